@@ -1,0 +1,43 @@
+"""Every name at the broker, in one place.
+
+Each run and site has one direct exchange with three queues:
+
+    nightsplit.<run>.<site>  ──up────▶ nightsplit.<run>.<site>.up      site -> server, bounded
+                             ──down──▶ nightsplit.<run>.<site>.down    server -> site, unbounded
+                             ──dead──▶ nightsplit.<run>.<site>.dead    what either side refused
+
+Only up queues push back: a bounded down queue beside a bounded up queue can deadlock, since
+neither side could confirm, checkpoint and acknowledge (docs/delivery.md). No queue has a delivery
+limit: the broker would drop messages that were already answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from broker.base import Queue
+
+PREFIX = "nightsplit"
+
+
+@dataclass(frozen=True, slots=True)
+class SiteQueues:
+    """The queues between one site and the server of one run."""
+
+    up: Queue
+    down: Queue
+    dead: Queue
+
+    def __iter__(self) -> Iterator[Queue]:
+        return iter((self.up, self.down, self.dead))
+
+
+def site_queues(run: str, site: str, up_limit_bytes: int) -> SiteQueues:
+    """Names and limits of the queues between `site` and the server of `run`."""
+    exchange = f"{PREFIX}.{run}.{site}"
+
+    def queue(key: str, limit_bytes: int | None, dead_key: str | None) -> Queue:
+        return Queue(f"{exchange}.{key}", exchange, key, limit_bytes, dead_key)
+
+    return SiteQueues(up=queue("up", up_limit_bytes, "dead"), down=queue("down", None, "dead"), dead=queue("dead", None, None))

@@ -1,0 +1,337 @@
+"""The files a user writes, as frozen objects: run.toml, site.toml, server.toml, policy.toml.
+
+Every key is checked when the file is read: an error names the file, the key and the fix. All
+participants of a run hold the same run.toml; its `contract` is what they compare.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from shared.errors import ConfigError
+from shared.message import SERVER
+
+Positive = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0.0, lt=1.0)]
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+Codec = Literal["fp32", "fp16", "bf16", "int8"]
+
+
+class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A table of a TOML file: unknown keys are refused."""
+
+
+class RunSection(_Section):
+    """[run]: what is trained, by whom, in which order.
+
+    Attributes:
+        id: name of the run; part of every queue name.
+        protocol: one of `shared.protocols.PROTOCOLS`.
+        sites: names of the sites that take part.
+        seed: every random choice of the run derives from it.
+        order: "strict", a fixed function of site and seq, or "fair", weighted round robin over what arrived.
+        window: smashed batches a site may have unanswered; 1 is synchronous training.
+        epochs: passes over each site's training data (split_frozen: over the stored activations).
+        batch_size: samples per smashed batch.
+        evaluate_every: epochs between evaluations on held-out patients.
+        patience: evaluations without improvement before the run stops early; 0 never stops early.
+        bottoms: "independent", or "averaged" over sites every `average_every` training batches.
+        export_top: send the server's half of the best model to the sites at the end.
+    """
+
+    id: Name
+    protocol: str
+    sites: Annotated[list[Name], Meta(min_length=1)]
+    seed: Natural = 0
+    order: Literal["strict", "fair"] = "fair"
+    window: Positive = 4
+    epochs: Positive = 10
+    batch_size: Positive = 32
+    evaluate_every: Positive = 1
+    patience: Natural = 0
+    bottoms: Literal["independent", "averaged"] = "independent"
+    average_every: Positive = 8
+    export_top: bool = False
+
+
+class ModelSection(_Section):
+    """[model]: a factory and where its model is cut.
+
+    Attributes:
+        factory: "package.module:function"; called with `settings`, returns `nn.Sequential` or `Halves`.
+        settings: keyword arguments of the factory.
+        cut: modules [0, cut) of the Sequential stay at the site.
+        head_cut: split_u only: modules [head_cut, end) return to the site.
+    """
+
+    factory: str
+    settings: dict[str, Any] = msgspec.field(default_factory=dict)
+    cut: Positive = 1
+    head_cut: Positive | None = None
+
+
+class TaskSection(_Section):
+    """[task]: what is predicted. `classes` is used by multiclass alone.
+
+    The top ends in 1 output for binary (a logit) and regression, in `classes` logits for multiclass.
+    """
+
+    kind: Literal["binary", "multiclass", "regression"]
+    classes: Annotated[int, Meta(ge=2)] = 2
+
+    @property
+    def outputs(self) -> int:
+        """Width of the model's last layer."""
+        return self.classes if self.kind == "multiclass" else 1
+
+
+class OptimizerSection(_Section):
+    """[optimizer]: the same for every part of the model; each part keeps its own state."""
+
+    name: Literal["sgd", "adam", "adamw"] = "adam"
+    lr: Annotated[float, Meta(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
+    momentum: Share = 0.0
+
+
+class WireSection(_Section):
+    """[wire]: how tensors travel, and how large things may grow.
+
+    Attributes:
+        smashed: codec of activations.
+        gradient: codec of gradients.
+        zstd: compress bodies (slow links and big backlogs; costs about 400 MB/s per core).
+        message_bytes: largest message; RabbitMQ 4 refuses more than 16 MiB unless configured.
+        queue_bytes: what a site's up queue may hold before the site waits.
+    """
+
+    smashed: Codec = "fp16"
+    gradient: Codec = "fp16"
+    zstd: bool = False
+    message_bytes: Positive = 16 * 2**20
+    queue_bytes: Positive = 4 * 2**30
+
+
+class DataSection(_Section):
+    """[data]: what all sites agree on about their data.
+
+    Attributes:
+        features: table columns in order, the same at every site; images and arrays ignore it.
+        scaling: "site" fits mean and spread on each site's training patients, "run" uses `mean` and
+            `spread`, "none" leaves values as they are.
+        mean, spread: one figure per feature, for scaling = "run".
+        image_size: side in pixels to which images are resized.
+        classes: labels as the files write them, in the order of the model's outputs. Binary: [negative, positive].
+        validation, test: share of each site's patients held out for early stopping and for the report.
+        augment: applied to training images, in this order.
+    """
+
+    features: list[str] = msgspec.field(default_factory=list)
+    scaling: Literal["site", "run", "none"] = "site"
+    mean: list[float] = msgspec.field(default_factory=list)
+    spread: list[float] = msgspec.field(default_factory=list)
+    image_size: Positive | None = None
+    classes: list[str] = msgspec.field(default_factory=list)
+    validation: Share = 0.15
+    test: Share = 0.2
+    augment: list[Literal["flip", "shift", "rotate", "zoom", "contrast"]] = msgspec.field(default_factory=list)
+
+
+class RunConfig(_Section):
+    """run.toml, the same at every participant."""
+
+    run: RunSection
+    model: ModelSection
+    task: TaskSection
+    optimizer: OptimizerSection = msgspec.field(default_factory=OptimizerSection)
+    wire: WireSection = msgspec.field(default_factory=WireSection)
+    data: DataSection = msgspec.field(default_factory=DataSection)
+
+    def canonical(self) -> str:
+        """The whole configuration as one line of JSON with sorted keys, defaults included."""
+        return msgspec.json.encode(self, order="sorted").decode()
+
+    @property
+    def contract(self) -> str:
+        """sha256 of `canonical`: participants whose contracts differ do not work together."""
+        return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+
+class SourceSection(_Section):
+    """[data] of site.toml: where this site's data is, and how to read it.
+
+    Attributes:
+        source: "table" (CSV, Parquet), "images" (a folder), "arrays" (.npz).
+        path: file or folder; `$NAME` is read from the environment; relative to the site.toml.
+        label: table or index column, or array name, with the label.
+        patient: column or array that says which patient a row belongs to; rows of a patient are
+            never divided. None: every row is a patient.
+        index: images only: a CSV in the folder with a `file` column. None: labels are folder names.
+        where: rows to keep, by exact value of a column ({"column": ["value", ...]}).
+        missing: values that mean "not measured", besides empty; by column, or "*" for all.
+        share: [first, last) part of the patients, in [0, 1], for sites cut out of one file.
+    """
+
+    source: Literal["table", "images", "arrays"]
+    path: str
+    label: str = "label"
+    patient: str | None = None
+    index: str | None = None
+    images: str = "images"
+    where: dict[str, list[str]] = msgspec.field(default_factory=dict)
+    missing: dict[str, list[str]] = msgspec.field(default_factory=dict)
+    share: tuple[float, float] = (0.0, 1.0)
+
+
+class WorkerSection(_Section):
+    """What every worker needs. Paths are relative to the file they stand in.
+
+    Attributes:
+        run: path of the run.toml.
+        broker: "amqp://user:password@host:5672/vhost" or "embedded:folder".
+        store: "sqlite:file" or "redis://...".
+        state: folder for checkpoints; belongs to this worker alone.
+        shift: hours of work, e.g. "22:00-06:00 Europe/Berlin"; None for always.
+        threads: torch threads.
+        device: "cpu", "cuda" or "cuda:N".
+    """
+
+    run: str = "run.toml"
+    broker: str
+    store: str
+    state: str = "state"
+    shift: str | None = None
+    threads: Positive = 1
+    device: str = "cpu"
+
+
+class SiteSection(WorkerSection):
+    """[site]: a hospital's worker.
+
+    Attributes:
+        name: the site's name in run.sites.
+        policy: path of the hospital's policy.toml.
+    """
+
+    name: Name
+    policy: str = "policy.toml"
+
+
+class ServerSection(WorkerSection):
+    """[server]: the holder of the remaining layers.
+
+    Attributes:
+        report: folder for the report and the metrics.
+    """
+
+    report: str = "report"
+
+
+class SiteConfig(_Section):
+    """site.toml."""
+
+    site: SiteSection
+    data: SourceSection
+
+
+class ServerConfig(_Section):
+    """server.toml."""
+
+    server: ServerSection
+
+
+class PolicyConfig(_Section):
+    """policy.toml: what may leave this hospital. No run can weaken it.
+
+    Attributes:
+        labels: labels of training and held-out patients may be sent with their activations.
+        stored_activations: the server may keep activations and train on them again.
+        bottom_weights: weights of the site's layers may be sent for averaging.
+        min_batch: smallest number of samples a message may hold.
+    """
+
+    labels: bool = False
+    stored_activations: bool = False
+    bottom_weights: bool = False
+    min_batch: Positive = 1
+
+
+T = TypeVar("T", bound=Struct)
+
+
+def load(path: Path, kind: type[T], overrides: Sequence[str] = ()) -> T:
+    """Read a configuration file.
+
+    Args:
+        path: the TOML file.
+        kind: what it must be: RunConfig, SiteConfig, ServerConfig, PolicyConfig.
+        overrides: "section.key=value" with a TOML value (a bare word is taken as text).
+
+    Raises:
+        ConfigError: 101 unreadable, 102 not TOML, 103 a key is wrong.
+    """
+    try:
+        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(101, f"{path}: {error.strerror}.", "check the path and who may read it.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(102, f"{path}: not a UTF-8 text.", "save the file as UTF-8.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(102, f"{path}: {error}.", "correct that line.") from None
+    for override in overrides:
+        _override(content, override)
+    try:
+        config = msgspec.convert(content, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(103, f"{path}: {_explain(error)}.", "correct or remove that key; docs/configuration.md lists all keys.") from None
+    if isinstance(config, RunConfig):
+        _check_run(path, config)
+    return config
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, last = key.strip().split(".")
+    if not equals or not sections:
+        raise ConfigError(103, f"--set {override}: not of the form section.key=value.", "write for example --set run.window=1.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for section in sections:
+        content = content.setdefault(section, {})
+    content[last] = value
+
+
+def _explain(error: msgspec.ValidationError) -> str:
+    """'Expected `int`, got `str` - at `$.run.window`' as 'run.window: expected int, got str'."""
+    what, _, where = str(error).partition(" - at ")
+    what = what.replace("`", "").replace("Object contains", "has an").replace("Object missing", "misses the").replace("field", "key")
+    return f"{where.strip('`').removeprefix('$').removeprefix('.') or 'file'}: {what[0].lower()}{what[1:]}"
+
+
+def _check_run(path: Path, config: RunConfig) -> None:
+    """What one key cannot tell alone."""
+    run, data = config.run, config.data
+
+    def refuse(key: str, what: str, remedy: str) -> None:
+        raise ConfigError(103, f"{path}: {key}: {what}.", remedy)
+
+    if len(set(run.sites)) != len(run.sites):
+        refuse("run.sites", "a name occurs twice", "give every site its own name.")
+    if SERVER in run.sites:
+        refuse("run.sites", f"{SERVER!r} is the server's own name", "rename the site.")
+    if data.validation + data.test >= 0.9:
+        refuse("data.test", "validation and test leave less than a tenth to train on", "lower one of them.")
+    if data.scaling == "run" and not len(data.features) == len(data.mean) == len(data.spread):
+        refuse("data.mean", "scaling = \"run\" needs one mean and one spread per feature", "give both lists, or use scaling = \"site\".")
+    if run.protocol == "split_u" and config.model.head_cut is None:
+        refuse("model.head_cut", "split_u needs to know where the head begins", "set head_cut, after cut and before the end.")

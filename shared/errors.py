@@ -1,0 +1,113 @@
+"""Every error a user can meet: a number, a sentence that says what happened, and a remedy.
+
+NightsplitError
+├── ConfigError     1xx  a file the user wrote, or a model that cannot be cut as asked
+├── BrokerError     2xx  the message broker or the run store
+├── Refused         3xx  a message that the receiver will not apply; ends in the dead letter queue
+├── DataError       4xx  a site's own data
+├── StateError      5xx  checkpoints and local disks
+└── RunError        6xx  sites and server disagree about the run
+
+Each number has a title in `TITLES` and a page `docs/errors/<number>.md`; a test keeps both complete.
+"""
+
+from __future__ import annotations
+
+TITLES: dict[int, str] = {
+    101: "Configuration file missing or unreadable",
+    102: "Configuration file is not valid TOML",
+    103: "Wrong, missing or unknown configuration key",
+    104: "Model factory cannot be used",
+    105: "Model cannot be cut there",
+    106: "Shift is empty or unreadable",
+    107: "Address has an unknown scheme",
+    108: "Policy forbids what the run asks",
+    109: "Device is not available",
+    110: "Example cannot be found",
+    201: "Broker cannot be reached",
+    202: "Broker refuses the login",
+    203: "Message is larger than the broker allows",
+    204: "Queue exists with other settings",
+    205: "Queue does not exist",
+    206: "Port is in use",
+    207: "Run store cannot be reached",
+    208: "Another worker already does this work",
+    301: "Not a nightsplit message",
+    302: "Unknown wire version",
+    303: "Unknown kind of message",
+    304: "Message does not match its contract",
+    305: "Tensor has a forbidden or unexpected dtype",
+    306: "Tensor has an unexpected shape",
+    307: "Tensor holds values that are not finite",
+    308: "Message exceeds a limit",
+    309: "Message is truncated or has bytes left over",
+    310: "Message belongs to another run, sender or receiver",
+    311: "Compressed body cannot be trusted",
+    401: "Data file missing or unreadable",
+    402: "Column is absent",
+    403: "Value cannot be read",
+    404: "Site has a single class",
+    405: "Too few patients",
+    406: "Image cannot be read",
+    407: "Arrays do not fit together",
+    408: "Data folder is not configured",
+    409: "Data changed since the run began",
+    501: "Disk is full",
+    502: "No valid checkpoint is left",
+    503: "State directory is in use",
+    504: "Site lost its state",
+    505: "Another server took over the run",
+    506: "State belongs to another run",
+    601: "Site and server were configured differently",
+    602: "Site is not part of the run",
+    603: "Loss is not finite",
+    604: "The server's half was not exported",
+    605: "Nothing is known of this run",
+}
+
+
+class NightsplitError(Exception):
+    """An error with a number; `str()` is the line a user reads.
+
+    Args:
+        number: key of `TITLES`.
+        sentence: what happened, with the names and figures of this case.
+        remedy: what the user can do about it, as an instruction.
+    """
+
+    def __init__(self, number: int, sentence: str, remedy: str) -> None:
+        assert number in TITLES, f"error {number} has no title"
+        super().__init__(number, sentence, remedy)
+        self.number = number
+        self.sentence = sentence
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return (
+            f"E{self.number} {TITLES[self.number]}: {self.sentence} "
+            f"Fix: {self.remedy} (docs/errors/{self.number}.md)"
+        )
+
+
+class ConfigError(NightsplitError):
+    """A file the user wrote is wrong, or names a model that cannot be used."""
+
+
+class BrokerError(NightsplitError):
+    """The broker or the run store refuses, is absent, or has other settings."""
+
+
+class Refused(NightsplitError):
+    """A message that will not be applied; it goes to the dead letter queue with this text."""
+
+
+class DataError(NightsplitError):
+    """A site's data cannot be used as configured."""
+
+
+class StateError(NightsplitError):
+    """A checkpoint, a lock or a disk prevents the work from being continued safely."""
+
+
+class RunError(NightsplitError):
+    """Participants of a run disagree, or the run cannot go on."""

@@ -1,0 +1,87 @@
+"""A message: a frozen header, named tensors and named scalars, and nothing else.
+
+Content is a pure function of (configuration, data, run seed, applied history), so that a message
+that is published again after a crash is byte-equal to its first copy, but for the fence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+
+WIRE_VERSION = 1
+
+Scalar = bool | int | float | str
+
+
+class Kind(StrEnum):
+    """What a message is. `shared.protocols` says which payload each kind carries."""
+
+    MANIFEST = "manifest"  # server -> site: the run as opened; first in every down queue
+    HELLO = "hello"  # site -> server: the site's plan and contract
+    SMASHED = "smashed"  # site -> server: activations at the cut
+    HEAD_GRADIENT = "head_gradient"  # site -> server: gradient at the head's input (split_u)
+    EVALUATION = "evaluation"  # site -> server: the site's own metrics (split_u)
+    BOTTOM = "bottom"  # site -> server: weights to be averaged
+    CUT_GRADIENT = "cut_gradient"  # server -> site: gradient at the cut
+    HEAD_INPUT = "head_input"  # server -> site: activations for the head (split_u)
+    AVERAGE = "average"  # server -> site: averaged bottom weights
+    NOTED = "noted"  # server -> site: applied, and there is nothing to say
+    REFUSED = "refused"  # server -> site: not applied, counts as applied
+    FINISH = "finish"  # server -> site: the run is over
+
+
+UNSEQUENCED = frozenset({Kind.MANIFEST, Kind.HELLO})
+"""Kinds whose number would depend on timing: they carry seq 0 and may be repeated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Who says what to whom, and where it stands.
+
+    Attributes:
+        run: id of the run.
+        sender: site name, or `SERVER`.
+        receiver: site name, or `SERVER`.
+        kind: what the message is.
+        seq: 1, 2, 3... per (run, sender, receiver); 0 for kinds in `UNSEQUENCED`.
+        reply_to: seq of the message that this answers, 0 for none.
+        version: weights of the bottom that made or apply to the content (gradients applied so far).
+        fence: incarnation of the server that sent it; 0 from a site. Not part of the content.
+    """
+
+    run: str
+    sender: str
+    receiver: str
+    kind: Kind
+    seq: int
+    reply_to: int = 0
+    version: int = 0
+    fence: int = 0
+
+    @property
+    def message_id(self) -> str:
+        """Equal for every copy of a message, different for different messages."""
+        return f"{self.run}/{self.sender}/{self.receiver}/{self.kind}/{self.seq}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Message:
+    """A header with its payload.
+
+    Attributes:
+        header: where the message stands.
+        tensors: CPU tensors by name. From the wire they may be read-only views: never write in place.
+        scalars: small facts by name.
+    """
+
+    header: Header
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    scalars: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+SERVER = "server"
+"""Name of the server as sender and receiver; no site may have it."""

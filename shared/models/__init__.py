@@ -1,0 +1,1 @@
+"""Cutting a model, and small reference networks."""

@@ -1,0 +1,96 @@
+"""The run store: what servers, sites and the console know of a run besides its messages.
+
+    status     what each worker last said of itself, and when
+    lease      which server is active; its number, the fence, grows with every take-over
+    pointer    the newest checkpoint that counts, moved only by the holder of the fence
+    journal    the order in which a `fair` server applied messages; a position is filled once
+
+One interface, three stores (memory, SQLite, Redis), one conformance suite.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from shared.message import Scalar
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What a worker last said of itself.
+
+    Attributes:
+        worker: site name, or "server".
+        facts: counts and states, by name.
+        age_seconds: how long ago, by the store's own clock.
+    """
+
+    worker: str
+    facts: Mapping[str, Scalar | None]
+    age_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pointer:
+    """The newest checkpoint that counts: who wrote it, which one, and its hash."""
+
+    fence: int
+    counter: int
+    sha256: str
+
+
+class RunStore(ABC):
+    """State of one run shared by its workers. Safe to use from several processes.
+
+    Every method raises `BrokerError` 207 when the store cannot be reached.
+    """
+
+    @abstractmethod
+    def put_status(self, worker: str, facts: Mapping[str, Scalar | None]) -> None:
+        """Replace what is known of `worker`."""
+
+    @abstractmethod
+    def statuses(self) -> dict[str, Status]:
+        """What is known of each worker."""
+
+    @abstractmethod
+    def acquire_lease(self, owner: str, ttl_seconds: float) -> int | None:
+        """Become the active server. Returns the new fence, larger than every earlier one.
+
+        None when another owner's lease has not run out. The same owner always succeeds: it
+        was restarted.
+        """
+
+    @abstractmethod
+    def renew_lease(self, owner: str, fence: int, ttl_seconds: float) -> bool:
+        """Stay the active server; False when another took over, which cannot be undone."""
+
+    @abstractmethod
+    def release_lease(self, owner: str, fence: int) -> None:
+        """Stop being the active server; harmless when another took over."""
+
+    @abstractmethod
+    def pointer(self) -> Pointer | None:
+        """The newest checkpoint that counts."""
+
+    @abstractmethod
+    def move_pointer(self, pointer: Pointer) -> bool:
+        """Make a checkpoint count. False, and nothing moved, when a higher fence was handed out."""
+
+    @abstractmethod
+    def journal(self, position: int, sender: str) -> str:
+        """Fill `position` (1, 2, 3...) with `sender` unless it is filled; returns what is there, durably."""
+
+    @abstractmethod
+    def journalled(self, position: int) -> str | None:
+        """What the journal holds at `position`."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget everything about the run."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the store."""
