@@ -25,11 +25,11 @@ Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Codec = Literal["fp32", "fp16", "bf16", "int8"]
 
 
-class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class _Section(Struct, frozen=True, forbid_unknown_fields=True):
     """A table of a TOML file: unknown keys are refused."""
 
 
-class RunSection(_Section):
+class RunSection(_Section, kw_only=True):
     """[run]: what is trained, by whom, in which order.
 
     Attributes:
@@ -62,7 +62,7 @@ class RunSection(_Section):
     export_top: bool = False
 
 
-class ModelSection(_Section):
+class ModelSection(_Section, kw_only=True):
     """[model]: a factory and where its model is cut.
 
     Attributes:
@@ -78,7 +78,7 @@ class ModelSection(_Section):
     head_cut: Positive | None = None
 
 
-class TaskSection(_Section):
+class TaskSection(_Section, kw_only=True):
     """[task]: what is predicted. `classes` is used by multiclass alone.
 
     The top ends in 1 output for binary (a logit) and regression, in `classes` logits for multiclass.
@@ -93,7 +93,7 @@ class TaskSection(_Section):
         return self.classes if self.kind == "multiclass" else 1
 
 
-class OptimizerSection(_Section):
+class OptimizerSection(_Section, kw_only=True):
     """[optimizer]: the same for every part of the model; each part keeps its own state."""
 
     name: Literal["sgd", "adam", "adamw"] = "adam"
@@ -102,7 +102,7 @@ class OptimizerSection(_Section):
     momentum: Share = 0.0
 
 
-class WireSection(_Section):
+class WireSection(_Section, kw_only=True):
     """[wire]: how tensors travel, and how large things may grow.
 
     Attributes:
@@ -120,7 +120,7 @@ class WireSection(_Section):
     queue_bytes: Positive = 4 * 2**30
 
 
-class DataSection(_Section):
+class DataSection(_Section, kw_only=True):
     """[data]: what all sites agree on about their data.
 
     Attributes:
@@ -145,7 +145,7 @@ class DataSection(_Section):
     augment: list[Literal["flip", "shift", "rotate", "zoom", "contrast"]] = msgspec.field(default_factory=list)
 
 
-class RunConfig(_Section):
+class RunConfig(_Section, kw_only=True):
     """run.toml, the same at every participant."""
 
     run: RunSection
@@ -165,7 +165,7 @@ class RunConfig(_Section):
         return hashlib.sha256(self.canonical().encode()).hexdigest()
 
 
-class SourceSection(_Section):
+class SourceSection(_Section, kw_only=True):
     """[data] of site.toml: where this site's data is, and how to read it.
 
     Attributes:
@@ -191,7 +191,7 @@ class SourceSection(_Section):
     share: tuple[float, float] = (0.0, 1.0)
 
 
-class WorkerSection(_Section):
+class WorkerSection(_Section, kw_only=True):
     """What every worker needs. Paths are relative to the file they stand in.
 
     Attributes:
@@ -213,7 +213,7 @@ class WorkerSection(_Section):
     device: str = "cpu"
 
 
-class SiteSection(WorkerSection):
+class SiteSection(WorkerSection, kw_only=True):
     """[site]: a hospital's worker.
 
     Attributes:
@@ -225,7 +225,7 @@ class SiteSection(WorkerSection):
     policy: str = "policy.toml"
 
 
-class ServerSection(WorkerSection):
+class ServerSection(WorkerSection, kw_only=True):
     """[server]: the holder of the remaining layers.
 
     Attributes:
@@ -235,20 +235,20 @@ class ServerSection(WorkerSection):
     report: str = "report"
 
 
-class SiteConfig(_Section):
+class SiteConfig(_Section, kw_only=True):
     """site.toml."""
 
     site: SiteSection
     data: SourceSection
 
 
-class ServerConfig(_Section):
+class ServerConfig(_Section, kw_only=True):
     """server.toml."""
 
     server: ServerSection
 
 
-class PolicyConfig(_Section):
+class PolicyConfig(_Section, kw_only=True):
     """policy.toml: what may leave this hospital. No run can weaken it.
 
     Attributes:
