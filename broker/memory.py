@@ -71,7 +71,7 @@ class MemoryBroker(Broker):
             return self._queues[queue.name]
         except KeyError:
             raise BrokerError(
-                205, f"queue {queue.name} does not exist.", "open the run first: nightsplit server --open-only."
+                205, f"queue {queue.name} does not exist.", "open the run first: nightsplit open."
             ) from None
 
 

@@ -17,6 +17,7 @@ from msgspec import Meta, Struct
 
 from shared.errors import ConfigError
 from shared.message import SERVER
+from shared.protocols import PROTOCOLS
 
 Positive = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
@@ -130,6 +131,8 @@ class DataSection(_Section, kw_only=True):
         mean, spread: one figure per feature, for scaling = "run".
         image_size: side in pixels to which images are resized.
         classes: labels as the files write them, in the order of the model's outputs. Binary: [negative, positive].
+        target_mean, target_spread: regression only: targets are trained on as (target - mean) / spread and
+            reported in their own unit.
         validation, test: share of each site's patients held out for early stopping and for the report.
         augment: applied to training images, in this order.
     """
@@ -140,9 +143,18 @@ class DataSection(_Section, kw_only=True):
     spread: list[float] = msgspec.field(default_factory=list)
     image_size: Positive | None = None
     classes: list[str] = msgspec.field(default_factory=list)
+    target_mean: float = 0.0
+    target_spread: Annotated[float, Meta(gt=0)] = 1.0
     validation: Share = 0.15
     test: Share = 0.2
     augment: list[Literal["flip", "shift", "rotate", "zoom", "contrast"]] = msgspec.field(default_factory=list)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one sample: (features,) of a table, (1, size, size) of a grey image."""
+        if self.image_size is not None:
+            return (1, self.image_size, self.image_size)
+        return (len(self.features),)
 
 
 class RunConfig(_Section, kw_only=True):
@@ -333,5 +345,9 @@ def _check_run(path: Path, config: RunConfig) -> None:
         refuse("data.test", "validation and test leave less than a tenth to train on", "lower one of them.")
     if data.scaling == "run" and not len(data.features) == len(data.mean) == len(data.spread):
         refuse("data.mean", "scaling = \"run\" needs one mean and one spread per feature", "give both lists, or use scaling = \"site\".")
+    if bool(data.features) == (data.image_size is not None):
+        refuse("data.features", "a run has either features or image_size", "name a table's columns, or the images' side.")
+    if run.protocol not in PROTOCOLS:
+        refuse("run.protocol", f"{run.protocol!r} is unknown", f"choose one of {', '.join(PROTOCOLS)}.")
     if run.protocol == "split_u" and config.model.head_cut is None:
         refuse("model.head_cut", "split_u needs to know where the head begins", "set head_cut, after cut and before the end.")

@@ -35,7 +35,13 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The role's work is done: make the end durable, say nothing more, leave."""
+    """The role's work is done: make the end durable, then say the last words and leave.
+
+    Attributes:
+        farewell: messages that may be sent only when every kept checkpoint holds the end.
+    """
+
+    farewell: tuple[Send, ...] = ()
 
 
 Effect = Send | Record | Finish

@@ -24,17 +24,18 @@ class Kind(StrEnum):
     HELLO = "hello"  # site -> server: the site's plan and contract
     SMASHED = "smashed"  # site -> server: activations at the cut
     HEAD_GRADIENT = "head_gradient"  # site -> server: gradient at the head's input (split_u)
-    EVALUATION = "evaluation"  # site -> server: the site's own metrics (split_u)
+    REPORT = "report"  # site -> server: the site's own metrics (split_u)
     BOTTOM = "bottom"  # site -> server: weights to be averaged
     CUT_GRADIENT = "cut_gradient"  # server -> site: gradient at the cut
     HEAD_INPUT = "head_input"  # server -> site: activations for the head (split_u)
     AVERAGE = "average"  # server -> site: averaged bottom weights
     NOTED = "noted"  # server -> site: applied, and there is nothing to say
     REFUSED = "refused"  # server -> site: not applied, counts as applied
+    REJECTED = "rejected"  # server -> site: the hello is not accepted
     FINISH = "finish"  # server -> site: the run is over
 
 
-UNSEQUENCED = frozenset({Kind.MANIFEST, Kind.HELLO})
+UNSEQUENCED = frozenset({Kind.MANIFEST, Kind.HELLO, Kind.REJECTED})
 """Kinds whose number would depend on timing: they carry seq 0 and may be repeated."""
 
 

@@ -1,0 +1,76 @@
+"""A durable broker in a folder: many processes of one host, and no service to install.
+
+A queue has one consumer at a time, the link that holds its lease. Since one consumer takes the
+messages in order, a new one simply starts at the oldest; a message needs no state of its own.
+Leases run on the monotonic clock, which the processes of a host share: setting the wall clock
+changes nothing.
+
+For local disks only: SQLite's locks and shared memory cannot be trusted on network file systems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from broker.base import Broker, Link, Queue
+from broker.embedded_folder import Folder
+from broker.embedded_link import EmbeddedLink
+from shared.sqlite import broker_errors, transaction
+
+
+class EmbeddedBroker(Broker):
+    """Queues in a folder, shared by the processes of one host. Keeps nothing open itself.
+
+    Args:
+        folder: on a local disk; created when missing.
+        max_message_bytes: largest body.
+        lease_seconds: how long a queue stays with a consumer that has fallen silent.
+    """
+
+    def __init__(
+        self, folder: Path, max_message_bytes: int = 16 * 2**20, lease_seconds: float = 10.0
+    ) -> None:
+        self._folder = Folder(folder, lease_seconds)
+        self._max_message_bytes = max_message_bytes
+
+    @property
+    def max_message_bytes(self) -> int:
+        """Largest body that `Link.publish` takes."""
+        return self._max_message_bytes
+
+    def declare(self, queues: Iterable[Queue]) -> None:
+        """Create queues that do not exist, and remove body files that crashes left.
+
+        Raises:
+            BrokerError: 201 the folder cannot be used, 204 a queue exists with other settings.
+        """
+        with broker_errors(201, self._folder.path), closing(self._folder.open()) as rows:
+            with transaction(rows):
+                for queue in queues:
+                    self._folder.declare(rows, queue)
+            self._folder.remove_orphans(rows)
+
+    def link(self, consume: Sequence[Queue], prefetch: int, owner: str) -> Link:
+        """Open a line; see `Broker.link`.
+
+        Raises:
+            BrokerError: 201 the folder cannot be used, 205 a queue does not exist.
+        """
+        return EmbeddedLink(self._folder, self._max_message_bytes, consume, prefetch, owner)
+
+    def depth(self, queue: Queue) -> int | None:
+        """Messages waiting, within a beat of the truth; None if the queue is absent."""
+        with broker_errors(201, self._folder.path), closing(self._folder.open()) as rows:
+            waiting = self._folder.waiting(rows, queue.name)
+            return None if waiting is None else waiting[0]
+
+    def delete(self, queues: Iterable[Queue]) -> None:
+        """Remove queues with all they hold."""
+        files: list[str] = []
+        with broker_errors(201, self._folder.path), closing(self._folder.open()) as rows:
+            with transaction(rows):
+                for queue in queues:
+                    files += self._folder.delete(rows, queue.name)
+            self._folder.remove_bodies(files)

@@ -1,0 +1,213 @@
+"""What the embedded broker keeps on disk: rows in SQLite, large bodies in files.
+
+    folder/broker.sqlite   queues with the lease of their consumer, and one row per message
+    folder/bodies/         one file per large body, synced before its row is written
+    folder/lock            shared by links while a body of theirs has no row yet
+
+A row is what makes a message exist. A crash therefore leaves no half message, at most files
+without a row; they are removed when nobody holds the lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from broker.base import Queue
+from shared.errors import BrokerError
+from shared.sqlite import open_database
+
+RESERVE_BYTES = 64 * 2**20
+"""Room on the disk that messages may not use: acknowledging, which frees room, takes some itself."""
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS queue (
+    name TEXT PRIMARY KEY, exchange TEXT NOT NULL, key TEXT NOT NULL, limit_bytes INTEGER, dead_key TEXT,
+    owner TEXT, link TEXT, expires REAL NOT NULL DEFAULT 0, -- the lease: worker, its link, monotonic seconds
+    taken INTEGER NOT NULL DEFAULT 0,                       -- newest message handed to that link
+    seen INTEGER NOT NULL DEFAULT 0                         -- newest message ever handed to a link
+);
+CREATE TABLE IF NOT EXISTS message (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, queue TEXT NOT NULL, message_id TEXT NOT NULL,
+    headers TEXT NOT NULL, size INTEGER NOT NULL, body BLOB, file TEXT
+);
+CREATE INDEX IF NOT EXISTS message_of_queue ON message (queue, id, size);
+"""
+
+# What is handed out and not acknowledged does not count as waiting, as in RabbitMQ: otherwise a
+# small limit could be used up by messages that a server may only acknowledge after the next
+# checkpoint, for which it needs further messages. A dead consumer's messages wait again.
+WAITING = """
+SELECT count(message.id), coalesce(sum(size), 0) FROM queue LEFT JOIN message ON message.queue = name
+AND id > CASE WHEN link IS NOT NULL AND expires BETWEEN :now AND :now + :ttl THEN taken ELSE 0 END
+WHERE name = :name GROUP BY name
+"""
+
+# A lease further ahead than its duration is from before a reboot, which set the clock back.
+LEASE = """
+UPDATE queue SET owner = :owner, link = :link, expires = :now + :ttl, taken = :taken, seen = max(seen, :taken)
+WHERE name = :name AND (link = :link OR NOT :held AND (
+    link IS NULL OR owner = :owner OR expires NOT BETWEEN :now AND :now + :ttl))
+"""
+
+NEXT = """
+SELECT id, message_id, headers, body, file, id <= seen FROM queue JOIN message ON message.queue = name
+WHERE name = :name AND link = :link AND id > :taken ORDER BY id LIMIT 1
+"""
+
+NewRow = tuple[str, str, str, int, bytes | None, str | None]
+"""Queue, message id, headers, size in bytes, and the body itself or the name of its file."""
+
+Row = tuple[int, str, str, bytes, str | None, int]
+"""Id, message id, headers, body, file, and whether a consumer had it before."""
+
+
+class Folder:
+    """Statements on rows, within the caller's transaction, and body files.
+
+    Methods raise sqlite3.Error or OSError.
+    """
+
+    def __init__(self, path: Path, lease_seconds: float) -> None:
+        self.path = path
+        self.lease_seconds = lease_seconds
+        self._bodies = path / "bodies"
+
+    def open(self) -> sqlite3.Connection:
+        """Connect to the rows."""
+        self._bodies.mkdir(parents=True, exist_ok=True)
+        return open_database(self.path / "broker.sqlite", SCHEMA)
+
+    def open_lock(self) -> int:
+        """A file descriptor of the lock."""
+        return os.open(self.path / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+
+    def declare(self, rows: sqlite3.Connection, queue: Queue) -> None:
+        """Create `queue`; raises BrokerError 204 when it exists with other settings."""
+        settings = (queue.exchange, queue.key, queue.limit_bytes, queue.dead_key)
+        rows.execute(
+            "INSERT OR IGNORE INTO queue (name, exchange, key, limit_bytes, dead_key) VALUES (?, ?, ?, ?, ?)",
+            (queue.name, *settings),
+        )
+        known = rows.execute(
+            "SELECT exchange, key, limit_bytes, dead_key FROM queue WHERE name = ?", (queue.name,)
+        ).fetchone()
+        if known != settings:
+            raise BrokerError(
+                204,
+                f"queue {queue.name} exists with {known}, asked for {settings}.",
+                "use the run's original limits, or another run id.",
+            )
+
+    def require(self, rows: sqlite3.Connection, queue: str) -> None:
+        """Raises BrokerError 205 when `queue` does not exist."""
+        if rows.execute("SELECT 1 FROM queue WHERE name = ?", (queue,)).fetchone() is None:
+            raise BrokerError(
+                205, f"queue {queue} does not exist.", "open the run first: nightsplit server --open-only."
+            )
+
+    def delete(self, rows: sqlite3.Connection, queue: str) -> list[str]:
+        """Remove `queue` and its messages; returns body files to remove after the commit."""
+        files = rows.execute(
+            "SELECT file FROM message WHERE queue = ? AND file IS NOT NULL", (queue,)
+        ).fetchall()
+        rows.execute("DELETE FROM message WHERE queue = ?", (queue,))
+        rows.execute("DELETE FROM queue WHERE name = ?", (queue,))
+        return [file for (file,) in files]
+
+    def waiting(self, rows: sqlite3.Connection, queue: str) -> tuple[int, int] | None:
+        """Messages and bytes in `queue` that no living consumer was given; None when it does not exist."""
+        found: tuple[int, int] | None = rows.execute(WAITING, {"name": queue} | self._now()).fetchone()
+        return found
+
+    def lease(
+        self, rows: sqlite3.Connection, queue: str, owner: str, link: str, taken: int, held: bool
+    ) -> bool:
+        """Renew the lease of `link`, or gain it unless it was `held` and lost; whether it has it."""
+        lease = {"name": queue, "owner": owner, "link": link, "taken": taken, "held": held}
+        return rows.execute(LEASE, lease | self._now()).rowcount == 1
+
+    def release(self, rows: sqlite3.Connection, link: str) -> None:
+        """Give up all leases of `link`: what it was handed waits again."""
+        rows.execute("UPDATE queue SET link = NULL, taken = 0 WHERE link = ?", (link,))
+
+    def insert(self, rows: sqlite3.Connection, messages: Iterable[NewRow]) -> None:
+        """Append messages; their body files are synced."""
+        rows.executemany(
+            "INSERT INTO message (queue, message_id, headers, size, body, file) VALUES (?, ?, ?, ?, ?, ?)",
+            messages,
+        )
+
+    def next_row(self, rows: sqlite3.Connection, queue: str, link: str, taken: int) -> Row | None:
+        """The message after `taken`, body read; None when there is none or `link` has no lease."""
+        asked = {"name": queue, "link": link, "taken": taken}
+        missing = None
+        while True:
+            row: Row | None = rows.execute(NEXT, asked).fetchone()
+            if row is None or row[4] is None:
+                return row
+            try:
+                return (*row[:3], (self._bodies / row[4]).read_bytes(), *row[4:])
+            except FileNotFoundError:
+                # Whoever took the queue over has acknowledged it: then the row is gone as well.
+                if missing == row[4]:
+                    raise
+                missing = row[4]
+
+    def remove_rows(self, rows: sqlite3.Connection, ids: Iterable[int]) -> None:
+        """Forget acknowledged messages; their files are to be removed after the commit."""
+        rows.executemany("DELETE FROM message WHERE id = ?", [(row,) for row in ids])
+
+    def require_room(self) -> None:
+        """Raises OSError (no space left) when messages would use up the reserve."""
+        if shutil.disk_usage(self.path).free < RESERVE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write_body(self, body: Sequence[bytes | memoryview]) -> str:
+        """Write and sync a body file; returns its name. It counts when its row does, so needs no rename."""
+        path = self._bodies / uuid.uuid4().hex
+        try:
+            with path.open("wb") as file:
+                file.writelines(body)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+        return path.name
+
+    def sync_bodies(self) -> None:
+        """Make the names of new body files durable."""
+        bodies = os.open(self._bodies, os.O_RDONLY)
+        try:
+            os.fsync(bodies)
+        finally:
+            os.close(bodies)
+
+    def remove_bodies(self, files: Iterable[str]) -> None:
+        """Delete body files whose rows are gone."""
+        for file in files:
+            (self._bodies / file).unlink(missing_ok=True)
+
+    def remove_orphans(self, rows: sqlite3.Connection) -> None:
+        """Delete files without a row; left for another time if a link is between file and row now."""
+        lock = self.open_lock()
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            files = {path.name for path in self._bodies.iterdir()}
+            kept = rows.execute("SELECT file FROM message WHERE file IS NOT NULL").fetchall()
+            self.remove_bodies(files.difference(file for (file,) in kept))
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(lock)
+
+    def _now(self) -> dict[str, float]:
+        return {"now": time.monotonic(), "ttl": self.lease_seconds}

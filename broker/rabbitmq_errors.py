@@ -1,0 +1,77 @@
+"""What RabbitMQ and pika say, as errors with a number, a sentence and a remedy.
+
+Recognised by what the errors carry, so that pika itself is not needed here.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from shared.errors import BrokerError
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """The cause inside pika's nested reports of a failed connection."""
+    while True:
+        inner = [*getattr(error, "exceptions", ()), getattr(error, "exception", None), *error.args[:1]]
+        causes = [cause for cause in inner if isinstance(cause, BaseException)]
+        if not causes:
+            return error
+        error = causes[-1]
+
+
+def _said(error: BaseException | None) -> tuple[int | None, str]:
+    """The broker's reply code, where it gave one, and what happened."""
+    if error is None:
+        return None, "no answer"
+    inner = _innermost(error)
+    # While a connection opens, pika turns the broker's answer into a text.
+    told = re.search(r"ConnectionClosedByBroker: \((\d+)\) ['\"](.*)['\"]", str(inner))
+    if told:
+        return int(told[1]), told[2].rstrip(".")
+    text = getattr(inner, "reply_text", "") or str(inner) or type(inner).__name__
+    return getattr(inner, "reply_code", None), text.rstrip(".")
+
+
+def sentence(error: BaseException | None) -> str:
+    """What happened, in the broker's words where it gave any; without a full stop."""
+    return _said(error)[1]
+
+
+def lasting(error: BaseException, parameters: Any) -> BrokerError | None:
+    """The error to report for what trying again cannot mend; None for what it may."""
+    code, said = _said(error)
+    if code in (403, 530):
+        return BrokerError(
+            202,
+            f"{_place(parameters)} says: {said}.",
+            "check user, password and virtual host, and the user's permissions at the broker.",
+        )
+    if code == 404 and "inaccessible" not in said:  # a cluster's node that is down comes back
+        return missing(f"{_place(parameters)} says: {said}.")
+    if code == 406 and "inequivalent" in said:
+        return BrokerError(204, f"{said}.", "use the run's original limits, or another run id.")
+    if code == 406 and "larger than" in said:
+        return BrokerError(203, f"{said}.", "lower run.batch_size, or raise max_message_size at the broker.")
+    return None
+
+
+def missing(what: str) -> BrokerError:
+    """The error for a queue or exchange that does not exist."""
+    return BrokerError(205, what, "open the run first: nightsplit server --open-only.")
+
+
+def unreachable(error: BaseException | None, parameters: Any) -> BrokerError:
+    """The error for a broker that does not answer at all."""
+    return BrokerError(
+        201,
+        f"{_place(parameters)}: {sentence(error)}.",
+        "start the broker, or correct host and port in the address.",
+    )
+
+
+def _place(parameters: Any) -> str:
+    """The broker's address without the password."""
+    user = getattr(parameters.credentials, "username", "")
+    return f"{user}@{parameters.host}:{parameters.port}, virtual host {parameters.virtual_host}"

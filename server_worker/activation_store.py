@@ -1,0 +1,60 @@
+"""Activations that were released once, on the server's disk, to be trained on many times.
+
+One safetensors file per message, read by memory mapping: the store may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from shared.errors import StateError
+
+
+class ActivationStore:
+    """The released activations of one run.
+
+    Args:
+        folder: belongs to this run's server alone.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def put(self, site: str, q: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Store item q of a site durably; storing it again changes nothing.
+
+        Raises:
+            StateError: 501 the disk is full; earlier items are intact.
+        """
+        place = self._place(site, q)
+        draft = place.with_suffix(".draft")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft)
+            with draft.open("rb") as file:
+                os.fsync(file.fileno())
+            draft.rename(place)
+        except OSError as error:
+            needed = sum(tensor.nbytes for tensor in tensors.values())
+            raise StateError(
+                501,
+                f"{place} cannot be written ({error.strerror}); it needs {needed / 2**20:.1f} MiB.",
+                "make room on that disk, then start the server again: it continues where it was.",
+            ) from None
+
+    def get(self, site: str, q: int, rows: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
+        """Item q of a site: all its rows, or only these, in this order."""
+        with safe_open(self._place(site, q), framework="pt") as file:
+            if rows is None:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: torch.stack([part[row] for row in rows]) for name, part in slices.items()}
+
+    def _place(self, site: str, q: int) -> Path:
+        return self._folder / site / f"{q:09d}.safetensors"

@@ -1,0 +1,150 @@
+"""split_frozen: Ha et al. (IEEE Access 2021) with the site's layer detached in time.
+
+Sites release the activations of a bottom that is never trained, once, and may be gone for good.
+The server stores them, and when all have come it trains on them for as many epochs as it likes,
+while no site is online. No gradient returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+
+import torch
+
+from server_worker.activation_store import ActivationStore
+from server_worker.protocols.stream import StreamServer
+from server_worker.top import Top
+from shared.checkpoint import Snapshot
+from shared.config import RunConfig
+from shared.contract import Payload
+from shared.effects import Effect, Record
+from shared.errors import Refused
+from shared.message import Header, Kind, Message
+from shared.protocols.plan import Item, Step
+from shared.seeds import seed_for
+
+Row = tuple[str, int, int]
+"""A stored training sample: site, item, row."""
+
+
+class SplitFrozenServer(StreamServer):
+    """Collects first, trains afterwards.
+
+    Args:
+        store: where released activations are kept.
+    """
+
+    def __init__(
+        self, config: RunConfig, top: Top, contract: Mapping[Kind, Payload], store: ActivationStore
+    ) -> None:
+        super().__init__(config, top, contract)
+        self.journalled = False  # nothing depends on the order of arrival
+        self._store = store
+        self._rows: dict[str, dict[int, int]] = {site: {} for site in config.run.sites}
+        """Number of stored samples per site and item."""
+        self._training: list[Row] = []
+        """All training samples, once collecting is complete."""
+        self._trained = 0
+        """Batches trained on."""
+
+    def choose(self, ready: Set[str]) -> str | None:
+        """See `Role`: any site whose plan is known."""
+        return min((site for site in ready if site in self.sequences), default=None)
+
+    def learn(self, site: str, q: int, item: Item, message: Message) -> list[Effect]:
+        """See `StreamServer`: store, answer nothing."""
+        self._store.put(site, q, message.tensors)
+        self._rows[site][q] = len(message.tensors["smashed"])
+        return []
+
+    def refused(self, header: Header, refusal: Refused) -> list[Effect]:
+        """See `Role`: nothing returns to the site; the report counts the refusal."""
+        self.refusals[header.sender] += 1
+        return self._settle(header.sender, header.seq)
+
+    def complete(self) -> list[Effect]:
+        """Collecting is over; `next` trains."""
+        return []
+
+    def farewell_seq(self, site: str) -> int:
+        """The farewell is the only message that a site ever gets."""
+        return 1
+
+    def next(self) -> list[Effect]:
+        """One training step on stored activations, or the evaluation behind an epoch."""
+        collected = all(s in self.sequences and n == self.sequences[s].last for s, n in self.applied.items())
+        if not collected:
+            return []
+        if not self._training:
+            self._training = self._training_rows()
+        rows = self._training
+        size = self.config.run.batch_size
+        per_epoch = -(-len(rows) // size)
+        epoch, batch = divmod(self._trained, per_epoch)
+        order = torch.randperm(
+            len(rows), generator=torch.Generator().manual_seed(seed_for(self.config.run.seed, "store", epoch + 1))
+        )
+        chosen = order[len(rows) * batch // per_epoch : len(rows) * (batch + 1) // per_epoch].tolist()
+        smashed, targets = self._gather([rows[i] for i in chosen])
+        seed = seed_for(self.config.run.seed, "top", "store", self._trained)
+        effects: list[Effect] = []
+        try:
+            loss, _ = self.top.learn(smashed, targets, seed)
+        except Refused:
+            self.refusals["store"] += 1
+        else:
+            self.steps += 1
+            effects = [Record({"event": "train", "step": self.steps, "epoch": epoch + 1, "loss": loss})]
+        self._trained += 1
+        if batch + 1 == per_epoch:
+            effects += self._evaluate(epoch + 1)
+            if epoch + 1 == self.config.run.epochs or self.evaluation.exhausted:
+                effects += self.end()
+        return effects
+
+    def _training_rows(self) -> list[Row]:
+        return [
+            (site, q, row)
+            for site in self.config.run.sites
+            for q, rows in sorted(self._rows[site].items())
+            if self.sequences[site].plan.item(q).step is Step.TRAIN
+            for row in range(rows)
+        ]
+
+    def _gather(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smashed data (batch, *cut) and targets (batch,) of these rows, in this order."""
+        by_file: dict[tuple[str, int], list[int]] = {}
+        for position, (site, q, _) in enumerate(rows):
+            by_file.setdefault((site, q), []).append(position)
+        parts = {}
+        for (site, q), positions in by_file.items():
+            stored = self._store.get(site, q, [rows[position][2] for position in positions])
+            for offset, position in enumerate(positions):
+                parts[position] = stored["smashed"][offset], stored["targets"][offset]
+        smashed, targets = zip(*(parts[position] for position in range(len(rows))), strict=True)
+        return torch.stack(smashed), torch.stack(targets)
+
+    def _evaluate(self, epoch: int) -> list[Effect]:
+        if epoch % self.config.run.evaluate_every and epoch != self.config.run.epochs:
+            return []
+        effects: list[Effect] = []
+        for site in self.config.run.sites:
+            for q in sorted(self._rows[site]):
+                step = self.sequences[site].plan.item(q).step
+                if step is not Step.TRAIN:
+                    stored = self._store.get(site, q)
+                    self.evaluation.add(site, step, self.top.predict(stored["smashed"]), stored["targets"])
+            effects += self.evaluated(self.evaluation.close(site, epoch))
+        return effects
+
+    def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
+        """See `Role`."""
+        base = super().snapshot(first_unconfirmed)
+        rows = {site: {str(q): n for q, n in items.items()} for site, items in self._rows.items()}
+        return Snapshot(base.tensors, {**base.facts, "rows": rows, "trained": self._trained})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """See `Role`."""
+        super().restore(snapshot)
+        self._trained = snapshot.facts["trained"]
+        self._rows = {s: {int(q): n for q, n in items.items()} for s, items in snapshot.facts["rows"].items()}

@@ -1,0 +1,101 @@
+"""split_u, the U-shaped extension of Ha et al.: the last layers and the labels stay at the site.
+
+    site            server
+    Smashed(q)    ─▶ middle, forward
+    head, loss    ◀─ HeadInput(q)
+    HeadGradient(q)─▶ middle, backward, step
+    bottom, step  ◀─ CutGradient(q)
+
+Of held-out patients the server learns the site's own figures (Report), not their labels.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from server_worker.evaluation import parse_site_metrics
+from server_worker.protocols.stream import StreamServer
+from server_worker.top import Middle
+from shared.checkpoint import Snapshot, flatten, under
+from shared.config import RunConfig
+from shared.contract import Payload
+from shared.effects import Effect
+from shared.errors import Refused
+from shared.message import Header, Kind, Message
+from shared.protocols.plan import Item, Step
+from shared.seeds import seed_for
+
+
+class SplitUServer(StreamServer):
+    """Holds the layers in the middle."""
+
+    top: Middle
+
+    def __init__(self, config: RunConfig, top: Middle, contract: dict[Kind, Payload]) -> None:
+        super().__init__(config, top, contract)
+        self._open: dict[str, dict[int, tuple[int, torch.Tensor]]] = {site: {} for site in config.run.sites}
+        """Version and smashed data of training items whose gradient at the head has not come yet."""
+
+    def learn(self, site: str, q: int, item: Item, message: Message) -> list[Effect]:
+        """See `StreamServer`."""
+        seq, kind = message.header.seq, message.header.kind
+        _, half = self.sequences[site].at(seq)
+        if (half == "first") is not (kind is Kind.SMASHED):
+            raise Refused(304, f"{message.header.message_id} is out of turn.", "run the same version at both sides.")
+        seed = seed_for(self.config.run.seed, "top", site, q)
+        if kind is Kind.SMASHED:
+            smashed = message.tensors["smashed"].clone()
+            training = item.step is Step.TRAIN
+            activations, version = self.top.forward(smashed, seed, training)
+            if training:
+                self._open[site][q] = version, smashed
+            return [self.answer(site, seq, Kind.HEAD_INPUT, {"activations": activations})]
+        if kind is Kind.REPORT:
+            return self._take_report(site, q, item, message)
+        if q not in self._open[site]:
+            raise Refused(304, f"item {q} has no open forward.", "run the same version at both sides.")
+        version, smashed = self._open[site][q]
+        gradient = message.tensors["gradient"]
+        if len(gradient) != len(smashed):
+            raise Refused(306, f"{len(gradient)} gradients for {len(smashed)} samples.", "check the site's head.")
+        at_cut = self.top.backward(smashed, gradient, version, seed)
+        self._close(site, q)
+        record = self.trained(site, q, item, None)
+        return [self.answer(site, seq, Kind.CUT_GRADIENT, {"gradient": at_cut}), record]
+
+    def refused(self, header: Header, refusal: Refused) -> list[Effect]:
+        """See `StreamServer`; an item whose second half was refused is closed without a step."""
+        self._close(header.sender, self.sequences[header.sender].at(header.seq)[0])
+        return super().refused(header, refusal)
+
+    def _close(self, site: str, q: int) -> None:
+        self._open[site].pop(q, None)
+        self.top.forget({version for items in self._open.values() for version, _ in items.values()})
+
+    def _take_report(self, site: str, q: int, item: Item, message: Message) -> list[Effect]:
+        effects: list[Effect] = []
+        self._close(site, q)  # a training item is reported when its head input could not be used
+        if self.sequences[site].plan.ends_block(q):
+            try:
+                metrics = parse_site_metrics(str(message.scalars["metrics"]))
+            except ValueError as error:
+                raise Refused(304, f"the report's metrics: {error}.", "run the same version at both sides.") from None
+            effects = self.evaluated(self.evaluation.report(site, item.epoch, metrics))
+        return [self.answer(site, message.header.seq, Kind.NOTED), *effects]
+
+    def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
+        """See `Role`."""
+        base = super().snapshot(first_unconfirmed)
+        tensors = dict(base.tensors)
+        versions = {}
+        for site, items in self._open.items():
+            tensors.update(flatten(f"open/{site}", {str(q): smashed for q, (_, smashed) in items.items()}))
+            versions[site] = {str(q): version for q, (version, _) in items.items()}
+        return Snapshot(tensors, {**base.facts, "open": versions})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """See `Role`."""
+        super().restore(snapshot)
+        for site, versions in snapshot.facts["open"].items():
+            smashed = under(f"open/{site}", snapshot.tensors)
+            self._open[site] = {int(q): (version, smashed[q]) for q, version in versions.items()}

@@ -1,0 +1,179 @@
+"""Checkpoints: atomic, verified snapshots on disk.
+
+    <folder>/<fence>-<counter>/tensors.safetensors   every tensor of the snapshot
+                              /manifest.json         facts, engine state, sha256 of the tensors
+
+A checkpoint is written beside its place, forced to disk, and renamed: it is there whole or not at
+all. Its name alone does not make it count: a `Pointer` (fence, counter, sha256 of the manifest)
+kept in the run store does, where several servers could write (docs/delivery.md, rule 7).
+The newest `keep` stay; when the newest is damaged, the one before it is used.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from shared.errors import StateError
+from shared.store import Pointer
+
+TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """State as plain data.
+
+    Attributes:
+        tensors: CPU tensors by name, never changed after the snapshot was taken.
+        facts: what JSON can hold, by name.
+    """
+
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Checkpoints:
+    """The checkpoints of one worker in one run.
+
+    Args:
+        folder: belongs to this worker alone.
+        keep: how many stay; a damaged newest one costs nothing while an older one is there.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def write(self, fence: int, counter: int, snapshot: Snapshot) -> Pointer:
+        """Make a snapshot durable.
+
+        Raises:
+            StateError: 501 the disk is full; older checkpoints are intact.
+        """
+        place = self.folder / f"{fence:06d}-{counter:09d}"
+        draft = self.folder / f".{place.name}.draft"
+        try:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+            save_file({name: tensor.contiguous() for name, tensor in snapshot.tensors.items()}, draft / TENSORS)
+            manifest = json.dumps(
+                {"facts": snapshot.facts, "tensors_sha256": _sha256(draft / TENSORS)}, sort_keys=True
+            ).encode()
+            (draft / MANIFEST).write_bytes(manifest)
+            for part in (draft / TENSORS, draft / MANIFEST, draft):
+                _force_to_disk(part)
+            shutil.rmtree(place, ignore_errors=True)
+            draft.rename(place)
+            _force_to_disk(self.folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise _write_failed(error, self.folder, snapshot) from None
+        return Pointer(fence, counter, hashlib.sha256(manifest).hexdigest())
+
+    def prune(self) -> None:
+        """Remove all but the newest `keep`."""
+        for place in self._places()[: -self.keep]:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def load(self, pointer: Pointer | None = None) -> tuple[Pointer, Snapshot, list[str]] | None:
+        """The newest valid checkpoint that counts, and what was passed over on the way to it.
+
+        Args:
+            pointer: the newest one that counts; None where this worker is the only writer.
+
+        Returns:
+            None when nothing was ever written.
+
+        Raises:
+            StateError: 502 there were checkpoints, and none of them can be trusted.
+        """
+        damaged: list[str] = []
+        for place in reversed(self._places()):
+            fence, counter = _numbers(place)
+            if pointer is not None and (fence, counter) > (pointer.fence, pointer.counter):
+                continue  # written, but its pointer was never moved: it does not count
+            try:
+                snapshot, sha256 = _read(place)
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
+                damaged.append(f"{place.name}: {error}")
+                continue
+            if pointer is not None and (fence, counter) == (pointer.fence, pointer.counter):
+                if sha256 != pointer.sha256:
+                    damaged.append(f"{place.name}: not the one that the run store names")
+                    continue
+            return Pointer(fence, counter, sha256), snapshot, damaged
+        if damaged or pointer is not None:
+            raise StateError(
+                502,
+                f"{self.folder}: {'; '.join(damaged) or 'the checkpoint that the run store names is not here'}.",
+                "restore the folder from a backup, or start the run anew under another id; it is never restarted silently.",
+            )
+        return None
+
+    def _places(self) -> list[Path]:
+        """Checkpoint folders, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted((place for place in self.folder.iterdir() if not place.name.startswith(".")), key=_numbers)
+
+
+def _numbers(place: Path) -> tuple[int, int]:
+    fence, _, counter = place.name.partition("-")
+    return int(fence), int(counter)
+
+
+def _read(place: Path) -> tuple[Snapshot, str]:
+    content = (place / MANIFEST).read_bytes()
+    manifest = json.loads(content)
+    if _sha256(place / TENSORS) != manifest["tensors_sha256"]:
+        raise ValueError("tensors are damaged")
+    return Snapshot(load_file(place / TENSORS), manifest["facts"]), hashlib.sha256(content).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _force_to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_failed(error: Exception, folder: Path, snapshot: Snapshot) -> StateError:
+    needed = sum(tensor.nbytes for tensor in snapshot.tensors.values())
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    what = "is full" if full else f"cannot be written ({error})"
+    return StateError(
+        501,
+        f"{folder} {what}; a checkpoint needs {needed / 2**20:.1f} MiB. The last checkpoint is intact.",
+        "make room on that disk, then start the worker again: it continues where it was.",
+    )
+
+
+def flatten(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Entries for `Snapshot.tensors`: CPU copies under `prefix/`."""
+    for name, tensor in tensors.items():
+        yield f"{prefix}/{name}", tensor.detach().to("cpu", copy=True)
+
+
+def under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The entries that `flatten` stored under `prefix/`."""
+    return {
+        name.removeprefix(f"{prefix}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}/")
+    }

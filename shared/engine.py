@@ -1,0 +1,446 @@
+"""The one loop that runs every role, and makes it exactly-once in effect.
+
+    recover   newest valid checkpoint ─▶ role.restore
+    loop      delivery ─▶ mark check ─▶ role.on ─▶ effects ─▶ publish            [1] apply
+              every N deliveries or T seconds:
+                 snapshot(role state, marks, position)
+                 wait, while working on, until what it counts as sent is confirmed [2] confirm
+                 write, force to disk, rename, move the pointer                    [3] checkpoint
+                 ack what the *oldest kept* checkpoint contains                    [4] ack
+
+Inputs stay at the broker until a checkpoint that contains their effect is durable, twice over:
+the broker is the write-ahead log. A crash before [3] replays the same inputs from the same state
+and publishes byte-equal messages again, which receivers drop by their marks; a crash after [3]
+gets deliveries below the marks, and only acknowledges them. docs/delivery.md has the whole contract.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from broker.base import Confirmed, Delivery, Link, Queue, Recovered, Trouble
+from shared import wire
+from shared.checkpoint import Checkpoints, Snapshot
+from shared.effects import Effect, Finish, Record, Send
+from shared.errors import Refused, StateError
+from shared.message import UNSEQUENCED, Header, Message
+from shared.roles import Role
+from shared.store import Pointer
+
+
+class Authority(Protocol):
+    """What lets this worker's checkpoints count, where several workers could hold the role."""
+
+    @property
+    def fence(self) -> int:
+        """Incarnation of the server; 0 at a site."""
+
+    def pointer(self) -> Pointer | None:
+        """The newest checkpoint that counts; None at a site, or when none was written."""
+
+    def move_pointer(self, pointer: Pointer) -> bool:
+        """Make a checkpoint count; False when a later incarnation took over."""
+
+    def journal(self, position: int, sender: str) -> str:
+        """Write down, durably, who is applied at `position`; returns who was written down first."""
+
+    def journalled(self, position: int) -> str | None:
+        """Who was written down at `position`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where messages to one peer go, and where messages from it come from."""
+
+    outgoing: Queue
+    incoming: Queue
+    dead: Queue
+
+
+@dataclass(slots=True)
+class Progress:
+    """Counts since this process started, and the present state, for `status`."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    trouble: str | None = None
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A snapshot that waits until the sends it counts are confirmed."""
+
+    snapshot: Snapshot
+    contains: list[Delivery]
+    waiting_for: set[str]
+
+
+class Engine:
+    """Runs one role over one link until it finishes or is told to stop.
+
+    Args:
+        run: id of the run.
+        role: what to run.
+        link: consumes the incoming queue of every route.
+        routes: by peer name.
+        checkpoints: this worker's.
+        authority: lets checkpoints count.
+        record: takes the role's lines of metrics.
+        message_bytes: largest message, both ways.
+        interval_seconds: longest time between checkpoints while there is something to save.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        role: Role,
+        link: Link,
+        routes: Mapping[str, Route],
+        checkpoints: Checkpoints,
+        authority: Authority,
+        record: Callable[[Record], None] = lambda line: None,
+        message_bytes: int = 16 * 2**20,
+        interval_seconds: float = 30.0,
+    ) -> None:
+        self.progress = Progress()
+        self._run = run
+        self._role = role
+        self._link = link
+        self._routes = routes
+        self._senders = {route.incoming.name: peer for peer, route in routes.items()}
+        self._checkpoints = checkpoints
+        self._authority = authority
+        self._record = record
+        self._message_bytes = message_bytes
+        self._interval = interval_seconds
+        # A quarter of the prefetch each for: messages out of order, applied since the last
+        # snapshot, in a snapshot being confirmed, and in the newest of the two kept checkpoints.
+        self._share = max(1, link.prefetch // 4)
+
+        self.marks = dict.fromkeys(routes, 0)
+        """Last applied seq per sender."""
+        self.position = 0
+        """Messages applied in sequence, over all senders."""
+        self._counter = 0
+        self._inbox: dict[str, dict[int, Delivery]] = {peer: {} for peer in routes}
+        self._applied: list[Delivery] = []
+        self._applied_per_queue: Counter[str] = Counter()
+        self._batches: deque[list[Delivery]] = deque()
+        self._pending: _Pending | None = None
+        self._sent: dict[str, tuple[str, int]] = {}
+        """Receiver and seq of what was sent in sequence and is not confirmed."""
+        self._latest: dict[str, int] = {}
+        self._dirty = False
+        self._last_snapshot = time.monotonic()
+        self._finish: Finish | None = None
+        self._replaying = True
+        """The journal may hold entries beyond the checkpoint; a replay follows them."""
+        self._written: str | None = None
+        """Who the journal says is next, once it was asked."""
+
+    def recover(self) -> list[str]:
+        """Restore the newest checkpoint that counts; returns a line for each one passed over."""
+        found = self._checkpoints.load(self._authority.pointer())
+        if found is None:
+            return []
+        pointer, snapshot, damaged = found
+        engine = snapshot.facts["engine"]
+        if engine["run"] != self._run or set(engine["marks"]) != set(self.marks):
+            raise StateError(
+                506,
+                f"{self._checkpoints.folder} holds run {engine['run']} with {', '.join(engine['marks'])}.",
+                "give every run and worker its own state folder.",
+            )
+        self.marks, self.position, self._counter = engine["marks"], engine["position"], pointer.counter
+        self._role.restore(Snapshot(snapshot.tensors, snapshot.facts["role"]))
+        return damaged
+
+    def run(self, stop: Callable[[], bool], idle_seconds: float | None = None) -> bool:
+        """Work until the role has finished, `stop()` holds, or nothing happened for `idle_seconds`.
+
+        Returns:
+            Whether the role has finished. If not, what was done is in a checkpoint, or will be
+            done again from the broker's copies.
+
+        Raises:
+            StateError: 501 disk full, 505 another server took over.
+            BrokerError: what no retry can mend.
+        """
+        self.start()
+        last_event = time.monotonic()
+        while not self.finished and not stop():
+            if self.step(0.1):
+                last_event = time.monotonic()
+            elif idle_seconds is not None and not self._link.unconfirmed:
+                if time.monotonic() - last_event > idle_seconds:
+                    break
+        self.leave()
+        return self.finished
+
+    def start(self) -> None:
+        """Let the role begin."""
+        self._perform(self._role.start())
+
+    @property
+    def finished(self) -> bool:
+        """Whether the role's work is done."""
+        return self._finish is not None
+
+    def step(self, wait: float) -> bool:
+        """One turn of the loop; waits up to `wait` seconds when there is nothing to do. Whether there was."""
+        worked = self._apply() or self._work()
+        self._unblock()
+        received = self._receive(0.0 if worked else wait)
+        self._save_if_due()
+        return worked or received
+
+    def leave(self) -> None:
+        """Make the end durable, or what was done so far."""
+        if self._finish is not None:
+            self._end(self._finish)
+        elif self._dirty and (self._role.rederives or not self._link.unconfirmed):
+            self._save_now()
+
+    # -- [1] apply -----------------------------------------------------------------------------
+
+    def _receive(self, timeout: float) -> bool:
+        """Take in all events there are; whether there were any."""
+        event = self._link.receive(timeout)
+        received = event is not None
+        while event is not None:
+            match event:
+                case Delivery():
+                    self._take(event)
+                case Confirmed(message_id):
+                    self._confirmed(message_id)
+                case Trouble(reason):
+                    self.progress.trouble = reason
+                case Recovered():
+                    self.progress.trouble = None
+            event = self._link.receive(0.0)
+        return received
+
+    def _take(self, delivery: Delivery) -> None:
+        """Sort a delivery: to be applied in its turn, applied now, a duplicate, or refused."""
+        sender = self._senders[delivery.queue]
+        try:
+            header = wire.peek(delivery.body)
+            if (header.run, header.sender, header.receiver) != (self._run, sender, self._role.name):
+                raise Refused(
+                    310,
+                    f"{header.message_id} came through {delivery.queue}.",
+                    "check which worker publishes to that queue.",
+                )
+            if header.kind in UNSEQUENCED:
+                message = self._decode(header, delivery)
+                self._perform(self._role.on(message))
+                self._keep_until_saved(delivery)
+                return
+        except Refused as refusal:
+            self._to_dead_letters(delivery, sender, refusal)
+            return
+        if header.seq <= self.marks[sender]:
+            self.progress.counts["duplicates"] += 1
+            self._keep_until_saved(delivery)
+        elif header.seq in self._inbox[sender]:
+            self.progress.counts["duplicates"] += 1
+            self._keep_until_saved(self._inbox[sender][header.seq])
+            self._inbox[sender][header.seq] = delivery  # the older copy may be from before a reconnect
+        else:
+            self._inbox[sender][header.seq] = delivery
+
+    def _apply(self) -> bool:
+        """Apply the message whose turn it is, if it is here."""
+        if not self._role.rederives and self._broker_is_busy():
+            return False  # its reply could not be sent yet
+        sender = self._whose_turn(self._ready())
+        if sender is None:
+            return False
+        seq = self.marks[sender] + 1
+        delivery = self._inbox[sender].pop(seq)
+        header = wire.peek(delivery.body)
+        try:
+            effects = self._role.on(self._decode(header, delivery))
+        except Refused as refusal:
+            # Refusing counts as applying: a later message must not wait for this one for ever.
+            effects = self._role.refused(header, refusal)
+            self._to_dead_letters(delivery, sender, refusal)
+        else:
+            self._keep_until_saved(delivery)
+        self.marks[sender] = seq
+        self.position += 1
+        self._written = None
+        self.progress.counts["applied"] += 1
+        self._perform(effects)
+        return True
+
+    def _ready(self) -> set[str]:
+        return {sender for sender, held in self._inbox.items() if self.marks[sender] + 1 in held}
+
+    def _whose_turn(self, ready: set[str]) -> str | None:
+        if not self._role.journalled:
+            return self._role.choose(ready)
+        position = self.position + 1
+        if self._replaying and self._written is None:
+            self._written = self._authority.journalled(position)
+            self._replaying = self._written is not None
+        if self._written is None and (chosen := self._role.choose(ready)) is not None:
+            self._written = self._authority.journal(position, chosen)
+        return self._written if self._written in ready else None
+
+    def _unblock(self) -> None:
+        """A full prefetch with nothing to apply would wait for ever: save, acknowledge, then ask for more."""
+        for sender, held in self._inbox.items():
+            if not held or self.marks[sender] + 1 in held:
+                continue
+            unsaved = [self._applied, self._pending.contains if self._pending else [], *self._batches]
+            queue = self._routes[sender].incoming.name
+            kept = sum(delivery.queue == queue for batch in unsaved for delivery in batch)
+            if len(held) + kept >= self._link.prefetch:
+                if kept:
+                    self._save_if_due(force=True)
+                else:
+                    self._link.raise_prefetch(2 * self._link.prefetch)
+
+    def _broker_is_busy(self) -> bool:
+        """Never run far ahead of the oldest unconfirmed: a gap must fit into the receiver's prefetch."""
+        oldest: dict[str, int] = {}
+        for receiver, seq in self._sent.values():
+            oldest[receiver] = min(seq, oldest.get(receiver, seq))
+        return any(self._latest[receiver] - seq + 1 >= self._share for receiver, seq in oldest.items())
+
+    def _decode(self, header: Header, delivery: Delivery) -> Message:
+        payload = self._role.payload(header.kind)
+        if payload is None:
+            raise Refused(303, f"{header.kind} is not used here.", "check that both sides run the same protocol.")
+        return wire.decode(delivery.body, payload, self._message_bytes)
+
+    def _to_dead_letters(self, delivery: Delivery, sender: str, refusal: Refused) -> None:
+        """Publish a copy with the reason; the original is acknowledged like an applied message."""
+        self.progress.counts["refused"] += 1
+        copy_id = f"dead/{delivery.message_id}/{self.progress.counts['refused']}"
+        self._link.publish(
+            self._routes[sender].dead,
+            copy_id,
+            [delivery.body],
+            {"number": str(refusal.number), "reason": str(refusal), "sender": sender, "queue": delivery.queue},
+        )
+        self._keep_until_saved(delivery)
+
+    def _keep_until_saved(self, delivery: Delivery) -> None:
+        # Only the tag is still needed: a body kept here would hold a night's memory.
+        self._applied.append(replace(delivery, body=b""))
+        self._applied_per_queue[delivery.queue] += 1
+        self._dirty = True
+
+    # -- effects -------------------------------------------------------------------------------
+
+    def _work(self) -> bool:
+        """Ask the role for more, unless the broker is still busy with what it was given."""
+        if self._broker_is_busy():
+            return False
+        effects = self._role.next()
+        self._perform(effects)
+        return bool(effects)
+
+    def _perform(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Send():
+                    self._send(effect)
+                case Record():
+                    self._record(effect)
+                case Finish():
+                    self._finish = effect
+        self._dirty = self._dirty or bool(effects)
+
+    def _send(self, send: Send) -> None:
+        header = Header(
+            self._run, self._role.name, send.receiver, send.kind, send.seq, send.reply_to, send.version,
+            self._authority.fence,
+        )  # fmt: skip
+        payload = self._role.payload(send.kind)
+        assert payload is not None, f"the role has no contract for {send.kind}"
+        body = wire.encode(Message(header, send.tensors, send.scalars), payload, self._message_bytes)
+        self._link.publish(self._routes[send.receiver].outgoing, header.message_id, body)
+        if send.seq:
+            self._sent[header.message_id] = send.receiver, send.seq
+            self._latest[send.receiver] = send.seq
+        self.progress.counts["sent"] += 1
+
+    # -- [2] confirm, [3] checkpoint, [4] ack ---------------------------------------------------
+
+    def _confirmed(self, message_id: str) -> None:
+        self._sent.pop(message_id, None)
+        self.progress.counts["confirmed"] += 1
+        if self._pending is not None:
+            self._pending.waiting_for.discard(message_id)
+
+    def _save_if_due(self, force: bool = False) -> None:
+        if self._pending is not None:
+            if not self._pending.waiting_for:
+                self._commit(self._pending)
+            return
+        full = max(self._applied_per_queue.values(), default=0) >= self._share
+        # Without the second half, the last batch of a quiet day would stay unacknowledged until
+        # the broker closes the channel (consumer_timeout).
+        late = (self._dirty or any(self._batches)) and time.monotonic() - self._last_snapshot > self._interval
+        if force or full or late:
+            self._pending = self._snapshot()
+
+    def _save_now(self) -> None:
+        """A checkpoint of this moment; for a role that cannot rederive, once its sends are confirmed."""
+        while self._pending is not None:
+            self._receive(0.1)
+            self._save_if_due()
+        pending = self._snapshot()
+        while pending.waiting_for:
+            self._pending = pending
+            self._receive(0.1)
+        self._commit(pending)
+
+    def _snapshot(self) -> _Pending:
+        role = self._role.snapshot(min((seq for _, seq in self._sent.values()), default=None))
+        engine = {"run": self._run, "marks": dict(self.marks), "position": self.position}
+        pending = _Pending(
+            Snapshot(role.tensors, {"engine": engine, "role": role.facts}),
+            self._applied,
+            # Copies for the dead letter queue cannot be made again by any role.
+            {sent for sent in self._link.unconfirmed if not (self._role.rederives and sent in self._sent)},
+        )
+        self._applied = []
+        self._applied_per_queue.clear()
+        self._dirty = False
+        self._last_snapshot = time.monotonic()
+        return pending
+
+    def _commit(self, pending: _Pending) -> None:
+        self._pending = None
+        self._counter += 1
+        pointer = self._checkpoints.write(self._authority.fence, self._counter, pending.snapshot)
+        if not self._authority.move_pointer(pointer):
+            raise StateError(
+                505,
+                f"a server with a higher fence than {self._authority.fence} is active.",
+                "nothing is lost; stop this worker, or the other one.",
+            )
+        self._checkpoints.prune()
+        self.progress.counts["checkpoints"] += 1
+        self._batches.append(pending.contains)
+        while len(self._batches) >= self._checkpoints.keep:
+            for delivery in self._batches.popleft():
+                self._link.acknowledge(delivery)
+
+    def _end(self, finish: Finish) -> None:
+        """Every kept checkpoint holds the end; only then the farewell, and the last acknowledgements."""
+        for _ in range(self._checkpoints.keep):
+            self._save_now()
+        self._perform(list(finish.farewell))
+        while not self._role.rederives and self._link.unconfirmed:
+            self._receive(0.1)
+        while self._batches:
+            for delivery in self._batches.popleft():
+                self._link.acknowledge(delivery)

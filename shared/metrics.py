@@ -1,0 +1,53 @@
+"""The figures by which a model is judged on held-out patients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from sklearn.metrics import balanced_accuracy_score, mean_absolute_error, r2_score, roc_auc_score
+
+from shared.config import DataSection, TaskSection
+from shared.tasks import loss_of
+
+Metrics = dict[str, float | None]
+"""`samples`, `loss`, and the task's figures; None where one is undefined (AUC of a single class)."""
+
+HEADLINE: Mapping[str, str] = {"binary": "auc", "multiclass": "balanced_accuracy", "regression": "mae"}
+"""The figure that reports lead with, by kind of task."""
+
+
+def measure(task: TaskSection, data: DataSection, outputs: torch.Tensor, targets: torch.Tensor) -> Metrics:
+    """Judge predictions on held-out samples; shapes as in `loss_of`, regression in the target's own unit."""
+    if len(outputs) == 0:
+        return {"samples": 0.0, "loss": None}
+    metrics: Metrics = {"samples": float(len(outputs)), "loss": loss_of(task, outputs, targets).item()}
+    truth = targets.numpy()
+    if task.kind == "regression":
+        predicted = outputs.squeeze(1).numpy() * data.target_spread + data.target_mean
+        truth = truth * data.target_spread + data.target_mean
+        metrics["mae"] = float(mean_absolute_error(truth, predicted))
+        metrics["r2"] = float(r2_score(truth, predicted)) if len(truth) > 1 else None
+        return metrics
+    several = len(np.unique(truth)) == (2 if task.kind == "binary" else task.classes)
+    if task.kind == "binary":
+        scores = torch.sigmoid(outputs.squeeze(1)).numpy()
+        chosen = (scores > 0.5).astype(truth.dtype)
+    else:
+        scores = torch.softmax(outputs, 1).numpy()
+        chosen = scores.argmax(1)
+    metrics["auc"] = float(roc_auc_score(truth, scores, multi_class="ovr")) if several else None
+    metrics["balanced_accuracy"] = float(balanced_accuracy_score(truth, chosen)) if several else None
+    return metrics
+
+
+def overall(sites: Sequence[Metrics]) -> Metrics:
+    """Mean over sites weighted by samples; a figure that is undefined at a site leaves that site out."""
+    names = dict.fromkeys(name for metrics in sites for name in metrics if name != "samples")
+    result: Metrics = {"samples": sum(metrics["samples"] or 0.0 for metrics in sites)}
+    for name in names:
+        known = [(m["samples"] or 0.0, value) for m in sites if (value := m.get(name)) is not None]
+        total = sum(samples for samples, _ in known)
+        result[name] = sum(samples * value for samples, value in known) / total if total else None
+    return result

@@ -1,0 +1,94 @@
+"""SQLite as a durable file that several processes of one host share.
+
+What was committed survives a power cut (write-ahead log, synchronous=FULL). A writer that finds
+the file locked waits; SQLite does not queue those who wait, so keep transactions short.
+"""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shared.errors import BrokerError
+
+BUSY_SECONDS = 5.0
+"""How long a transaction waits for the transactions of others before it fails as locked."""
+
+
+def open_database(path: Path, schema: str) -> sqlite3.Connection:
+    """Open `path`, creating it and its folder, and run `schema`, which must be repeatable.
+
+    Raises:
+        OSError, sqlite3.Error: see `broker_errors`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    database = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    patience = time.monotonic() + 2 * BUSY_SECONDS
+    while True:
+        try:
+            database.execute("PRAGMA journal_mode=WAL")
+            database.execute("PRAGMA synchronous=FULL")
+            database.executescript(schema)
+            return database
+        except sqlite3.OperationalError as error:
+            # Two processes that create the file at once: here SQLite fails without waiting.
+            if not is_locked(error) or time.monotonic() > patience:
+                database.close()
+                raise
+            time.sleep(0.01)
+        except BaseException:
+            database.close()
+            raise
+
+
+@contextmanager
+def transaction(database: sqlite3.Connection) -> Iterator[None]:
+    """All or nothing, alone among writers; durable when the block has ended."""
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        database.execute("COMMIT")
+    except BaseException:
+        if database.in_transaction:
+            database.execute("ROLLBACK")
+        raise
+
+
+@contextmanager
+def broker_errors(number: int, place: Path) -> Iterator[None]:
+    """Tell what goes wrong with the file as error `number`.
+
+    Raises:
+        BrokerError: `number`, in place of an OSError or sqlite3.Error.
+    """
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        raise BrokerError(
+            number,
+            f"{place}: {explain(error)}.",
+            "use a folder on a local disk that may be written and has room.",
+        ) from None
+
+
+def is_locked(error: Exception) -> bool:
+    """Whether only another process's transaction stands in the way."""
+    # Extended codes carry the primary code in their low byte.
+    return (
+        isinstance(error, sqlite3.Error)
+        and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+    )
+
+
+def explain(error: Exception) -> str:
+    """One clause on what happened, in words of the disk."""
+    full_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full_disk or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        return "disk is full"
+    if is_locked(error):
+        return "another process has been holding the database"
+    return str(error)

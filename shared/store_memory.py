@@ -1,0 +1,92 @@
+"""The run store inside one process, for unit tests: workers in one process share the object."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+
+from shared.message import Scalar
+from shared.store import Pointer, RunStore, Status
+
+
+class MemoryStore(RunStore):
+    """A store that outlives its users, not the process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._statuses: dict[str, tuple[dict[str, Scalar | None], float]] = {}
+        self._fence = 0
+        self._owner: str | None = None
+        self._expires = 0.0
+        self._pointer: Pointer | None = None
+        self._journal: dict[int, str] = {}
+
+    def put_status(self, worker: str, facts: Mapping[str, Scalar | None]) -> None:
+        """See `RunStore`."""
+        with self._lock:
+            self._statuses[worker] = (dict(facts), time.monotonic())
+
+    def statuses(self) -> dict[str, Status]:
+        """See `RunStore`."""
+        with self._lock:
+            now = time.monotonic()
+            return {name: Status(name, facts, now - then) for name, (facts, then) in self._statuses.items()}
+
+    def acquire_lease(self, owner: str, ttl_seconds: float) -> int | None:
+        """See `RunStore`."""
+        with self._lock:
+            now = time.monotonic()
+            if self._owner not in (None, owner) and now < self._expires:
+                return None
+            self._fence += 1
+            self._owner, self._expires = owner, now + ttl_seconds
+            return self._fence
+
+    def renew_lease(self, owner: str, fence: int, ttl_seconds: float) -> bool:
+        """See `RunStore`."""
+        with self._lock:
+            if (owner, fence) != (self._owner, self._fence):
+                return False
+            self._expires = time.monotonic() + ttl_seconds
+            return True
+
+    def release_lease(self, owner: str, fence: int) -> None:
+        """See `RunStore`."""
+        with self._lock:
+            if (owner, fence) == (self._owner, self._fence):
+                self._owner = None
+
+    def pointer(self) -> Pointer | None:
+        """See `RunStore`."""
+        with self._lock:
+            return self._pointer
+
+    def move_pointer(self, pointer: Pointer) -> bool:
+        """See `RunStore`."""
+        with self._lock:
+            if pointer.fence < self._fence:
+                return False
+            self._pointer = pointer
+            return True
+
+    def journal(self, position: int, sender: str) -> str:
+        """See `RunStore`."""
+        with self._lock:
+            return self._journal.setdefault(position, sender)
+
+    def journalled(self, position: int) -> str | None:
+        """See `RunStore`."""
+        with self._lock:
+            return self._journal.get(position)
+
+    def clear(self) -> None:
+        """See `RunStore`."""
+        with self._lock:
+            self._forget()
+
+    def close(self) -> None:
+        """Keep everything: other workers may share the object."""

@@ -1,0 +1,34 @@
+"""The run store that an address names. `MemoryStore` has none: its users share the object."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shared.errors import ConfigError
+from shared.store import RunStore
+from shared.store_redis import RedisStore
+from shared.store_sqlite import SqliteStore
+
+
+def open_store(address: str, run: str, base: Path) -> RunStore:
+    """Open the store of `run` at "sqlite:file", "redis://..." or "rediss://...".
+
+    Args:
+        address: as in run.toml.
+        run: id of the run.
+        base: folder to which a relative file belongs.
+
+    Raises:
+        ConfigError: 107 for any other address.
+        BrokerError: 207 when the store cannot be reached.
+    """
+    scheme, _, rest = address.partition(":")
+    if scheme == "sqlite" and rest:
+        return SqliteStore(base / rest, run)
+    if scheme in ("redis", "rediss"):
+        return RedisStore(address, run)
+    raise ConfigError(
+        107,
+        f'the store\'s address has the unknown scheme "{scheme}".',
+        'write "sqlite:file" for one host, or "redis://host:6379/0".',
+    )

@@ -1,0 +1,168 @@
+"""The site's layers, which learn from gradients that come late.
+
+The forward of item q uses the retained version q - window, and the gradient that answers it may
+arrive when other gradients were applied in between, or in another process on another day. So the
+weights of all versions still in flight are kept (the bottom is small), and the forward is
+recomputed from (version, inputs, seed) when the gradient arrives:
+
+    version      0 ──g1──▶ 1 ──g2──▶ 2 ──g3──▶ 3        one step per answered item
+    forward      of items 1..W      W+1      W+2        each by its retained version
+    gradient g_q is taken at version_of(q), and applied to the present weights
+
+While a process lives, the graph of a forward is still there when its gradient arrives, and saves
+recomputing it; the result is the same to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from shared.checkpoint import flatten, under
+from shared.config import OptimizerSection
+from shared.seeds import seeded
+from shared.training import make_optimizer, optimizer_tensors, restore_optimizer
+
+GRAPHS = 8
+"""Forwards whose graph is kept. A longer window is answered hours later, by a recomputation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """One version of the bottom. Tensors are shared between versions and never changed."""
+
+    parameters: Mapping[str, torch.Tensor]
+    buffers: Mapping[str, torch.Tensor]
+
+    def all(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers by name."""
+        return {**self.parameters, **self.buffers}
+
+
+class Bottom:
+    """The layers in front of the cut, with their versions and their optimizer.
+
+    Args:
+        module: the layers; moved to `device`.
+        optimizer: as in run.toml.
+        device: where it computes. Tensors go in and come out on the CPU.
+
+    Attributes:
+        version: answered items so far; names the present weights.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: OptimizerSection, device: str) -> None:
+        self.module = module.to(device)
+        self.version = 0
+        self._optimizer = make_optimizer(optimizer, module.parameters())
+        self._device = device
+        self._versions = {0: self._present()}
+        self._graphs: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
+        # A kept graph has already counted its batch into running statistics: those must be
+        # counted when the gradient is applied, so a bottom with buffers always recomputes.
+        self._keeps_graphs = not dict(module.named_buffers())
+
+    def forward(self, q: int, version: int, inputs: torch.Tensor, seed: int, training: bool) -> torch.Tensor:
+        """Smashed data (batch, *cut) of item q by a retained version; changes no weights.
+
+        Args:
+            q: the item, under which its graph may be kept.
+            version: a retained version.
+            inputs: (batch, ...) float32.
+            seed: of dropout.
+            training: training or evaluation mode.
+        """
+        keep = training and self._keeps_graphs and len(self._graphs) < GRAPHS
+        with torch.set_grad_enabled(keep):
+            outputs, parameters, _ = self._run(self._versions[version], inputs, seed, training)
+        if keep and outputs.requires_grad:
+            self._graphs[q] = outputs, parameters
+        return outputs.detach().cpu()
+
+    def learn(self, q: int, version: int, inputs: torch.Tensor, seed: int, gradient: torch.Tensor) -> None:
+        """Apply the gradient (batch, *cut) of training item q, whose forward used `version`."""
+        buffers: Mapping[str, torch.Tensor] = {}
+        if q in self._graphs:
+            outputs, parameters = self._graphs.pop(q)
+        else:
+            used = Weights(self._versions[version].parameters, self._versions[self.version].buffers)
+            outputs, parameters, buffers = self._run(used, inputs, seed, training=True)
+        if outputs.requires_grad:
+            gradients = torch.autograd.grad(outputs, parameters, gradient.to(self._device))
+            for parameter, its_gradient in zip(self.module.parameters(), gradients, strict=True):
+                parameter.grad = its_gradient
+            self._optimizer.step()
+        self.module.load_state_dict(buffers, strict=False)
+        self._advance(self._present())
+
+    def pass_over(self, q: int) -> None:
+        """Item q is answered without a gradient."""
+        self._graphs.pop(q, None)
+        self._advance(self._versions[self.version])
+
+    def merge(self, version: int, mean: Mapping[str, torch.Tensor]) -> None:
+        """Take over averaged weights; `version` is what this site had sent.
+
+        Steps made since that version are kept on top: with window 1 there are none, and the
+        present weights become the mean itself.
+        """
+        sent, present = self._versions[version].all(), self._versions[self.version].all()
+        merged = {name: mean[name].to(self._device) + (present[name] - sent[name]) for name in mean}
+        self.module.load_state_dict(merged, strict=False)
+        self._advance(self._present())
+
+    def weights(self, version: int) -> dict[str, torch.Tensor]:
+        """Parameters and buffers of a retained version; not to be changed."""
+        return self._versions[version].all()
+
+    def forget(self, below: int) -> None:
+        """Drop versions that no item can need any more."""
+        self._versions = {version: kept for version, kept in self._versions.items() if version >= below}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Entries for a snapshot."""
+        entries = dict(flatten("optimizer", optimizer_tensors(self._optimizer)))
+        for version, kept in self._versions.items():
+            # Versions without a step between them share their weights; so do their entries.
+            if version == min(self._versions) or kept is not self._versions[version - 1]:
+                entries.update(flatten(f"bottom/{version}", kept.all()))
+        entries["versions"] = torch.tensor([min(self._versions), self.version])
+        return entries
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Continue from `state`."""
+        first, self.version = (int(version) for version in tensors["versions"])
+        self._versions, self._graphs = {}, {}
+        for version in range(first, self.version + 1):
+            stored = under(f"bottom/{version}", tensors)
+            if stored or version == first:
+                self.module.load_state_dict(stored)
+                self._versions[version] = self._present()
+            else:
+                self._versions[version] = self._versions[version - 1]
+        restore_optimizer(self._optimizer, under("optimizer", tensors))
+
+    def _run(
+        self, weights: Weights, inputs: torch.Tensor, seed: int, training: bool
+    ) -> tuple[torch.Tensor, list[torch.Tensor], dict[str, torch.Tensor]]:
+        """Outputs, the leaves they depend on, and the buffers after the run."""
+        parameters = {name: tensor.detach().requires_grad_() for name, tensor in weights.parameters.items()}
+        buffers = {name: tensor.clone() for name, tensor in weights.buffers.items()}
+        self.module.train(training)
+        with seeded(seed, self._device):
+            outputs = functional_call(self.module, {**parameters, **buffers}, inputs.to(self._device))
+        return outputs, list(parameters.values()), buffers
+
+    def _present(self) -> Weights:
+        return Weights(
+            {name: tensor.detach().clone() for name, tensor in self.module.named_parameters()},
+            {name: tensor.clone() for name, tensor in self.module.named_buffers()},
+        )
+
+    def _advance(self, weights: Weights) -> None:
+        self.version += 1
+        self._versions[self.version] = weights

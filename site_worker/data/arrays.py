@@ -1,0 +1,95 @@
+"""NumPy archives (.npz): named arrays with one entry per sample, as MedMNIST publishes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+
+from shared.config import DataSection, SourceSection
+from shared.errors import DataError
+from site_worker.data.rows import Rows, absent
+
+_LUMINANCE = torch.tensor([0.299, 0.587, 0.114])  # of red, green, blue (ITU-R BT.601, as Pillow's "L")
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def open_arrays(path: Path, source: SourceSection, data: DataSection) -> Rows:
+    """The rows of an archive; inputs are float32.
+
+    Images are (n, height, width), or (n, height, width, channels) with 1 or 3 channels, of which the
+    luminance is taken: the model sees float32 (n, 1, height, width). uint8 is brought to [0, 1],
+    floating-point values stay. `label`, `patient` and the keys of `where` name arrays (n,) or (n, 1).
+
+    Raises:
+        DataError: 401 missing or unreadable, 402 absent array, 403 pixels that are not finite,
+            407 arrays that do not fit together.
+    """
+    names = [source.label, *([source.patient] if source.patient else []), *source.where]
+    images, *others = _load(path, [source.images, *names])
+    for name, array in zip(names, others, strict=True):
+        if array.shape not in ((len(images),), (len(images), 1)):
+            raise DataError(
+                407,
+                f"{path}: {name!r} has shape {array.shape}, {source.images!r} has {len(images)} entries.",
+                f"{name!r} needs one value per image; export both from the same rows.",
+            )
+    grey = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))
+    if not (grey and images.size and (images.dtype == np.uint8 or images.dtype.kind == "f")):
+        raise DataError(
+            407,
+            f"{path}: {source.images!r} is {images.dtype} of shape {images.shape}.",
+            "store images as uint8 or float32 of shape (n, height, width) or (n, height, width, 3).",
+        )
+
+    broken = np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(axis=1))
+    if len(broken):
+        raise DataError(
+            403,
+            f"{path}, row {broken[0] + 1}: {source.images!r} holds values that are no finite numbers.",
+            "correct those images, or leave them out of the archive.",
+        )
+
+    def read(chosen: Sequence[int]) -> torch.Tensor:
+        return _inputs(images[np.asarray(chosen, dtype=np.int64)], data.image_size)
+
+    columns = {
+        name: [str(value) for value in array.ravel().tolist()]
+        for name, array in zip(names, others, strict=True)
+    }
+    return Rows(path, columns, source.label, source.patient, lambda row: f"{path}, row {row + 1}", read)
+
+
+def _load(path: Path, names: Sequence[str]) -> list[Array]:
+    try:
+        # Pickled objects could run code: such an array is refused.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            for name in names:
+                if name not in archive.files:
+                    raise absent(path, "array", name, archive.files)
+            return [np.atleast_1d(archive[name]) for name in names]
+    except DataError:
+        raise
+    except Exception as error:  # zip, zlib and numpy each have their own
+        raise DataError(
+            401,
+            f"{path} is no readable .npz archive ({error}).",
+            "save it again with numpy.savez, without objects.",
+        ) from None
+
+
+def _inputs(images: Array, size: int | None) -> torch.Tensor:
+    values = torch.from_numpy(images).to(torch.float32)
+    if images.dtype == np.uint8:
+        values /= 255
+    if values.ndim == 4:
+        values = values @ _LUMINANCE if values.shape[3] == 3 else values[..., 0]
+    values = values.unsqueeze(1)
+    if size is not None and values.shape[-2:] != (size, size):
+        values = interpolate(values, size=(size, size), mode="bilinear", antialias=True)
+    return values

@@ -1,0 +1,60 @@
+"""From labels as the files write them to targets.
+
+`data.classes` lists the labels in the order of the model's outputs. An entry may name several labels
+that count as one class: ["0", "1|2|3|4"] makes every stage of a disease the positive class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from shared.config import DataSection, TaskSection
+from shared.errors import ConfigError, DataError
+from site_worker.data.rows import Rows, numbers, plain
+
+
+def class_numbers(data: DataSection, task: TaskSection) -> dict[str, int]:
+    """The class of every label in `data.classes` ("0", "1"... if it is empty); nothing for regression.
+
+    Raises:
+        ConfigError: 103 not one entry per class, or a label listed twice.
+    """
+    if task.kind == "regression":
+        return {}
+    count = 2 if task.kind == "binary" else task.classes
+    classes = data.classes or [str(number) for number in range(count)]
+    if len(classes) != count:
+        raise ConfigError(
+            103,
+            f"run.toml: data.classes has {len(classes)} entries, the task {count} classes.",
+            'give one entry per class; an entry may name several labels, e.g. classes = ["0", "1|2|3|4"].',
+        )
+    labels = [(plain(label), number) for number, entry in enumerate(classes) for label in entry.split("|")]
+    if len(dict(labels)) != len(labels):
+        raise ConfigError(103, "run.toml: data.classes names a label twice.", "name every label once.")
+    return dict(labels)
+
+
+def read_targets(rows: Rows, chosen: Sequence[int], data: DataSection, task: TaskSection) -> torch.Tensor:
+    """Targets of the chosen rows: float32 (n,) for regression and binary, int64 (n,) for multiclass.
+
+    Raises:
+        ConfigError: 103 see `class_numbers`.
+        DataError: 402 no such label column, 403 a label that is no number (regression) or not listed.
+    """
+    if task.kind == "regression":
+        return torch.tensor(numbers(rows, rows.label, chosen, ()), dtype=torch.float32)
+    classes = class_numbers(data, task)
+    labels = rows.column(rows.label)
+    for row in chosen:
+        if plain(labels[row]) not in classes:
+            listed = ", ".join(data.classes or classes)
+            raise DataError(
+                403,
+                f"{rows.place(row)}: {rows.label} {labels[row]!r} is not one of data.classes ({listed}).",
+                'correct it, or list it in data.classes of run.toml ("1|2" counts two labels as one class).',
+            )
+    dtype = torch.float32 if task.kind == "binary" else torch.int64
+    return torch.tensor([classes[plain(labels[row])] for row in chosen], dtype=dtype)

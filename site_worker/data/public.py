@@ -1,0 +1,34 @@
+"""Where the public data sets of the examples come from. The project contains none of their data."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+
+_ORIGINS = {
+    "covid_ct": (
+        "COVID-CT from https://github.com/UCSD-AI4H/COVID-CT",
+        "the images and an index.csv with the columns file, label_covid (0 or 1) and group (the patient)",
+    ),
+    "pneumoniamnist": (
+        "PneumoniaMNIST from https://medmnist.com",
+        "the file pneumoniamnist.npz",
+    ),
+    "heart_uci": (
+        "Heart Disease from https://archive.ics.uci.edu/dataset/45/heart+disease",
+        "cleveland.csv, hungarian.csv, switzerland.csv, va.csv, with a heading, and empty cells for '?'",
+    ),
+    "mura": (
+        "MURA from https://stanfordmlgroup.github.io/competitions/mura (needs an agreement with Stanford)",
+        "its folders train/XR_WRIST/patient00006/study1_positive and so on, unchanged",
+    ),
+}
+
+
+def how_to_get(path: str) -> str | None:
+    """What to download, if a folder in `path` has the name of a data set that the examples use."""
+    for part in PurePath(path).parts:
+        name = part.lower().removesuffix("-v1.1")
+        if name in _ORIGINS:
+            origin, content = _ORIGINS[name]
+            return f"download {origin}; the folder {part!r} must hold {content}"
+    return None

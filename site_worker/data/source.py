@@ -1,0 +1,153 @@
+"""From [data] of site.toml to a `Dataset`.
+
+    locate ──▶ open (table, images, arrays) ──▶ where ──▶ labelled ──▶ share ──▶ targets, inputs
+
+Rows are chosen before any input is read, so a site with a share of a large folder reads its own images only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from shared.config import DataSection, SourceSection, TaskSection
+from shared.errors import ConfigError, DataError
+from site_worker.data.arrays import open_arrays
+from site_worker.data.dataset import Dataset
+from site_worker.data.images import open_images
+from site_worker.data.labels import class_numbers, read_targets
+from site_worker.data.public import how_to_get
+from site_worker.data.rows import Rows, plain
+from site_worker.data.split import shuffled
+from site_worker.data.table import open_table
+
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
+
+
+def load_dataset(source: SourceSection, data: DataSection, task: TaskSection, base: Path) -> Dataset:
+    """Read a site's data.
+
+    Rows are kept that `where` selects and whose patient is in `share`. A row without a label is an
+    error, unless `missing` names the label's column (its list may be empty): then it is left out.
+
+    Args:
+        source: [data] of site.toml.
+        data: [data] of run.toml.
+        task: [task] of run.toml.
+        base: folder of the site.toml; a relative path starts there.
+
+    Returns:
+        Inputs as read, neither scaled nor imputed; targets as `Dataset` says; a patient's name is the
+        cell of the patient column, or "row 7" where every row is a patient.
+
+    Raises:
+        ConfigError: 103 data.features, data.classes or data.share do not make sense.
+        DataError: 401-403 and 405-408, see `TITLES`.
+    """
+    rows = _open(locate(source.path, base), source, data, task)
+    for name in source.missing:
+        if name != "*":
+            rows.column(name)
+    chosen = _labelled(rows, _where(rows, source), source)
+    patients = _patients(rows, chosen)
+    mine = _share(patients.values(), source.share)
+    chosen = [row for row in chosen if patients[row] in mine]
+    if not chosen:
+        raise DataError(
+            405,
+            f"{rows.file}: of {len(rows)} rows none is left after data.where, data.missing and data.share.",
+            "compare data.where in site.toml with the file's values.",
+        )
+    targets = read_targets(rows, chosen, data, task)
+    return Dataset(rows.read(chosen), targets, tuple(patients[row] for row in chosen))
+
+
+def locate(path: str, base: Path) -> Path:
+    """The file or folder that `path` means: `$NAME` from the environment, relative to `base`.
+
+    Raises:
+        DataError: 408 the variable is not set, 401 nothing is there; both tell where public data comes from.
+    """
+    origin = how_to_get(path)
+    for first, second in _VARIABLE.findall(path):
+        name = first or second
+        if not os.environ.get(name):
+            remedy = f"set {name} to the folder that your data is in."
+            if origin:
+                remedy = f"{origin}; then set {name} to the folder above it."
+            raise DataError(
+                408, f"data.path is {path!r}, and the environment variable {name} is not set.", remedy
+            )
+    found = base / Path(_VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], path)).expanduser()
+    if not found.exists():
+        raise DataError(
+            401, f"{found} does not exist.", f"{origin}." if origin else "correct data.path in site.toml."
+        )
+    return found
+
+
+def _open(path: Path, source: SourceSection, data: DataSection, task: TaskSection) -> Rows:
+    if source.source == "table":
+        return open_table(path, source, data)
+    if source.source == "arrays":
+        return open_arrays(path, source, data)
+    if task.kind == "regression" and source.index is None:
+        raise DataError(
+            402,
+            f"{path} has no index with the figures to predict; folders only name classes.",
+            "set data.index in site.toml to a CSV with the columns file and label.",
+        )
+    return open_images(path, source, data, class_numbers(data, task))
+
+
+def _where(rows: Rows, source: SourceSection) -> list[int]:
+    kept = list(range(len(rows)))
+    for name, values in source.where.items():
+        cells, wanted = rows.column(name), {plain(value) for value in values}
+        kept = [row for row in kept if plain(cells[row]) in wanted]
+    return kept
+
+
+def _labelled(rows: Rows, chosen: Sequence[int], source: SourceSection) -> list[int]:
+    cells = rows.column(rows.label)
+    absent_values = {"", *(plain(value) for value in source.missing.get(rows.label, []))}
+    kept = [row for row in chosen if plain(cells[row]) not in absent_values]
+    if len(kept) < len(chosen) and rows.label not in source.missing:
+        first = next(row for row in chosen if plain(cells[row]) in absent_values)
+        raise DataError(
+            403,
+            f"{rows.place(first)}: no {rows.label}, and {len(chosen) - len(kept)} rows in all without it.",
+            f"fill it in, or leave such rows out with missing.{rows.label} = [] under [data] of site.toml.",
+        )
+    return kept
+
+
+def _patients(rows: Rows, chosen: Sequence[int]) -> dict[int, str]:
+    """The patient of each chosen row."""
+    if rows.patient is None:
+        return {row: f"row {row + 1}" for row in chosen}
+    cells = rows.column(rows.patient)
+    for row in chosen:
+        if not cells[row].strip():
+            raise DataError(
+                403,
+                f"{rows.place(row)}: {rows.patient} is empty, so nobody knows which patient this is.",
+                "fill it in, or take the row out of the file.",
+            )
+    return {row: cells[row].strip() for row in chosen}
+
+
+def _share(patients: Iterable[str], share: tuple[float, float]) -> set[str]:
+    first, last = share
+    if not 0 <= first < last <= 1:
+        raise ConfigError(
+            103,
+            f"site.toml: data.share is [{first}, {last}].",
+            "give two figures from 0 to 1, the smaller first: [0.0, 0.5] and [0.5, 1.0] are two halves.",
+        )
+    order = shuffled(
+        patients, "share"
+    )  # no seed of the run: sites cut out of one file stay disjoint in every run
+    return set(order[round(first * len(order)) : round(last * len(order))])

@@ -1,0 +1,102 @@
+"""Dividing patients into training, validation and test.
+
+Patients are ordered by a hash of their name and the seed. The order does not depend on the order of
+the file, on the platform or on a library's random generator, and a patient who is added later does
+not shuffle the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+from shared.config import TaskSection
+from shared.errors import DataError
+from site_worker.data.dataset import Dataset, Parts
+
+
+def shuffled(patients: Iterable[str], seed: int | str) -> list[str]:
+    """The distinct names in an order that depends on the names and the seed alone."""
+    return sorted(set(patients), key=lambda name: (hashlib.sha256(f"{seed}/{name}".encode()).digest(), name))
+
+
+def split(dataset: Dataset, task: TaskSection, validation: float, test: float, seed: int) -> Parts:
+    """Divide a dataset by patient; the rows of a patient stay together, in the dataset's order.
+
+    For classification each part gets the classes in the proportion of the whole as far as whole
+    patients allow, and every class keeps a patient in training. A patient's class is the most
+    frequent one of its rows (the higher one if two are equally frequent).
+
+    Args:
+        dataset: all rows of the site.
+        task: tells classification from regression.
+        validation: share of the patients, 0 for none.
+        test: share of the patients, 0 for none.
+        seed: the run's seed.
+
+    Raises:
+        DataError: 405 too few patients, 404 a single class in the training part.
+    """
+    strata = _strata(dataset, task, seed)
+    sizes = [len(names) for names in strata]
+    patients, held_out = sum(sizes), (validation > 0) + (test > 0)
+    needed = max(1, len(strata)) + held_out
+    if patients < needed:
+        raise DataError(
+            405,
+            f"the site has {patients} of the {needed} patients needed: {needed - held_out} for training (one "
+            f"per class), one for each of {held_out} held-out parts.",
+            "add patients, or set data.validation or data.test to 0 in run.toml.",
+        )
+    room = patients - len(strata)
+    tests = min(max(round(patients * test), 1), room - (validation > 0)) if test else 0
+    validations = min(max(round(patients * validation), 1), room - tests) if validation else 0
+
+    in_test = _apportion(tests, sizes, [size - 1 for size in sizes])
+    in_validation = _apportion(validations, sizes, [s - 1 - t for s, t in zip(sizes, in_test, strict=True)])
+    part_of = {}
+    for names, t, v in zip(strata, in_test, in_validation, strict=True):
+        for position, name in enumerate(names):
+            part_of[name] = "test" if position < t else "validation" if position < t + v else "train"
+
+    rows: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+    for row, patient in enumerate(dataset.patients):
+        rows[part_of[patient]].append(row)
+    parts = Parts(**{part: dataset.select(chosen) for part, chosen in rows.items()})
+    if task.kind != "regression":
+        _check_classes(parts.train)
+    return parts
+
+
+def _strata(dataset: Dataset, task: TaskSection, seed: int) -> list[list[str]]:
+    """Patients by class, in classes' order; one list for regression. Each list is shuffled."""
+    labels: defaultdict[str, Counter[int]] = defaultdict(Counter)
+    for patient, target in zip(dataset.patients, dataset.targets.tolist(), strict=True):
+        labels[patient][0 if task.kind == "regression" else int(target)] += 1
+    strata: defaultdict[int, list[str]] = defaultdict(list)
+    for patient, counts in labels.items():
+        strata[max(counts, key=lambda label: (counts[label], label))].append(patient)
+    return [shuffled(strata[label], f"split/{seed}") for label in sorted(strata)]
+
+
+def _apportion(total: int, sizes: Sequence[int], room: Sequence[int]) -> list[int]:
+    """`total` in proportion to `sizes`, by largest remainder, never above `room` (whose sum suffices)."""
+    exact = [total * size / sum(sizes) for size in sizes]
+    counts = [min(int(share), free) for share, free in zip(exact, room, strict=True)]
+    while sum(counts) < total:
+        open_to = [i for i, free in enumerate(room) if counts[i] < free]
+        counts[max(open_to, key=lambda i: exact[i] - counts[i])] += 1
+    return counts
+
+
+def _check_classes(train: Dataset) -> None:
+    present = {int(target) for target in train.targets.tolist()}
+    if len(present) == 1:
+        only = present.pop()
+        raise DataError(
+            404,
+            f"all {len(train)} training rows are of class {only} (entry {only + 1} of data.classes).",
+            "check data.label and data.classes, add patients of another class, or train this site's patients "
+            "together with those of another site.",
+        )

@@ -1,0 +1,20 @@
+"""split_labels (Ha et al., IEEE Access 2021, doi 10.1109/ACCESS.2021.3108455): labels travel with the activations."""
+
+from __future__ import annotations
+
+from shared.effects import Send
+from shared.message import Kind, Message
+from shared.protocols.plan import Item
+from site_worker.protocols.stream import StreamSite
+
+
+class SplitLabelsSite(StreamSite):
+    """Sends activations with their targets, learns from the gradients that return."""
+
+    def content(self, q: int, item: Item) -> Send:
+        """See `StreamSite`."""
+        return self.send(q, Kind.SMASHED, {"smashed": self.forward(q, item), "targets": self.feed.targets(q)})
+
+    def take(self, q: int, item: Item, message: Message) -> None:
+        """See `StreamSite`."""
+        self.learn(q, message.tensors["gradient"])

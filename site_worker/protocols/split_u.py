@@ -1,0 +1,133 @@
+"""split_u, the U-shaped extension of Ha et al.: the last layers and the labels stay at the site."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from shared.checkpoint import Snapshot, flatten, under
+from shared.config import RunConfig
+from shared.contract import Payload
+from shared.effects import Send
+from shared.message import Kind, Message
+from shared.metrics import measure
+from shared.protocols.plan import Item, Step
+from shared.seeds import seeded
+from shared.tasks import loss_of
+from shared.training import make_optimizer, optimizer_tensors, restore_optimizer
+from site_worker.bottom import Bottom
+from site_worker.feed import Feed
+from site_worker.protocols.stream import StreamSite
+
+
+class SplitUSite(StreamSite):
+    """Holds the bottom, the head and the labels.
+
+    Args:
+        head: the layers behind the server's; trained where they are.
+        device: where the head computes.
+        Others as in `StreamSite`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: RunConfig,
+        bottom: Bottom,
+        feed: Feed,
+        contract: Mapping[Kind, Payload],
+        incarnation: str,
+        head: nn.Module,
+        device: str,
+    ) -> None:
+        super().__init__(name, config, bottom, feed, contract, incarnation)
+        self.head = head.to(device)
+        self._device = device
+        self._optimizer = make_optimizer(config.optimizer, head.parameters())
+        self._gradients: dict[int, torch.Tensor] = {}
+        """Gradients at the head's input, by item, until their message is confirmed."""
+        self._reports: dict[int, str] = {}
+        """The site's figures, by the last item of their block, until their message is confirmed."""
+        self._outputs: dict[int, torch.Tensor] = {}
+        """Predictions for the held-out samples of the open evaluation block, by item."""
+
+    def content(self, q: int, item: Item) -> Send:
+        """See `StreamSite`."""
+        return self.send(q, Kind.SMASHED, {"smashed": self.forward(q, item)})
+
+    def second(self, q: int, item: Item) -> Send:
+        """See `StreamSite`; where no head input could be used there is no gradient, and an empty report."""
+        if q in self._gradients:
+            return self.send(q, Kind.HEAD_GRADIENT, {"gradient": self._gradients[q]})
+        return self.send(q, Kind.REPORT, {}, metrics=self._reports.get(q, "{}"))
+
+    def take(self, q: int, item: Item, message: Message) -> None:
+        """See `StreamSite`: the head's turn, or the gradient at the cut."""
+        if message.header.kind is Kind.CUT_GRADIENT:
+            self.learn(q, message.tensors["gradient"])
+            return
+        activations = message.tensors["activations"]
+        if item.step is Step.TRAIN:
+            self._gradients[q] = self._train_head(q, activations)
+            return
+        self.head.eval()
+        with torch.no_grad():
+            self._outputs[q] = self.head(activations.to(self._device)).cpu()
+        if self.feed.plan.ends_block(q):
+            self._reports[q] = self._judge()
+
+    def _train_head(self, q: int, activations: torch.Tensor) -> torch.Tensor:
+        """One step of the head; returns the gradient (batch, *head) at its input."""
+        inputs = activations.to(self._device, copy=True).requires_grad_()
+        self.head.train()
+        with seeded(self.feed.seed("head", q), self._device):
+            loss = loss_of(self.config.task, self.head(inputs), self.feed.targets(q).to(self._device))
+        self._optimizer.zero_grad()
+        loss.backward()
+        if torch.isfinite(loss):
+            self._optimizer.step()
+        assert inputs.grad is not None
+        return torch.nan_to_num(inputs.grad, 0.0, 0.0, 0.0).cpu()
+
+    def _judge(self) -> str:
+        """The figures of the block that just ended, as JSON."""
+        figures = {}
+        for part in (Step.VALIDATION, Step.TEST):
+            items = [q for q in sorted(self._outputs) if self.feed.plan.item(q).step is part]
+            if items:
+                outputs = torch.cat([self._outputs[q] for q in items])
+                targets = torch.cat([self.feed.targets(q) for q in items])
+                figures[part.value] = measure(self.config.task, self.config.data, outputs, targets)
+        self._outputs.clear()
+        return json.dumps(figures, sort_keys=True)
+
+    def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
+        """See `Role`."""
+        base = super().snapshot(first_unconfirmed)
+        resume = base.facts["next"]
+        for kept in (self._gradients, self._reports):
+            for q in [q for q in kept if self.sequence.seq_of_second(q) < resume]:
+                del kept[q]
+        tensors = {
+            **base.tensors,
+            **dict(flatten("head", self.head.state_dict())),
+            **dict(flatten("head_optimizer", optimizer_tensors(self._optimizer))),
+            **dict(flatten("gradients", {str(q): tensor for q, tensor in self._gradients.items()})),
+            **dict(flatten("outputs", {str(q): tensor for q, tensor in self._outputs.items()})),
+        }
+        reports = {str(q): text for q, text in self._reports.items()}
+        return Snapshot(tensors, {**base.facts, "reports": reports})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """See `Role`."""
+        super().restore(snapshot)
+        tensors = snapshot.tensors
+        self.head.load_state_dict(under("head", tensors))
+        restore_optimizer(self._optimizer, under("head_optimizer", tensors))
+        self._gradients = {int(q): tensor for q, tensor in under("gradients", tensors).items()}
+        self._outputs = {int(q): tensor for q, tensor in under("outputs", tensors).items()}
+        self._reports = {int(q): text for q, text in snapshot.facts["reports"].items()}

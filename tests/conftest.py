@@ -1,0 +1,23 @@
+"""Services that several tests share. A missing package fails the test; it is never skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.services import RabbitNode, RedisServer
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitNode]:
+    """One node for the whole session; `rabbitmq.vhost()` gives a test its own part of it."""
+    with RabbitNode(tmp_path_factory.mktemp("rabbitmq")) as node:
+        yield node
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """One Redis server for the whole session; a test that stores anything clears it first."""
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server

@@ -1,0 +1,154 @@
+"""A small run in one process: real roles, engines and checkpoints, any broker, steppable at will."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from broker.base import Broker
+from broker.memory import MemoryBroker
+from broker.topology import SiteQueues, site_queues
+from server_worker.protocols import make_server
+from server_worker.protocols.stream import StreamServer
+from shared.checkpoint import Checkpoints
+from shared.config import DataSection, ModelSection, OptimizerSection, RunConfig, RunSection, TaskSection, WireSection
+from shared.engine import Engine, Route
+from shared.message import SERVER
+from shared.store import RunStore
+from shared.store_memory import MemoryStore
+from site_worker.data.dataset import Dataset, Parts
+from site_worker.protocols import make_site
+from site_worker.protocols.stream import StreamSite
+
+SIZES = {"north": 40, "south": 24, "east": 12}
+
+
+def tiny_factory(dropout: float = 0.3) -> torch.nn.Sequential:
+    """Dropout in both halves; cut 3 leaves (linear, relu, dropout) at the site."""
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Dropout(dropout),
+        torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Dropout(dropout),
+        torch.nn.Linear(8, 5), torch.nn.ReLU(),
+        torch.nn.Linear(5, 1),
+    )  # fmt: skip
+
+
+def tiny_config(sites: tuple[str, ...] = ("north", "south", "east"), **run: object) -> RunConfig:
+    dropout = run.pop("dropout", 0.3)
+    codec = run.pop("codec", "fp16")
+    section = {"id": "night", "protocol": "split_labels", "order": "strict", "window": 4, "epochs": 3, "batch_size": 8}
+    return RunConfig(
+        run=RunSection(sites=list(sites), **{**section, **run}),
+        model=ModelSection(factory="tests.protocols.night:tiny_factory", settings={"dropout": dropout}, cut=3, head_cut=6),
+        task=TaskSection(kind="binary"),
+        optimizer=OptimizerSection(name="adam", lr=0.01),
+        wire=WireSection(smashed=codec, gradient=codec),
+        data=DataSection(features=list("abcdef")),
+    )
+
+
+def tiny_parts(site: str) -> Parts:
+    generator = torch.Generator().manual_seed(len(site) * 7 + ord(site[0]))
+
+    def part(n: int) -> Dataset:
+        inputs = torch.randn(n, 6, generator=generator)
+        targets = (inputs[:, 0] + 0.5 * torch.randn(n, generator=generator) > 0).float()
+        return Dataset(inputs, targets, tuple(str(i) for i in range(n)))
+
+    n = SIZES[site]
+    return Parts(part(n), part(max(4, n // 4)), part(max(4, n // 4)))
+
+
+class Authority:
+    """Lets checkpoints count; the store's journal, no lease."""
+
+    def __init__(self, store: RunStore | None, fence: int) -> None:
+        self.store, self.fence = store, fence
+
+    def pointer(self):
+        return self.store.pointer() if self.store else None
+
+    def move_pointer(self, pointer):
+        return self.store.move_pointer(pointer) if self.store else True
+
+    def journal(self, position, sender):
+        return self.store.journal(position, sender)
+
+    def journalled(self, position):
+        return self.store.journalled(position)
+
+
+class Night:
+    """Workers of one run that can be started, stopped and thrown away between any two steps."""
+
+    def __init__(self, config: RunConfig, folder: Path, broker: Broker | None = None, prefetch: int = 32) -> None:
+        self.config, self.folder, self.prefetch = config, folder, prefetch
+        self.broker = broker or MemoryBroker()
+        self.store = MemoryStore()
+        self.queues: dict[str, SiteQueues] = {
+            site: site_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites
+        }
+        for queues in self.queues.values():
+            self.broker.declare(queues)
+        self.links = {}
+        self.roles: dict[str, StreamSite | StreamServer] = {}
+        self.engines: dict[str, Engine] = {}
+        self.lines = []
+
+    def start(self, name: str) -> Engine:
+        """A worker as a fresh process would start it: from its newest checkpoint."""
+        if name == SERVER:
+            role = make_server(self.config, self.folder / SERVER)
+            routes = {site: Route(q.down, q.up, q.dead) for site, q in self.queues.items()}
+            authority = Authority(self.store, self.store.acquire_lease(SERVER, 60) or 0)
+        else:
+            role = make_site(name, self.config, tiny_parts(name), incarnation=f"{name}-{len(self.lines)}")
+            queues = self.queues[name]
+            routes = {SERVER: Route(queues.up, queues.down, queues.dead)}
+            authority = Authority(None, 0)
+        link = self.broker.link([route.incoming for route in routes.values()], self.prefetch, name)
+        engine = Engine(
+            self.config.run.id, role, link, routes, Checkpoints(self.folder / name / "checkpoints"), authority, self.lines.append
+        )
+        engine.recover()
+        self.links[name], self.roles[name], self.engines[name] = link, role, engine
+        return engine
+
+    def kill(self, name: str) -> None:
+        """Take a worker away without a word, as SIGKILL would: only its link ends."""
+        self.links.pop(name).close()
+        del self.engines[name]
+
+    def work(self, name: str, idle_seconds: float = 0.3) -> bool:
+        """One worker, alone, until it has nothing left to do; whether it finished."""
+        engine = self.start(name)
+        finished = engine.run(lambda: False, idle_seconds)
+        self.kill(name)
+        return finished
+
+    def together(self) -> None:
+        """All workers at once, taking turns, until the run is over."""
+        for name in (SERVER, *self.config.run.sites):
+            self.start(name).start()
+        while self.engines:
+            for name, engine in list(self.engines.items()):
+                engine.step(0.0)
+                if engine.finished:
+                    engine.leave()
+                    self.kill(name)
+
+    def fingerprint(self) -> str:
+        """sha256 of all final weights: every site's bottom (and head), the top, the best of each."""
+        digest = hashlib.sha256()
+        for name in [SERVER, *self.config.run.sites]:
+            role = self.roles[name]
+            if isinstance(role, StreamServer):
+                states = [role.top.module.state_dict(), role.best_top]
+            else:
+                states = [role.bottom.module.state_dict(), role.final_bottom()]
+            for state in states:
+                for key in sorted(state):
+                    digest.update(key.encode() + state[key].cpu().numpy().tobytes())
+        return digest.hexdigest()

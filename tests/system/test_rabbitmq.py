@@ -1,0 +1,428 @@
+"""What only a real RabbitMQ node can show: it dies, blocks, refuses, closes channels; and its client's limits."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from broker import rabbitmq as module
+from broker.base import Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
+from broker.outbox import Message, Outbox
+from broker.rabbitmq import RabbitBroker
+from broker.topology import SiteQueues, site_queues
+from shared.errors import BrokerError
+from tests.services import RabbitNode, free_port, wait_until
+
+pytestmark = pytest.mark.rabbitmq
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitNode]:
+    """A node that these tests may kill and strangle."""
+    with RabbitNode(tmp_path_factory.mktemp("node")) as node:
+        yield node
+
+
+@pytest.fixture
+def broker(node: RabbitNode) -> RabbitBroker:
+    node.start()  # an earlier test may have left it dead
+    return RabbitBroker(node.vhost())
+
+
+@pytest.fixture
+def queues(broker: RabbitBroker) -> SiteQueues:
+    queues = site_queues("run", "site", 2**30)
+    broker.declare(queues)
+    return queues
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    left = [
+        thread.name for thread in threading.enumerate() if thread not in before and thread.name[:3] == "rab"
+    ]
+    assert not left
+
+
+def collect(link: Link, done: Callable[[list[Event]], bool], patience: float = 20.0) -> list[Event]:
+    events: list[Event] = []
+    deadline = time.monotonic() + patience
+    while not done(events):
+        assert time.monotonic() < deadline, f"still waiting, with {events}"
+        event = link.receive(0.2)
+        if event is not None:
+            events.append(event)
+    return events
+
+
+def ids(events: list[Event]) -> list[str]:
+    return [event.message_id for event in events if isinstance(event, Delivery)]
+
+
+def confirmed(events: list[Event]) -> set[str]:
+    return {event.message_id for event in events if isinstance(event, Confirmed)}
+
+
+def kinds(events: list[Event]) -> list[type]:
+    return [type(event) for event in events]
+
+
+def recovered(events: list[Event]) -> bool:
+    return Recovered in kinds(events)
+
+
+def publish_all(broker: RabbitBroker, queue: Queue, names: list[str]) -> None:
+    with broker.link([], 1, "publisher") as link:
+        for name in names:
+            link.publish(queue, name, [b"body"])
+        collect(link, lambda events: confirmed(events) == set(names))
+
+
+def number_of(call: Callable[[], object]) -> int:
+    with pytest.raises(BrokerError) as refusal:
+        call()
+    assert "Fix: " in str(refusal.value)
+    assert refusal.value.__cause__ is None
+    return refusal.value.number
+
+
+# What cannot be mended
+
+
+def test_a_wrong_password(node: RabbitNode) -> None:
+    broker = RabbitBroker(node.url.replace(":guest@", ":secret@"))
+    with pytest.raises(BrokerError) as refusal:
+        broker.declare([])
+    assert refusal.value.number == 202
+    assert "Login was refused" in str(refusal.value)
+    assert "secret" not in str(refusal.value)
+    assert number_of(lambda: broker.link([], 1, "site")) == 202
+
+
+def test_a_virtual_host_that_does_not_exist(node: RabbitNode) -> None:
+    broker = RabbitBroker(node.url.replace("%2F", "nowhere"))
+    assert number_of(lambda: broker.declare([])) == 202
+    assert number_of(lambda: broker.link([], 1, "site")) == 202
+
+
+def test_a_user_without_permission(node: RabbitNode, broker: RabbitBroker, queues: SiteQueues) -> None:
+    node.ctl("eval", 'rabbit_auth_backend_internal:add_user(<<"mute">>, <<"mute">>, <<"test">>).')
+    vhost = broker._parameters.virtual_host
+    node.ctl("set_permissions", "-p", vhost, "mute", "^$", "^$", "^$")
+    mute = RabbitBroker(f"amqp://mute:mute@127.0.0.1:{node.port}/{vhost}")
+    assert number_of(lambda: mute.declare(queues)) == 202
+    assert number_of(lambda: mute.link([queues.up], 1, "server")) == 202
+    with mute.link([], 1, "site") as link:
+        link.publish(queues.up, "m", [b"x"])
+        assert number_of(lambda: collect(link, lambda events: False)) == 202
+
+
+def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FIRST_CONNECTION_S", 1.0)
+    broker = RabbitBroker(f"amqp://guest:guest@127.0.0.1:{free_port()}/")
+    for call in (lambda: broker.declare([]), lambda: broker.link([], 1, "site")):
+        start = time.monotonic()
+        assert number_of(call) == 201
+        assert 0.9 < time.monotonic() - start < 4.0
+
+
+def test_a_host_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FIRST_CONNECTION_S", 1.0)
+    broker = RabbitBroker("amqp://guest:guest@no.such.host.invalid/")
+    assert number_of(lambda: broker.declare([])) == 201
+    assert number_of(lambda: broker.link([], 1, "site")) == 201
+
+
+def test_an_address_that_cannot_be_read_keeps_its_password() -> None:
+    with pytest.raises(BrokerError) as refusal:
+        RabbitBroker("amqp://guest:sec/ret@127.0.0.1:5672/")
+    assert refusal.value.number == 201
+    assert "sec" not in str(refusal.value)
+
+
+def test_a_queue_that_vanishes_under_its_consumer(broker: RabbitBroker, queues: SiteQueues) -> None:
+    with broker.link([queues.up], 1, "server") as link:
+        broker.delete(queues)
+        assert number_of(lambda: collect(link, lambda events: False)) == 205
+
+
+def test_a_message_that_the_broker_finds_too_large(
+    node: RabbitNode, broker: RabbitBroker, queues: SiteQueues
+) -> None:
+    node.ctl(
+        "eval",
+        "persistent_term:put(max_message_size, 1000), application:set_env(rabbit, max_message_size, 1000).",
+    )
+    try:
+        with broker.link([], 1, "site") as link:
+            link.publish(queues.up, "m", [bytes(2000)])
+            assert number_of(lambda: collect(link, lambda events: False)) == 203
+    finally:
+        node.ctl(
+            "eval",
+            "persistent_term:put(max_message_size, 134217728),"
+            " application:set_env(rabbit, max_message_size, 134217728).",
+        )
+
+
+# What passes
+
+
+def test_heartbeats_go_on_while_the_worker_computes(node: RabbitNode) -> None:
+    """A step of five heartbeats, half of it torch and half of it Python that holds the interpreter."""
+    broker = RabbitBroker(node.vhost(), heartbeat=2)
+    queues = site_queues("run", "site", 2**30)
+    broker.declare(queues)
+    publish_all(broker, queues.up, ["before"])
+    with broker.link([queues.up], 1, "server") as link:
+        (delivery,) = collect(link, lambda events: len(events) == 1)
+        assert isinstance(delivery, Delivery)
+        convolution = torch.nn.Conv2d(16, 32, 3)
+        end = time.monotonic() + 11
+        while time.monotonic() < end:
+            convolution(torch.zeros(8, 16, 64, 64)).sum().backward()
+            sum(number * number for number in range(100_000))
+        link.publish(queues.down, "after", [b"gradient"])
+        assert collect(link, lambda events: len(events) == 1) == [Confirmed("after")]
+        link.acknowledge(delivery)
+        assert link.receive(0.5) is None
+    assert broker.depth(queues.up) == 0
+
+
+def test_a_node_killed_while_a_site_publishes(
+    node: RabbitNode, broker: RabbitBroker, queues: SiteQueues
+) -> None:
+    """Nothing confirmed is lost, and what was not confirmed is sent again by the link."""
+    names = [f"m{number:03}" for number in range(300)]
+    window, body = 16, bytes(50_000)
+    events: list[Event] = []
+    killer = threading.Thread(target=node.restart)
+    with broker.link([], 1, "site") as link:
+        for number, name in enumerate(names):
+            link.publish(queues.up, name, [body])
+            while len(link.unconfirmed) >= window:
+                events += collect(link, lambda found: len(found) == 1, patience=60)
+            if number == 100:
+                killer.start()
+        events += collect(link, lambda found: not link.unconfirmed, patience=60)
+        killer.join()
+        assert confirmed(events) == set(names)
+        assert [kind for kind in kinds(events) if kind is not Confirmed][:2] == [Trouble, Recovered]
+    with broker.link([queues.up], 1000, "server") as link:
+        arrived = ids(collect(link, lambda found: set(ids(found)) == set(names), patience=60))
+        # Duplicates are normal; nobody may find a message before its predecessor, though.
+        assert list(dict.fromkeys(arrived)) == names
+
+
+def test_a_node_killed_under_a_consumer(node: RabbitNode, broker: RabbitBroker, queues: SiteQueues) -> None:
+    """Deliveries of the old connection are void, wherever they are; they come again in order."""
+    names = [f"m{number}" for number in range(8)]
+    publish_all(broker, queues.up, names)
+    with broker.link([queues.up], 4, "server") as link:
+        old = collect(link, lambda events: len(events) == 2)  # two more wait in the inbox
+        time.sleep(0.3)
+        node.restart()
+        events = collect(link, recovered)
+        assert kinds(events)[0] is Trouble
+        for event in old:
+            assert isinstance(event, Delivery)
+            link.acknowledge(event)
+        again = [event for event in events if isinstance(event, Delivery)]
+        again += [event for event in collect(link, lambda found: len(ids(again + found)) == 4)]
+        assert ids(again) == names[:4]
+        for event in again:
+            link.acknowledge(event)
+        assert ids(collect(link, lambda found: len(found) == 4)) == names[4:]
+
+
+def test_a_connection_closed_by_an_operator(
+    node: RabbitNode, broker: RabbitBroker, queues: SiteQueues
+) -> None:
+    publish_all(broker, queues.up, ["a", "b"])
+    with broker.link([queues.up], 2, "server") as link:
+        collect(link, lambda events: len(events) == 2)
+        node.ctl("close_all_connections", "--vhost", broker._parameters.virtual_host, "maintenance")
+        events = collect(link, lambda events: recovered(events) and len(ids(events)) == 2)
+        assert ids(events) == ["a", "b"]
+        reasons = [event.reason for event in events if isinstance(event, Trouble)]
+        assert any("maintenance" in reason for reason in reasons)
+        link.publish(queues.up, "c", [b""])
+        collect(link, lambda events: confirmed(events) == {"c"})
+
+
+def test_a_channel_closed_for_a_late_acknowledgement(
+    node: RabbitNode, broker: RabbitBroker, queues: SiteQueues
+) -> None:
+    """The broker closes the channel alone: the connection stays, and pika raises nothing."""
+    node.ctl("eval", "application:set_env(rabbit, consumer_timeout, 1000).")
+    try:
+        publish_all(broker, queues.up, ["m"])
+        with broker.link([queues.up], 1, "server") as link:
+            (first,) = collect(link, lambda events: len(events) == 1)
+            time.sleep(1.5)
+            # Each channel looks once a minute; this is that minute.
+            node.ctl("eval", "[Channel ! tick || Channel <- rabbit_channel:list()].")
+            events = collect(link, lambda events: recovered(events) and ids(events) == ["m"])
+            assert kinds(events)[0] is Trouble
+            assert "acknowledgement" in next(event.reason for event in events if isinstance(event, Trouble))
+            assert isinstance(first, Delivery)
+            link.acknowledge(first)  # void: must not disturb the new channel
+            link.acknowledge(next(event for event in events if isinstance(event, Delivery)))
+            assert link.receive(0.5) is None
+    finally:
+        node.ctl("eval", "application:set_env(rabbit, consumer_timeout, 1800000).")
+    assert broker.depth(queues.up) == 0
+
+
+def test_a_memory_alarm(node: RabbitNode, broker: RabbitBroker, queues: SiteQueues) -> None:
+    """Publishing waits; deliveries and acknowledgements on the other connection go on."""
+    publish_all(broker, queues.down, ["a", "b"])
+    node.ctl("set_vm_memory_high_watermark", "0.0001")
+    try:
+        with broker.link([queues.down], 1, "site") as link:
+            link.publish(queues.up, "1", [b"x"])
+            link.publish(queues.up, "2", [b"x"])
+            events = collect(link, lambda events: Trouble in kinds(events) and ids(events) == ["a"])
+            assert "alarm" in next(event.reason for event in events if isinstance(event, Trouble))
+            link.acknowledge(next(event for event in events if isinstance(event, Delivery)))
+            assert ids(collect(link, lambda events: len(events) == 1)) == ["b"]
+            assert link.unconfirmed == {"1", "2"}
+            node.ctl("set_vm_memory_high_watermark", "0.4")
+            events = collect(link, lambda events: len(events) == 3)
+            assert recovered(events)
+            assert confirmed(events) == {"1", "2"}
+    finally:
+        node.ctl("set_vm_memory_high_watermark", "0.4")
+
+
+def test_a_full_queue_does_not_hold_up_another(broker: RabbitBroker) -> None:
+    queues = site_queues("run", "site", 1_000)
+    broker.declare(queues)
+    with broker.link([], 1, "site") as link:
+        for name in ("fits", "fills", "waits"):
+            link.publish(queues.up, name, [bytes(999)])
+        collect(link, lambda events: Trouble in kinds(events))
+        link.publish(queues.down, "other", [b"y"])
+        collect(link, lambda events: "other" in confirmed(events))
+        assert "waits" in link.unconfirmed
+
+
+# Closing
+
+
+def test_closing_while_the_broker_is_away(node: RabbitNode, broker: RabbitBroker, queues: SiteQueues) -> None:
+    link = broker.link([queues.up], 1, "server")
+    node.kill()
+    link.publish(queues.up, "m", [b"x"])
+    assert kinds(collect(link, lambda events: len(events) == 1)) == [Trouble]
+    start = time.monotonic()
+    link.close()
+    assert time.monotonic() - start < 3
+    assert link.unconfirmed == {"m"}
+
+
+def test_closing_while_the_broker_does_not_read(
+    node: RabbitNode, broker: RabbitBroker, queues: SiteQueues
+) -> None:
+    node.ctl("set_vm_memory_high_watermark", "0.0001")
+    try:
+        with broker.link([], 1, "site") as link:
+            link.publish(queues.up, "m", [b"x"])
+            collect(link, lambda events: Trouble in kinds(events))
+            start = time.monotonic()
+            link.close()
+            assert time.monotonic() - start < 3
+    finally:
+        node.ctl("set_vm_memory_high_watermark", "0.4")
+
+
+def test_the_broker_sees_who_is_connected(node: RabbitNode, broker: RabbitBroker, queues: SiteQueues) -> None:
+    def names() -> str:
+        return node.ctl("list_connections", "client_properties")
+
+    with broker.link([queues.up], 1, "site-a"):
+        assert "nightsplit site-a publishing" in names()
+        assert "nightsplit site-a consuming" in names()
+        assert "site-a" in node.ctl("list_consumers", "-p", broker._parameters.virtual_host, "consumer_tag")
+    wait_until(lambda: "site-a" not in names(), 10, "the broker to see the link closed")
+
+
+# Settings
+
+
+def test_pika_reads_a_frame_at_a_time() -> None:
+    RabbitBroker("amqp://localhost")
+    transport = module.io_services_utils._AsyncTransportBase
+    assert transport._MAX_RECV_BYTES == 131072, "pika has changed: see whether it still reads 4 KB at a time"
+
+
+# Bookkeeping
+
+
+def outbox_with(count: int, queue: str = "q") -> tuple[Outbox, list[Message]]:
+    outbox = Outbox()
+    messages = [
+        Message(Queue(queue, "x", "k", 1, None), f"m{number}", b"", {}) for number in range(1, count + 1)
+    ]
+    for message in messages:
+        outbox.add(message)
+        outbox.sent(message)
+    return outbox, messages
+
+
+def test_answers_in_any_order_settle_each_message_once() -> None:
+    """Seen from a real broker: refusals overtake bulk confirms, and are not covered by them."""
+    outbox, messages = outbox_with(37)
+    answers = [(33, False), (30, True), (34, False), (35, False), (32, True), (37, True)]
+    settled = [[message.message_id for message in outbox.settle(*answer)] for answer in answers]
+    assert settled == [
+        ["m33"],
+        [message.message_id for message in messages[:30]],
+        ["m34"],
+        ["m35"],
+        ["m31", "m32"],
+        ["m36", "m37"],
+    ]
+    assert outbox.settle(37, multiple=True) == []
+    assert outbox.settle(5, multiple=False) == []
+
+
+def test_tag_zero_settles_everything() -> None:
+    outbox, messages = outbox_with(3)
+    assert outbox.settle(0, multiple=True) == messages
+
+
+def test_a_new_channel_sends_everything_again_in_order() -> None:
+    outbox, messages = outbox_with(4)
+    (second,) = outbox.settle(2, multiple=False)
+    outbox.remove(second)
+    assert outbox.due() == []
+    outbox.recall()
+    assert outbox.due() == [messages[0], messages[2], messages[3]]
+    outbox.sent(messages[0])
+    assert outbox.settle(1, multiple=False) == [messages[0]], "a new channel counts from 1"
+
+
+def test_a_held_queue_is_offered_its_oldest_message_only() -> None:
+    outbox, messages = outbox_with(3)
+    queue = messages[0].queue
+    outbox.settle(3, multiple=True)
+    pause = outbox.hold(queue)
+    assert pause is not None
+    assert 0 < pause <= 0.1
+    assert outbox.hold(queue) is None
+    assert outbox.due() == []
+    outbox.wake(queue)
+    assert outbox.due() == messages[:1]
+    outbox.sent(messages[0])
+    assert outbox.due() == []
+    outbox.settle(4, multiple=False)
+    outbox.remove(messages[0])
+    assert not outbox.release_if_empty(queue)
+    assert outbox.due() == messages[1:2]
