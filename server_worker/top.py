@@ -55,7 +55,7 @@ class Top:
             self.module.load_state_dict(before, strict=False)
             raise Refused(603, f"the loss of this batch is {loss.item()}.", "lower optimizer.lr, or check the site's data.")
         self._optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         self._optimizer.step()
         assert inputs.grad is not None
         return loss.item(), inputs.grad.cpu()
@@ -64,7 +64,8 @@ class Top:
         """Outputs (batch, outputs) for smashed data (batch, *cut), in evaluation mode."""
         self.module.eval()
         with torch.no_grad():
-            return self.module(smashed.to(self._device)).cpu()
+            outputs: torch.Tensor = self.module(smashed.to(self._device))
+        return outputs.cpu()
 
     def weights(self) -> dict[str, torch.Tensor]:
         """CPU copies of parameters and buffers."""

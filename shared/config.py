@@ -30,7 +30,7 @@ class _Section(Struct, frozen=True, forbid_unknown_fields=True):
     """A table of a TOML file: unknown keys are refused."""
 
 
-class RunSection(_Section, kw_only=True):
+class RunSection(_Section, frozen=True, kw_only=True):
     """[run]: what is trained, by whom, in which order.
 
     Attributes:
@@ -63,7 +63,7 @@ class RunSection(_Section, kw_only=True):
     export_top: bool = False
 
 
-class ModelSection(_Section, kw_only=True):
+class ModelSection(_Section, frozen=True, kw_only=True):
     """[model]: a factory and where its model is cut.
 
     Attributes:
@@ -79,7 +79,7 @@ class ModelSection(_Section, kw_only=True):
     head_cut: Positive | None = None
 
 
-class TaskSection(_Section, kw_only=True):
+class TaskSection(_Section, frozen=True, kw_only=True):
     """[task]: what is predicted. `classes` is used by multiclass alone.
 
     The top ends in 1 output for binary (a logit) and regression, in `classes` logits for multiclass.
@@ -94,7 +94,7 @@ class TaskSection(_Section, kw_only=True):
         return self.classes if self.kind == "multiclass" else 1
 
 
-class OptimizerSection(_Section, kw_only=True):
+class OptimizerSection(_Section, frozen=True, kw_only=True):
     """[optimizer]: the same for every part of the model; each part keeps its own state."""
 
     name: Literal["sgd", "adam", "adamw"] = "adam"
@@ -103,7 +103,7 @@ class OptimizerSection(_Section, kw_only=True):
     momentum: Share = 0.0
 
 
-class WireSection(_Section, kw_only=True):
+class WireSection(_Section, frozen=True, kw_only=True):
     """[wire]: how tensors travel, and how large things may grow.
 
     Attributes:
@@ -121,7 +121,7 @@ class WireSection(_Section, kw_only=True):
     queue_bytes: Positive = 4 * 2**30
 
 
-class DataSection(_Section, kw_only=True):
+class DataSection(_Section, frozen=True, kw_only=True):
     """[data]: what all sites agree on about their data.
 
     Attributes:
@@ -157,7 +157,7 @@ class DataSection(_Section, kw_only=True):
         return (len(self.features),)
 
 
-class RunConfig(_Section, kw_only=True):
+class RunConfig(_Section, frozen=True, kw_only=True):
     """run.toml, the same at every participant."""
 
     run: RunSection
@@ -177,7 +177,7 @@ class RunConfig(_Section, kw_only=True):
         return hashlib.sha256(self.canonical().encode()).hexdigest()
 
 
-class SourceSection(_Section, kw_only=True):
+class SourceSection(_Section, frozen=True, kw_only=True):
     """[data] of site.toml: where this site's data is, and how to read it.
 
     Attributes:
@@ -203,7 +203,7 @@ class SourceSection(_Section, kw_only=True):
     share: tuple[float, float] = (0.0, 1.0)
 
 
-class WorkerSection(_Section, kw_only=True):
+class WorkerSection(_Section, frozen=True, kw_only=True):
     """What every worker needs. Paths are relative to the file they stand in.
 
     Attributes:
@@ -225,7 +225,7 @@ class WorkerSection(_Section, kw_only=True):
     device: str = "cpu"
 
 
-class SiteSection(WorkerSection, kw_only=True):
+class SiteSection(WorkerSection, frozen=True, kw_only=True):
     """[site]: a hospital's worker.
 
     Attributes:
@@ -237,7 +237,7 @@ class SiteSection(WorkerSection, kw_only=True):
     policy: str = "policy.toml"
 
 
-class ServerSection(WorkerSection, kw_only=True):
+class ServerSection(WorkerSection, frozen=True, kw_only=True):
     """[server]: the holder of the remaining layers.
 
     Attributes:
@@ -247,20 +247,20 @@ class ServerSection(WorkerSection, kw_only=True):
     report: str = "report"
 
 
-class SiteConfig(_Section, kw_only=True):
+class SiteConfig(_Section, frozen=True, kw_only=True):
     """site.toml."""
 
     site: SiteSection
     data: SourceSection
 
 
-class ServerConfig(_Section, kw_only=True):
+class ServerConfig(_Section, frozen=True, kw_only=True):
     """server.toml."""
 
     server: ServerSection
 
 
-class PolicyConfig(_Section, kw_only=True):
+class PolicyConfig(_Section, frozen=True, kw_only=True):
     """policy.toml: what may leave this hospital. No run can weaken it.
 
     Attributes:

@@ -11,6 +11,8 @@ Of held-out patients the server learns the site's own figures (Report), not thei
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from server_worker.evaluation import parse_site_metrics
@@ -31,7 +33,7 @@ class SplitUServer(StreamServer):
 
     top: Middle
 
-    def __init__(self, config: RunConfig, top: Middle, contract: dict[Kind, Payload]) -> None:
+    def __init__(self, config: RunConfig, top: Middle, contract: Mapping[Kind, Payload]) -> None:
         super().__init__(config, top, contract)
         self._open: dict[str, dict[int, tuple[int, torch.Tensor]]] = {site: {} for site in config.run.sites}
         """Version and smashed data of training items whose gradient at the head has not come yet."""

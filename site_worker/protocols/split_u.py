@@ -87,7 +87,7 @@ class SplitUSite(StreamSite):
         with seeded(self.feed.seed("head", q), self._device):
             loss = loss_of(self.config.task, self.head(inputs), self.feed.targets(q).to(self._device))
         self._optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         if torch.isfinite(loss):
             self._optimizer.step()
         assert inputs.grad is not None
