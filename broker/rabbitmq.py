@@ -23,9 +23,10 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import pika
 from pika import exceptions
@@ -34,7 +35,7 @@ from pika.adapters.utils import io_services_utils
 
 from broker.base import Broker, Confirmed, Delivery, Link, Queue
 from broker.outbox import Message, Outbox, Pauses
-from broker.rabbitmq_errors import lasting, missing, sentence, unreachable
+from broker.rabbitmq_terms import arguments, lasting, missing, sentence, unreachable
 from broker.rabbitmq_link import Inbox, RabbitLink
 from shared.errors import BrokerError
 
@@ -43,8 +44,6 @@ FIRST_CONNECTION_S = 10.0
 
 RECEIVE_BYTES = 128 * 2**10
 """What pika reads at a time: the size of an AMQP frame."""
-
-Answer = TypeVar("Answer")
 
 
 class RabbitBroker(Broker):
@@ -81,16 +80,12 @@ class RabbitBroker(Broker):
 
     def declare(self, queues: Iterable[Queue]) -> None:
         """Create queues that do not exist; see `Broker.declare`."""
-
-        def declare_all(connection: Any) -> None:
+        with self._connected() as connection:
             channel = connection.channel()
-            for queue in wanted:
+            for queue in queues:
                 channel.exchange_declare(queue.exchange, "direct", durable=True)
-                channel.queue_declare(queue.name, durable=True, arguments=_arguments(queue))
+                channel.queue_declare(queue.name, durable=True, arguments=arguments(queue))
                 channel.queue_bind(queue.name, queue.exchange, queue.key)
-
-        wanted = list(queues)
-        self._ask(declare_all)
 
     def link(self, consume: Sequence[Queue], prefetch: int, owner: str) -> Link:
         """Open a line; see `Broker.link`.
@@ -112,7 +107,8 @@ class RabbitBroker(Broker):
     def depth(self, queue: Queue) -> int | None:
         """Messages that no consumer holds; None if the queue is absent. May lag after a broker's restart."""
         try:
-            declared = self._ask(lambda line: line.channel().queue_declare(queue.name, passive=True))
+            with self._connected() as connection:
+                declared = connection.channel().queue_declare(queue.name, passive=True)
         except BrokerError as error:
             if error.number == 205:
                 return None
@@ -122,11 +118,10 @@ class RabbitBroker(Broker):
 
     def delete(self, queues: Iterable[Queue]) -> None:
         """Remove queues with all they hold, and exchanges that lead nowhere then."""
-
-        def delete_all(connection: Any) -> None:
-            channel = connection.channel()
+        unwanted = list(queues)
+        with self._connected() as connection:
             for queue in unwanted:
-                channel.queue_delete(queue.name)
+                connection.channel().queue_delete(queue.name)
             for exchange in sorted({queue.exchange for queue in unwanted}):
                 try:
                     connection.channel().exchange_delete(exchange, if_unused=True)
@@ -134,27 +129,30 @@ class RabbitBroker(Broker):
                     if refusal.reply_code != 406:  # 406: it still leads to another queue
                         raise
 
-        unwanted = list(queues)
-        self._ask(delete_all)
+    @contextmanager
+    def _connected(self) -> Iterator[Any]:
+        """A short-lived connection of the calling thread; what goes wrong on it becomes a BrokerError."""
+        connection = self._connect()
+        try:
+            yield connection
+            connection.close()
+        except exceptions.AMQPError as error:
+            raise lasting(error, self._parameters) or unreachable(error, self._parameters) from None
+        finally:
+            if connection.is_open:
+                connection.close()
 
-    def _ask(self, question: Callable[[Any], Answer]) -> Answer:
-        """What `question` answers, given a connection of its own; it may be asked more than once."""
+    def _connect(self) -> Any:
         pauses, deadline = Pauses(), time.monotonic() + FIRST_CONNECTION_S
         while True:
-            connection = None
             try:
-                connection = pika.BlockingConnection(self._parameters)
-                return question(connection)
+                return pika.BlockingConnection(self._parameters)
             except (exceptions.AMQPError, OSError) as error:
-                verdict = lasting(error, self._parameters)
-                if verdict is not None:
+                if verdict := lasting(error, self._parameters):
                     raise verdict from None
                 if time.monotonic() > deadline:
                     raise unreachable(error, self._parameters) from None
-                time.sleep(next(pauses))
-            finally:
-                if connection is not None and connection.is_open:
-                    connection.close()
+            time.sleep(next(pauses))
 
 
 class _Connection(ABC):
@@ -230,10 +228,10 @@ class _Connection(ABC):
             )
 
     def _let_go(self) -> None:
-        """Close the connection so that unacknowledged deliveries return in one piece.
+        """Close the connection so that its unacknowledged deliveries are the next to be delivered.
 
-        pika would cancel the consumers first. A standby would then be given what comes after our
-        unacknowledged deliveries, before the broker has put these back.
+        Of itself pika would cancel the consumers first. The broker then wakes a standby, and (seen
+        with a quorum queue) gives it what follows, before our deliveries are back in their places.
         """
         if self._connection is not None and not (self._connection.is_closing or self._connection.is_closed):
             self._channel = None
@@ -309,7 +307,7 @@ class Publishing(_Connection):
         self._inbox.over("alarm")  # a new connection is told again
 
     def _on_blocked(self, connection: Any, frame: Any) -> None:
-        self._can_send = False
+        self._can_send = False  # the broker no longer reads: pika would only pile up copies
         self._inbox.trouble(
             "alarm", f"the broker blocks publishing: memory or disk alarm ({frame.method.reason})"
         )
@@ -435,17 +433,6 @@ class Consuming(_Connection):
         self._inbox.events.put(
             Delivery(queue, properties.message_id or "", body, headers, method.redelivered, tag)
         )
-
-
-def _arguments(queue: Queue) -> dict[str, object]:
-    """Queue arguments. Lazy mode is left to a policy, since brokers may refuse arguments that differ."""
-    arguments: dict[str, object] = {"x-single-active-consumer": True}
-    if queue.limit_bytes is not None:
-        # The default on overflow is to drop the oldest message, and confirm the new one.
-        arguments |= {"x-max-length-bytes": queue.limit_bytes, "x-overflow": "reject-publish"}
-    if queue.dead_key is not None:
-        arguments |= {"x-dead-letter-exchange": queue.exchange, "x-dead-letter-routing-key": queue.dead_key}
-    return arguments
 
 
 def _tune() -> None:

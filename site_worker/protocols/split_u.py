@@ -54,6 +54,12 @@ class SplitUSite(StreamSite):
         """The site's figures, by the last item of their block, until their message is confirmed."""
         self._outputs: dict[int, torch.Tensor] = {}
         """Predictions for the held-out samples of the open evaluation block, by item."""
+        self._heads: dict[int, dict[str, torch.Tensor]] = {}
+        """The head that each epoch was evaluated with, while that epoch may still be the best."""
+
+    def final_head(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers of the head that belongs to the best model."""
+        return self._heads.get(self.best, self.head.state_dict())
 
     def content(self, q: int, item: Item) -> Send:
         """See `StreamSite`."""
@@ -79,6 +85,8 @@ class SplitUSite(StreamSite):
             self._outputs[q] = self.head(activations.to(self._device)).cpu()
         if self.feed.plan.ends_block(q):
             self._reports[q] = self._judge()
+            self._heads = {epoch: kept for epoch, kept in self._heads.items() if self.open_candidate(epoch)}
+            self._heads[item.epoch] = {name: tensor.clone() for name, tensor in self.head.state_dict().items()}
 
     def _train_head(self, q: int, activations: torch.Tensor) -> torch.Tensor:
         """One step of the head; returns the gradient (batch, *head) at its input."""
@@ -119,8 +127,10 @@ class SplitUSite(StreamSite):
             **dict(flatten("gradients", {str(q): tensor for q, tensor in self._gradients.items()})),
             **dict(flatten("outputs", {str(q): tensor for q, tensor in self._outputs.items()})),
         }
+        for epoch, kept_head in self._heads.items():
+            tensors.update(flatten(f"candidate_head/{epoch}", kept_head))
         reports = {str(q): text for q, text in self._reports.items()}
-        return Snapshot(tensors, {**base.facts, "reports": reports})
+        return Snapshot(tensors, {**base.facts, "reports": reports, "heads": list(self._heads)})
 
     def restore(self, snapshot: Snapshot) -> None:
         """See `Role`."""
@@ -131,3 +141,4 @@ class SplitUSite(StreamSite):
         self._gradients = {int(q): tensor for q, tensor in under("gradients", tensors).items()}
         self._outputs = {int(q): tensor for q, tensor in under("outputs", tensors).items()}
         self._reports = {int(q): text for q, text in snapshot.facts["reports"].items()}
+        self._heads = {epoch: under(f"candidate_head/{epoch}", tensors) for epoch in snapshot.facts["heads"]}

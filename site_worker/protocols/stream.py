@@ -58,6 +58,8 @@ class StreamSite(Role):
         self.finished = False
         self.best = 0
         """The best epoch, as far as the server has told."""
+        self._judged = 0
+        """The last epoch that the server has judged, as far as it has told."""
         self.exported_top: dict[str, torch.Tensor] = {}
         """The server's half of the best model, where the run exports it."""
         self._contract = contract
@@ -180,6 +182,10 @@ class StreamSite(Role):
         inputs, seed = self.feed.inputs(q), self.feed.seed("bottom", q)
         self.bottom.learn(q, self.feed.plan.version_of(q), inputs, seed, gradient)
 
+    def open_candidate(self, epoch: int) -> bool:
+        """Whether an epoch is the best, or may still turn out to be."""
+        return epoch > self._judged or epoch == self.best
+
     def final_bottom(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers of the bottom that belongs to the best model."""
         return self._candidates.get(self.best, self.bottom.weights(self.bottom.version))
@@ -199,10 +205,8 @@ class StreamSite(Role):
         return min(self.sequence.at(number)[0] for number in following)
 
     def _answer_applied(self, header: Header, judged: int) -> None:
-        self.answered = header.seq
-        self._candidates = {
-            epoch: kept for epoch, kept in self._candidates.items() if epoch > judged or epoch == self.best
-        }
+        self.answered, self._judged = header.seq, max(judged, self._judged)
+        self._candidates = {epoch: kept for epoch, kept in self._candidates.items() if self.open_candidate(epoch)}
 
     def _enrol(self, config: str, contract: str) -> list[Effect]:
         """Agree to the run as the server opened it, before anything of a patient is sent."""
@@ -249,7 +253,7 @@ class StreamSite(Role):
         tensors.update(flatten("exported_top", self.exported_top))
         facts: dict[str, Any] = {
             "next": resume, "answered": self.answered, "finished": self.finished, "enrolled": self._enrolled,
-            "best": self.best, "candidates": list(self._candidates), "released": self._released,
+            "best": self.best, "judged": self._judged, "candidates": list(self._candidates), "released": self._released,
         }  # fmt: skip
         return Snapshot(tensors, facts)
 
@@ -257,7 +261,8 @@ class StreamSite(Role):
         """See `Role`."""
         tensors, facts = snapshot.tensors, snapshot.facts
         self.bottom.restore(tensors)
-        self.next_seq, self.answered, self.best = facts["next"], facts["answered"], facts["best"]
+        self.next_seq, self.answered = facts["next"], facts["answered"]
+        self.best, self._judged = facts["best"], facts["judged"]
         self.finished, self._enrolled, self._released = facts["finished"], facts["enrolled"], facts["released"]
         self._candidates = {epoch: under(f"candidate/{epoch}", tensors) for epoch in facts["candidates"]}
         self.exported_top = under("exported_top", tensors)

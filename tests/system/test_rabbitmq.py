@@ -1,4 +1,4 @@
-"""What only a real RabbitMQ node can show: it dies, blocks, refuses, closes channels; and its client's limits."""
+"""What only a real RabbitMQ node can show: it dies, blocks, refuses, and closes channels in silence."""
 
 from __future__ import annotations
 
@@ -233,10 +233,11 @@ def test_a_node_killed_under_a_consumer(node: RabbitNode, broker: RabbitBroker, 
         for event in old:
             assert isinstance(event, Delivery)
             link.acknowledge(event)
-        again = [event for event in events if isinstance(event, Delivery)]
-        again += [event for event in collect(link, lambda found: len(ids(again + found)) == 4)]
+        again: list[Event] = [event for event in events if isinstance(event, Delivery)]
+        again += collect(link, lambda found: len(ids(again + found)) == 4)
         assert ids(again) == names[:4]
         for event in again:
+            assert isinstance(event, Delivery)
             link.acknowledge(event)
         assert ids(collect(link, lambda found: len(found) == 4)) == names[4:]
 
@@ -340,6 +341,24 @@ def test_closing_while_the_broker_does_not_read(
             assert time.monotonic() - start < 3
     finally:
         node.ctl("set_vm_memory_high_watermark", "0.4")
+
+
+def test_a_standby_receives_first_what_the_first_had_in_hand(
+    broker: RabbitBroker, queues: SiteQueues
+) -> None:
+    """Also where the broker wakes the standby as soon as a consumer is cancelled, as quorum queues do."""
+    broker.delete([queues.up])
+    with broker._connected() as connection:
+        arguments = {"x-queue-type": "quorum", "x-single-active-consumer": True}
+        connection.channel().queue_declare(queues.up.name, durable=True, arguments=arguments)
+        connection.channel().queue_bind(queues.up.name, queues.up.exchange, queues.up.key)
+    names = [f"m{number}" for number in range(8)]
+    publish_all(broker, queues.up, names)
+    first = broker.link([queues.up], 2, "server-1")
+    collect(first, lambda events: len(events) == 2)
+    with broker.link([queues.up], 3, "server-2") as second:
+        first.close()
+        assert ids(collect(second, lambda events: len(events) == 3)) == names[:3]
 
 
 def test_the_broker_sees_who_is_connected(node: RabbitNode, broker: RabbitBroker, queues: SiteQueues) -> None:

@@ -4,7 +4,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from shared.errors import ConfigError
-from site_worker.shift import Shift
+from shared.shift import Shift
 
 BERLIN = ZoneInfo("Europe/Berlin")
 

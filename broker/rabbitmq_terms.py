@@ -1,6 +1,6 @@
-"""What RabbitMQ and pika say, as errors with a number, a sentence and a remedy.
+"""What RabbitMQ is told about a queue, and what its answers mean as errors.
 
-Recognised by what the errors carry, so that pika itself is not needed here.
+Errors are recognised by what they carry, so that pika itself is not needed here.
 """
 
 from __future__ import annotations
@@ -8,7 +8,19 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from broker.base import Queue
 from shared.errors import BrokerError
+
+
+def arguments(queue: Queue) -> dict[str, object]:
+    """Queue arguments. Lazy mode is left to a policy, since brokers may refuse arguments that differ."""
+    arguments: dict[str, object] = {"x-single-active-consumer": True}
+    if queue.limit_bytes is not None:
+        # The default on overflow is to drop the oldest message, and confirm the new one.
+        arguments |= {"x-max-length-bytes": queue.limit_bytes, "x-overflow": "reject-publish"}
+    if queue.dead_key is not None:
+        arguments |= {"x-dead-letter-exchange": queue.exchange, "x-dead-letter-routing-key": queue.dead_key}
+    return arguments
 
 
 def _innermost(error: BaseException) -> BaseException:

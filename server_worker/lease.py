@@ -1,0 +1,73 @@
+"""The lease of the active server: one server per run, and a fence that grows with every take-over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from shared.errors import StateError
+from shared.store import Pointer, RunStore
+
+TTL_SECONDS = 15.0
+
+
+class Lease:
+    """The right to act as the run's server; what `shared.engine.Authority` asks for.
+
+    Args:
+        store: used from the worker's thread.
+        owner: names this server; a restart under the same name takes over at once.
+    """
+
+    def __init__(self, store: RunStore, owner: str) -> None:
+        self._store = store
+        self._owner = owner
+        self.fence = 0
+        self.lost = False
+
+    def acquire(self, wait: Callable[[float], bool]) -> bool:
+        """Become the active server, waiting while another one is.
+
+        Args:
+            wait: sleeps for so many seconds; False to give up.
+
+        Returns:
+            Whether this server is active now.
+        """
+        while (fence := self._store.acquire_lease(self._owner, TTL_SECONDS)) is None:
+            if not wait(TTL_SECONDS / 5):
+                return False
+        self.fence = fence
+        return True
+
+    def renew(self, store: RunStore) -> None:
+        """Stay active. Called by the heartbeat, with the heartbeat's own connection."""
+        self.lost = self.lost or not store.renew_lease(self._owner, self.fence, TTL_SECONDS)
+
+    def check(self) -> None:
+        """Stop a server that was replaced.
+
+        Raises:
+            StateError: 505 another server took over.
+        """
+        if self.lost:
+            raise StateError(505, f"a server with a higher fence than {self.fence} is active.", "nothing is lost; stop one of them.")
+
+    def release(self) -> None:
+        """Stop being the active server."""
+        self._store.release_lease(self._owner, self.fence)
+
+    def pointer(self) -> Pointer | None:
+        """See `Authority`."""
+        return self._store.pointer()
+
+    def move_pointer(self, pointer: Pointer) -> bool:
+        """See `Authority`."""
+        return self._store.move_pointer(pointer)
+
+    def journal(self, position: int, sender: str) -> str:
+        """See `Authority`."""
+        return self._store.journal(position, sender)
+
+    def journalled(self, position: int) -> str | None:
+        """See `Authority`."""
+        return self._store.journalled(position)

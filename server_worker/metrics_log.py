@@ -1,0 +1,54 @@
+"""Metrics as they happen: JSON lines for machines, TensorBoard event files for people."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from shared.effects import Record
+
+
+class MetricsLog:
+    """`metrics.jsonl` and `tensorboard/` in a report folder.
+
+    Args:
+        folder: created when missing.
+        resumed_step: training step of the restored checkpoint. What was written beyond it will be
+            written again, so it is cut off here.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "metrics.jsonl"
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= resumed_step]
+        draft = self._path.with_suffix(".draft")
+        draft.write_text("".join(kept), encoding="utf-8")
+        os.replace(draft, self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+
+    def write(self, record: Record) -> None:
+        """Append a line; `step` is required among its metrics."""
+        metrics = dict(record.metrics)
+        self._file.write(json.dumps(metrics, sort_keys=True) + "\n")
+        self._file.flush()
+        step = int(metrics.pop("step") or 0)
+        path = "/".join(str(metrics.pop(name)) for name in ("event", "part", "site") if name in metrics)
+        for name, value in metrics.items():
+            if isinstance(value, float):
+                self._board.add_scalar(f"{path}/{name}", value, step)
+
+    def close(self) -> None:
+        """Finish both files."""
+        self._file.close()
+        self._board.close()
+
+    def _lines(self) -> list[str]:
+        """Whole lines written so far; a crash may have left half a one at the end."""
+        if not self._path.exists():
+            return []
+        with self._path.open(encoding="utf-8") as file:
+            return [line for line in file if line.endswith("\n")]

@@ -1,0 +1,123 @@
+"""The report of a run: report.json for machines, report.md and curves.png for people, the top's weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from safetensors.torch import save_file
+
+from server_worker.protocols.stream import StreamServer
+from shared.config import RunConfig
+from shared.metrics import HEADLINE
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402  (the backend has to be chosen first)
+
+
+def write_report(folder: Path, config: RunConfig, role: StreamServer) -> dict[str, Any]:
+    """Write the report folder of a finished run; returns what report.json holds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report = summarise(config, role)
+    save_file({name: tensor.contiguous() for name, tensor in role.best_top.items()}, folder / "top.safetensors")
+    (folder / "report.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "report.md").write_text(_markdown(config, report), encoding="utf-8")
+    if report["history"]:
+        _draw(folder / "curves.png", config, report["history"])
+    return report
+
+
+def summarise(config: RunConfig, role: StreamServer) -> dict[str, Any]:
+    """Everything that the report says, as plain data."""
+    sites: dict[str, dict[str, Any]] = {
+        site: {
+            "messages": role.applied[site],
+            "planned": sequence.last if (sequence := role.sequences.get(site)) else None,
+            "training_samples": sequence.plan.train if sequence else None,
+            "refused": role.refusals[site],
+        }
+        for site in config.run.sites
+    }
+    total = sum(facts["training_samples"] or 0 for facts in sites.values())
+    for facts in sites.values():
+        facts["share"] = (facts["training_samples"] or 0) / total if total else None
+    return {
+        "run": config.run.id,
+        "protocol": config.run.protocol,
+        "contract": config.contract,
+        "best_epoch": role.evaluation.best,
+        "best": role.evaluation.of(role.evaluation.best),
+        "steps": role.steps,
+        "sites": sites,
+        "history": role.evaluation.history,
+        "top_sha256": weights_sha256(role.best_top),
+    }
+
+
+def weights_sha256(weights: Mapping[str, torch.Tensor]) -> str:
+    """One hash of named weights: equal only when every bit is."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode() + b"\0" + weights[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _markdown(config: RunConfig, report: Mapping[str, Any]) -> str:
+    lines = [
+        f"# Run {report['run']}",
+        "",
+        f"{config.run.protocol}, {config.run.order} order, window {config.run.window}, "
+        f"{config.run.bottoms} bottoms, {report['steps']} training steps at the server.",
+        "",
+    ]
+    best = report["best"]
+    if best is not None:
+        figures = [name for name in best["overall"]["validation"] if name != "samples"]
+        lines += [
+            f"Best epoch: {best['epoch']}, chosen by the validation loss. Test patients were only counted, never chosen by.",
+            "",
+            f"| held-out test patients of | samples | {' | '.join(figures)} |",
+            f"| --- | ---: |{' ---: |' * len(figures)}",
+        ]
+        for site, metrics in [*best["sites"].items(), ("all sites (mean by samples)", best["overall"])]:
+            test = metrics.get("test", {})
+            cells = " | ".join(_cell(test.get(name)) for name in figures)
+            lines.append(f"| {site} | {int(test.get('samples') or 0)} | {cells} |")
+        lines += ["", "![curves](curves.png)", ""]
+    lines += ["| site | training samples | share | messages applied | refused |", "| --- | ---: | ---: | ---: | ---: |"]
+    for site, facts in report["sites"].items():
+        share = f"{100 * facts['share']:.0f} %" if facts["share"] is not None else "-"
+        messages = f"{facts['messages']} of {facts['planned']}"
+        lines.append(f"| {site} | {facts['training_samples']} | {share} | {messages} | {facts['refused']} |")
+    lines += ["", f"sha256 of the server's half: `{report['top_sha256']}`", ""]
+    return "\n".join(lines)
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _draw(path: Path, config: RunConfig, history: list[Mapping[str, Any]]) -> None:
+    """Validation loss and the task's headline figure over epochs: every site, and overall."""
+    names = ("loss", HEADLINE[config.task.kind])
+    figure, axes = pyplot.subplots(1, len(names), figsize=(10, 4), layout="constrained")
+    for axis, name in zip(axes, names, strict=True):
+        for site in [*config.run.sites, "overall"]:
+            entries = [(e["epoch"], (e["sites"] | {"overall": e["overall"]}).get(site, {})) for e in history]
+            points = [
+                (epoch, metrics["validation"][name])
+                for epoch, metrics in entries
+                if metrics.get("validation", {}).get(name) is not None
+            ]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=site, linewidth=2 if site == "overall" else 1)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(f"{name} (validation)")
+    axes[-1].legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

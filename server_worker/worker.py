@@ -1,0 +1,188 @@
+"""The server worker: waits for its shift, becomes the active server, runs the engine, reports."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from broker.base import Broker
+from broker.opening import open_broker
+from broker.topology import SiteQueues, site_queues
+from server_worker.lease import Lease
+from server_worker.metrics_log import MetricsLog
+from server_worker.protocols import make_server
+from server_worker.protocols.stream import StreamServer
+from server_worker.report import write_report
+from shared.checkpoint import Checkpoints
+from shared.clock import Clock, SystemClock
+from shared.config import RunConfig, ServerConfig, load
+from shared.engine import Engine, Progress, Route
+from shared.message import SERVER, Kind
+from shared.shift import Shift
+from shared.stores import open_store
+from shared.worker import (
+    Facts,
+    Heartbeat,
+    StopSignal,
+    own_folder,
+    planned_message_bytes,
+    prefetch_for,
+    prepare_torch,
+)
+
+_UP = (Kind.SMASHED, Kind.HEAD_GRADIENT, Kind.BOTTOM)
+"""Kinds that may be large on their way to the server."""
+
+
+class ServerWorker:
+    """One server of one run.
+
+    Args:
+        path: its server.toml.
+        overrides: "run.key=value" for run.toml (as `shared.config.load`).
+        clock: tells when its shift is.
+        stop: asked between steps.
+        observe: shown the worker's facts every second.
+
+    Raises:
+        ConfigError: a file is wrong.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        overrides: Sequence[str] = (),
+        clock: Clock | None = None,
+        stop: StopSignal | None = None,
+        observe: Callable[[Facts], None] = lambda facts: None,
+    ) -> None:
+        self.base = path.parent
+        self.config = load(path, ServerConfig).server
+        self.run_config = load(self.base / self.config.run, RunConfig, overrides)
+        self.shift = Shift(self.config.shift)
+        self.state = "starting"
+        self._clock = clock or SystemClock()
+        self._stop = stop or StopSignal()
+        self._observe = observe
+        self._role: StreamServer | None = None
+        self._progress = Progress()
+
+    @property
+    def report_folder(self) -> Path:
+        """Where report and metrics go."""
+        return self.base / self.config.report
+
+    def open_run(self) -> None:
+        """Make the run's queues and put its manifest into them, so that sites can begin without a server."""
+        self._work(only_open=True, idle_seconds=None)
+
+    def work(self, idle_seconds: float | None = None) -> bool:
+        """Work shift after shift until the run is over.
+
+        Args:
+            idle_seconds: leave when nothing happened for so long; None to stay.
+
+        Returns:
+            Whether the run is over.
+
+        Raises:
+            NightsplitError: what the user has to know.
+        """
+        return self._work(only_open=False, idle_seconds=idle_seconds)
+
+    def _work(self, only_open: bool, idle_seconds: float | None) -> bool:
+        prepare_torch(self.config.threads, self.config.device)
+        folder = self.base / self.config.state
+        with own_folder(folder):
+            store = open_store(self.config.store, self.run_config.run.id, self.base)
+            lease = Lease(store, owner=f"{socket.gethostname()}:{folder.resolve()}")
+            try:
+                while not self._stop.asked:
+                    if not only_open and not self._wait_for_shift():
+                        break
+                    if not lease.acquire(self._standby):
+                        break
+                    try:
+                        finished = self._one_shift(folder, lease, only_open, idle_seconds)
+                    finally:
+                        lease.release()
+                    if finished or only_open or idle_seconds is not None:
+                        return finished
+            finally:
+                store.close()
+        return False
+
+    def _wait_for_shift(self) -> bool:
+        """Sleep until the shift is open; False when asked to stop."""
+        while not self.shift.is_open(self._clock.now()) and not self._stop.asked:
+            self.state = f"waiting for its shift ({self.shift})"
+            left = (self.shift.opens_at(self._clock.now()) - self._clock.now()).total_seconds()
+            self._clock.sleep(min(left, 30.0))
+        return not self._stop.asked
+
+    def _standby(self, seconds: float) -> bool:
+        self.state = "standing by: another server is active"
+        self._clock.sleep(seconds)
+        return not self._stop.asked
+
+    def _one_shift(self, folder: Path, lease: Lease, only_open: bool, idle_seconds: float | None) -> bool:
+        config = self.run_config
+        broker = open_broker(self.config.broker, self.base, config.wire.message_bytes)
+        queues = {site: site_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites}
+        broker.declare(queue for site in queues.values() for queue in site)
+        role = make_server(config, folder, self.config.device)
+        self._role = role
+        prefetch = prefetch_for(planned_message_bytes(config, {k: p for k in _UP if (p := role.payload(k))}))
+        routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in queues.items()}
+        consume = [] if only_open else [route.incoming for route in routes.values()]
+        with broker.link(consume, prefetch, owner=f"{SERVER}:{folder.resolve()}") as link:
+            engine = Engine(
+                config.run.id, role, link, routes, Checkpoints(folder / "checkpoints"), lease,
+                lambda record: log.write(record), config.wire.message_bytes,
+            )  # fmt: skip
+            self._progress = engine.progress
+            self.recovered = engine.recover()
+            log = MetricsLog(self.report_folder, role.steps)
+            heartbeat = Heartbeat(
+                SERVER,
+                lambda: open_store(self.config.store, config.run.id, self.base),
+                lambda: self._facts(broker, queues),
+                self._observe,
+                lease.renew,
+            )
+
+            def leave() -> bool:
+                lease.check()
+                closed = not only_open and not self.shift.is_open(self._clock.now())
+                return self._stop.asked or closed
+
+            try:
+                with heartbeat:
+                    self.state = "working"
+                    finished = engine.run(leave, 0.0 if only_open else idle_seconds)
+                    self.state = "finished" if finished else "away"
+            finally:
+                log.close()
+        if finished:
+            write_report(self.report_folder, config, role)
+        return finished
+
+    def _facts(self, broker: Broker, queues: dict[str, SiteQueues]) -> dict[str, Any]:
+        role, progress = self._role, self._progress
+        assert role is not None
+        planned = sum(sequence.last for sequence in role.sequences.values())
+        entry = role.evaluation.history[-1] if role.evaluation.history else None
+        return {
+            "state": f"blocked: {progress.trouble}" if progress.trouble else self.state,
+            "run": self.run_config.run.id,
+            "steps": role.steps,
+            "applied": sum(role.applied.values()),
+            "planned": planned if len(role.sequences) == len(queues) else None,
+            "epoch": entry["epoch"] if entry else 0,
+            "refused": sum(role.refusals.values()),
+            **{name: progress.counts[name] for name in ("duplicates", "sent", "confirmed", "checkpoints")},
+            **{f"applied_{site}": count for site, count in role.applied.items()},
+            **{f"queued_{site}": broker.depth(q.up) for site, q in queues.items()},
+        }

@@ -1,0 +1,158 @@
+"""What the workers of both sides need around the engine: a folder of their own, threads, a voice."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from shared.config import RunConfig
+from shared.contract import Payload
+from shared.errors import ConfigError, StateError
+from shared.message import Kind, Scalar
+from shared.store import RunStore
+
+PREFETCH_BYTES = 64 * 2**20
+"""What a worker may hold of one queue."""
+
+Facts = Mapping[str, Scalar | None]
+
+
+@contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Keep a state folder for this process alone; the lock ends with the process, however it ends.
+
+    Raises:
+        StateError: 503 another process has it, 501 it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise StateError(501, f"{folder}: {error.strerror}.", "name a state folder on a disk with room.") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StateError(
+                503, f"{folder} is used by another process.", "stop the other worker, or give this one its own folder."
+            ) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def prepare_torch(threads: int, device: str) -> None:
+    """Fix the number of threads and check the device.
+
+    Raises:
+        ConfigError: 109 the device is not there.
+    """
+    torch.set_num_threads(threads)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(109, f"device {device!r}: {reason}.", 'use device = "cpu", or install a CUDA build of torch.') from None
+
+
+def planned_message_bytes(config: RunConfig, contract: Mapping[Kind, Payload]) -> int:
+    """Size of the largest message of a run, without compression and header."""
+    widths = {"raw": None, "fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+
+    def size(payload: Payload) -> int:
+        return sum(
+            prod(config.run.batch_size if isinstance(n, str) else n for n in spec.shape)
+            * (widths[spec.codec] or spec.dtype.itemsize)
+            for spec in payload.tensors.values()
+        )
+
+    return max(size(payload) for payload in contract.values())
+
+
+def prefetch_for(message_bytes: int) -> int:
+    """Deliveries of one queue that a worker takes at a time: as many as fit its memory, within reason."""
+    return max(16, min(512, PREFETCH_BYTES // max(1, message_bytes)))
+
+
+@dataclass(slots=True)
+class StopSignal:
+    """SIGTERM and Ctrl-C ask a worker to leave after its current step; a second one ends it at once."""
+
+    asked: bool = False
+
+    def install(self) -> None:
+        """Listen from now on. Main thread only."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.asked = True
+
+
+@dataclass
+class Heartbeat:
+    """Tells the run store, every `interval` seconds, how a worker is; on a thread of its own.
+
+    Args:
+        worker: name under which it speaks.
+        open_store: makes the thread's own connection.
+        facts: what to say, called on the thread.
+        observe: shown the same facts, e.g. to draw progress.
+        beat: what else to do at each beat, with the store; whatever it raises is kept in `error`.
+    """
+
+    worker: str
+    open_store: Callable[[], RunStore]
+    facts: Callable[[], dict[str, Any]]
+    observe: Callable[[Facts], None] = lambda facts: None
+    beat: Callable[[RunStore], None] = lambda store: None
+    interval: float = 1.0
+    error: Exception | None = None
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Heartbeat:
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        store: RunStore | None = None
+        while not self._stop.wait(self.interval if store else 0.0):
+            try:
+                store = store or self.open_store()
+                self.beat(store)
+                self._say(store)
+            except Exception as error:
+                # A store that is away must not end the training; the worker looks at `error`.
+                self.error = error
+                self._stop.wait(self.interval)
+            else:
+                self.error = None
+        if store is not None:
+            try:
+                self._say(store)
+            finally:
+                store.close()
+
+    def _say(self, store: RunStore) -> None:
+        facts = self.facts()
+        self.observe(facts)
+        store.put_status(self.worker, facts)

@@ -1,0 +1,235 @@
+"""The site worker: waits for its shift, publishes and learns until the shift ends, and comes back the next night."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from broker.base import Broker
+from broker.opening import open_broker
+from broker.topology import site_queues
+from shared.checkpoint import Checkpoints
+from shared.clock import Clock, SystemClock
+from shared.config import PolicyConfig, RunConfig, SiteConfig, load
+from shared.engine import Engine, Progress, Route
+from shared.errors import BrokerError, RunError
+from shared.message import SERVER, Kind
+from shared.shift import Shift
+from shared.store import Pointer
+from shared.stores import open_store
+from shared.worker import (
+    Facts,
+    Heartbeat,
+    StopSignal,
+    own_folder,
+    planned_message_bytes,
+    prefetch_for,
+    prepare_torch,
+)
+from site_worker.data.dataset import Parts
+from site_worker.data.scaling import scale
+from site_worker.data.source import load_dataset
+from site_worker.data.split import split
+from site_worker.policy import check_policy
+from site_worker.protocols import make_site
+from site_worker.protocols.split_u import SplitUSite
+from site_worker.protocols.stream import StreamSite
+
+_DOWN = (Kind.CUT_GRADIENT, Kind.HEAD_INPUT, Kind.AVERAGE)
+"""Kinds that may be large on their way to a site."""
+
+
+class Alone:
+    """The authority of a worker that nobody else can replace: its folder is locked (`own_folder`)."""
+
+    fence = 0
+
+    def pointer(self) -> Pointer | None:
+        """No pointer is kept: the newest checkpoint counts."""
+        return None
+
+    def move_pointer(self, pointer: Pointer) -> bool:
+        """Nobody could have taken over."""
+        return True
+
+    def journal(self, position: int, sender: str) -> str:
+        """A site has one sender, so there is no order to keep."""
+        return sender
+
+    def journalled(self, position: int) -> str | None:
+        """See `journal`."""
+        return None
+
+
+class SiteWorker:
+    """One site of one run.
+
+    Args:
+        path: its site.toml.
+        overrides: "run.key=value" for run.toml (as `shared.config.load`).
+        clock: tells when its shift is.
+        stop: asked between steps.
+        observe: shown the worker's facts every second.
+
+    Raises:
+        ConfigError: a file is wrong, or the hospital's policy forbids the run (108).
+        RunError: 602 the site is not part of the run.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        overrides: Sequence[str] = (),
+        clock: Clock | None = None,
+        stop: StopSignal | None = None,
+        observe: Callable[[Facts], None] = lambda facts: None,
+    ) -> None:
+        self.base = path.parent
+        site = load(path, SiteConfig)
+        self.config, self.source = site.site, site.data
+        self.run_config = load(self.base / self.config.run, RunConfig, overrides)
+        self.shift = Shift(self.config.shift)
+        self.state = "starting"
+        self._clock = clock or SystemClock()
+        self._stop = stop or StopSignal()
+        self._observe = observe
+        self._role: StreamSite | None = None
+        self._progress = Progress()
+        policy = self.base / self.config.policy
+        check_policy(load(policy, PolicyConfig) if policy.exists() else PolicyConfig(), self.run_config, policy)
+        if self.config.name not in self.run_config.run.sites:
+            raise RunError(
+                602,
+                f"{self.config.name} is not among the sites of {self.run_config.run.id}: "
+                f"{', '.join(self.run_config.run.sites)}.",
+                "correct site.name, or have the site added to run.sites of a new run.",
+            )
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the site's part of the trained model goes."""
+        return self.base / self.config.state / "model"
+
+    def load_parts(self) -> Parts:
+        """The site's data: read, divided by patient, scaled. DataError says what is wrong with it."""
+        data, task = self.run_config.data, self.run_config.task
+        dataset = load_dataset(self.source, data, task, self.base)
+        return scale(split(dataset, task, data.validation, data.test, self.run_config.run.seed), data)
+
+    def work(self, idle_seconds: float | None = None) -> bool:
+        """Work shift after shift until the run is over.
+
+        Args:
+            idle_seconds: leave when nothing happened for so long; None to stay.
+
+        Returns:
+            Whether the run is over.
+
+        Raises:
+            NightsplitError: what the user has to know.
+        """
+        prepare_torch(self.config.threads, self.config.device)
+        folder = self.base / self.config.state
+        with own_folder(folder):
+            parts = self.load_parts()
+            self._expect_same_data(folder / "data.sha256", parts)
+            heartbeat = Heartbeat(
+                self.config.name,
+                lambda: open_store(self.config.store, self.run_config.run.id, self.base),
+                self._facts,
+                self._observe,
+            )
+            with heartbeat:
+                while self._wait_for_shift():
+                    finished = self._one_shift(folder, parts, idle_seconds)
+                    if finished or idle_seconds is not None:
+                        return finished
+        return False
+
+    def _expect_same_data(self, path: Path, parts: Parts) -> None:
+        """A run goes on with the data that it began with."""
+        fingerprints = " ".join(part.fingerprint for part in (parts.train, parts.validation, parts.test))
+        if not path.exists():
+            path.write_text(fingerprints, encoding="ascii")
+        for part, known in zip((parts.train, parts.validation, parts.test), path.read_text("ascii").split(), strict=True):
+            part.expect(known)
+
+    def _wait_for_shift(self) -> bool:
+        """Sleep until the shift is open; False when asked to stop."""
+        while not self.shift.is_open(self._clock.now()) and not self._stop.asked:
+            self.state = f"waiting for its shift ({self.shift})"
+            left = (self.shift.opens_at(self._clock.now()) - self._clock.now()).total_seconds()
+            self._clock.sleep(min(left, 30.0))
+        return not self._stop.asked
+
+    def _leave(self) -> bool:
+        return self._stop.asked or not self.shift.is_open(self._clock.now())
+
+    def _one_shift(self, folder: Path, parts: Parts, idle_seconds: float | None) -> bool:
+        config = self.run_config
+        role = make_site(self.config.name, config, parts, uuid.uuid4().hex, self.config.device)
+        self._role = role
+        queues = site_queues(config.run.id, self.config.name, config.wire.queue_bytes)
+        route = Route(outgoing=queues.up, incoming=queues.down, dead=queues.dead)
+        broker = open_broker(self.config.broker, self.base, config.wire.message_bytes)
+        prefetch = prefetch_for(planned_message_bytes(config, {k: p for k in _DOWN if (p := role.payload(k))}))
+        if not self._opened(broker, route):
+            return False
+        with broker.link([route.incoming], prefetch, owner=f"{self.config.name}:{folder.resolve()}") as link:
+            engine = Engine(
+                config.run.id, role, link, {SERVER: route}, Checkpoints(folder / "checkpoints"), Alone(),
+                message_bytes=config.wire.message_bytes,
+            )  # fmt: skip
+            self._progress = engine.progress
+            self.recovered = engine.recover()
+            self.state = "working"
+            finished = engine.run(self._leave, idle_seconds)
+        self.state = "finished" if finished else "away"
+        if finished:
+            self._save_model(role)
+        return finished
+
+    def _opened(self, broker: Broker, route: Route) -> bool:
+        """Wait, within the shift, until the server has opened the run; it makes the queues."""
+        while not self._leave():
+            try:
+                if broker.depth(route.incoming) is not None:
+                    return True
+                self.state = "waiting for the server to open the run"
+            except BrokerError as error:
+                if error.number != 201:
+                    raise
+                self.state = f"waiting for the broker: {error.sentence}"
+            self._clock.sleep(5.0)
+        return False
+
+    def _save_model(self, role: StreamSite) -> None:
+        """The site's part of the best model, and the server's where the run exports it."""
+        self.model_folder.mkdir(parents=True, exist_ok=True)
+        parts = {"bottom": role.final_bottom(), "top": role.exported_top}
+        if isinstance(role, SplitUSite):
+            parts["head"] = role.final_head()
+        for name, weights in parts.items():
+            if weights:
+                contiguous = {key: tensor.cpu().contiguous() for key, tensor in weights.items()}
+                save_file(contiguous, self.model_folder / f"{name}.safetensors")
+
+    def _facts(self) -> dict[str, Any]:
+        role, progress = self._role, self._progress
+        facts: dict[str, Any] = {"state": self.state, "run": self.run_config.run.id}
+        if progress.trouble:
+            facts["state"] = f"blocked: {progress.trouble}"
+        if role is not None:
+            sent = role.next_seq - 1
+            if self.state == "working" and not progress.trouble and sent > role.answered:
+                facts["state"] = "waiting for the server" if sent == self._sent_before else "working"
+            self._sent_before = sent
+            facts |= {"sent": sent, "planned": role.sequence.last, "answered": role.answered}
+            facts |= {name: progress.counts[name] for name in ("confirmed", "duplicates", "refused", "checkpoints")}
+        return facts
+
+    _sent_before = -1
