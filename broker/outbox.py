@@ -40,8 +40,9 @@ class Message:
 
 @dataclass(slots=True)
 class _Held:
-    """A queue that refused a message: what to wait, and whether that is going on."""
+    """A queue that refused a message: what it must take before it is trusted again, and its pauses."""
 
+    untaken: set[Message] = field(default_factory=set)
     pauses: Pauses = field(default_factory=Pauses)
     resting: bool = False
 
@@ -61,12 +62,21 @@ class Outbox:
         self._held: dict[str, _Held] = {}
 
     def add(self, message: Message) -> None:
-        """Take a message in; it stays until `remove`."""
+        """Take a message in; it stays until it is `taken`."""
         self._messages[message] = None
 
-    def remove(self, message: Message) -> None:
-        """Forget a message that the broker holds now."""
+    def taken(self, message: Message) -> bool:
+        """Forget a message that the broker holds now; whether that ends the holding of its queue."""
         del self._messages[message]
+        held = self._held.get(message.queue.name)
+        if held is None:
+            return False
+        held.pauses = Pauses()
+        held.untaken.discard(message)
+        if held.untaken:
+            return False
+        del self._held[message.queue.name]
+        return True
 
     def sent(self, message: Message) -> None:
         """Note that `message` is under way."""
@@ -102,12 +112,13 @@ class Outbox:
         return found
 
     def is_held(self, queue: Queue) -> bool:
-        """Whether `queue` refused something that it has not taken since."""
+        """Whether `queue` refused something, and has not yet taken all that it held up."""
         return queue.name in self._held
 
     def hold(self, queue: Queue) -> float | None:
-        """Offer `queue` nothing for the seconds returned; None when it rests already."""
+        """Offer `queue` nothing for the seconds returned (None when it rests already), then one at a time."""
         held = self._held.setdefault(queue.name, _Held())
+        held.untaken.update(message for message in self._messages if message.queue.name == queue.name)
         if held.resting:
             return None
         held.resting = True
@@ -117,11 +128,3 @@ class Outbox:
         """End the rest of `queue`."""
         if queue.name in self._held:
             self._held[queue.name].resting = False
-
-    def release_if_empty(self, queue: Queue) -> bool:
-        """Hold `queue` no longer if nothing waits for it; whether that is so."""
-        if any(message.queue.name == queue.name for message in self._messages):
-            self._held[queue.name].pauses = Pauses()
-            return False
-        del self._held[queue.name]
-        return True

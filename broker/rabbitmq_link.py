@@ -1,4 +1,4 @@
-"""The worker's side of a link to RabbitMQ; `broker.rabbitmq` has the other side, and the drawing."""
+"""The worker's side of a link to RabbitMQ; see the drawing in `broker.rabbitmq`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from broker.outbox import Message
 from shared.errors import BrokerError
 
 if TYPE_CHECKING:
-    from broker.rabbitmq import Consuming, Publishing
+    from broker.rabbitmq_connection import Consuming, Publishing
 
 GOODBYE_S = 1.0
 """How long a closing link waits for the broker to take leave."""

@@ -429,6 +429,7 @@ class Engine:
             )
         self._checkpoints.prune()
         self.progress.counts["checkpoints"] += 1
+        self._perform(self._role.saved())
         self._batches.append(pending.contains)
         while len(self._batches) >= self._checkpoints.keep:
             for delivery in self._batches.popleft():

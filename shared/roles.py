@@ -73,6 +73,10 @@ class Role(ABC):
                 A role that rederives continues from there after a restore.
         """
 
+    def saved(self) -> list[Effect]:
+        """The last snapshot is durable; its inputs will be acknowledged after the next one."""
+        return []
+
     @abstractmethod
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a snapshot."""

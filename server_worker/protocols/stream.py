@@ -54,6 +54,9 @@ class StreamServer(Role):
         self._opened = False
         self._ended = False
         self._released = dict.fromkeys(config.run.sites, 0)
+        """Answers that each site's queue has forgotten, as far as the site has told."""
+        self._welcomed: dict[str, list[str]] = {site: [] for site in config.run.sites}
+        """Incarnations of each site whose hello was accepted."""
         self._answered_at: dict[str, deque[int]] = {
             site: deque(maxlen=2 * config.run.window + 2) for site in config.run.sites
         }
@@ -185,11 +188,14 @@ class StreamServer(Role):
             problem = 405, "the site has nothing to train on"
         elif site in self.sequences and self.sequences[site] != sequence:
             problem = 409, "the site's data changed since the run began"
-        elif int(hello["mark"]) < self._released[site]:
+        elif hello["incarnation"] not in self._welcomed[site] and int(hello["mark"]) < self._released[site]:
             problem = 504, f"the site stands at answer {hello['mark']}, but had stored {self._released[site]} before"
         if problem is not None:
             scalars = {"incarnation": hello["incarnation"], "number": problem[0], "reason": problem[1]}
             return [Send(site, Kind.REJECTED, 0, scalars=scalars)]
+        # A hello may come again after a later one; only a new process can have lost its state.
+        if hello["incarnation"] not in self._welcomed[site]:
+            self._welcomed[site].append(str(hello["incarnation"]))
         self._released[site] = max(self._released[site], int(hello["released"]))
         self.sequences[site] = sequence
         return []
@@ -267,6 +273,7 @@ class StreamServer(Role):
         facts: dict[str, Any] = {
             "opened": self._opened, "ended": self._ended, "steps": self.steps, "applied": dict(self.applied),
             "released": dict(self._released), "refusals": dict(self.refusals),
+            "welcomed": {site: list(incarnations) for site, incarnations in self._welcomed.items()},
             "answered_at": {site: list(steps) for site, steps in self._answered_at.items()},
             "plans": {s: [seq.plan.train, seq.plan.validation, seq.plan.test] for s, seq in self.sequences.items()},
             "bottoms": list(self._bottoms), "waiting": dict(self._waiting), "averaged": dict(self._averaged), "evaluation": self.evaluation.facts(),
@@ -281,6 +288,7 @@ class StreamServer(Role):
         self.best_top = under("best", tensors)
         self._opened, self._ended, self.steps = facts["opened"], facts["ended"], facts["steps"]
         self.applied, self._released = facts["applied"], facts["released"]
+        self._welcomed = facts["welcomed"]
         self.refusals = Counter(facts["refusals"])
         for site, steps in facts["answered_at"].items():
             self._answered_at[site].extend(steps)

@@ -67,8 +67,7 @@ class StreamSite(Role):
         self._enrolled = False
         self._released = 0
         """Answers that the broker may have forgotten: a state that holds fewer was lost."""
-        self._news = False
-        """The server has to hear about `_released` before the broker forgets."""
+        self._in_snapshot = 0
         self._candidates: dict[int, dict[str, torch.Tensor]] = {}
         """The bottom that each epoch was evaluated with, while that epoch may still be the best."""
 
@@ -100,9 +99,6 @@ class StreamSite(Role):
 
     def next(self) -> list[Effect]:
         """The next message of the plan, when the answers that it depends on are here."""
-        if self._news:
-            self._news = False
-            return [self._hello()]
         if not self._enrolled or self.finished or self.next_seq > self.sequence.last:
             return []
         q, half = self.sequence.at(self.next_seq)
@@ -242,8 +238,7 @@ class StreamSite(Role):
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         """See `Role`. What no later snapshot can need is forgotten here."""
         resume = min(first_unconfirmed or self.next_seq, self.next_seq)
-        if not self._released and self.answered:
-            self._released, self._news = self.answered, True
+        self._in_snapshot = self.answered
         oldest = min(resume, self.answered + 1)
         if oldest <= self.sequence.last:
             self.bottom.forget(below=self.feed.plan.version_of(self._oldest_item(oldest)))
@@ -256,6 +251,13 @@ class StreamSite(Role):
             "best": self.best, "judged": self._judged, "candidates": list(self._candidates), "released": self._released,
         }  # fmt: skip
         return Snapshot(tensors, facts)
+
+    def saved(self) -> list[Effect]:
+        """See `Role`: before the broker forgets its first answer, the server hears that it may."""
+        if self._released or not self._in_snapshot:
+            return []
+        self._released = self._in_snapshot
+        return [self._hello()]
 
     def restore(self, snapshot: Snapshot) -> None:
         """See `Role`."""

@@ -96,15 +96,17 @@ class Night:
         self.roles: dict[str, StreamSite | StreamServer] = {}
         self.engines: dict[str, Engine] = {}
         self.lines = []
+        self.starts = 0
 
     def start(self, name: str) -> Engine:
         """A worker as a fresh process would start it: from its newest checkpoint."""
+        self.starts += 1
         if name == SERVER:
             role = make_server(self.config, self.folder / SERVER)
             routes = {site: Route(q.down, q.up, q.dead) for site, q in self.queues.items()}
             authority = Authority(self.store, self.store.acquire_lease(SERVER, 60) or 0)
         else:
-            role = make_site(name, self.config, tiny_parts(name), incarnation=f"{name}-{len(self.lines)}")
+            role = make_site(name, self.config, tiny_parts(name), incarnation=f"{name}-{self.starts}")
             queues = self.queues[name]
             routes = {SERVER: Route(queues.up, queues.down, queues.dead)}
             authority = Authority(None, 0)

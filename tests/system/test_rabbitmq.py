@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from broker import rabbitmq as module
+from broker import rabbitmq, rabbitmq_connection
 from broker.base import Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
 from broker.outbox import Message, Outbox
 from broker.rabbitmq import RabbitBroker
@@ -124,7 +124,7 @@ def test_a_user_without_permission(node: RabbitNode, broker: RabbitBroker, queue
 
 
 def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FIRST_CONNECTION_S", 1.0)
+    monkeypatch.setattr(rabbitmq, "FIRST_CONNECTION_S", 1.0)
     broker = RabbitBroker(f"amqp://guest:guest@127.0.0.1:{free_port()}/")
     for call in (lambda: broker.declare([]), lambda: broker.link([], 1, "site")):
         start = time.monotonic()
@@ -133,7 +133,7 @@ def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_host_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FIRST_CONNECTION_S", 1.0)
+    monkeypatch.setattr(rabbitmq, "FIRST_CONNECTION_S", 1.0)
     broker = RabbitBroker("amqp://guest:guest@no.such.host.invalid/")
     assert number_of(lambda: broker.declare([])) == 201
     assert number_of(lambda: broker.link([], 1, "site")) == 201
@@ -348,7 +348,7 @@ def test_a_standby_receives_first_what_the_first_had_in_hand(
 ) -> None:
     """Also where the broker wakes the standby as soon as a consumer is cancelled, as quorum queues do."""
     broker.delete([queues.up])
-    with broker._connected() as connection:
+    with rabbitmq_connection.connected(broker._parameters, 10) as connection:
         arguments = {"x-queue-type": "quorum", "x-single-active-consumer": True}
         connection.channel().queue_declare(queues.up.name, durable=True, arguments=arguments)
         connection.channel().queue_bind(queues.up.name, queues.up.exchange, queues.up.key)
@@ -377,7 +377,7 @@ def test_the_broker_sees_who_is_connected(node: RabbitNode, broker: RabbitBroker
 
 def test_pika_reads_a_frame_at_a_time() -> None:
     RabbitBroker("amqp://localhost")
-    transport = module.io_services_utils._AsyncTransportBase
+    transport = rabbitmq_connection.io_services_utils._AsyncTransportBase
     assert transport._MAX_RECV_BYTES == 131072, "pika has changed: see whether it still reads 4 KB at a time"
 
 
@@ -420,7 +420,7 @@ def test_tag_zero_settles_everything() -> None:
 def test_a_new_channel_sends_everything_again_in_order() -> None:
     outbox, messages = outbox_with(4)
     (second,) = outbox.settle(2, multiple=False)
-    outbox.remove(second)
+    outbox.taken(second)
     assert outbox.due() == []
     outbox.recall()
     assert outbox.due() == [messages[0], messages[2], messages[3]]
@@ -428,20 +428,32 @@ def test_a_new_channel_sends_everything_again_in_order() -> None:
     assert outbox.settle(1, multiple=False) == [messages[0]], "a new channel counts from 1"
 
 
-def test_a_held_queue_is_offered_its_oldest_message_only() -> None:
-    outbox, messages = outbox_with(3)
-    queue = messages[0].queue
-    outbox.settle(3, multiple=True)
+def test_a_held_queue_is_offered_one_message_at_a_time() -> None:
+    outbox, (first, second) = outbox_with(2)
+    queue = first.queue
+    outbox.settle(2, multiple=True)
     pause = outbox.hold(queue)
     assert pause is not None
     assert 0 < pause <= 0.1
     assert outbox.hold(queue) is None
+    later = Message(queue, "later", b"", {})
+    outbox.add(later)
     assert outbox.due() == []
     outbox.wake(queue)
-    assert outbox.due() == messages[:1]
-    outbox.sent(messages[0])
-    assert outbox.due() == []
-    outbox.settle(4, multiple=False)
-    outbox.remove(messages[0])
-    assert not outbox.release_if_empty(queue)
-    assert outbox.due() == messages[1:2]
+    for number, message in enumerate([first, second], 3):
+        assert outbox.due() == [message]
+        outbox.sent(message)
+        assert outbox.due() == []
+        assert outbox.settle(number, multiple=False) == [message]
+        assert outbox.is_held(queue)
+        assert outbox.taken(message) is (message is second), "held until it took all that it held up"
+    assert outbox.due() == [later]
+
+
+def test_a_held_queue_does_not_hold_another() -> None:
+    outbox, (first, second) = outbox_with(2)
+    second.queue = Queue("other", "x", "k", 1, None)
+    outbox.settle(2, multiple=True)
+    outbox.hold(first.queue)
+    assert outbox.due() == [second]
+    assert outbox.taken(second) is False

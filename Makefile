@@ -1,0 +1,54 @@
+# `make` alone lists the targets. Nothing here needs more than make, python3.11 and, for `services`, apt.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+
+# Address of one more wheel index, asked for torch alone. The default wheel of torch brings the CUDA
+# libraries (several GB); a machine without a GPU can name an index of CPU wheels:
+#     make setup TORCH_INDEX=https://...
+TORCH_INDEX ?=
+
+# Options for pytest: make test ARGS="-x tests/unit"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup services demo test check format bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.stamp  ## create .venv with the pinned packages (seconds when it is there already)
+
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed. Fix: install it, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing packages into $(VENV) ..."
+	@# torch first and alone, so that a CPU wheel that pip already knows, or TORCH_INDEX, is taken
+	@$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt $(TORCH)
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+services:  ## install RabbitMQ and Redis for the tests, where they are missing (root, apt)
+	@.ci/services
+
+demo: setup  ## three hospitals and a server on this machine, once in peace and once under kill -9
+	@$(BIN)/nightsplit demo
+
+test: setup services  ## all tests, against a real RabbitMQ and a real Redis of their own
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: setup  ## style, types and the rules of who may import whom
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/unit/test_structure.py tests/unit/test_errors.py
+
+format: setup  ## let ruff rewrite the source in the one style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:  ## remove .venv and every cache
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

@@ -1,0 +1,144 @@
+"""The house rules that no type checker knows: who may import whom, what is never called, how long a file is.
+
+    console -> site_worker, server_worker -> shared -> broker.base       site_worker X server_worker
+    broker  -> shared.errors and shared.sqlite alone                     pika: broker/rabbitmq*.py alone
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from server_worker.protocols import make_server
+from shared.config import RunConfig
+from shared.protocols import PROTOCOLS
+from site_worker.data.dataset import Dataset, Parts
+from site_worker.protocols import make_site
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("broker", "shared", "site_worker", "server_worker", "console")
+ALLOWED = {
+    "broker": {"broker", "shared.errors", "shared.sqlite"},
+    "shared": {"shared", "broker.base"},
+    "site_worker": {"site_worker", "shared", "broker"},
+    "server_worker": {"server_worker", "shared", "broker"},
+    "console": set(PACKAGES),
+}
+LONGEST = 400
+LONGER = {"shared/engine.py": 500}
+"""Exceptions with a reason: the engine is one loop, and its four steps are checked side by side."""
+UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
+"""They run code that comes with the data."""
+UNSAFE_CALLS = {"eval", "exec", "torch.load", "torch.save", "pandas.read_pickle", "pd.read_pickle"}
+
+
+def files_of(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+SOURCE = files_of(*PACKAGES)
+EVERYTHING = files_of(*PACKAGES, "benchmarks", "examples")  # tests send pickles, to see them refused
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imports_of(tree: ast.AST) -> Iterator[str]:
+    """What a file imports, as far as its text tells: "package.module", or "package.module.name"."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute, so that this test can read them"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_within(imported: str, allowed: str) -> bool:
+    return imported == allowed or imported.startswith(f"{allowed}.")
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def test_the_files_are_found() -> None:
+    assert len(SOURCE) > 40
+    assert {path.relative_to(ROOT).parts[0] for path in SOURCE} == set(PACKAGES)
+
+
+@pytest.mark.parametrize("path", SOURCE, ids=name_of)
+def test_imports_of_our_own_packages(path: Path) -> None:
+    allowed = ALLOWED[path.relative_to(ROOT).parts[0]]
+    for imported in imports_of(parsed(path)):
+        if imported.split(".")[0] in PACKAGES:
+            assert any(is_within(imported, a) for a in allowed), f"{name_of(path)} may not import {imported}"
+        assert imported.split(".")[0] != "tests"
+
+
+@pytest.mark.parametrize("path", SOURCE, ids=name_of)
+def test_only_the_rabbitmq_modules_know_pika(path: Path) -> None:
+    uses = any(is_within(imported, "pika") for imported in imports_of(parsed(path)))
+    assert not uses or name_of(path).startswith("broker/rabbitmq")
+
+
+@pytest.mark.parametrize("path", EVERYTHING, ids=name_of)
+def test_nothing_runs_code_that_comes_with_data(path: Path) -> None:
+    tree = parsed(path)
+    for imported in imports_of(tree):
+        assert imported.split(".")[0] not in UNSAFE_MODULES, f"{name_of(path)} imports {imported}"
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        called = ast.unparse(call.func)
+        assert called not in UNSAFE_CALLS, f"{name_of(path)}, line {call.lineno} calls {called}"
+        pickles = [k.value for k in call.keywords if k.arg == "allow_pickle"]
+        assert all(isinstance(value, ast.Constant) and value.value is False for value in pickles)
+        if called in ("np.load", "numpy.load"):
+            assert pickles, f"{name_of(path)}, line {call.lineno}: say allow_pickle=False"
+
+
+@pytest.mark.parametrize("path", SOURCE, ids=name_of)
+def test_no_file_tells_two_stories(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= LONGER.get(name_of(path), LONGEST), f"{name_of(path)} has {lines} lines; divide it"
+
+
+def test_the_rules_see_what_they_forbid() -> None:
+    tree = ast.parse("import pickle\nfrom server_worker.top import Top\ndef f():\n    from pika import spec\n")
+    assert list(imports_of(tree)) == ["pickle", "server_worker.top.Top", "pika.spec"]
+    assert not any(is_within("server_worker.top.Top", allowed) for allowed in ALLOWED["site_worker"])
+    assert not any(is_within("broker.base_two", allowed) for allowed in ALLOWED["shared"])
+
+
+def config_of(protocol: str) -> RunConfig:
+    return msgspec.convert(
+        {
+            "run": {"id": "house", "protocol": protocol, "sites": ["mercy"], "batch_size": 2},
+            "model": {
+                "factory": "shared.models.networks:mlp",
+                "settings": {"inputs": 3, "hidden": [4, 4], "outputs": 1},
+                "cut": 1,
+                "head_cut": 2,
+            },
+            "task": {"kind": "regression"},
+            "data": {"features": ["a", "b", "c"]},
+        },
+        RunConfig,
+    )
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_every_system_has_both_halves(protocol: str, tmp_path: Path) -> None:
+    few = Dataset(torch.zeros(4, 3), torch.zeros(4), ("a", "b", "c", "d"))
+    site = make_site("mercy", config_of(protocol), Parts(few, few, few), "one")
+    server = make_server(config_of(protocol), tmp_path)
+    assert type(site).__module__ == f"site_worker.protocols.{protocol}"
+    assert type(server).__module__ == f"server_worker.protocols.{protocol}"
+
+
+@pytest.mark.parametrize("side", ["site_worker", "server_worker"])
+def test_no_half_without_a_contract(side: str) -> None:
+    halves = {path.stem for path in (ROOT / side / "protocols").glob("*.py")} - {"__init__", "stream"}
+    assert halves == set(PROTOCOLS)
