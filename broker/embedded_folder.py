@@ -110,7 +110,7 @@ class Folder:
         """Raises BrokerError 205 when `queue` does not exist."""
         if rows.execute("SELECT 1 FROM queue WHERE name = ?", (queue,)).fetchone() is None:
             raise BrokerError(
-                205, f"queue {queue} does not exist.", "open the run first: nightsplit server --open-only."
+                205, f"queue {queue} does not exist.", "open the run first: nightsplit open server.toml."
             )
 
     def delete(self, rows: sqlite3.Connection, queue: str) -> list[str]:

@@ -163,9 +163,8 @@ class RabbitLink(Link):
         while not self._stopped:
             try:
                 self._loop.start()
-            except (
-                Exception
-            ) as error:  # a fault of ours or of pika; the worker must hear of it, and can close
+            except Exception as error:
+                # A fault of ours or of pika. The worker must hear of it; the loop goes on so that it can close.
                 sentence = f"the link failed unexpectedly: {error!r}."
                 self._inbox.fail(BrokerError(201, sentence, "start the worker again, and report this."))
         self._loop.close()
@@ -177,10 +176,14 @@ class RabbitLink(Link):
         self._stop_when_ended()
 
     def _leave(self) -> None:
+        self._loop.call_later(GOODBYE_S, self._stop)  # `close` returns, whatever state pika is in
         for connection in self._connections:
             connection.abort()
 
     def _stop_when_ended(self) -> None:
         if all(connection.has_ended for connection in self._connections):
-            self._stopped = True
-            self._loop.stop()
+            self._stop()
+
+    def _stop(self) -> None:
+        self._stopped = True
+        self._loop.stop()

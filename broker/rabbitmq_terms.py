@@ -71,7 +71,7 @@ def lasting(error: BaseException, parameters: Any) -> BrokerError | None:
 
 def missing(what: str) -> BrokerError:
     """The error for a queue or exchange that does not exist."""
-    return BrokerError(205, what, "open the run first: nightsplit server --open-only.")
+    return BrokerError(205, what, "open the run first: nightsplit open server.toml.")
 
 
 def unreachable(error: BaseException | None, parameters: Any) -> BrokerError:

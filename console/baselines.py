@@ -62,9 +62,55 @@ def judge(
     predictions = {}
     for site, site_parts in parts.items():
         feed = Feed(config, site, site_parts)
-        block = [q for q in feed.plan.items_of(feed.plan.evaluated_epochs()[0], Step.TEST)]
-        outputs = torch.cat([predict(site, feed.inputs(q)) for q in block])
-        predictions[site] = outputs, torch.cat([feed.targets(q) for q in block])
+        items = [(q, feed.plan.item(q)) for q in range(1, feed.plan.last + 1)]
+        tests = [q for q, item in items if item.step is Step.TEST and item.epoch == items[-1][1].epoch]
+        outputs = torch.cat([predict(site, feed.inputs(q)) for q in tests])
+        predictions[site] = outputs, torch.cat([feed.targets(q) for q in tests])
     sites = {site: measure(config.task, config.data, *pair) for site, pair in predictions.items()}
     everyone = (torch.cat(tensors) for tensors in zip(*predictions.values(), strict=True))
     return Judgement(sites, overall(list(sites.values())), measure(config.task, config.data, *everyone))
+
+
+def whole_model(config: RunConfig) -> nn.Module:
+    """The run's model before it is cut, with the weights that the run starts from."""
+    return nn.Sequential(OrderedDict(build(config.model, config.run.seed, with_head=False).parts))
+
+
+def _train(config: RunConfig, name: str, own: Parts, parts: Mapping[str, Parts]) -> Judgement:
+    run = replace(config.run, sites=[name], protocol="split_labels", bottoms="independent")
+    config = replace(config, run=run)
+    model = Top(whole_model(config), config.optimizer, config.task, "cpu")
+    feed = Feed(config, name, own)
+    evaluation = Evaluation(config)
+    best = model.weights()
+    for q in range(1, feed.plan.last + 1):
+        item = feed.plan.item(q)
+        if item.step is Step.TRAIN:
+            model.learn(feed.inputs(q), feed.targets(q), feed.seed("top", q))
+        elif item.step is Step.VALIDATION:
+            evaluation.add(name, item.step, model.predict(feed.inputs(q)), feed.targets(q))
+        if feed.plan.ends_block(q):
+            evaluation.close(name, item.epoch)
+            if evaluation.best == item.epoch:
+                best = model.weights()
+            if evaluation.exhausted:
+                break
+    model.module.load_state_dict(best)
+    return judge(config, parts, lambda site, inputs: model.predict(inputs))
+
+
+def _pool(parts: Mapping[str, Parts]) -> Parts:
+    """The sites' parts as those of one site; patients of different sites stay different patients."""
+
+    def join(datasets: Mapping[str, Dataset]) -> Dataset:
+        return Dataset(
+            torch.cat([dataset.inputs for dataset in datasets.values()]),
+            torch.cat([dataset.targets for dataset in datasets.values()]),
+            tuple(f"{site}/{patient}" for site, dataset in datasets.items() for patient in dataset.patients),
+        )
+
+    return Parts(
+        join({site: part.train for site, part in parts.items()}),
+        join({site: part.validation for site, part in parts.items()}),
+        join({site: part.test for site, part in parts.items()}),
+    )

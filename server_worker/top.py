@@ -44,7 +44,7 @@ class Top:
             The mean loss, and its gradient (batch, *cut) float32 at the cut.
 
         Raises:
-            Refused: 603 the loss is not finite; nothing was changed.
+            Refused: 312 the loss is not finite; nothing was changed.
         """
         inputs = smashed.to(self._device, copy=True).requires_grad_()
         self.module.train()
@@ -53,7 +53,7 @@ class Top:
             loss = loss_of(self._task, self.module(inputs), targets.to(self._device))
         if not torch.isfinite(loss):
             self.module.load_state_dict(before, strict=False)
-            raise Refused(603, f"the loss of this batch is {loss.item()}.", "lower optimizer.lr, or check the site's data.")
+            raise Refused(312, f"the loss of this batch is {loss.item()}.", "lower optimizer.lr, or check the site's data.")
         self._optimizer.zero_grad()
         torch.autograd.backward(loss)
         self._optimizer.step()

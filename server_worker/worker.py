@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from broker.base import Broker
 from broker.opening import open_broker
-from broker.topology import SiteQueues, site_queues
+from broker.topology import site_queues
 from server_worker.lease import Lease
 from server_worker.metrics_log import MetricsLog
 from server_worker.protocols import make_server
@@ -21,6 +20,7 @@ from shared.config import RunConfig, ServerConfig, load
 from shared.engine import Engine, Progress, Route
 from shared.message import SERVER, Kind
 from shared.shift import Shift
+from shared.store import RunStore, Status
 from shared.stores import open_store
 from shared.worker import (
     Facts,
@@ -63,10 +63,14 @@ class ServerWorker:
         self.run_config = load(self.base / self.config.run, RunConfig, overrides)
         self.shift = Shift(self.config.shift)
         self.state = "starting"
+        self.recovered: list[str] = []
+        """Damaged checkpoints that were passed over."""
         self._clock = clock or SystemClock()
         self._stop = stop or StopSignal()
         self._observe = observe
         self._role: StreamServer | None = None
+        self._statuses: dict[str, Status] = {}
+        """What the run store knows of the sites."""
         self._progress = Progress()
 
     @property
@@ -117,15 +121,20 @@ class ServerWorker:
     def _wait_for_shift(self) -> bool:
         """Sleep until the shift is open; False when asked to stop."""
         while not self.shift.is_open(self._clock.now()) and not self._stop.asked:
-            self.state = f"waiting for its shift ({self.shift})"
+            self._wait_as(f"waiting for its shift ({self.shift})")
             left = (self.shift.opens_at(self._clock.now()) - self._clock.now()).total_seconds()
-            self._clock.sleep(min(left, 30.0))
+            self._clock.sleep(min(left, 2.0))  # not longer, since a signal does not end a sleep
         return not self._stop.asked
 
     def _standby(self, seconds: float) -> bool:
-        self.state = "standing by: another server is active"
+        self._wait_as("standing by: another server is active")
         self._clock.sleep(seconds)
         return not self._stop.asked
+
+    def _wait_as(self, state: str) -> None:
+        """Show what is waited for; the run store is left to the server that is active."""
+        self.state = state
+        self._observe({"state": state, "run": self.run_config.run.id})
 
     def _one_shift(self, folder: Path, lease: Lease, only_open: bool, idle_seconds: float | None) -> bool:
         config = self.run_config
@@ -145,12 +154,17 @@ class ServerWorker:
             self._progress = engine.progress
             self.recovered = engine.recover()
             log = MetricsLog(self.report_folder, role.steps)
+
+            def beat(store: RunStore) -> None:
+                lease.renew(store)
+                self._statuses = store.statuses()
+
             heartbeat = Heartbeat(
                 SERVER,
                 lambda: open_store(self.config.store, config.run.id, self.base),
-                lambda: self._facts(broker, queues),
+                self._facts,
                 self._observe,
-                lease.renew,
+                beat,
             )
 
             def leave() -> bool:
@@ -169,20 +183,29 @@ class ServerWorker:
             write_report(self.report_folder, config, role)
         return finished
 
-    def _facts(self, broker: Broker, queues: dict[str, SiteQueues]) -> dict[str, Any]:
+    def _queued(self, site: str) -> int | None:
+        """Messages of a site that are not applied yet; asking the broker would delay the heartbeat."""
+        assert self._role is not None
+        known = self._statuses.get(site)
+        confirmed = known.facts.get("confirmed") if known is not None else None
+        return None if confirmed is None else max(0, int(confirmed) - self._role.applied[site])
+
+    def _facts(self) -> dict[str, Any]:
         role, progress = self._role, self._progress
         assert role is not None
         planned = sum(sequence.last for sequence in role.sequences.values())
         entry = role.evaluation.history[-1] if role.evaluation.history else None
+        blocked = self.state == "working" and progress.trouble
         return {
-            "state": f"blocked: {progress.trouble}" if progress.trouble else self.state,
+            "state": f"blocked: {progress.trouble}" if blocked else self.state,
             "run": self.run_config.run.id,
+            "contract": self.run_config.contract,
             "steps": role.steps,
             "applied": sum(role.applied.values()),
-            "planned": planned if len(role.sequences) == len(queues) else None,
+            "planned": planned if len(role.sequences) == len(role.applied) else None,
             "epoch": entry["epoch"] if entry else 0,
             "refused": sum(role.refusals.values()),
             **{name: progress.counts[name] for name in ("duplicates", "sent", "confirmed", "checkpoints")},
             **{f"applied_{site}": count for site, count in role.applied.items()},
-            **{f"queued_{site}": broker.depth(q.up) for site, q in queues.items()},
+            **{f"queued_{site}": self._queued(site) for site in role.applied},
         }

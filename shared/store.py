@@ -16,6 +16,9 @@ from dataclasses import dataclass
 
 from shared.message import Scalar
 
+SILENT_SECONDS = 10.0
+"""A worker speaks every second; one that was silent for so long is not there."""
+
 
 @dataclass(frozen=True, slots=True)
 class Status:
@@ -30,6 +33,16 @@ class Status:
     worker: str
     facts: Mapping[str, Scalar | None]
     age_seconds: float
+
+    @property
+    def has_left(self) -> bool:
+        """Whether its last words were that it leaves."""
+        return str(self.facts.get("state")).startswith(("finished", "away", "failed"))
+
+    @property
+    def online(self) -> bool:
+        """Whether the worker is there: it spoke lately, and not to say that it leaves."""
+        return self.age_seconds < SILENT_SECONDS and not self.has_left
 
 
 @dataclass(frozen=True, slots=True)

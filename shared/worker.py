@@ -7,18 +7,18 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 
 from shared.config import RunConfig
 from shared.contract import Payload
-from shared.errors import ConfigError, StateError
+from shared.errors import ConfigError, NightsplitError, StateError
 from shared.message import Kind, Scalar
 from shared.store import RunStore
 
@@ -87,9 +87,15 @@ def prefetch_for(message_bytes: int) -> int:
 
 @dataclass(slots=True)
 class StopSignal:
-    """SIGTERM and Ctrl-C ask a worker to leave after its current step; a second one ends it at once."""
+    """SIGTERM and Ctrl-C ask a worker to leave after its current step; a second one ends it at once.
+
+    Attributes:
+        asked: whether one came.
+        number: which one it was; None before one came.
+    """
 
     asked: bool = False
+    number: int | None = None
 
     def install(self) -> None:
         """Listen from now on. Main thread only."""
@@ -100,7 +106,7 @@ class StopSignal:
         if self.asked:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.asked = True
+        self.asked, self.number = True, number
 
 
 @dataclass
@@ -123,13 +129,18 @@ class Heartbeat:
     interval: float = 1.0
     error: Exception | None = None
     _stop: threading.Event = field(default_factory=threading.Event)
+    _failure: str | None = None
 
     def __enter__(self) -> Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._failure = str(error) if isinstance(error, NightsplitError) else type(error).__name__
         self._stop.set()
         self._thread.join()
 
@@ -147,12 +158,13 @@ class Heartbeat:
             else:
                 self.error = None
         if store is not None:
-            try:
+            with suppress(Exception):  # the last words; nobody is left who could say them again
                 self._say(store)
-            finally:
-                store.close()
+            store.close()
 
     def _say(self, store: RunStore) -> None:
         facts = self.facts()
+        if self._failure is not None:
+            facts["state"] = f"failed: {self._failure}"
         self.observe(facts)
         store.put_status(self.worker, facts)

@@ -55,8 +55,7 @@ class Feed:
 
     def _rows(self, q: int) -> torch.Tensor:
         item = self.plan.item(q)
-        samples = len(self._parts[item.step])
-        rows = item.rows(samples)
+        rows = self.plan.rows(q)
         if item.step is Step.TRAIN:
             return self._shuffled(item.epoch)[rows.start : rows.stop]
         return torch.arange(rows.start, rows.stop)

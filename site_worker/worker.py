@@ -19,7 +19,7 @@ from shared.engine import Engine, Progress, Route
 from shared.errors import BrokerError, RunError
 from shared.message import SERVER, Kind
 from shared.shift import Shift
-from shared.store import Pointer
+from shared.store import Pointer, RunStore, Status
 from shared.stores import open_store
 from shared.worker import (
     Facts,
@@ -94,11 +94,15 @@ class SiteWorker:
         self.run_config = load(self.base / self.config.run, RunConfig, overrides)
         self.shift = Shift(self.config.shift)
         self.state = "starting"
+        self.recovered: list[str] = []
+        """Damaged checkpoints that were passed over."""
         self._clock = clock or SystemClock()
         self._stop = stop or StopSignal()
         self._observe = observe
         self._role: StreamSite | None = None
         self._progress = Progress()
+        self._server: Status | None = None
+        """What the run store knows of the server."""
         policy = self.base / self.config.policy
         check_policy(load(policy, PolicyConfig) if policy.exists() else PolicyConfig(), self.run_config, policy)
         if self.config.name not in self.run_config.run.sites:
@@ -114,11 +118,15 @@ class SiteWorker:
         """Where the site's part of the trained model goes."""
         return self.base / self.config.state / "model"
 
-    def load_parts(self) -> Parts:
-        """The site's data: read, divided by patient, scaled. DataError says what is wrong with it."""
+    def read_parts(self) -> Parts:
+        """The site's data: read and divided by patient, not scaled. DataError says what is wrong with it."""
         data, task = self.run_config.data, self.run_config.task
         dataset = load_dataset(self.source, data, task, self.base)
-        return scale(split(dataset, task, data.validation, data.test, self.run_config.run.seed), data)
+        return split(dataset, task, data.validation, data.test, self.run_config.run.seed)
+
+    def load_parts(self) -> Parts:
+        """The site's data as the model sees it: `read_parts`, scaled."""
+        return scale(self.read_parts(), self.run_config.data)
 
     def work(self, idle_seconds: float | None = None) -> bool:
         """Work shift after shift until the run is over.
@@ -136,12 +144,13 @@ class SiteWorker:
         folder = self.base / self.config.state
         with own_folder(folder):
             parts = self.load_parts()
-            self._expect_same_data(folder / "data.sha256", parts)
+            self.expect_same_data(parts)
             heartbeat = Heartbeat(
                 self.config.name,
                 lambda: open_store(self.config.store, self.run_config.run.id, self.base),
                 self._facts,
                 self._observe,
+                self._look_for_server,
             )
             with heartbeat:
                 while self._wait_for_shift():
@@ -150,8 +159,9 @@ class SiteWorker:
                         return finished
         return False
 
-    def _expect_same_data(self, path: Path, parts: Parts) -> None:
-        """A run goes on with the data that it began with."""
+    def expect_same_data(self, parts: Parts) -> None:
+        """A run goes on with the data that it began with; `parts` as `load_parts` gives them."""
+        path = self.base / self.config.state / "data.sha256"
         fingerprints = " ".join(part.fingerprint for part in (parts.train, parts.validation, parts.test))
         if not path.exists():
             path.write_text(fingerprints, encoding="ascii")
@@ -163,7 +173,7 @@ class SiteWorker:
         while not self.shift.is_open(self._clock.now()) and not self._stop.asked:
             self.state = f"waiting for its shift ({self.shift})"
             left = (self.shift.opens_at(self._clock.now()) - self._clock.now()).total_seconds()
-            self._clock.sleep(min(left, 30.0))
+            self._clock.sleep(min(left, 2.0))  # not longer, since a signal does not end a sleep
         return not self._stop.asked
 
     def _leave(self) -> bool:
@@ -177,7 +187,8 @@ class SiteWorker:
         route = Route(outgoing=queues.up, incoming=queues.down, dead=queues.dead)
         broker = open_broker(self.config.broker, self.base, config.wire.message_bytes)
         prefetch = prefetch_for(planned_message_bytes(config, {k: p for k in _DOWN if (p := role.payload(k))}))
-        if not self._opened(broker, route):
+        if not self._opened(broker, route, idle_seconds):
+            self.state = "away"
             return False
         with broker.link([route.incoming], prefetch, owner=f"{self.config.name}:{folder.resolve()}") as link:
             engine = Engine(
@@ -193,8 +204,9 @@ class SiteWorker:
             self._save_model(role)
         return finished
 
-    def _opened(self, broker: Broker, route: Route) -> bool:
+    def _opened(self, broker: Broker, route: Route, idle_seconds: float | None) -> bool:
         """Wait, within the shift, until the server has opened the run; it makes the queues."""
+        since = self._clock.now()
         while not self._leave():
             try:
                 if broker.depth(route.incoming) is not None:
@@ -204,7 +216,9 @@ class SiteWorker:
                 if error.number != 201:
                     raise
                 self.state = f"waiting for the broker: {error.sentence}"
-            self._clock.sleep(5.0)
+            if idle_seconds is not None and (self._clock.now() - since).total_seconds() > idle_seconds:
+                return False
+            self._clock.sleep(1.0)
         return False
 
     def _save_model(self, role: StreamSite) -> None:
@@ -218,18 +232,28 @@ class SiteWorker:
                 contiguous = {key: tensor.cpu().contiguous() for key, tensor in weights.items()}
                 save_file(contiguous, self.model_folder / f"{name}.safetensors")
 
+    def _look_for_server(self, store: RunStore) -> None:
+        self._server = store.statuses().get(SERVER)
+
     def _facts(self) -> dict[str, Any]:
-        role, progress = self._role, self._progress
-        facts: dict[str, Any] = {"state": self.state, "run": self.run_config.run.id}
-        if progress.trouble:
-            facts["state"] = f"blocked: {progress.trouble}"
-        if role is not None:
-            sent = role.next_seq - 1
-            if self.state == "working" and not progress.trouble and sent > role.answered:
-                facts["state"] = "waiting for the server" if sent == self._sent_before else "working"
-            self._sent_before = sent
-            facts |= {"sent": sent, "planned": role.sequence.last, "answered": role.answered}
-            facts |= {name: progress.counts[name] for name in ("confirmed", "duplicates", "refused", "checkpoints")}
-        return facts
+        role, counts, server = self._role, self._progress.counts, self._server
+        facts: dict[str, Any] = {"state": self.state, "run": self.run_config.run.id, "contract": self.run_config.contract}
+        if server is not None:
+            facts["server"] = "online" if server.online else "offline"
+        if role is None:
+            return facts
+        sent = role.next_seq - 1
+        if self.state == "working" and self._progress.trouble:
+            facts["state"] = f"blocked: {self._progress.trouble}"
+        elif self.state == "working" and role.answered < sent == self._sent_before:
+            facts["state"] = "waiting for the server"
+        self._sent_before = sent
+        # Counts begin anew with the process, a place in the sequence does not.
+        confirmed = min(sent, max(0, sent - counts["sent"] + counts["confirmed"]))
+        applied = server.facts.get(f"applied_{self.config.name}") if server is not None else None
+        queued = max(0, confirmed - max(role.answered, int(applied or 0)))
+        facts |= {"sent": sent, "planned": role.sequence.last, "answered": role.answered}
+        facts |= {"confirmed": confirmed, "queued": queued}
+        return facts | {name: counts[name] for name in ("duplicates", "refused", "checkpoints")}
 
     _sent_before = -1

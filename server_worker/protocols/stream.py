@@ -20,7 +20,7 @@ from shared.effects import Effect, Finish, Record, Send
 from shared.errors import Refused
 from shared.message import SERVER, Header, Kind, Message, Scalar
 from shared.protocols.plan import Item, Plan, Step
-from shared.protocols.stream import UpSequence, weights
+from shared.protocols.stream import UpSequence, check_rows, weights
 from shared.roles import Role
 
 
@@ -112,6 +112,7 @@ class StreamServer(Role):
                 f"item {q} needs {plan.version_of(q)}.",
                 "run the same version of nightsplit at the site and the server.",
             )
+        check_rows(message, plan, q)
         if item.step is Step.AVERAGE:
             effects = self._collect(site, q, message)
         else:

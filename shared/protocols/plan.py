@@ -133,6 +133,12 @@ class Plan:
         """Item q, 1 <= q <= last."""
         return self._items[q - 1]
 
+    def rows(self, q: int) -> range:
+        """Positions of item q's samples in its part; empty for an averaging."""
+        item = self.item(q)
+        samples = {Step.TRAIN: self.train, Step.VALIDATION: self.validation, Step.TEST: self.test}
+        return item.rows(samples.get(item.step, 0))
+
     @cached_property
     def _block_starts(self) -> list[int]:
         """First item of every evaluation block."""

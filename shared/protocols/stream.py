@@ -19,7 +19,8 @@ from torch import nn
 
 from shared.config import RunConfig
 from shared.contract import Payload, TensorSpec
-from shared.message import Kind
+from shared.errors import Refused
+from shared.message import Kind, Message
 from shared.protocols.plan import Place, Plan
 
 Verdict = {"best": int, "judged": int}
@@ -145,3 +146,20 @@ class UpSequence:
         q, half = self.at(seq)
         beside = min(q + self._lag, self.plan.last) if half == "second" else q
         return self.plan.place(beside), seq
+
+
+def check_rows(message: Message, plan: Plan, q: int) -> None:
+    """A payload of a batch has as many rows as the plan gives item q.
+
+    Raises:
+        Refused: 306 it has not.
+    """
+    expected = len(plan.rows(q))
+    for name in ("smashed", "gradient", "activations"):
+        tensor = message.tensors.get(name)
+        if tensor is not None and len(tensor) != expected:
+            raise Refused(
+                306,
+                f"{name} of {message.header.message_id} has {len(tensor)} rows, item {q} has {expected}.",
+                "run the same version of nightsplit at both sides.",
+            )

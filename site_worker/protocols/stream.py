@@ -17,7 +17,7 @@ from shared.effects import Effect, Finish, Send
 from shared.errors import Refused, RunError
 from shared.message import SERVER, Header, Kind, Message
 from shared.protocols.plan import Item, Step
-from shared.protocols.stream import UpSequence, weights
+from shared.protocols.stream import UpSequence, check_rows, weights
 from shared.roles import Role
 from site_worker.bottom import Bottom
 from site_worker.feed import Feed
@@ -132,11 +132,13 @@ class StreamSite(Role):
             raise Refused(
                 304, f"{message.header.message_id} answers nothing.", "run the same version of nightsplit at both sides."
             )
-        self.best = int(scalars["best"])
         if kind is Kind.FINISH:
+            self.best = int(scalars["best"])
             return self._finish(message)
         seq = message.header.seq
         q, _ = self.sequence.at(seq)
+        check_rows(message, self.feed.plan, q)
+        self.best = int(scalars["best"])
         item = self.feed.plan.item(q)
         if kind is Kind.AVERAGE:
             self.bottom.merge(self.feed.plan.version_of(q), message.tensors)

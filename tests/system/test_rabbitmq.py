@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -137,6 +138,15 @@ def test_a_host_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     broker = RabbitBroker("amqp://guest:guest@no.such.host.invalid/")
     assert number_of(lambda: broker.declare([])) == 201
     assert number_of(lambda: broker.link([], 1, "site")) == 201
+
+
+def test_somebody_listens_and_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rabbitmq, "FIRST_CONNECTION_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        broker = RabbitBroker(f"amqp://guest:guest@127.0.0.1:{mute.getsockname()[1]}/")
+        start = time.monotonic()
+        assert number_of(lambda: broker.link([], 1, "site")) == 201
+        assert time.monotonic() - start < 4
 
 
 def test_an_address_that_cannot_be_read_keeps_its_password() -> None:

@@ -1,0 +1,155 @@
+"""Split training over RabbitMQ against the same model in one process, on the same cores.
+
+    python -m benchmarks.pipeline [--quick] [--rounds N] [--json FILE] [--broker URL] [--only NAME ...]
+
+A site process and a server process, one thread each, with persistent and confirmed messages and a
+window of 4, are timed at the server from batch `warmup` on; directly after them, in the same round,
+the uncut model in one process with two threads, and with one.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import split
+from benchmarks.common import Figure, Place, Results, Worker, arguments, fresh_name, rabbitmq, queues_of, scratch
+from benchmarks.split import Case
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case and the figure that it gives.
+
+    Attributes:
+        key: of the ratio.
+        what: in words.
+        case: what is trained.
+        seconds: how long the clock of a full round runs, about.
+        bounds: aim and floor of the ratio.
+    """
+
+    key: str
+    what: str
+    case: Case
+    bounds: tuple[float, float] | tuple[None, None] = (None, None)
+
+
+SMALL, WIDE, PEER = Case("small", 64, 64, 3), Case("wide", 64, 64, 3, batches=40, warmup=8), Case("peer", 32, 32, 1)
+PEER_128 = replace(PEER, batch=128, batches=200)
+ROWS = {
+    "small_fp16": Row("small_fp16_over_2t", "small model, fp16", SMALL, (0.80, 0.65)),
+    "small_int8": Row("small_int8_over_2t", "small model, int8", replace(SMALL, codec="int8"), (0.90, 0.65)),
+    "peer_b32": Row("peer_cnn_b32_over_2t", "peers' CNN, batch 32", replace(PEER, batches=500, warmup=60), (0.80, 0.65)),
+    "peer_b128": Row("peer_cnn_b128_over_2t", "peers' CNN, batch 128", PEER_128, (0.80, 0.65)),
+    "peer_b32_pooled": Row(
+        "peer_cnn_b32_pooled_over_2t", "peers' CNN, batch 32, cut after the pooling",
+        replace(PEER, cut=3, batches=500, warmup=60),
+    ),
+    "peer_b128_pooled": Row(
+        "peer_cnn_b128_pooled_over_2t", "peers' CNN, batch 128, cut after the pooling", replace(PEER_128, cut=3)
+    ),
+    "heavy": Row("heavy_over_2t", "compute-heavy server", WIDE),
+}  # fmt: skip
+FIGURES = [
+    figure
+    for name, row in ROWS.items()
+    for figure in (
+        Figure(row.key, f"{row.what}: over one process with 2 threads", *row.bounds),
+        Figure(row.key.replace("_over_2t", "_over_1t"), "  the same over one thread"),
+        Figure(f"{name}_samples_per_s", "  samples per second"),
+        Figure(f"{name}_cpu_ms_per_batch", "  CPU ms per batch, all processes"),
+        Figure(f"{name}_transport_cpu_share", "  share of broker and link threads in it"),
+    )
+] + [
+    Figure("heavy_over_roof", "compute-heavy server: over the slower stage alone", 0.97, 0.90),
+    Figure("engine_overhead", "share of the engine in the server's busy time", 0.05, 0.10, lower_is_better=True),
+    Figure("engine_overhead_b32", "  the same for the peers' CNN, batch 32"),
+    Figure("transport_cpu_share", "share of broker and link threads in all CPU time (small, fp16)"),
+    Figure("site_memory_growth", "growth of a site's memory with its backlog", 0.0, 0.10, lower_is_better=True),
+    Figure("site_start_mb", "  MB before"),
+    Figure("site_backlog_mb", "  MB with the backlog at the broker"),
+]
+
+
+def train_split(case: Case, place: Place) -> dict[str, Any]:
+    """One run over the broker; what the server said about it."""
+    run = fresh_name("bench")
+    with scratch() as folder, queues_of(place.broker(), list(case.queues(run))):
+        with Worker(split.server, case, run, place, folder) as server, Worker(split.site, case, run, place, folder) as site:
+            site_ids = site.hear()
+            server.hear()
+            server.say(site_ids)
+            site.say("go")
+            heard: dict[str, Any] = server.hear()
+            site.hear()
+            return heard
+
+
+def measure(name: str, row: Row, place: Place, results: Results, quick: bool) -> None:
+    """One round of one row."""
+    case = row.case
+    if quick:
+        case = replace(case, batches=case.warmup + (case.batches - case.warmup) // 4)
+    batches = max(8, (case.batches - case.warmup) // 2)
+    with results.round(name), Worker(split.uncut, case) as uncut:
+        one, two = uncut.ask(("whole", 1, batches)), uncut.ask(("whole", 2, batches))
+        stages = uncut.ask(("stages", 1, batches)) if name == "heavy" else None
+        heard = train_split(case, place)
+        two = (two + uncut.ask(("whole", 2, batches))) / 2  # before and after: the machine drifts
+        uncut.say(None)
+    speed, cpu = heard["samples_per_s"], heard["cpu"]
+    results.add(**{row.key: speed / two, row.key.replace("_over_2t", "_over_1t"): speed / one, f"{name}_samples_per_s": speed})
+    if place.pid:
+        everything = cpu["workers"] + cpu["broker"]
+        share = (cpu["links"] + cpu["broker"]) / everything
+        results.add(
+            **{
+                f"{name}_transport_cpu_share": share,
+                f"{name}_cpu_ms_per_batch": 1e3 * everything / (case.batches - case.warmup),
+            }
+        )
+        if name == "small_fp16":
+            results.add(transport_cpu_share=share)
+    if stages:
+        results.add(heavy_over_roof=speed * max(stages) / case.batch)
+    if name in ("small_fp16", "peer_b32"):
+        seconds = dict(heard["times"])
+        busy = heard["seconds"] - seconds.pop("waiting", 0.0)
+        key = "engine_overhead" if name == "small_fp16" else "engine_overhead_b32"
+        results.add(**{key: 1 - sum(seconds.values()) / busy})
+
+
+def measure_memory(place: Place, results: Results, backlog: int) -> None:
+    """A site's memory beside an unattended backlog."""
+    batches = backlog // (SMALL.batch * 16 * 32 * 32 * 2) + 200
+    case, run = replace(SMALL, window=10**6, batches=batches), fresh_name("bench")
+    with scratch() as folder, queues_of(place.broker(), list(case.queues(run))), results.round("memory"):
+        split.open_run(case, run, place, folder)
+        with Worker(split.site, case, run, place, folder, backlog) as site:
+            before, after = site.hear()
+    results.add(site_memory_growth=after / before - 1, site_start_mb=before / 1e6, site_backlog_mb=after / 1e6)
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "", rounds=5)
+    parser.add_argument("--only", nargs="+", choices=[*ROWS, "memory"], help="measure these rows alone")
+    options = parser.parse_args()
+    chosen = options.only or [*ROWS, "memory"]
+    results = Results(FIGURES, options.patience)
+    with rabbitmq(options.broker) as place:
+        results.broker = place.pid
+        for number in range(2 if options.quick else options.rounds):
+            results.console.print(f"round {number + 1}:")
+            for name in chosen:
+                if name in ROWS:
+                    measure(name, ROWS[name], place, results, options.quick)
+        if "memory" in chosen:
+            measure_memory(place, results, 200 * 10**6 if options.quick else 2 * 10**9)
+    results.finish("Split training over RabbitMQ, window 4, persistent and confirmed", options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

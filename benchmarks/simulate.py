@@ -1,0 +1,104 @@
+"""A whole run in one process: the real roles, engines and wire format, over the memory broker.
+
+Workers take turns, so a run costs what its arithmetic costs. In strict order the result is that of a
+run with real processes and real nights, to the bit.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from broker.memory import MemoryBroker
+from broker.topology import site_queues
+from console.baselines import Judgement, judge
+from server_worker.protocols import make_server
+from server_worker.protocols.stream import StreamServer
+from shared.checkpoint import Checkpoints
+from shared.config import RunConfig
+from shared.engine import Engine, Route
+from shared.message import SERVER
+from shared.models.cutting import build
+from shared.roles import Role
+from site_worker.data.dataset import Parts
+from site_worker.protocols import make_site
+from site_worker.protocols.split_u import SplitUSite
+from site_worker.protocols.stream import StreamSite
+from site_worker.worker import Alone
+
+PREFETCH = 4096
+"""Large, so that checkpoints, which this measures nothing of, are rare."""
+
+
+@dataclass
+class Simulation:
+    """A finished run.
+
+    Attributes:
+        server, sites: the roles at the end.
+    """
+
+    config: RunConfig
+    parts: Mapping[str, Parts]
+    server: StreamServer
+    sites: Mapping[str, StreamSite]
+
+    def judgement(self) -> Judgement:
+        """The best model's figures on test patients: every site's own bottom (and head), the server's best top."""
+        with_head = self.config.run.protocol == "split_u"
+        halves = build(self.config.model, self.config.run.seed, with_head=with_head)
+
+        def predict(site: str, inputs: torch.Tensor) -> torch.Tensor:
+            role = self.sites[site]
+            flow = _forward(halves.bottom, role.final_bottom(), inputs)
+            flow = _forward(halves.top, self.server.best_top, flow)
+            if isinstance(role, SplitUSite) and halves.head is not None:
+                flow = _forward(halves.head, role.final_head(), flow)
+            return flow
+
+        return judge(self.config, self.parts, predict)
+
+
+def simulate(config: RunConfig, parts: Mapping[str, Parts]) -> Simulation:
+    """Train until the run is over.
+
+    Args:
+        config: the run, in strict order.
+        parts: scaled data by site.
+    """
+    broker = MemoryBroker()
+    queues = {site: site_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites}
+    for site_queue in queues.values():
+        broker.declare(site_queue)
+    with tempfile.TemporaryDirectory(prefix="nightsplit-") as folder:
+
+        def engine(role: Role, routes: Mapping[str, Route]) -> Engine:
+            link = broker.link([route.incoming for route in routes.values()], PREFETCH, role.name)
+            checkpoints = Checkpoints(Path(folder) / role.name)
+            return Engine(config.run.id, role, link, routes, checkpoints, Alone(), interval_seconds=3600.0)
+
+        server = make_server(config, Path(folder))
+        sites = {site: make_site(site, config, parts[site], site) for site in config.run.sites}
+        engines = [engine(server, {site: Route(q.down, q.up, q.dead) for site, q in queues.items()})]
+        engines += [engine(role, {SERVER: Route(q.up, q.down, q.dead)}) for role, q in zip(sites.values(), queues.values())]
+        for one in engines:
+            one.start()
+        while engines:
+            for one in list(engines):
+                one.step(0.0)
+                if one.finished:
+                    one.leave()
+                    engines.remove(one)
+    return Simulation(config, parts, server, sites)
+
+
+def _forward(module: nn.Module, weights: Mapping[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+    """Outputs in evaluation mode, with these weights in place of the module's own."""
+    with torch.no_grad():
+        return functional_call(module.eval(), dict(weights), inputs)  # type: ignore[no-any-return]

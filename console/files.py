@@ -1,0 +1,85 @@
+"""A worker's file and what it refers to, whichever side it is of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from broker.base import Broker
+from broker.opening import open_broker
+from broker.topology import SiteQueues, site_queues
+from shared.config import RunConfig, ServerConfig, ServerSection, SiteConfig, SiteSection, SourceSection, load
+from shared.errors import ConfigError
+from shared.store import RunStore
+from shared.stores import open_store
+
+
+class _Tables(Struct):
+    """What tells a server.toml from a site.toml."""
+
+    server: Any = None
+    site: Any = None
+
+
+@dataclass(frozen=True)
+class WorkerFile:
+    """A site.toml or server.toml, with the run.toml that it names.
+
+    Attributes:
+        path: the file.
+        worker: its [site] or [server].
+        source: its [data]; None for a server.
+        run: the run.
+    """
+
+    path: Path
+    worker: SiteSection | ServerSection
+    source: SourceSection | None
+    run: RunConfig
+
+    @property
+    def base(self) -> Path:
+        """The folder from which relative paths start."""
+        return self.path.parent
+
+    @property
+    def state(self) -> Path:
+        """The worker's own folder."""
+        return self.base / self.worker.state
+
+    def broker(self) -> Broker:
+        """The broker that it names."""
+        return open_broker(self.worker.broker, self.base, self.run.wire.message_bytes)
+
+    def store(self) -> RunStore:
+        """The run store that it names."""
+        return open_store(self.worker.store, self.run.run.id, self.base)
+
+    def queues(self) -> dict[str, SiteQueues]:
+        """The queues of every site of the run."""
+        return {site: site_queues(self.run.run.id, site, self.run.wire.queue_bytes) for site in self.run.run.sites}
+
+
+def read_worker_file(path: Path, overrides: Sequence[str] = ()) -> WorkerFile:
+    """Read a worker's file and its run.toml.
+
+    Raises:
+        ConfigError: 101-103, see `shared.config.load`.
+    """
+    tables = load(path, _Tables)
+    if tables.server is None and tables.site is None:
+        raise ConfigError(
+            103, f"{path}: has neither [server] nor [site].", "name a server.toml or a site.toml."
+        )
+    worker: SiteSection | ServerSection
+    source = None
+    if tables.server is not None:
+        worker = load(path, ServerConfig).server
+    else:
+        site = load(path, SiteConfig)
+        worker, source = site.site, site.data
+    return WorkerFile(path, worker, source, load(path.parent / worker.run, RunConfig, overrides))

@@ -1,0 +1,152 @@
+"""nightsplit status: what the run store and the broker know of a run, one line per worker."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from console.files import WorkerFile
+from console.words import counted, duration, screen, server_offline
+from shared.errors import BrokerError, RunError
+from shared.message import SERVER
+from shared.store import Status
+
+COUNTS = ("sent", "confirmed", "answered", "applied", "queued", "refused", "duplicates")
+
+
+def show_status(file: WorkerFile, as_json: bool) -> None:
+    """Print what is known of the run.
+
+    Raises:
+        BrokerError: 207 the run store cannot be reached.
+        RunError: 605 nothing is known of the run.
+    """
+    summary = summarise(file)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+        return
+    console = screen()
+    console.print(f"{summary['run']}: {summary['sentence']}", style="bold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("worker")
+    table.add_column("state")
+    for name in COUNTS:
+        table.add_column(name, justify="right")
+    table.add_column("last heard")
+    for line in summary["workers"]:
+        counts = ["-" if line[name] is None else str(line[name]) for name in COUNTS]
+        age = line["age_seconds"]
+        heard = "never" if age is None else f"{duration(age)} ago" if age >= 2 else "now"
+        table.add_row(line["worker"], line["state"], *counts, heard)
+    console.print(table)
+    if summary["broker"] is not None:
+        console.print(summary["broker"])
+
+
+def summarise(file: WorkerFile) -> dict[str, Any]:
+    """Everything that the status says, as plain data.
+
+    Raises:
+        BrokerError, RunError: see `show_status`.
+    """
+    store = file.store()
+    try:
+        statuses = store.statuses()
+    finally:
+        store.close()
+    depths, broker = _depths(file)
+    if not statuses and all(depth is None for site in depths.values() for depth in site.values()) and not broker:
+        raise RunError(
+            605,
+            f"run {file.run.run.id!r} has left no trace at {file.worker.broker.partition(':')[0]} broker and run store.",
+            "open it with: nightsplit open server.toml; or check run.id, broker and store.",
+        )
+    server = statuses.get(SERVER)
+    applied = server.facts if server is not None else {}
+    workers = [_server(server)]
+    workers += [
+        _site(site, statuses.get(site), applied.get(f"applied_{site}"), depths[site]) for site in file.run.run.sites
+    ]
+    return {
+        "run": file.run.run.id,
+        "sentence": _sentence(server, sum(line["queued"] or 0 for line in workers[1:])),
+        "workers": workers,
+        "at_broker": depths,
+        "broker": broker,
+    }
+
+
+def _depths(file: WorkerFile) -> tuple[dict[str, dict[str, int | None]], str | None]:
+    """Messages that wait in each site's queues, and why nothing is known of them."""
+    nothing: dict[str, dict[str, int | None]]
+    nothing = {site: {"up": None, "down": None, "dead": None} for site in file.run.run.sites}
+    try:
+        broker = file.broker()
+        return {
+            site: {name: broker.depth(getattr(queues, name)) for name in ("up", "down", "dead")}
+            for site, queues in file.queues().items()
+        }, None
+    except BrokerError as error:
+        return nothing, str(error)
+
+
+def _sentence(server: Status | None, queued: int) -> str:
+    """The whole run in a line."""
+    if server is None:
+        return f"nothing was heard of the server yet; {counted(queued, 'batch')} queued, waiting for it"
+    state = str(server.facts["state"])
+    if state == "finished":
+        return "the run is finished"
+    if state.startswith("failed"):
+        return f"server stopped: {state.removeprefix('failed: ')}"
+    if not server.online:
+        return server_offline(queued)
+    planned = server.facts.get("planned")
+    of = f" of {planned}" if planned is not None else ""
+    return f"server is {state}; {server.facts['applied']}{of} messages applied, {counted(queued, 'batch')} queued"
+
+
+def _server(status: Status | None) -> dict[str, Any]:
+    line = _line(SERVER, status)
+    line["answered"] = line["queued"] = None
+    return line
+
+
+def _site(site: str, status: Status | None, applied: Any, depths: Mapping[str, int | None]) -> dict[str, Any]:
+    """What a site and the server say of the site's messages.
+
+    What is queued is what the broker has confirmed and the server has not applied. The depth of the
+    queue says less: it counts greetings, and what is applied and not in two checkpoints yet.
+    """
+    line = _line(site, status)
+    line["applied"] = applied
+    confirmed = line["confirmed"]
+    line["queued"] = depths["up"] if confirmed is None else max(0, confirmed - max(applied or 0, line["answered"]))
+    line["refused"] = line["refused"] if depths["dead"] is None else depths["dead"]
+    return line
+
+
+def _line(worker: str, status: Status | None) -> dict[str, Any]:
+    facts = status.facts if status is not None else {}
+    return {
+        "worker": worker,
+        "state": _state(status),
+        "online": status is not None and status.online,
+        "age_seconds": None if status is None else round(status.age_seconds, 1),
+        **{name: facts.get(name) for name in COUNTS},
+        "planned": facts.get("planned"),
+    }
+
+
+def _state(status: Status | None) -> str:
+    """Silence counts more than the last words, unless these were a farewell."""
+    if status is None:
+        return "never heard of"
+    state = str(status.facts["state"])
+    if status.online or status.has_left:
+        return state
+    return f"OFFLINE since {duration(status.age_seconds)} (was {state})"

@@ -1,0 +1,39 @@
+"""How the console says things: durations, counts, and that a silent server is a normal night."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+
+def screen(stderr: bool = False) -> Console:
+    """Where the console writes: plain text, as wide as it needs where nobody's window limits it."""
+    console = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 220
+    return console
+
+
+def counted(number: int, noun: str) -> str:
+    """'1 batch', '412 batches'."""
+    plural = "es" if noun.endswith("ch") else "s"
+    return f"{number} {noun}{'' if number == 1 else plural}"
+
+
+def duration(seconds: float) -> str:
+    """'12 s', '3 min', '2 h 5 min', '4 days': no more digits than anybody needs."""
+    minutes = int(seconds // 60)
+    if seconds < 60:
+        return f"{int(seconds)} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // (24 * 60)} days"
+
+
+def server_offline(batches: int) -> str:
+    """How a normal night looks from a site."""
+    if batches == 0:
+        return "server is offline; nothing is queued"
+    they = "it" if batches == 1 else "they"
+    return f"server is offline; {counted(batches, 'batch')} queued, {they} will be trained when it returns"

@@ -1,0 +1,162 @@
+"""What must be equal to the bit, whatever the broker, the hour, or the way the model is cut."""
+
+import pytest
+import torch
+
+from broker.embedded import EmbeddedBroker
+from broker.rabbitmq import RabbitBroker
+from shared.message import SERVER
+from shared.protocols.plan import Step
+from shared.seeds import seed_for, seeded
+from shared.tasks import loss_of
+from shared.training import make_optimizer
+from site_worker.bottom import Bottom
+from site_worker.feed import Feed
+from tests.protocols.night import Night, tiny_config, tiny_factory, tiny_parts
+
+
+def whole_model(config):
+    with seeded(seed_for(config.run.seed, "model")):
+        return tiny_factory(**config.model.settings)
+
+
+def ordinary_training(config, site):
+    """The uncut model, one optimizer, plain autograd; dropout seeded per half and step as in a run."""
+    model, feed = whole_model(config), Feed(config, site, tiny_parts(site))
+    optimizer = make_optimizer(config.optimizer, model.parameters())
+    model.train()
+    for q in range(1, feed.plan.last + 1):
+        if feed.plan.item(q).step is not Step.TRAIN:
+            continue
+        with seeded(feed.seed("bottom", q)):
+            smashed = model[: config.model.cut](feed.inputs(q))
+        with seeded(feed.seed("top", q)):
+            loss = loss_of(config.task, model[config.model.cut :](smashed), feed.targets(q))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+def trained_whole(night, site):
+    """The weights of a finished run, put together as the uncut model numbers them."""
+    cut, head_cut = night.config.model.cut, night.config.model.head_cut
+    parts = [(0, night.roles[site].bottom.module), (cut, night.roles[SERVER].top.module)]
+    if night.config.run.protocol == "split_u":
+        parts.append((head_cut, night.roles[site].head))
+    whole = {}
+    for first, module in parts:
+        for position, stage in enumerate(module.children()):
+            whole.update({f"{first + position}.{name}": tensor for name, tensor in stage.state_dict().items()})
+    return whole
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("protocol", ["split_labels", "split_u"])
+def test_one_site_window_1_is_ordinary_training(protocol, optimizer, tmp_path):
+    config = tiny_config(("north",), protocol=protocol, window=1, codec="fp32", optimizer=optimizer)
+    night = Night(config, tmp_path)
+    night.together()
+    expected, found = ordinary_training(config, "north"), trained_whole(night, "north")
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+    assert not torch.equal(expected["0.weight"], whole_model(config).state_dict()["0.weight"])
+
+
+def test_split_u_equals_split_labels(tmp_path):
+    nights = []
+    for protocol in ("split_labels", "split_u"):
+        config = tiny_config(("south",), protocol=protocol, window=1, codec="fp32")
+        nights.append(Night(config, tmp_path / protocol))
+        nights[-1].together()
+    labels, u = (trained_whole(night, "south") for night in nights)
+    assert all(torch.equal(labels[name], u[name]) for name in labels)
+
+
+@pytest.fixture(params=["embedded", "rabbitmq"])
+def real_broker(request, tmp_path):
+    if request.param == "embedded":
+        return EmbeddedBroker(tmp_path / "broker")
+    return RabbitBroker(request.getfixturevalue("rabbitmq").vhost())
+
+
+@pytest.mark.parametrize("protocol", ["split_labels", "split_u", "split_frozen"])
+def test_every_broker_gives_the_same_weights(protocol, real_broker, tmp_path):
+    config = tiny_config(protocol=protocol, window=4, epochs=2)
+    in_memory, elsewhere = Night(config, tmp_path / "a"), Night(config, tmp_path / "b", real_broker)
+    in_memory.together()
+    elsewhere.together()
+    assert elsewhere.fingerprint() == in_memory.fingerprint()
+
+
+@pytest.mark.parametrize("protocol", ["split_labels", "split_frozen"])
+def test_a_decoupled_night_equals_a_night_together(protocol, tmp_path):
+    """Sites publish a window of 64 and exit; the server works with no site up, and exits; and so on."""
+    config = tiny_config(protocol=protocol, window=64, batch_size=4, epochs=8)
+    apart, together = Night(config, tmp_path / "apart"), Night(config, tmp_path / "together")
+    apart.work(SERVER)  # opens the run: the manifest lies in the queues
+    assert not any([apart.work(site) for site in config.run.sites])
+    for site in config.run.sites:
+        role = apart.roles[site]
+        assert role.answered == 0
+        assert role.next_seq - 1 == min(role.sequence.last, 64 if protocol == "split_labels" else 10**6)
+    finished = False
+    while not finished:
+        apart.work(SERVER)
+        finished = all([apart.work(site) for site in config.run.sites])
+    together.together()
+    assert apart.fingerprint() == together.fingerprint()
+
+
+def test_gradients_of_two_batches_in_flight_match_a_reference():
+    """Forwards of q and q + 1 by the same version, answered first in, first out."""
+    config = tiny_config(window=2)
+    module = whole_model(config)[:3]
+    bottom, inputs = Bottom(module, config.optimizer, "cpu"), torch.randn(2, 8, 6)
+    gradients = torch.randn(2, 8, 8)
+    first = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
+    for q in (1, 2):
+        bottom.forward(q, 0, inputs[q - 1], seed=q, training=True)
+    for q in (1, 2):
+        bottom.learn(q, 0, inputs[q - 1], seed=q, gradient=gradients[q - 1])
+        reference = whole_model(config)[:3]
+        reference.load_state_dict(first)
+        with seeded(q):
+            (reference(inputs[q - 1]) * gradients[q - 1]).sum().backward()
+        for ours, theirs in zip(module.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_recomputing_equals_the_kept_graph():
+    config = tiny_config(window=2)
+    results = []
+    for forget_graphs in (False, True):
+        bottom = Bottom(whole_model(config)[:3], config.optimizer, "cpu")
+        torch.manual_seed(0)
+        for q in (1, 2, 3):
+            inputs, version = torch.randn(8, 6), max(0, q - 2)
+            bottom.forward(q, version, inputs, seed=q, training=True)
+            if forget_graphs:
+                bottom._graphs.clear()
+            bottom.learn(q, version, inputs, seed=q, gradient=torch.randn(8, 8))
+        results.append(bottom.module.state_dict())
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_batch_norm_counts_every_batch_once():
+    """Two forwards per batch (sent, recomputed) must update running statistics once, as plain training does."""
+    module = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4))
+    plain = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4))
+    plain.load_state_dict(module.state_dict())
+    bottom = Bottom(module, tiny_config().optimizer, "cpu")
+    optimizer = make_optimizer(tiny_config().optimizer, plain.parameters())
+    for q in (1, 2, 3):
+        inputs, gradient = torch.randn(8, 6), torch.randn(8, 4)
+        bottom.forward(q, q - 1, inputs, seed=0, training=True)
+        bottom.learn(q, q - 1, inputs, seed=0, gradient=gradient)
+        optimizer.zero_grad()
+        plain(inputs).backward(gradient)
+        optimizer.step()
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(module.state_dict()[name], tensor), name
