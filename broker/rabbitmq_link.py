@@ -164,7 +164,7 @@ class RabbitLink(Link):
             try:
                 self._loop.start()
             except Exception as error:
-                # A fault of ours or of pika. The worker must hear of it; the loop goes on so that it can close.
+                # A fault of ours or of pika: the worker hears of it; the loop goes on so that it can close.
                 sentence = f"the link failed unexpectedly: {error!r}."
                 self._inbox.fail(BrokerError(201, sentence, "start the worker again, and report this."))
         self._loop.close()

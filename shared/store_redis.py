@@ -170,9 +170,9 @@ class RedisStore(RunStore):
             return command()
         except redis.AuthenticationError as error:
             raise BrokerError(
-                207, f"{self._place} refuses the login: {error}.", "check user and password in run.store."
+                207, f"{self._place} refuses the login: {error}.", "check user and password in the address of the store."
             ) from None
         except redis.RedisError as error:
             raise BrokerError(
-                207, f"{self._place}: {error}.", "start Redis, or check run.store and the network."
+                207, f"{self._place}: {error}.", "start Redis, or check the address of the store and the network."
             ) from None

@@ -14,7 +14,7 @@ def open_store(address: str, run: str, base: Path) -> RunStore:
     """Open the store of `run` at "sqlite:file", "redis://..." or "rediss://...".
 
     Args:
-        address: as in run.toml.
+        address: as in site.toml and server.toml.
         run: id of the run.
         base: folder to which a relative file belongs.
 

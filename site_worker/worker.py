@@ -32,8 +32,7 @@ from shared.worker import (
 )
 from site_worker.data.dataset import Parts
 from site_worker.data.scaling import scale
-from site_worker.data.source import load_dataset
-from site_worker.data.split import split
+from site_worker.data.source import read_parts
 from site_worker.policy import check_policy
 from site_worker.protocols import make_site
 from site_worker.protocols.split_u import SplitUSite
@@ -118,15 +117,9 @@ class SiteWorker:
         """Where the site's part of the trained model goes."""
         return self.base / self.config.state / "model"
 
-    def read_parts(self) -> Parts:
-        """The site's data: read and divided by patient, not scaled. DataError says what is wrong with it."""
-        data, task = self.run_config.data, self.run_config.task
-        dataset = load_dataset(self.source, data, task, self.base)
-        return split(dataset, task, data.validation, data.test, self.run_config.run.seed)
-
     def load_parts(self) -> Parts:
-        """The site's data as the model sees it: `read_parts`, scaled."""
-        return scale(self.read_parts(), self.run_config.data)
+        """The site's data: read, divided by patient, scaled. DataError says what is wrong with it."""
+        return scale(read_parts(self.source, self.run_config, self.base), self.run_config.data)
 
     def work(self, idle_seconds: float | None = None) -> bool:
         """Work shift after shift until the run is over.
@@ -164,7 +157,9 @@ class SiteWorker:
         path = self.base / self.config.state / "data.sha256"
         fingerprints = " ".join(part.fingerprint for part in (parts.train, parts.validation, parts.test))
         if not path.exists():
-            path.write_text(fingerprints, encoding="ascii")
+            draft = path.with_suffix(".draft")
+            draft.write_text(fingerprints, encoding="ascii")
+            draft.rename(path)
         for part, known in zip((parts.train, parts.validation, parts.test), path.read_text("ascii").split(), strict=True):
             part.expect(known)
 

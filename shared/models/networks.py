@@ -3,10 +3,11 @@
 The first stage of each is one hidden layer with its activation (and pooling), so `model.cut = 1` leaves
 exactly one hidden layer at the site, as in Ha et al., "Spatio-Temporal Split Learning for
 Privacy-Preserving Medical Platforms", IEEE Access 9, 2021 (arXiv 2108.10147). The last stage holds the
-output layer, for `model.head_cut`. Three rules keep training steady when sites are unequal and late:
+output layer, for `model.head_cut`. Four rules keep training steady when sites are unequal and late:
 
 - GroupNorm, not BatchNorm: statistics of a batch are statistics of the site that happens to be served,
   and a recomputed forward would update running statistics twice.
+- No norm in the first stage either: it would take away how bright an image is, which tells about CT.
 - Dropout only after the first stage: what a site sends is a function of its weights and the images, and
   an upload that is stored once still gets fresh dropout in every epoch at the server.
 - No module occurs in two stages, so any cut is possible.
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 
 def mlp(inputs: int, hidden: Sequence[int], outputs: int, dropout: float = 0.0) -> nn.Sequential:
@@ -49,8 +50,7 @@ def small_cnn(channels: int = 1, outputs: int = 1, width: int = 16, dropout: flo
 
     Shapes: float32 (batch, channels, 28, 28) -> (batch, width, 14, 14) at cut = 1
     -> (batch, 2 width, 7, 7) -> (batch, 4 width, 3, 3) -> (batch, 4 width) at head_cut = 4
-    -> (batch, outputs).
-    Any side of at least 8 pixels will do. Parameters with the defaults: 23,473.
+    -> (batch, outputs). Any side of at least 8 pixels will do. Parameters with the defaults: 23,457.
 
     Args:
         channels: of the images.
@@ -60,70 +60,51 @@ def small_cnn(channels: int = 1, outputs: int = 1, width: int = 16, dropout: flo
     """
     return nn.Sequential(
         OrderedDict[str, nn.Module](
-            block1=_block(channels, width),
+            block1=_block(channels, width, norm=False),
             block2=_block(width, 2 * width),
             block3=_block(2 * width, 4 * width),
-            pool=_average(),
+            pool=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
             output=nn.Sequential(nn.Dropout(dropout), nn.Linear(4 * width, outputs)),
         )
     )
 
 
-def ct_cnn(channels: int = 1, outputs: int = 1, width: int = 16, dropout: float = 0.3) -> nn.Sequential:
-    """Four blocks, two of them residual, for lung CT of 64x64: stages `block1`..`block4`, `pool`, `output`.
+def ct_cnn(
+    channels: int = 1, outputs: int = 1, width: int = 16, side: int = 64, dropout: float = 0.3
+) -> nn.Sequential:
+    """Four convolutions, for lung CT of 64x64: stages `block1`..`block4`, `flat`, `output`.
 
-    Shapes: float32 (batch, channels, 64, 64) -> (batch, width, 32, 32) at cut = 1
-    -> (batch, 2 width, 16, 16) -> (batch, 4 width, 8, 8) -> (batch, 8 width, 4, 4)
-    -> (batch, 8 width) at head_cut = 5 -> (batch, outputs).
-    Any side of at least 16 pixels will do. Parameters with the defaults: 171,505.
+    The last feature map is flattened, not averaged: in these images it matters where something is.
+
+    Shapes: float32 (batch, channels, side, side) -> (batch, width, side/2, side/2) at cut = 1
+    -> (batch, 2 width, side/4, side/4) -> (batch, 4 width, side/8, side/8)
+    -> (batch, 4 width, side/16, side/16) -> (batch, width * side² / 64) at head_cut = 5
+    -> (batch, outputs). Parameters with the defaults: 61,409.
 
     Args:
         channels: of the images.
         outputs: width of the last layer.
         width: channels at the cut, a multiple of 4.
+        side: of the images in pixels, at least 16.
         dropout: before the output layer.
     """
     return nn.Sequential(
         OrderedDict[str, nn.Module](
-            block1=_block(channels, width),
+            block1=_block(channels, width, norm=False),
             block2=_block(width, 2 * width),
-            block3=nn.Sequential(_block(2 * width, 4 * width), Residual(4 * width)),
-            block4=nn.Sequential(_block(4 * width, 8 * width)),
-            pool=_average(),
-            output=nn.Sequential(nn.Dropout(dropout), nn.Linear(8 * width, outputs)),
+            block3=_block(2 * width, 4 * width),
+            block4=_block(4 * width, 4 * width),
+            flat=nn.Flatten(),
+            output=nn.Sequential(nn.Dropout(dropout), nn.Linear(4 * width * (side // 16) ** 2, outputs)),
         )
     )
 
 
-class Residual(nn.Module):
-    """x + conv(relu(norm(conv(x)))): (batch, width, h, w) -> the same; 18 width² + 4 width parameters."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.branch = nn.Sequential(
-            nn.GroupNorm(4, width),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.GroupNorm(4, width),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Float32 (batch, width, h, w) -> the same shape."""
-        return x + self.branch(x)  # type: ignore[no-any-return]
-
-
-def _block(inputs: int, outputs: int) -> nn.Sequential:
+def _block(inputs: int, outputs: int, *, norm: bool = True) -> nn.Sequential:
     """One convolution: (batch, inputs, h, w) -> (batch, outputs, h // 2, w // 2)."""
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-        nn.GroupNorm(4, outputs),
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=not norm),
+        *([nn.GroupNorm(4, outputs)] if norm else []),
         nn.ReLU(),
         nn.MaxPool2d(2),
     )
-
-
-def _average() -> nn.Sequential:
-    """(batch, width, h, w) -> (batch, width)."""
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())

@@ -12,18 +12,28 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from shared.config import DataSection, SourceSection, TaskSection
+from shared.config import DataSection, RunConfig, SourceSection, TaskSection
 from shared.errors import ConfigError, DataError
 from site_worker.data.arrays import open_arrays
-from site_worker.data.dataset import Dataset
+from site_worker.data.dataset import Dataset, Parts
 from site_worker.data.images import open_images
 from site_worker.data.labels import class_numbers, read_targets
 from site_worker.data.public import how_to_get
 from site_worker.data.rows import Rows, plain
-from site_worker.data.split import shuffled
+from site_worker.data.split import shuffled, split
 from site_worker.data.table import open_table
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
+
+
+def read_parts(source: SourceSection, run: RunConfig, base: Path) -> Parts:
+    """A site's data, read and divided by patient as the run asks for; not scaled.
+
+    Raises:
+        ConfigError, DataError: see `load_dataset` and `split`.
+    """
+    dataset = load_dataset(source, run.data, run.task, base)
+    return split(dataset, run.task, run.data.validation, run.data.test, run.run.seed)
 
 
 def load_dataset(source: SourceSection, data: DataSection, task: TaskSection, base: Path) -> Dataset:

@@ -1,7 +1,7 @@
 """The house rules that no type checker knows: who may import whom, what is never called, how long a file is.
 
-    console -> site_worker, server_worker -> shared -> broker.base       site_worker X server_worker
-    broker  -> shared.errors and shared.sqlite alone                     pika: broker/rabbitmq*.py alone
+console -> site_worker, server_worker -> shared -> broker.base       site_worker X server_worker
+broker  -> shared.errors and shared.sqlite alone                     pika: broker/rabbitmq*.py alone
 """
 
 import ast
@@ -106,7 +106,9 @@ def test_no_file_tells_two_stories(path: Path) -> None:
 
 
 def test_the_rules_see_what_they_forbid() -> None:
-    tree = ast.parse("import pickle\nfrom server_worker.top import Top\ndef f():\n    from pika import spec\n")
+    tree = ast.parse(
+        "import pickle\nfrom server_worker.top import Top\ndef f():\n    from pika import spec\n"
+    )
     assert list(imports_of(tree)) == ["pickle", "server_worker.top.Top", "pika.spec"]
     assert not any(is_within("server_worker.top.Top", allowed) for allowed in ALLOWED["site_worker"])
     assert not any(is_within("broker.base_two", allowed) for allowed in ALLOWED["shared"])

@@ -1,0 +1,7 @@
+"""python -m console: the same as nightsplit."""
+
+import sys
+
+from console.main import main
+
+sys.exit(main())

@@ -1,0 +1,228 @@
+"""nightsplit doctor: what could keep a worker from its work, found before the night and not in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.table import Table
+
+from broker.base import Broker
+from console.files import WorkerFile, read_worker_file
+from console.words import duration, screen
+from shared.clock import SystemClock
+from shared.config import PolicyConfig, SiteSection, load
+from shared.errors import TITLES, NightsplitError, RunError
+from shared.message import SERVER
+from shared.protocols.assembly import assemble
+from shared.shift import Shift
+from shared.worker import planned_message_bytes, prepare_torch
+from site_worker.data.dataset import Dataset
+from site_worker.data.source import read_parts
+from site_worker.policy import check_policy
+
+RABBITMQ_MESSAGE_BYTES = 16 * 2**20
+"""What RabbitMQ 4 takes unless max_message_size was raised; no client can ask for it."""
+
+SPARE_BYTES = 256 * 2**20
+"""Room that a disk should have beside the checkpoints."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    Attributes:
+        check: what was looked at.
+        found: how it is.
+        fix: what to do; None where nothing is to be done.
+        failed: whether the worker cannot work like this.
+    """
+
+    check: str
+    found: str
+    fix: str | None = None
+    failed: bool = False
+
+
+def show_findings(path: Path, overrides: Sequence[str], as_json: bool) -> bool:
+    """Check a worker's file and print what was found; returns whether nothing failed."""
+    findings = examine(path, overrides)
+    healthy = not any(finding.failed for finding in findings)
+    if as_json:
+        print(json.dumps({"ok": healthy, "checks": [asdict(finding) for finding in findings]}, indent=2))
+        return healthy
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "check", "found", "fix"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        mark = "FAILED" if finding.failed else "note" if finding.fix else "ok"
+        table.add_row(mark, finding.check, finding.found, finding.fix or "")
+    screen().print(table)
+    return healthy
+
+
+def examine(path: Path, overrides: Sequence[str] = ()) -> list[Finding]:
+    """All checks; one that fails does not keep the others from being made."""
+    try:
+        file = read_worker_file(path, overrides)
+    except NightsplitError as error:
+        return [_failure("configuration", error)]
+    checks: dict[str, Callable[[WorkerFile], Finding]] = {"configuration": _configuration}
+    if file.source is not None:
+        checks |= {"policy": _policy, "data": _data}
+    checks |= {
+        "model": _model, "message size": _message_size, "broker": _broker, "run store": _store,
+        "state folder": _state_folder, "torch": _torch, "clock and shift": _shift,
+    }  # fmt: skip
+    findings = []
+    for name, check in checks.items():
+        try:
+            findings.append(check(file))
+        except NightsplitError as error:
+            findings.append(_failure(name, error))
+    return findings
+
+
+def _failure(check: str, error: NightsplitError) -> Finding:
+    sentence = error.sentence
+    if error.number == 403:
+        sentence = re.sub(r"'[^']*'", "'...'", sentence)  # a cell of a patient; this table may be passed on
+    return Finding(check, f"E{error.number} {TITLES[error.number]}: {sentence}", error.remedy, failed=True)
+
+
+def _configuration(file: WorkerFile) -> Finding:
+    run = file.run.run
+    if isinstance(file.worker, SiteSection) and file.worker.name not in run.sites:
+        raise RunError(
+            602, f"{file.worker.name} is not among the sites of {run.id}: {', '.join(run.sites)}.", "correct site.name."
+        )
+    return Finding(
+        "configuration",
+        f"run {run.id}, {run.protocol}, sites {', '.join(run.sites)}; contract {file.run.contract[:12]} "
+        "(the same twelve characters at every participant)",
+    )
+
+
+def _policy(file: WorkerFile) -> Finding:
+    assert isinstance(file.worker, SiteSection)
+    path = file.base / file.worker.policy
+    check_policy(load(path, PolicyConfig) if path.exists() else PolicyConfig(), file.run, path)
+    return Finding("policy", f"{path} allows the run" if path.exists() else f"the strictest, since {path} is not there")
+
+
+def _data(file: WorkerFile) -> Finding:
+    assert file.source is not None
+    parts = read_parts(file.source, file.run, file.base)
+    named = {"training": parts.train, "validation": parts.validation, "test": parts.test}
+    return Finding("data", "; ".join(f"{name}: {_contents(file, part)}" for name, part in named.items()))
+
+
+def _contents(file: WorkerFile, part: Dataset) -> str:
+    """Counts of a part, by class where there are classes."""
+    text = f"{len(part)} rows of {len(set(part.patients))} patients"
+    task = file.run.task
+    if task.kind == "regression":
+        return text
+    counts = Counter(int(target) for target in part.targets.tolist())
+    classes = range(2 if task.kind == "binary" else task.classes)
+    names = file.run.data.classes or [str(number) for number in classes]
+    return f"{text} ({', '.join(f'{counts[number]} of class {names[number]}' for number in classes)})"
+
+
+def _model(file: WorkerFile) -> Finding:
+    halves = assemble(file.run).halves
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in halves.parts.items()}
+    return Finding("model", ", ".join(f"{name} {size:,} parameters" for name, size in sizes.items()))
+
+
+def _message_size(file: WorkerFile) -> Finding:
+    largest, limit = planned_message_bytes(file.run, assemble(file.run).contract), file.run.wire.message_bytes
+    found = f"largest planned message {_mib(largest)}, wire.message_bytes {_mib(limit)}"
+    if largest > limit:
+        batch = max(1, file.run.run.batch_size * limit // largest)
+        return Finding("message size", found, f"lower run.batch_size to {batch}, or raise wire.message_bytes.", True)
+    if largest > RABBITMQ_MESSAGE_BYTES and file.worker.broker.startswith("amqp"):
+        return Finding("message size", found, "raise max_message_size at RabbitMQ; version 4 refuses more than 16 MiB.")
+    return Finding("message size", found)
+
+
+def _broker(file: WorkerFile) -> Finding:
+    broker: Broker = file.broker()
+    mine = [file.worker.name] if isinstance(file.worker, SiteSection) else file.run.run.sites
+    queues = file.queues()
+    absent = [queue.name for site in mine for queue in queues[site] if broker.depth(queue) is None]
+    if absent:
+        what = f"reached; {len(absent)} of the run's queues are not there yet"
+        return Finding("broker", what, "nightsplit open server.toml makes them; a site waits for that.")
+    return Finding("broker", f"reached; all {3 * len(mine)} queues are there")
+
+
+def _store(file: WorkerFile) -> Finding:
+    store = file.store()
+    try:
+        statuses = store.statuses()
+    finally:
+        store.close()
+    theirs = statuses[SERVER].facts.get("contract") if SERVER in statuses else None
+    if theirs not in (None, file.run.contract):
+        raise RunError(
+            601,
+            f"the server's contract is {str(theirs)[:12]}, this one's {file.run.contract[:12]}.",
+            "agree on one run.toml.",
+        )
+    heard = [f"{name} {duration(status.age_seconds)} ago" for name, status in statuses.items()]
+    return Finding("run store", f"reached; heard of {', '.join(heard) or 'nobody yet'}")
+
+
+def _state_folder(file: WorkerFile) -> Finding:
+    place = next(folder for folder in (file.state.absolute(), *file.state.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    parts = assemble(file.run).halves.parts.values()
+    weights = sum(p.nbytes for part in parts for p in part.parameters())
+    # Two kept and one being written; each holds weights, an optimizer's two memories, and versions in flight.
+    needed = 3 * weights * (4 + file.run.run.window) + SPARE_BYTES
+    found = f"{file.state}: {_mib(free)} free, about {_mib(needed)} needed"
+    if not os.access(place, os.W_OK):
+        return Finding("state folder", f"{place} may not be written", "name a folder of this user as state.", True)
+    if free < needed:
+        return Finding("state folder", found, "make room, or name a state folder on another disk.", True)
+    return Finding("state folder", found)
+
+
+def _torch(file: WorkerFile) -> Finding:
+    prepare_torch(file.worker.threads, file.worker.device)
+    cores = os.cpu_count() or 1
+    found = f"torch {torch.__version__}, {file.worker.threads} of {cores} cores, device {file.worker.device}"
+    if file.worker.threads > cores:
+        return Finding("torch", found, f"set threads = {cores}; more than there are cores only slows down.")
+    return Finding("torch", found)
+
+
+def _shift(file: WorkerFile) -> Finding:
+    shift, now = Shift(file.worker.shift), SystemClock().now()
+    clock = f"{now:%Y-%m-%d %H:%M} UTC"
+    if shift.text is None:
+        return Finding("clock and shift", f"{clock}; works at all hours")
+
+    def said(moment: datetime) -> str:
+        return f"{moment.astimezone():%Y-%m-%d %H:%M} of this machine"
+
+    if shift.is_open(now):
+        closes = shift.closes_at(now)
+        assert closes is not None
+        return Finding("clock and shift", f"{clock}; shift {shift} is open until {said(closes)}")
+    return Finding("clock and shift", f"{clock}; shift {shift} opens at {said(shift.opens_at(now))}")
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:,.1f} MiB" if count >= 2**17 else f"{count / 2**10:,.1f} KiB"

@@ -1,0 +1,138 @@
+"""Predictions with the trained model, at the site: its own bottom, the exported top, its own head."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from msgspec.structs import replace
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from shared.config import DataSection, TaskSection
+from shared.errors import RunError
+from shared.metrics import Metrics, measure
+from shared.protocols.assembly import assemble
+from shared.worker import prepare_torch
+from site_worker.data.dataset import Dataset
+from site_worker.data.scaling import Scaling, scale
+from site_worker.data.source import load_dataset, read_parts
+from site_worker.worker import SiteWorker
+
+ROWS_AT_A_TIME = 256
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the model says about a dataset.
+
+    Attributes:
+        patients: whom each row belongs to.
+        figures: (rows, columns) float32: the probability of the positive class (binary), of each
+            class (multiclass), or the value in the target's own unit (regression).
+        columns: names of the columns.
+        metrics: how good the predictions are.
+    """
+
+    patients: tuple[str, ...]
+    figures: torch.Tensor
+    columns: tuple[str, ...]
+    metrics: Metrics
+
+    def write(self, file: TextIO) -> None:
+        """CSV: row, patient, and the columns; rows count from 1, in the order of the predicted data."""
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["row", "patient", *self.columns])
+        for row, (patient, figures) in enumerate(zip(self.patients, self.figures.tolist(), strict=True), start=1):
+            table.writerow([row, patient, *(f"{figure:.6g}" for figure in figures)])
+
+
+def predict(site: SiteWorker, top: Path | None = None, data: Path | None = None) -> Predictions:
+    """Predict the site's held-out test patients, or the rows of another file.
+
+    Args:
+        site: of a finished run; its inputs are scaled as its training patients ask for.
+        top: the server's half; None for the one that the run exported.
+        data: a file or folder that is read as [data] of site.toml says, labels included; all its
+            patients are predicted.
+
+    Raises:
+        DataError: the data cannot be read, or (409) are not those that the site was trained with.
+        RunError: 605 the run has not finished here, 604 there is no top, 601 a part does not fit the model.
+    """
+    prepare_torch(site.config.threads, site.config.device)
+    model = _load_model(site, top)
+    config = site.run_config
+    parts = read_parts(site.source, config, site.base)
+    scaled = scale(parts, config.data)
+    site.expect_same_data(scaled)
+    dataset = scaled.test
+    if data is not None:
+        source = replace(site.source, path=str(data.absolute()), share=(0.0, 1.0))
+        others = load_dataset(source, config.data, config.task, site.base)
+        dataset = Scaling.fit(parts.train, config.data).apply(others)
+    outputs = torch.cat([torch.zeros(0, config.task.outputs), *_outputs(model, dataset, site.config.device)])
+    targets = dataset.targets
+    if config.task.kind == "regression":
+        targets = (targets - config.data.target_mean) / config.data.target_spread
+    metrics = measure(config.task, config.data, outputs, targets)
+    return Predictions(dataset.patients, *_in_words(config.task, config.data, outputs), metrics)
+
+
+def _load_model(site: SiteWorker, top: Path | None) -> nn.Module:
+    """The parts, in the order of the forward pass, with the weights of the best model."""
+    folder, config = site.model_folder, site.run_config
+    halves = assemble(config).halves
+    if not (folder / "bottom.safetensors").exists():
+        raise RunError(
+            605,
+            f"{folder} has no bottom.safetensors: run {config.run.id!r} has not finished at {site.config.name}.",
+            "let the run finish first: nightsplit site site.toml.",
+        )
+    if top is None and not (folder / "top.safetensors").exists():
+        raise RunError(
+            604,
+            f"{folder} has no top.safetensors, so the model is not complete here.",
+            "set run.export_top = true in the next run; or ask the server's side for top.safetensors of its "
+            "report folder, and name it with --top.",
+        )
+    for name, module in halves.parts.items():
+        _fill(module, top if top is not None and name == "top" else folder / f"{name}.safetensors")
+    return nn.Sequential(*halves.parts.values()).to(site.config.device).eval()
+
+
+def _fill(module: nn.Module, path: Path) -> None:
+    """Load weights; counters (integer buffers) do not travel, and predictions do not need them."""
+    try:
+        missing, unexpected = module.load_state_dict(load_file(path), strict=False)
+    except (OSError, SafetensorError) as error:
+        raise RunError(604, f"{path}: {error}.", "name a file of weights that the server's report wrote.") from None
+    except RuntimeError:  # a tensor of another shape
+        missing, unexpected = [], [path.name]
+    known = module.state_dict()
+    if unexpected or any(known[name].is_floating_point() for name in missing):
+        raise RunError(
+            601, f"{path} does not fit the model of run.toml.", "use the run.toml that this file was trained with."
+        )
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, dataset: Dataset, device: str) -> Iterator[torch.Tensor]:
+    """Logits or standardised values, (rows, outputs), a part of the rows at a time."""
+    for inputs in dataset.inputs.split(ROWS_AT_A_TIME):
+        yield model(inputs.to(device)).cpu()
+
+
+def _in_words(task: TaskSection, data: DataSection, outputs: torch.Tensor) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """Outputs as what people read, and the names of the columns."""
+    if task.kind == "regression":
+        return outputs * data.target_spread + data.target_mean, ("prediction",)
+    if task.kind == "binary":
+        return torch.sigmoid(outputs), ("prediction",)
+    classes = data.classes or [str(number) for number in range(task.classes)]
+    return torch.softmax(outputs, 1), tuple(f"probability_{name}" for name in classes)

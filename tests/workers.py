@@ -1,0 +1,142 @@
+"""Real worker processes on a small real data set, for tests that kill, stop and restart them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from sklearn.datasets import load_diabetes
+
+RUN = """
+[run]
+id = "lipids"
+protocol = "{protocol}"
+sites = ["north", "south", "east"]
+order = "strict"
+epochs = {epochs}
+window = 4
+batch_size = 16
+seed = 5
+export_top = true
+[model]
+factory = "shared.models.networks:mlp"
+settings = {{inputs = 6, hidden = [32, 16], outputs = 1, dropout = 0.1}}
+cut = 1
+head_cut = 2
+[task]
+kind = "regression"
+[optimizer]
+lr = 0.003
+[data]
+features = ["age", "sex", "bmi", "tc", "hdl", "ltg"]
+target_mean = 115.0
+target_spread = 30.0
+"""
+WORKER = """
+[{kind}]
+{name}broker = "{broker}"
+store = "{store}"
+state = "state/{worker}"
+"""
+DATA = """
+[data]
+source = "table"
+path = "lipids.csv"
+label = "ldl"
+share = [{first}, {last}]
+"""
+SHARES = {"north": (0.0, 0.5), "south": (0.5, 0.8), "east": (0.8, 1.0)}
+COLUMNS = ["age", "sex", "bmi", "bp", "tc", "ldl", "hdl", "tch", "ltg", "glu"]
+
+
+class Hospital:
+    """The files of one run in a folder, and its processes.
+
+    Args:
+        folder: where everything goes.
+        broker, store: addresses for server.toml and site.toml.
+        protocol, epochs: of run.toml.
+    """
+
+    def __init__(
+        self, folder: Path, broker: str = "embedded:broker", store: str = "sqlite:run.db",
+        protocol: str = "split_labels", epochs: int = 20,
+    ) -> None:  # fmt: skip
+        self.folder = folder
+        self.processes: dict[str, subprocess.Popen[str]] = {}
+        folder.mkdir(parents=True)
+        panel = load_diabetes(scaled=False, as_frame=True).data.set_axis(COLUMNS, axis=1)
+        panel.to_csv(folder / "lipids.csv", index=False)
+        (folder / "run.toml").write_text(RUN.format(protocol=protocol, epochs=epochs))
+        (folder / "policy.toml").write_text("labels = true\nstored_activations = true\n")
+        address = {"broker": broker, "store": store}
+        (folder / "server.toml").write_text(WORKER.format(kind="server", name="", worker="server", **address))
+        for site, (first, last) in SHARES.items():
+            text = WORKER.format(kind="site", name=f'name = "{site}"\n', worker=site, **address)
+            (folder / f"{site}.toml").write_text(text + DATA.format(first=first, last=last))
+
+    def start(self, worker: str, *arguments: str) -> subprocess.Popen[str]:
+        """Start a worker the way a user does, in the background."""
+        verb = "server" if worker == "server" else "site"
+        log = (self.folder / f"{worker}.log").open("a")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "console", verb, f"{worker}.toml", *arguments],
+            cwd=self.folder, stdout=log, stderr=log, text=True,
+        )  # fmt: skip
+        log.close()
+        self.processes[worker] = process
+        return process
+
+    def call(self, *arguments: str, timeout: float = 100) -> subprocess.CompletedProcess[str]:
+        """Run a verb to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "console", *arguments],
+            cwd=self.folder, capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
+
+    def kill(self, worker: str) -> None:
+        """SIGKILL, and nothing gentler."""
+        self.processes[worker].send_signal(signal.SIGKILL)
+        self.processes[worker].wait()
+
+    def close(self) -> None:
+        """End whatever is left."""
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+    @property
+    def steps(self) -> int:
+        """Lines of metrics that the server has written so far."""
+        path = self.folder / "report" / "metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    def wait_for_steps(self, steps: int, seconds: float = 60.0) -> None:
+        """Wait until the server has written so many lines."""
+        deadline = time.monotonic() + seconds
+        while self.steps < steps:
+            assert time.monotonic() < deadline, f"no progress: {self.logs()}"
+            time.sleep(0.05)
+
+    def wait_for_end(self, seconds: float = 100.0) -> None:
+        """Wait until every worker has left by itself, successfully."""
+        deadline = time.monotonic() + seconds
+        for worker, process in self.processes.items():
+            assert process.wait(max(0.1, deadline - time.monotonic())) == 0, f"{worker}: {self.logs()}"
+
+    def logs(self) -> str:
+        """What the workers printed."""
+        return "\n".join(path.read_text()[-2000:] for path in sorted(self.folder.glob("*.log")))
+
+    def models(self) -> dict[str, str]:
+        """sha256 of every trained part, by path."""
+        files = [*self.folder.glob("state/*/model/*.safetensors"), self.folder / "report" / "top.safetensors"]
+        return {
+            os.fspath(file.relative_to(self.folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+        }
