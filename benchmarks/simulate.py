@@ -50,7 +50,7 @@ class Simulation:
     sites: Mapping[str, StreamSite]
 
     def judgement(self) -> Judgement:
-        """The best model's figures on test patients: every site's own bottom (and head), the server's best top."""
+        """The best model on test patients: each site's own bottom (and head), the server's best top."""
         with_head = self.config.run.protocol == "split_u"
         halves = build(self.config.model, self.config.run.seed, with_head=with_head)
 
@@ -86,7 +86,7 @@ def simulate(config: RunConfig, parts: Mapping[str, Parts]) -> Simulation:
         server = make_server(config, Path(folder))
         sites = {site: make_site(site, config, parts[site], site) for site in config.run.sites}
         engines = [engine(server, {site: Route(q.down, q.up, q.dead) for site, q in queues.items()})]
-        engines += [engine(role, {SERVER: Route(q.up, q.down, q.dead)}) for role, q in zip(sites.values(), queues.values())]
+        engines += [engine(sites[site], {SERVER: Route(q.up, q.down, q.dead)}) for site, q in queues.items()]
         for one in engines:
             one.start()
         while engines:

@@ -23,13 +23,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
 from console.baselines import alone, centralized
+from console.words import columns, counted, screen, server_offline
 from server_worker.worker import ServerWorker
 from shared.config import RunConfig, load
 from shared.errors import ConfigError, NightsplitError
@@ -37,7 +38,7 @@ from shared.message import SERVER
 from shared.metrics import Metrics
 from shared.store import RunStore
 from shared.stores import open_store
-from shared.worker import Facts, StopSignal, prepare_torch
+from shared.worker import StopSignal, prepare_torch
 from site_worker.data.dataset import Parts
 from site_worker.worker import SiteWorker
 
@@ -75,27 +76,31 @@ def run_demo(folder: Path | None, json: bool) -> int:
     # Importing torch takes seconds: once for all workers, and while this process is busy, too.
     multiprocessing.set_forkserver_preload([__name__, "torch._dynamo"])
     forkserver.ensure_running()
-    console = Console(quiet=json, highlight=False)
+    console = screen()
+    console.quiet = json
     example = _example(folder)
     work = _working_copy(example)
     config = load(work / "run.toml", RunConfig)
     parts = {site: SiteWorker(work / f"{site}.toml").load_parts() for site in config.run.sites}
-    console.print(f"[bold]{example.name}[/bold]: {', '.join(f'{s} {len(p.train)}' for s, p in parts.items())} "
-                  f"training samples; {config.run.protocol}, window {config.run.window}. Files in {escape(str(work))}")  # fmt: skip
+    sizes = ", ".join(f"{site} {len(part.train)}" for site, part in parts.items())
+    console.print(f"{example.name}: {config.run.protocol}, window {config.run.window}")
+    console.print(f"training samples: {sizes}")
+    console.print(f"files: {work}\n")
     prepare_torch(1, "cpu")
     if not _Play(work, config, console).until_the_end():
         return 1
     report = json_text.loads((work / "report" / "report.json").read_text(encoding="utf-8"))
     results = _results(config, parts, report["best"])
-    seconds = time.monotonic() - began
+    seconds = round(time.monotonic() - began, 1)
     if json:
-        print(json_text.dumps(_flat(config, results, report) | {"seconds": round(seconds, 1)}))
+        print(json_text.dumps({**_flat(config, results, report), "seconds": seconds}))
         return 0
+    console.print(f"\nTest patients, {' / '.join(FIGURES[config.task.kind])}; all: mean by samples")
     console.print(_table(config, results))
-    console.print(f"sha256 of the server's half: {report['top_sha256']}")
+    console.print(f"\nsha256 of the server's half: {report['top_sha256']}")
     if config.run.order == "strict":
-        console.print("The order is strict: play it again on this machine and the sha256 is the same.")
-    console.print(f"Report: {escape(str(work / 'report' / 'report.md'))}   ({seconds:.0f} s)")
+        console.print("The order is strict: played again on this machine, it comes out the same to the bit.")
+    console.print(f"report: {work / 'report' / 'report.md'} ({seconds:.0f} s in all)")
     return 0
 
 
@@ -104,12 +109,9 @@ def _example(folder: Path | None) -> Path:
     for place in (name, EXAMPLES / name, EXAMPLES / name.name):
         if (place / "run.toml").is_file():
             return place.resolve()
-    known = sorted(path.parent.name for path in EXAMPLES.glob("*/run.toml"))
-    raise ConfigError(
-        110,
-        f"{name} is no folder with a run.toml.",
-        f"name one of examples/: {', '.join(known)}." if known else "get the repository; its examples/ are not installed.",
-    )
+    known = ", ".join(sorted(path.parent.name for path in EXAMPLES.glob("*/run.toml")))
+    remedy = f"name one of examples/: {known}." if known else "get the repository, which has examples/."
+    raise ConfigError(110, f"{name} is no folder with a run.toml.", remedy)
 
 
 def _working_copy(example: Path) -> Path:
@@ -140,27 +142,27 @@ class _Play:
     """
 
     def __init__(self, work: Path, config: RunConfig, console: Console) -> None:
-        self._work, self._sites, self._console = work, config.run.sites, console
-        self._server = ServerWorker(work / "server.toml")
-        self._store = lambda: open_store(self._server.config.store, config.run.id, work)
+        self._work, self._run, self._console = work, config.run, console
 
     def until_the_end(self) -> bool:
         """Play the whole run; whether no worker failed."""
-        self._server.open_run()
-        with closing(self._store()) as store:
+        server = ServerWorker(self._work / "server.toml")
+        server.open_run()
+        with closing(open_store(server.config.store, self._run.id, self._work)) as store:
             for night in range(1, NIGHTS + 1):
-                if not self._let_work(self._sites, IDLE_SECONDS):
+                if not self._let_work(self._run.sites, IDLE_SECONDS):
                     return False
-                sent, applied, answered = _counts(store, self._sites)
-                self._say(f"night {night}  22:00  server is offline; {sent - applied} batches queued")
-                before = applied
+                sent, applied, _ = self._counts(store)
+                self._console.print(f"night {night}, 22:00  {server_offline(sent - applied)}")
                 if not self._let_work([SERVER], IDLE_SECONDS):
                     return False
-                sent, applied, answered = _counts(store, self._sites)
-                later = f"; {sent - applied} wait for their turn" if sent > applied else ""
-                self._say(f"day {night}    08:00  sites are offline; the server trains on {applied - before} "
-                          f"batches, {applied - answered} gradients queued{later}")  # fmt: skip
-            self._say("then            everybody is online, until the run is over")
+                before, (sent, applied, answered) = applied, self._counts(store)
+                self._console.print(
+                    f"day {night},   08:00  sites are offline; the server trained on "
+                    f"{counted(applied - before, 'batch')}, {counted(applied - answered, 'answer')} queued, "
+                    f"{counted(sent - applied, 'batch')} held until those of another site come"
+                )
+            self._console.print(f"night {NIGHTS + 1}, 22:00  everybody is online, until the run is over\n")
             with Progress(console=self._console, transient=True) as progress:
                 bar = progress.add_task("batches", total=None)
 
@@ -168,17 +170,14 @@ class _Play:
                     facts = _facts(store, SERVER)
                     progress.update(bar, total=facts.get("planned"), completed=facts.get("applied"))
 
-                return self._let_work([SERVER, *self._sites], None, observe)
-
-    def _say(self, line: str) -> None:
-        self._console.print(line)
+                return self._let_work([SERVER, *self._run.sites], None, observe)
 
     def _let_work(
         self, names: Sequence[str], idle_seconds: float | None, observe: Callable[[], None] = lambda: None
     ) -> bool:
         """Start these workers and wait until all have left; when one fails, send the others home."""
         context = multiprocessing.get_context("forkserver")
-        processes = [context.Process(target=_worker, args=(n, self._work, idle_seconds), name=n) for n in names]
+        processes = [context.Process(target=_worker, args=(n, self._work, idle_seconds)) for n in names]
         for process in processes:
             process.start()
         try:
@@ -192,6 +191,12 @@ class _Play:
                 process.terminate()
                 process.join()
         return not any(process.exitcode for process in processes)
+
+    def _counts(self, store: RunStore) -> tuple[int, int, int]:
+        """Batches that sites have sent, that the server has applied, and whose answers have reached the sites."""
+        facts = [_facts(store, site) for site in self._run.sites]
+        sent, answered = (sum(said.get(name, 0) for said in facts) for name in ("sent", "answered"))
+        return sent, _facts(store, SERVER).get("applied", 0), answered
 
 
 def _worker(name: str, work: Path, idle_seconds: float | None) -> None:
@@ -208,46 +213,42 @@ def _worker(name: str, work: Path, idle_seconds: float | None) -> None:
         sys.exit(1)
 
 
-def _facts(store: RunStore, worker: str) -> Facts:
+def _facts(store: RunStore, worker: str) -> Mapping[str, Any]:
+    """What a worker last said of itself."""
     status = store.statuses().get(worker)
     return status.facts if status else {}
 
 
-def _counts(store: RunStore, sites: Sequence[str]) -> tuple[int, int, int]:
-    """Batches that sites have sent, that the server has applied, and whose answers have reached the sites."""
-    facts = [_facts(store, site) for site in sites]
-    sent, answered = (sum(int(f.get(name) or 0) for f in facts) for name in ("sent", "answered"))
-    return sent, int(_facts(store, SERVER).get("applied") or 0), answered
-
-
-def _results(config: RunConfig, parts: Mapping[str, Parts], best: Mapping[str, Mapping[str, Metrics]]) -> Results:
+def _results(config: RunConfig, parts: Mapping[str, Parts], best: Mapping[str, Any]) -> Results:
     """Test figures of the split run, as its report has them, and of the baselines."""
-    results = {"split": {site: m["test"] for site, m in best["sites"].items()} | {"all": best["overall"]["test"]}}
+    of_sites = {site: metrics["test"] for site, metrics in best["sites"].items()}
+    results = {"split": {**of_sites, "all": best["overall"]["test"]}}
     baselines = {"centralized": centralized(config, parts)}
     baselines |= {f"{site} alone": alone(config, site, parts) for site in parts}
     return results | {name: {**b.sites, "all": b.overall} for name, b in baselines.items()}
 
 
 def _table(config: RunConfig, results: Results) -> Table:
-    figures = FIGURES[config.task.kind]
-    title = f"Test patients, {' / '.join(figures)} (all: mean by samples)"
-    table = Table(title=title, title_justify="left")
-    table.add_column("trained")
-    for group in [*config.run.sites, "all"]:
-        table.add_column(group, justify="right")
-    for name, groups in results.items():
-        cells = [
-            " / ".join("-" if (value := groups[group][f]) is None else f"{value:.3f}" for f in figures)
-            for group in [*config.run.sites, "all"]
-        ]
-        table.add_row(name, *cells, style="bold" if name == "split" else None)
+    figures, groups = FIGURES[config.task.kind], [*config.run.sites, "all"]
+    table = columns("trained", *groups, numbers=groups)
+    for name, metrics in results.items():
+        cells = (" / ".join(_cell(metrics[group][figure]) for figure in figures) for group in groups)
+        table.add_row(name, *cells)
     return table
 
 
-def _flat(config: RunConfig, results: Results, report: Mapping[str, object]) -> dict[str, object]:
-    flat: dict[str, object] = {"run": report["run"], "best_epoch": report["best_epoch"], "sha256": report["top_sha256"]}
-    for name, groups in results.items():
-        for group, metrics in groups.items():
-            for figure in FIGURES[config.task.kind]:
-                flat[f"{name.replace(' ', '_')}_{group}_{figure}"] = metrics[figure]
-    return flat
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _flat(config: RunConfig, results: Results, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything under keys such as split_north_r2 and north_alone_all_mae."""
+    figures = {
+        f"{name.replace(' ', '_')}_{group}_{figure}": metrics[figure]
+        for name, groups in results.items()
+        for group, metrics in groups.items()
+        for figure in FIGURES[config.task.kind]
+    }
+    return {
+        "run": report["run"], "best_epoch": report["best_epoch"], "sha256": report["top_sha256"], **figures,
+    }  # fmt: skip

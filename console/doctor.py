@@ -13,12 +13,10 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from rich import box
-from rich.table import Table
 
 from broker.base import Broker
 from console.files import WorkerFile, read_worker_file
-from console.words import duration, screen
+from console.words import columns, duration, screen
 from shared.clock import SystemClock
 from shared.config import PolicyConfig, SiteSection, load
 from shared.errors import TITLES, NightsplitError, RunError
@@ -61,9 +59,7 @@ def show_findings(path: Path, overrides: Sequence[str], as_json: bool) -> bool:
     if as_json:
         print(json.dumps({"ok": healthy, "checks": [asdict(finding) for finding in findings]}, indent=2))
         return healthy
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("", "check", "found", "fix"):
-        table.add_column(column, overflow="fold")
+    table = columns("", "check", "found", "fix")
     for finding in findings:
         mark = "FAILED" if finding.failed else "note" if finding.fix else "ok"
         table.add_row(mark, finding.check, finding.found, finding.fix or "")
@@ -104,7 +100,9 @@ def _configuration(file: WorkerFile) -> Finding:
     run = file.run.run
     if isinstance(file.worker, SiteSection) and file.worker.name not in run.sites:
         raise RunError(
-            602, f"{file.worker.name} is not among the sites of {run.id}: {', '.join(run.sites)}.", "correct site.name."
+            602,
+            f"{file.worker.name} is not among the sites of {run.id}: {', '.join(run.sites)}.",
+            "correct site.name in site.toml.",
         )
     return Finding(
         "configuration",
@@ -117,7 +115,8 @@ def _policy(file: WorkerFile) -> Finding:
     assert isinstance(file.worker, SiteSection)
     path = file.base / file.worker.policy
     check_policy(load(path, PolicyConfig) if path.exists() else PolicyConfig(), file.run, path)
-    return Finding("policy", f"{path} allows the run" if path.exists() else f"the strictest, since {path} is not there")
+    which = str(path) if path.exists() else f"the strictest policy ({path} is not there)"
+    return Finding("policy", f"{which} allows the run")
 
 
 def _data(file: WorkerFile) -> Finding:
@@ -150,10 +149,12 @@ def _message_size(file: WorkerFile) -> Finding:
     found = f"largest planned message {_mib(largest)}, wire.message_bytes {_mib(limit)}"
     if largest > limit:
         batch = max(1, file.run.run.batch_size * limit // largest)
-        return Finding("message size", found, f"lower run.batch_size to {batch}, or raise wire.message_bytes.", True)
+        smaller = f"lower run.batch_size to {batch}, or raise wire.message_bytes."
+        return Finding("message size", found, smaller, failed=True)
+    fix: str | None = None
     if largest > RABBITMQ_MESSAGE_BYTES and file.worker.broker.startswith("amqp"):
-        return Finding("message size", found, "raise max_message_size at RabbitMQ; version 4 refuses more than 16 MiB.")
-    return Finding("message size", found)
+        fix = "raise max_message_size at RabbitMQ; version 4 refuses more than 16 MiB."
+    return Finding("message size", found, fix)
 
 
 def _broker(file: WorkerFile) -> Finding:
@@ -185,7 +186,8 @@ def _store(file: WorkerFile) -> Finding:
 
 
 def _state_folder(file: WorkerFile) -> Finding:
-    place = next(folder for folder in (file.state.absolute(), *file.state.absolute().parents) if folder.exists())
+    state = file.state.absolute()
+    place = next(folder for folder in (state, *state.parents) if folder.exists())
     free = shutil.disk_usage(place).free
     parts = assemble(file.run).halves.parts.values()
     weights = sum(p.nbytes for part in parts for p in part.parameters())
@@ -193,19 +195,18 @@ def _state_folder(file: WorkerFile) -> Finding:
     needed = 3 * weights * (4 + file.run.run.window) + SPARE_BYTES
     found = f"{file.state}: {_mib(free)} free, about {_mib(needed)} needed"
     if not os.access(place, os.W_OK):
-        return Finding("state folder", f"{place} may not be written", "name a folder of this user as state.", True)
-    if free < needed:
-        return Finding("state folder", found, "make room, or name a state folder on another disk.", True)
-    return Finding("state folder", found)
+        another = "let state name a folder that this user may write."
+        return Finding("state folder", f"{place} may not be written", another, failed=True)
+    fix = "make room, or name a state folder on another disk." if free < needed else None
+    return Finding("state folder", found, fix, failed=free < needed)
 
 
 def _torch(file: WorkerFile) -> Finding:
     prepare_torch(file.worker.threads, file.worker.device)
     cores = os.cpu_count() or 1
     found = f"torch {torch.__version__}, {file.worker.threads} of {cores} cores, device {file.worker.device}"
-    if file.worker.threads > cores:
-        return Finding("torch", found, f"set threads = {cores}; more than there are cores only slows down.")
-    return Finding("torch", found)
+    many = file.worker.threads > cores
+    return Finding("torch", found, f"set threads = {cores}: more than there are slow down." if many else None)
 
 
 def _shift(file: WorkerFile) -> Finding:

@@ -61,7 +61,8 @@ class WorkerFile:
 
     def queues(self) -> dict[str, SiteQueues]:
         """The queues of every site of the run."""
-        return {site: site_queues(self.run.run.id, site, self.run.wire.queue_bytes) for site in self.run.run.sites}
+        run, limit = self.run.run, self.run.wire.queue_bytes
+        return {site: site_queues(run.id, site, limit) for site in run.sites}
 
 
 def read_worker_file(path: Path, overrides: Sequence[str] = ()) -> WorkerFile:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from shared.errors import NightsplitError, StateError
 
@@ -21,8 +22,8 @@ STOPPED = "stopped; start the same command again to go on"
 INTERRUPTED, CRASHED = 130, 70
 """Exit codes: as a shell reports Ctrl-C, and EX_SOFTWARE of sysexits.h."""
 
-_ABOUT = """Train one neural network with several hospitals, without moving a patient's data and without
-anybody having to be online at the same time. Begin with: nightsplit demo"""
+_ABOUT = """Train one neural network with several hospitals, without moving the patients' records and
+without anybody having to be online at the same time. Begin with: nightsplit demo"""
 
 
 def main() -> int:
@@ -51,8 +52,8 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = error.filename or "a disk"
-            return _failed(StateError(501, f"{where}: {error.strerror}.", "make room, then start the same command again."))
+            what = f"{error.filename or 'a disk'}: {error.strerror}."
+            return _failed(StateError(501, what, "make room, then start the same command again."))
         _crashed(error)
         return CRASHED
 
@@ -72,8 +73,8 @@ def _crashed(error: BaseException | None) -> None:
         except OSError:
             continue
         print(
-            f"nightsplit met an error that it does not know ({type(error).__name__}); nothing that was confirmed is "
-            f"lost. Please report it with {folder / name}, after looking whether that file names a patient.",
+            f"nightsplit met an error that it does not know ({type(error).__name__}); nothing is lost. Please "
+            f"report it with {folder / name}, after a look whether that file names a patient.",
             file=sys.stderr,
         )
         return
@@ -138,83 +139,72 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nightsplit {version('nightsplit')}")
     verbs = parser.add_subparsers(metavar="command", required=True)
 
-    def verb(name: str, help: str, description: str) -> argparse.ArgumentParser:
-        added = verbs.add_parser(name, help=help, description=description)
-        added.set_defaults(verb=globals()[f"_{name}"])
-        return added
+    demo = _add(verbs, "demo", "see it work on this computer, in about a minute", """
+        Play some nights and days of three hospitals and a server, as processes on this computer, with
+        public data. No service has to be installed.""")  # fmt: skip
+    demo.add_argument(
+        "folder", type=Path, nargs="?", metavar="EXAMPLE",
+        help="folder of the example to play (default: examples/cholesterol); it is copied, never changed",
+    )  # fmt: skip
 
-    def file(parser: argparse.ArgumentParser, metavar: str) -> None:
-        parser.add_argument("file", type=Path, metavar=metavar, help="the worker's configuration file")
-        parser.add_argument(
+    opening = _add(verbs, "open", "open a run, so that sites can begin without a server", """
+        Make the queues of a run at the broker and put its configuration into them. Sites can then work a
+        whole night before any server runs. It may be repeated.""")  # fmt: skip
+
+    server = _add(verbs, "server", "train the server's half of the model", """
+        Train on what the sites have queued, and queue the answers for them. The server may be stopped at
+        any time: start the same command again, and it goes on.""")  # fmt: skip
+
+    site = _add(verbs, "site", "work for one hospital", """
+        Send what the hospital's policy allows, and learn from the answers as they come. The site may be
+        stopped at any time: start the same command again, and it goes on.""")  # fmt: skip
+
+    status = _add(verbs, "status", "see how a run stands", """
+        Show each worker's state and counts. It changes nothing, and works while nobody is online.
+        """)  # fmt: skip
+
+    predict = _add(verbs, "predict", "use the trained model at a site", """
+        Predict this site's held-out test patients, or the rows of another file, and write a CSV with row,
+        patient and prediction. Nothing leaves the site.""")  # fmt: skip
+
+    doctor = _add(verbs, "doctor", "check that a worker can do its work", """
+        Look at files, data, model, broker, run store, disk, device and clock, and say for each problem how
+        it is mended. No patient's value is shown.""")  # fmt: skip
+
+    for verb, metavar in (
+        (opening, "SERVER.TOML"), (server, "SERVER.TOML"), (site, "SITE.TOML"),
+        (status, "FILE.TOML"), (predict, "SITE.TOML"), (doctor, "FILE.TOML"),
+    ):  # fmt: skip
+        verb.add_argument("file", type=Path, metavar=metavar, help="the worker's configuration file")
+        verb.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE",
-            help="use another value for a key of run.toml, for example run.window=8; the same at every participant",
+            help="another value for a key of run.toml, e.g. run.window=8; the same at every participant",
         )  # fmt: skip
-
-    def as_json(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--json", action="store_true", help="print one JSON object, for other programs")
-
-    def idle(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
+    for verb in (server, site):
+        verb.add_argument(
             "--leave-when-idle", type=float, metavar="SECONDS",
-            help="leave when nothing happened for so long; without it the worker stays until the run is over",
+            help="leave when nothing happened for so long; otherwise stay until the run is over",
         )  # fmt: skip
-
-    demo = verb(
-        "demo", "see it work on this computer, in about a minute",
-        "Train with three small hospitals and a server on this computer, with public data that come with the "
-        "program. No service has to be installed.",
+    for verb in (demo, status, doctor):
+        verb.add_argument("--json", action="store_true", help="print one JSON object, for other programs")
+    predict.add_argument(
+        "--top",
+        type=Path,
+        metavar="FILE",
+        help="the server's half of the model, where the run did not export it",
+    )
+    predict.add_argument(
+        "--data", type=Path, metavar="FILE",
+        help="predict the rows of this file; its columns are those of the site's own data, label included",
     )  # fmt: skip
-    demo.add_argument("folder", type=Path, nargs="?", default=Path("nightsplit-demo"), metavar="FOLDER",
-                      help="where the demo writes its files (default: nightsplit-demo)")  # fmt: skip
-    as_json(demo)
-
-    opening = verb(
-        "open", "open a run, so that sites can begin without a server",
-        "Make the queues of a run at the broker and put its configuration into them. Sites can then work a whole "
-        "night before any server runs. It may be repeated.",
-    )  # fmt: skip
-    file(opening, "SERVER.TOML")
-
-    server = verb(
-        "server", "train the server's half of the model",
-        "Train on what the sites have queued, and queue the answers for them. The server may be stopped at any "
-        "time: start the same command again, and it goes on.",
-    )  # fmt: skip
-    file(server, "SERVER.TOML")
-    idle(server)
-
-    site = verb(
-        "site", "work for one hospital",
-        "Send what the hospital's policy allows, learn from the answers, and wait for the server without being "
-        "asked. The site may be stopped at any time: start the same command again, and it goes on.",
-    )  # fmt: skip
-    file(site, "SITE.TOML")
-    idle(site)
-
-    status = verb(
-        "status", "see how a run stands",
-        "Show each worker's state and counts. It changes nothing, and works while nobody is online.",
-    )  # fmt: skip
-    file(status, "FILE.TOML")
-    as_json(status)
-
-    predict = verb(
-        "predict", "use the trained model at a site",
-        "Predict this site's held-out test patients, or the rows of another file, and write a CSV with row, "
-        "patient and prediction. Nothing leaves the site.",
-    )  # fmt: skip
-    file(predict, "SITE.TOML")
-    predict.add_argument("--top", type=Path, metavar="FILE",
-                         help="the server's half of the model, where the run did not export it")  # fmt: skip
-    predict.add_argument("--data", type=Path, metavar="FILE",
-                         help="predict the rows of this file; it has the columns of the site's own data, label included")  # fmt: skip
-    predict.add_argument("--output", type=Path, metavar="FILE", help="where the CSV goes (default: the terminal)")
-
-    doctor = verb(
-        "doctor", "check that a worker can do its work",
-        "Look at files, data, model, broker, run store, disk, device and clock, and say for each problem how it is "
-        "mended. No patient's value is shown.",
-    )  # fmt: skip
-    file(doctor, "FILE.TOML")
-    as_json(doctor)
+    predict.add_argument(
+        "--output", type=Path, metavar="FILE", help="where the CSV goes; otherwise it is printed"
+    )
     return parser
+
+
+def _add(verbs: Any, name: str, help: str, description: str) -> argparse.ArgumentParser:
+    """A verb, carried out by the function of its name."""
+    added: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=description)
+    added.set_defaults(verb=globals()[f"_{name}"])
+    return added

@@ -1,4 +1,4 @@
-"""What a worker shows while it works: lines that are redrawn on a terminal, a log of plain lines elsewhere."""
+"""What a worker shows while it works: lines redrawn on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ class Progress:
         if state != self._shown or now - self._shown_at > PLAIN_SECONDS:
             self._shown, self._shown_at = state, now
             figures = self._figures(facts, rate)
-            line = ": ".join([self._worker, "; ".join(part for part in (self._sentence(facts), figures) if part)])
-            self._console.print(time.strftime("%H:%M:%S"), line, soft_wrap=True)
+            line = f"{time.strftime('%H:%M:%S')} {self._worker}: {self._sentence(facts)}"
+            self._console.print(f"{line} ({figures})" if figures else line, soft_wrap=True)
 
     def _picture(self, facts: Facts, done: int, rate: float) -> Group:
         lines: list[Text | ProgressBar] = [Text(f"{self._worker}: {self._sentence(facts)}", style="bold")]
@@ -109,11 +109,10 @@ class Progress:
             if name in facts:
                 of = f" of {planned}" if planned and name == names[0] else ""
                 parts.append(f"{name} {_number(facts, name)}{of}")
-        if rate > 0:
+        if rate > 0 and facts["state"] in _AT_WORK and facts.get("server") != "offline":
             parts.append(f"{rate:.1f} per second")
-            if planned and facts["state"] in _AT_WORK:
-                left = max(0, planned - _number(facts, names[0])) / rate
-                parts.append(f"{duration(left)} left")
+            if planned:
+                parts.append(f"{duration(max(0, planned - _number(facts, names[0])) / rate)} left")
         waiting = [
             f"{name.removeprefix('queued_')} {count}"
             for name, count in facts.items()

@@ -6,11 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from console.files import WorkerFile
-from console.words import counted, duration, screen, server_offline
+from console.words import columns, counted, duration, screen, server_offline
 from shared.errors import BrokerError, RunError
 from shared.message import SERVER
 from shared.store import Status
@@ -31,12 +28,7 @@ def show_status(file: WorkerFile, as_json: bool) -> None:
         return
     console = screen()
     console.print(f"{summary['run']}: {summary['sentence']}", style="bold")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("worker")
-    table.add_column("state")
-    for name in COUNTS:
-        table.add_column(name, justify="right")
-    table.add_column("last heard")
+    table = columns("worker", "state", *COUNTS, "last heard", numbers=COUNTS)
     for line in summary["workers"]:
         counts = ["-" if line[name] is None else str(line[name]) for name in COUNTS]
         age = line["age_seconds"]
@@ -59,17 +51,19 @@ def summarise(file: WorkerFile) -> dict[str, Any]:
     finally:
         store.close()
     depths, broker = _depths(file)
-    if not statuses and all(depth is None for site in depths.values() for depth in site.values()) and not broker:
+    absent = all(depth is None for site in depths.values() for depth in site.values())
+    if not statuses and absent and broker is None:
         raise RunError(
             605,
-            f"run {file.run.run.id!r} has left no trace at {file.worker.broker.partition(':')[0]} broker and run store.",
+            f"run {file.run.run.id!r} has left no trace at the broker and in the run store.",
             "open it with: nightsplit open server.toml; or check run.id, broker and store.",
         )
     server = statuses.get(SERVER)
     applied = server.facts if server is not None else {}
     workers = [_server(server)]
     workers += [
-        _site(site, statuses.get(site), applied.get(f"applied_{site}"), depths[site]) for site in file.run.run.sites
+        _site(site, statuses.get(site), applied.get(f"applied_{site}"), depths[site])
+        for site in file.run.run.sites
     ]
     return {
         "run": file.run.run.id,
@@ -107,7 +101,8 @@ def _sentence(server: Status | None, queued: int) -> str:
         return server_offline(queued)
     planned = server.facts.get("planned")
     of = f" of {planned}" if planned is not None else ""
-    return f"server is {state}; {server.facts['applied']}{of} messages applied, {counted(queued, 'batch')} queued"
+    applied = f"{server.facts['applied']}{of} messages applied"
+    return f"server is {state}; {applied}, {counted(queued, 'batch')} queued"
 
 
 def _server(status: Status | None) -> dict[str, Any]:
@@ -125,7 +120,8 @@ def _site(site: str, status: Status | None, applied: Any, depths: Mapping[str, i
     line = _line(site, status)
     line["applied"] = applied
     confirmed = line["confirmed"]
-    line["queued"] = depths["up"] if confirmed is None else max(0, confirmed - max(applied or 0, line["answered"]))
+    settled = max(applied or 0, line["answered"] or 0)
+    line["queued"] = depths["up"] if confirmed is None else max(0, confirmed - settled)
     line["refused"] = line["refused"] if depths["dead"] is None else depths["dead"]
     return line
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 
 def screen(stderr: bool = False) -> Console:
@@ -11,6 +15,14 @@ def screen(stderr: bool = False) -> Console:
     if not console.is_terminal:
         console.width = 220
     return console
+
+
+def columns(*names: str, numbers: Collection[str] = ()) -> Table:
+    """A table with a heading; `numbers` are written to the right."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in names:
+        table.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+    return table
 
 
 def counted(number: int, noun: str) -> str:

@@ -17,64 +17,67 @@ from site_worker.worker import SiteWorker
 
 
 def open_run(path: Path, overrides: Sequence[str]) -> int:
-    """Open a run and say so."""
+    """Open a run; returns the exit code."""
+    watch = _Watch()
 
-    def opened(worker: ServerWorker | SiteWorker) -> bool:
-        assert isinstance(worker, ServerWorker)
-        worker.open_run()
-        return True
+    def observe(facts: Facts) -> None:
+        if str(facts["state"]).startswith("standing by"):  # all else is over in a moment
+            watch.observe(facts)
 
-    def said(worker: ServerWorker | SiteWorker) -> str:
-        run = worker.run_config.run
-        return f"run {run.id} is open; {', '.join(run.sites)} may begin"
+    server = ServerWorker(path, overrides, stop=watch.stop, observe=observe)
+    run = server.run_config.run
 
-    return _watched(ServerWorker, path, overrides, opened, said)
+    def opened() -> bool:
+        server.open_run()
+        return not watch.stop.asked
+
+    return watch.over(SERVER, server, opened, f"run {run.id} is open; {', '.join(run.sites)} may begin")
 
 
 def work_as_server(path: Path, overrides: Sequence[str], idle_seconds: float | None) -> int:
     """Work as the server; returns the exit code."""
-
-    def said(worker: ServerWorker | SiteWorker) -> str:
-        assert isinstance(worker, ServerWorker)
-        return f"run {worker.run_config.run.id} is finished; report in {worker.report_folder}"
-
-    return _watched(ServerWorker, path, overrides, lambda worker: worker.work(idle_seconds), said)
+    watch = _Watch()
+    server = ServerWorker(path, overrides, stop=watch.stop, observe=watch.observe)
+    end = f"run {server.run_config.run.id} is finished; report in {server.report_folder}"
+    return watch.over(SERVER, server, lambda: server.work(idle_seconds), end)
 
 
 def work_as_site(path: Path, overrides: Sequence[str], idle_seconds: float | None) -> int:
     """Work as a site; returns the exit code."""
-
-    def said(worker: ServerWorker | SiteWorker) -> str:
-        assert isinstance(worker, SiteWorker)
-        return f"run {worker.run_config.run.id} is finished; the site's part of the model is in {worker.model_folder}"
-
-    return _watched(SiteWorker, path, overrides, lambda worker: worker.work(idle_seconds), said)
+    watch = _Watch()
+    site = SiteWorker(path, overrides, stop=watch.stop, observe=watch.observe)
+    end = f"run {site.run_config.run.id} is finished; the site's part of the model is in {site.model_folder}"
+    return watch.over(site.config.name, site, lambda: site.work(idle_seconds), end)
 
 
-def _watched(
-    kind: type[ServerWorker] | type[SiteWorker],
-    path: Path,
-    overrides: Sequence[str],
-    work: Callable[[ServerWorker | SiteWorker], bool],
-    said: Callable[[ServerWorker | SiteWorker], str],
-) -> int:
-    """Let a worker work in view of the user, who may stop it."""
-    stop, console = StopSignal(), screen()
-    warned: list[str] = []
+class _Watch:
+    """The user's view of a worker, and the user's way to stop it."""
 
-    def observe(facts: Facts) -> None:
-        if worker.recovered != warned:
-            warned[:] = worker.recovered
-            progress.warn([f"damaged checkpoint passed over: {line}" for line in warned])
-        progress.observe(facts)
+    def __init__(self) -> None:
+        self.stop = StopSignal()
+        self._console = screen()
+        self._worker: ServerWorker | SiteWorker
+        self._progress: Progress
+        self._warned: list[str] = []
 
-    worker = kind(path, overrides, stop=stop, observe=observe)
-    stop.install()
-    name = worker.config.name if isinstance(worker, SiteWorker) else SERVER
-    with Progress(name, console) as progress:
-        finished = work(worker)
-    if stop.number is not None and not finished:
-        print(STOPPED, file=sys.stderr)
-        return INTERRUPTED if stop.number == signal.SIGINT else 0
-    console.print(said(worker) if finished else "nothing more to do for now; start the same command again to go on", soft_wrap=True)
-    return 0
+    def observe(self, facts: Facts) -> None:
+        """Show what the worker reports."""
+        if self._worker.recovered != self._warned:
+            self._warned = self._worker.recovered
+            self._progress.warn([f"damaged checkpoint passed over: {line}" for line in self._warned])
+        self._progress.observe(facts)
+
+    def over(self, name: str, worker: ServerWorker | SiteWorker, work: Callable[[], bool], end: str) -> int:
+        """Let a worker work until it has finished, leaves, or is stopped; returns the exit code."""
+        self._worker, self._progress = worker, Progress(name, self._console)
+        self.stop.install()
+        with self._progress:
+            finished = work()
+        if finished:
+            self._console.print(end, soft_wrap=True)
+        elif self.stop.asked:
+            print(STOPPED, file=sys.stderr)
+            return INTERRUPTED if self.stop.number == signal.SIGINT else 0
+        else:
+            self._console.print("nothing more to do for now; start the same command again to go on")
+        return 0

@@ -18,8 +18,19 @@ def seed_for(run_seed: int, *purpose: str | int) -> int:
 @contextmanager
 def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
     """Run the body with torch's generators (CPU, and `device`'s) at `seed`, then restore them."""
+    # Not torch.manual_seed: it also notes, with a stack trace each, that other kinds of device
+    # are to be seeded should they ever be used. That takes longer than a small layer.
     device = torch.device(device)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.init()
+        generators.append(torch.cuda.default_generators[index])
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
         yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

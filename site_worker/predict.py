@@ -48,7 +48,9 @@ class Predictions:
         """CSV: row, patient, and the columns; rows count from 1, in the order of the predicted data."""
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["row", "patient", *self.columns])
-        for row, (patient, figures) in enumerate(zip(self.patients, self.figures.tolist(), strict=True), start=1):
+        for row, (patient, figures) in enumerate(
+            zip(self.patients, self.figures.tolist(), strict=True), start=1
+        ):
             table.writerow([row, patient, *(f"{figure:.6g}" for figure in figures)])
 
 
@@ -91,7 +93,7 @@ def _load_model(site: SiteWorker, top: Path | None) -> nn.Module:
     if not (folder / "bottom.safetensors").exists():
         raise RunError(
             605,
-            f"{folder} has no bottom.safetensors: run {config.run.id!r} has not finished at {site.config.name}.",
+            f"{folder} has no bottom.safetensors: {config.run.id} has not finished at {site.config.name}.",
             "let the run finish first: nightsplit site site.toml.",
         )
     if top is None and not (folder / "top.safetensors").exists():
@@ -111,24 +113,30 @@ def _fill(module: nn.Module, path: Path) -> None:
     try:
         missing, unexpected = module.load_state_dict(load_file(path), strict=False)
     except (OSError, SafetensorError) as error:
-        raise RunError(604, f"{path}: {error}.", "name a file of weights that the server's report wrote.") from None
+        raise RunError(
+            604, f"{path}: {error}.", "name a file of weights that the server's report wrote."
+        ) from None
     except RuntimeError:  # a tensor of another shape
         missing, unexpected = [], [path.name]
     known = module.state_dict()
     if unexpected or any(known[name].is_floating_point() for name in missing):
         raise RunError(
-            601, f"{path} does not fit the model of run.toml.", "use the run.toml that this file was trained with."
+            601,
+            f"{path} does not fit the model of run.toml.",
+            "use the run.toml that this file was trained with.",
         )
 
 
 @torch.no_grad()
 def _outputs(model: nn.Module, dataset: Dataset, device: str) -> Iterator[torch.Tensor]:
     """Logits or standardised values, (rows, outputs), a part of the rows at a time."""
-    for inputs in dataset.inputs.split(ROWS_AT_A_TIME):
+    for inputs in torch.split(dataset.inputs, ROWS_AT_A_TIME):
         yield model(inputs.to(device)).cpu()
 
 
-def _in_words(task: TaskSection, data: DataSection, outputs: torch.Tensor) -> tuple[torch.Tensor, tuple[str, ...]]:
+def _in_words(
+    task: TaskSection, data: DataSection, outputs: torch.Tensor
+) -> tuple[torch.Tensor, tuple[str, ...]]:
     """Outputs as what people read, and the names of the columns."""
     if task.kind == "regression":
         return outputs * data.target_spread + data.target_mean, ("prediction",)

@@ -1,4 +1,4 @@
-"""Write the lipid panel of 442 patients (Efron et al., 2004; part of scikit-learn) as three hospitals' tables.
+"""Write the lipid panel of 442 patients (Efron et al., 2004; in scikit-learn) as tables of three hospitals.
 
 The hospitals are made up, and differ on purpose: `east` is a clinic for young people and has the 88
 youngest patients, `south` the 133 heaviest of the others, `north` the remaining 221.
