@@ -193,7 +193,7 @@ class _Play:
         return not any(process.exitcode for process in processes)
 
     def _counts(self, store: RunStore) -> tuple[int, int, int]:
-        """Batches that sites have sent, that the server has applied, and whose answers have reached the sites."""
+        """Batches that sites have sent, that the server has applied, whose answers the sites have."""
         facts = [_facts(store, site) for site in self._run.sites]
         sent, answered = (sum(said.get(name, 0) for said in facts) for name in ("sent", "answered"))
         return sent, _facts(store, SERVER).get("applied", 0), answered
@@ -250,5 +250,8 @@ def _flat(config: RunConfig, results: Results, report: Mapping[str, Any]) -> dic
         for figure in FIGURES[config.task.kind]
     }
     return {
-        "run": report["run"], "best_epoch": report["best_epoch"], "sha256": report["top_sha256"], **figures,
-    }  # fmt: skip
+        "run": report["run"],
+        "best_epoch": report["best_epoch"],
+        "sha256": report["top_sha256"],
+        **figures,
+    }

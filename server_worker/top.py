@@ -13,6 +13,7 @@ from shared.config import OptimizerSection, TaskSection
 from shared.errors import Refused
 from shared.seeds import seeded
 from shared.tasks import loss_of
+from shared.tensors import is_finite
 from shared.training import make_optimizer, optimizer_tensors, restore_optimizer
 
 
@@ -110,7 +111,10 @@ class Middle(Top):
         with torch.no_grad(), seeded(seed, self._device):
             # Buffers are copied: only the recomputation may count towards running statistics.
             weights = {**self._stash[self._steps], **_buffers(self.module)}
-            return functional_call(self.module, weights, smashed.to(self._device)).cpu(), self._steps
+            outputs: torch.Tensor = functional_call(self.module, weights, smashed.to(self._device))
+        if not is_finite(outputs):
+            raise _diverged("activations")
+        return outputs.cpu(), self._steps
 
     def backward(self, smashed: torch.Tensor, gradient: torch.Tensor, version: int, seed: int) -> torch.Tensor:
         """Apply the gradient (batch, *head) at the head's input; returns that at the cut (batch, *cut)."""
@@ -124,6 +128,8 @@ class Middle(Top):
         at_cut, *at_parameters = torch.autograd.grad(
             outputs, [inputs, *parameters.values()], gradient.to(self._device)
         )
+        if not is_finite(at_cut):
+            raise _diverged("gradient")
         self.module.load_state_dict(buffers, strict=False)
         for parameter, parameter_gradient in zip(self.module.parameters(), at_parameters, strict=True):
             parameter.grad = parameter_gradient
@@ -152,6 +158,10 @@ class Middle(Top):
             int(version): {name: tensor.to(self._device) for name, tensor in under(f"stash/{version}", tensors).items()}
             for version in versions
         }
+
+
+def _diverged(what: str) -> Refused:
+    return Refused(603, f"this batch gives a {what} that is not finite.", "lower optimizer.lr, or check the site's data.")
 
 
 def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:

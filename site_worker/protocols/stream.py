@@ -19,6 +19,7 @@ from shared.message import SERVER, Header, Kind, Message
 from shared.protocols.plan import Item, Step
 from shared.protocols.stream import UpSequence, check_rows, weights
 from shared.roles import Role
+from shared.tensors import is_finite
 from site_worker.bottom import Bottom
 from site_worker.feed import Feed
 
@@ -108,9 +109,8 @@ class StreamSite(Role):
         if half == "second":
             send = self.second(q, item)
         elif item.step is Step.AVERAGE:
-            version = self.feed.plan.version_of(q)
-            bottom = {name: self.bottom.weights(version)[name] for name in weights(self.bottom.module)}
-            send = self.send(q, Kind.BOTTOM, bottom)
+            bottom = self.bottom.weights(self.feed.plan.version_of(q))
+            send = self.send(q, Kind.BOTTOM, {name: bottom[name].cpu() for name in weights(self.bottom.module)})
         else:
             send = self.content(q, item)
             if item.evaluates and item.epoch not in self._candidates:
@@ -173,7 +173,12 @@ class StreamSite(Role):
         """Smashed data (batch, *cut) of item q, by the version that its place in the plan fixes."""
         version = self.feed.plan.version_of(q)
         training = item.step is Step.TRAIN and self.config.run.protocol != "split_frozen"
-        return self.bottom.forward(q, version, self.feed.inputs(q), self.feed.seed("bottom", q), training)
+        smashed = self.bottom.forward(q, version, self.feed.inputs(q), self.feed.seed("bottom", q), training)
+        if not is_finite(smashed):
+            raise RunError(
+                603, f"the activations of item {q} are not finite.", "lower optimizer.lr in a new run, or check the data."
+            )
+        return smashed
 
     def learn(self, q: int, gradient: torch.Tensor) -> None:
         """Apply the gradient (batch, *cut) that answers training item q."""

@@ -84,8 +84,10 @@ class Authority:
 class Night:
     """Workers of one run that can be started, stopped and thrown away between any two steps."""
 
-    def __init__(self, config: RunConfig, folder: Path, broker: Broker | None = None, prefetch: int = 32) -> None:
-        self.config, self.folder, self.prefetch = config, folder, prefetch
+    def __init__(
+        self, config: RunConfig, folder: Path, broker: Broker | None = None, prefetch: int = 32, device: str = "cpu"
+    ) -> None:
+        self.config, self.folder, self.prefetch, self.device = config, folder, prefetch, device
         self.broker = broker or MemoryBroker()
         self.store = MemoryStore()
         self.queues: dict[str, SiteQueues] = {
@@ -103,11 +105,11 @@ class Night:
         """A worker as a fresh process would start it: from its newest checkpoint."""
         self.starts += 1
         if name == SERVER:
-            role = make_server(self.config, self.folder / SERVER)
+            role = make_server(self.config, self.folder / SERVER, self.device)
             routes = {site: Route(q.down, q.up, q.dead) for site, q in self.queues.items()}
             authority = Authority(self.store, self.store.acquire_lease(SERVER, 60) or 0)
         else:
-            role = make_site(name, self.config, tiny_parts(name), incarnation=f"{name}-{self.starts}")
+            role = make_site(name, self.config, tiny_parts(name), f"{name}-{self.starts}", self.device)
             queues = self.queues[name]
             routes = {SERVER: Route(queues.up, queues.down, queues.dead)}
             authority = Authority(None, 0)

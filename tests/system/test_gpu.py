@@ -1,0 +1,35 @@
+"""The same run where a CUDA device is present. Everything else passes without one."""
+
+import pytest
+import torch
+
+from shared.message import SERVER
+from tests.protocols.night import Night, tiny_config
+from tests.protocols.test_crashes import shaken
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "bottoms"),
+    [("split_labels", "independent"), ("split_labels", "averaged"), ("split_u", "averaged"), ("split_frozen", "independent")],
+)
+def test_a_run_on_the_gpu_survives_crashes_bit_identical(protocol, bottoms, tmp_path):
+    config = tiny_config(protocol=protocol, bottoms=bottoms, average_every=3, epochs=2)
+    calm = Night(config, tmp_path / "calm", device="cuda")
+    calm.together()
+    assert next(calm.roles[SERVER].top.module.parameters()).is_cuda
+    assert shaken(Night(config, tmp_path / "shaken", prefetch=16, device="cuda"), seed=1) == calm.fingerprint()
+
+
+def test_gpu_and_cpu_agree_without_dropout(tmp_path):
+    config = tiny_config(dropout=0.0, codec="fp32", epochs=1)
+    nights = [Night(config, tmp_path / device, device=device) for device in ("cpu", "cuda")]
+    for night in nights:
+        night.together()
+    cpu, gpu = (night.roles[SERVER].top.module.state_dict() for night in nights)
+    for name, tensor in cpu.items():
+        torch.testing.assert_close(tensor, gpu[name].cpu(), rtol=1e-3, atol=1e-4)
