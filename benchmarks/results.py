@@ -21,6 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.study import AS_IS, CASES, RATIOS, SITES, SWEPT, Case, Job, carry_out, jobs, sites_of, systems
+from console.words import counted
 from shared.errors import NightsplitError
 from shared.metrics import Metrics
 
@@ -96,7 +97,12 @@ def _section(case: Case, done: Done) -> str:
     """What docs/results.md says of a case."""
     seeds = len({job.seed for job in done if job.case == case.name})
     part = "" if case.subset == 1 else f", {case.subset:.0%} of the patients"
-    text = [f"## {case.name}", "", f"{seeds} seeds{part}; mean ± standard deviation over seeds.", ""]
+    text = [
+        f"## {case.name}",
+        "",
+        f"{counted(seeds, 'seed')}{part}; mean ± standard deviation over seeds.",
+        "",
+    ]
     text += _main_table(case, done)
     if case.name == "lung_ct":
         text += ["", *_aims(case, done)]
@@ -109,13 +115,13 @@ def _main_table(case: Case, done: Done) -> list[str]:
     """Systems in rows; all test patients as one group, then each site's."""
     sites = sites_of(case)
     lead, *others = case.figures
-    heading = [lead, "against centralized", *others, *(f"{lead}, {site}" for site in sites)]
+    heading = [lead, "points against centralized", *others, *(f"{lead}, {site}" for site in sites)]
     lines = [f"| trained | {' | '.join(heading)} |", f"| --- |{' ---: |' * len(heading)}"]
     reference = _values(case, done, "centralized", lead)
     for system in systems(sites):
         values = _values(case, done, system, lead)
         gains = [100 * (value - other) for value, other in zip(values, reference, strict=True)]
-        cells = [_spread(values), "" if system == "centralized" else f"{_spread(gains, '+.1f')} points"]
+        cells = [_spread(values), "" if system == "centralized" else _spread(gains, "+.1f")]
         cells += [_spread(_values(case, done, system, figure), ".2f") for figure in others]
         cells += [_mean(_values(case, done, system, lead, group=site)) for site in sites]
         lines.append(f"| {system} | {' | '.join(cells)} |")
@@ -125,10 +131,9 @@ def _main_table(case: Case, done: Done) -> list[str]:
 def _sweep_table(case: Case, done: Done) -> list[str]:
     """More sites, and more unequal ones, of the same patients."""
     lines = [f"| {SWEPT} | {' | '.join(case.figures)} |", f"| --- |{' ---: |' * len(case.figures)}"]
-    for divisions, what in ((SITES, "of equal size"), (RATIOS, "two sites")):
-        for division in divisions:
-            figures = [_values(case, done, SWEPT, figure, division) for figure in case.figures]
-            lines.append(f"| {division}, {what} | {' | '.join(_spread(values) for values in figures)} |")
+    for division in (*SITES, *RATIOS):
+        figures = [_values(case, done, SWEPT, figure, division) for figure in case.figures]
+        lines.append(f"| {division} | {' | '.join(_spread(values) for values in figures)} |")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The case studies of `benchmarks.results`: whose data, divided how, trained by which system, and how good it is.
+"""The case studies of `benchmarks.results`: whose data, divided how, trained by which system, how good.
 
 Every split system runs its real roles and engines (`benchmarks.simulate`), in strict order. The
 hospitals' policies are not asked: all data are public, and on this machine.
@@ -27,8 +27,8 @@ from site_worker.data.source import read_parts
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 AS_IS = "as in the example"
-SITES = {f"{count} sites": count for count in (1, 2, 4, 8)}
-RATIOS = {f"{ratio}:1": ratio for ratio in (1, 2, 4, 8)}
+SITES = {"1 site": 1, "2 equal sites": 2, "4 equal sites": 4, "8 equal sites": 8}
+RATIOS = {f"2 sites {ratio}:1": ratio for ratio in (1, 2, 4, 8)}
 SWEPT = "split_labels, window 4"
 
 

@@ -1,0 +1,86 @@
+"""The examples: their files agree with each other, and the demo plays one for real."""
+
+import json
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from benchmarks.simulate import simulate
+from console.baselines import centralized
+from console.demo import EXAMPLES, run_demo
+from server_worker.report import weights_sha256
+from server_worker.worker import ServerWorker
+from shared.config import PolicyConfig, RunConfig, load
+from shared.errors import ConfigError, DataError
+from shared.models.cutting import output_shapes
+from shared.protocols import PROTOCOLS
+from shared.protocols.assembly import assemble
+from site_worker.worker import SiteWorker
+
+NAMES = ["cholesterol", "heart", "lung_ct", "radiograph"]
+
+
+def test_every_example_is_tested() -> None:
+    assert sorted(path.parent.name for path in EXAMPLES.glob("*/run.toml")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_files_agree(name: str) -> None:
+    folder = EXAMPLES / name
+    config = load(folder / "run.toml", RunConfig)
+    files = {path.stem for path in folder.glob("*.toml")} - {"run", "server", "policy"}
+    assert files == set(config.run.sites)
+    server = ServerWorker(folder / "server.toml")
+    workers = [SiteWorker(folder / f"{site}.toml") for site in config.run.sites]  # also asks the policy
+    assert [worker.config.name for worker in workers] == config.run.sites
+    assert {worker.config.broker for worker in workers} == {server.config.broker}
+    assert {worker.config.store for worker in workers} == {server.config.store}
+    assert len({worker.config.state for worker in [server, *workers]}) == len(workers) + 1
+    assert load(folder / "policy.toml", PolicyConfig).min_batch > 1
+    assert (folder / "README.md").is_file()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("name", NAMES)
+def test_its_model_fits_its_task_in_every_system(name: str, protocol: str) -> None:
+    config = load(EXAMPLES / name / "run.toml", RunConfig)
+    config = replace(config, run=replace(config.run, protocol=protocol))
+    shapes = output_shapes(assemble(config).halves, config.data.input_shape)
+    assert shapes.output == (config.task.outputs,)
+
+
+@pytest.mark.parametrize("name", ["heart", "lung_ct", "radiograph"])
+def test_without_the_data_it_says_where_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NIGHTSPLIT_DATA", raising=False)
+    sites = load(EXAMPLES / name / "run.toml", RunConfig).run.sites
+    for site in sites:
+        with pytest.raises(DataError, match=r"E408 .*download .* https://.*set NIGHTSPLIT_DATA"):
+            SiteWorker(EXAMPLES / name / f"{site}.toml").load_parts()
+
+
+@pytest.mark.timeout(400)
+def test_the_demo_plays_nights_and_days_to_the_result_of_one_undisturbed_night(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_demo(None, json=True) == 0
+    shown = json.loads(capfd.readouterr().out)
+    (work,) = (tmp_path / "runs").iterdir()
+    assert "sha256 of the server's half" in (work / "report" / "report.md").read_text(encoding="utf-8")
+
+    config = load(work / "run.toml", RunConfig)
+    parts = {site: SiteWorker(work / f"{site}.toml").load_parts() for site in config.run.sites}
+    undisturbed = simulate(config, parts)
+    assert shown["sha256"] == weights_sha256(undisturbed.server.best_top)
+    judgement = undisturbed.judgement()
+    assert shown["split_all_mae"] == pytest.approx(judgement.overall["mae"], rel=1e-3)
+    assert shown["centralized_all_r2"] == centralized(config, parts).overall["r2"]
+    assert shown["split_all_r2"] > 0.97
+    for site in config.run.sites:
+        assert shown["split_all_mae"] < shown[f"{site}_alone_all_mae"]
+
+
+def test_an_unknown_example_is_told_with_those_that_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"E110 .*cholesterol, heart, lung_ct, radiograph"):
+        run_demo(Path("examples/liver"), json=False)

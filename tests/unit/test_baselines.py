@@ -1,0 +1,73 @@
+"""Baselines: the uncut model, trained as a run trains its halves."""
+
+import pytest
+import torch
+from msgspec.structs import replace
+
+from benchmarks.simulate import simulate
+from console.baselines import alone, centralized, judge
+from shared.config import RunConfig
+from site_worker.data.dataset import Parts
+from tests.protocols.night import tiny_config, tiny_parts
+
+SITES = ("north", "south")
+
+
+def parts() -> dict[str, Parts]:
+    return {site: tiny_parts(site) for site in SITES}
+
+
+def config(**run: object) -> RunConfig:
+    return tiny_config(SITES, dropout=0.0, codec="fp32", epochs=4, **run)
+
+
+@pytest.mark.parametrize("protocol", ["split_labels", "split_u"])
+def test_a_synchronous_run_of_one_site_is_the_uncut_model(protocol: str) -> None:
+    one = tiny_config(("north",), dropout=0.0, codec="fp32", epochs=4, window=1, protocol=protocol)
+    own = {"north": tiny_parts("north")}
+    cut, uncut = simulate(one, own).judgement(), alone(one, "north", own)
+    assert cut.pooled == pytest.approx(uncut.pooled, abs=1e-5)
+    assert cut.sites["north"] == cut.pooled
+
+
+def test_pooled_data_teach_more_than_chance_and_every_site_is_judged() -> None:
+    judgement = centralized(config(), parts())
+    assert set(judgement.sites) == set(SITES)
+    assert judgement.pooled["samples"] == sum(len(part.test) for part in parts().values())
+    assert judgement.pooled["auc"] is not None
+    assert judgement.pooled["auc"] > 0.6
+
+
+def test_a_site_alone_is_judged_on_the_others_patients_and_learns_from_its_own() -> None:
+    judgement = alone(config(), "north", parts())
+    assert set(judgement.sites) == set(SITES)
+    changed = parts() | {"south": replace_training(parts()["south"])}
+    assert alone(config(), "north", changed) == judgement
+    assert centralized(config(), changed) != centralized(config(), parts())
+
+
+def replace_training(own: Parts) -> Parts:
+    return Parts(own.validation, own.validation, own.test)
+
+
+def test_an_uncut_model_has_no_window_no_protocol_and_no_averaging() -> None:
+    plain = alone(config(), "north", parts())
+    for other in (config(window=1), config(protocol="split_frozen"), config(bottoms="averaged")):
+        assert alone(other, "north", parts()) == plain
+
+
+def test_the_best_epoch_counts_and_patience_ends_the_training() -> None:
+    overfitting = replace(config(), optimizer=replace(config().optimizer, lr=0.5))
+    short = replace(overfitting, run=replace(overfitting.run, epochs=60, patience=2))
+    early = alone(short, "north", parts())
+    assert early == alone(replace(short, run=replace(short.run, patience=0)), "north", parts())
+
+
+def test_pooled_figures_are_those_of_all_patients_as_one_group() -> None:
+    def predict(site: str, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs[:, :1] + (5.0 if site == "north" else 0.0)
+
+    judgement = judge(config(), parts(), predict)
+    assert judgement.overall["auc"] != judgement.pooled["auc"]
+    loss = sum((m["loss"] or 0) * (m["samples"] or 0) for m in judgement.sites.values())
+    assert judgement.pooled["loss"] == pytest.approx(loss / (judgement.pooled["samples"] or 0))

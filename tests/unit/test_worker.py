@@ -1,0 +1,107 @@
+"""What surrounds the engine: locks, voices, logs, stores of activations."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from server_worker.activation_store import ActivationStore
+from server_worker.lease import Lease
+from server_worker.metrics_log import MetricsLog
+from shared.contract import Payload, TensorSpec
+from shared.effects import Record
+from shared.errors import ConfigError, StateError
+from shared.message import Kind
+from shared.store_memory import MemoryStore
+from shared.worker import Heartbeat, own_folder, planned_message_bytes, prefetch_for, prepare_torch
+from tests.protocols.night import tiny_config
+
+
+def test_a_state_folder_belongs_to_one_process(tmp_path):
+    with own_folder(tmp_path), pytest.raises(StateError) as caught, own_folder(tmp_path):
+        pass
+    assert caught.value.number == 503
+    with own_folder(tmp_path):
+        pass
+
+
+def test_an_absent_device_is_an_error_with_a_number():
+    with pytest.raises(ConfigError) as caught:
+        prepare_torch(1, "cuda:99" if torch.cuda.is_available() else "cuda")
+    assert caught.value.number == 109
+
+
+def test_prefetch_fits_the_memory():
+    assert prefetch_for(100) == 512
+    assert prefetch_for(4 * 2**20) == 16
+    assert prefetch_for(2**20) == 64
+
+
+def test_planned_bytes_follow_the_codec():
+    spec = TensorSpec(torch.float32, ("batch", 16, 4, 4), "fp16")
+    contract = {Kind.SMASHED: Payload({"smashed": spec, "targets": TensorSpec(torch.int64, ("batch",))})}
+    assert planned_message_bytes(tiny_config(), contract) == 8 * (256 * 2 + 8)
+
+
+def test_a_heartbeat_speaks_until_the_end_and_survives_a_store_that_is_away():
+    store, calls = MemoryStore(), []
+
+    def open_store():
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError("away")
+        return store
+
+    facts = {"state": "working"}
+    with Heartbeat("north", open_store, lambda: dict(facts), interval=0.01) as heartbeat:
+        deadline = time.monotonic() + 5
+        while "north" not in store.statuses():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        facts["state"] = "finished"
+    assert store.statuses()["north"].facts["state"] == "finished"
+    assert heartbeat.error is None
+
+
+def test_a_lease_waits_for_the_active_server_and_notices_its_successor():
+    store = MemoryStore()
+    first, second = Lease(store, "one"), Lease(store, "two")
+    assert first.acquire(lambda seconds: False)
+    assert not second.acquire(lambda seconds: False)
+    first.release()
+    assert second.acquire(lambda seconds: False)
+    assert second.fence > first.fence
+    first.renew(store)
+    with pytest.raises(StateError) as caught:
+        first.check()
+    assert caught.value.number == 505
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_beyond_the_restored_step_are_cut_off(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    for step in (1, 2, 3):
+        log.write(Record({"event": "train", "step": step, "loss": 0.5}))
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # the crash came in mid-line
+    log = MetricsLog(tmp_path, 2)
+    log.write(Record({"event": "train", "step": 3, "loss": 0.25}))
+    log.close()
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 0.5), (2, 0.5), (3, 0.25)]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_activations_are_stored_whole_and_read_by_rows(tmp_path):
+    store = ActivationStore(tmp_path)
+    smashed, targets = torch.randn(5, 3), torch.arange(5.0)
+    for _ in range(2):  # a replay stores the same again
+        store.put("north", 7, {"smashed": smashed, "targets": targets})
+    assert torch.equal(store.get("north", 7)["smashed"], smashed)
+    some = store.get("north", 7, [4, 0])
+    assert torch.equal(some["smashed"], smashed[[4, 0]])
+    assert some["targets"].tolist() == [4.0, 0.0]
