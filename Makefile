@@ -34,7 +34,7 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 services:  ## install RabbitMQ and Redis for the tests, where they are missing (root, apt)
 	@.ci/services
 
-demo: setup  ## three hospitals and a server on this machine, once in peace and once under kill -9
+demo: setup  ## three hospitals that work by night and a server that works by day, here
 	@$(BIN)/nightsplit demo
 
 test: setup services  ## all tests, against a real RabbitMQ and a real Redis of their own
@@ -45,6 +45,10 @@ check: setup  ## style, types and the rules of who may import whom
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/unit/test_structure.py tests/unit/test_errors.py
+
+bench: setup services  ## measure transport and pipeline against the machine's own limits (minutes)
+	@$(BIN)/python -m benchmarks.transport
+	@$(BIN)/python -m benchmarks.pipeline
 
 format: setup  ## let ruff rewrite the source in the one style
 	@$(BIN)/ruff check --fix .

@@ -241,7 +241,7 @@ class Results:
     patience: float = 0.0
     broker: int | None = None
     values: dict[str, list[float]] = field(default_factory=dict)
-    console: Console = field(default_factory=Console)
+    console: Console = field(default_factory=lambda: Console(width=None if Console().is_terminal else 160))
 
     def add(self, **values: float | None) -> None:
         """One round's values, by key."""
@@ -267,8 +267,8 @@ class Results:
     def table(self, title: str) -> Table:
         """Median, spread, aim and floor of every figure that was measured."""
         table = Table(title=title)
-        for column in ("figure", "key", "median", "lowest", "highest", "rounds", "aim", "floor", ""):
-            table.add_column(column, justify="left" if column in ("figure", "key", "") else "right", no_wrap=True)
+        for column in ("figure", "key", "median", "from", "to", "rounds", "aim", "floor", ""):
+            table.add_column(column, justify="left" if column in ("figure", "key", "") else "right")
         for figure in [*self.figures, Figure("others_cores", "cores that other programs took")]:
             if values := self.values.get(figure.key):
                 middle = self.median(figure.key)
@@ -281,7 +281,7 @@ class Results:
 
     def finish(self, title: str, path: Path | None) -> None:
         """Print the table; write the medians to `path`, flat."""
-        self.console.print(self.table(title), crop=False, soft_wrap=True)
+        self.console.print(self.table(title))
         if path is not None:
             path.write_text(json.dumps({key: self.median(key) for key in self.values}, indent=2) + "\n")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -60,22 +61,23 @@ class Progress:
 
     def observe(self, facts: Facts) -> None:
         """Show the present state. A reader that went away (a closed pipe) does not disturb the work."""
+        state = self._state(facts)
+        if changed := state != self._shown:
+            self._shown = state
+            self._history.clear()
         done = _number(facts, "applied" if self._worker == SERVER else "sent")
         rate = self._rate(done)
-        try:
+        with suppress(OSError):
             if self._live is not None:
                 self._live.update(self._picture(facts, done, rate), refresh=True)
             else:
-                self._log(facts, rate)
-        except OSError:
-            pass
+                self._log(facts, rate, changed)
 
-    def _log(self, facts: Facts, rate: float) -> None:
+    def _log(self, facts: Facts, rate: float, changed: bool) -> None:
         """A plain line when the state changes, and every now and then."""
-        state = self._state(facts)
         now = time.monotonic()
-        if state != self._shown or now - self._shown_at > PLAIN_SECONDS:
-            self._shown, self._shown_at = state, now
+        if changed or now - self._shown_at > PLAIN_SECONDS:
+            self._shown_at = now
             figures = self._figures(facts, rate)
             line = f"{time.strftime('%H:%M:%S')} {self._worker}: {self._sentence(facts)}"
             self._console.print(f"{line} ({figures})" if figures else line, soft_wrap=True)

@@ -1,7 +1,8 @@
 """What held-out patients of all sites say about the model, epoch by epoch, and when to stop.
 
-An epoch is judged when every site has evaluated it. The best epoch is the one with the lowest
-validation loss over all sites; test figures are only reported, never used to choose.
+An epoch is judged when every site has evaluated it. The best epoch is the one with the best headline
+figure on the validation patients of all sites (`shared.metrics.standing`); test figures are only
+reported, never used to choose.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from shared.config import RunConfig
-from shared.metrics import Metrics, measure, overall
+from shared.metrics import Metrics, measure, overall, standing
 from shared.protocols.plan import Step
 
 PARTS = (Step.VALIDATION, Step.TEST)
@@ -34,7 +35,7 @@ class Evaluation:
         self._config = config
         self._collected: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._reported: dict[int, dict[str, SiteMetrics]] = {}
-        self._best_loss: float | None = None
+        self._best_standing: tuple[float, float] | None = None
         self.best = 0
         self.judged = 0
         self.history: list[dict[str, Any]] = []
@@ -68,10 +69,10 @@ class Evaluation:
         }
         self.history.append({"epoch": epoch, "sites": dict(sites), "overall": total})
         self.judged = max(epoch, self.judged)
-        loss = total[Step.VALIDATION].get("loss")
         # Without validation patients there is nothing to choose by: the last epoch stands.
-        if loss is None or self._best_loss is None or loss < self._best_loss:
-            self.best, self._best_loss = epoch, loss
+        reached = standing(self._config.task, validation) if (validation := total[Step.VALIDATION])["samples"] else None
+        if reached is None or self._best_standing is None or reached > self._best_standing:
+            self.best, self._best_standing = epoch, reached
 
     @property
     def exhausted(self) -> bool:
@@ -96,14 +97,15 @@ class Evaluation:
         """Facts for a snapshot."""
         return {
             "reported": {str(epoch): dict(sites) for epoch, sites in self._reported.items()},
-            "best_loss": self._best_loss, "best": self.best, "judged": self.judged,
+            "standing": self._best_standing, "best": self.best, "judged": self.judged,
             "history": list(self.history),
         }  # fmt: skip
 
     def restore(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
         """Continue from `tensors` and `facts`."""
         self._reported = {int(epoch): sites for epoch, sites in facts["reported"].items()}
-        self._best_loss, self.best, self.judged = facts["best_loss"], facts["best"], facts["judged"]
+        self._best_standing = tuple(facts["standing"]) if facts["standing"] else None
+        self.best, self.judged = facts["best"], facts["judged"]
         self.history = facts["history"]
         self._collected = {}
         for name, tensor in tensors.items():

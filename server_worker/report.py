@@ -79,7 +79,7 @@ def _markdown(config: RunConfig, report: Mapping[str, Any]) -> str:
     if best is not None:
         figures = [name for name in best["overall"]["validation"] if name != "samples"]
         lines += [
-            f"Best epoch: {best['epoch']}, chosen by the validation loss. Test patients were only counted, never chosen by.",
+            f"Best epoch: {best['epoch']}, chosen by the {HEADLINE[config.task.kind]} of validation patients; test patients had no say.",
             "",
             f"| held-out test patients of | samples | {' | '.join(figures)} |",
             f"| --- | ---: |{' ---: |' * len(figures)}",

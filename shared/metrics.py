@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,6 +17,17 @@ Metrics = dict[str, float | None]
 
 HEADLINE: Mapping[str, str] = {"binary": "auc", "multiclass": "balanced_accuracy", "regression": "mae"}
 """The figure that reports lead with, by kind of task."""
+
+
+def standing(task: TaskSection, metrics: Metrics) -> tuple[float, float]:
+    """How good a model is, for comparisons: by the headline figure, then by the loss. Larger is better.
+
+    The loss alone would stop too early: a network goes on to rank patients better while it grows
+    overconfident. A figure that is undefined counts as the worst.
+    """
+    headline, loss = metrics.get(HEADLINE[task.kind]), metrics.get("loss")
+    sign = -1.0 if task.kind == "regression" else 1.0
+    return (-math.inf if headline is None else sign * headline, -math.inf if loss is None else -loss)
 
 
 def measure(task: TaskSection, data: DataSection, outputs: torch.Tensor, targets: torch.Tensor) -> Metrics:

@@ -234,7 +234,8 @@ class SiteWorker:
         role, counts, server = self._role, self._progress.counts, self._server
         facts: dict[str, Any] = {"state": self.state, "run": self.run_config.run.id, "contract": self.run_config.contract}
         if server is not None:
-            facts["server"] = "online" if server.online else "offline"
+            finished = server.facts.get("state") == "finished"
+            facts["server"] = "online" if server.online else "finished" if finished else "offline"
         if role is None:
             return facts
         sent = role.next_seq - 1

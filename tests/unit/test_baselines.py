@@ -5,7 +5,7 @@ import torch
 from msgspec.structs import replace
 
 from benchmarks.simulate import simulate
-from console.baselines import alone, centralized, judge
+from console.baselines import Judgement, alone, centralized, judge
 from shared.config import RunConfig
 from site_worker.data.dataset import Parts
 from tests.protocols.night import tiny_config, tiny_parts
@@ -57,10 +57,14 @@ def test_an_uncut_model_has_no_window_no_protocol_and_no_averaging() -> None:
 
 
 def test_the_best_epoch_counts_and_patience_ends_the_training() -> None:
-    overfitting = replace(config(), optimizer=replace(config().optimizer, lr=0.5))
-    short = replace(overfitting, run=replace(overfitting.run, epochs=60, patience=2))
-    early = alone(short, "north", parts())
-    assert early == alone(replace(short, run=replace(short.run, patience=0)), "north", parts())
+    def overfitted(epochs: int, patience: int = 0) -> Judgement:
+        wild = config()
+        run = replace(wild.run, epochs=epochs, patience=patience)
+        return alone(replace(wild, run=run, optimizer=replace(wild.optimizer, lr=0.5)), "north", parts())
+
+    by_epochs = [overfitted(epochs) for epochs in range(1, 7)]
+    assert by_epochs[-1] == by_epochs[-2] != by_epochs[0]
+    assert overfitted(epochs=60, patience=2) in by_epochs
 
 
 def test_pooled_figures_are_those_of_all_patients_as_one_group() -> None:

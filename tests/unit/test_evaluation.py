@@ -12,8 +12,8 @@ def evaluation(**run):
     return Evaluation(tiny_config(("north", "south"), **run))
 
 
-def report(judge, epoch, loss):
-    figures = {"validation": {"samples": 4.0, "loss": loss}, "test": {"samples": 4.0, "loss": 9.0 - loss}}
+def report(judge, epoch, loss, auc=None):
+    figures = {"validation": {"samples": 4.0, "loss": loss, "auc": auc}, "test": {"samples": 4.0, "loss": 9.0 - loss}}
     return [judge.report(site, epoch, figures) for site in ("north", "south")]
 
 
@@ -23,7 +23,14 @@ def test_an_epoch_is_judged_when_every_site_has_reported():
     assert (judge.best, judge.judged) == (1, 1)
 
 
-def test_the_lowest_validation_loss_wins_whatever_the_test_says():
+def test_the_best_validation_auc_wins_whatever_loss_and_test_say():
+    judge = evaluation()
+    for epoch, (loss, auc) in enumerate(((0.3, 0.7), (0.9, 0.8), (0.2, 0.75)), 1):
+        report(judge, epoch, loss, auc)
+    assert judge.best == 2
+
+
+def test_where_auc_is_undefined_the_loss_decides():
     judge = evaluation()
     for epoch, loss in enumerate((0.7, 0.4, 0.5), 1):
         report(judge, epoch, loss)

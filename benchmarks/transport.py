@@ -1,0 +1,192 @@
+"""How fast messages of a size go through a broker, beside a bare TCP connection on the same machine.
+
+    python -m benchmarks.transport [--quick] [--rounds N] [--json FILE] [--broker URL]
+
+One process publishes, keeping `WINDOW` messages unconfirmed, while another receives and acknowledges
+each; messages are persistent and every one is confirmed. The clock runs at the receiver, from the
+first message after the warm-up to the last. TCP is `sendall` to `recv_into` between two processes
+over the loopback device, timed in the same round.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from benchmarks.common import (
+    Figure, MiB, Place, Results, Worker, arguments, cpu_seconds, fresh_name, queues_of, rabbitmq, scratch,
+)  # fmt: skip
+from broker.base import Broker, Confirmed, Delivery, Link, Queue
+from broker.embedded import EmbeddedBroker
+from broker.topology import site_queues
+
+SIZES = {"64kb": 64 * 2**10, "1mb": MiB, "4mb": 4 * MiB}
+WINDOW = 16
+PREFETCH = 32
+WARMUP = 0.1  # of the messages
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The embedded broker in a folder, as `common.Place` is a RabbitMQ server."""
+
+    folder: Path
+
+    def broker(self) -> Broker:
+        """Opens it anew."""
+        return EmbeddedBroker(self.folder)
+
+
+def _figures() -> list[Figure]:
+    figures = []
+    for size in reversed(SIZES):
+        bounds = (0.30, 0.20) if size == "4mb" else (None, None)
+        figures += [
+            Figure(f"publish_consume_{size}_over_tcp", f"RabbitMQ, {size}: over loopback TCP", *bounds),
+            Figure(f"rabbitmq_{size}_mb_per_s", "  MB per second"),
+            Figure(f"rabbitmq_{size}_publisher_cpu_s_per_gb", "  CPU s per GB: publisher"),
+            Figure(f"rabbitmq_{size}_consumer_cpu_s_per_gb", "  CPU s per GB: consumer"),
+            Figure(f"rabbitmq_{size}_broker_cpu_s_per_gb", "  CPU s per GB: broker"),
+            Figure(f"embedded_{size}_over_tcp", f"embedded broker, {size}: over loopback TCP"),
+            Figure(f"embedded_{size}_mb_per_s", "  MB per second"),
+            Figure(f"tcp_{size}_mb_per_s", f"loopback TCP, {size}: MB per second"),
+        ]
+    return figures
+
+
+# ── through a broker ────────────────────────────────────────────────────────────────────────────
+
+
+def publisher(line: Connection, place: Place | Embedded, queue: Queue, size: int, count: int) -> None:
+    """Publishes `count` messages; says its CPU seconds."""
+    body = bytes(size)
+    with place.broker().link([], PREFETCH, "publisher") as link:
+        line.send("ready")
+        line.recv()
+        began = time.process_time()
+        for number in range(count):
+            while len(link.unconfirmed) >= WINDOW:
+                _expect(link, Confirmed)
+            link.publish(queue, f"message/{number}", [body])
+        while link.unconfirmed:
+            _expect(link, Confirmed)
+        line.send(time.process_time() - began)
+
+
+def consumer(line: Connection, place: Place | Embedded, queue: Queue, size: int, count: int) -> None:
+    """Receives `count` messages; says MB per second, and its CPU seconds."""
+    with place.broker().link([queue], PREFETCH, "consumer") as link:
+        line.send("ready")
+        began_cpu = time.process_time()
+        warmup, began = int(count * WARMUP), 0.0
+        for number in range(count):
+            delivery = _expect(link, Delivery)
+            assert isinstance(delivery, Delivery)
+            assert len(delivery.body) == size
+            link.acknowledge(delivery)
+            if number + 1 == warmup:
+                began = time.perf_counter()
+        rate = (count - warmup) * size / 1e6 / (time.perf_counter() - began)
+        line.send((rate, time.process_time() - began_cpu))
+
+
+def _expect(link: Link, kind: type) -> object:
+    event = link.receive(60.0)
+    if not isinstance(event, kind):
+        raise RuntimeError(f"expected {kind.__name__}, got {event}")
+    return event
+
+
+def through(place: Place | Embedded, size: int, count: int) -> dict[str, float]:
+    """One stretch through a broker: MB per second, and CPU seconds per GB where they can be told."""
+    queue = site_queues(fresh_name("bench"), "north", 8 * 2**30).up
+    pid = place.pid if isinstance(place, Place) else None
+    with queues_of(place.broker(), [queue]), Worker(consumer, place, queue, size, count) as taker:
+        taker.hear()
+        with Worker(publisher, place, queue, size, count) as giver:
+            giver.hear()
+            before = cpu_seconds(pid) if pid else 0.0
+            giver.say("go")
+            rate, consumed = taker.hear()
+            published = giver.hear()
+            broker = cpu_seconds(pid) - before if pid else 0.0
+    total = size * count / 1e9
+    return {
+        "mb_per_s": rate, "publisher_cpu_s_per_gb": published / total, "consumer_cpu_s_per_gb": consumed / total,
+        "broker_cpu_s_per_gb": broker / total,
+    }  # fmt: skip
+
+
+# ── over TCP ────────────────────────────────────────────────────────────────────────────────────
+
+
+def tcp_sender(line: Connection, port: int, size: int, count: int) -> None:
+    """Sends `count` times `size` bytes."""
+    body = bytes(size)
+    with socket.create_connection(("127.0.0.1", port)) as stream:
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(count):
+            stream.sendall(body)
+        line.recv()
+
+
+def tcp_receiver(line: Connection, size: int, count: int) -> None:
+    """Receives them; says MB per second."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        line.send(listener.getsockname()[1])
+        stream, _ = listener.accept()
+    view = memoryview(bytearray(size))
+
+    def take(messages: int) -> None:
+        for _ in range(messages):
+            missing = size
+            while missing:
+                missing -= stream.recv_into(view[:missing])
+
+    with stream:
+        take(warmup := int(count * WARMUP))
+        began = time.perf_counter()
+        take(count - warmup)
+        line.send((count - warmup) * size / 1e6 / (time.perf_counter() - began))
+
+
+def tcp(size: int, count: int) -> float:
+    """MB per second over the loopback device."""
+    with Worker(tcp_receiver, size, count) as receiver, Worker(tcp_sender, receiver.hear(), size, count) as sender:
+        rate: float = receiver.hear()
+        sender.say("done")
+    return rate
+
+
+def main() -> None:
+    options = arguments("Messages through a broker, beside a bare TCP connection.", rounds=7).parse_args()
+    volume = 200 * 10**6 if options.quick else 800 * 10**6
+    results = Results(_figures(), options.patience)
+    with rabbitmq(options.broker) as place, scratch() as folder:
+        results.broker = place.pid
+        measured: dict[str, Callable[[int, int], dict[str, float]]] = {
+            "rabbitmq": lambda size, count: through(place, size, count),
+            "embedded": lambda size, count: through(Embedded(folder / "embedded"), size, count),
+        }
+        for number in range(2 if options.quick else options.rounds):
+            results.console.print(f"round {number + 1}:")
+            for name, size in SIZES.items():
+                with results.round(name):
+                    count = min(volume // size, 4000)
+                    loopback = tcp(size, 4 * volume // size)
+                    results.add(**{f"tcp_{name}_mb_per_s": loopback})
+                    for broker, measure in measured.items():
+                        seen = measure(size, count)
+                        ratio = "publish_consume" if broker == "rabbitmq" else broker
+                        results.add(**{f"{ratio}_{name}_over_tcp": seen["mb_per_s"] / loopback})
+                        results.add(**{f"{broker}_{name}_{key}": value for key, value in seen.items()})
+    results.finish("Messages through a broker: persistent, confirmed, one publisher and one consumer", options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
