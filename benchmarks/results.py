@@ -112,10 +112,10 @@ def _section(case: Case, done: Done) -> str:
 
 
 def _main_table(case: Case, done: Done) -> list[str]:
-    """Systems in rows; all test patients as one group, then each site's."""
+    """Systems in rows; all test patients as one group, then those of each site."""
     sites = sites_of(case)
     lead, *others = case.figures
-    heading = [lead, "points against centralized", *others, *(f"{lead}, {site}" for site in sites)]
+    heading = [f"{lead}, pooled", "points against centralized", *others, "mean of sites", *sites]
     lines = [f"| trained | {' | '.join(heading)} |", f"| --- |{' ---: |' * len(heading)}"]
     reference = _values(case, done, "centralized", lead)
     for system in systems(sites):
@@ -123,6 +123,7 @@ def _main_table(case: Case, done: Done) -> list[str]:
         gains = [100 * (value - other) for value, other in zip(values, reference, strict=True)]
         cells = [_spread(values), "" if system == "centralized" else _spread(gains, "+.1f")]
         cells += [_spread(_values(case, done, system, figure), ".2f") for figure in others]
+        cells += [_spread(_values(case, done, system, lead, group="all"))]
         cells += [_mean(_values(case, done, system, lead, group=site)) for site in sites]
         lines.append(f"| {system} | {' | '.join(cells)} |")
     return lines

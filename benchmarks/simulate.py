@@ -32,8 +32,8 @@ from site_worker.protocols.split_u import SplitUSite
 from site_worker.protocols.stream import StreamSite
 from site_worker.worker import Alone
 
-PREFETCH = 4096
-"""Large, so that checkpoints, which this measures nothing of, are rare."""
+PREFETCH = 512
+"""A checkpoint follows every quarter of it. Fewer would cost memory: what none contains is kept."""
 
 
 @dataclass

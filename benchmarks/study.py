@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from msgspec.structs import replace
@@ -110,13 +111,14 @@ def systems(sites: list[str]) -> dict[str, System]:
         "split_labels, window 1": partial(_split, "split_labels", 1),
         SWEPT: partial(_split, "split_labels", 4),
         "split_labels, a night": partial(_split, "split_labels", None),
+        f"{SWEPT}, averaged": partial(_split, "split_labels", 4, bottoms="averaged"),
         "split_u, window 4": partial(_split, "split_u", 4),
         "split_frozen": partial(_split, "split_frozen", 1),
     }
 
 
 def carry_out(job: Job) -> dict[str, Metrics]:
-    """Train once; figures on test patients by site, and of all patients as one group under "pooled"."""
+    """Train once; figures on test patients by site, their mean by samples under "all", and "pooled"."""
     torch.set_num_threads(1)
     config, parts = _prepared(job.case, job.seed, job.division)
     if job.hurry:
@@ -124,17 +126,30 @@ def carry_out(job: Job) -> dict[str, Metrics]:
         run = replace(config.run, epochs=epochs, evaluate_every=min(epochs, config.run.evaluate_every))
         config = replace(config, run=run)
     judgement = systems(config.run.sites)[job.system](config, parts)
-    return {**judgement.sites, "pooled": judgement.pooled}
+    return {**judgement.sites, "all": judgement.overall, "pooled": judgement.pooled}
 
 
 def _alone(site: str, config: RunConfig, parts: Mapping[str, Parts]) -> Judgement:
     return alone(config, site, parts)
 
 
-def _split(protocol: str, window: int | None, config: RunConfig, parts: Mapping[str, Parts]) -> Judgement:
+def _split(
+    protocol: str,
+    window: int | None,
+    config: RunConfig,
+    parts: Mapping[str, Parts],
+    bottoms: Literal["independent", "averaged"] = "independent",
+) -> Judgement:
     """Train split; window None is a whole night, one epoch of the largest site."""
-    batches = -(-max(len(part.train) for part in parts.values()) // config.run.batch_size)
-    run = replace(config.run, protocol=protocol, window=window or batches, order="strict")
+    night = -(-max(len(part.train) for part in parts.values()) // config.run.batch_size)
+    run = replace(
+        config.run,
+        protocol=protocol,
+        window=window or night,
+        order="strict",
+        bottoms=bottoms,
+        average_every=4,
+    )
     return simulate(replace(config, run=run), parts).judgement()
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json as json_text
 import multiprocessing
-import os
 import runpy
 import shutil
 import sys
@@ -116,14 +115,13 @@ def _example(folder: Path | None) -> Path:
 
 def _working_copy(example: Path) -> Path:
     """A fresh folder with the example's files, and with the data that it brings itself."""
-    home = Path.cwd() / "runs"
+    stamp = time.strftime("demo-%Y%m%d-%H%M%S-")
+    home = Path("runs")
     try:
         home.mkdir(exist_ok=True)
-        writable = os.access(home, os.W_OK)
-    except OSError:
-        writable = False
-    stamp = time.strftime("demo-%Y%m%d-%H%M%S-")
-    work = Path(tempfile.mkdtemp(prefix=stamp, dir=home if writable else None))
+        work = home / Path(tempfile.mkdtemp(prefix=stamp, dir=home)).name
+    except OSError:  # not a folder that we may write to
+        work = Path(tempfile.mkdtemp(prefix=stamp))
     for file in example.iterdir():
         if file.suffix in (".toml", ".py"):
             shutil.copy(file, work)

@@ -161,7 +161,7 @@ class Middle(Top):
 
 
 def _diverged(what: str) -> Refused:
-    return Refused(603, f"this batch gives a {what} that is not finite.", "lower optimizer.lr, or check the site's data.")
+    return Refused(312, f"this batch gives a {what} that is not finite.", "lower optimizer.lr, or check the site's data.")
 
 
 def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -42,7 +42,7 @@ TITLES: dict[int, str] = {
     309: "Message is truncated or has bytes left over",
     310: "Message belongs to another run, sender or receiver",
     311: "Compressed body cannot be trusted",
-    312: "Loss is not finite",
+    312: "Batch gives values that are not finite",
     401: "Data file missing or unreadable",
     402: "Column is absent",
     403: "Value cannot be read",
@@ -60,6 +60,7 @@ TITLES: dict[int, str] = {
     506: "State belongs to another run",
     601: "Site and server were configured differently",
     602: "Site is not part of the run",
+    603: "Training has diverged",
     604: "The server's half was not exported",
     605: "Nothing is known of this run",
 }

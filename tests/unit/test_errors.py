@@ -103,13 +103,6 @@ def test_no_page_and_no_line_of_the_index_without_a_number() -> None:
     assert rows == [f"| [{number}]({number}.md) | {title} |" for number, title in sorted(TITLES.items())]
 
 
-def test_links_between_pages() -> None:
-    for path in PAGES.glob("*.md"):
-        for part in path.read_text(encoding="utf-8").split("](")[1:]:
-            target = part.partition(")")[0]
-            assert (PAGES / target).exists(), f"{path.name} points to {target}"
-
-
 def test_what_a_user_reads() -> None:
     error = errors.BrokerError(201, "localhost:5672: connection refused.", "start the broker.")
     assert isinstance(error, NightsplitError)

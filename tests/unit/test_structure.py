@@ -5,6 +5,7 @@ broker  -> shared.errors and shared.sqlite alone                     pika: broke
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,3 +145,13 @@ def test_every_system_has_both_halves(protocol: str, tmp_path: Path) -> None:
 def test_no_half_without_a_contract(side: str) -> None:
     halves = {path.stem for path in (ROOT / side / "protocols").glob("*.py")} - {"__init__", "stream"}
     assert halves == set(PROTOCOLS)
+
+
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_links_of_the_documents(path: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8"))
+    for target in (t for t in targets if "://" not in t):
+        assert (path.parent / target).exists(), f"{name_of(path)} points to {target}"

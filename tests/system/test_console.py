@@ -1,0 +1,322 @@
+"""The command line over the embedded broker: a night without a server, the day after, and what users may ask."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import signal
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from console.main import run
+from console.progress import Progress
+from console.words import counted, duration, screen, server_offline
+from shared.errors import NightsplitError
+from tests.services import wait_until
+from tests.study import SITES, begin, change, end, end_all, queued, write_study
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    end_all()
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    """After the first night: the run is open, both sites have sent all they had, no server was there."""
+    folder = write_study(tmp_path_factory.mktemp("study"))
+    out, _ = end(begin(folder, "open", "server.toml"))
+    assert "run ward is open; north, south may begin" in out
+    sites = [begin(folder, "site", f"{site}.toml", "--leave-when-idle", "2") for site in SITES]
+    for site in sites:
+        out, _ = end(site)
+        assert "nothing more to do for now; start the same command again to go on" in out
+    return folder
+
+
+def status(folder: Path, name: str, capsys) -> dict:
+    assert run(["status", str(folder / name), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_help_is_there_at_once_and_says_what_the_verbs_do():
+    code = "import sys, console.main as m\ntry: m.run(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.endswith("False\n"), "--help loads torch"
+    for verb in ("demo", "open", "server", "site", "status", "predict", "doctor"):
+        assert re.search(rf"^    {verb}\s+\w", out, re.MULTILINE)
+
+
+def test_a_night_and_a_day(study, capsys, tmp_path):
+    # The night: a server that is offline is a state, and no error.
+    for name in ("server.toml", "north.toml"):
+        night = status(study, name, capsys)
+        sent = {line["worker"]: line["sent"] for line in night["workers"]}
+        batches = sent["north"] + sent["south"]
+        assert batches > 40
+        assert night["sentence"] == f"server is offline; {batches} batches queued, they will be trained when it returns"
+        for line in night["workers"][1:]:
+            assert (line["state"], line["online"]) == ("away", False)
+            assert line["sent"] == line["planned"] == line["confirmed"] == line["queued"]
+            assert (line["answered"], line["applied"], line["refused"], line["duplicates"]) == (0, 0, 0, 0)
+        assert night["at_broker"]["north"]["up"] == sent["north"] + 1  # with its greeting
+    assert run(["predict", str(study / "north.toml")]) == 1
+    assert "E605" in capsys.readouterr().err
+
+    # The day: everything is trained while no site is there.
+    out, _ = end(begin(study, "server", "server.toml", "--leave-when-idle", "20"))
+    assert "run ward is finished; report in report" in out
+    assert json.loads((study / "report" / "report.json").read_text())["sites"]["north"]["messages"] == sent["north"]
+
+    # The next night: the answers are waiting.
+    sites = [begin(study, "site", f"{site}.toml") for site in SITES]
+    for name, site in zip(SITES, sites, strict=True):
+        out, _ = end(site)
+        assert f"run ward is finished; the site's part of the model is in state/{name}/model" in out
+    day = status(study, "south.toml", capsys)
+    assert day["sentence"] == "the run is finished"
+    assert [line["state"] for line in day["workers"]] == ["finished"] * 3
+    assert [line["queued"] for line in day["workers"]] == [None, 0, 0]
+    assert run(["status", str(study / "server.toml")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("ward: the run is finished\n")
+    assert [line.split()[:2] for line in out.splitlines()[-3:]] == [
+        ["server", "finished"], ["north", "finished"], ["south", "finished"],
+    ]  # fmt: skip
+    check_predictions(study, capsys, tmp_path)
+
+
+def check_predictions(study, capsys, tmp_path):
+    report = json.loads((study / "report" / "report.json").read_text())
+    test = report["best"]["sites"]["north"]["test"]
+    assert run(["predict", str(study / "north.toml")]) == 0
+    out, err = capsys.readouterr()
+    rows = list(csv.DictReader(StringIO(out)))
+    assert list(rows[0]) == ["row", "patient", "prediction"]
+    assert len(rows) == test["samples"]
+    assert all(0 <= float(row["prediction"]) <= 1 for row in rows)
+    told = dict(figure.rsplit(" ", 1) for figure in err.strip().split(", "))
+    assert float(told["loss"]) == pytest.approx(test["loss"], abs=2e-3)  # smashed data travel as fp16
+    assert float(told["auc"]) == pytest.approx(test["auc"], abs=0.03)
+
+    # Another file, and the server's half by hand: the same model, over patients of both sites.
+    (study / "state/north/model/top.safetensors").rename(tmp_path / "top.safetensors")
+    assert run(["predict", str(study / "north.toml")]) == 1
+    assert "E604" in capsys.readouterr().err
+    asked = ["predict", str(study / "north.toml"), "--data", str(study / "patients.csv")]
+    for top in (tmp_path / "top.safetensors", study / "report" / "top.safetensors"):
+        assert run([*asked, "--top", str(top), "--output", str(tmp_path / f"{top.parent.name}.csv")]) == 0
+    exported, reported = ((tmp_path / f"{name}.csv").read_text() for name in (tmp_path.name, "report"))
+    assert exported == reported
+    everyone = list(csv.DictReader(StringIO(exported)))
+    assert len(everyone) == 120
+    by_patient = {row["patient"]: row["prediction"] for row in everyone}
+    assert all(by_patient[row["patient"]] == row["prediction"] for row in rows), "the scaling is another one"
+    capsys.readouterr()
+    wrong = str(study / "state/north/model/bottom.safetensors")
+    assert run([*asked, "--top", wrong]) == 1
+    assert "E601" in capsys.readouterr().err
+
+
+def test_a_silent_worker_is_offline_and_its_last_words_are_kept(study, capsys):
+    from console.files import read_worker_file
+    from console.status import summarise
+    from shared.store import Status
+
+    file = read_worker_file(study / "server.toml")
+
+    class Store:
+        def __init__(self, **ages):
+            self.ages = ages
+
+        def statuses(self):
+            facts = {"state": "working", "applied": 5, "applied_north": 5, "planned": 90}
+            said = {"server": facts, "north": {"state": "working", "sent": 30, "confirmed": 30, "answered": 4}}
+            return {name: Status(name, said[name], age) for name, age in self.ages.items()}
+
+        def close(self):
+            pass
+
+    def seen(**ages):
+        class File(type(file)):
+            def store(self):
+                return Store(**ages)
+
+        return summarise(File(file.path, file.worker, file.source, file.run))
+
+    at_work = seen(server=1.0, north=190.0)
+    assert at_work["sentence"].startswith("server is working; 5 of 90 messages applied, ")
+    assert at_work["workers"][1]["state"] == "OFFLINE since 3 min (was working)"
+    assert at_work["workers"][1]["queued"] == 25
+    assert at_work["workers"][2]["state"] == "never heard of"
+    assert seen(server=11.0, north=1.0)["sentence"].startswith("server is offline; ")
+    assert seen(north=1.0)["sentence"].startswith("nothing was heard of the server yet; ")
+
+
+def test_nothing_is_known_of_a_run_that_was_never_opened(tmp_path, capsys):
+    write_study(tmp_path)
+    assert run(["status", str(tmp_path / "server.toml")]) == 1
+    assert capsys.readouterr().err.startswith("E605 Nothing is known of this run: ")
+
+
+def doctor(file: Path, capsys, code: int, *more: str) -> dict[str, dict]:
+    assert run(["doctor", str(file), "--json", *more]) == code
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["ok"] is (code == 0)
+    return {finding["check"]: finding for finding in answer["checks"]}
+
+
+def test_doctor_finds_nothing_wrong(study, capsys):
+    checks = doctor(study / "north.toml", capsys, 0)
+    assert not any(finding["fix"] for finding in checks.values()), checks
+    assert re.fullmatch(
+        r"training: \d+ rows of \d+ patients \(\d+ of class healthy, \d+ of class ill\); validation: .*; test: .*",
+        checks["data"]["found"],
+    )
+    assert checks["broker"]["found"] == "reached; all 3 queues are there"
+    assert checks["configuration"]["found"].startswith("run ward, split_labels, sites north, south; contract ")
+    assert set(doctor(study / "server.toml", capsys, 0)) == set(checks) - {"policy", "data"}
+    assert run(["doctor", str(study / "south.toml")]) == 0
+    assert capsys.readouterr().out.split()[:3] == ["check", "found", "fix"]
+
+
+def test_doctor_names_every_problem_at_once(tmp_path, capsys):
+    write_study(tmp_path)
+    change(tmp_path / "policy.toml", "labels = true", "labels = false")
+    change(tmp_path / "patients.csv", "age,pressure", "years,pressure")
+    change(tmp_path / "run.toml", "cut = 1", "cut = 3")
+    change(tmp_path / "north.toml", "[site]", '[site]\nshift = "22:00-06:00 Mars/Crater"\ndevice = "cuda:7"')
+    change(tmp_path / "north.toml", "sqlite:run.db", "sqlite:policy.toml/run.db")
+    checks = doctor(tmp_path / "north.toml", capsys, 1)
+    failed = {name: finding["found"].split()[0] for name, finding in checks.items() if finding["failed"]}
+    assert failed == {
+        "policy": "E108", "data": "E402", "model": "E105", "message size": "E105", "run store": "E207",
+        "state folder": "E105", "torch": "E109", "clock and shift": "E106",
+    }  # fmt: skip
+    assert all(finding["fix"] for finding in checks.values() if finding["failed"])
+
+
+def test_doctor_shows_no_patients_value_and_plans_the_messages(tmp_path, capsys):
+    write_study(tmp_path)
+    text = (tmp_path / "patients.csv").read_text().splitlines()
+    text[5] = "SECRET" + text[5][text[5].index(",") :]
+    (tmp_path / "patients.csv").write_text("\n".join(text))
+    change(tmp_path / "north.toml", "share = [0.0, 0.5]", "share = [0.0, 1.0]")
+    checks = doctor(tmp_path / "north.toml", capsys, 1, "--set", "wire.message_bytes=64")
+    assert "line 6, column age" in checks["data"]["found"]
+    assert "SECRET" not in checks["data"]["found"]
+    assert checks["message size"]["fix"] == "lower run.batch_size to 3, or raise wire.message_bytes."
+    change(tmp_path / "server.toml", "[server]", "[hospital]")
+    assert "E103" in doctor(tmp_path / "server.toml", capsys, 1)["configuration"]["found"]
+
+
+def test_ctrl_c_and_the_same_command_again(tmp_path):
+    write_study(tmp_path)
+    change(tmp_path / "run.toml", "window = 1000", "window = 2")
+    change(tmp_path / "run.toml", "epochs = 3", "epochs = 12")
+    assert run(["open", str(tmp_path / "server.toml")]) == 0
+    sites = [begin(tmp_path, "site", f"{site}.toml") for site in SITES]
+    wait_until(lambda: (queued(tmp_path, "north"), queued(tmp_path, "south")) == (3, 3), 60, "the first batches")
+    sites[0].send_signal(signal.SIGINT)  # while it waits for the server
+    _, err = end(sites[0], 130)
+    assert err.strip() == "stopped; start the same command again to go on"
+
+    server = begin(tmp_path, "server", "server.toml")
+    metrics = tmp_path / "report" / "metrics.jsonl"
+    wait_until(lambda: metrics.stat().st_size > 0, 60, "the server")
+    server.send_signal(signal.SIGINT)  # in mid-run: north is not there
+    end(server, 130)
+    server, north = begin(tmp_path, "server", "server.toml"), begin(tmp_path, "site", "north.toml")
+    wait_until(lambda: metrics.stat().st_size > 2000, 60, "some training")
+    north.send_signal(signal.SIGTERM)
+    out, err = north.communicate(timeout=60)
+    assert north.returncode == 0, err
+    if "is finished" not in out:
+        assert err.strip() == "stopped; start the same command again to go on"
+        sites[0] = begin(tmp_path, "site", "north.toml")
+        assert "is finished" in end(sites[0])[0]
+    for process in (server, sites[1]):
+        assert "is finished" in end(process)[0]
+
+
+def test_an_unknown_error_becomes_a_file_and_a_line(tmp_path, monkeypatch, capsys):
+    write_study(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("console.status.show_status", broken)
+    assert run(["status", "server.toml"]) == 70
+    out, err = capsys.readouterr()
+    (log,) = tmp_path.glob("nightsplit-crash-*.log")
+    assert out == ""
+    assert err.count("\n") == 1
+    assert log.name in err
+    assert "Traceback" not in err
+    assert "ZeroDivisionError: a bug" in log.read_text()
+
+
+def test_a_full_disk_and_an_early_ctrl_c_have_their_sentences(tmp_path, monkeypatch, capsys):
+    write_study(tmp_path)
+    for raised, code, said in (
+        (OSError(28, "No space left on device", "report.json"), 1, "E501 Disk is full: report.json"),
+        (KeyboardInterrupt(), 130, "stopped; start the same command again to go on"),
+    ):
+        def fail(*_: object, raised: BaseException = raised) -> None:
+            raise raised
+
+        monkeypatch.setattr("console.status.show_status", fail)
+        assert run(["status", str(tmp_path / "server.toml")]) == code
+        assert said in capsys.readouterr().err
+
+
+def test_progress_in_plain_lines(capsys):
+    facts = {"state": "working", "sent": 9, "planned": 20, "answered": 4, "queued": 5, "refused": 0}
+    with Progress("north", screen()) as progress:
+        progress.observe({"state": "starting"})
+        progress.observe({**facts, "server": "online"})
+        progress.observe({**facts, "server": "online", "state": "waiting for the server"})  # no news
+        progress.observe({**facts, "server": "offline"})
+        progress.observe({**facts, "state": "waiting for the server"})  # a run store that is not shared
+        progress.observe({**facts, "state": "blocked: the queue is full", "refused": 2})
+        progress.warn(["checkpoint 3 is damaged"])
+    lines = [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "north: starting",
+        "north: working (sent 9 of 20, answered 4)",
+        "north: server is offline; 5 batches queued, they will be trained when it returns (sent 9 of 20, answered 4)",
+        "north: 5 batches queued, waiting for the server (sent 9 of 20, answered 4)",
+        "north: blocked: the queue is full (sent 9 of 20, answered 4, 2 refused)",
+        "warning: checkpoint 3 is damaged",
+    ]
+
+
+def test_progress_on_a_terminal():
+    from rich.console import Console
+
+    console = Console(file=StringIO(), force_terminal=True, width=120)
+    facts = {"state": "working", "applied": 7, "planned": 20, "queued_north": 3, "queued_south": None, "refused": 0}
+    with Progress("server", console) as progress:
+        progress.observe(facts)
+    drawn = console.file.getvalue()
+    assert "server: working" in drawn
+    assert "applied 7 of 20, queued: north 3" in drawn
+
+
+def test_words():
+    said = [duration(s) for s in (5.9, 60, 200, 7500, 3 * 24 * 3600)]
+    assert said == ["5 s", "1 min", "3 min", "2 h 5 min", "3 days"]
+    assert counted(1, "batch") == "1 batch"
+    assert server_offline(0) == "server is offline; nothing is queued"
+    assert server_offline(1) == "server is offline; 1 batch queued, it will be trained when it returns"
+    assert not issubclass(KeyboardInterrupt, NightsplitError)
