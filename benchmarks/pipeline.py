@@ -11,11 +11,20 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from benchmarks import split
-from benchmarks.common import Figure, Place, Results, Worker, arguments, fresh_name, rabbitmq, queues_of, scratch
+from benchmarks.common import (
+    Figure,
+    Place,
+    Results,
+    Worker,
+    arguments,
+    fresh_name,
+    queues_of,
+    rabbitmq,
+    scratch,
+)
 from benchmarks.split import Case
 
 

@@ -34,12 +34,13 @@ from shared.effects import Record
 from shared.engine import Engine, Route
 from shared.message import SERVER, Kind
 from shared.models.cutting import Halves, build, output_shapes
+from shared.protocols.assembly import planned_message_bytes
 from shared.protocols.stream import payloads
 from shared.roles import Role
 from shared.stores import open_store
 from shared.tasks import loss_of
 from shared.training import make_optimizer
-from shared.worker import planned_message_bytes, prefetch_for, prepare_torch
+from shared.worker import prefetch_for, prepare_torch
 from site_worker.bottom import Bottom
 from site_worker.data.dataset import Dataset, Parts
 from site_worker.feed import Feed

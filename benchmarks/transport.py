@@ -19,7 +19,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from benchmarks.common import (
-    Figure, MiB, Place, Results, Worker, arguments, cpu_seconds, fresh_name, queues_of, rabbitmq, scratch,
+    Figure,
+    MiB,
+    Place,
+    Results,
+    Worker,
+    arguments,
+    cpu_seconds,
+    fresh_name,
+    queues_of,
+    rabbitmq,
+    scratch,
 )  # fmt: skip
 from broker.base import Broker, Confirmed, Delivery, Link, Queue
 from broker.embedded import EmbeddedBroker

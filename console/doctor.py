@@ -21,9 +21,9 @@ from shared.clock import SystemClock
 from shared.config import PolicyConfig, SiteSection, load
 from shared.errors import TITLES, NightsplitError, RunError
 from shared.message import SERVER
-from shared.protocols.assembly import assemble
+from shared.protocols.assembly import assemble, planned_message_bytes
 from shared.shift import Shift
-from shared.worker import planned_message_bytes, prepare_torch
+from shared.worker import prepare_torch
 from site_worker.data.dataset import Dataset
 from site_worker.data.source import read_parts
 from site_worker.policy import check_policy

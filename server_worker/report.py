@@ -17,7 +17,7 @@ from shared.config import RunConfig
 from shared.metrics import HEADLINE
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (the backend has to be chosen first)
+from matplotlib import pyplot
 
 
 def write_report(folder: Path, config: RunConfig, role: StreamServer) -> dict[str, Any]:

@@ -15,19 +15,18 @@ from server_worker.protocols import make_server
 from server_worker.protocols.stream import StreamServer
 from server_worker.report import write_report
 from shared.checkpoint import Checkpoints
-from shared.clock import Clock, SystemClock
-from shared.config import RunConfig, ServerConfig, load
-from shared.engine import Engine, Progress, Route
+from shared.clock import Clock
+from shared.config import ServerConfig, load
+from shared.engine import Engine, Route
 from shared.message import SERVER, Kind
-from shared.shift import Shift
+from shared.protocols.assembly import planned_message_bytes
+from shared.shift_worker import ShiftWorker
 from shared.store import RunStore, Status
-from shared.stores import open_store
 from shared.worker import (
     Facts,
     Heartbeat,
     StopSignal,
     own_folder,
-    planned_message_bytes,
     prefetch_for,
     prepare_torch,
 )
@@ -36,7 +35,7 @@ _UP = (Kind.SMASHED, Kind.HEAD_GRADIENT, Kind.BOTTOM)
 """Kinds that may be large on their way to the server."""
 
 
-class ServerWorker:
+class ServerWorker(ShiftWorker):
     """One server of one run.
 
     Args:
@@ -58,20 +57,11 @@ class ServerWorker:
         stop: StopSignal | None = None,
         observe: Callable[[Facts], None] = lambda facts: None,
     ) -> None:
-        self.base = path.parent
         self.config = load(path, ServerConfig).server
-        self.run_config = load(self.base / self.config.run, RunConfig, overrides)
-        self.shift = Shift(self.config.shift)
-        self.state = "starting"
-        self.recovered: list[str] = []
-        """Damaged checkpoints that were passed over."""
-        self._clock = clock or SystemClock()
-        self._stop = stop or StopSignal()
-        self._observe = observe
+        super().__init__(path.parent, self.config, overrides, clock, stop, observe)
         self._role: StreamServer | None = None
         self._statuses: dict[str, Status] = {}
         """What the run store knows of the sites."""
-        self._progress = Progress()
 
     @property
     def report_folder(self) -> Path:
@@ -98,13 +88,13 @@ class ServerWorker:
 
     def _work(self, only_open: bool, idle_seconds: float | None) -> bool:
         prepare_torch(self.config.threads, self.config.device)
-        folder = self.base / self.config.state
+        folder = self.state_folder
         with own_folder(folder):
-            store = open_store(self.config.store, self.run_config.run.id, self.base)
+            store = self.open_store()
             lease = Lease(store, owner=f"{socket.gethostname()}:{folder.resolve()}")
             try:
                 while not self._stop.asked:
-                    if not only_open and not self._wait_for_shift():
+                    if not only_open and not self.wait_for_shift():
                         break
                     if not lease.acquire(self._standby):
                         break
@@ -118,28 +108,22 @@ class ServerWorker:
                 store.close()
         return False
 
-    def _wait_for_shift(self) -> bool:
-        """Sleep until the shift is open; False when asked to stop."""
-        while not self.shift.is_open(self._clock.now()) and not self._stop.asked:
-            self._wait_as(f"waiting for its shift ({self.shift})")
-            left = (self.shift.opens_at(self._clock.now()) - self._clock.now()).total_seconds()
-            self._clock.sleep(min(left, 2.0))  # not longer, since a signal does not end a sleep
-        return not self._stop.asked
-
     def _standby(self, seconds: float) -> bool:
-        self._wait_as("standing by: another server is active")
+        self.wait_as("standing by: another server is active")
         self._clock.sleep(seconds)
         return not self._stop.asked
 
-    def _wait_as(self, state: str) -> None:
+    def wait_as(self, state: str) -> None:
         """Show what is waited for; the run store is left to the server that is active."""
-        self.state = state
+        super().wait_as(state)
         self._observe({"state": state, "run": self.run_config.run.id})
 
     def _one_shift(self, folder: Path, lease: Lease, only_open: bool, idle_seconds: float | None) -> bool:
         config = self.run_config
         broker = open_broker(self.config.broker, self.base, config.wire.message_bytes)
-        queues = {site: site_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites}
+        queues = {
+            site: site_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites
+        }
         broker.declare(queue for site in queues.values() for queue in site)
         role = make_server(config, folder, self.config.device)
         self._role = role
@@ -159,18 +143,11 @@ class ServerWorker:
                 lease.renew(store)
                 self._statuses = store.statuses()
 
-            heartbeat = Heartbeat(
-                SERVER,
-                lambda: open_store(self.config.store, config.run.id, self.base),
-                self._facts,
-                self._observe,
-                beat,
-            )
+            heartbeat = Heartbeat(SERVER, self.open_store, self._facts, self._observe, beat)
 
             def leave() -> bool:
                 lease.check()
-                closed = not only_open and not self.shift.is_open(self._clock.now())
-                return self._stop.asked or closed
+                return self._stop.asked if only_open else self.off_duty()
 
             try:
                 with heartbeat:

@@ -10,17 +10,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 
-from shared.config import RunConfig
-from shared.contract import Payload
 from shared.errors import ConfigError, NightsplitError, StateError
-from shared.message import Kind, Scalar
+from shared.message import Scalar
 from shared.store import RunStore
 
 PREFETCH_BYTES = 64 * 2**20
@@ -42,13 +39,17 @@ def own_folder(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
     except OSError as error:
-        raise StateError(501, f"{folder}: {error.strerror}.", "name a state folder on a disk with room.") from None
+        raise StateError(
+            501, f"{folder}: {error.strerror}.", "name a state folder on a disk with room."
+        ) from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StateError(
-                503, f"{folder} is used by another process.", "stop the other worker, or give this one its own folder."
+                503,
+                f"{folder} is used by another process.",
+                "stop the other worker, or give this one its own folder.",
             ) from None
         yield
     finally:
@@ -67,7 +68,9 @@ def prepare_torch(threads: int, device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(109, f"device {device!r}: {reason}.", 'use device = "cpu", or install a CUDA build of torch.') from None
+        raise ConfigError(
+            109, f"device {device!r}: {reason}.", 'use device = "cpu", or install a CUDA build of torch.'
+        ) from None
 
 
 def _keep_memory() -> None:
@@ -82,20 +85,6 @@ def _keep_memory() -> None:
         return
     mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
     mallopt(_M_TRIM_THRESHOLD, 2**30)
-
-
-def planned_message_bytes(config: RunConfig, contract: Mapping[Kind, Payload]) -> int:
-    """Size of the largest message of a run, without compression and header."""
-    widths = {"raw": None, "fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
-
-    def size(payload: Payload) -> int:
-        return sum(
-            prod(config.run.batch_size if isinstance(n, str) else n for n in spec.shape)
-            * (widths[spec.codec] or spec.dtype.itemsize)
-            for spec in payload.tensors.values()
-        )
-
-    return max(size(payload) for payload in contract.values())
 
 
 def prefetch_for(message_bytes: int) -> int:

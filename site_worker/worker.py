@@ -13,20 +13,19 @@ from broker.base import Broker
 from broker.opening import open_broker
 from broker.topology import site_queues
 from shared.checkpoint import Checkpoints
-from shared.clock import Clock, SystemClock
-from shared.config import PolicyConfig, RunConfig, SiteConfig, load
-from shared.engine import Engine, Progress, Route
+from shared.clock import Clock
+from shared.config import PolicyConfig, SiteConfig, load
+from shared.engine import Engine, Route
 from shared.errors import BrokerError, RunError
 from shared.message import SERVER, Kind
-from shared.shift import Shift
+from shared.protocols.assembly import planned_message_bytes
+from shared.shift_worker import ShiftWorker
 from shared.store import Pointer, RunStore, Status
-from shared.stores import open_store
 from shared.worker import (
     Facts,
     Heartbeat,
     StopSignal,
     own_folder,
-    planned_message_bytes,
     prefetch_for,
     prepare_torch,
 )
@@ -64,7 +63,7 @@ class Alone:
         return None
 
 
-class SiteWorker:
+class SiteWorker(ShiftWorker):
     """One site of one run.
 
     Args:
@@ -87,23 +86,16 @@ class SiteWorker:
         stop: StopSignal | None = None,
         observe: Callable[[Facts], None] = lambda facts: None,
     ) -> None:
-        self.base = path.parent
         site = load(path, SiteConfig)
         self.config, self.source = site.site, site.data
-        self.run_config = load(self.base / self.config.run, RunConfig, overrides)
-        self.shift = Shift(self.config.shift)
-        self.state = "starting"
-        self.recovered: list[str] = []
-        """Damaged checkpoints that were passed over."""
-        self._clock = clock or SystemClock()
-        self._stop = stop or StopSignal()
-        self._observe = observe
+        super().__init__(path.parent, self.config, overrides, clock, stop, observe)
         self._role: StreamSite | None = None
-        self._progress = Progress()
         self._server: Status | None = None
         """What the run store knows of the server."""
         policy = self.base / self.config.policy
-        check_policy(load(policy, PolicyConfig) if policy.exists() else PolicyConfig(), self.run_config, policy)
+        check_policy(
+            load(policy, PolicyConfig) if policy.exists() else PolicyConfig(), self.run_config, policy
+        )
         if self.config.name not in self.run_config.run.sites:
             raise RunError(
                 602,
@@ -115,7 +107,7 @@ class SiteWorker:
     @property
     def model_folder(self) -> Path:
         """Where the site's part of the trained model goes."""
-        return self.base / self.config.state / "model"
+        return self.state_folder / "model"
 
     def load_parts(self) -> Parts:
         """The site's data: read, divided by patient, scaled. DataError says what is wrong with it."""
@@ -134,19 +126,14 @@ class SiteWorker:
             NightsplitError: what the user has to know.
         """
         prepare_torch(self.config.threads, self.config.device)
-        folder = self.base / self.config.state
+        folder = self.state_folder
         with own_folder(folder):
             parts = self.load_parts()
             self.expect_same_data(parts)
-            heartbeat = Heartbeat(
-                self.config.name,
-                lambda: open_store(self.config.store, self.run_config.run.id, self.base),
-                self._facts,
-                self._observe,
-                self._look_for_server,
-            )
-            with heartbeat:
-                while self._wait_for_shift():
+            with Heartbeat(
+                self.config.name, self.open_store, self._facts, self._observe, self._look_for_server
+            ):
+                while self.wait_for_shift():
                     finished = self._one_shift(folder, parts, idle_seconds)
                     if finished or idle_seconds is not None:
                         return finished
@@ -154,25 +141,16 @@ class SiteWorker:
 
     def expect_same_data(self, parts: Parts) -> None:
         """A run goes on with the data that it began with; `parts` as `load_parts` gives them."""
-        path = self.base / self.config.state / "data.sha256"
+        path = self.state_folder / "data.sha256"
         fingerprints = " ".join(part.fingerprint for part in (parts.train, parts.validation, parts.test))
         if not path.exists():
             draft = path.with_suffix(".draft")
             draft.write_text(fingerprints, encoding="ascii")
             draft.rename(path)
-        for part, known in zip((parts.train, parts.validation, parts.test), path.read_text("ascii").split(), strict=True):
+        for part, known in zip(
+            (parts.train, parts.validation, parts.test), path.read_text("ascii").split(), strict=True
+        ):
             part.expect(known)
-
-    def _wait_for_shift(self) -> bool:
-        """Sleep until the shift is open; False when asked to stop."""
-        while not self.shift.is_open(self._clock.now()) and not self._stop.asked:
-            self.state = f"waiting for its shift ({self.shift})"
-            left = (self.shift.opens_at(self._clock.now()) - self._clock.now()).total_seconds()
-            self._clock.sleep(min(left, 2.0))  # not longer, since a signal does not end a sleep
-        return not self._stop.asked
-
-    def _leave(self) -> bool:
-        return self._stop.asked or not self.shift.is_open(self._clock.now())
 
     def _one_shift(self, folder: Path, parts: Parts, idle_seconds: float | None) -> bool:
         config = self.run_config
@@ -181,7 +159,9 @@ class SiteWorker:
         queues = site_queues(config.run.id, self.config.name, config.wire.queue_bytes)
         route = Route(outgoing=queues.up, incoming=queues.down, dead=queues.dead)
         broker = open_broker(self.config.broker, self.base, config.wire.message_bytes)
-        prefetch = prefetch_for(planned_message_bytes(config, {k: p for k in _DOWN if (p := role.payload(k))}))
+        prefetch = prefetch_for(
+            planned_message_bytes(config, {k: p for k in _DOWN if (p := role.payload(k))})
+        )
         if not self._opened(broker, route, idle_seconds):
             self.state = "away"
             return False
@@ -193,7 +173,7 @@ class SiteWorker:
             self._progress = engine.progress
             self.recovered = engine.recover()
             self.state = "working"
-            finished = engine.run(self._leave, idle_seconds)
+            finished = engine.run(self.off_duty, idle_seconds)
         self.state = "finished" if finished else "away"
         if finished:
             self._save_model(role)
@@ -202,7 +182,7 @@ class SiteWorker:
     def _opened(self, broker: Broker, route: Route, idle_seconds: float | None) -> bool:
         """Wait, within the shift, until the server has opened the run; it makes the queues."""
         since = self._clock.now()
-        while not self._leave():
+        while not self.off_duty():
             try:
                 if broker.depth(route.incoming) is not None:
                     return True
@@ -232,7 +212,11 @@ class SiteWorker:
 
     def _facts(self) -> dict[str, Any]:
         role, counts, server = self._role, self._progress.counts, self._server
-        facts: dict[str, Any] = {"state": self.state, "run": self.run_config.run.id, "contract": self.run_config.contract}
+        facts: dict[str, Any] = {
+            "state": self.state,
+            "run": self.run_config.run.id,
+            "contract": self.run_config.contract,
+        }
         if server is not None:
             finished = server.facts.get("state") == "finished"
             facts["server"] = "online" if server.online else "finished" if finished else "offline"

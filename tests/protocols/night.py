@@ -13,7 +13,15 @@ from broker.topology import SiteQueues, site_queues
 from server_worker.protocols import make_server
 from server_worker.protocols.stream import StreamServer
 from shared.checkpoint import Checkpoints
-from shared.config import DataSection, ModelSection, OptimizerSection, RunConfig, RunSection, TaskSection, WireSection
+from shared.config import (
+    DataSection,
+    ModelSection,
+    OptimizerSection,
+    RunConfig,
+    RunSection,
+    TaskSection,
+    WireSection,
+)
 from shared.engine import Engine, Route
 from shared.message import SERVER
 from shared.store import RunStore

@@ -34,7 +34,7 @@ class Hours(ManualClock):
             self.by_day()
 
 
-@pytest.fixture()
+@pytest.fixture
 def hospital(tmp_path):
     hospital = Hospital(tmp_path / "run", epochs=6)
     (hospital.folder / "run.toml").write_text(

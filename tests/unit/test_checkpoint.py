@@ -15,7 +15,7 @@ def snapshot(value):
     return Snapshot({"weights": torch.full((4, 4), float(value))}, {"value": value})
 
 
-@pytest.fixture()
+@pytest.fixture
 def checkpoints(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     for counter in (1, 2, 3):

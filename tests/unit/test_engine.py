@@ -97,7 +97,7 @@ class Bench:
         return [wire.peek(delivery.body).seq for delivery in self.broker.peek(QUEUES[site].up)]
 
 
-@pytest.fixture()
+@pytest.fixture
 def bench(tmp_path):
     return Bench(tmp_path)
 

@@ -13,8 +13,9 @@ from shared.contract import Payload, TensorSpec
 from shared.effects import Record
 from shared.errors import ConfigError, StateError
 from shared.message import Kind
+from shared.protocols.assembly import planned_message_bytes
 from shared.store_memory import MemoryStore
-from shared.worker import Heartbeat, own_folder, planned_message_bytes, prefetch_for, prepare_torch
+from shared.worker import Heartbeat, own_folder, prefetch_for, prepare_torch
 from tests.protocols.night import tiny_config
 
 
