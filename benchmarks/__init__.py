@@ -1,0 +1,1 @@
+"""Measurements: speed as ratios, accuracy with its baselines."""

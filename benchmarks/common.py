@@ -274,9 +274,7 @@ class Results:
                 middle = self.median(figure.key)
                 shown = [_number(n) for n in (middle, min(values), max(values))]
                 bounds = ["" if n is None else _number(n) for n in (figure.aim, figure.floor)]
-                table.add_row(
-                    figure.what, figure.key, *shown, str(len(values)), *bounds, figure.verdict(middle)
-                )
+                table.add_row(figure.what, figure.key, *shown, str(len(values)), *bounds, figure.verdict(middle))
         return table
 
     def finish(self, title: str, path: Path | None) -> None:

@@ -87,7 +87,10 @@ def train_split(case: Case, place: Place) -> dict[str, Any]:
     """One run over the broker; what the server said about it."""
     run = fresh_name("bench")
     with scratch() as folder, queues_of(place.broker(), list(case.queues(run))):
-        with Worker(split.server, case, run, place, folder) as server, Worker(split.site, case, run, place, folder) as site:
+        with (
+            Worker(split.server, case, run, place, folder) as server,
+            Worker(split.site, case, run, place, folder) as site,
+        ):
             site_ids = site.hear()
             server.hear()
             server.say(site_ids)
@@ -110,7 +113,9 @@ def measure(name: str, row: Row, place: Place, results: Results, quick: bool) ->
         two = (two + uncut.ask(("whole", 2, batches))) / 2  # before and after: the machine drifts
         uncut.say(None)
     speed, cpu = heard["samples_per_s"], heard["cpu"]
-    results.add(**{row.key: speed / two, row.key.replace("_over_2t", "_over_1t"): speed / one, f"{name}_samples_per_s": speed})
+    results.add(
+        **{row.key: speed / two, row.key.replace("_over_2t", "_over_1t"): speed / one, f"{name}_samples_per_s": speed}
+    )
     if place.pid:
         everything = cpu["workers"] + cpu["broker"]
         share = (cpu["links"] + cpu["broker"]) / everything

@@ -38,12 +38,8 @@ Done = Mapping[Job, Mapping[str, Metrics]]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Test figures of every case study and system.")
-    parser.add_argument(
-        "--quick", action="store_true", help="one seed, a fifth of the epochs: shows that it works"
-    )
-    parser.add_argument(
-        "--case", choices=list(CASES), action="append", help="this case alone (may be repeated)"
-    )
+    parser.add_argument("--quick", action="store_true", help="one seed, a fifth of the epochs: shows that it works")
+    parser.add_argument("--case", choices=list(CASES), action="append", help="this case alone (may be repeated)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write means and deviations to FILE, flat")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/results.md")
     chosen = parser.parse_args(arguments)

@@ -90,14 +90,8 @@ def sites_of(case: Case) -> list[str]:
 def jobs(case: Case, seeds: int, hurry: bool) -> list[Job]:
     """All trainings of a case."""
     swept = [*SITES, *RATIOS] if case.sweeps else []
-    pairs = [(AS_IS, system) for system in systems(sites_of(case))] + [
-        (division, SWEPT) for division in swept
-    ]
-    return [
-        Job(case.name, seed, division, system, hurry)
-        for seed in range(1, seeds + 1)
-        for division, system in pairs
-    ]
+    pairs = [(AS_IS, system) for system in systems(sites_of(case))] + [(division, SWEPT) for division in swept]
+    return [Job(case.name, seed, division, system, hurry) for seed in range(1, seeds + 1) for division, system in pairs]
 
 
 System = Callable[[RunConfig, Mapping[str, Parts]], Judgement]
@@ -160,9 +154,7 @@ def _prepared(name: str, seed: int, division: str) -> tuple[RunConfig, dict[str,
     sources = _sources(case, division)
     config = replace(config, run=replace(config.run, seed=seed, sites=list(sources)))
     folder = _folder(name)
-    return config, {
-        site: scale(read_parts(source, config, folder), config.data) for site, source in sources.items()
-    }
+    return config, {site: scale(read_parts(source, config, folder), config.data) for site, source in sources.items()}
 
 
 def _sources(case: Case, division: str) -> dict[str, SourceSection]:
@@ -200,8 +192,6 @@ def _folder(name: str) -> Path:
         return folder
     copy = Path(shutil.copytree(folder, Path(_SCRATCH.name) / name))
     runpy.run_path(str(copy / "prepare.py"), run_name="__main__")
-    tables = [
-        path.read_text(encoding="utf-8").splitlines(keepends=True) for path in sorted(copy.glob("*.csv"))
-    ]
+    tables = [path.read_text(encoding="utf-8").splitlines(keepends=True) for path in sorted(copy.glob("*.csv"))]
     (copy / "all.csv").write_text("".join([tables[0][0], *(row for table in tables for row in table[1:])]))
     return copy

@@ -1,0 +1,1 @@
+"""Moves bytes. Knows no tensor and no model."""

@@ -29,9 +29,7 @@ class EmbeddedBroker(Broker):
         lease_seconds: how long a queue stays with a consumer that has fallen silent.
     """
 
-    def __init__(
-        self, folder: Path, max_message_bytes: int = 16 * 2**20, lease_seconds: float = 10.0
-    ) -> None:
+    def __init__(self, folder: Path, max_message_bytes: int = 16 * 2**20, lease_seconds: float = 10.0) -> None:
         self._folder = Folder(folder, lease_seconds)
         self._max_message_bytes = max_message_bytes
 

@@ -109,15 +109,11 @@ class Folder:
     def require(self, rows: sqlite3.Connection, queue: str) -> None:
         """Raises BrokerError 205 when `queue` does not exist."""
         if rows.execute("SELECT 1 FROM queue WHERE name = ?", (queue,)).fetchone() is None:
-            raise BrokerError(
-                205, f"queue {queue} does not exist.", "open the run first: nightsplit open server.toml."
-            )
+            raise BrokerError(205, f"queue {queue} does not exist.", "open the run first: nightsplit open server.toml.")
 
     def delete(self, rows: sqlite3.Connection, queue: str) -> list[str]:
         """Remove `queue` and its messages; returns body files to remove after the commit."""
-        files = rows.execute(
-            "SELECT file FROM message WHERE queue = ? AND file IS NOT NULL", (queue,)
-        ).fetchall()
+        files = rows.execute("SELECT file FROM message WHERE queue = ? AND file IS NOT NULL", (queue,)).fetchall()
         rows.execute("DELETE FROM message WHERE queue = ?", (queue,))
         rows.execute("DELETE FROM queue WHERE name = ?", (queue,))
         return [file for (file,) in files]
@@ -127,9 +123,7 @@ class Folder:
         found: tuple[int, int] | None = rows.execute(WAITING, {"name": queue} | self._now()).fetchone()
         return found
 
-    def lease(
-        self, rows: sqlite3.Connection, queue: str, owner: str, link: str, taken: int, held: bool
-    ) -> bool:
+    def lease(self, rows: sqlite3.Connection, queue: str, owner: str, link: str, taken: int, held: bool) -> bool:
         """Renew the lease of `link`, or gain it unless it was `held` and lost; whether it has it."""
         lease = {"name": queue, "owner": owner, "link": link, "taken": taken, "held": held}
         return rows.execute(LEASE, lease | self._now()).rowcount == 1

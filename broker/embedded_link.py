@@ -224,9 +224,7 @@ class EmbeddedLink(Link):
         except BrokerError as error:
             self._fail(error)
         except (sqlite3.Error, OSError) as error:
-            self._fail(
-                BrokerError(201, f"{self._folder.path}: {explain(error)}.", "repair or replace the folder.")
-            )
+            self._fail(BrokerError(201, f"{self._folder.path}: {explain(error)}.", "repair or replace the folder."))
         with suppress(sqlite3.Error):  # What cannot be released runs out.
             self._folder.release(self._courier_rows, self._name)
 
@@ -319,9 +317,7 @@ class EmbeddedLink(Link):
 
     def _room(self, queue: Queue) -> float:
         self._folder.require(self._courier_rows, queue.name)
-        waiting = (
-            self._folder.waiting(self._courier_rows, queue.name) if queue.limit_bytes is not None else None
-        )
+        waiting = self._folder.waiting(self._courier_rows, queue.name) if queue.limit_bytes is not None else None
         return math.inf if queue.limit_bytes is None or waiting is None else queue.limit_bytes - waiting[1]
 
     def _report(self, trouble: str | None) -> None:

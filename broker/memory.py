@@ -36,6 +36,7 @@ class MemoryBroker(Broker):
         self._changed = threading.Condition()
 
     def declare(self, queues: Iterable[Queue]) -> None:
+        """See `Broker`."""
         with self._changed:
             for queue in queues:
                 known = self._queues.setdefault(queue.name, _Stored(queue))
@@ -47,16 +48,19 @@ class MemoryBroker(Broker):
                     )
 
     def link(self, consume: Sequence[Queue], prefetch: int, owner: str) -> Link:
+        """See `Broker`."""
         for queue in consume:
             self._stored(queue)
         return _MemoryLink(self, consume, prefetch)
 
     def depth(self, queue: Queue) -> int | None:
+        """See `Broker`."""
         with self._changed:
             stored = self._queues.get(queue.name)
             return None if stored is None else len(stored.waiting)
 
     def delete(self, queues: Iterable[Queue]) -> None:
+        """See `Broker`."""
         with self._changed:
             for queue in queues:
                 self._queues.pop(queue.name, None)
@@ -175,6 +179,12 @@ class _MemoryLink(Link):
                     Delivery(delivery.queue, delivery.message_id, delivery.body, delivery.headers, True, delivery.tag)
                 )
                 self._events.append(
-                    Delivery(delivery.queue, delivery.message_id, delivery.body, delivery.headers,
-                             delivery.redelivered, delivery.tag)
+                    Delivery(
+                        delivery.queue,
+                        delivery.message_id,
+                        delivery.body,
+                        delivery.headers,
+                        delivery.redelivered,
+                        delivery.tag,
+                    )
                 )

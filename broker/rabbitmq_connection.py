@@ -160,9 +160,7 @@ class _Connection(ABC):
         """Close for good without the broker, which may be away or not reading."""
         if self._connection is not None:
             # pika's public close() waits for the broker's answer.
-            self._connection._terminate_stream(
-                exceptions.ConnectionClosedByClient(200, "the broker is silent")
-            )
+            self._connection._terminate_stream(exceptions.ConnectionClosedByClient(200, "the broker is silent"))
 
     def _let_go(self) -> None:
         """Close the connection so that its unacknowledged deliveries are the next to be delivered.
@@ -245,9 +243,7 @@ class Publishing(_Connection):
 
     def _on_blocked(self, connection: Any, frame: Any) -> None:
         self._can_send = False  # the broker no longer reads: pika would only pile up copies
-        self._inbox.trouble(
-            "alarm", f"the broker blocks publishing: memory or disk alarm ({frame.method.reason})"
-        )
+        self._inbox.trouble("alarm", f"the broker blocks publishing: memory or disk alarm ({frame.method.reason})")
 
     def _on_unblocked(self, connection: Any, frame: Any) -> None:
         self._can_send = self._channel is not None
@@ -368,6 +364,4 @@ class Consuming(_Connection):
         # The broker adds headers of other types to dead letters.
         headers = {key: value for key, value in (properties.headers or {}).items() if isinstance(value, str)}
         tag = (self._incarnation, method.delivery_tag)
-        self._inbox.events.put(
-            Delivery(queue, properties.message_id or "", body, headers, method.redelivered, tag)
-        )
+        self._inbox.events.put(Delivery(queue, properties.message_id or "", body, headers, method.redelivered, tag))

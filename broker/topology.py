@@ -40,4 +40,6 @@ def site_queues(run: str, site: str, up_limit_bytes: int) -> SiteQueues:
     def queue(key: str, limit_bytes: int | None, dead_key: str | None) -> Queue:
         return Queue(f"{exchange}.{key}", exchange, key, limit_bytes, dead_key)
 
-    return SiteQueues(up=queue("up", up_limit_bytes, "dead"), down=queue("down", None, "dead"), dead=queue("dead", None, None))
+    return SiteQueues(
+        up=queue("up", up_limit_bytes, "dead"), down=queue("down", None, "dead"), dead=queue("dead", None, None)
+    )

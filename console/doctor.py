@@ -31,8 +31,8 @@ from site_worker.policy import check_policy
 RABBITMQ_MESSAGE_BYTES = 16 * 2**20
 """What RabbitMQ 4 takes unless max_message_size was raised; no client can ask for it."""
 
-SPARE_BYTES = 256 * 2**20
-"""Room that a disk should have beside the checkpoints."""
+STATE_BYTES = 2**30
+"""Room that a disk should have for checkpoints, and for what an embedded broker queues."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def examine(path: Path, overrides: Sequence[str] = ()) -> list[Finding]:
     if file.source is not None:
         checks |= {"policy": _policy, "data": _data}
     checks |= {
-        "model": _model, "message size": _message_size, "broker": _broker, "run store": _store,
+        "model and messages": _model, "broker": _broker, "run store": _store,
         "state folder": _state_folder, "torch": _torch, "clock and shift": _shift,
     }  # fmt: skip
     findings = []
@@ -139,22 +139,18 @@ def _contents(file: WorkerFile, part: Dataset) -> str:
 
 
 def _model(file: WorkerFile) -> Finding:
-    halves = assemble(file.run).halves
-    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in halves.parts.items()}
-    return Finding("model", ", ".join(f"{name} {size:,} parameters" for name, size in sizes.items()))
-
-
-def _message_size(file: WorkerFile) -> Finding:
-    largest, limit = planned_message_bytes(file.run, assemble(file.run).contract), file.run.wire.message_bytes
-    found = f"largest planned message {_mib(largest)}, wire.message_bytes {_mib(limit)}"
-    if largest > limit:
-        batch = max(1, file.run.run.batch_size * limit // largest)
-        smaller = f"lower run.batch_size to {batch}, or raise wire.message_bytes."
-        return Finding("message size", found, smaller, failed=True)
-    fix: str | None = None
+    made = assemble(file.run)
+    parts = [f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in made.halves.parts.items()]
+    largest = planned_message_bytes(file.run, made.contract)
+    found = (
+        f"parameters: {', '.join(parts)}; largest planned message {_size(largest)}, "
+        f"wire.message_bytes {_size(file.run.wire.message_bytes)}"
+    )
     if largest > RABBITMQ_MESSAGE_BYTES and file.worker.broker.startswith("amqp"):
-        fix = "raise max_message_size at RabbitMQ; version 4 refuses more than 16 MiB."
-    return Finding("message size", found, fix)
+        return Finding(
+            "model and messages", found, "raise max_message_size at RabbitMQ: version 4 refuses more than 16 MiB."
+        )
+    return Finding("model and messages", found)
 
 
 def _broker(file: WorkerFile) -> Finding:
@@ -188,17 +184,13 @@ def _store(file: WorkerFile) -> Finding:
 def _state_folder(file: WorkerFile) -> Finding:
     state = file.state.absolute()
     place = next(folder for folder in (state, *state.parents) if folder.exists())
-    free = shutil.disk_usage(place).free
-    parts = assemble(file.run).halves.parts.values()
-    weights = sum(p.nbytes for part in parts for p in part.parameters())
-    # Two kept and one being written; each holds weights, an optimizer's two memories, and versions in flight.
-    needed = 3 * weights * (4 + file.run.run.window) + SPARE_BYTES
-    found = f"{file.state}: {_mib(free)} free, about {_mib(needed)} needed"
     if not os.access(place, os.W_OK):
         another = "let state name a folder that this user may write."
         return Finding("state folder", f"{place} may not be written", another, failed=True)
-    fix = "make room, or name a state folder on another disk." if free < needed else None
-    return Finding("state folder", found, fix, failed=free < needed)
+    free = shutil.disk_usage(place).free
+    full = free < STATE_BYTES
+    fix = f"make room: checkpoints and queues may need {_size(STATE_BYTES)}." if full else None
+    return Finding("state folder", f"{file.state}: {_size(free)} free", fix, failed=full)
 
 
 def _torch(file: WorkerFile) -> Finding:
@@ -225,5 +217,7 @@ def _shift(file: WorkerFile) -> Finding:
     return Finding("clock and shift", f"{clock}; shift {shift} opens at {said(shift.opens_at(now))}")
 
 
-def _mib(count: float) -> str:
-    return f"{count / 2**20:,.1f} MiB" if count >= 2**17 else f"{count / 2**10:,.1f} KiB"
+def _size(count: float) -> str:
+    """'2.1 KiB', '16.0 MiB', '74.5 GiB'."""
+    unit = min(3, max(1, (int(count).bit_length() - 1) // 10))
+    return f"{count / 2 ** (10 * unit):.1f} {'KMG'[unit - 1]}iB"

@@ -73,9 +73,7 @@ def read_worker_file(path: Path, overrides: Sequence[str] = ()) -> WorkerFile:
     """
     tables = load(path, _Tables)
     if tables.server is None and tables.site is None:
-        raise ConfigError(
-            103, f"{path}: has neither [server] nor [site].", "name a server.toml or a site.toml."
-        )
+        raise ConfigError(103, f"{path}: has neither [server] nor [site].", "name a server.toml or a site.toml.")
     worker: SiteSection | ServerSection
     source = None
     if tables.server is not None:

@@ -197,9 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data", type=Path, metavar="FILE",
         help="predict the rows of this file; its columns are those of the site's own data, label included",
     )  # fmt: skip
-    predict.add_argument(
-        "--output", type=Path, metavar="FILE", help="where the CSV goes; otherwise it is printed"
-    )
+    predict.add_argument("--output", type=Path, metavar="FILE", help="where the CSV goes; otherwise it is printed")
     return parser
 
 

@@ -62,8 +62,7 @@ def summarise(file: WorkerFile) -> dict[str, Any]:
     applied = server.facts if server is not None else {}
     workers = [_server(server)]
     workers += [
-        _site(site, statuses.get(site), applied.get(f"applied_{site}"), depths[site])
-        for site in file.run.run.sites
+        _site(site, statuses.get(site), applied.get(f"applied_{site}"), depths[site]) for site in file.run.run.sites
     ]
     return {
         "run": file.run.run.id,

@@ -1,0 +1,1 @@
+"""Everything that learns from messages. Never sees raw data."""

@@ -64,9 +64,7 @@ class Evaluation:
         return True
 
     def _judge(self, epoch: int, sites: Mapping[str, SiteMetrics]) -> None:
-        total = {
-            part: overall([metrics[part] for metrics in sites.values() if part in metrics]) for part in PARTS
-        }
+        total = {part: overall([metrics[part] for metrics in sites.values() if part in metrics]) for part in PARTS}
         self.history.append({"epoch": epoch, "sites": dict(sites), "overall": total})
         self.judged = max(epoch, self.judged)
         # Without validation patients there is nothing to choose by: the last epoch stands.

@@ -50,7 +50,9 @@ class Lease:
             StateError: 505 another server took over.
         """
         if self.lost:
-            raise StateError(505, f"a server with a higher fence than {self.fence} is active.", "nothing is lost; stop one of them.")
+            raise StateError(
+                505, f"a server with a higher fence than {self.fence} is active.", "nothing is lost; stop one of them."
+            )
 
     def release(self) -> None:
         """Stop being the active server."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -26,7 +25,7 @@ class MetricsLog:
         kept = [line for line in self._lines() if json.loads(line)["step"] <= resumed_step]
         draft = self._path.with_suffix(".draft")
         draft.write_text("".join(kept), encoding="utf-8")
-        os.replace(draft, self._path)
+        draft.replace(self._path)
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 

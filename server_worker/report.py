@@ -68,18 +68,15 @@ def weights_sha256(weights: Mapping[str, torch.Tensor]) -> str:
 
 
 def _markdown(config: RunConfig, report: Mapping[str, Any]) -> str:
-    lines = [
-        f"# Run {report['run']}",
-        "",
-        f"{config.run.protocol}, {config.run.order} order, window {config.run.window}, "
-        f"{config.run.bottoms} bottoms, {report['steps']} training steps at the server.",
-        "",
-    ]
+    run = config.run
+    settings = f"{run.protocol}, {run.order} order, window {run.window}, {run.bottoms} bottoms"
+    lines = [f"# Run {report['run']}", "", f"{settings}, {report['steps']} training steps at the server.", ""]
     best = report["best"]
     if best is not None:
-        figures = [name for name in best["overall"]["validation"] if name != "samples"]
+        figures = [name for name in best["overall"]["test"] if name != "samples"]
+        chosen = f"chosen by the {HEADLINE[config.task.kind]} of validation patients; test patients had no say"
         lines += [
-            f"Best epoch: {best['epoch']}, chosen by the {HEADLINE[config.task.kind]} of validation patients; test patients had no say.",
+            f"Best epoch: {best['epoch']}, {chosen if config.data.validation else 'the last, nothing was chosen'}.",
             "",
             f"| held-out test patients of | samples | {' | '.join(figures)} |",
             f"| --- | ---: |{' ---: |' * len(figures)}",
@@ -103,21 +100,22 @@ def _cell(value: float | None) -> str:
 
 
 def _draw(path: Path, config: RunConfig, history: list[Mapping[str, Any]]) -> None:
-    """Validation loss and the task's headline figure over epochs: every site, and overall."""
+    """Loss and headline figure over epochs, every site and overall, on what was not trained on."""
+    part = "validation" if config.data.validation else "test"
     names = ("loss", HEADLINE[config.task.kind])
     figure, axes = pyplot.subplots(1, len(names), figsize=(10, 4), layout="constrained")
     for axis, name in zip(axes, names, strict=True):
         for site in [*config.run.sites, "overall"]:
             entries = [(e["epoch"], (e["sites"] | {"overall": e["overall"]}).get(site, {})) for e in history]
             points = [
-                (epoch, metrics["validation"][name])
+                (epoch, metrics[part][name])
                 for epoch, metrics in entries
-                if metrics.get("validation", {}).get(name) is not None
+                if metrics.get(part, {}).get(name) is not None
             ]
             if points:
                 axis.plot(*zip(*points, strict=True), label=site, linewidth=2 if site == "overall" else 1)
         axis.set_xlabel("epoch")
-        axis.set_ylabel(f"{name} (validation)")
+        axis.set_ylabel(f"{name} ({part})")
     axes[-1].legend()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

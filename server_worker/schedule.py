@@ -66,7 +66,9 @@ class Fair(Schedule):
         self, ready: Set[str], held: Set[str], plans: Mapping[str, UpSequence], applied: Mapping[str, int]
     ) -> str | None:
         """See `Schedule.choose`."""
-        candidates = [s for s in self._sites if s in ready and s in plans and s not in held and applied[s] < plans[s].last]
+        candidates = [
+            s for s in self._sites if s in ready and s in plans and s not in held and applied[s] < plans[s].last
+        ]
         return min(candidates, key=lambda site: Fraction(applied[site] + 1, plans[site].last), default=None)
 
 

@@ -54,7 +54,9 @@ class Top:
             loss = loss_of(self._task, self.module(inputs), targets.to(self._device))
         if not torch.isfinite(loss):
             self.module.load_state_dict(before, strict=False)
-            raise Refused(312, f"the loss of this batch is {loss.item()}.", "lower optimizer.lr, or check the site's data.")
+            raise Refused(
+                312, f"the loss of this batch is {loss.item()}.", "lower optimizer.lr, or check the site's data."
+            )
         self._optimizer.zero_grad()
         torch.autograd.backward(loss)
         self._optimizer.step()
@@ -125,9 +127,7 @@ class Middle(Top):
         self.module.train()
         with seeded(seed, self._device):
             outputs = functional_call(self.module, {**parameters, **buffers}, inputs)
-        at_cut, *at_parameters = torch.autograd.grad(
-            outputs, [inputs, *parameters.values()], gradient.to(self._device)
-        )
+        at_cut, *at_parameters = torch.autograd.grad(outputs, [inputs, *parameters.values()], gradient.to(self._device))
         if not is_finite(at_cut):
             raise _diverged("gradient")
         self.module.load_state_dict(buffers, strict=False)
@@ -161,7 +161,9 @@ class Middle(Top):
 
 
 def _diverged(what: str) -> Refused:
-    return Refused(312, f"this batch gives a {what} that is not finite.", "lower optimizer.lr, or check the site's data.")
+    return Refused(
+        312, f"this batch gives a {what} that is not finite.", "lower optimizer.lr, or check the site's data."
+    )
 
 
 def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -121,9 +121,7 @@ class ServerWorker(ShiftWorker):
     def _one_shift(self, folder: Path, lease: Lease, only_open: bool, idle_seconds: float | None) -> bool:
         config = self.run_config
         broker = open_broker(self.config.broker, self.base, config.wire.message_bytes)
-        queues = {
-            site: site_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites
-        }
+        queues = {site: site_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites}
         broker.declare(queue for site in queues.values() for queue in site)
         role = make_server(config, folder, self.config.device)
         self._role = role

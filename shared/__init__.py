@@ -1,0 +1,1 @@
+"""The contract between site and server, and the machinery that both need."""

@@ -109,16 +109,16 @@ class Checkpoints:
             except (OSError, ValueError, KeyError, SafetensorError) as error:
                 damaged.append(f"{place.name}: {error}")
                 continue
-            if pointer is not None and (fence, counter) == (pointer.fence, pointer.counter):
-                if sha256 != pointer.sha256:
-                    damaged.append(f"{place.name}: not the one that the run store names")
-                    continue
-            return Pointer(fence, counter, sha256), snapshot, damaged
+            found = Pointer(fence, counter, sha256)
+            if pointer is not None and (fence, counter) == (pointer.fence, pointer.counter) and found != pointer:
+                damaged.append(f"{place.name}: not the one that the run store names")
+                continue
+            return found, snapshot, damaged
         if damaged or pointer is not None:
             raise StateError(
                 502,
                 f"{self.folder}: {'; '.join(damaged) or 'the checkpoint that the run store names is not here'}.",
-                "restore the folder from a backup, or start the run anew under another id; it is never restarted silently.",
+                "restore the folder from a backup, or start a new run under another id. No run restarts silently.",
             )
         return None
 

@@ -23,9 +23,11 @@ class SystemClock(Clock):
     """The machine's own clock."""
 
     def now(self) -> datetime:
+        """See `Clock`."""
         return datetime.now(UTC)
 
     def sleep(self, seconds: float) -> None:
+        """See `Clock`."""
         time.sleep(seconds)
 
 
@@ -36,9 +38,11 @@ class ManualClock(Clock):
         self._now = start.astimezone(UTC)
 
     def now(self) -> datetime:
+        """See `Clock`."""
         return self._now
 
     def sleep(self, seconds: float) -> None:
+        """See `Clock`."""
         self.advance(seconds)
 
     def advance(self, seconds: float) -> None:

@@ -303,7 +303,9 @@ def load(path: Path, kind: type[T], overrides: Sequence[str] = ()) -> T:
     try:
         config = msgspec.convert(content, kind)
     except msgspec.ValidationError as error:
-        raise ConfigError(103, f"{path}: {_explain(error)}.", "correct or remove that key; docs/configuration.md lists all keys.") from None
+        raise ConfigError(
+            103, f"{path}: {_explain(error)}.", "correct or remove that key; docs/configuration.md lists all keys."
+        ) from None
     if isinstance(config, RunConfig):
         _check_run(path, config)
     return config
@@ -313,7 +315,9 @@ def _override(content: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     *sections, last = key.strip().split(".")
     if not equals or not sections:
-        raise ConfigError(103, f"--set {override}: not of the form section.key=value.", "write for example --set run.window=1.")
+        raise ConfigError(
+            103, f"--set {override}: not of the form section.key=value.", "write for example --set run.window=1."
+        )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -326,7 +330,12 @@ def _override(content: dict[str, Any], override: str) -> None:
 def _explain(error: msgspec.ValidationError) -> str:
     """'Expected `int`, got `str` - at `$.run.window`' as 'run.window: expected int, got str'."""
     what, _, where = str(error).partition(" - at ")
-    what = what.replace("`", "").replace("Object contains", "has an").replace("Object missing", "misses the").replace("field", "key")
+    what = (
+        what.replace("`", "")
+        .replace("Object contains", "has an")
+        .replace("Object missing", "misses the")
+        .replace("field", "key")
+    )
     return f"{where.strip('`').removeprefix('$').removeprefix('.') or 'file'}: {what[0].lower()}{what[1:]}"
 
 
@@ -344,10 +353,20 @@ def _check_run(path: Path, config: RunConfig) -> None:
     if data.validation + data.test >= 0.9:
         refuse("data.test", "validation and test leave less than a tenth to train on", "lower one of them.")
     if data.scaling == "run" and not len(data.features) == len(data.mean) == len(data.spread):
-        refuse("data.mean", "scaling = \"run\" needs one mean and one spread per feature", "give both lists, or use scaling = \"site\".")
+        refuse(
+            "data.mean",
+            'scaling = "run" needs one mean and one spread per feature',
+            'give both lists, or use scaling = "site".',
+        )
     if bool(data.features) == (data.image_size is not None):
-        refuse("data.features", "a run has either features or image_size", "name a table's columns, or the images' side.")
+        refuse(
+            "data.features", "a run has either features or image_size", "name a table's columns, or the images' side."
+        )
     if run.protocol not in PROTOCOLS:
         refuse("run.protocol", f"{run.protocol!r} is unknown", f"choose one of {', '.join(PROTOCOLS)}.")
     if run.protocol == "split_u" and config.model.head_cut is None:
-        refuse("model.head_cut", "split_u needs to know where the head begins", "set head_cut, after cut and before the end.")
+        refuse(
+            "model.head_cut",
+            "split_u needs to know where the head begins",
+            "set head_cut, after cut and before the end.",
+        )

@@ -174,9 +174,10 @@ class Engine:
         while not self.finished and not stop():
             if self.step(0.1):
                 last_event = time.monotonic()
-            elif idle_seconds is not None and not self._link.unconfirmed:
-                if time.monotonic() - last_event > idle_seconds:
-                    break
+            elif self._link.unconfirmed or idle_seconds is None:
+                continue
+            elif time.monotonic() - last_event > idle_seconds:
+                break
         self.leave()
         return self.finished
 

@@ -84,8 +84,7 @@ class NightsplitError(Exception):
 
     def __str__(self) -> str:
         return (
-            f"E{self.number} {TITLES[self.number]}: {self.sentence} "
-            f"Fix: {self.remedy} (docs/errors/{self.number}.md)"
+            f"E{self.number} {TITLES[self.number]}: {self.sentence} Fix: {self.remedy} (docs/errors/{self.number}.md)"
         )
 
 

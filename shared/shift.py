@@ -53,9 +53,7 @@ class Shift:
 
     def _current(self, moment: datetime) -> datetime | None:
         """The end of the hours that contain `moment`."""
-        return next(
-            (closing for opening, closing in self._around(moment) if opening <= moment < closing), None
-        )
+        return next((closing for opening, closing in self._around(moment) if opening <= moment < closing), None)
 
     def _around(self, moment: datetime) -> Iterator[tuple[datetime, datetime]]:
         """Hours from the day before `moment` on, in UTC; a clock change may swallow short ones."""

@@ -78,10 +78,7 @@ def broker_errors(number: int, place: Path) -> Iterator[None]:
 def is_locked(error: Exception) -> bool:
     """Whether only another process's transaction stands in the way."""
     # Extended codes carry the primary code in their low byte.
-    return (
-        isinstance(error, sqlite3.Error)
-        and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
-    )
+    return isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 
 def explain(error: Exception) -> str:

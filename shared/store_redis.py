@@ -85,9 +85,7 @@ class RedisStore(RunStore):
     def __init__(self, url: str, run: str) -> None:
         try:
             address = urlsplit(url)
-            self._place = (
-                f"{address.scheme}://{address.hostname}:{address.port or 6379}"  # without the password
-            )
+            self._place = f"{address.scheme}://{address.hostname}:{address.port or 6379}"  # without the password
             self._redis = redis.Redis.from_url(
                 url,
                 decode_responses=True,
@@ -170,7 +168,9 @@ class RedisStore(RunStore):
             return command()
         except redis.AuthenticationError as error:
             raise BrokerError(
-                207, f"{self._place} refuses the login: {error}.", "check user and password in the address of the store."
+                207,
+                f"{self._place} refuses the login: {error}.",
+                "check user and password in the address of the store.",
             ) from None
         except redis.RedisError as error:
             raise BrokerError(

@@ -61,14 +61,9 @@ class SqliteStore(RunStore):
     def statuses(self) -> dict[str, Status]:
         """See `RunStore`."""
         with self._reading() as rows:
-            found = rows.execute(
-                "SELECT worker, facts, written FROM status WHERE run = ?", (self._run,)
-            ).fetchall()
+            found = rows.execute("SELECT worker, facts, written FROM status WHERE run = ?", (self._run,)).fetchall()
         now = time.time()
-        return {
-            worker: Status(worker, json.loads(facts), max(0.0, now - written))
-            for worker, facts, written in found
-        }
+        return {worker: Status(worker, json.loads(facts), max(0.0, now - written)) for worker, facts, written in found}
 
     def acquire_lease(self, owner: str, ttl_seconds: float) -> int | None:
         """See `RunStore`."""
@@ -79,9 +74,7 @@ class SqliteStore(RunStore):
             ).fetchone() or (0, None, 0.0)
             if holder not in (None, owner) and now < expires <= now + ttl_seconds:
                 return None
-            rows.execute(
-                "REPLACE INTO lease VALUES (?, ?, ?, ?)", (self._run, fence + 1, owner, now + ttl_seconds)
-            )
+            rows.execute("REPLACE INTO lease VALUES (?, ?, ?, ?)", (self._run, fence + 1, owner, now + ttl_seconds))
             return int(fence) + 1
 
     def renew_lease(self, owner: str, fence: int, ttl_seconds: float) -> bool:
@@ -104,9 +97,7 @@ class SqliteStore(RunStore):
     def pointer(self) -> Pointer | None:
         """See `RunStore`."""
         with self._reading() as rows:
-            found = rows.execute(
-                "SELECT fence, counter, sha256 FROM pointer WHERE run = ?", (self._run,)
-            ).fetchone()
+            found = rows.execute("SELECT fence, counter, sha256 FROM pointer WHERE run = ?", (self._run,)).fetchone()
         return None if found is None else Pointer(*found)
 
     def move_pointer(self, pointer: Pointer) -> bool:

@@ -144,9 +144,7 @@ def decode(entry: Entry, body: bytes, offset: int) -> torch.Tensor:
     if entry.zstd:
         body, offset = _decompress(entry, memoryview(body)[offset : offset + entry.nbytes]), 0
     elif entry.nbytes != entry.encoded_size:
-        raise refusal(
-            309, f"Tensor '{entry.name}' has {entry.nbytes} bytes, its shape takes {entry.encoded_size}."
-        )
+        raise refusal(309, f"Tensor '{entry.name}' has {entry.nbytes} bytes, its shape takes {entry.encoded_size}.")
     tensor = method.decode(entry, body, offset)
     _check_values(entry.name, tensor)
     return tensor
@@ -184,9 +182,7 @@ def _decompress(entry: Entry, frame: memoryview) -> bytes:
         stated = zstandard.frame_content_size(frame)
         if stated != entry.encoded_size:
             size = "no size" if stated < 0 else f"{stated} bytes"
-            raise refusal(
-                311, f"Tensor '{entry.name}' announces {size}, its shape takes {entry.encoded_size}."
-            )
+            raise refusal(311, f"Tensor '{entry.name}' announces {size}, its shape takes {entry.encoded_size}.")
         # Also raises when the frame holds less or more than it states.
         return bytes(zstandard.ZstdDecompressor().decompress(frame, stated, allow_extra_data=False))
     except zstandard.ZstdError as error:

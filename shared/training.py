@@ -14,9 +14,7 @@ def make_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]
     """The optimizer that run.toml asks for; without parameters (a bottom of pooling) one that does nothing."""
     parameters = list(parameters) or [nn.Parameter(torch.zeros(0))]
     if section.name == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=section.lr, weight_decay=section.weight_decay, momentum=section.momentum
-        )
+        return torch.optim.SGD(parameters, lr=section.lr, weight_decay=section.weight_decay, momentum=section.momentum)
     kind = torch.optim.Adam if section.name == "adam" else torch.optim.AdamW
     return kind(parameters, lr=section.lr, weight_decay=section.weight_decay)
 

@@ -39,9 +39,7 @@ def own_folder(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
     except OSError as error:
-        raise StateError(
-            501, f"{folder}: {error.strerror}.", "name a state folder on a disk with room."
-        ) from None
+        raise StateError(501, f"{folder}: {error.strerror}.", "name a state folder on a disk with room.") from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,1 @@
+"""Everything that touches patient data. Never imports the server's side."""

@@ -33,9 +33,7 @@ def check_policy(policy: PolicyConfig, run: RunConfig, source: Path) -> None:
     if run.run.bottoms == "averaged" and not policy.bottom_weights:
         denied.append("bottom_weights = true (weights of the site's layers leave, to be averaged)")
     if run.run.batch_size < policy.min_batch:
-        denied.append(
-            f"min_batch = {run.run.batch_size} (run.batch_size; the policy says {policy.min_batch})"
-        )
+        denied.append(f"min_batch = {run.run.batch_size} (run.batch_size; the policy says {policy.min_batch})")
     if denied:
         raise ConfigError(
             108,

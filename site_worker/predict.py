@@ -48,9 +48,7 @@ class Predictions:
         """CSV: row, patient, and the columns; rows count from 1, in the order of the predicted data."""
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["row", "patient", *self.columns])
-        for row, (patient, figures) in enumerate(
-            zip(self.patients, self.figures.tolist(), strict=True), start=1
-        ):
+        for row, (patient, figures) in enumerate(zip(self.patients, self.figures.tolist(), strict=True), start=1):
             table.writerow([row, patient, *(f"{figure:.6g}" for figure in figures)])
 
 
@@ -113,9 +111,7 @@ def _fill(module: nn.Module, path: Path) -> None:
     try:
         missing, unexpected = module.load_state_dict(load_file(path), strict=False)
     except (OSError, SafetensorError) as error:
-        raise RunError(
-            604, f"{path}: {error}.", "name a file of weights that the server's report wrote."
-        ) from None
+        raise RunError(604, f"{path}: {error}.", "name a file of weights that the server's report wrote.") from None
     except RuntimeError:  # a tensor of another shape
         missing, unexpected = [], [path.name]
     known = module.state_dict()
@@ -134,9 +130,7 @@ def _outputs(model: nn.Module, dataset: Dataset, device: str) -> Iterator[torch.
         yield model(inputs.to(device)).cpu()
 
 
-def _in_words(
-    task: TaskSection, data: DataSection, outputs: torch.Tensor
-) -> tuple[torch.Tensor, tuple[str, ...]]:
+def _in_words(task: TaskSection, data: DataSection, outputs: torch.Tensor) -> tuple[torch.Tensor, tuple[str, ...]]:
     """Outputs as what people read, and the names of the columns."""
     if task.kind == "regression":
         return outputs * data.target_spread + data.target_mean, ("prediction",)

@@ -93,9 +93,7 @@ class SiteWorker(ShiftWorker):
         self._server: Status | None = None
         """What the run store knows of the server."""
         policy = self.base / self.config.policy
-        check_policy(
-            load(policy, PolicyConfig) if policy.exists() else PolicyConfig(), self.run_config, policy
-        )
+        check_policy(load(policy, PolicyConfig) if policy.exists() else PolicyConfig(), self.run_config, policy)
         if self.config.name not in self.run_config.run.sites:
             raise RunError(
                 602,
@@ -130,9 +128,7 @@ class SiteWorker(ShiftWorker):
         with own_folder(folder):
             parts = self.load_parts()
             self.expect_same_data(parts)
-            with Heartbeat(
-                self.config.name, self.open_store, self._facts, self._observe, self._look_for_server
-            ):
+            with Heartbeat(self.config.name, self.open_store, self._facts, self._observe, self._look_for_server):
                 while self.wait_for_shift():
                     finished = self._one_shift(folder, parts, idle_seconds)
                     if finished or idle_seconds is not None:
@@ -159,9 +155,7 @@ class SiteWorker(ShiftWorker):
         queues = site_queues(config.run.id, self.config.name, config.wire.queue_bytes)
         route = Route(outgoing=queues.up, incoming=queues.down, dead=queues.dead)
         broker = open_broker(self.config.broker, self.base, config.wire.message_bytes)
-        prefetch = prefetch_for(
-            planned_message_bytes(config, {k: p for k in _DOWN if (p := role.payload(k))})
-        )
+        prefetch = prefetch_for(planned_message_bytes(config, {k: p for k in _DOWN if (p := role.payload(k))}))
         if not self._opened(broker, route, idle_seconds):
             self.state = "away"
             return False

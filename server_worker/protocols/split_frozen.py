@@ -34,9 +34,7 @@ class SplitFrozenServer(StreamServer):
         store: where released activations are kept.
     """
 
-    def __init__(
-        self, config: RunConfig, top: Top, contract: Mapping[Kind, Payload], store: ActivationStore
-    ) -> None:
+    def __init__(self, config: RunConfig, top: Top, contract: Mapping[Kind, Payload], store: ActivationStore) -> None:
         super().__init__(config, top, contract)
         self.journalled = False  # nothing depends on the order of arrival
         self._store = store

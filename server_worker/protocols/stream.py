@@ -113,10 +113,8 @@ class StreamServer(Role):
                 "run the same version of nightsplit at the site and the server.",
             )
         check_rows(message, plan, q)
-        if item.step is Step.AVERAGE:
-            effects = self._collect(site, q, message)
-        else:
-            effects = self.learn(site, q, item, message)
+        handle = self._collect if item.step is Step.AVERAGE else self.learn
+        effects = handle(site, q, item, message)
         return effects + self._settle(site, seq)
 
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
@@ -168,11 +166,12 @@ class StreamServer(Role):
         entry = self.evaluation.history[-1]
         if self.evaluation.best == entry["epoch"]:
             self.best_top = self.top.weights()
+        event = {"event": "evaluate", "step": self.steps, "epoch": entry["epoch"]}
         lines: list[Effect] = [
-            Record({"event": "evaluate", "step": self.steps, "epoch": entry["epoch"], "site": site, "part": part, **figures})
+            Record({**event, "site": site, "part": part, **figures})
             for site, metrics in [*entry["sites"].items(), ("overall", entry["overall"])]
             for part, figures in metrics.items()
-        ]  # fmt: skip
+        ]
         return lines
 
     # -- hello, averaging, end ---------------------------------------------------------------------
@@ -201,7 +200,7 @@ class StreamServer(Role):
         self.sequences[site] = sequence
         return []
 
-    def _collect(self, site: str, q: int, message: Message) -> list[Effect]:
+    def _collect(self, site: str, q: int, item: Item, message: Message) -> list[Effect]:
         """Take a site's bottom; let the site wait for the mean behind the last message about item q."""
         if message.header.kind is Kind.BOTTOM:
             self._bottoms[site] = {name: tensor.clone() for name, tensor in message.tensors.items()}
@@ -247,6 +246,7 @@ class StreamServer(Role):
         return self.end()
 
     def end(self) -> list[Effect]:
+        """The run is over: by its plan, or because it no longer improves."""
         self._ended = True
         if not self.best_top:
             self.best_top = self.top.weights()
@@ -277,7 +277,8 @@ class StreamServer(Role):
             "welcomed": {site: list(incarnations) for site, incarnations in self._welcomed.items()},
             "answered_at": {site: list(steps) for site, steps in self._answered_at.items()},
             "plans": {s: [seq.plan.train, seq.plan.validation, seq.plan.test] for s, seq in self.sequences.items()},
-            "bottoms": list(self._bottoms), "waiting": dict(self._waiting), "averaged": dict(self._averaged), "evaluation": self.evaluation.facts(),
+            "bottoms": list(self._bottoms), "waiting": dict(self._waiting), "averaged": dict(self._averaged),
+            "evaluation": self.evaluation.facts(),
         }  # fmt: skip
         return Snapshot(tensors, facts)
 

@@ -195,9 +195,7 @@ def _find(name: str) -> Callable[..., Any]:
         return factory  # type: ignore[no-any-return]
     own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module_name]
     near = difflib.get_close_matches(function, own, n=1, cutoff=0.0)
-    remedy = (
-        f'set model.factory = "{module_name}:{near[0]}".' if near else "define it, or name another module."
-    )
+    remedy = f'set model.factory = "{module_name}:{near[0]}".' if near else "define it, or name another module."
     raise ConfigError(104, f"{module_name} ({module.__file__}) has no function {function}.", remedy)
 
 
@@ -228,9 +226,7 @@ def _described(error: BaseException) -> str:
 
 def _arguments(factory: Callable[..., Any]) -> str:
     signature = inspect.signature(factory).replace(return_annotation=inspect.Signature.empty)
-    return str(signature).replace(
-        "'", ""
-    )  # annotations are quoted under `from __future__ import annotations`
+    return str(signature).replace("'", "")  # annotations are quoted under `from __future__ import annotations`
 
 
 def _defined(factory: Callable[..., Any]) -> str:

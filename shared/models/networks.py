@@ -69,9 +69,7 @@ def small_cnn(channels: int = 1, outputs: int = 1, width: int = 16, dropout: flo
     )
 
 
-def ct_cnn(
-    channels: int = 1, outputs: int = 1, width: int = 16, side: int = 64, dropout: float = 0.3
-) -> nn.Sequential:
+def ct_cnn(channels: int = 1, outputs: int = 1, width: int = 16, side: int = 64, dropout: float = 0.3) -> nn.Sequential:
     """Four convolutions, for lung CT of 64x64: stages `block1`..`block4`, `flat`, `output`.
 
     The last feature map is flattened, not averaged: in these images it matters where something is.

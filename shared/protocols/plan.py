@@ -156,9 +156,7 @@ class Plan:
     @property
     def averagings(self) -> int:
         """How many averagings the site takes part in."""
-        return (
-            0 if self.average_every is None else self.epochs * self._batches(self.train) // self.average_every
-        )
+        return 0 if self.average_every is None else self.epochs * self._batches(self.train) // self.average_every
 
     def evaluated_epochs(self) -> list[int]:
         """Epochs that end in an evaluation block."""

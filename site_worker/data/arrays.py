@@ -59,8 +59,7 @@ def open_arrays(path: Path, source: SourceSection, data: DataSection) -> Rows:
         return _inputs(images[np.asarray(chosen, dtype=np.int64)], data.image_size)
 
     columns = {
-        name: [str(value) for value in array.ravel().tolist()]
-        for name, array in zip(names, others, strict=True)
+        name: [str(value) for value in array.ravel().tolist()] for name, array in zip(names, others, strict=True)
     }
     return Rows(path, columns, source.label, source.patient, lambda row: f"{path}, row {row + 1}", read)
 

@@ -76,9 +76,7 @@ def _step(name: str, count: int, aspect: float, generator: torch.Generator) -> T
 
 def _contrast(batch: Tensor, generator: torch.Generator) -> Tensor:
     """Gain and offset relative to each image's own mean and deviation, so that scaled inputs do as well."""
-    gain, offset = (
-        (torch.rand(2, len(batch), generator=generator) * 2 - 1).to(batch.device).view(2, -1, 1, 1, 1)
-    )
+    gain, offset = (torch.rand(2, len(batch), generator=generator) * 2 - 1).to(batch.device).view(2, -1, 1, 1, 1)
     deviation, mean = torch.std_mean(batch, dim=(1, 2, 3), keepdim=True, correction=0)
     changed: Tensor = (batch - mean) * (1 + gain * GAIN) + mean + offset * OFFSET * deviation
     return changed

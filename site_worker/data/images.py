@@ -45,9 +45,7 @@ def open_images(folder: Path, source: SourceSection, data: DataSection, classes:
             406 an image that cannot be read (when reading).
     """
     if not folder.is_dir():
-        raise DataError(
-            401, f"{folder} is no folder.", "set data.path in site.toml to the folder with the images."
-        )
+        raise DataError(401, f"{folder} is no folder.", "set data.path in site.toml to the folder with the images.")
     if source.index is not None:
         index = folder / source.index
         columns, place = read_cells(index)

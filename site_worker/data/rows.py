@@ -81,8 +81,7 @@ def numbers(rows: Rows, name: str, chosen: Sequence[int], missing: Iterable[str]
     cells = rows.column(name)
     absent_values = {"", *map(plain, missing)}
     values = {
-        cell: float("nan") if plain(cell) in absent_values else _number(cell)
-        for cell in {cells[i] for i in chosen}
+        cell: float("nan") if plain(cell) in absent_values else _number(cell) for cell in {cells[i] for i in chosen}
     }
     for row in chosen:
         if values[cells[row]] is None:

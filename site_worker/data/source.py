@@ -87,14 +87,10 @@ def locate(path: str, base: Path) -> Path:
             remedy = f"set {name} to the folder that your data is in."
             if origin:
                 remedy = f"{origin}; then set {name} to the folder above it."
-            raise DataError(
-                408, f"data.path is {path!r}, and the environment variable {name} is not set.", remedy
-            )
+            raise DataError(408, f"data.path is {path!r}, and the environment variable {name} is not set.", remedy)
     found = base / Path(_VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], path)).expanduser()
     if not found.exists():
-        raise DataError(
-            401, f"{found} does not exist.", f"{origin}." if origin else "correct data.path in site.toml."
-        )
+        raise DataError(401, f"{found} does not exist.", f"{origin}." if origin else "correct data.path in site.toml.")
     return found
 
 
@@ -157,7 +153,5 @@ def _share(patients: Iterable[str], share: tuple[float, float]) -> set[str]:
             f"site.toml: data.share is [{first}, {last}].",
             "give two figures from 0 to 1, the smaller first: [0.0, 0.5] and [0.5, 1.0] are two halves.",
         )
-    order = shuffled(
-        patients, "share"
-    )  # no seed of the run: sites cut out of one file stay disjoint in every run
+    order = shuffled(patients, "share")  # no seed of the run: sites cut out of one file stay disjoint in every run
     return set(order[round(first * len(order)) : round(last * len(order))])

@@ -29,9 +29,7 @@ def open_table(path: Path, source: SourceSection, data: DataSection) -> Rows:
 
     def read(chosen: Sequence[int]) -> torch.Tensor:
         everywhere = source.missing.get("*", [])
-        features = [
-            numbers(rows, f, chosen, [*everywhere, *source.missing.get(f, [])]) for f in data.features
-        ]
+        features = [numbers(rows, f, chosen, [*everywhere, *source.missing.get(f, [])]) for f in data.features]
         return torch.tensor(features, dtype=torch.float32).T.contiguous()
 
     rows = Rows(path, columns, source.label, source.patient, place, read)
@@ -74,9 +72,7 @@ def _csv(path: Path) -> Cells:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            401, f"{path}, line {line}: not UTF-8 text.", "save the table as CSV, UTF-8."
-        ) from None
+        raise DataError(401, f"{path}, line {line}: not UTF-8 text.", "save the table as CSV, UTF-8.") from None
     first = text.partition("\n")[0]
     if not first.strip():
         raise DataError(401, f"{path} is empty or has no heading.", "check that the export was complete.")
@@ -93,9 +89,7 @@ def _csv(path: Path) -> Cells:
         ) from None
     heading, *cells = frame.to_numpy().tolist()
     # A quoted cell may span lines, and blank lines are skipped: count as a person would.
-    lines = list(
-        accumulate((1 + sum(cell.count("\n") for cell in row) for row in [heading, *cells]), initial=1)
-    )[1:]
+    lines = list(accumulate((1 + sum(cell.count("\n") for cell in row) for row in [heading, *cells]), initial=1))[1:]
     filled = [i for i, row in enumerate(cells) if any(cell.strip() for cell in row)]
     return [name.strip() for name in heading], [cells[i] for i in filled], [lines[i] for i in filled]
 

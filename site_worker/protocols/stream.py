@@ -130,7 +130,9 @@ class StreamSite(Role):
             raise RunError(number, f"the server rejects {self.name}: {reason}.", "see the page of this number.")
         if kind is not Kind.FINISH and message.header.seq > self.sequence.last:
             raise Refused(
-                304, f"{message.header.message_id} answers nothing.", "run the same version of nightsplit at both sides."
+                304,
+                f"{message.header.message_id} answers nothing.",
+                "run the same version of nightsplit at both sides.",
             )
         if kind is Kind.FINISH:
             self.best = int(scalars["best"])
@@ -165,9 +167,7 @@ class StreamSite(Role):
 
     def send(self, q: int, kind: Kind, tensors: Mapping[str, torch.Tensor], **scalars: str) -> Send:
         """A message about item q, as the next in the sequence."""
-        return Send(
-            SERVER, kind, self.next_seq, version=self.feed.plan.version_of(q), tensors=tensors, scalars=scalars
-        )
+        return Send(SERVER, kind, self.next_seq, version=self.feed.plan.version_of(q), tensors=tensors, scalars=scalars)
 
     def forward(self, q: int, item: Item) -> torch.Tensor:
         """Smashed data (batch, *cut) of item q, by the version that its place in the plan fixes."""
@@ -176,7 +176,9 @@ class StreamSite(Role):
         smashed = self.bottom.forward(q, version, self.feed.inputs(q), self.feed.seed("bottom", q), training)
         if not is_finite(smashed):
             raise RunError(
-                603, f"the activations of item {q} are not finite.", "lower optimizer.lr in a new run, or check the data."
+                603,
+                f"the activations of item {q} are not finite.",
+                "lower optimizer.lr in a new run, or check the data.",
             )
         return smashed
 
@@ -214,9 +216,10 @@ class StreamSite(Role):
     def _enrol(self, config: str, contract: str) -> list[Effect]:
         """Agree to the run as the server opened it, before anything of a patient is sent."""
         if contract != self.config.contract:
+            differences = _difference(config, self.config.canonical())
             raise RunError(
                 601,
-                f"{self.name} and the server have different run.toml files: {_difference(config, self.config.canonical())}.",
+                f"{self.name} and the server have different run.toml files: {differences}.",
                 "agree on one run.toml. Nothing was sent.",
             )
         if self._enrolled:

@@ -42,5 +42,9 @@ def test_killed_workers_end_bit_identical(undisturbed, hospital):
     assert hospital.models() == undisturbed
     assert set(undisturbed) == {
         "report/top.safetensors",
-        *(f"state/{site}/model/{part}.safetensors" for site in ("north", "south", "east") for part in ("bottom", "top")),
+        *(
+            f"state/{site}/model/{part}.safetensors"
+            for site in ("north", "south", "east")
+            for part in ("bottom", "top")
+        ),
     }

@@ -48,9 +48,7 @@ def collect(link: Link, done: Callable[[list[Event]], bool], patience: float = P
     events: list[Event] = []
     deadline = time.monotonic() + patience
     while not done(events):
-        assert time.monotonic() < deadline, (
-            f"still waiting, with {[type(event).__name__ for event in events]}"
-        )
+        assert time.monotonic() < deadline, f"still waiting, with {[type(event).__name__ for event in events]}"
         event = link.receive(0.2)
         if event is not None:
             events.append(event)

@@ -171,9 +171,7 @@ def fill_journal(address: str, sender: str, answers: multiprocessing.Queue[list[
 def test_processes_that_race_for_the_journal_agree(address: str) -> None:
     context = multiprocessing.get_context("spawn")
     answers: multiprocessing.Queue[list[str]] = context.Queue()
-    workers = [
-        context.Process(target=fill_journal, args=(address, sender, answers)) for sender in ("north", "south")
-    ]
+    workers = [context.Process(target=fill_journal, args=(address, sender, answers)) for sender in ("north", "south")]
     for worker in workers:
         worker.start()
     given = [answers.get(timeout=60) for _ in workers]

@@ -165,9 +165,7 @@ def test_truncated_anywhere() -> None:
 
 
 @quick
-@given(
-    st.integers(0, len(GOOD)), st.integers(0, len(GOOD)), st.binary(max_size=80), st.sampled_from([1, 4, 9])
-)
+@given(st.integers(0, len(GOOD)), st.integers(0, len(GOOD)), st.binary(max_size=80), st.sampled_from([1, 4, 9]))
 def test_spliced(cut: int, resume: int, between: bytes, batch: int) -> None:
     survives(GOOD[:cut] + between + good(batch)[resume:])
 

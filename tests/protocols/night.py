@@ -50,7 +50,9 @@ def tiny_config(sites: tuple[str, ...] = ("north", "south", "east"), **run: obje
     section = {"id": "night", "protocol": "split_labels", "order": "strict", "window": 4, "epochs": 3, "batch_size": 8}
     return RunConfig(
         run=RunSection(sites=list(sites), **{**section, **run}),
-        model=ModelSection(factory="tests.protocols.night:tiny_factory", settings={"dropout": dropout}, cut=3, head_cut=6),
+        model=ModelSection(
+            factory="tests.protocols.night:tiny_factory", settings={"dropout": dropout}, cut=3, head_cut=6
+        ),
         task=TaskSection(kind="binary"),
         optimizer=OptimizerSection(name=optimizer, lr=0.01),
         wire=WireSection(smashed=codec, gradient=codec, message_bytes=2**20),
@@ -123,7 +125,13 @@ class Night:
             authority = Authority(None, 0)
         link = self.broker.link([route.incoming for route in routes.values()], self.prefetch, name)
         engine = Engine(
-            self.config.run.id, role, link, routes, Checkpoints(self.folder / name / "checkpoints"), authority, self.lines.append,
+            self.config.run.id,
+            role,
+            link,
+            routes,
+            Checkpoints(self.folder / name / "checkpoints"),
+            authority,
+            self.lines.append,
             self.config.wire.message_bytes,
         )
         engine.recover()

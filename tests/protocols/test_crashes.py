@@ -33,7 +33,9 @@ def shaken(night: Night, seed: int) -> str:
             night.kill(name)
         if len(finished) == len(names):
             return night.fingerprint()
-    raise AssertionError(f"the run hangs: {[(n, r.applied if n == SERVER else r.answered) for n, r in night.roles.items()]}")
+    raise AssertionError(
+        f"the run hangs: {[(n, r.applied if n == SERVER else r.answered) for n, r in night.roles.items()]}"
+    )
 
 
 SYSTEMS = [

@@ -33,7 +33,7 @@ def not_finite(header: Header) -> bytes:
 
 POISON = {
     "wrong shape": (
-        lambda h: encoded(h, with_spec("smashed", TensorSpec(torch.float32, ("batch", 9), "fp16")), smashed=torch.randn(8, 9)),
+        lambda h: encoded(h, with_spec("smashed", TensorSpec(torch.float32, ("batch", 9))), smashed=torch.randn(8, 9)),
         306,
     ),
     "another batch size": (lambda h: encoded(h, smashed=torch.randn(5, 8), targets=torch.zeros(5)), 306),

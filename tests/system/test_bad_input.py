@@ -87,7 +87,7 @@ def one_class(folder: Path) -> None:
         (102, "run.toml: Expected '=' after a key", edit("run.toml", "window = 1000", "window 1000")),
         (102, "not a UTF-8 text", rewrite("south.toml", b'[site]\nname = "s\xfcd"\n')),
         (103, "run: has an unknown key windows", edit("run.toml", "window =", "windows =")),
-        (103, "model: object misses the required key factory", edit("run.toml", "factory =", "# factory =")),
+        (103, "model: misses the required key factory", edit("run.toml", "factory =", "# factory =")),
         (103, "run.window: expected int, got str", edit("run.toml", "window = 1000", 'window = "wide"')),
         (103, "run.window: expected int >= 1", edit("run.toml", "window = 1000", "window = 0")),
         (103, "'split_x' is unknown", edit("run.toml", "split_labels", "split_x")),
@@ -172,7 +172,7 @@ def test_the_state_folder_is_in_use(study, capsys):
 
 
 def test_the_data_changed_since_the_run_began(study, capsys):
-    change(study / "patients.csv", ",ill\n", "0,ill\n")
+    change(study / "patients.csv", ",ill\n", "1,ill\n")
     refused(study, capsys, 409, "site", "north.toml")
 
 

@@ -86,9 +86,7 @@ def publish(connection: Connection, folder: Path, queue: Queue, count: int) -> N
             connection.send(event.message_id)
 
 
-def consume(
-    connection: Connection, folder: Path, owner: str, count: int, acknowledge: int, ttl: float
-) -> None:
+def consume(connection: Connection, folder: Path, owner: str, count: int, acknowledge: int, ttl: float) -> None:
     """Take `count` messages, acknowledge the first few, say so; on a word from outside, the others."""
     with EmbeddedBroker(folder, lease_seconds=ttl).link([UP], 100, owner) as link:
         deliveries = take(link, count)
@@ -266,9 +264,7 @@ def stop_outside_a_transaction(process: SpawnProcess, folder: Path) -> None:
     """SQLite's lock cannot be taken from a stopped process, which holds it for a millisecond now and then."""
     while True:
         os.kill(process.pid or 0, signal.SIGSTOP)
-        with closing(
-            sqlite3.connect(folder / "broker.sqlite", timeout=0.2, isolation_level=None)
-        ) as database:
+        with closing(sqlite3.connect(folder / "broker.sqlite", timeout=0.2, isolation_level=None)) as database:
             try:
                 database.execute("BEGIN IMMEDIATE")
                 return
@@ -299,9 +295,7 @@ def test_body_files_go_when_their_messages_are_acknowledged(broker: EmbeddedBrok
         assert files(folder) == 3
         for delivery in deliveries[:5]:
             link.acknowledge(delivery)
-        wait_until(
-            lambda: rows(folder) == 4 and files(folder) == 2, 10, "files of acknowledged messages to go"
-        )
+        wait_until(lambda: rows(folder) == 4 and files(folder) == 2, 10, "files of acknowledged messages to go")
     broker.delete([UP])
     assert rows(folder) == files(folder) == 0
     assert broker.depth(UP) is None
@@ -323,9 +317,7 @@ def test_files_without_a_row_are_removed_unless_a_publisher_is_between_the_two(
         assert [delivery.body for delivery in take(link, 3)] == [body(0), body(1), body(2)]
 
 
-def test_two_processes_publish_to_two_queues_at_once(
-    broker: EmbeddedBroker, folder: Path, spawn: Spawn
-) -> None:
+def test_two_processes_publish_to_two_queues_at_once(broker: EmbeddedBroker, folder: Path, spawn: Spawn) -> None:
     count = 150  # Nobody reads their connections, which hold about 270 small messages.
     for queue in (UP, OTHER):
         spawn(publish, folder, queue, count)

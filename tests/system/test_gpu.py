@@ -15,7 +15,12 @@ pytestmark = [
 
 @pytest.mark.parametrize(
     ("protocol", "bottoms"),
-    [("split_labels", "independent"), ("split_labels", "averaged"), ("split_u", "averaged"), ("split_frozen", "independent")],
+    [
+        ("split_labels", "independent"),
+        ("split_labels", "averaged"),
+        ("split_u", "averaged"),
+        ("split_frozen", "independent"),
+    ],
 )
 def test_a_run_on_the_gpu_survives_crashes_bit_identical(protocol, bottoms, tmp_path):
     config = tiny_config(protocol=protocol, bottoms=bottoms, average_every=3, epochs=2)

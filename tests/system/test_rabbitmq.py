@@ -45,9 +45,7 @@ def queues(broker: RabbitBroker) -> SiteQueues:
 def no_thread_is_left() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
-    left = [
-        thread.name for thread in threading.enumerate() if thread not in before and thread.name[:3] == "rab"
-    ]
+    left = [thread.name for thread in threading.enumerate() if thread not in before and thread.name[:3] == "rab"]
     assert not left
 
 
@@ -162,9 +160,7 @@ def test_a_queue_that_vanishes_under_its_consumer(broker: RabbitBroker, queues: 
         assert number_of(lambda: collect(link, lambda events: False)) == 205
 
 
-def test_a_message_that_the_broker_finds_too_large(
-    node: RabbitNode, broker: RabbitBroker, queues: SiteQueues
-) -> None:
+def test_a_message_that_the_broker_finds_too_large(node: RabbitNode, broker: RabbitBroker, queues: SiteQueues) -> None:
     node.ctl(
         "eval",
         "persistent_term:put(max_message_size, 1000), application:set_env(rabbit, max_message_size, 1000).",
@@ -205,9 +201,7 @@ def test_heartbeats_go_on_while_the_worker_computes(node: RabbitNode) -> None:
     assert broker.depth(queues.up) == 0
 
 
-def test_a_node_killed_while_a_site_publishes(
-    node: RabbitNode, broker: RabbitBroker, queues: SiteQueues
-) -> None:
+def test_a_node_killed_while_a_site_publishes(node: RabbitNode, broker: RabbitBroker, queues: SiteQueues) -> None:
     """Nothing confirmed is lost, and what was not confirmed is sent again by the link."""
     names = [f"m{number:03}" for number in range(300)]
     window, body = 16, bytes(50_000)
@@ -252,9 +246,7 @@ def test_a_node_killed_under_a_consumer(node: RabbitNode, broker: RabbitBroker, 
         assert ids(collect(link, lambda found: len(found) == 4)) == names[4:]
 
 
-def test_a_connection_closed_by_an_operator(
-    node: RabbitNode, broker: RabbitBroker, queues: SiteQueues
-) -> None:
+def test_a_connection_closed_by_an_operator(node: RabbitNode, broker: RabbitBroker, queues: SiteQueues) -> None:
     publish_all(broker, queues.up, ["a", "b"])
     with broker.link([queues.up], 2, "server") as link:
         collect(link, lambda events: len(events) == 2)
@@ -338,9 +330,7 @@ def test_closing_while_the_broker_is_away(node: RabbitNode, broker: RabbitBroker
     assert link.unconfirmed == {"m"}
 
 
-def test_closing_while_the_broker_does_not_read(
-    node: RabbitNode, broker: RabbitBroker, queues: SiteQueues
-) -> None:
+def test_closing_while_the_broker_does_not_read(node: RabbitNode, broker: RabbitBroker, queues: SiteQueues) -> None:
     node.ctl("set_vm_memory_high_watermark", "0.0001")
     try:
         with broker.link([], 1, "site") as link:
@@ -353,9 +343,7 @@ def test_closing_while_the_broker_does_not_read(
         node.ctl("set_vm_memory_high_watermark", "0.4")
 
 
-def test_a_standby_receives_first_what_the_first_had_in_hand(
-    broker: RabbitBroker, queues: SiteQueues
-) -> None:
+def test_a_standby_receives_first_what_the_first_had_in_hand(broker: RabbitBroker, queues: SiteQueues) -> None:
     """Also where the broker wakes the standby as soon as a consumer is cancelled, as quorum queues do."""
     broker.delete([queues.up])
     with rabbitmq_connection.connected(broker._parameters, 10) as connection:
@@ -396,9 +384,7 @@ def test_pika_reads_a_frame_at_a_time() -> None:
 
 def outbox_with(count: int, queue: str = "q") -> tuple[Outbox, list[Message]]:
     outbox = Outbox()
-    messages = [
-        Message(Queue(queue, "x", "k", 1, None), f"m{number}", b"", {}) for number in range(1, count + 1)
-    ]
+    messages = [Message(Queue(queue, "x", "k", 1, None), f"m{number}", b"", {}) for number in range(1, count + 1)]
     for message in messages:
         outbox.add(message)
         outbox.sent(message)

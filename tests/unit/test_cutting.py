@@ -27,9 +27,7 @@ def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 
     def write(body: str) -> str:
         lines = ["from torch import nn", "from shared.models.cutting import Halves", "def make(width=4):"]
-        (tmp_path / f"{name}.py").write_text(
-            "\n".join([*lines, *(f"    {line}" for line in body.splitlines())])
-        )
+        (tmp_path / f"{name}.py").write_text("\n".join([*lines, *(f"    {line}" for line in body.splitlines())]))
         return f"{name}:make"
 
     return write
@@ -251,8 +249,7 @@ def test_weights_on_both_sides(factory: Write, tie: str) -> None:
 
 def test_a_shared_buffer(factory: Write) -> None:
     spec = factory(
-        "a = nn.BatchNorm1d(3)\nb = nn.BatchNorm1d(3)\nb.running_mean = a.running_mean\n"
-        "return nn.Sequential(a, b)"
+        "a = nn.BatchNorm1d(3)\nb = nn.BatchNorm1d(3)\nb.running_mean = a.running_mean\nreturn nn.Sequential(a, b)"
     )
     error = refused(ModelSection(factory=spec), 105)
     assert "0.running_mean and 1.running_mean" in error.sentence
@@ -319,9 +316,7 @@ class Total(nn.Linear):
         return super().forward(x).sum()
 
 
-@pytest.mark.parametrize(
-    ("bottom", "said"), [(Pair(3, 3), "returns tuple"), (Total(3, 3), r"returns shape \(\)")]
-)
+@pytest.mark.parametrize(("bottom", "said"), [(Pair(3, 3), "returns tuple"), (Total(3, 3), r"returns shape \(\)")])
 def test_a_part_that_returns_no_row_per_sample(bottom: nn.Module, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as caught:
         output_shapes(Halves(bottom, nn.Linear(3, 1)), (3,))

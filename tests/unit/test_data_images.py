@@ -230,9 +230,7 @@ def test_colour_and_floating_point_arrays(tmp_path: Path) -> None:
         ({}, {"path": "."}, 401, "no readable .npz"),
     ],
 )
-def test_array_errors(
-    tmp_path: Path, changed: dict[str, Any], keys: dict[str, Any], number: int, part: str
-) -> None:
+def test_array_errors(tmp_path: Path, changed: dict[str, Any], keys: dict[str, Any], number: int, part: str) -> None:
     names = archive(tmp_path, **changed)
     (tmp_path / "broken.npz").write_text("a,b\n1,2\n")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:300])

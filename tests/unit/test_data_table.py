@@ -36,9 +36,7 @@ Load = Callable[..., Dataset]
 def load(tmp_path: Path) -> Load:
     """Write `content` to a file and read it as a table."""
 
-    def load(
-        content: str | bytes, task: TaskSection = BINARY, *, name: str = "heart.csv", **keys: Any
-    ) -> Dataset:
+    def load(content: str | bytes, task: TaskSection = BINARY, *, name: str = "heart.csv", **keys: Any) -> Dataset:
         file = tmp_path / name
         file.write_bytes(content.encode() if isinstance(content, str) else content)
         data_keys = {key: keys.pop(key) for key in ("features", "classes", "scaling") if key in keys}
@@ -105,9 +103,7 @@ def test_where_compares_numbers_as_numbers(load: Load) -> None:
 
 
 def test_multiclass_targets(load: Load) -> None:
-    dataset = load(
-        TABLE, TaskSection(kind="multiclass", classes=3), classes=["2", "1", "0"], missing={"*": ["?"]}
-    )
+    dataset = load(TABLE, TaskSection(kind="multiclass", classes=3), classes=["2", "1", "0"], missing={"*": ["?"]})
     assert dataset.targets.dtype == torch.int64
     assert same(dataset.targets, [2, 0, 1, 2])
 
@@ -169,9 +165,7 @@ def test_shares_of_one_file_are_disjoint_complete_and_stable(load: Load) -> None
         (TABLE, {"where": {"place": ["c"]}}, 405, ["of 4 rows none is left"]),
     ],
 )
-def test_errors(
-    load: Load, content: str | bytes, keys: dict[str, Any], number: int, parts: list[str]
-) -> None:
+def test_errors(load: Load, content: str | bytes, keys: dict[str, Any], number: int, parts: list[str]) -> None:
     with pytest.raises(DataError) as caught:
         load(content, **keys)
     assert caught.value.number == number
@@ -340,9 +334,7 @@ def test_heart_uci(tmp_path: Path, hospital: str, count: int, ill: int, without_
 
 def test_lipid_panel(tmp_path: Path) -> None:
     frame = load_diabetes(as_frame=True, scaled=False).data
-    frame = frame.rename(
-        columns={"s1": "tc", "s2": "ldl", "s3": "hdl", "s4": "tch", "s5": "ltg", "s6": "glu"}
-    )
+    frame = frame.rename(columns={"s1": "tc", "s2": "ldl", "s3": "hdl", "s4": "tch", "s5": "ltg", "s6": "glu"})
     frame.to_csv(tmp_path / "lipids.csv", index=False)
     source = SourceSection(source="table", path="lipids.csv", label="ldl")
     data = DataSection(features=["age", "tc", "hdl", "ltg"])

@@ -79,7 +79,9 @@ class Bench:
     def send(self, site, seq, value):
         message = Message(Header("run", site, SERVER, Kind.SMASHED, seq), {}, {"value": value})
         with self.broker.link([], 1, site) as link:
-            link.publish(QUEUES[site].up, message.header.message_id, wire.encode(message, CONTRACT[Kind.SMASHED], 2**20))
+            link.publish(
+                QUEUES[site].up, message.header.message_id, wire.encode(message, CONTRACT[Kind.SMASHED], 2**20)
+            )
 
     def turn(self, steps=20):
         for _ in range(steps):

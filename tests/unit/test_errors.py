@@ -107,8 +107,7 @@ def test_what_a_user_reads() -> None:
     error = errors.BrokerError(201, "localhost:5672: connection refused.", "start the broker.")
     assert isinstance(error, NightsplitError)
     assert str(error) == (
-        "E201 Broker cannot be reached: localhost:5672: connection refused. "
-        "Fix: start the broker. (docs/errors/201.md)"
+        "E201 Broker cannot be reached: localhost:5672: connection refused. Fix: start the broker. (docs/errors/201.md)"
     )
 
 

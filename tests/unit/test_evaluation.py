@@ -72,7 +72,9 @@ def test_a_half_collected_block_survives_a_restore():
     assert again.history[0]["sites"]["north"]["test"]["samples"] == 6
 
 
-@pytest.mark.parametrize("text", ["[]", '{"x": {}}', '{"test": 1}', '{"test": {"auc": "0.9"}}', '{"test": {"auc": NaN}}', "{"])
+@pytest.mark.parametrize(
+    "text", ["[]", '{"x": {}}', '{"test": 1}', '{"test": {"auc": "0.9"}}', '{"test": {"auc": NaN}}', "{"]
+)
 def test_a_sites_figures_are_checked(text):
     with pytest.raises(ValueError, match=r"."):
         parse_site_metrics(text)

@@ -7,9 +7,7 @@ from shared.protocols.plan import Plan
 from shared.protocols.stream import UpSequence
 
 SIZES = {"large": 60, "middle": 30, "small": 6}
-PLANS = {
-    site: UpSequence(Plan(n, n // 3, n // 3, 3, 4, 1, None, 2), has_head=False) for site, n in SIZES.items()
-}
+PLANS = {site: UpSequence(Plan(n, n // 3, n // 3, 3, 4, 1, None, 2), has_head=False) for site, n in SIZES.items()}
 
 
 def order_of(schedule, ready_at):

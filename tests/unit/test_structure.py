@@ -107,9 +107,7 @@ def test_no_file_tells_two_stories(path: Path) -> None:
 
 
 def test_the_rules_see_what_they_forbid() -> None:
-    tree = ast.parse(
-        "import pickle\nfrom server_worker.top import Top\ndef f():\n    from pika import spec\n"
-    )
+    tree = ast.parse("import pickle\nfrom server_worker.top import Top\ndef f():\n    from pika import spec\n")
     assert list(imports_of(tree)) == ["pickle", "server_worker.top.Top", "pika.spec"]
     assert not any(is_within("server_worker.top.Top", allowed) for allowed in ALLOWED["site_worker"])
     assert not any(is_within("broker.base_two", allowed) for allowed in ALLOWED["shared"])

@@ -155,9 +155,7 @@ def test_307_not_finite_in_both_directions(codec: Codec, value: float) -> None:
         encode("x", tensor, codec, False)
     entry, data = encode("x", torch.ones(2, 3, 4), codec, False)
     damaged = bytearray(data)
-    bad = torch.tensor(
-        [value], dtype={"fp16": torch.float16, "bf16": torch.bfloat16}.get(codec, torch.float32)
-    )
+    bad = torch.tensor([value], dtype={"fp16": torch.float16, "bf16": torch.bfloat16}.get(codec, torch.float32))
     bad_bytes = bytes(bad.view(torch.uint8).tolist())
     damaged[: len(bad_bytes)] = bad_bytes  # a value, or the first scale
     with refused(307):

@@ -299,9 +299,7 @@ def test_301_a_header_has_one_spelling() -> None:
     assert packed.count(seq) == 1
     assert_refused(301, with_header(body(), packed.replace(seq, msgpack.packb("seq") + b"\xcc\x0c")))
     assert_refused(301, with_header(body(), b"\x8c" + packed[1:].replace(seq, seq + seq)))
-    assert_refused(
-        301, with_header(body(), packed.replace(b"\x84\xa4last\xc2", b"\x85\xa4last\xc3\xa4last\xc2"))
-    )
+    assert_refused(301, with_header(body(), packed.replace(b"\x84\xa4last\xc2", b"\x85\xa4last\xc3\xa4last\xc2")))
     assert_refused(301, with_fields(scalars=dict(reversed(SCALARS.items()))))
     assert_refused(
         301,
@@ -309,9 +307,7 @@ def test_301_a_header_has_one_spelling() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "changes", [{"sender": ""}, {"seq": -1}, {"version": 2**63}, {"run": 3}, {"seq": True}]
-)
+@pytest.mark.parametrize("changes", [{"sender": ""}, {"seq": -1}, {"version": 2**63}, {"run": 3}, {"seq": True}])
 def test_301_also_when_sending(changes: dict[str, Any]) -> None:
     with refused(301):
         body(message(header=replace(HEADER, **changes)))
@@ -397,9 +393,7 @@ def test_305_also_when_sending() -> None:
     sent = message()
     with refused(305):
         body(replace(sent, tensors={**sent.tensors, "labels": torch.arange(5, dtype=torch.int32)}))
-    wrong = Payload(
-        {**PAYLOAD.tensors, "labels": TensorSpec(torch.int64, ("batch",), "fp16")}, PAYLOAD.scalars
-    )
+    wrong = Payload({**PAYLOAD.tensors, "labels": TensorSpec(torch.int64, ("batch",), "fp16")}, PAYLOAD.scalars)
     with refused(305):
         body(sent, wrong)
 
