@@ -22,6 +22,8 @@ STOPPED = "stopped; start the same command again to go on"
 INTERRUPTED, CRASHED = 130, 70
 """Exit codes: as a shell reports Ctrl-C, and EX_SOFTWARE of sysexits.h."""
 
+_NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR}
+
 _ABOUT = """Train one neural network with several hospitals, without moving the patients' records and
 without anybody having to be online at the same time. Begin with: nightsplit demo"""
 
@@ -51,9 +53,9 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            what = f"{error.filename or 'a disk'}: {error.strerror}."
-            return _failed(StateError(501, what, "make room, then start the same command again."))
+        if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
+            what = f"{error.filename or 'a file'}: {error.strerror}."
+            return _failed(StateError(501, what, "make room, or name a place that may be written; then start again."))
         _crashed(error)
         return CRASHED
 
@@ -127,6 +129,7 @@ def _predict(chosen: argparse.Namespace) -> int:
     if chosen.output is None:
         predictions.write(sys.stdout)
     else:
+        chosen.output.parent.mkdir(parents=True, exist_ok=True)
         with chosen.output.open("w", encoding="utf-8") as file:
             predictions.write(file)
     figures = [f"{name} {value:.4g}" for name, value in predictions.metrics.items() if value is not None]
@@ -140,12 +143,11 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="command", required=True)
 
     demo = _add(verbs, "demo", "see it work on this computer, in about a minute", """
-        Play some nights and days of three hospitals and a server, as processes on this computer, with
-        public data. No service has to be installed.""")  # fmt: skip
+        Play an example with a process for each hospital and one for the server: nights without a server,
+        days without a hospital, and the end together. No service has to be installed.""")  # fmt: skip
     demo.add_argument(
-        "folder", type=Path, nargs="?", metavar="EXAMPLE",
-        help="folder of the example to play (default: examples/cholesterol); it is copied, never changed",
-    )  # fmt: skip
+        "folder", type=Path, nargs="?", metavar="FOLDER", help="the example's folder (default: examples/cholesterol)"
+    )
 
     opening = _add(verbs, "open", "open a run, so that sites can begin without a server", """
         Make the queues of a run at the broker and put its configuration into them. Sites can then work a

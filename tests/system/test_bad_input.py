@@ -91,7 +91,7 @@ def one_class(folder: Path) -> None:
         (103, "run.window: expected int, got str", edit("run.toml", "window = 1000", 'window = "wide"')),
         (103, "run.window: expected int >= 1", edit("run.toml", "window = 1000", "window = 0")),
         (103, "'split_x' is unknown", edit("run.toml", "split_labels", "split_x")),
-        (104, "module hospital.models cannot be imported", edit("run.toml", "shared.models.networks", "hospital.models")),
+        (104, "module ward.models cannot be imported", edit("run.toml", "shared.models.networks", "ward.models")),
         (104, "does not take model.settings", edit("run.toml", "inputs = 3", "columns = 3")),
         (105, "with model.cut = 3: nothing is left for the top", edit("run.toml", "cut = 1", "cut = 3")),
         (106, "begins when it ends", edit("south.toml", "[site]", '[site]\nshift = "22:00-22:00 UTC"')),

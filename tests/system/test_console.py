@@ -267,6 +267,7 @@ def test_a_full_disk_and_an_early_ctrl_c_have_their_sentences(tmp_path, monkeypa
     write_study(tmp_path)
     for raised, code, said in (
         (OSError(28, "No space left on device", "report.json"), 1, "E501 Disk is full: report.json"),
+        (PermissionError(13, "Permission denied", "report"), 1, "report: Permission denied. Fix: make room, or name"),
         (KeyboardInterrupt(), 130, "stopped; start the same command again to go on"),
     ):
 

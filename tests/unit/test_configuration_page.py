@@ -1,0 +1,63 @@
+"""docs/configuration.md names every key with its default."""
+
+import json
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from shared.config import (
+    DataSection,
+    ModelSection,
+    OptimizerSection,
+    PolicyConfig,
+    RunSection,
+    ServerSection,
+    SiteSection,
+    SourceSection,
+    TaskSection,
+    WireSection,
+)
+
+PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+SECTIONS = {
+    ("run.toml", "[run]"): RunSection,
+    ("run.toml", "[model]"): ModelSection,
+    ("run.toml", "[task]"): TaskSection,
+    ("run.toml", "[optimizer]"): OptimizerSection,
+    ("run.toml", "[wire]"): WireSection,
+    ("run.toml", "[data]"): DataSection,
+    ("site.toml", "[site]"): SiteSection,
+    ("site.toml", "[data]"): SourceSection,
+    ("policy.toml", None): PolicyConfig,
+}
+
+
+def told(file: str, table: str | None) -> dict[str, str]:
+    """Keys of a section of the page, and their defaults as written."""
+    text = PAGE.split(f"\n## {file}\n")[1].split("\n## ")[0]
+    if table is not None:
+        text = text.split(f"\n### `{table}`\n")[1].split("\n### ")[0]
+    return {match[1]: match[2] for match in re.finditer(r"^\| `(\w+)` \| (.+?) \| .+ \| `.+` \|$", text, re.MULTILINE)}
+
+
+def default(field: msgspec.structs.FieldInfo) -> str:
+    if field.required:
+        return "**required**"
+    value = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
+    return "none" if value is None else f"`{json.dumps(value)}`"
+
+
+@pytest.mark.parametrize(("file", "table"), SECTIONS, ids=str)
+def test_every_key_with_its_default(file: str, table: str | None) -> None:
+    fields = msgspec.structs.fields(SECTIONS[file, table])
+    assert told(file, table) == {field.name: default(field) for field in fields}
+
+
+def test_server() -> None:
+    extra = {f.name for f in msgspec.structs.fields(ServerSection)} - {
+        f.name for f in msgspec.structs.fields(SiteSection)
+    }
+    assert extra == {"report"}
+    assert told("server.toml", "[server]") == {"report": '`"report"`'}
