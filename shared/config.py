@@ -352,7 +352,8 @@ def _check_run(path: Path, config: RunConfig) -> None:
         refuse("run.sites", f"{SERVER!r} is the server's own name", "rename the site.")
     if data.validation + data.test >= 0.9:
         refuse("data.test", "validation and test leave less than a tenth to train on", "lower one of them.")
-    if data.scaling == "run" and not len(data.features) == len(data.mean) == len(data.spread):
+    inputs = len(data.features) or 1  # features of a table, or the one channel of an image
+    if data.scaling == "run" and not inputs == len(data.mean) == len(data.spread):
         refuse(
             "data.mean",
             'scaling = "run" needs one mean and one spread per feature',

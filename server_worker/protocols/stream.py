@@ -20,7 +20,7 @@ from shared.effects import Effect, Finish, Record, Send
 from shared.errors import Refused
 from shared.message import SERVER, Header, Kind, Message, Scalar
 from shared.protocols.plan import Item, Plan, Step
-from shared.protocols.stream import UpSequence, check_rows, weights
+from shared.protocols.stream import UpSequence, check_contract, check_rows, weights
 from shared.roles import Role
 
 
@@ -272,6 +272,7 @@ class StreamServer(Role):
         for site, bottom in self._bottoms.items():
             tensors.update(flatten(f"bottom/{site}", bottom))
         facts: dict[str, Any] = {
+            "contract": self.config.contract,
             "opened": self._opened, "ended": self._ended, "steps": self.steps, "applied": dict(self.applied),
             "released": dict(self._released), "refusals": dict(self.refusals),
             "welcomed": {site: list(incarnations) for site, incarnations in self._welcomed.items()},
@@ -285,6 +286,7 @@ class StreamServer(Role):
     def restore(self, snapshot: Snapshot) -> None:
         """See `Role`."""
         tensors, facts = snapshot.tensors, snapshot.facts
+        check_contract(facts["contract"], self.config, self.name)
         self.top.restore(tensors)
         self.evaluation.restore(tensors, facts["evaluation"])
         self.best_top = under("best", tensors)

@@ -19,7 +19,7 @@ from torch import nn
 
 from shared.config import RunConfig
 from shared.contract import Payload, TensorSpec
-from shared.errors import Refused
+from shared.errors import Refused, RunError
 from shared.message import Kind, Message
 from shared.protocols.plan import Place, Plan
 
@@ -146,6 +146,20 @@ class UpSequence:
         q, half = self.at(seq)
         beside = min(q + self._lag, self.plan.last) if half == "second" else q
         return self.plan.place(beside), seq
+
+
+def check_contract(stored: str, config: RunConfig, who: str) -> None:
+    """A worker goes on with the run.toml that its state was made with.
+
+    Raises:
+        RunError: 601 the file changed in between.
+    """
+    if stored != config.contract:
+        raise RunError(
+            601,
+            f"{who} began {config.run.id} with another run.toml.",
+            "restore the file as it was, or start a new run under another id. Nothing was sent.",
+        )
 
 
 def check_rows(message: Message, plan: Plan, q: int) -> None:

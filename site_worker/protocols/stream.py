@@ -17,7 +17,7 @@ from shared.effects import Effect, Finish, Send
 from shared.errors import Refused, RunError
 from shared.message import SERVER, Header, Kind, Message
 from shared.protocols.plan import Item, Step
-from shared.protocols.stream import UpSequence, check_rows, weights
+from shared.protocols.stream import UpSequence, check_contract, check_rows, weights
 from shared.roles import Role
 from shared.tensors import is_finite
 from site_worker.bottom import Bottom
@@ -257,6 +257,7 @@ class StreamSite(Role):
             tensors.update(flatten(f"candidate/{epoch}", kept))
         tensors.update(flatten("exported_top", self.exported_top))
         facts: dict[str, Any] = {
+            "contract": self.config.contract,
             "next": resume, "answered": self.answered, "finished": self.finished, "enrolled": self._enrolled,
             "best": self.best, "judged": self._judged, "candidates": list(self._candidates), "released": self._released,
         }  # fmt: skip
@@ -272,6 +273,7 @@ class StreamSite(Role):
     def restore(self, snapshot: Snapshot) -> None:
         """See `Role`."""
         tensors, facts = snapshot.tensors, snapshot.facts
+        check_contract(facts["contract"], self.config, self.name)
         self.bottom.restore(tensors)
         self.next_seq, self.answered = facts["next"], facts["answered"]
         self.best, self._judged = facts["best"], facts["judged"]

@@ -5,9 +5,11 @@ in-memory state does, many times per run, on seeded schedules.
 """
 
 import random
+import shutil
 
 import pytest
 
+from shared.errors import RunError
 from shared.message import SERVER
 from tests.protocols.night import Night, tiny_config
 
@@ -77,3 +79,33 @@ def test_the_schedule_shows_in_a_fair_run(tmp_path):
     """Otherwise the test above could not fail."""
     config = tiny_config(order="fair", window=3, epochs=2)
     assert len({shaken(Night(config, tmp_path / str(seed), prefetch=16), seed) for seed in range(4)}) > 1
+
+
+def test_a_lost_disk_is_noticed_at_hello(tmp_path):
+    """Answers that the broker has forgotten cannot come again: the site is told, and does not wait for ever."""
+    night = Night(tiny_config(window=1), tmp_path, prefetch=8)
+    for name in (SERVER, *night.config.run.sites):
+        night.start(name).start()
+    while night.roles["north"].answered < 8:
+        for engine in night.engines.values():
+            engine.step(0.0)
+    night.kill("north")
+    shutil.rmtree(tmp_path / "north")
+    night.start("north").start()
+    with pytest.raises(RunError) as caught:
+        for _ in range(200):
+            for engine in night.engines.values():
+                engine.step(0.0)
+    assert caught.value.number == 504
+
+
+@pytest.mark.parametrize("worker", [SERVER, "north"])
+def test_another_run_toml_is_refused_before_anything_is_sent(worker, tmp_path):
+    night = Night(tiny_config(), tmp_path)
+    night.work(SERVER)
+    night.work("north")
+    night.work(SERVER)
+    night.config = tiny_config(window=5)
+    with pytest.raises(RunError) as caught:
+        night.start(worker)
+    assert caught.value.number == 601
