@@ -55,7 +55,7 @@ class Case:
 CASES = {
     case.name: case
     for case in (
-        Case("lung_ct", seeds=5, sweeps=True),
+        Case("lung_ct", seeds=3, sweeps=True),
         Case("radiograph", seeds=3, subset=0.4),
         Case("heart", seeds=5),
         Case("cholesterol", seeds=5, figures=("r2", "mae"), sweeps=True),

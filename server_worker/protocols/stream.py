@@ -90,8 +90,7 @@ class StreamServer(Role):
         if self._opened:
             return []
         self._opened = True
-        manifest = {"config": self.config.canonical(), "contract": self.config.contract}
-        return [Send(site, Kind.MANIFEST, 0, scalars=manifest) for site in self.config.run.sites]
+        return [self._manifest(site) for site in self.config.run.sites]
 
     def choose(self, ready: Set[str]) -> str | None:
         """See `Role`: the schedule's choice, among sites that do not wait for an averaging."""
@@ -176,6 +175,10 @@ class StreamServer(Role):
 
     # -- hello, averaging, end ---------------------------------------------------------------------
 
+    def _manifest(self, site: str) -> Send:
+        manifest = {"config": self.config.canonical(), "contract": self.config.contract}
+        return Send(site, Kind.MANIFEST, 0, scalars=manifest)
+
     def _welcome(self, message: Message) -> list[Effect]:
         """Accept a site's plan, or say why not."""
         site, hello = message.header.sender, message.scalars
@@ -184,15 +187,17 @@ class StreamServer(Role):
         problem: tuple[int, str] | None = None
         if hello["contract"] != self.config.contract:
             problem = 601, "the site's run.toml differs from the server's"
-        elif plan.train < 1:
+        elif hello["enrolled"] and plan.train < 1:
             problem = 405, "the site has nothing to train on"
-        elif site in self.sequences and self.sequences[site] != sequence:
+        elif hello["enrolled"] and site in self.sequences and self.sequences[site] != sequence:
             problem = 409, "the site's data changed since the run began"
         elif hello["incarnation"] not in self._welcomed[site] and int(hello["mark"]) < self._released[site]:
             problem = 504, f"the site stands at answer {hello['mark']}, but had stored {self._released[site]} before"
         if problem is not None:
             scalars = {"incarnation": hello["incarnation"], "number": problem[0], "reason": problem[1]}
             return [Send(site, Kind.REJECTED, 0, scalars=scalars)]
+        if not hello["enrolled"]:
+            return [self._manifest(site)]
         # A hello may come again after a later one; only a new process can have lost its state.
         if hello["incarnation"] not in self._welcomed[site]:
             self._welcomed[site].append(str(hello["incarnation"]))

@@ -58,7 +58,7 @@ def payloads(
         Kind.MANIFEST: Payload(scalars={"config": str, "contract": str}),
         Kind.HELLO: Payload(
             scalars={
-                "incarnation": str, "contract": str, "train": int, "validation": int, "test": int,
+                "incarnation": str, "enrolled": bool, "contract": str, "train": int, "validation": int, "test": int,
                 "mark": int, "released": int,
             }
         ),

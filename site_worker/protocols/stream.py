@@ -93,10 +93,8 @@ class StreamSite(Role):
         return self._contract.get(kind)
 
     def start(self) -> list[Effect]:
-        """Say hello, when the run's manifest was seen and agreed to before."""
-        if self.finished:
-            return [Finish()]
-        return [self._hello()] if self._enrolled else []
+        """Say hello. To a site that has not seen the run's manifest, the server answers with it."""
+        return [Finish()] if self.finished else [self._hello()]
 
     def next(self) -> list[Effect]:
         """The next message of the plan, when the answers that it depends on are here."""
@@ -229,13 +227,15 @@ class StreamSite(Role):
 
     def _hello(self) -> Send:
         plan = self.feed.plan
+        # Not even the numbers of patients' samples leave before site and server agree on the run.
+        counts = (plan.train, plan.validation, plan.test) if self._enrolled else (0, 0, 0)
         return Send(
             SERVER,
             Kind.HELLO,
             0,
             scalars={
                 "incarnation": self._incarnation, "contract": self.config.contract,
-                "train": plan.train, "validation": plan.validation, "test": plan.test,
+                "enrolled": self._enrolled, "train": counts[0], "validation": counts[1], "test": counts[2],
                 "mark": self.answered, "released": self._released,
             },
         )  # fmt: skip
