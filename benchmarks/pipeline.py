@@ -9,23 +9,13 @@ the uncut model in one process with two threads, and with one.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks import split
-from benchmarks.common import (
-    Figure,
-    Place,
-    Results,
-    Worker,
-    arguments,
-    fresh_name,
-    queues_of,
-    rabbitmq,
-    scratch,
-)
-from benchmarks.split import Case
+from benchmarks.cases import Case
+from benchmarks.common import Place, Worker, fresh_name, queues_of, rabbitmq, scratch
+from benchmarks.figures import Figure, Results, arguments
 
 
 @dataclass(frozen=True)
@@ -46,19 +36,28 @@ class Row:
     bounds: tuple[float, float] | tuple[None, None] = (None, None)
 
 
-SMALL, WIDE, PEER = Case("small", 64, 64, 3), Case("wide", 64, 64, 3, batches=40, warmup=8), Case("peer", 32, 32, 1)
-PEER_128 = replace(PEER, batch=128, batches=200)
+SMALL, WIDE = Case("small", 64, 64, 3), Case("wide", 64, 64, 3, batches=40, warmup=8)
+PEER_32 = Case("peer", 32, 32, 1, batches=500, warmup=60)
+PEER_128 = replace(PEER_32, batch=128, batches=200, warmup=24)
 ROWS = {
     "small_fp16": Row("small_fp16_over_2t", "small model, fp16", SMALL, (0.80, 0.65)),
     "small_int8": Row("small_int8_over_2t", "small model, int8", replace(SMALL, codec="int8"), (0.90, 0.65)),
-    "peer_b32": Row("peer_cnn_b32_over_2t", "peers' CNN, batch 32", replace(PEER, batches=500, warmup=60), (0.80, 0.65)),
+    "peer_b32": Row("peer_cnn_b32_over_2t", "peers' CNN, batch 32", PEER_32, (0.80, 0.65)),
     "peer_b128": Row("peer_cnn_b128_over_2t", "peers' CNN, batch 128", PEER_128, (0.80, 0.65)),
     "peer_b32_pooled": Row(
         "peer_cnn_b32_pooled_over_2t", "peers' CNN, batch 32, cut after the pooling",
-        replace(PEER, cut=3, batches=500, warmup=60),
+        replace(PEER_32, cut=3),
     ),
     "peer_b128_pooled": Row(
         "peer_cnn_b128_pooled_over_2t", "peers' CNN, batch 128, cut after the pooling", replace(PEER_128, cut=3)
+    ),
+    "peer_b32_threads": Row(
+        "peer_cnn_b32_threads_over_2t", "peers' CNN, batch 32, server with 2 threads",
+        replace(PEER_32, server_threads=2),
+    ),
+    "peer_b128_threads": Row(
+        "peer_cnn_b128_threads_over_2t", "peers' CNN, batch 128, server with 2 threads",
+        replace(PEER_128, server_threads=2),
     ),
     "heavy": Row("heavy_over_2t", "compute-heavy server", WIDE),
 }  # fmt: skip
@@ -86,18 +85,19 @@ FIGURES = [
 def train_split(case: Case, place: Place) -> dict[str, Any]:
     """One run over the broker; what the server said about it."""
     run = fresh_name("bench")
-    with scratch() as folder, queues_of(place.broker(), list(case.queues(run))):
-        with (
-            Worker(split.server, case, run, place, folder) as server,
-            Worker(split.site, case, run, place, folder) as site,
-        ):
-            site_ids = site.hear()
-            server.hear()
-            server.say(site_ids)
-            site.say("go")
-            heard: dict[str, Any] = server.hear()
-            site.hear()
-            return heard
+    with (
+        scratch() as folder,
+        queues_of(place.broker(), list(case.queues(run))),
+        Worker(split.server, case, run, place, folder) as server,
+        Worker(split.site, case, run, place, folder) as site,
+    ):
+        site_ids = site.hear()
+        server.hear()
+        server.say(site_ids)
+        site.say("go")
+        heard: dict[str, Any] = server.hear()
+        site.hear()
+        return heard
 
 
 def measure(name: str, row: Row, place: Place, results: Results, quick: bool) -> None:
@@ -166,4 +166,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -20,17 +20,18 @@ from broker.topology import site_queues
 from console.baselines import Judgement, judge
 from server_worker.protocols import make_server
 from server_worker.protocols.stream import StreamServer
+from shared.authority import Alone
 from shared.checkpoint import Checkpoints
 from shared.config import RunConfig
-from shared.engine import Engine, Route
+from shared.engine import Engine
 from shared.message import SERVER
 from shared.models.cutting import build
 from shared.roles import Role
+from shared.route import Route
 from site_worker.data.dataset import Parts
 from site_worker.protocols import make_site
 from site_worker.protocols.split_u import SplitUSite
 from site_worker.protocols.stream import StreamSite
-from site_worker.worker import Alone
 
 PREFETCH = 512
 """A checkpoint follows every quarter of it. Fewer would cost memory: what none contains is kept."""

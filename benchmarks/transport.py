@@ -11,29 +11,18 @@ over the loopback device, timed in the same round.
 from __future__ import annotations
 
 import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from benchmarks.common import (
-    Figure,
-    MiB,
-    Place,
-    Results,
-    Worker,
-    arguments,
-    cpu_seconds,
-    fresh_name,
-    queues_of,
-    rabbitmq,
-    scratch,
-)  # fmt: skip
+from benchmarks.common import MiB, Place, Worker, cpu_seconds, fresh_name, queues_of, rabbitmq, scratch
+from benchmarks.figures import Figure, Results, arguments
 from broker.base import Broker, Confirmed, Delivery, Link, Queue
 from broker.embedded import EmbeddedBroker
 from broker.topology import site_queues
+from shared.worker import prepare_torch
 
 SIZES = {"64kb": 64 * 2**10, "1mb": MiB, "4mb": 4 * MiB}
 WINDOW = 16
@@ -74,6 +63,7 @@ def _figures() -> list[Figure]:
 
 def publisher(line: Connection, place: Place | Embedded, queue: Queue, size: int, count: int) -> None:
     """Publishes `count` messages; says its CPU seconds."""
+    prepare_torch(1, "cpu")  # as every worker does
     body = bytes(size)
     with place.broker().link([], PREFETCH, "publisher") as link:
         line.send("ready")
@@ -90,6 +80,7 @@ def publisher(line: Connection, place: Place | Embedded, queue: Queue, size: int
 
 def consumer(line: Connection, place: Place | Embedded, queue: Queue, size: int, count: int) -> None:
     """Receives `count` messages; says MB per second, and its CPU seconds."""
+    prepare_torch(1, "cpu")
     with place.broker().link([queue], PREFETCH, "consumer") as link:
         line.send("ready")
         began_cpu = time.process_time()
@@ -199,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -160,8 +160,8 @@ class _Play:
                     f"{counted(applied - before, 'batch')}, {counted(applied - answered, 'answer')} queued, "
                     f"{counted(sent - applied, 'batch')} held until those of another site come"
                 )
-            self._console.print(f"night {NIGHTS + 1}, 22:00  everybody is online, until the run is over\n")
-            with Progress(console=self._console, transient=True) as progress:
+            self._console.print(f"night {NIGHTS + 1}, 22:00  everybody is online, until the run is over")
+            with Progress(console=self._console, transient=True, disable=not self._console.is_terminal) as progress:
                 bar = progress.add_task("batches", total=None)
 
                 def observe() -> None:

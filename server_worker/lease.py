@@ -11,7 +11,7 @@ TTL_SECONDS = 15.0
 
 
 class Lease:
-    """The right to act as the run's server; what `shared.engine.Authority` asks for.
+    """The right to act as the run's server; what `shared.authority.Authority` asks for.
 
     Args:
         store: used from the worker's thread.

@@ -17,9 +17,10 @@ from server_worker.report import write_report
 from shared.checkpoint import Checkpoints
 from shared.clock import Clock
 from shared.config import ServerConfig, load
-from shared.engine import Engine, Route
+from shared.engine import Engine
 from shared.message import SERVER, Kind
 from shared.protocols.assembly import planned_message_bytes
+from shared.route import Route
 from shared.shift_worker import ShiftWorker
 from shared.store import RunStore, Status
 from shared.worker import (

@@ -17,48 +17,20 @@ gets deliveries below the marks, and only acknowledges them. docs/delivery.md ha
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, field
 
-from broker.base import Confirmed, Delivery, Link, Queue, Recovered, Trouble
+from broker.base import Confirmed, Delivery, Link, Recovered, Trouble
 from shared import wire
+from shared.authority import Authority
 from shared.checkpoint import Checkpoints, Snapshot
+from shared.custody import Applied, Sent
 from shared.effects import Effect, Finish, Record, Send
 from shared.errors import Refused, StateError
 from shared.message import UNSEQUENCED, Header, Message
 from shared.roles import Role
-from shared.store import Pointer
-
-
-class Authority(Protocol):
-    """What lets this worker's checkpoints count, where several workers could hold the role."""
-
-    @property
-    def fence(self) -> int:
-        """Incarnation of the server; 0 at a site."""
-
-    def pointer(self) -> Pointer | None:
-        """The newest checkpoint that counts; None at a site, or when none was written."""
-
-    def move_pointer(self, pointer: Pointer) -> bool:
-        """Make a checkpoint count; False when a later incarnation took over."""
-
-    def journal(self, position: int, sender: str) -> str:
-        """Write down, durably, who is applied at `position`; returns who was written down first."""
-
-    def journalled(self, position: int) -> str | None:
-        """Who was written down at `position`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Where messages to one peer go, and where messages from it come from."""
-
-    outgoing: Queue
-    incoming: Queue
-    dead: Queue
+from shared.route import Route
 
 
 @dataclass(slots=True)
@@ -74,7 +46,6 @@ class _Pending:
     """A snapshot that waits until the sends it counts are confirmed."""
 
     snapshot: Snapshot
-    contains: list[Delivery]
     waiting_for: set[str]
 
 
@@ -126,13 +97,9 @@ class Engine:
         """Messages applied in sequence, over all senders."""
         self._counter = 0
         self._inbox: dict[str, dict[int, Delivery]] = {peer: {} for peer in routes}
-        self._applied: list[Delivery] = []
-        self._applied_per_queue: Counter[str] = Counter()
-        self._batches: deque[list[Delivery]] = deque()
+        self._applied = Applied(checkpoints.keep)
+        self._sent = Sent()
         self._pending: _Pending | None = None
-        self._sent: dict[str, tuple[str, int]] = {}
-        """Receiver and seq of what was sent in sequence and is not confirmed."""
-        self._latest: dict[str, int] = {}
         self._dirty = False
         self._last_snapshot = time.monotonic()
         self._finish: Finish | None = None
@@ -297,9 +264,7 @@ class Engine:
         for sender, held in self._inbox.items():
             if not held or self.marks[sender] + 1 in held:
                 continue
-            unsaved = [self._applied, self._pending.contains if self._pending else [], *self._batches]
-            queue = self._routes[sender].incoming.name
-            kept = sum(delivery.queue == queue for batch in unsaved for delivery in batch)
+            kept = self._applied.of(self._routes[sender].incoming.name)
             if len(held) + kept >= self._link.prefetch:
                 if kept:
                     self._save_if_due(force=True)
@@ -308,10 +273,7 @@ class Engine:
 
     def _broker_is_busy(self) -> bool:
         """Never run far ahead of the oldest unconfirmed: a gap must fit into the receiver's prefetch."""
-        oldest: dict[str, int] = {}
-        for receiver, seq in self._sent.values():
-            oldest[receiver] = min(seq, oldest.get(receiver, seq))
-        return any(self._latest[receiver] - seq + 1 >= self._share for receiver, seq in oldest.items())
+        return self._sent.is_ahead(self._share)
 
     def _decode(self, header: Header, delivery: Delivery) -> Message:
         payload = self._role.payload(header.kind)
@@ -332,9 +294,7 @@ class Engine:
         self._keep_until_saved(delivery)
 
     def _keep_until_saved(self, delivery: Delivery) -> None:
-        # Only the tag is still needed: a body kept here would hold a night's memory.
-        self._applied.append(replace(delivery, body=b""))
-        self._applied_per_queue[delivery.queue] += 1
+        self._applied.take(delivery)
         self._dirty = True
 
     # -- effects -------------------------------------------------------------------------------
@@ -368,14 +328,13 @@ class Engine:
         body = wire.encode(Message(header, send.tensors, send.scalars), payload, self._message_bytes)
         self._link.publish(self._routes[send.receiver].outgoing, header.message_id, body)
         if send.seq:
-            self._sent[header.message_id] = send.receiver, send.seq
-            self._latest[send.receiver] = send.seq
+            self._sent.add(header.message_id, send.receiver, send.seq)
         self.progress.counts["sent"] += 1
 
     # -- [2] confirm, [3] checkpoint, [4] ack ---------------------------------------------------
 
     def _confirmed(self, message_id: str) -> None:
-        self._sent.pop(message_id, None)
+        self._sent.confirmed(message_id)
         self.progress.counts["confirmed"] += 1
         if self._pending is not None:
             self._pending.waiting_for.discard(message_id)
@@ -385,10 +344,10 @@ class Engine:
             if not self._pending.waiting_for:
                 self._commit(self._pending)
             return
-        full = max(self._applied_per_queue.values(), default=0) >= self._share
+        full = self._applied.most_open >= self._share
         # Without the second half, the last batch of a quiet day would stay unacknowledged until
         # the broker closes the channel (consumer_timeout).
-        late = (self._dirty or any(self._batches)) and time.monotonic() - self._last_snapshot > self._interval
+        late = (self._dirty or self._applied.sealed) and time.monotonic() - self._last_snapshot > self._interval
         if force or full or late:
             self._pending = self._snapshot()
 
@@ -404,16 +363,14 @@ class Engine:
         self._commit(pending)
 
     def _snapshot(self) -> _Pending:
-        role = self._role.snapshot(min((seq for _, seq in self._sent.values()), default=None))
+        role = self._role.snapshot(self._sent.first)
         engine = {"run": self._run, "marks": dict(self.marks), "position": self.position}
         pending = _Pending(
             Snapshot(role.tensors, {"engine": engine, "role": role.facts}),
-            self._applied,
             # Copies for the dead letter queue cannot be made again by any role.
             {sent for sent in self._link.unconfirmed if not (self._role.rederives and sent in self._sent)},
         )
-        self._applied = []
-        self._applied_per_queue.clear()
+        self._applied.seal()
         self._dirty = False
         self._last_snapshot = time.monotonic()
         return pending
@@ -431,10 +388,8 @@ class Engine:
         self._checkpoints.prune()
         self.progress.counts["checkpoints"] += 1
         self._perform(self._role.saved())
-        self._batches.append(pending.contains)
-        while len(self._batches) >= self._checkpoints.keep:
-            for delivery in self._batches.popleft():
-                self._link.acknowledge(delivery)
+        for delivery in self._applied.saved():
+            self._link.acknowledge(delivery)
 
     def _end(self, finish: Finish) -> None:
         """Every kept checkpoint holds the end; only then the farewell, and the last acknowledgements."""
@@ -443,6 +398,5 @@ class Engine:
         self._perform(list(finish.farewell))
         while not self._role.rederives and self._link.unconfirmed:
             self._receive(0.1)
-        while self._batches:
-            for delivery in self._batches.popleft():
-                self._link.acknowledge(delivery)
+        for delivery in self._applied.release():
+            self._link.acknowledge(delivery)

@@ -12,15 +12,17 @@ from safetensors.torch import save_file
 from broker.base import Broker
 from broker.opening import open_broker
 from broker.topology import site_queues
+from shared.authority import Alone
 from shared.checkpoint import Checkpoints
 from shared.clock import Clock
 from shared.config import PolicyConfig, SiteConfig, load
-from shared.engine import Engine, Route
+from shared.engine import Engine
 from shared.errors import BrokerError, RunError
 from shared.message import SERVER, Kind
 from shared.protocols.assembly import planned_message_bytes
+from shared.route import Route
 from shared.shift_worker import ShiftWorker
-from shared.store import Pointer, RunStore, Status
+from shared.store import RunStore, Status
 from shared.worker import (
     Facts,
     Heartbeat,
@@ -39,28 +41,6 @@ from site_worker.protocols.stream import StreamSite
 
 _DOWN = (Kind.CUT_GRADIENT, Kind.HEAD_INPUT, Kind.AVERAGE)
 """Kinds that may be large on their way to a site."""
-
-
-class Alone:
-    """The authority of a worker that nobody else can replace: its folder is locked (`own_folder`)."""
-
-    fence = 0
-
-    def pointer(self) -> Pointer | None:
-        """No pointer is kept: the newest checkpoint counts."""
-        return None
-
-    def move_pointer(self, pointer: Pointer) -> bool:
-        """Nobody could have taken over."""
-        return True
-
-    def journal(self, position: int, sender: str) -> str:
-        """A site has one sender, so there is no order to keep."""
-        return sender
-
-    def journalled(self, position: int) -> str | None:
-        """See `journal`."""
-        return None
 
 
 class SiteWorker(ShiftWorker):

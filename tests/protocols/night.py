@@ -22,8 +22,9 @@ from shared.config import (
     TaskSection,
     WireSection,
 )
-from shared.engine import Engine, Route
+from shared.engine import Engine
 from shared.message import SERVER
+from shared.route import Route
 from shared.store import RunStore
 from shared.store_memory import MemoryStore
 from site_worker.data.dataset import Dataset, Parts

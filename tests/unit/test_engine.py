@@ -9,10 +9,11 @@ from shared import wire
 from shared.checkpoint import Checkpoints, Snapshot
 from shared.contract import Payload
 from shared.effects import Finish, Record, Send
-from shared.engine import Engine, Route
+from shared.engine import Engine
 from shared.errors import Refused, StateError
 from shared.message import SERVER, Header, Kind, Message
 from shared.roles import Role
+from shared.route import Route
 from tests.protocols.night import Authority
 
 QUEUES = {site: site_queues("run", site, 10_000) for site in ("a", "b")}
