@@ -324,7 +324,7 @@ class Engine:
             self._authority.fence,
         )  # fmt: skip
         payload = self._role.payload(send.kind)
-        assert payload is not None, f"the role has no contract for {send.kind}"
+        assert payload is not None, send.kind
         body = wire.encode(Message(header, send.tensors, send.scalars), payload, self._message_bytes)
         self._link.publish(self._routes[send.receiver].outgoing, header.message_id, body)
         if send.seq:
@@ -344,11 +344,9 @@ class Engine:
             if not self._pending.waiting_for:
                 self._commit(self._pending)
             return
-        full = self._applied.most_open >= self._share
-        # Without the second half, the last batch of a quiet day would stay unacknowledged until
-        # the broker closes the channel (consumer_timeout).
+        # What is sealed must become free even on a quiet day: consumer_timeout would close the channel.
         late = (self._dirty or self._applied.sealed) and time.monotonic() - self._last_snapshot > self._interval
-        if force or full or late:
+        if force or late or self._applied.most_open >= self._share:
             self._pending = self._snapshot()
 
     def _save_now(self) -> None:
