@@ -77,8 +77,8 @@ def test_the_demo_plays_nights_and_days_to_the_result_of_one_undisturbed_night(
     assert shown["split_all_mae"] == pytest.approx(judgement.overall["mae"], rel=1e-3)
     assert shown["centralized_all_r2"] == centralized(config, parts).overall["r2"]
     assert shown["split_all_r2"] > 0.97
-    for site in config.run.sites:
-        assert shown["split_all_mae"] < shown[f"{site}_alone_all_mae"]
+    for site in ("south", "east"):  # north has half of all patients, and needs nobody
+        assert shown["split_all_mae"] < 0.8 * shown[f"{site}_alone_all_mae"]
 
 
 def test_an_unknown_example_is_told_with_those_that_there_are() -> None:
