@@ -193,8 +193,11 @@ def _cpu(place: Place, link: Link, site_ids: Mapping[str, int]) -> dict[str, flo
 # ── one process ─────────────────────────────────────────────────────────────────────────────────
 
 
-def uncut(line: Connection, case: Case) -> None:
-    """Answers ("whole", threads, batches) with samples/s, ("stages", 1, batches) with s per batch of each half."""
+def uncut(line: Connection, case: Case, tuned: bool) -> None:
+    """The whole model, in a plain PyTorch process or in one that is `tuned` as a worker is (`prepare_torch`).
+
+    Answers ("whole", threads, batches) with samples/s, ("stages", 1, batches) with s per batch of each half.
+    """
     config, halves, _ = case.assemble("uncut")
     feed = Feed(config, SITE, case.parts())
     model = nn.Sequential(halves.bottom, halves.top)
@@ -231,7 +234,9 @@ def uncut(line: Connection, case: Case) -> None:
 
     while (asked := line.recv()) is not None:
         what, threads, batches = asked
-        prepare_torch(threads, "cpu")
+        if tuned:
+            prepare_torch(threads, "cpu")
+        torch.set_num_threads(threads)
         if what == "whole":
             line.send(case.batch / seconds(whole, batches))
             continue
