@@ -106,6 +106,7 @@ def systems(sites: list[str]) -> dict[str, System]:
         SWEPT: partial(_split, "split_labels", 4),
         "split_labels, a night": partial(_split, "split_labels", None),
         f"{SWEPT}, averaged": partial(_split, "split_labels", 4, bottoms="averaged"),
+        "split_u, window 1": partial(_split, "split_u", 1),
         "split_u, window 4": partial(_split, "split_u", 4),
         "split_frozen": partial(_split, "split_frozen", 1),
     }
