@@ -11,6 +11,7 @@ the uncut model in one plain PyTorch process with two threads. A worker keeps fr
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from benchmarks import split
@@ -62,6 +63,7 @@ ROWS = {
     ),
     "heavy": Row("heavy_over_2t", "compute-heavy server", WIDE),
 }  # fmt: skip
+OVERHEADS = {"small_fp16": "engine_overhead", "peer_b32": "engine_overhead_b32"}
 FIGURES = [
     figure
     for name, row in ROWS.items()
@@ -103,13 +105,10 @@ def train_split(case: Case, place: Place) -> dict[str, Any]:
         return heard
 
 
-def measure(name: str, row: Row, place: Place, results: Results, quick: bool) -> None:
-    """One round of one row."""
-    case = row.case
-    if quick:
-        case = replace(case, batches=case.warmup + (case.batches - case.warmup) // 4)
-    batches = max(8, (case.batches - case.warmup) // 2)
-    with results.round(name), Worker(split.uncut, case, False) as plain, Worker(split.uncut, case, True) as tuned:
+def measure(name: str, case: Case, place: Place) -> dict[str, float]:
+    """One row, by key; the ratio that it is for comes first."""
+    batches = max(8, (case.batches - case.warmup) // 4)
+    with Worker(split.uncut, case, False) as plain, Worker(split.uncut, case, True) as tuned:
         one, two = plain.ask(("whole", 1, batches)), plain.ask(("whole", 2, batches))
         tuned_two = tuned.ask(("whole", 2, batches))
         stages = tuned.ask(("stages", 1, batches)) if name == "heavy" else None
@@ -119,45 +118,43 @@ def measure(name: str, row: Row, place: Place, results: Results, quick: bool) ->
         tuned_two = (tuned_two + tuned.ask(("whole", 2, batches))) / 2
         plain.say(None)
         tuned.say(None)
-    speed, cpu = heard["samples_per_s"], heard["cpu"]
-    results.add(
-        **{
-            row.key: speed / two,
-            row.key.replace("_over_2t", "_over_1t"): speed / one,
-            row.key.replace("_over_2t", "_over_2t_tuned"): speed / tuned_two,
-            f"{name}_samples_per_s": speed,
-            f"{name}_uncut_2t_samples_per_s": two,
-        }
-    )
+    key, speed = ROWS[name].key, heard["samples_per_s"]
+    values = {
+        key: speed / two,
+        key.replace("_over_2t", "_over_1t"): speed / one,
+        key.replace("_over_2t", "_over_2t_tuned"): speed / tuned_two,
+        f"{name}_samples_per_s": speed,
+        f"{name}_uncut_2t_samples_per_s": two,
+    }
+    cpu = heard["cpu"]
     if place.pid:
         everything = cpu["workers"] + cpu["broker"]
-        share = (cpu["links"] + cpu["broker"]) / everything
-        results.add(
-            **{
-                f"{name}_transport_cpu_share": share,
-                f"{name}_cpu_ms_per_batch": 1e3 * everything / (case.batches - case.warmup),
-            }
-        )
+        values[f"{name}_cpu_ms_per_batch"] = 1e3 * everything / (case.batches - case.warmup)
+        values[f"{name}_transport_cpu_share"] = (cpu["links"] + cpu["broker"]) / everything
         if name == "small_fp16":
-            results.add(transport_cpu_share=share)
+            values["transport_cpu_share"] = values[f"{name}_transport_cpu_share"]
     if stages:
-        results.add(heavy_over_roof=speed * max(stages) / case.batch)
-    if name in ("small_fp16", "peer_b32"):
-        seconds = dict(heard["times"])
-        busy = heard["seconds"] - seconds.pop("waiting", 0.0)
-        key = "engine_overhead" if name == "small_fp16" else "engine_overhead_b32"
-        results.add(**{key: 1 - sum(seconds.values()) / busy})
+        values["heavy_over_roof"] = speed * max(stages) / case.batch
+    if name in OVERHEADS:
+        waited = heard["times"].pop("waiting", 0.0)
+        values[OVERHEADS[name]] = 1 - sum(heard["times"].values()) / (heard["seconds"] - waited)
+    return values
 
 
-def measure_memory(place: Place, results: Results, backlog: int) -> None:
+def measure_memory(place: Place, backlog: int) -> dict[str, float]:
     """A site's memory beside an unattended backlog."""
     batches = backlog // (SMALL.batch * 16 * 32 * 32 * 2) + 200
     case, run = replace(SMALL, window=10**6, batches=batches), fresh_name("bench")
-    with scratch() as folder, queues_of(place.broker(), list(case.queues(run))), results.round("memory"):
+    with scratch() as folder, queues_of(place.broker(), list(case.queues(run))):
         split.open_run(case, run, place, folder)
         with Worker(split.site, case, run, place, folder, backlog) as site:
             before, after = site.hear()
-    results.add(site_memory_growth=after / before - 1, site_start_mb=before / 1e6, site_backlog_mb=after / 1e6)
+    return {"site_memory_growth": after / before - 1, "site_start_mb": before / 1e6, "site_backlog_mb": after / 1e6}
+
+
+def shorter(case: Case) -> Case:
+    """A quarter of the timed batches."""
+    return replace(case, batches=case.warmup + (case.batches - case.warmup) // 4)
 
 
 def main() -> None:
@@ -165,16 +162,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[*ROWS, "memory"], help="measure these rows alone")
     options = parser.parse_args()
     chosen = options.only or [*ROWS, "memory"]
-    results = Results(FIGURES, options.patience)
     with rabbitmq(options.broker) as place:
-        results.broker = place.pid
+        results = Results(FIGURES, options.patience, options.retries, place.pid)
         for number in range(2 if options.quick else options.rounds):
             results.console.print(f"round {number + 1}:")
             for name in chosen:
                 if name in ROWS:
-                    measure(name, ROWS[name], place, results, options.quick)
+                    case = shorter(ROWS[name].case) if options.quick else ROWS[name].case
+                    results.round(name, partial(measure, name, case, place))
         if "memory" in chosen:
-            measure_memory(place, results, 200 * 10**6 if options.quick else 2 * 10**9)
+            results.round("memory", partial(measure_memory, place, 200 * 10**6 if options.quick else 2 * 10**9))
     results.finish("Split training over RabbitMQ, window 4, persistent and confirmed", options.json)
 
 

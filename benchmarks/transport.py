@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -164,28 +164,30 @@ def tcp(size: int, count: int) -> float:
     return rate
 
 
+def measure(name: str, volume: int, place: Place, folder: Path) -> dict[str, float]:
+    """One size, by key; the ratio that it is for comes first."""
+    size = SIZES[name]
+    loopback = tcp(size, 4 * volume // size)
+    values = {}
+    for broker, ratio, where in (
+        ("rabbitmq", "publish_consume", place),
+        ("embedded", "embedded", Embedded(folder / "embedded")),
+    ):
+        seen = through(where, size, min(volume // size, 4000))
+        values[f"{ratio}_{name}_over_tcp"] = seen["mb_per_s"] / loopback
+        values.update({f"{broker}_{name}_{key}": value for key, value in seen.items()})
+    return {**values, f"tcp_{name}_mb_per_s": loopback}
+
+
 def main() -> None:
-    options = arguments("Messages through a broker, beside a bare TCP connection.", rounds=7).parse_args()
+    options = arguments(__doc__ or "", rounds=7).parse_args()
     volume = 200 * 10**6 if options.quick else 800 * 10**6
-    results = Results(_figures(), options.patience)
     with rabbitmq(options.broker) as place, scratch() as folder:
-        results.broker = place.pid
-        measured: dict[str, Callable[[int, int], dict[str, float]]] = {
-            "rabbitmq": lambda size, count: through(place, size, count),
-            "embedded": lambda size, count: through(Embedded(folder / "embedded"), size, count),
-        }
+        results = Results(_figures(), options.patience, options.retries, place.pid)
         for number in range(2 if options.quick else options.rounds):
             results.console.print(f"round {number + 1}:")
-            for name, size in SIZES.items():
-                with results.round(name):
-                    count = min(volume // size, 4000)
-                    loopback = tcp(size, 4 * volume // size)
-                    results.add(**{f"tcp_{name}_mb_per_s": loopback})
-                    for broker, measure in measured.items():
-                        seen = measure(size, count)
-                        ratio = "publish_consume" if broker == "rabbitmq" else broker
-                        results.add(**{f"{ratio}_{name}_over_tcp": seen["mb_per_s"] / loopback})
-                        results.add(**{f"{broker}_{name}_{key}": value for key, value in seen.items()})
+            for name in SIZES:
+                results.round(name, partial(measure, name, volume, place, folder))
     results.finish("Messages through a broker: persistent, confirmed, one publisher and one consumer", options.json)
 
 

@@ -158,7 +158,7 @@ def check_contract(stored: str, config: RunConfig, who: str) -> None:
         raise RunError(
             601,
             f"{who} began {config.run.id} with another run.toml.",
-            "restore the file as it was, or start a new run under another id. Nothing was sent.",
+            "restore the file as it was, or start a new run under another id. Nothing more was sent.",
         )
 
 

@@ -218,7 +218,7 @@ class StreamSite(Role):
             raise RunError(
                 601,
                 f"{self.name} and the server have different run.toml files: {differences}.",
-                "agree on one run.toml. Nothing was sent.",
+                "agree on one run.toml. Nothing of a patient was sent.",
             )
         if self._enrolled:
             return []

@@ -70,7 +70,7 @@ def test_a_night_and_a_day(study, capsys, tmp_path):
             assert (line["state"], line["online"]) == ("away", False)
             assert line["sent"] == line["planned"] == line["confirmed"] == line["queued"]
             assert (line["answered"], line["applied"], line["refused"], line["duplicates"]) == (0, 0, 0, 0)
-        assert night["at_broker"]["north"]["up"] == sent["north"] + 1  # with its greeting
+        assert night["at_broker"]["north"]["up"] == sent["north"] + 2  # with its two greetings
     assert run(["predict", str(study / "north.toml")]) == 1
     assert "E605" in capsys.readouterr().err
 
@@ -230,7 +230,7 @@ def test_ctrl_c_and_the_same_command_again(tmp_path):
     stopped = "stopped; start the same command again to go on\n"
 
     north = begin(tmp_path, "site", "north.toml")
-    wait_until(lambda: queued(tmp_path, "north") == 3, 90, "a greeting and two batches")
+    wait_until(lambda: queued(tmp_path, "north") == 4, 90, "two greetings and two batches")
     north.send_signal(signal.SIGTERM)
     assert end(north, 0)[1] == stopped
 
