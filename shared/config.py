@@ -363,6 +363,12 @@ def _check_run(path: Path, config: RunConfig) -> None:
         refuse(
             "data.features", "a run has either features or image_size", "name a table's columns, or the images' side."
         )
+    if run.bottoms == "averaged" and run.average_every < run.window:
+        refuse(
+            "run.average_every",
+            f"{run.average_every} is below the window of {run.window}: averagings would overlap and correct twice",
+            "set average_every to the window or more.",
+        )
     if run.protocol not in PROTOCOLS:
         refuse("run.protocol", f"{run.protocol!r} is unknown", f"choose one of {', '.join(PROTOCOLS)}.")
     if run.protocol == "split_u" and config.model.head_cut is None:

@@ -1,0 +1,62 @@
+"""What one key of run.toml cannot tell alone."""
+
+import pytest
+
+from shared.config import RunConfig, load
+from shared.errors import ConfigError
+
+RUN = """
+[run]
+id = "a"
+protocol = "split_labels"
+sites = ["north", "south"]
+[model]
+factory = "shared.models.networks:mlp"
+[task]
+kind = "binary"
+[data]
+features = ["age"]
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(RUN)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ('run.sites=["a", "a"]', "run.sites"),
+        ('run.sites=["server"]', "run.sites"),
+        ('run.protocol="split_x"', "run.protocol"),
+        ('run.protocol="split_u"', "model.head_cut"),
+        ("data.validation=0.5", "data.test"),
+        ('data.scaling="run"', "data.mean"),
+        ("data.image_size=8", "data.features"),
+        ("data.features=[]", "data.features"),
+    ],
+)
+def test_keys_that_do_not_fit_together_are_refused_by_name(path, change, key):
+    more = ["data.test=0.45"] if "validation" in change else []
+    with pytest.raises(ConfigError) as caught:
+        load(path, RunConfig, [change, *more])
+    assert caught.value.number == 103
+    assert f": {key}: " in caught.value.sentence
+
+
+def test_averagings_do_not_overlap(path):
+    averaged = ['run.bottoms="averaged"', "run.window=4"]
+    load(path, RunConfig, [*averaged, "run.average_every=4"])
+    with pytest.raises(ConfigError) as caught:
+        load(path, RunConfig, [*averaged, "run.average_every=3"])
+    assert "run.average_every" in caught.value.sentence
+
+
+def test_the_contract_depends_on_every_key_and_on_no_order(path):
+    contract = load(path, RunConfig).contract
+    assert load(path, RunConfig, ["run.seed=1"]).contract != contract
+    path.write_text(RUN.replace('id = "a"\nprotocol = "split_labels"', 'protocol = "split_labels"\nid = "a"'))
+    assert load(path, RunConfig).contract == contract
