@@ -20,7 +20,7 @@ from shared.errors import ConfigError, NightsplitError, StateError
 from shared.message import Scalar
 from shared.store import RunStore
 
-PREFETCH_BYTES = 64 * 2**20
+PREFETCH_BYTES = 128 * 2**20
 """What a worker may hold of one queue."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
@@ -35,23 +35,40 @@ def own_folder(folder: Path) -> Iterator[None]:
     Raises:
         StateError: 503 another process has it, 501 it cannot be written.
     """
+    with locked_folder(folder) as alone:
+        if not alone:
+            raise StateError(
+                503,
+                f"{folder} is used by another process.",
+                "stop the other worker, or give this one its own folder.",
+            )
+        yield
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[bool]:
+    """Lock a state folder while the block runs, if nobody else has; whether it is locked.
+
+    Raises:
+        StateError: 501 it cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise StateError(501, f"{folder}: {error.strerror}.", "name a state folder on a disk with room.") from None
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StateError(
-                503,
-                f"{folder} is used by another process.",
-                "stop the other worker, or give this one its own folder.",
-            ) from None
-        yield
+        yield _lock(handle)
     finally:
         os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def prepare_torch(threads: int, device: str) -> None:

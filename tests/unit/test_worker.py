@@ -35,8 +35,8 @@ def test_an_absent_device_is_an_error_with_a_number():
 
 def test_prefetch_fits_the_memory():
     assert prefetch_for(100) == 512
-    assert prefetch_for(4 * 2**20) == 16
-    assert prefetch_for(2**20) == 64
+    assert prefetch_for(16 * 2**20) == 16
+    assert prefetch_for(2**20) == 128
 
 
 def test_planned_bytes_follow_the_codec():

@@ -1,0 +1,39 @@
+"""Crash points: places in the code where a test lets the process die, as kill -9 would at that very moment.
+
+    engine       apply a message, publish its effects ─▶ after_apply
+                 before_confirm ─▶ count a confirm ─▶ after_confirm
+    checkpoint   write ─▶ checkpoint_written ─▶ fsync ─▶ checkpoint_synced
+                 before_rename ─▶ rename ─▶ after_rename
+    engine       move the pointer ─▶ before_ack ─▶ acknowledge a message ─▶ after_ack
+
+NIGHTSPLIT_CRASH="before_ack:3" ends the process when it reaches `before_ack` for the third time. The
+process ends without a word: no handler, no flush, no farewell to the broker.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from typing import Literal, get_args
+
+Point = Literal[
+    "after_apply", "before_confirm", "after_confirm",
+    "checkpoint_written", "checkpoint_synced", "before_rename", "after_rename",
+    "before_ack", "after_ack",
+]  # fmt: skip
+POINTS: tuple[Point, ...] = get_args(Point)
+VARIABLE = "NIGHTSPLIT_CRASH"
+EXIT_CODE = 137
+"""As a shell reports a process that SIGKILL ended."""
+
+_point, _, _number = os.environ.get(VARIABLE, "").partition(":")
+_reached: Counter[str] = Counter()
+
+
+def reach(point: Point) -> None:
+    """Die here, if the environment says so."""
+    if point != _point:
+        return
+    _reached[point] += 1
+    if _reached[point] == int(_number):
+        os._exit(EXIT_CODE)
