@@ -13,6 +13,8 @@ from shared.message import SERVER
 from shared.store import Status
 
 COUNTS = ("sent", "confirmed", "answered", "applied", "queued", "refused", "duplicates")
+GIVEN = ("batches", "samples", "share", "left_out_at")
+"""What the server says of each site's part in the training."""
 
 
 def show_status(file: WorkerFile, as_json: bool) -> None:
@@ -28,13 +30,18 @@ def show_status(file: WorkerFile, as_json: bool) -> None:
         return
     console = screen()
     console.print(f"{summary['run']}: {summary['sentence']}", style="bold")
-    table = columns("worker", "state", *COUNTS, "last heard", numbers=COUNTS)
+    table = columns("worker", "state", *COUNTS, "batches", "share", "last heard", numbers=[*COUNTS, "batches", "share"])
     for line in summary["workers"]:
         counts = ["-" if line[name] is None else str(line[name]) for name in COUNTS]
         age = line["age_seconds"]
         heard = "never" if age is None else f"{duration(age)} ago" if age >= 2 else "now"
-        table.add_row(line["worker"], line["state"], *counts, heard)
+        batches = "-" if line["batches"] is None else str(line["batches"])
+        share = "-" if line["share"] is None else f"{100 * line['share']:.0f} %"
+        table.add_row(line["worker"], line["state"], *counts, batches, share, heard)
     console.print(table)
+    for line in summary["workers"]:
+        if line["passed_over"]:
+            console.print(f"warning: {line['worker']} passed over a damaged checkpoint: {line['passed_over']}")
     if summary["broker"] is not None:
         console.print(summary["broker"])
 
@@ -59,11 +66,9 @@ def summarise(file: WorkerFile) -> dict[str, Any]:
             "open it with: nightsplit open server.toml; or check run.id, broker and store.",
         )
     server = statuses.get(SERVER)
-    applied = server.facts if server is not None else {}
+    told = server.facts if server is not None else {}
     workers = [_server(server)]
-    workers += [
-        _site(site, statuses.get(site), applied.get(f"applied_{site}"), depths[site]) for site in file.run.run.sites
-    ]
+    workers += [_site(site, statuses.get(site), told, depths[site]) for site in file.run.run.sites]
     return {
         "run": file.run.run.id,
         "sentence": _sentence(server, sum(line["queued"] or 0 for line in workers[1:])),
@@ -101,25 +106,31 @@ def _sentence(server: Status | None, queued: int) -> str:
     planned = server.facts.get("planned")
     of = f" of {planned}" if planned is not None else ""
     applied = f"{server.facts['applied']}{of} messages applied"
-    return f"server is {state}; {applied}, {counted(queued, 'batch')} queued"
+    sentence = f"server is {_loudly(state)}; {applied}, {counted(queued, 'batch')} queued"
+    if lacking := server.facts.get("lacking"):
+        sentence += f"; WAITS for {lacking}: silent for too long, but without them the quorum is not met"
+    return sentence
 
 
 def _server(status: Status | None) -> dict[str, Any]:
     line = _line(SERVER, status)
-    line["answered"] = line["queued"] = None
-    return line
+    return line | dict.fromkeys(("answered", "queued", *GIVEN))
 
 
-def _site(site: str, status: Status | None, applied: Any, depths: Mapping[str, int | None]) -> dict[str, Any]:
+def _site(
+    site: str, status: Status | None, told: Mapping[str, Any], depths: Mapping[str, int | None]
+) -> dict[str, Any]:
     """What a site and the server say of the site's messages.
 
     What is queued is what the broker has confirmed and the server has not applied. The depth of the
     queue says less: it counts greetings, and what is applied and not in two checkpoints yet.
     """
     line = _line(site, status)
-    line["applied"] = applied
+    line |= {name: told.get(f"{name}_{site}") for name in ("applied", *GIVEN)}
+    if line["left_out_at"] is not None:
+        line["state"] = f"LEFT OUT after {line['left_out_at']} messages ({line['state']})"
     confirmed = line["confirmed"]
-    settled = max(applied or 0, line["answered"] or 0)
+    settled = max(line["applied"] or 0, line["answered"] or 0)
     line["queued"] = depths["up"] if confirmed is None else max(0, confirmed - settled)
     line["refused"] = line["refused"] if depths["dead"] is None else depths["dead"]
     return line
@@ -134,6 +145,7 @@ def _line(worker: str, status: Status | None) -> dict[str, Any]:
         "age_seconds": None if status is None else round(status.age_seconds, 1),
         **{name: facts.get(name) for name in COUNTS},
         "planned": facts.get("planned"),
+        "passed_over": facts.get("passed_over"),
     }
 
 
@@ -141,7 +153,12 @@ def _state(status: Status | None) -> str:
     """Silence counts more than the last words, unless these were a farewell."""
     if status is None:
         return "never heard of"
-    state = str(status.facts["state"])
+    state = _loudly(str(status.facts["state"]))
     if status.online or status.has_left:
         return state
     return f"OFFLINE since {duration(status.age_seconds)} (was {state})"
+
+
+def _loudly(state: str) -> str:
+    """A worker that the broker holds up is alive and idle: somebody has to see why."""
+    return f"BLOCKED{state.removeprefix('blocked')}" if state.startswith("blocked") else state

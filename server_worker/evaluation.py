@@ -1,6 +1,6 @@
 """What held-out patients of all sites say about the model, epoch by epoch, and when to stop.
 
-An epoch is judged when every site has evaluated it. The best epoch is the one with the best headline
+An epoch is judged when every site that takes part has evaluated it. The best epoch is the one with the best headline
 figure on the validation patients of all sites (`shared.metrics.standing`); test figures are only
 reported, never used to choose.
 """
@@ -33,6 +33,7 @@ class Evaluation:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
+        self._sites = set(config.run.sites)
         self._collected: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._reported: dict[int, dict[str, SiteMetrics]] = {}
         self._best_standing: tuple[float, float] | None = None
@@ -58,7 +59,17 @@ class Evaluation:
         """A site's own figures for its block; whether the epoch is judged with them."""
         reported = self._reported.setdefault(epoch, {})
         reported[site] = metrics
-        if set(reported) != set(self._config.run.sites):
+        return self._judge_if_complete(epoch)
+
+    def excuse(self, site: str) -> list[int]:
+        """Wait for a site no more; the epochs that are judged thereby. What it has reported stays."""
+        self._sites.discard(site)
+        for part in PARTS:
+            self._collected.pop(f"{site}/{part}", None)
+        return [epoch for epoch in sorted(self._reported) if self._judge_if_complete(epoch)]
+
+    def _judge_if_complete(self, epoch: int) -> bool:
+        if not self._sites <= set(self._reported[epoch]):
             return False
         self._judge(epoch, self._reported.pop(epoch))
         return True
@@ -94,6 +105,7 @@ class Evaluation:
     def facts(self) -> dict[str, Any]:
         """Facts for a snapshot."""
         return {
+            "sites": sorted(self._sites),
             "reported": {str(epoch): dict(sites) for epoch, sites in self._reported.items()},
             "standing": self._best_standing, "best": self.best, "judged": self.judged,
             "history": list(self.history),
@@ -101,6 +113,7 @@ class Evaluation:
 
     def restore(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
         """Continue from `tensors` and `facts`."""
+        self._sites = set(facts["sites"])
         self._reported = {int(epoch): sites for epoch, sites in facts["reported"].items()}
         self._best_standing = tuple(facts["standing"]) if facts["standing"] else None
         self.best, self.judged = facts["best"], facts["judged"]

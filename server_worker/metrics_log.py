@@ -16,13 +16,15 @@ class MetricsLog:
     Args:
         folder: created when missing.
         resumed_step: training step of the restored checkpoint. What was written beyond it will be
-            written again, so it is cut off here.
+            written again, so it is cut off here. An evaluation makes no step: one that was written
+            after the checkpoint bears the same number, comes again as well, and is passed over then.
     """
 
     def __init__(self, folder: Path, resumed_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
         kept = [line for line in self._lines() if json.loads(line)["step"] <= resumed_step]
+        self._may_come_again = {line for line in kept if json.loads(line)["step"] == resumed_step}
         draft = self._path.with_suffix(".draft")
         draft.write_text("".join(kept), encoding="utf-8")
         draft.replace(self._path)
@@ -32,7 +34,10 @@ class MetricsLog:
     def write(self, record: Record) -> None:
         """Append a line; `step` is required among its metrics."""
         metrics = dict(record.metrics)
-        self._file.write(json.dumps(metrics, sort_keys=True) + "\n")
+        line = json.dumps(metrics, sort_keys=True) + "\n"
+        if line in self._may_come_again:
+            return
+        self._file.write(line)
         self._file.flush()
         step = int(metrics.pop("step") or 0)
         path = "/".join(str(metrics.pop(name)) for name in ("event", "part", "site") if name in metrics)

@@ -20,10 +20,19 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 
-def write_report(folder: Path, config: RunConfig, role: StreamServer) -> dict[str, Any]:
-    """Write the report folder of a finished run; returns what report.json holds."""
+def write_report(
+    folder: Path, config: RunConfig, role: StreamServer, heard: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """Write the report folder of a finished run; returns what report.json holds.
+
+    Args:
+        folder: where it goes.
+        config: the run.
+        role: the server at the end of the run.
+        heard: when each site was heard last, in UTC; None for never.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    report = summarise(config, role)
+    report = summarise(config, role, heard)
     save_file({name: tensor.contiguous() for name, tensor in role.best_top.items()}, folder / "top.safetensors")
     (folder / "report.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(_markdown(config, report), encoding="utf-8")
@@ -32,10 +41,12 @@ def write_report(folder: Path, config: RunConfig, role: StreamServer) -> dict[st
     return report
 
 
-def summarise(config: RunConfig, role: StreamServer) -> dict[str, Any]:
-    """Everything that the report says, as plain data."""
+def summarise(config: RunConfig, role: StreamServer, heard: Mapping[str, str | None]) -> dict[str, Any]:
+    """Everything that the report says, as plain data; arguments as in `write_report`."""
     sites: dict[str, dict[str, Any]] = {
         site: {
+            **role.contribution(site),
+            "last_heard": heard[site],
             "messages": role.applied[site],
             "planned": sequence.last if (sequence := role.sequences.get(site)) else None,
             "training_samples": sequence.plan.train if sequence else None,
@@ -43,9 +54,6 @@ def summarise(config: RunConfig, role: StreamServer) -> dict[str, Any]:
         }
         for site in config.run.sites
     }
-    total = sum(facts["training_samples"] or 0 for facts in sites.values())
-    for facts in sites.values():
-        facts["share"] = (facts["training_samples"] or 0) / total if total else None
     return {
         "run": config.run.id,
         "protocol": config.run.protocol,
@@ -71,6 +79,9 @@ def _markdown(config: RunConfig, report: Mapping[str, Any]) -> str:
     run = config.run
     settings = f"{run.protocol}, {run.order} order, window {run.window}, {run.bottoms} bottoms"
     lines = [f"# Run {report['run']}", "", f"{settings}, {report['steps']} training steps at the server.", ""]
+    for site, facts in report["sites"].items():
+        if facts["left_out_at"] is not None:
+            lines += [f"**{_departure(config, site, facts)}**", ""]
     best = report["best"]
     if best is not None:
         figures = [name for name in best["overall"]["test"] if name != "samples"]
@@ -86,13 +97,30 @@ def _markdown(config: RunConfig, report: Mapping[str, Any]) -> str:
             cells = " | ".join(_cell(test.get(name)) for name in figures)
             lines.append(f"| {site} | {int(test.get('samples') or 0)} | {cells} |")
         lines += ["", "![curves](curves.png)", ""]
-    lines += ["| site | training samples | share | messages applied | refused |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines += [
+        "What each site gave. Share: of the training steps that were applied.",
+        "",
+        "| site | batches | samples in them | share | messages applied | refused | last heard (UTC) | |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
+    ]
     for site, facts in report["sites"].items():
-        share = f"{100 * facts['share']:.0f} %" if facts["share"] is not None else "-"
-        messages = f"{facts['messages']} of {facts['planned']}"
-        lines.append(f"| {site} | {facts['training_samples']} | {share} | {messages} | {facts['refused']} |")
+        planned = "unknown" if facts["planned"] is None else facts["planned"]
+        left_out = "" if facts["left_out_at"] is None else f"**LEFT OUT** after {facts['left_out_at']} messages"
+        lines.append(
+            f"| {site} | {facts['batches']} | {facts['samples']} | {100 * facts['share']:.1f} % "
+            f"| {facts['messages']} of {planned} | {facts['refused']} | {facts['last_heard'] or 'never'} | {left_out} |"
+        )
     lines += ["", f"sha256 of the server's half: `{report['top_sha256']}`", ""]
     return "\n".join(lines)
+
+
+def _departure(config: RunConfig, site: str, facts: Mapping[str, Any]) -> str:
+    return (
+        f"LEFT OUT: {site}, behind {facts['left_out_at']} applied messages of all sites, since it was silent for "
+        f"{config.run.absence_hours:g} h and {config.run.quorum} sites suffice. Last heard "
+        f"{facts['last_heard'] or 'never'}. It gave {facts['batches']} batches, {100 * facts['share']:.1f} % of the "
+        "training steps; later epochs were judged without its patients."
+    )
 
 
 def _cell(value: float | None) -> str:

@@ -4,6 +4,8 @@ strict   a fixed function of (site, seq): the lowest place among all sites' next
          for. Sites go through each epoch in proportion to their sizes. Timing cannot show.
 fair     among the messages that have arrived, the one whose site is furthest behind its own plan:
          a near, fast site does not drown a far one. Depends on timing, so the engine journals it.
+
+A site that was left out is not among `applied`: no schedule waits for it, or chooses it.
 """
 
 from __future__ import annotations
@@ -28,6 +30,16 @@ class Schedule(ABC):
         self._sites = sites
 
     @abstractmethod
+    def awaited(self, held: Set[str], plans: Mapping[str, UpSequence], applied: Mapping[str, int]) -> list[str]:
+        """Sites whose next message would be applied now, were it the only one here.
+
+        Args:
+            held: sites that wait for an averaging, and so have no next message.
+            plans: what is known of each site's sequence.
+            applied: messages applied so far, per site that takes part.
+        """
+
+    @abstractmethod
     def choose(
         self, ready: Set[str], held: Set[str], plans: Mapping[str, UpSequence], applied: Mapping[str, int]
     ) -> str | None:
@@ -35,10 +47,15 @@ class Schedule(ABC):
 
         Args:
             ready: sites whose next message is here.
-            held: sites that wait for an averaging, and so have no next message.
-            plans: what is known of each site's sequence.
-            applied: messages applied so far, per site.
+            Others as in `awaited`.
         """
+
+    def _open(self, held: Set[str], plans: Mapping[str, UpSequence], applied: Mapping[str, int]) -> list[str]:
+        """Sites that have more to send, as far as is known, and do not wait for an averaging."""
+        return [
+            site for site in self._sites
+            if site in applied and site not in held and (site not in plans or applied[site] < plans[site].last)
+        ]  # fmt: skip
 
 
 class Strict(Schedule):
@@ -46,15 +63,18 @@ class Strict(Schedule):
 
     journalled = False
 
+    def awaited(self, held: Set[str], plans: Mapping[str, UpSequence], applied: Mapping[str, int]) -> list[str]:
+        """See `Schedule.awaited`: one site, once all are known."""
+        open_sites = self._open(held, plans, applied)
+        if unknown := [site for site in open_sites if site not in plans]:
+            return unknown  # their messages could come first
+        return sorted(open_sites, key=lambda site: plans[site].place(applied[site] + 1)[0])[:1]
+
     def choose(
         self, ready: Set[str], held: Set[str], plans: Mapping[str, UpSequence], applied: Mapping[str, int]
     ) -> str | None:
         """See `Schedule.choose`."""
-        if len(plans) < len(self._sites):
-            return None  # an unknown site's messages could come first
-        open_sites = [s for s in self._sites if s not in held and applied[s] < plans[s].last]
-        first = min(open_sites, key=lambda site: plans[site].place(applied[site] + 1)[0], default=None)
-        return first if first in ready else None
+        return next((site for site in self.awaited(held, plans, applied) if site in ready and site in plans), None)
 
 
 class Fair(Schedule):
@@ -62,13 +82,15 @@ class Fair(Schedule):
 
     journalled = True
 
+    def awaited(self, held: Set[str], plans: Mapping[str, UpSequence], applied: Mapping[str, int]) -> list[str]:
+        """See `Schedule.awaited`: every site that has more to send."""
+        return self._open(held, plans, applied)
+
     def choose(
         self, ready: Set[str], held: Set[str], plans: Mapping[str, UpSequence], applied: Mapping[str, int]
     ) -> str | None:
         """See `Schedule.choose`."""
-        candidates = [
-            s for s in self._sites if s in ready and s in plans and s not in held and applied[s] < plans[s].last
-        ]
+        candidates = [site for site in self.awaited(held, plans, applied) if site in ready and site in plans]
         return min(candidates, key=lambda site: Fraction(applied[site] + 1, plans[site].last), default=None)
 
 

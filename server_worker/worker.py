@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from broker.opening import open_broker
 from broker.topology import site_queues
-from server_worker.lease import Lease
+from server_worker.attendance import Attendance
+from server_worker.lease import Lease, owner_of
 from server_worker.metrics_log import MetricsLog
 from server_worker.protocols import make_server
 from server_worker.protocols.stream import StreamServer
 from server_worker.report import write_report
+from server_worker.tape import taped
 from shared.checkpoint import Checkpoints
 from shared.clock import Clock
 from shared.config import ServerConfig, load
@@ -27,7 +29,7 @@ from shared.worker import (
     Facts,
     Heartbeat,
     StopSignal,
-    own_folder,
+    locked_folder,
     prefetch_for,
     prepare_torch,
 )
@@ -62,7 +64,8 @@ class ServerWorker(ShiftWorker):
         super().__init__(path.parent, self.config, overrides, clock, stop, observe)
         self._role: StreamServer | None = None
         self._statuses: dict[str, Status] = {}
-        """What the run store knows of the sites."""
+        """What the run store knows of the workers."""
+        self._attendance = Attendance(self.run_config, {})
 
     @property
     def report_folder(self) -> Path:
@@ -90,9 +93,9 @@ class ServerWorker(ShiftWorker):
     def _work(self, only_open: bool, idle_seconds: float | None) -> bool:
         prepare_torch(self.config.threads, self.config.device)
         folder = self.state_folder
-        with own_folder(folder):
+        with locked_folder(folder) as alone:
             store = self.open_store()
-            lease = Lease(store, owner=f"{socket.gethostname()}:{folder.resolve()}")
+            lease = Lease(store, owner_of(folder, alone))
             try:
                 while not self._stop.asked:
                     if not only_open and not self.wait_for_shift():
@@ -126,13 +129,17 @@ class ServerWorker(ShiftWorker):
         broker.declare(queue for site in queues.values() for queue in site)
         role = make_server(config, folder, self.config.device)
         self._role = role
+        with closing(self.open_store()) as store:
+            self._statuses = store.statuses()
+        self._attendance = attendance = Attendance(config, self._statuses)
         prefetch = prefetch_for(planned_message_bytes(config, {k: p for k in _UP if (p := role.payload(k))}))
         routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in queues.items()}
         consume = [] if only_open else [route.incoming for route in routes.values()]
-        with broker.link(consume, prefetch, owner=f"{SERVER}:{folder.resolve()}") as link:
+        with taped(broker.link(consume, prefetch, owner=f"{SERVER}:{folder.resolve()}"), config, folder) as link:
             engine = Engine(
                 config.run.id, role, link, routes, Checkpoints(folder / "checkpoints"), lease,
                 lambda record: log.write(record), config.wire.message_bytes,
+                absent=lambda: attendance.absent(role.awaited(), role.staying),
             )  # fmt: skip
             self._progress = engine.progress
             self.recovered = engine.recover()
@@ -146,6 +153,8 @@ class ServerWorker(ShiftWorker):
 
             def leave() -> bool:
                 lease.check()
+                listening = heartbeat.error is None and engine.progress.trouble is None
+                attendance.look(role.applied, role.awaited(), self._statuses, listening)
                 return self._stop.asked if only_open else self.off_duty()
 
             try:
@@ -156,7 +165,7 @@ class ServerWorker(ShiftWorker):
             finally:
                 log.close()
         if finished:
-            write_report(self.report_folder, config, role)
+            write_report(self.report_folder, config, role, attendance.heard)
         return finished
 
     def _queued(self, site: str) -> int | None:
@@ -169,7 +178,7 @@ class ServerWorker(ShiftWorker):
     def _facts(self) -> dict[str, Any]:
         role, progress = self._role, self._progress
         assert role is not None
-        planned = sum(sequence.last for sequence in role.sequences.values())
+        planned = sum(role.applied[s] if s in role.left_out else seq.last for s, seq in role.sequences.items())
         entry = role.evaluation.history[-1] if role.evaluation.history else None
         blocked = self.state == "working" and progress.trouble
         return {
@@ -178,10 +187,13 @@ class ServerWorker(ShiftWorker):
             "contract": self.run_config.contract,
             "steps": role.steps,
             "applied": sum(role.applied.values()),
-            "planned": planned if len(role.sequences) == len(role.applied) else None,
+            "planned": planned if role.staying.keys() <= role.sequences.keys() else None,
             "epoch": entry["epoch"] if entry else 0,
             "refused": sum(role.refusals.values()),
+            "passed_over": "; ".join(self.recovered) or None,
             **{name: progress.counts[name] for name in ("duplicates", "sent", "confirmed", "checkpoints")},
             **{f"applied_{site}": count for site, count in role.applied.items()},
             **{f"queued_{site}": self._queued(site) for site in role.applied},
+            **{f"{name}_{s}": fact for s in role.applied for name, fact in role.contribution(s).items()},
+            **self._attendance.facts(role.awaited(), role.staying),
         }

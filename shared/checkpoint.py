@@ -1,7 +1,7 @@
 """Checkpoints: atomic, verified snapshots on disk.
 
     <folder>/<fence>-<counter>/tensors.safetensors   every tensor of the snapshot
-                              /manifest.json         facts, engine state, sha256 of the tensors
+                              /manifest.json         facts, engine state, sha256 of both
 
 A checkpoint is written beside its place, forced to disk, and renamed: it is there whole or not at
 all. Its name alone does not make it count: a `Pointer` (fence, counter, sha256 of the manifest)
@@ -15,6 +15,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,10 +26,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from shared import crash
 from shared.errors import StateError
 from shared.store import Pointer
 
 TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
+
+_NAME = re.compile(r"\d+-\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder = folder
         self.keep = keep
+        self._damaged: set[Path] = set()
 
     def write(self, fence: int, counter: int, snapshot: Snapshot) -> Pointer:
         """Make a snapshot durable.
@@ -62,30 +67,37 @@ class Checkpoints:
         Raises:
             StateError: 501 the disk is full; older checkpoints are intact.
         """
-        place = self.folder / f"{fence:06d}-{counter:09d}"
+        place = self._place(fence, counter)
         draft = self.folder / f".{place.name}.draft"
         try:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
             save_file({name: tensor.contiguous() for name, tensor in snapshot.tensors.items()}, draft / TENSORS)
-            manifest = json.dumps(
-                {"facts": snapshot.facts, "tensors_sha256": _sha256(draft / TENSORS)}, sort_keys=True
-            ).encode()
+            facts = json.loads(_canonical(snapshot.facts))  # as it will be read: a number as a key becomes text
+            sha256s = {"facts_sha256": _hash(_canonical(facts)), "tensors_sha256": _sha256(draft / TENSORS)}
+            manifest = _canonical({"facts": facts, **sha256s})
             (draft / MANIFEST).write_bytes(manifest)
+            crash.reach("checkpoint_written")
             for part in (draft / TENSORS, draft / MANIFEST, draft):
                 _force_to_disk(part)
+            crash.reach("checkpoint_synced")
             shutil.rmtree(place, ignore_errors=True)
+            crash.reach("before_rename")
             draft.rename(place)
+            crash.reach("after_rename")
             _force_to_disk(self.folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(draft, ignore_errors=True)
             raise _write_failed(error, self.folder, snapshot) from None
-        return Pointer(fence, counter, hashlib.sha256(manifest).hexdigest())
+        self._damaged.discard(place)
+        return Pointer(fence, counter, _hash(manifest))
 
     def prune(self) -> None:
-        """Remove all but the newest `keep`."""
-        for place in self._places()[: -self.keep]:
+        """Remove all but the newest `keep`; one that `load` found damaged is none of them."""
+        sound = [place for place in self._places() if place not in self._damaged]
+        for place in [*self._damaged, *sound[: -self.keep]]:
             shutil.rmtree(place, ignore_errors=True)
+        self._damaged.clear()
 
     def load(self, pointer: Pointer | None = None) -> tuple[Pointer, Snapshot, list[str]] | None:
         """The newest valid checkpoint that counts, and what was passed over on the way to it.
@@ -100,33 +112,39 @@ class Checkpoints:
             StateError: 502 there were checkpoints, and none of them can be trusted.
         """
         damaged: list[str] = []
-        for place in reversed(self._places()):
+        places = self._places()
+        if pointer is not None and self._place(pointer.fence, pointer.counter) not in places:
+            damaged.append(f"{self._place(pointer.fence, pointer.counter).name}: is missing")
+        for place in reversed(places):
             fence, counter = _numbers(place)
             if pointer is not None and (fence, counter) > (pointer.fence, pointer.counter):
                 continue  # written, but its pointer was never moved: it does not count
             try:
                 snapshot, sha256 = _read(place)
-            except (OSError, ValueError, KeyError, SafetensorError) as error:
-                damaged.append(f"{place.name}: {error}")
-                continue
-            found = Pointer(fence, counter, sha256)
-            if pointer is not None and (fence, counter) == (pointer.fence, pointer.counter) and found != pointer:
-                damaged.append(f"{place.name}: not the one that the run store names")
+                found = Pointer(fence, counter, sha256)
+                if pointer is not None and (fence, counter) == (pointer.fence, pointer.counter) and found != pointer:
+                    raise ValueError("not the one that the run store names")
+            except (OSError, ValueError, SafetensorError) as error:
+                self._damaged.add(place)
+                damaged.append(f"{place.name}: {_explain(error)}")
                 continue
             return found, snapshot, damaged
-        if damaged or pointer is not None:
+        if damaged:
             raise StateError(
                 502,
-                f"{self.folder}: {'; '.join(damaged) or 'the checkpoint that the run store names is not here'}.",
+                f"{self.folder}: {'; '.join(damaged)}.",
                 "restore the folder from a backup, or start a new run under another id. No run restarts silently.",
             )
         return None
 
+    def _place(self, fence: int, counter: int) -> Path:
+        return self.folder / f"{fence:06d}-{counter:09d}"
+
     def _places(self) -> list[Path]:
-        """Checkpoint folders, oldest first."""
+        """Checkpoint folders, oldest first. Drafts, and what somebody put beside them, are none."""
         if not self.folder.is_dir():
             return []
-        return sorted((place for place in self.folder.iterdir() if not place.name.startswith(".")), key=_numbers)
+        return sorted((place for place in self.folder.iterdir() if _NAME.fullmatch(place.name)), key=_numbers)
 
 
 def _numbers(place: Path) -> tuple[int, int]:
@@ -136,10 +154,32 @@ def _numbers(place: Path) -> tuple[int, int]:
 
 def _read(place: Path) -> tuple[Snapshot, str]:
     content = (place / MANIFEST).read_bytes()
-    manifest = json.loads(content)
-    if _sha256(place / TENSORS) != manifest["tensors_sha256"]:
-        raise ValueError("tensors are damaged")
-    return Snapshot(load_file(place / TENSORS), manifest["facts"]), hashlib.sha256(content).hexdigest()
+    try:
+        manifest = json.loads(content)
+        facts, sha256s = manifest["facts"], (manifest["facts_sha256"], manifest["tensors_sha256"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError("the manifest is damaged") from None
+    if _hash(_canonical(facts)) != sha256s[0]:
+        raise ValueError("the manifest is damaged")
+    if _sha256(place / TENSORS) != sha256s[1]:
+        raise ValueError("the tensors are damaged")
+    return Snapshot(load_file(place / TENSORS), facts), _hash(content)
+
+
+def _canonical(content: object) -> bytes:
+    """JSON that is the same again after it was read."""
+    return json.dumps(content, sort_keys=True).encode()
+
+
+def _explain(error: Exception) -> str:
+    """One clause on what is wrong with a checkpoint."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    return str(error)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _sha256(path: Path) -> str:

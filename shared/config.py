@@ -46,6 +46,9 @@ class RunSection(_Section, frozen=True, kw_only=True):
         patience: evaluations without improvement before the run stops early; 0 never stops early.
         bottoms: "independent", or "averaged" over sites every `average_every` training batches.
         export_top: send the server's half of the best model to the sites at the end.
+        quorum: sites that must stay; the run goes on without others that fall silent. None: all must stay.
+        absence_hours: how long a site that the run waits for may be silent before it is left out.
+        tape: the server keeps every message that it receives, for `nightsplit replay`.
     """
 
     id: Name
@@ -61,6 +64,14 @@ class RunSection(_Section, frozen=True, kw_only=True):
     bottoms: Literal["independent", "averaged"] = "independent"
     average_every: Positive = 8
     export_top: bool = False
+    quorum: Positive | None = None
+    absence_hours: Annotated[float, Meta(gt=0)] = 72.0
+    tape: bool = False
+
+    @property
+    def may_leave_out(self) -> bool:
+        """Whether the run may go on without a site."""
+        return self.quorum is not None and self.quorum < len(self.sites)
 
 
 class ModelSection(_Section, frozen=True, kw_only=True):
@@ -267,12 +278,14 @@ class PolicyConfig(_Section, frozen=True, kw_only=True):
         labels: labels of training and held-out patients may be sent with their activations.
         stored_activations: the server may keep activations and train on them again.
         bottom_weights: weights of the site's layers may be sent for averaging.
+        tape: the server may keep every message that it receives.
         min_batch: smallest number of samples a message may hold.
     """
 
     labels: bool = False
     stored_activations: bool = False
     bottom_weights: bool = False
+    tape: bool = False
     min_batch: Positive = 1
 
 
@@ -350,6 +363,8 @@ def _check_run(path: Path, config: RunConfig) -> None:
         refuse("run.sites", "a name occurs twice", "give every site its own name.")
     if SERVER in run.sites:
         refuse("run.sites", f"{SERVER!r} is the server's own name", "rename the site.")
+    if run.quorum is not None and run.quorum > len(run.sites):
+        refuse("run.quorum", f"{run.quorum} is more than there are sites", f"set at most {len(run.sites)}.")
     if data.validation + data.test >= 0.9:
         refuse("data.test", "validation and test leave less than a tenth to train on", "lower one of them.")
     inputs = len(data.features) or 1  # features of a table, or the one channel of an image

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from broker.base import Delivery
+from shared.checkpoint import Snapshot
+
+
+@dataclass(slots=True)
+class Pending:
+    """A snapshot that waits until the sends it counts are confirmed."""
+
+    snapshot: Snapshot
+    waiting_for: set[str]
 
 
 class Applied:

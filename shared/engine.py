@@ -20,17 +20,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from broker.base import Confirmed, Delivery, Link, Recovered, Trouble
-from shared import wire
+from shared import crash, wire
 from shared.authority import Authority
 from shared.checkpoint import Checkpoints, Snapshot
-from shared.custody import Applied, Sent
+from shared.custody import Applied, Pending, Sent
 from shared.effects import Effect, Finish, Record, Send
 from shared.errors import Refused, StateError
-from shared.message import UNSEQUENCED, Header, Message
+from shared.message import FROM_SITES, SERVER, UNSEQUENCED, Header, Message
 from shared.roles import Role
 from shared.route import Route
+from shared.turns import LEAVES, Turns
 
 
 @dataclass(slots=True)
@@ -39,14 +41,6 @@ class Progress:
 
     counts: Counter[str] = field(default_factory=Counter)
     trouble: str | None = None
-
-
-@dataclass(slots=True)
-class _Pending:
-    """A snapshot that waits until the sends it counts are confirmed."""
-
-    snapshot: Snapshot
-    waiting_for: set[str]
 
 
 class Engine:
@@ -62,6 +56,7 @@ class Engine:
         record: takes the role's lines of metrics.
         message_bytes: largest message, both ways.
         interval_seconds: longest time between checkpoints while there is something to save.
+        absent: names a sender that a journalled role should go on without; asked when nothing can be applied.
     """
 
     def __init__(
@@ -75,10 +70,12 @@ class Engine:
         record: Callable[[Record], None] = lambda line: None,
         message_bytes: int = 16 * 2**20,
         interval_seconds: float = 30.0,
+        absent: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.progress = Progress()
         self._run = run
         self._role = role
+        self._turns = Turns(role, authority, absent)
         self._link = link
         self._routes = routes
         self._senders = {route.incoming.name: peer for peer, route in routes.items()}
@@ -94,19 +91,15 @@ class Engine:
         self.marks = dict.fromkeys(routes, 0)
         """Last applied seq per sender."""
         self.position = 0
-        """Messages applied in sequence, over all senders."""
+        """Messages applied in sequence, over all senders; one that is left out counts as a message more."""
         self._counter = 0
         self._inbox: dict[str, dict[int, Delivery]] = {peer: {} for peer in routes}
         self._applied = Applied(checkpoints.keep)
         self._sent = Sent()
-        self._pending: _Pending | None = None
+        self._pending: Pending | None = None
         self._dirty = False
         self._last_snapshot = time.monotonic()
         self._finish: Finish | None = None
-        self._replaying = True
-        """The journal may hold entries beyond the checkpoint; a replay follows them."""
-        self._written: str | None = None
-        """Who the journal says is next, once it was asked."""
 
     def recover(self) -> list[str]:
         """Restore the newest checkpoint that counts; returns a line for each one passed over."""
@@ -210,7 +203,7 @@ class Engine:
         except Refused as refusal:
             self._to_dead_letters(delivery, sender, refusal)
             return
-        if header.seq <= self.marks[sender]:
+        if header.seq <= self.marks[sender] or sender in self._role.left_out:
             self.progress.counts["duplicates"] += 1
             self._keep_until_saved(delivery)
         elif header.seq in self._inbox[sender]:
@@ -224,9 +217,12 @@ class Engine:
         """Apply the message whose turn it is, if it is here."""
         if not self._role.rederives and self._broker_is_busy():
             return False  # its reply could not be sent yet
-        sender = self._whose_turn(self._ready())
+        sender = self._turns.choose(self.position + 1, self._ready())
         if sender is None:
             return False
+        if sender.startswith(LEAVES):
+            self._go_on_without(sender.removeprefix(LEAVES))
+            return True
         seq = self.marks[sender] + 1
         delivery = self._inbox[sender].pop(seq)
         header = wire.peek(delivery.body)
@@ -240,29 +236,26 @@ class Engine:
             self._keep_until_saved(delivery)
         self.marks[sender] = seq
         self.position += 1
-        self._written = None
         self.progress.counts["applied"] += 1
         self._perform(effects)
+        crash.reach("after_apply")
         return True
+
+    def _go_on_without(self, sender: str) -> None:
+        """As the journal says; whatever else comes from the sender is only acknowledged."""
+        for delivery in self._inbox[sender].values():
+            self._keep_until_saved(delivery)
+        self._inbox[sender].clear()
+        self.position += 1
+        self._perform(self._role.excuse(sender))
 
     def _ready(self) -> set[str]:
         return {sender for sender, held in self._inbox.items() if self.marks[sender] + 1 in held}
 
-    def _whose_turn(self, ready: set[str]) -> str | None:
-        if not self._role.journalled:
-            return self._role.choose(ready)
-        position = self.position + 1
-        if self._replaying and self._written is None:
-            self._written = self._authority.journalled(position)
-            self._replaying = self._written is not None
-        if self._written is None and (chosen := self._role.choose(ready)) is not None:
-            self._written = self._authority.journal(position, chosen)
-        return self._written if self._written in ready else None
-
     def _unblock(self) -> None:
         """A full prefetch with nothing to apply would wait for ever: save, acknowledge, then ask for more."""
         for sender, held in self._inbox.items():
-            if not held or self.marks[sender] + 1 in held:
+            if self.marks[sender] + 1 in held:
                 continue
             kept = self._applied.of(self._routes[sender].incoming.name)
             if len(held) + kept >= self._link.prefetch:
@@ -277,8 +270,8 @@ class Engine:
 
     def _decode(self, header: Header, delivery: Delivery) -> Message:
         payload = self._role.payload(header.kind)
-        if payload is None:
-            raise Refused(303, f"{header.kind} is not used here.", "check that both sides run the same protocol.")
+        if payload is None or (header.kind in FROM_SITES) is (header.sender == SERVER):
+            raise Refused(303, f"{header.kind} from {header.sender} is not used here.", "run one protocol at both.")
         return wire.decode(delivery.body, payload, self._message_bytes)
 
     def _to_dead_letters(self, delivery: Delivery, sender: str, refusal: Refused) -> None:
@@ -289,8 +282,11 @@ class Engine:
             self._routes[sender].dead,
             copy_id,
             [delivery.body],
-            {"number": str(refusal.number), "reason": str(refusal), "sender": sender, "queue": delivery.queue},
-        )
+            {
+                "number": str(refusal.number), "reason": str(refusal), "sender": sender, "queue": delivery.queue,
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            },
+        )  # fmt: skip
         self._keep_until_saved(delivery)
 
     def _keep_until_saved(self, delivery: Delivery) -> None:
@@ -334,10 +330,12 @@ class Engine:
     # -- [2] confirm, [3] checkpoint, [4] ack ---------------------------------------------------
 
     def _confirmed(self, message_id: str) -> None:
+        crash.reach("before_confirm")
         self._sent.confirmed(message_id)
         self.progress.counts["confirmed"] += 1
         if self._pending is not None:
             self._pending.waiting_for.discard(message_id)
+        crash.reach("after_confirm")
 
     def _save_if_due(self, force: bool = False) -> None:
         if self._pending is not None:
@@ -360,10 +358,10 @@ class Engine:
             self._receive(0.1)
         self._commit(pending)
 
-    def _snapshot(self) -> _Pending:
+    def _snapshot(self) -> Pending:
         role = self._role.snapshot(self._sent.first)
         engine = {"run": self._run, "marks": dict(self.marks), "position": self.position}
-        pending = _Pending(
+        pending = Pending(
             Snapshot(role.tensors, {"engine": engine, "role": role.facts}),
             # Copies for the dead letter queue cannot be made again by any role.
             {sent for sent in self._link.unconfirmed if not (self._role.rederives and sent in self._sent)},
@@ -373,7 +371,7 @@ class Engine:
         self._last_snapshot = time.monotonic()
         return pending
 
-    def _commit(self, pending: _Pending) -> None:
+    def _commit(self, pending: Pending) -> None:
         self._pending = None
         self._counter += 1
         pointer = self._checkpoints.write(self._authority.fence, self._counter, pending.snapshot)
@@ -387,7 +385,9 @@ class Engine:
         self.progress.counts["checkpoints"] += 1
         self._perform(self._role.saved())
         for delivery in self._applied.saved():
+            crash.reach("before_ack")
             self._link.acknowledge(delivery)
+            crash.reach("after_ack")
 
     def _end(self, finish: Finish) -> None:
         """Every kept checkpoint holds the end; only then the farewell, and the last acknowledgements."""

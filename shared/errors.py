@@ -31,6 +31,8 @@ TITLES: dict[int, str] = {
     205: "Queue does not exist",
     207: "Run store cannot be reached",
     208: "Another worker already does this work",
+    209: "Broker does not take messages now",
+    210: "Dead letter queue is in use",
     301: "Not a nightsplit message",
     302: "Unknown wire version",
     303: "Unknown kind of message",
@@ -58,11 +60,16 @@ TITLES: dict[int, str] = {
     504: "Site lost its state",
     505: "Another server took over the run",
     506: "State belongs to another run",
+    507: "Run has no tape",
+    508: "Tape is incomplete",
     601: "Site and server were configured differently",
     602: "Site is not part of the run",
     603: "Training has diverged",
     604: "The server's half was not exported",
     605: "Nothing is known of this run",
+    606: "No such dead letter",
+    607: "Dead letter cannot be sent again",
+    608: "Site was left out",
 }
 
 

@@ -39,6 +39,10 @@ UNSEQUENCED = frozenset({Kind.MANIFEST, Kind.HELLO, Kind.REJECTED})
 """Kinds whose number would depend on timing: they carry seq 0 and may be repeated."""
 
 
+FROM_SITES = frozenset({Kind.HELLO, Kind.SMASHED, Kind.HEAD_GRADIENT, Kind.REPORT, Kind.BOTTOM})
+"""Kinds that sites send; the server sends the others."""
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """Who says what to whom, and where it stands.

@@ -3,7 +3,8 @@
     status     what each worker last said of itself, and when
     lease      which server is active; its number, the fence, grows with every take-over
     pointer    the newest checkpoint that counts, moved only by the holder of the fence
-    journal    the order in which a `fair` server applied messages; a position is filled once
+    journal    the order in which a server applied messages, where timing decides it, and at which
+               place of that order it left a site out; a position is filled once
 
 One interface, three stores (memory, SQLite, Redis), one conformance suite.
 """

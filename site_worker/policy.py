@@ -32,6 +32,8 @@ def check_policy(policy: PolicyConfig, run: RunConfig, source: Path) -> None:
         denied.append("stored_activations = true (the server keeps activations and trains on them again)")
     if run.run.bottoms == "averaged" and not policy.bottom_weights:
         denied.append("bottom_weights = true (weights of the site's layers leave, to be averaged)")
+    if run.run.tape and not policy.tape:
+        denied.append("tape = true (the server keeps every message of the run on its disk)")
     if run.run.batch_size < policy.min_batch:
         denied.append(f"min_batch = {run.run.batch_size} (run.batch_size; the policy says {policy.min_batch})")
     if denied:

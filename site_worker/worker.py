@@ -190,6 +190,8 @@ class SiteWorker(ShiftWorker):
             "state": self.state,
             "run": self.run_config.run.id,
             "contract": self.run_config.contract,
+            "beat": uuid.uuid4().hex,  # another one each time: by that the server knows that the site lives
+            "passed_over": "; ".join(self.recovered) or None,
         }
         if server is not None:
             finished = server.facts.get("state") == "finished"

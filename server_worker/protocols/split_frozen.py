@@ -7,12 +7,13 @@ while no site is online. No gradient returns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 
 import torch
 
 from server_worker.activation_store import ActivationStore
 from server_worker.protocols.stream import StreamServer
+from server_worker.schedule import Fair
 from server_worker.top import Top
 from shared.checkpoint import Snapshot
 from shared.config import RunConfig
@@ -36,7 +37,8 @@ class SplitFrozenServer(StreamServer):
 
     def __init__(self, config: RunConfig, top: Top, contract: Mapping[Kind, Payload], store: ActivationStore) -> None:
         super().__init__(config, top, contract)
-        self.journalled = False  # nothing depends on the order of arrival
+        self._schedule = Fair(config.run.sites)  # nothing depends on the order of arrival
+        self.journalled = config.run.may_leave_out  # but on when a site was left out
         self._store = store
         self._rows: dict[str, dict[int, int]] = {site: {} for site in config.run.sites}
         """Number of stored samples per site and item."""
@@ -45,20 +47,22 @@ class SplitFrozenServer(StreamServer):
         self._trained = 0
         """Batches trained on."""
 
-    def choose(self, ready: Set[str]) -> str | None:
-        """See `Role`: any site whose plan is known."""
-        return min((site for site in ready if site in self.sequences), default=None)
-
     def learn(self, site: str, q: int, item: Item, message: Message) -> list[Effect]:
         """See `StreamServer`: store, answer nothing."""
         self._store.put(site, q, message.tensors)
         self._rows[site][q] = len(message.tensors["smashed"])
+        if item.step is Step.TRAIN:
+            self.contributed(site, q)
         return []
 
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
         """See `Role`: nothing returns to the site; the report counts the refusal."""
         self.refusals[header.sender] += 1
         return self._settle(header.sender, header.seq)
+
+    def share(self, site: str) -> float:
+        """See `StreamServer`: every step draws from all that is stored, so samples count."""
+        return self.samples[site] / max(1, self.samples.total())
 
     def complete(self) -> list[Effect]:
         """Collecting is over; `next` trains."""
@@ -70,8 +74,7 @@ class SplitFrozenServer(StreamServer):
 
     def next(self) -> list[Effect]:
         """One training step on stored activations, or the evaluation behind an epoch."""
-        collected = all(s in self.sequences and n == self.sequences[s].last for s, n in self.applied.items())
-        if not collected:
+        if not self.done:
             return []
         if not self._training:
             self._training = self._training_rows()
@@ -125,15 +128,15 @@ class SplitFrozenServer(StreamServer):
     def _evaluate(self, epoch: int) -> list[Effect]:
         if epoch % self.config.run.evaluate_every and epoch != self.config.run.epochs:
             return []
-        effects: list[Effect] = []
-        for site in self.config.run.sites:
+        judged = False
+        for site in self.staying:
             for q in sorted(self._rows[site]):
                 step = self.sequences[site].plan.item(q).step
                 if step is not Step.TRAIN:
                     stored = self._store.get(site, q)
                     self.evaluation.add(site, step, self.top.predict(stored["smashed"]), stored["targets"])
-            effects += self.evaluated(self.evaluation.close(site, epoch))
-        return effects
+            judged = self.evaluation.close(site, epoch)
+        return self.evaluated(epoch, judged)
 
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         """See `Role`."""

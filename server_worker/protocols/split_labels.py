@@ -28,5 +28,5 @@ class SplitLabelsServer(StreamServer):
         """Judge the epoch behind the last block, then answer with the verdict."""
         effects: list[Effect] = []
         if self.sequences[site].plan.ends_block(q):
-            effects = self.evaluated(self.evaluation.close(site, item.epoch))
+            effects = self.evaluated(item.epoch, self.evaluation.close(site, item.epoch))
         return [self.answer(site, seq, Kind.NOTED), *effects]

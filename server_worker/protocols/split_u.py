@@ -68,6 +68,12 @@ class SplitUServer(StreamServer):
         self._close(header.sender, self.sequences[header.sender].at(header.seq)[0])
         return super().refused(header, refusal)
 
+    def excuse(self, sender: str) -> list[Effect]:
+        """See `StreamServer`; nobody will close the items that the site left open."""
+        for q in list(self._open[sender]):
+            self._close(sender, q)
+        return super().excuse(sender)
+
     def _close(self, site: str, q: int) -> None:
         self._open[site].pop(q, None)
         self.top.forget({version for items in self._open.values() for version, _ in items.values()})
@@ -80,7 +86,7 @@ class SplitUServer(StreamServer):
                 metrics = parse_site_metrics(str(message.scalars["metrics"]))
             except ValueError as error:
                 raise Refused(304, f"the report's metrics: {error}.", "run the same version at both sides.") from None
-            effects = self.evaluated(self.evaluation.report(site, item.epoch, metrics))
+            effects = self.evaluated(item.epoch, self.evaluation.report(site, item.epoch, metrics))
         return [self.answer(site, message.header.seq, Kind.NOTED), *effects]
 
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:

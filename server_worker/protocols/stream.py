@@ -20,8 +20,11 @@ from shared.effects import Effect, Finish, Record, Send
 from shared.errors import Refused
 from shared.message import SERVER, Header, Kind, Message, Scalar
 from shared.protocols.plan import Item, Plan, Step
-from shared.protocols.stream import UpSequence, check_contract, check_rows, weights
+from shared.protocols.stream import ANY, UpSequence, check_contract, check_rows, weights
 from shared.roles import Role
+
+MOST_ITEMS = 10_000_000
+"""Of a site's plan: it is held in memory, and a hello must not make the server run out of that."""
 
 
 class StreamServer(Role):
@@ -45,12 +48,16 @@ class StreamServer(Role):
         self.applied = dict.fromkeys(config.run.sites, 0)
         """Messages in sequence applied, per site."""
         self.refusals: Counter[str] = Counter()
+        self.batches: Counter[str] = Counter()
+        """Training batches that were applied, per site."""
+        self.samples: Counter[str] = Counter()
+        """Samples in these batches, per site."""
         self.sequences: dict[str, UpSequence] = {}
         self.steps = 0
         """Training steps of the top."""
         self._contract = contract
         self._schedule = SCHEDULES[config.run.order](config.run.sites)
-        self.journalled = self._schedule.journalled
+        self.journalled = self._schedule.journalled or config.run.may_leave_out
         self._opened = False
         self._ended = False
         self._released = dict.fromkeys(config.run.sites, 0)
@@ -66,6 +73,8 @@ class StreamServer(Role):
         """Sites that wait for the mean, and which of their messages it answers."""
         self._averaged: Counter[str] = Counter()
         """Averagings that each site has taken part in."""
+        self._tops: dict[int, dict[str, torch.Tensor]] = {}
+        """The top as the last site had evaluated it, for epochs that are judged when a site is left out."""
 
     # -- what a system fills in ------------------------------------------------------------------
 
@@ -94,7 +103,7 @@ class StreamServer(Role):
 
     def choose(self, ready: Set[str]) -> str | None:
         """See `Role`: the schedule's choice, among sites that do not wait for an averaging."""
-        return self._schedule.choose(ready, self._waiting.keys(), self.sequences, self.applied)
+        return self._schedule.choose(ready, self._waiting.keys(), self.sequences, self.staying)
 
     def on(self, message: Message) -> list[Effect]:
         """See `Role`."""
@@ -111,6 +120,8 @@ class StreamServer(Role):
                 f"item {q} needs {plan.version_of(q)}.",
                 "run the same version of nightsplit at the site and the server.",
             )
+        if message.header.kind is Kind.BOTTOM and item.step is not Step.AVERAGE:
+            raise Refused(304, f"{message.header.message_id} is out of turn.", "run the same version at both sides.")
         check_rows(message, plan, q)
         handle = self._collect if item.step is Step.AVERAGE else self.learn
         effects = handle(site, q, item, message)
@@ -127,6 +138,44 @@ class StreamServer(Role):
             self._averaged[header.sender] += 1
             effects += self._average()  # the others must not wait for it
         return effects + self._settle(header.sender, header.seq)
+
+    def excuse(self, sender: str) -> list[Effect]:
+        """See `Role`: the run averages, judges and ends without the site; what it gave stays."""
+        self.left_out[sender] = sum(self.applied.values())
+        self._waiting.pop(sender, None)
+        effects: list[Effect] = [self._rejection(sender, ANY, self._farewell_to(sender))]
+        for epoch in self.evaluation.excuse(sender):
+            effects += self._judged(epoch)
+        if self._waiting:
+            effects += self._average()
+        return effects + self._over()
+
+    # -- what the worker asks ----------------------------------------------------------------------
+
+    @property
+    def staying(self) -> dict[str, int]:
+        """Messages in sequence applied, per site that takes part."""
+        return {site: applied for site, applied in self.applied.items() if site not in self.left_out}
+
+    @property
+    def done(self) -> bool:
+        """Whether the last message of every site that takes part was applied."""
+        return all(s in self.sequences and n == self.sequences[s].last for s, n in self.staying.items())
+
+    def awaited(self) -> list[str]:
+        """Sites without whose next message the run cannot go on, or cannot end."""
+        return self._schedule.awaited(self._waiting.keys(), self.sequences, self.staying)
+
+    def contribution(self, site: str) -> dict[str, Scalar | None]:
+        """What a site gave to the training, and behind how many messages it was left out, if it was."""
+        return {
+            "batches": self.batches[site], "samples": self.samples[site], "share": self.share(site),
+            "left_out_at": self.left_out.get(site),
+        }  # fmt: skip
+
+    def share(self, site: str) -> float:
+        """What part of the training steps came from a site, 0 to 1."""
+        return self.batches[site] / max(1, self.batches.total())
 
     # -- parts that systems use ------------------------------------------------------------------
 
@@ -145,6 +194,7 @@ class StreamServer(Role):
     def trained(self, site: str, q: int, item: Item, loss: float | None) -> Record:
         """Count a training step and describe it; the loss is None where only the site knows it."""
         self.steps += 1
+        self.contributed(site, q)
         sequence = self.sequences[site]
         version = sequence.plan.version_of(q)
         settled = self._answered_at[site]
@@ -158,14 +208,26 @@ class StreamServer(Role):
             }
         )  # fmt: skip
 
-    def evaluated(self, judged: bool) -> list[Effect]:
+    def contributed(self, site: str, q: int) -> None:
+        """Count training item q as one that the top learns from."""
+        self.batches[site] += 1
+        self.samples[site] += len(self.sequences[site].plan.rows(q))
+
+    def evaluated(self, epoch: int, judged: bool) -> list[Effect]:
         """After a site's block: where that judged the epoch, remember the best model and describe it."""
-        if not judged:
-            return []
-        entry = self.evaluation.history[-1]
-        if self.evaluation.best == entry["epoch"]:
-            self.best_top = self.top.weights()
-        event = {"event": "evaluate", "step": self.steps, "epoch": entry["epoch"]}
+        self._tops.pop(epoch, None)
+        if judged:
+            return self._judged(epoch)
+        if self.config.run.may_leave_out:
+            self._tops[epoch] = self.top.weights()
+        return []
+
+    def _judged(self, epoch: int) -> list[Effect]:
+        entry, top = self.evaluation.of(epoch), self._tops.pop(epoch, None)
+        assert entry is not None
+        if self.evaluation.best == epoch:
+            self.best_top = top or self.top.weights()
+        event: dict[str, Scalar] = {"event": "evaluate", "step": self.steps, "epoch": epoch}
         lines: list[Effect] = [
             Record({**event, "site": site, "part": part, **figures})
             for site, metrics in [*entry["sites"].items(), ("overall", entry["overall"])]
@@ -183,9 +245,17 @@ class StreamServer(Role):
         """Accept a site's plan, or say why not."""
         site, hello = message.header.sender, message.scalars
         plan = Plan.of(self.config, int(hello["train"]), int(hello["validation"]), int(hello["test"]))
+        if min(plan.train, plan.validation, plan.test) < 0 or plan.most_items > MOST_ITEMS:
+            raise Refused(
+                308,
+                f"{site} announces {plan.train}, {plan.validation} and {plan.test} samples.",
+                "check the site's data; a run may have ten million messages per site.",
+            )
         sequence = UpSequence(plan, has_head=Kind.HEAD_INPUT in self._contract)
         problem: tuple[int, str] | None = None
-        if hello["contract"] != self.config.contract:
+        if site in self.left_out:
+            problem = self._farewell_to(site)
+        elif hello["contract"] != self.config.contract:
             problem = 601, "the site's run.toml differs from the server's"
         elif hello["enrolled"] and plan.train < 1:
             problem = 405, "the site has nothing to train on"
@@ -194,8 +264,7 @@ class StreamServer(Role):
         elif hello["incarnation"] not in self._welcomed[site] and int(hello["mark"]) < self._released[site]:
             problem = 504, f"the site stands at answer {hello['mark']}, but had stored {self._released[site]} before"
         if problem is not None:
-            scalars = {"incarnation": hello["incarnation"], "number": problem[0], "reason": problem[1]}
-            return [Send(site, Kind.REJECTED, 0, scalars=scalars)]
+            return [self._rejection(site, str(hello["incarnation"]), problem)]
         if not hello["enrolled"]:
             return [self._manifest(site)]
         # A hello may come again after a later one; only a new process can have lost its state.
@@ -204,6 +273,14 @@ class StreamServer(Role):
         self._released[site] = max(self._released[site], int(hello["released"]))
         self.sequences[site] = sequence
         return []
+
+    def _rejection(self, site: str, incarnation: str, problem: tuple[int, str]) -> Send:
+        scalars: dict[str, Scalar] = {"incarnation": incarnation, "number": problem[0], "reason": problem[1]}
+        return Send(site, Kind.REJECTED, 0, scalars=scalars)
+
+    def _farewell_to(self, site: str) -> tuple[int, str]:
+        hours = self.config.run.absence_hours
+        return (608, f"it was silent for {hours:g} h, and the run went on without it")
 
     def _collect(self, site: str, q: int, item: Item, message: Message) -> list[Effect]:
         """Take a site's bottom; let the site wait for the mean behind the last message about item q."""
@@ -223,8 +300,9 @@ class StreamServer(Role):
         has no such averaging any more, or whose bottom was refused, has no part in the mean.
         """
         number = max(self._averaged.values())
-        partners = [s for s, sequence in self.sequences.items() if sequence.plan.averagings >= number]
-        if len(self.sequences) < len(self.applied) or any(self._averaged[s] < number for s in partners):
+        staying = self.staying
+        partners = [s for s in staying if s in self.sequences and self.sequences[s].plan.averagings >= number]
+        if not staying.keys() <= self.sequences.keys() or any(self._averaged[s] < number for s in partners):
             return []
         givers = [s for s in self.config.run.sites if s in self._bottoms]
         total = sum(self.sequences[s].plan.train for s in givers)
@@ -243,8 +321,10 @@ class StreamServer(Role):
         """Count a message as applied; end the run behind the last one."""
         self.applied[site] = seq
         self._answered_at[site].append(self.steps)
-        done = all(s in self.sequences and n == self.sequences[s].last for s, n in self.applied.items())
-        return self.complete() if done else self.end() if self.evaluation.exhausted else []
+        return self._over()
+
+    def _over(self) -> list[Effect]:
+        return self.complete() if self.done else self.end() if self.evaluation.exhausted else []
 
     def complete(self) -> list[Effect]:
         """Every site's last message was applied."""
@@ -261,7 +341,7 @@ class StreamServer(Role):
         summary = json.dumps(self.evaluation.of(self.evaluation.best), sort_keys=True)
         farewell = [
             self.answer(site, self.farewell_seq(site), Kind.FINISH, tensors, {"summary": summary})
-            for site in self.config.run.sites
+            for site in self.staying
         ]
         return [Finish(tuple(farewell))]
 
@@ -276,6 +356,8 @@ class StreamServer(Role):
         tensors = {**self.top.state(), **self.evaluation.tensors(), **dict(flatten("best", self.best_top))}
         for site, bottom in self._bottoms.items():
             tensors.update(flatten(f"bottom/{site}", bottom))
+        for epoch, top in self._tops.items():
+            tensors.update(flatten(f"open_top/{epoch}", top))
         facts: dict[str, Any] = {
             "contract": self.config.contract,
             "opened": self._opened, "ended": self._ended, "steps": self.steps, "applied": dict(self.applied),
@@ -284,6 +366,8 @@ class StreamServer(Role):
             "answered_at": {site: list(steps) for site, steps in self._answered_at.items()},
             "plans": {s: [seq.plan.train, seq.plan.validation, seq.plan.test] for s, seq in self.sequences.items()},
             "bottoms": list(self._bottoms), "waiting": dict(self._waiting), "averaged": dict(self._averaged),
+            "left_out": dict(self.left_out), "open_tops": list(self._tops),
+            "batches": dict(self.batches), "samples": dict(self.samples),
             "evaluation": self.evaluation.facts(),
         }  # fmt: skip
         return Snapshot(tensors, facts)
@@ -308,3 +392,6 @@ class StreamServer(Role):
         self._bottoms = {site: under(f"bottom/{site}", tensors) for site in facts["bottoms"]}
         self._waiting = facts["waiting"]
         self._averaged = Counter(facts["averaged"])
+        self.left_out = facts["left_out"]
+        self._tops = {epoch: under(f"open_top/{epoch}", tensors) for epoch in facts["open_tops"]}
+        self.batches, self.samples = Counter(facts["batches"]), Counter(facts["samples"])

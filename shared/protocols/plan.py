@@ -100,6 +100,11 @@ class Plan:
             window=_UNLIMITED if frozen else run.window,
         )  # fmt: skip
 
+    @property
+    def most_items(self) -> int:
+        """A bound on `last` that costs nothing to know."""
+        return 2 * self.epochs * (self._batches(self.train) + self._batches(self.validation) + self._batches(self.test))
+
     def _batches(self, samples: int) -> int:
         return -(-samples // self.batch_size)
 

@@ -26,6 +26,9 @@ from shared.protocols.plan import Place, Plan
 Verdict = {"best": int, "judged": int}
 """In every answer: the best epoch so far, and the last one that was judged (0: none)."""
 
+ANY = ""
+"""In a rejection: it holds for every incarnation of the site."""
+
 
 def payloads(
     config: RunConfig, cut: tuple[int, ...], head: tuple[int, ...] | None, bottom: nn.Module, top: nn.Module

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -14,10 +13,10 @@ from shared.checkpoint import Snapshot, flatten, under
 from shared.config import RunConfig
 from shared.contract import Payload
 from shared.effects import Effect, Finish, Send
-from shared.errors import Refused, RunError
+from shared.errors import TITLES, Refused, RunError
 from shared.message import SERVER, Header, Kind, Message
 from shared.protocols.plan import Item, Step
-from shared.protocols.stream import UpSequence, check_contract, check_rows, weights
+from shared.protocols.stream import ANY, UpSequence, check_contract, check_rows, weights
 from shared.roles import Role
 from shared.tensors import is_finite
 from site_worker.bottom import Bottom
@@ -111,8 +110,6 @@ class StreamSite(Role):
             send = self.send(q, Kind.BOTTOM, {name: bottom[name].cpu() for name in weights(self.bottom.module)})
         else:
             send = self.content(q, item)
-            if item.evaluates and item.epoch not in self._candidates:
-                self._candidates[item.epoch] = self.bottom.weights(self.feed.plan.version_of(q))
         self.next_seq += 1
         return [send]
 
@@ -122,9 +119,13 @@ class StreamSite(Role):
         if kind is Kind.MANIFEST:
             return self._enrol(str(scalars["config"]), str(scalars["contract"]))
         if kind is Kind.REJECTED:
-            if scalars["incarnation"] != self._incarnation:
+            if scalars["incarnation"] not in (ANY, self._incarnation):
                 return []
             number, reason = int(scalars["number"]), str(scalars["reason"])
+            if number not in TITLES:
+                raise Refused(
+                    304, f"it rejects with number {number}.", "run the same version of nightsplit at both sides."
+                )
             raise RunError(number, f"the server rejects {self.name}: {reason}.", "see the page of this number.")
         if kind is not Kind.FINISH and message.header.seq > self.sequence.last:
             raise Refused(
@@ -209,6 +210,12 @@ class StreamSite(Role):
 
     def _answer_applied(self, header: Header, judged: int) -> None:
         self.answered, self._judged = header.seq, max(judged, self._judged)
+        if header.seq <= self.sequence.last:
+            # Not when it is sent: after a crash the answer may be here before it would be sent again.
+            q, _ = self.sequence.at(header.seq)
+            item = self.feed.plan.item(q)
+            if item.evaluates and item.epoch not in self._candidates:
+                self._candidates[item.epoch] = self.bottom.weights(self.feed.plan.version_of(q))
         self._candidates = {epoch: kept for epoch, kept in self._candidates.items() if self.open_candidate(epoch)}
 
     def _enrol(self, config: str, contract: str) -> list[Effect]:
@@ -285,13 +292,14 @@ class StreamSite(Role):
 def _difference(theirs: str, ours: str) -> str:
     """Keys in which two canonical configurations differ."""
 
-    def lines(text: str) -> list[str]:
+    def lines(text: str) -> dict[str, None]:
         content = json.loads(text)
-        return [f"{s}.{k} = {v!r}" for s, keys in content.items() for k, v in keys.items()]
+        return dict.fromkeys(f"{s}.{k} = {v!r:.80}" for s, keys in content.items() for k, v in keys.items())
 
-    changed = [
-        f"{'server' if line[0] == '-' else 'here'} {line[2:]}"
-        for line in difflib.ndiff(lines(theirs), lines(ours))
-        if line[0] in "-+"
-    ]
-    return "; ".join(changed[:6])
+    try:
+        server, here = lines(theirs), lines(ours)
+    except (ValueError, AttributeError, RecursionError):
+        return "the server's cannot be read here"
+    changed = [f"server {line}" for line in server if line not in here]
+    changed += [f"here {line}" for line in here if line not in server]
+    return "; ".join(sorted(changed, key=lambda line: line.partition(" ")[2])[:6])

@@ -111,6 +111,8 @@ class Night:
         self.engines: dict[str, Engine] = {}
         self.lines = []
         self.starts = 0
+        self.absent = lambda: None
+        """Names a site that the server should go on without."""
 
     def start(self, name: str) -> Engine:
         """A worker as a fresh process would start it: from its newest checkpoint."""
@@ -134,6 +136,7 @@ class Night:
             authority,
             self.lines.append,
             self.config.wire.message_bytes,
+            absent=lambda: self.absent(),
         )
         engine.recover()
         self.links[name], self.roles[name], self.engines[name] = link, role, engine

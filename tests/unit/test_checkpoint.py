@@ -1,6 +1,7 @@
 """Checkpoints are whole or not there; a damaged one is passed over, never silently replaced by nothing."""
 
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -53,14 +54,83 @@ def damage(path, how):
         path.unlink()
 
 
+@pytest.mark.parametrize("kept", ["pointer", "no pointer"])
 @pytest.mark.parametrize("name", [TENSORS, MANIFEST])
 @pytest.mark.parametrize("how", ["flip", "truncate", "empty", "missing"])
-def test_a_damaged_one_is_passed_over_and_named(checkpoints, name, how):
-    pointer = checkpoints.load()[0]
+def test_a_damaged_one_is_passed_over_and_named(checkpoints, name, how, kept):
+    """A site keeps no pointer, and has to see it from the folder alone."""
+    pointer = checkpoints.load()[0] if kept == "pointer" else None
     damage(checkpoints.folder / "000001-000000003" / name, how)
     found, restored, damaged = checkpoints.load(pointer)
     assert (found.counter, restored.facts["value"]) == (2, 2)
-    assert damaged[0].startswith("000001-000000003")
+    (said,) = damaged
+    what = {"missing": f"{name}: No such file"}.get(how, "the tensors" if name == TENSORS else "the manifest")
+    assert said.startswith(f"000001-000000003: {what}")
+
+
+def test_every_bit_of_a_manifest_counts(checkpoints):
+    """Also one that leaves it well-formed: 'value' 3 must not come back as 2."""
+    manifest = checkpoints.folder / "000001-000000003" / MANIFEST
+    whole = manifest.read_bytes()
+    for bit in range(8 * len(whole)):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        manifest.write_bytes(content)
+        found, restored, damaged = checkpoints.load()
+        assert (found.counter, restored.facts["value"]) == (2, 2), content
+        assert damaged in ([f"000001-000000003: the {part} damaged"] for part in ("manifest is", "tensors are"))
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", '"text"', "{}", '{"facts": {}}'])
+def test_a_manifest_that_is_something_else(checkpoints, content):
+    (checkpoints.folder / "000001-000000003" / MANIFEST).write_text(content)
+    assert checkpoints.load()[2] == ["000001-000000003: the manifest is damaged"]
+
+
+def test_a_place_that_is_a_file(checkpoints):
+    shutil.rmtree(checkpoints.folder / "000001-000000003")
+    (checkpoints.folder / "000001-000000003").write_text("")
+    found, _, damaged = checkpoints.load()
+    assert found.counter == 2
+    assert damaged == ["000001-000000003: manifest.json: Not a directory"]
+
+
+def test_the_newest_that_counts_is_gone(checkpoints):
+    """The pointer was moved, and the folder is missing: as bad as damage, and told."""
+    pointer = checkpoints.load()[0]
+    shutil.rmtree(checkpoints.folder / "000001-000000003")
+    found, _, damaged = checkpoints.load(pointer)
+    assert (found.counter, damaged) == (2, ["000001-000000003: is missing"])
+
+
+def test_another_one_in_the_place_of_the_newest(checkpoints, tmp_path):
+    pointer = checkpoints.load()[0]
+    Checkpoints(tmp_path / "elsewhere").write(1, 3, snapshot(7))
+    shutil.rmtree(checkpoints.folder / "000001-000000003")
+    shutil.copytree(tmp_path / "elsewhere" / "000001-000000003", checkpoints.folder / "000001-000000003")
+    found, _, damaged = checkpoints.load(pointer)
+    assert (found.counter, damaged) == (2, ["000001-000000003: not the one that the run store names"])
+
+
+@pytest.mark.parametrize("fence", [1, 2], ids=["site", "server"])
+def test_a_damaged_one_takes_no_place_of_a_sound_one(checkpoints, fence):
+    """After falling back there have to be two again that can be trusted; a server goes on under its next fence."""
+    damage(checkpoints.folder / "000001-000000003" / TENSORS, "flip")
+    assert checkpoints.load()[0].counter == 2
+    checkpoints.write(fence, 3, snapshot(33))
+    checkpoints.prune()
+    assert places(checkpoints) == ["000001-000000002", f"{fence:06d}-000000003"]
+    assert checkpoints.load()[1].facts == {"value": 33}
+    checkpoints.write(fence, 4, snapshot(4))
+    checkpoints.prune()
+    assert places(checkpoints) == [f"{fence:06d}-000000003", f"{fence:06d}-000000004"]
+
+
+def test_numbers_as_names_of_facts(tmp_path):
+    """JSON makes them text, and sorts them otherwise: that is no damage."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.write(0, 1, Snapshot({}, {"epochs": {2: "b", 10: "a"}}))
+    assert checkpoints.load()[1].facts == {"epochs": {"2": "b", "10": "a"}}
 
 
 def test_with_none_left_there_is_no_silent_start_from_zero(checkpoints):
@@ -69,6 +139,17 @@ def test_with_none_left_there_is_no_silent_start_from_zero(checkpoints):
     with pytest.raises(StateError) as caught:
         checkpoints.load()
     assert caught.value.number == 502
+    assert "000001-000000003: the tensors are damaged; 000001-000000002: the tensors are damaged" in str(caught.value)
+
+
+@pytest.mark.parametrize("left", ["an empty folder", "no folder"])
+def test_a_folder_that_lost_everything_is_no_fresh_start(checkpoints, left):
+    pointer = checkpoints.load()[0]
+    shutil.rmtree(checkpoints.folder)
+    if left == "an empty folder":
+        checkpoints.folder.mkdir()
+    with pytest.raises(StateError, match=r"E502 .*000001-000000003: is missing"):
+        checkpoints.load(pointer)
 
 
 def test_a_pointer_without_its_checkpoint_is_an_error(tmp_path):
@@ -88,10 +169,24 @@ def test_what_the_pointer_does_not_name_does_not_count(checkpoints):
 
 
 def test_a_draft_left_by_a_crash_is_ignored(checkpoints):
-    (checkpoints.folder / ".000001-000000004.draft").mkdir()
+    draft = checkpoints.folder / ".000001-000000004.draft"
+    shutil.copytree(checkpoints.folder / "000001-000000003", draft)
+    (draft / MANIFEST).unlink()
     assert checkpoints.load()[0].counter == 3
     checkpoints.write(1, 4, snapshot(4))
     assert checkpoints.load()[0].counter == 4
+    assert not draft.exists()
+
+
+def test_what_somebody_put_beside_them_is_ignored(checkpoints):
+    for name in ("lost+found", "000001-000000003.bak", "backup"):
+        shutil.copytree(checkpoints.folder / "000001-000000002", checkpoints.folder / name)
+    (checkpoints.folder / "notes.txt").write_text("do not touch")
+    assert checkpoints.load()[0].counter == 3
+    checkpoints.write(1, 4, snapshot(4))
+    checkpoints.prune()
+    assert checkpoints.load()[0].counter == 4
+    assert (checkpoints.folder / "backup").is_dir()
 
 
 def test_a_full_disk_keeps_the_last_one(tmp_path):

@@ -47,6 +47,14 @@ def test_keys_that_do_not_fit_together_are_refused_by_name(path, change, key):
     assert f": {key}: " in caught.value.sentence
 
 
+def test_a_quorum_is_a_number_of_the_runs_sites(path):
+    sites = len(load(path, RunConfig).run.sites)
+    assert not load(path, RunConfig, [f"run.quorum={sites}"]).run.may_leave_out
+    with pytest.raises(ConfigError) as caught:
+        load(path, RunConfig, [f"run.quorum={sites + 1}"])
+    assert "run.quorum" in caught.value.sentence
+
+
 def test_averagings_do_not_overlap(path):
     averaged = ['run.bottoms="averaged"', "run.window=4"]
     load(path, RunConfig, [*averaged, "run.average_every=4"])

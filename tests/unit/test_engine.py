@@ -266,3 +266,10 @@ def test_state_of_another_run_is_refused(bench, tmp_path):
     with pytest.raises(StateError) as caught:
         other.recover()
     assert caught.value.number == 506
+
+
+def test_a_prefetch_full_of_duplicates_is_acknowledged(bench):
+    for seq in (1,) * 9 + (2,):
+        bench.send("a", seq, seq)
+    bench.turn(60)
+    assert bench.values() == [1, 2]

@@ -1,0 +1,105 @@
+"""Which sites have fallen silent, and the rule by which a run goes on without one.
+
+A site is heard when a message of it is applied, or when its heartbeat in the run store says something
+new. Its silence is the time since then in which the run waited for it and this server listened, on
+the server's own monotonic clock: hours in which the run waited for others, or the server was away,
+asleep, or cut off from the broker or the run store do not count, and no clock of another machine is
+ever read. Silence goes on where the last server left off.
+
+This is the rule and not the decision: that is an entry of the order journal (`shared.turns`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from datetime import UTC, datetime
+
+from shared.config import RunConfig
+from shared.message import SERVER, Scalar
+from shared.store import Status
+
+LONGEST_LOOK = 60.0
+"""Seconds between two looks that count; a server that slept for longer did not listen."""
+LISTENED_FIRST = 600.0
+"""Seconds that a server listens itself before it leaves a site out, whatever it was told of the time before."""
+
+
+class Attendance:
+    """Keeps the silence of each site.
+
+    Args:
+        config: the run: its sites, quorum and absence_hours.
+        before: what the run store knows when this server begins.
+        monotonic: seconds on this server's clock.
+        now: the present moment, for people to read; nothing is decided by it.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        before: Mapping[str, Status],
+        monotonic: Callable[[], float] = time.monotonic,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        run = config.run
+        self._quorum = run.quorum if run.quorum is not None else len(run.sites)
+        self._limit = run.absence_hours * 3600.0
+        self._monotonic, self._now = monotonic, now
+        self._looked = monotonic()
+        told = before[SERVER].facts if SERVER in before else {}
+        most = self._limit - min(LISTENED_FIRST, self._limit / 2)
+        self._silent = {site: min(most, float(told.get(f"silent_{site}") or 0.0)) for site in run.sites}
+        self._beats = {site: told.get(f"beat_{site}") for site in run.sites}
+        self.heard: dict[str, str | None] = {
+            site: str(moment) if (moment := told.get(f"heard_{site}")) else None for site in run.sites
+        }
+        """When each site was heard last, in UTC; None for never."""
+        self._applied: dict[str, int] = {}
+        """Messages of each site at the last look; empty before the first."""
+
+    def look(
+        self, applied: Mapping[str, int], awaited: Collection[str], statuses: Mapping[str, Status], listening: bool
+    ) -> None:
+        """Take note of the time, and of every site's signs of life; to be called every few seconds.
+
+        Args:
+            applied: messages applied, per site.
+            awaited: sites that the run waits for.
+            statuses: what the run store last knew.
+            listening: whether broker and run store can be reached.
+        """
+        now = self._monotonic()
+        passed = min(max(0.0, now - self._looked), LONGEST_LOOK) if listening else 0.0
+        self._looked = now
+        for site in self._silent:
+            beat = statuses[site].facts.get("beat") if site in statuses else None
+            spoke = beat not in (None, self._beats[site]) or applied[site] > self._applied.get(site, applied[site])
+            if spoke:
+                self.heard[site] = self._now().isoformat(timespec="seconds")
+                self._beats[site] = beat or self._beats[site]
+            self._silent[site] = 0.0 if spoke or site not in awaited else self._silent[site] + passed
+        self._applied = dict(applied)
+
+    def absent(self, awaited: Collection[str], staying: Collection[str]) -> str | None:
+        """The site that the run should go on without; None to wait.
+
+        Args:
+            awaited: sites that the run waits for.
+            staying: sites that take part.
+        """
+        silent = self._too_long(awaited)
+        return silent[0] if silent and len(staying) - len(silent) >= self._quorum else None
+
+    def facts(self, awaited: Collection[str], staying: Collection[str]) -> dict[str, Scalar | None]:
+        """What `status` shows, and the next server goes on with; arguments as in `absent`."""
+        silent = self._too_long(awaited)
+        lacking = None if len(staying) - len(silent) >= self._quorum else ", ".join(silent)
+        facts: dict[str, Scalar | None] = {"lacking": lacking}
+        for site, seconds in self._silent.items():
+            facts |= {f"silent_{site}": round(seconds, 1), f"beat_{site}": self._beats[site]}
+            facts[f"heard_{site}"] = self.heard[site]
+        return facts
+
+    def _too_long(self, awaited: Collection[str]) -> list[str]:
+        return [site for site in awaited if self._silent[site] >= self._limit]

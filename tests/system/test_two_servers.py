@@ -1,0 +1,81 @@
+"""Two servers of one run: the leader sleeps past its lease and wakes; exactly one of them goes on."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.workers import SHARES, Hospital
+
+
+def start_server(hospital, log):
+    with (hospital.folder / log).open("a") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "console", "server", "server.toml"],
+            cwd=hospital.folder, stdout=output, stderr=output,
+        )  # fmt: skip
+
+
+def fences(hospital):
+    """Incarnations of the server that have checkpoints."""
+    return {place.name.partition("-")[0] for place in (hospital.folder / "state/server/checkpoints").glob("0*")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    hospital = Hospital(tmp_path_factory.mktemp("calm") / "run")
+    for worker in ("server", *SHARES):
+        hospital.start(worker)
+    hospital.wait_for_end()
+    return hospital.models()
+
+
+@pytest.fixture(params=["embedded", "rabbitmq"])
+def hospital(request, tmp_path):
+    addresses = {}
+    if request.param == "rabbitmq":
+        node, redis = request.getfixturevalue("rabbitmq"), request.getfixturevalue("redis_server")
+        addresses = {"broker": node.vhost(), "store": redis.url}
+    hospital = Hospital(tmp_path / "run", **addresses)
+    yield hospital
+    hospital.close()
+
+
+@pytest.mark.timeout(300)
+def test_a_leader_that_sleeps_past_its_lease_is_replaced_and_refused(undisturbed, hospital):
+    leader = start_server(hospital, "leader.log")
+    standby = None
+    try:
+        for site in SHARES:
+            hospital.start(site)
+        hospital.wait_for_steps(40)
+        standby = start_server(hospital, "standby.log")
+        time.sleep(2)
+        assert standby.poll() is None, "a second server waits beside the first"
+        leader.send_signal(signal.SIGSTOP)
+        asleep = hospital.steps
+        deadline = time.monotonic() + 150  # RabbitMQ notices a silent consumer after two heartbeats of 30 s
+        while hospital.steps < asleep + 40:
+            assert time.monotonic() < deadline, hospital.logs()
+            assert leader.poll() is None, hospital.logs()
+            assert standby.poll() is None, hospital.logs()
+            time.sleep(0.1)
+        leader.send_signal(signal.SIGCONT)
+        assert leader.wait(60) == 1, hospital.logs()
+        assert "505" in (hospital.folder / "leader.log").read_text()
+        assert standby.wait(100) == 0, hospital.logs()
+        hospital.wait_for_end()
+    finally:
+        for server in (leader, standby):
+            if server is not None and server.poll() is None:
+                server.kill()
+                server.wait()
+    assert hospital.models() == undisturbed
+    assert len(fences(hospital)) == 1, "every kept checkpoint is the successor's"
+    report = json.loads((hospital.folder / "report/report.json").read_text())
+    lines = [json.loads(line) for line in (hospital.folder / "report/metrics.jsonl").read_text().splitlines()]
+    trained = [line["step"] for line in lines if line["event"] == "train"]
+    assert trained == list(range(1, report["steps"] + 1)), "each step is in the log once"
