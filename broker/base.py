@@ -92,8 +92,9 @@ class Link(ABC):
         `body` is given in pieces that are joined on the wire, and must not change afterwards.
 
         Raises:
-            BrokerError: 203 when the message is larger than the broker allows, 205 when the
-                queue does not exist (raised by a later call where the broker answers late).
+            BrokerError: 203 when the message is larger than this run allows (a dead letter may be: the
+                broker took it before), 205 when the queue does not exist (raised by a later call
+                where the broker answers late).
         """
 
     @abstractmethod

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from broker.base import Queue
 from shared.errors import BrokerError
-from shared.sqlite import open_database
+from shared.sqlite import explain, is_full, open_database
 
 RESERVE_BYTES = 64 * 2**20
 """Room on the disk that messages may not use: acknowledging, which frees room, takes some itself."""
@@ -163,6 +163,11 @@ class Folder:
         """Raises OSError (no space left) when messages would use up the reserve."""
         if shutil.disk_usage(self.path).free < RESERVE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def trouble(self, error: Exception) -> str:
+        """What holds a courier up, and how much room it needs where the disk is full."""
+        room = f", {RESERVE_BYTES / 2**20:.0f} MiB have to be free" if is_full(error) else ""
+        return f"{explain(error)} ({self.path}{room})"
 
     def write_body(self, body: Sequence[bytes | memoryview]) -> str:
         """Write and sync a body file; returns its name. It counts when its row does, so needs no rename."""

@@ -113,7 +113,7 @@ class EmbeddedLink(Link):
     ) -> None:
         """Hand a message to the courier; see `Link.publish` for 203 and 205."""
         size = sum(memoryview(piece).nbytes for piece in body)
-        if size > self._max_message_bytes:
+        if size > self._max_message_bytes and queue.dead_key is not None:
             raise BrokerError(
                 203,
                 f"{message_id} has {size} bytes, the limit is {self._max_message_bytes}.",
@@ -216,7 +216,7 @@ class EmbeddedLink(Link):
                     self._settle()
                     full = self._send()
                 except (sqlite3.OperationalError, OSError) as error:
-                    self._report(f"{explain(error)} ({self._folder.path})")
+                    self._report(self._folder.trouble(error))
                     time.sleep(BEAT_SECONDS)
                 else:
                     self._report(f"queue {min(full)} is full" if full else None)

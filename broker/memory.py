@@ -92,7 +92,7 @@ class _MemoryLink(Link):
         self, queue: Queue, message_id: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str] = {}
     ) -> None:
         message = Delivery(queue.name, message_id, b"".join(body), dict(headers))
-        if len(message.body) > self._broker.max_message_bytes:
+        if len(message.body) > self._broker.max_message_bytes and queue.dead_key is not None:
             raise BrokerError(
                 203,
                 f"{message_id} has {len(message.body)} bytes, the limit is {self._broker.max_message_bytes}.",

@@ -102,7 +102,7 @@ class RabbitLink(Link):
         """
         self._inbox.raise_failure()
         size = sum(memoryview(piece).nbytes for piece in body)
-        if size > self._max_message_bytes:
+        if size > self._max_message_bytes and queue.dead_key is not None:
             raise BrokerError(
                 203,
                 f"{message_id} has {size} bytes, the limit is {self._max_message_bytes}.",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from broker.base import Broker, Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
+from broker.faulty import Faults, FaultyBroker
 from broker.memory import MemoryBroker
 from broker.rabbitmq import RabbitBroker
 from broker.topology import SiteQueues, site_queues
@@ -20,12 +21,14 @@ LIMIT = 2**20
 
 
 @pytest.fixture(
-    params=["memory", "embedded", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)],
+    params=["memory", "embedded", "faulty", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)],
 )
 def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Broker]:
     with contextlib.ExitStack() as cleanup:
         if request.param == "memory":
             yield MemoryBroker()
+        elif request.param == "faulty":
+            yield FaultyBroker(MemoryBroker(), Faults(), seed=0)  # bad lines that happen to be good
         elif request.param == "rabbitmq":
             yield RabbitBroker(request.getfixturevalue("rabbitmq").vhost())
         else:

@@ -147,6 +147,15 @@ def test_the_journal_keeps_the_first_writer(opened: Open) -> None:
     assert second.journal(2, "south") == "south"
 
 
+def test_applied_or_left_out_is_decided_once(opened: Open) -> None:
+    """One server found a message of the site, another one found the site absent: the first entry stands for both."""
+    zombie, successor = opened(), opened()
+    assert successor.journal(1, "-north") == "-north"
+    assert zombie.journal(1, "north") == "-north"
+    assert zombie.journal(2, "north") == "north"
+    assert successor.journal(2, "-north") == "north"
+
+
 def test_threads_that_race_for_the_journal_agree(opened: Open) -> None:
     answers: dict[str, list[str]] = {}
 
