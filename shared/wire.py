@@ -12,6 +12,7 @@ All sizes are checked before anything is decoded or allocated.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,16 +22,20 @@ import msgpack  # type: ignore[import-untyped]
 import torch
 
 from shared import tensors
-from shared.contract import Codec, Payload
+from shared.contract import Codec, Payload, TensorSpec
+from shared.errors import Refused
 from shared.message import WIRE_VERSION, Header, Kind, Message, Scalar
 from shared.tensors import DTYPES, Entry, refusal
 
 ALIGNMENT = 64
 MAX_HEADER = 256 * 1024
-"""Bytes of the packed header: room for some 3000 tensors."""
-MAX_ITEMS = 4096
-"""Tensors, scalars, or entries of any list or map in a header. msgpack allocates a list before it
-has read its items, so nested lists that claim to be long must not be believed."""
+"""Bytes of the packed header."""
+MAX_TENSORS = 2048
+"""Of a message."""
+MAX_SCALARS = 256
+"""Of a message."""
+MAX_DIMENSIONS = 8
+"""Of a tensor."""
 MAX_EXPANSION = 8
 """All tensors of a message take at most this many times `max_bytes` once decoded."""
 MAX_NAME = 200
@@ -40,13 +45,15 @@ _PREFIX = 4
 _NAMES = ("run", "sender", "receiver")
 _COUNTERS = ("seq", "reply_to", "version", "fence")
 _KEYS = ("wire", *_NAMES, "kind", *_COUNTERS, "scalars", "tensors")
-_ROW = [str, str, bool, str, list, int, int]  # name, codec, zstd, dtype, shape, parameter, nbytes
+_ROW = 7  # name, codec, zstd, dtype, shape, parameter, nbytes
 _INT64 = range(-(2**63), 2**63)
+_CODECS: dict[str, Codec] = {codec: codec for codec in get_args(Codec)}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class _Envelope:
-    """The header map, checked by itself but not yet against a payload; `end` is an offset."""
+    """The header map, checked by itself; of the payload, only that each tensor is one of it. `end` is an offset."""
 
     header: Header
     scalars: dict[str, Scalar]
@@ -79,8 +86,10 @@ def encode(message: Message, payload: Payload, max_bytes: int) -> list[bytes | m
     entries = [entry for entry, _ in encoded]
     _check_decoded_size(entries, max_bytes)
     header = _pack(message.header, message.scalars, entries)
-    if len(header) > MAX_HEADER or max(len(entries), len(message.scalars)) > MAX_ITEMS:
+    if len(header) > MAX_HEADER or len(entries) > MAX_TENSORS or len(message.scalars) > MAX_SCALARS:
         raise refusal(308, f"Header of {len(header)} bytes and {len(entries)} tensors: above the limit.")
+    if any(len(entry.shape) > MAX_DIMENSIONS for entry in entries):
+        raise refusal(308, f"A tensor has more than {MAX_DIMENSIONS} dimensions.")
     pieces: list[bytes | memoryview] = [len(header).to_bytes(_PREFIX, "big") + header]
     end = len(pieces[0])
     for _, data in encoded:
@@ -96,7 +105,7 @@ def peek(body: bytes) -> Header:
     Raises:
         Refused: 301, 302, 303, 305, 306 or 309, all about the header itself.
     """
-    return _read(body).header
+    return _read(body, None).header
 
 
 def decode(body: bytes, payload: Payload, max_bytes: int) -> Message:
@@ -113,11 +122,12 @@ def decode(body: bytes, payload: Payload, max_bytes: int) -> Message:
         Refused: 301-309 or 311, and never anything else, whatever the bytes are.
     """
     _check_size(len(body), max_bytes)
-    envelope = _read(body)
+    envelope = _read(body, payload)
     entries = envelope.entries
     _check_scalars(envelope.scalars, payload)
     _check_tensors({entry.name: (entry.dtype, entry.shape) for entry in entries}, payload)
-    _check_codecs(entries, payload)
+    for entry in entries:
+        _check_codec(entry, payload.tensors[entry.name])
     _check_decoded_size(entries, max_bytes)
     offsets = list(_offsets(body, envelope))
     return Message(
@@ -131,45 +141,48 @@ def decode(body: bytes, payload: Payload, max_bytes: int) -> Message:
 
 
 def _pack(header: Header, scalars: Mapping[str, Scalar], entries: Sequence[Entry]) -> bytes:
-    """The one spelling of a header: keys in the order of `_KEYS`, scalars and tensors by name."""
+    try:
+        packer = _packer(header, scalars, len(entries))
+        for entry in entries:
+            packer.pack(_row(entry))
+        return bytes(packer.bytes())
+    except UnicodeEncodeError as error:
+        raise refusal(304, f"A string is not valid text: {error.reason}.") from error
+
+
+def _packer(header: Header, scalars: Mapping[str, Scalar], tensors: int, size: int = 1024) -> Any:
+    """The one spelling of a header, up to its rows: keys in the order of `_KEYS`, scalars and tensors by name."""
     fields = [
         WIRE_VERSION,
         *(getattr(header, name) for name in _NAMES),
         header.kind.value,
         *(getattr(header, name) for name in _COUNTERS),
         dict(sorted(scalars.items())),
-        [_row(entry) for entry in entries],
     ]
-    try:
-        return bytes(msgpack.packb(dict(zip(_KEYS, fields, strict=True))))
-    except UnicodeEncodeError as error:
-        raise refusal(304, f"A string is not valid text: {error.reason}.") from error
+    packer = msgpack.Packer(autoreset=False, buf_size=size)
+    packer.pack_map_header(len(_KEYS))
+    for key, value in zip(_KEYS, fields, strict=False):
+        packer.pack(key)
+        packer.pack(value)
+    packer.pack(_KEYS[-1])
+    packer.pack_array_header(tensors)
+    return packer
 
 
 def _row(entry: Entry) -> list[object]:
-    dtype = str(entry.dtype).removeprefix("torch.")
+    dtype = _DTYPE_NAMES[entry.dtype]
     return [entry.name, entry.codec, entry.zstd, dtype, list(entry.shape), entry.parameter, entry.nbytes]
 
 
-def _read(body: bytes) -> _Envelope:
-    """Check the header map: its version first, the one field that all wire versions have in common."""
+def _read(body: bytes, payload: Payload | None) -> _Envelope:
+    """Check the header map. Rows of tensors are kept only where there is a payload, and only those it names."""
     packed = _packed_header(body)
-    fields = _unpack(packed)
-    if type(fields) is not dict or type(fields.get("wire")) is not int:
-        raise refusal(301, "It does not begin with a nightsplit header.")
-    if fields["wire"] != WIRE_VERSION:
-        raise refusal(302, f"It has wire version {fields['wire']}, this worker reads {WIRE_VERSION}.")
-    if tuple(fields) != _KEYS or type(fields["scalars"]) is not dict or type(fields["tensors"]) is not list:
-        raise refusal(301, "Its header has other fields than a nightsplit header.")
-    header = Header(**{key: fields[key] for key in (*_NAMES, *_COUNTERS)}, kind=_kind(fields["kind"]))
-    _check_header(header)
-    scalars: dict[str, Scalar] = fields["scalars"]
-    if not all(type(name) is str and type(value) in get_args(Scalar) for name, value in scalars.items()):
-        raise refusal(301, "Its scalars are not named numbers or strings.")
-    entries = [_entry(row) for row in fields["tensors"]]
-    if _pack(header, scalars, entries) != packed:
-        raise refusal(301, "Its header is not spelled as nightsplit spells it (a repeated field?).")
-    return _Envelope(header, scalars, entries, _PREFIX + len(packed))
+    try:
+        return _parse(packed, payload)
+    except Refused:
+        raise
+    except Exception as error:  # msgpack raises half a dozen types
+        raise refusal(301, f"Its header cannot be read: {type(error).__name__} {error}.") from error
 
 
 def _packed_header(body: bytes) -> memoryview:
@@ -183,11 +196,53 @@ def _packed_header(body: bytes) -> memoryview:
     return memoryview(body)[_PREFIX : _PREFIX + length]
 
 
-def _unpack(packed: memoryview) -> Any:
-    try:
-        return msgpack.unpackb(packed, raw=False, max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS)
-    except Exception as error:  # msgpack raises half a dozen types
-        raise refusal(301, f"Its header is not valid msgpack: {type(error).__name__} {error}.") from error
+def _parse(packed: memoryview, payload: Payload | None) -> _Envelope:
+    """Read the map piece by piece: its version first, the one field that all wire versions have in common.
+
+    Left alone, msgpack allocates a list of any length that is claimed before it has read one item, a
+    thousand lists deep. So it may make none by itself (0 items): lists and maps are read where they belong.
+    """
+    size = len(packed)
+    reader = msgpack.Unpacker(raw=False, read_size=size, max_buffer_size=size, max_array_len=0, max_map_len=0)
+    reader.feed(packed)
+    count = reader.read_map_header()
+    if reader.unpack() != "wire" or type(version := reader.unpack()) is not int:
+        raise refusal(301, "It does not begin with a nightsplit header.")
+    if version != WIRE_VERSION:
+        raise refusal(302, f"It has wire version {version}, this worker reads {WIRE_VERSION}.")
+    if count != len(_KEYS):
+        raise refusal(301, f"Its header has {count} fields, a nightsplit header {len(_KEYS)}.")
+    fields = {}
+    for key in (*_NAMES, "kind", *_COUNTERS):
+        _expect(reader, key)
+        fields[key] = reader.unpack()
+    header = Header(**fields | {"kind": _kind(fields["kind"])})
+    _check_header(header)
+    scalars = _scalars(reader)
+    _expect(reader, "tensors")
+    tensors = _length(reader.read_array_header(), MAX_TENSORS)
+    packer = _packer(header, scalars, tensors, size)
+    entries: list[Entry] = []
+    for _ in range(tensors):
+        entry = _entry(reader)
+        packer.pack(_row(entry))
+        if payload is not None:
+            _check_name(entry.name, entries, payload)
+            entries.append(entry)
+    if packer.getbuffer() != packed:
+        raise refusal(301, "Its header is not spelled as nightsplit spells it (a repeated field?).")
+    return _Envelope(header, scalars, entries, _PREFIX + size)
+
+
+def _expect(reader: Any, key: str) -> None:
+    if reader.unpack() != key:
+        raise refusal(301, f"Its header has no {key} where it belongs.")
+
+
+def _length(claimed: int, limit: int) -> int:
+    if claimed > limit:
+        raise refusal(301, f"Its header has a list or map of {claimed} items, the limit is {limit}.")
+    return claimed
 
 
 def _kind(value: object) -> Kind:
@@ -197,8 +252,10 @@ def _kind(value: object) -> Kind:
 
 
 def _shown(value: object) -> str:
-    # Only short things: the repr of a list nested a thousand deep would be a RecursionError.
-    return repr(value)[:80] if isinstance(value, Scalar) else f"of type {type(value).__name__}"
+    # Cut first: the repr of a string may be ten times as long.
+    if isinstance(value, str):
+        return repr(value[:80])[:80]
+    return repr(value) if isinstance(value, Scalar) else f"of type {type(value).__name__}"
 
 
 def _check_header(header: Header) -> None:
@@ -212,15 +269,33 @@ def _check_header(header: Header) -> None:
             raise refusal(301, f"Its {name} is {_shown(value)}, not a count.")
 
 
-def _entry(row: object) -> Entry:
-    if type(row) is not list or [type(value) for value in row] != _ROW or row[6] < 1:
+def _scalars(reader: Any) -> dict[str, Scalar]:
+    _expect(reader, "scalars")
+    scalars: dict[str, Scalar] = {}
+    for _ in range(_length(reader.read_map_header(), MAX_SCALARS)):
+        name, value = reader.unpack(), reader.unpack()
+        if type(name) is not str or type(value) not in get_args(Scalar):
+            raise refusal(301, "Its scalars are not named numbers or strings.")
+        scalars[name] = value
+    return scalars
+
+
+def _entry(reader: Any) -> Entry:
+    unpack = reader.unpack
+    if reader.read_array_header() != _ROW:
         raise refusal(301, "A tensor's row in its header is malformed.")
-    name, codec, zstd, dtype, shape, parameter, nbytes = row
-    if dtype not in DTYPES or codec not in get_args(Codec):
+    name, codec, zstd, dtype = unpack(), unpack(), unpack(), unpack()
+    shape = tuple([unpack() for _ in range(_length(reader.read_array_header(), MAX_DIMENSIONS))])
+    parameter, nbytes = unpack(), unpack()
+    texts = type(name) is type(codec) is type(dtype) is str
+    if not texts or type(zstd) is not bool or not type(parameter) is type(nbytes) is int or nbytes < 1:
+        raise refusal(301, "A tensor's row in its header is malformed.")
+    if dtype not in DTYPES or codec not in _CODECS:
         raise refusal(305, f"Tensor {_shown(name)} has dtype {_shown(dtype)}, codec {_shown(codec)}.")
-    if any(type(length) is not int or length < 1 for length in shape):
-        raise refusal(306, f"Tensor {_shown(name)} has a dimension that is no number >= 1.")
-    return Entry(name, codec, zstd, DTYPES[dtype], tuple(shape), parameter, nbytes)
+    for length in shape:
+        if type(length) is not int or length < 1:
+            raise refusal(306, f"Tensor {_shown(name)} has a dimension that is no number >= 1.")
+    return Entry(name, _CODECS[codec], zstd, DTYPES[dtype], shape, parameter, nbytes)
 
 
 # ── against the payload ─────────────────────────────────────────────────────────────────────────
@@ -228,7 +303,10 @@ def _entry(row: object) -> Entry:
 
 def _check_names(what: str, found: Mapping[str, object], expected: Mapping[str, object]) -> None:
     if found.keys() != expected.keys():
-        missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+        missing, extra = (
+            [name[:80] for name in heapq.nsmallest(5, names)]
+            for names in (expected.keys() - found.keys(), found.keys() - expected.keys())
+        )
         raise refusal(304, f"Its {what} lack {missing!r:.200} and have {extra!r:.200} on top.")
 
 
@@ -261,13 +339,16 @@ def _check_tensors(found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], pay
             raise refusal(306, f"Tensor '{name}' has shape {shape!r:.80}, not {spec.shape} where {bound}.")
 
 
-def _check_codecs(entries: Sequence[Entry], payload: Payload) -> None:
-    if [entry.name for entry in entries] != sorted(payload.tensors):
+def _check_name(name: str, before: Sequence[Entry], payload: Payload) -> None:
+    if name not in payload.tensors:
+        raise refusal(304, f"Its contract has no tensor {_shown(name)}.")
+    if before and name <= before[-1].name:
         raise refusal(304, "Its tensors are repeated or out of order.")
-    for entry in entries:
-        spec = payload.tensors[entry.name]
-        if (entry.codec, entry.zstd) != (spec.codec, spec.zstd):
-            raise refusal(305, f"Tensor '{entry.name}' travels as {entry.codec}, not as {spec.codec}.")
+
+
+def _check_codec(entry: Entry, spec: TensorSpec) -> None:
+    if (entry.codec, entry.zstd) != (spec.codec, spec.zstd):
+        raise refusal(305, f"Tensor '{entry.name}' travels as {entry.codec}, not as {spec.codec}.")
 
 
 # ── sizes ───────────────────────────────────────────────────────────────────────────────────────

@@ -194,7 +194,7 @@ def test_301_not_ours(raw: bytes) -> None:
 
 
 def nested(depth: int) -> bytes:
-    return (b"\xdd" + wire.MAX_ITEMS.to_bytes(4, "big")) * depth
+    return (b"\xdd" + wire.MAX_TENSORS.to_bytes(4, "big")) * depth
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_301_not_a_header(packed: bytes) -> None:
     assert time.perf_counter() - started < 0.5
 
 
-@pytest.mark.parametrize("claim", [wire.MAX_ITEMS + 1, 200_000])
+@pytest.mark.parametrize("claim", [wire.MAX_TENSORS + 1, 200_000])
 def test_301_lists_that_claim_to_be_long_are_not_allocated(claim: int) -> None:
     raw = with_header(b"\0\0\0\0", (b"\xdd" + claim.to_bytes(4, "big")) * 50_000)
     tracemalloc.start()
@@ -466,7 +466,9 @@ def test_308_header_and_integers() -> None:
     with refused(308):
         body(message(scalars=SCALARS | {"step": 2**63}))
     with refused(308):
-        payload = Payload({f"t{i}": TensorSpec(F32, (1,)) for i in range(wire.MAX_ITEMS + 1)})
+        body(message(tensors={"a": torch.zeros([1] * 9)}, scalars={}), Payload({"a": TensorSpec(F32, (1,) * 9)}))
+    with refused(308):
+        payload = Payload({f"t{i}": TensorSpec(F32, (1,)) for i in range(wire.MAX_TENSORS + 1)})
         body(Message(HEADER, {name: ramp(1) for name in payload.tensors}), payload)
 
 

@@ -1,0 +1,113 @@
+"""What decodes may still be nonsense: every kind to either side, every fact at its extremes, through the engine.
+
+No worker may die of a message: it is applied, refused by number, or ends the run by a numbered error.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from broker.memory import MemoryBroker
+from broker.topology import site_queues
+from server_worker.protocols import make_server
+from server_worker.protocols.stream import StreamServer
+from shared import wire
+from shared.checkpoint import Checkpoints
+from shared.config import RunConfig
+from shared.contract import Payload
+from shared.engine import Engine
+from shared.errors import Refused, RunError
+from shared.message import SERVER, UNSEQUENCED, Header, Kind, Message, Scalar
+from shared.protocols import PROTOCOLS
+from shared.protocols.assembly import assemble
+from shared.route import Route
+from shared.store_memory import MemoryStore
+from site_worker.protocols import make_site
+from site_worker.protocols.stream import StreamSite
+from tests.protocols.night import Authority, Night, tiny_config, tiny_parts
+
+LIMIT = 2**20
+EXTREMES: dict[type, tuple[Scalar, ...]] = {
+    bool: (False,),
+    int: (-(2**63), -1, 0, 7, 10**6, 2**63 - 1),
+    float: (-1e308, 1e308),
+    str: ("", "{}", '{"a": 1}', "[" * 50_000, '{"test": {"auc": 1e999}}', "\0" * 1000, "9" * 5000),
+}
+
+
+def config_of(protocol: str):
+    return tiny_config(("north",), protocol=protocol, window=1, epochs=1, bottoms="averaged", average_every=1)
+
+
+def bodies(kind: Kind, payload: Payload, header: Header, plain: dict[str, Scalar]) -> Iterator[bytes]:
+    """The message as it should be, and with each fact and tensor at each extreme."""
+    scalars = {name: plain.get(name, EXTREMES[of][0]) for name, of in payload.scalars.items()}
+    shapes = {n: [8 if isinstance(length, str) else length for length in s.shape] for n, s in payload.tensors.items()}
+    tensors = {n: torch.ones(shapes[n], dtype=spec.dtype) for n, spec in payload.tensors.items()}
+    changed = [(scalars, tensors)]
+    changed += [({**scalars, n: v}, tensors) for n, of in payload.scalars.items() for v in EXTREMES[of]]
+    changed += [(scalars, {**tensors, n: tensors[n] * v}) for n in tensors for v in (0.0, -3e38, 3e38)]
+    for facts, values in changed:
+        yield b"".join(wire.encode(Message(header, values, facts), payload, LIMIT))
+
+
+@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("to_server", [True, False], ids=["to the server", "to the site"])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_no_worker_dies_of_a_message(protocol: str, to_server: bool, kind: Kind, tmp_path: Path) -> None:
+    config = config_of(protocol)
+    payload = assemble(config).contract.get(kind, Payload())
+    sender, receiver = ("north", SERVER) if to_server else (SERVER, "north")
+    header = Header(config.run.id, sender, receiver, kind, 0 if kind in UNSEQUENCED else 2 if to_server else 1)
+    plain: dict[str, Scalar] = {
+        "contract": config.contract, "config": config.canonical(), "incarnation": "north-2", "enrolled": True,
+        "train": 40, "validation": 10, "test": 10, "mark": 0, "released": 0, "number": 601,
+    }  # fmt: skip
+    night = Night(config, tmp_path)
+    night.work(SERVER, 0.0)
+    night.work("north", 0.0)
+    if to_server:
+        night.work(SERVER, 0.0)  # it knows north's plan, and has answered its first message
+    snapshot = night.roles[receiver].snapshot(None)
+    for body in bodies(kind, payload, header, plain):
+        if to_server:
+            made: StreamSite | StreamServer = make_server(config, tmp_path / SERVER)
+        else:
+            made = make_site("north", config, tiny_parts("north"), "north-2")
+        made.restore(snapshot)
+        began = time.thread_time()
+        try:
+            receive(made, config, body, tmp_path)
+        except (RunError, Refused) as error:  # Refused: of what the site itself would send, so it stops
+            if to_server:
+                raise AssertionError(f"the server stops: {error}") from error
+        assert time.thread_time() - began < 2.0
+
+
+def receive(role: StreamSite | StreamServer, config: RunConfig, body: bytes, folder: Path) -> None:
+    """A fresh engine takes one message, and its role does what it then has to do."""
+    broker, queues = MemoryBroker(), site_queues(config.run.id, "north", 2**20)
+    broker.declare(queues)
+    up, down = (queues.up, queues.down) if role.name == "north" else (queues.down, queues.up)
+    with broker.link([], 8, "attacker") as attacker, broker.link([down], 8, role.name) as link:
+        attacker.publish(down, "poison", [body])
+        peer = SERVER if role.name == "north" else "north"
+        engine = Engine(
+            config.run.id,
+            role,
+            link,
+            {peer: Route(up, down, queues.dead)},
+            Checkpoints(folder),
+            Authority(MemoryStore(), 1),
+        )
+        if isinstance(role, StreamServer):
+            engine.marks["north"] = role.applied["north"]
+        else:
+            engine.marks[SERVER] = role.answered
+        for _ in range(10):
+            engine.step(0.0)
