@@ -1,51 +1,39 @@
-"""The demo: an example played for real, by separate processes over the embedded broker.
+"""The demo: an example played twice, for real, and what came of it.
 
-    night 1     three sites, no server     publish what the window allows, and go
-    day 1       the server alone           works off what is its turn, and goes
-    night 2     the sites again            learn from the gradients that waited, publish more
-    day 2       the server alone
-    then        everybody online           until the run is over
+    nights and days    the sites work by night and the server by day, and never meet until the end
+    killed             the same run in a fresh folder, with kill -9 of the server and of a site in the middle
 
-In strict order none of this shows in the result: one uninterrupted night would have given the same.
+Beside the first one stand the usual ways to train: all patients in one place, and each site alone. In
+strict order both plays end with the same weights, to the bit; the demo compares their hashes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json as json_text
-import multiprocessing
 import runpy
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
-from multiprocessing import forkserver
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from console.baselines import alone, centralized
-from console.words import columns, counted, screen, server_offline
-from server_worker.worker import ServerWorker
+from console.play import Play, warm_up
+from console.words import columns, counted, screen
 from shared.config import RunConfig, load
-from shared.errors import ConfigError, NightsplitError
+from shared.errors import ConfigError
 from shared.message import SERVER
 from shared.metrics import Metrics
-from shared.store import RunStore
-from shared.stores import open_store
-from shared.worker import StopSignal, prepare_torch
+from shared.worker import prepare_torch
 from site_worker.data.dataset import Parts
 from site_worker.worker import SiteWorker
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-NIGHTS = 2
-"""Nights and days apart, before everybody is online together."""
-IDLE_SECONDS = 1.0
-"""By night and by day a worker leaves when nothing happened for so long."""
 FIGURES: Mapping[str, tuple[str, str]] = {
     "binary": ("auc", "balanced_accuracy"),
     "multiclass": ("auc", "balanced_accuracy"),
@@ -65,20 +53,18 @@ def run_demo(folder: Path | None, json: bool) -> int:
         json: print one JSON object with flat keys, and nothing else.
 
     Returns:
-        The exit code: 1 when a worker failed, which said why.
+        The exit code: 1 when a worker failed, which said why, or when the killed run ended otherwise.
 
     Raises:
         ConfigError: 110 no such example; others as the workers'.
         DataError: the example's data is missing; the error says where to get it.
     """
     began = time.monotonic()
-    # Importing torch takes seconds: once for all workers, and while this process is busy, too.
-    multiprocessing.set_forkserver_preload([__name__, "torch._dynamo"])
-    forkserver.ensure_running()
+    warm_up()
     console = screen()
     console.quiet = json
     example = _example(folder)
-    work = _working_copy(example)
+    work = _working_copy(example, "demo")
     config = load(work / "run.toml", RunConfig)
     parts = {site: SiteWorker(work / f"{site}.toml").load_parts() for site in config.run.sites}
     sizes = ", ".join(f"{site} {len(part.train)}" for site, part in parts.items())
@@ -86,21 +72,66 @@ def run_demo(folder: Path | None, json: bool) -> int:
     console.print(f"training samples: {sizes}")
     console.print(f"files: {work}\n")
     prepare_torch(1, "cpu")
-    if not _Play(work, config, console).until_the_end():
+    if not Play(work, console).nights_and_days():
         return 1
-    report = json_text.loads((work / "report" / "report.json").read_text(encoding="utf-8"))
+    report = _report(work)
     results = _results(config, parts, report["best"])
-    seconds = round(time.monotonic() - began, 1)
-    if json:
-        print(json_text.dumps({**_flat(config, results, report), "seconds": seconds}))
-        return 0
     console.print(f"\nTest patients, {' / '.join(FIGURES[config.task.kind])}; all: mean by samples")
     console.print(_table(config, results))
-    console.print(f"\nsha256 of the server's half: {report['top_sha256']}")
-    if config.run.order == "strict":
-        console.print("The order is strict: played again on this machine, it comes out the same to the bit.")
+    repeated = _repeat(example, work, config, console)
+    if repeated is None:
+        return 1
+    seconds = round(time.monotonic() - began, 1)
     console.print(f"report: {work / 'report' / 'report.md'} ({seconds:.0f} s in all)")
-    return 0
+    if json:
+        print(json_text.dumps({**_flat(config, results, report), **repeated, "seconds": seconds}))
+    return 1 if repeated["sha256_equal"] is False else 0
+
+
+def _repeat(example: Path, first: Path, config: RunConfig, console: Console) -> dict[str, Any] | None:
+    """Play the run once more with kills, and compare: flat keys for JSON, or None when a worker failed."""
+    if config.run.order != "strict":
+        console.print(f"\nsha256 of the server's half of the model: {_report(first)['top_sha256']}")
+        console.print("The order is fair: it depends on timing, and the same run once more ends with other bits.")
+        return {"kills": 0, "sha256_killed": None, "sha256_equal": None}
+    work = _working_copy(example, "demo-killed")
+    console.print(f"\nThe same run once more, in {work}:")
+    kills = Play(work, console).killed(_report(first)["steps"])
+    if kills is None:
+        return None
+    before, after = _trained(first, config), _trained(work, config)
+    equal = tell_difference(before, after, len(kills), console)
+    return {"kills": len(kills), "sha256_killed": after[SERVER], "sha256_equal": equal}
+
+
+def tell_difference(before: Mapping[str, str], after: Mapping[str, str], kills: int, console: Console) -> bool:
+    """Say whether two plays of one run, given as sha256 by worker, ended with the same weights; whether they did."""
+    console.print("\nsha256 of the server's half of the model")
+    console.print(f"  nights and days   {before[SERVER]}")
+    console.print(f"  {counted(kills, 'kill'):<16}  {after[SERVER]}")
+    different = [worker for worker in before if before[worker] != after[worker]]
+    sites = ", ".join(worker for worker in before if worker != SERVER)
+    if different:
+        console.print(f"NOT EQUAL: the parts of {', '.join(different)} differ. This is a defect; please report it.")
+    else:
+        console.print(f"  equal to the bit, and so are the parts of {sites}")
+    return not different
+
+
+def _report(work: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json_text.loads((work / "report" / "report.json").read_text(encoding="utf-8"))
+    return report
+
+
+def _trained(work: Path, config: RunConfig) -> dict[str, str]:
+    """sha256 of each worker's part of the trained model."""
+    trained = {SERVER: str(_report(work)["top_sha256"])}
+    for site in config.run.sites:
+        digest = hashlib.sha256()
+        for part in sorted(SiteWorker(work / f"{site}.toml").model_folder.glob("*.safetensors")):
+            digest.update(part.name.encode() + part.read_bytes())
+        trained[site] = digest.hexdigest()
+    return trained
 
 
 def _example(folder: Path | None) -> Path:
@@ -113,9 +144,9 @@ def _example(folder: Path | None) -> Path:
     raise ConfigError(110, f"{name} is no folder with a run.toml.", remedy)
 
 
-def _working_copy(example: Path) -> Path:
+def _working_copy(example: Path, name: str) -> Path:
     """A fresh folder with the example's files, and with the data that it brings itself."""
-    stamp = time.strftime("demo-%Y%m%d-%H%M%S-")
+    stamp = time.strftime(f"{name}-%Y%m%d-%H%M%S-")
     home = Path("runs")
     try:
         home.mkdir(exist_ok=True)
@@ -128,93 +159,6 @@ def _working_copy(example: Path) -> Path:
     if (work / "prepare.py").exists():
         runpy.run_path(str(work / "prepare.py"), run_name="__main__")
     return work
-
-
-class _Play:
-    """Starts and awaits the workers of one run.
-
-    Args:
-        work: folder with the run's files.
-        config: the run.
-        console: told what happens.
-    """
-
-    def __init__(self, work: Path, config: RunConfig, console: Console) -> None:
-        self._work, self._run, self._console = work, config.run, console
-
-    def until_the_end(self) -> bool:
-        """Play the whole run; whether no worker failed."""
-        server = ServerWorker(self._work / "server.toml")
-        server.open_run()
-        with closing(open_store(server.config.store, self._run.id, self._work)) as store:
-            for night in range(1, NIGHTS + 1):
-                if not self._let_work(self._run.sites, IDLE_SECONDS):
-                    return False
-                sent, applied, _ = self._counts(store)
-                self._console.print(f"night {night}, 22:00  {server_offline(sent - applied)}")
-                if not self._let_work([SERVER], IDLE_SECONDS):
-                    return False
-                before, (sent, applied, answered) = applied, self._counts(store)
-                self._console.print(
-                    f"day {night},   08:00  sites are offline; the server trained on "
-                    f"{counted(applied - before, 'batch')}, {counted(applied - answered, 'answer')} queued, "
-                    f"{counted(sent - applied, 'batch')} held until those of another site come"
-                )
-            self._console.print(f"night {NIGHTS + 1}, 22:00  everybody is online, until the run is over")
-            with Progress(console=self._console, transient=True, disable=not self._console.is_terminal) as progress:
-                bar = progress.add_task("batches", total=None)
-
-                def observe() -> None:
-                    facts = _facts(store, SERVER)
-                    progress.update(bar, total=facts.get("planned"), completed=facts.get("applied"))
-
-                return self._let_work([SERVER, *self._run.sites], None, observe)
-
-    def _let_work(
-        self, names: Sequence[str], idle_seconds: float | None, observe: Callable[[], None] = lambda: None
-    ) -> bool:
-        """Start these workers and wait until all have left; when one fails, send the others home."""
-        context = multiprocessing.get_context("forkserver")
-        processes = [context.Process(target=_worker, args=(n, self._work, idle_seconds)) for n in names]
-        for process in processes:
-            process.start()
-        try:
-            while any(process.is_alive() for process in processes):
-                if any(process.exitcode for process in processes):
-                    break
-                observe()
-                time.sleep(0.1)
-        finally:
-            for process in processes:
-                process.terminate()
-                process.join()
-        return not any(process.exitcode for process in processes)
-
-    def _counts(self, store: RunStore) -> tuple[int, int, int]:
-        """Batches that sites have sent, that the server has applied, whose answers the sites have."""
-        facts = [_facts(store, site) for site in self._run.sites]
-        sent, answered = (sum(said.get(name, 0) for said in facts) for name in ("sent", "answered"))
-        return sent, _facts(store, SERVER).get("applied", 0), answered
-
-
-def _worker(name: str, work: Path, idle_seconds: float | None) -> None:
-    """What a worker's process runs: `nightsplit server server.toml`, or `nightsplit site <name>.toml`."""
-    stop = StopSignal()
-    stop.install()
-    try:
-        if name == SERVER:
-            ServerWorker(work / "server.toml", stop=stop).work(idle_seconds)
-        else:
-            SiteWorker(work / f"{name}.toml", stop=stop).work(idle_seconds)
-    except NightsplitError as error:
-        print(error, file=sys.stderr)
-        sys.exit(1)
-
-
-def _facts(store: RunStore, worker: str) -> Mapping[str, Any]:
-    """What a worker last said of itself."""
-    status = store.statuses().get(worker)
-    return status.facts if status else {}
 
 
 def _results(config: RunConfig, parts: Mapping[str, Parts], best: Mapping[str, Any]) -> Results:

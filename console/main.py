@@ -137,6 +137,28 @@ def _predict(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def _replay(chosen: argparse.Namespace) -> int:
+    from console.files import read_worker_file
+    from console.replay import show_replay
+
+    return 0 if show_replay(read_worker_file(chosen.file, chosen.set), chosen.until, chosen.json) else 1
+
+
+def _dlq(chosen: argparse.Namespace) -> int:
+    from console.dead_letters import discard_letters, list_letters, replay_letters, show_letter
+    from console.files import read_worker_file
+
+    file = read_worker_file(chosen.file, chosen.set)
+    if chosen.action == "list":
+        list_letters(file, chosen.json)
+    elif chosen.action == "show":
+        show_letter(file, chosen.id, chosen.json)
+    else:
+        settle = replay_letters if chosen.action == "replay" else discard_letters
+        settle(file, None if chosen.all else chosen.ids)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nightsplit", description=_ABOUT)
     parser.add_argument("--version", action="version", version=f"nightsplit {version('nightsplit')}")
@@ -173,9 +195,20 @@ def _parser() -> argparse.ArgumentParser:
         Look at files, data, model, broker, run store, disk, device and clock, and say for each problem how
         it is mended. No patient's value is shown.""")  # fmt: skip
 
+    replay = _add(verbs, "replay", "train a recorded run again, and compare", """
+        Train the server's half again from the tape of a run (tape = true in run.toml), and compare its
+        sha256 with the report's. Exit code 1 when they differ. Nothing is sent, and nothing of the run
+        is changed.""")  # fmt: skip
+
+    dlq = _add(verbs, "dlq", "see what was refused, send it again or let it go", """
+        Messages that a worker refused lie in a dead letter queue for each site. A site's file shows that
+        site's, the server's file those of all.""")  # fmt: skip
+    listing, show, again, discard = _actions(dlq)
+
     for verb, metavar in (
         (opening, "SERVER.TOML"), (server, "SERVER.TOML"), (site, "SITE.TOML"),
         (status, "FILE.TOML"), (predict, "SITE.TOML"), (doctor, "FILE.TOML"),
+        (replay, "SERVER.TOML"), *((action, "FILE.TOML") for action in (listing, show, again, discard)),
     ):  # fmt: skip
         verb.add_argument("file", type=Path, metavar=metavar, help="the worker's configuration file")
         verb.add_argument(
@@ -187,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
             "--leave-when-idle", type=float, metavar="SECONDS",
             help="leave when nothing happened for so long; otherwise stay until the run is over",
         )  # fmt: skip
-    for verb in (demo, status, doctor):
+    for verb in (demo, status, doctor, replay, listing, show):
         verb.add_argument("--json", action="store_true", help="print one JSON object, for other programs")
     predict.add_argument(
         "--top",
@@ -199,8 +232,36 @@ def _parser() -> argparse.ArgumentParser:
         "--data", type=Path, metavar="FILE",
         help="predict the rows of this file; its columns are those of the site's own data, label included",
     )  # fmt: skip
+    replay.add_argument(
+        "--until", type=int, metavar="POSITION",
+        help="stop when so many messages of all sites together were applied; 0 is the beginning",
+    )  # fmt: skip
+    show.add_argument("id", metavar="ID", help="as the list shows it")
+    for verb in (again, discard):
+        which = verb.add_mutually_exclusive_group(required=True)
+        which.add_argument("ids", nargs="*", default=[], metavar="ID", help="as the list shows them")
+        which.add_argument("--all", action="store_true", help="every dead letter")
     predict.add_argument("--output", type=Path, metavar="FILE", help="where the CSV goes; otherwise it is printed")
     return parser
+
+
+def _actions(dlq: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """What may be done with dead letters."""
+    actions = dlq.add_subparsers(metavar="action", dest="action", required=True)
+    return [
+        actions.add_parser(name, help=help, description=description)
+        for name, help, description in (
+            ("list", "a line for each", "Show what was refused, why, and when. Nothing is changed."),
+            ("show", "all about one", "Show everything about a dead letter but the values of its tensors."),
+            ("replay", "send them again", """
+                Send dead letters to the queues that they came from. This helps where a message was refused
+                before it could be counted (it had no readable header, say, or its receiver was an older
+                version), and the cause is mended. A message that was refused in its place in the sequence
+                was answered: it is then only counted as a duplicate, and trains nothing. docs/delivery.md
+                tells which is which."""),
+            ("discard", "delete them for good", "Delete dead letters. Nothing brings them back."),
+        )
+    ]  # fmt: skip
 
 
 def _add(verbs: Any, name: str, help: str, description: str) -> argparse.ArgumentParser:

@@ -1,0 +1,215 @@
+"""Plays a run for real: its workers as separate processes of this computer, over the embedded broker.
+
+    nights and days                                   killed
+    night 1   the sites, no server                    everybody online from the start
+    day 1     the server alone                        a third of the way     kill -9 server, start it again
+    night 2   the sites again                         two thirds of the way  kill -9 a site, start it again
+    day 2     the server alone                        until the run is over
+    then      everybody, until the run is over
+
+In strict order none of this shows in the result: both end with the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from console.words import counted, server_offline
+from server_worker.worker import ServerWorker
+from shared.checkpoint import Checkpoints
+from shared.errors import NightsplitError
+from shared.message import SERVER
+from shared.store import RunStore
+from shared.worker import StopSignal
+from site_worker.worker import SiteWorker
+
+NIGHTS = 2
+"""Nights and days apart, before everybody is online together."""
+IDLE_SECONDS = 1.0
+"""By night and by day a worker leaves when nothing happened for so long."""
+
+ABSENT_SECONDS = 1.5
+"""How long a killed worker stays away: the others have time to meet its absence, and to say so."""
+
+Workers = dict[str, BaseProcess]
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """A worker that was ended with SIGKILL, and was started again.
+
+    Attributes:
+        worker: site name, or "server".
+        step: training steps that the server had made.
+        lost: what died with it, since its newest checkpoint lacked it: the server's steps, or the answers
+            that the server had given to a site.
+    """
+
+    worker: str
+    step: int
+    lost: int
+
+    def __str__(self) -> str:
+        noun = "step" if self.worker == SERVER else "answer"
+        return f"kill -9 {self.worker} after step {self.step}: its checkpoint lacked {counted(self.lost, noun)}"
+
+
+def warm_up() -> None:
+    """Let a process that workers are forked from import torch, which takes seconds, while this one is busy."""
+    multiprocessing.set_forkserver_preload([__name__, "torch._dynamo"])
+    forkserver.ensure_running()
+
+
+class Play:
+    """Starts, awaits and kills the workers of one run.
+
+    Args:
+        work: folder with the run's files.
+        console: told what happens.
+    """
+
+    def __init__(self, work: Path, console: Console) -> None:
+        self._work, self._console = work, console
+        self._server = ServerWorker(work / "server.toml")
+        self._run = self._server.run_config.run
+
+    def nights_and_days(self) -> bool:
+        """Play the whole run, apart and then together; whether no worker failed."""
+        self._server.open_run()
+        with closing(self._server.open_store()) as store:
+            for night in range(1, NIGHTS + 1):
+                if not self._let_work(self._run.sites, IDLE_SECONDS):
+                    return False
+                sent, applied, _ = self._counts(store)
+                self._console.print(f"night {night}, 22:00  {server_offline(sent - applied)}")
+                if not self._let_work([SERVER], IDLE_SECONDS):
+                    return False
+                before, (sent, applied, answered) = applied, self._counts(store)
+                self._console.print(
+                    f"day {night},   08:00  sites are offline; the server trained on "
+                    f"{counted(applied - before, 'batch')}, {counted(applied - answered, 'answer')} queued, "
+                    f"{counted(sent - applied, 'batch')} held until those of another site come"
+                )
+            self._console.print(f"night {NIGHTS + 1}, 22:00  everybody is online, until the run is over")
+            return self._together(store)
+
+    def killed(self, steps: int) -> list[Kill] | None:
+        """Play the whole run together, while first the server and then a site is killed in the middle of its work.
+
+        Args:
+            steps: training steps of the whole run.
+
+        Returns:
+            Who was killed; None when a worker failed by itself.
+        """
+        due = [(steps // 3, SERVER), (2 * steps // 3, self._run.sites[0])]
+        kills: list[Kill] = []
+
+        def strike(workers: Workers) -> None:
+            if not due or self._step() < due[0][0]:
+                return
+            _, victim = due.pop(0)
+            if workers[victim].is_alive():
+                workers[victim].kill()
+                workers[victim].join()
+                time.sleep(ABSENT_SECONDS)
+                kills.append(Kill(victim, self._step(), self._lost(victim, store)))
+                self._console.print(f"{kills[-1]}; started again")
+                workers[victim] = self._start(victim, None)
+
+        self._server.open_run()
+        with closing(self._server.open_store()) as store:
+            return kills if self._together(store, strike) else None
+
+    def _together(self, store: RunStore, strike: Callable[[Workers], None] = lambda workers: None) -> bool:
+        """Everybody until the run is over; whether no worker failed."""
+        with Progress(console=self._console, transient=True, disable=not self._console.is_terminal) as progress:
+            bar = progress.add_task("batches", total=None)
+
+            def observe(workers: Workers) -> None:
+                facts = _facts(store, SERVER)
+                progress.update(bar, total=facts.get("planned"), completed=facts.get("applied"))
+                strike(workers)
+
+            return self._let_work([SERVER, *self._run.sites], None, observe)
+
+    def _let_work(
+        self,
+        names: Sequence[str],
+        idle_seconds: float | None,
+        observe: Callable[[Workers], None] = lambda workers: None,
+    ) -> bool:
+        """Start these workers and wait until all have left; when one fails, send the others home."""
+        workers = {name: self._start(name, idle_seconds) for name in names}
+        try:
+            while any(worker.is_alive() for worker in workers.values()):
+                if any(worker.exitcode for worker in workers.values()):
+                    break
+                observe(workers)
+                time.sleep(0.1)
+        finally:
+            for worker in workers.values():
+                worker.terminate()
+                worker.join()
+        return not any(worker.exitcode for worker in workers.values())
+
+    def _start(self, name: str, idle_seconds: float | None) -> BaseProcess:
+        process = multiprocessing.get_context("forkserver").Process(
+            target=_worker, args=(name, self._work, idle_seconds)
+        )
+        process.start()
+        return process
+
+    def _counts(self, store: RunStore) -> tuple[int, int, int]:
+        """Batches that sites have sent, that the server has applied, whose answers the sites have."""
+        facts = [_facts(store, site) for site in self._run.sites]
+        sent, answered = (sum(said.get(name, 0) for said in facts) for name in ("sent", "answered"))
+        return sent, _facts(store, SERVER).get("applied", 0), answered
+
+    def _step(self) -> int:
+        """The training step that the server wrote down last, a moment ago."""
+        metrics = self._server.report_folder / "metrics.jsonl"
+        whole = metrics.read_text(encoding="utf-8").rpartition("\n")[0] if metrics.exists() else ""
+        return int(json.loads(whole.rpartition("\n")[2])["step"]) if whole else 0
+
+    def _lost(self, victim: str, store: RunStore) -> int:
+        """What a killed worker had done, or was about to do, beyond its newest checkpoint."""
+        worker = self._server if victim == SERVER else SiteWorker(self._work / f"{victim}.toml")
+        found = Checkpoints(worker.state_folder / "checkpoints").load()
+        role = found[1].facts["role"] if found else {"steps": 0, "answered": 0}
+        if victim == SERVER:
+            return self._step() - int(role["steps"])
+        return int(_facts(store, SERVER).get(f"applied_{victim}", 0)) - int(role["answered"])
+
+
+def _worker(name: str, work: Path, idle_seconds: float | None) -> None:
+    """What a worker's process runs: `nightsplit server server.toml`, or `nightsplit site <name>.toml`."""
+    stop = StopSignal()
+    stop.install()
+    try:
+        if name == SERVER:
+            ServerWorker(work / "server.toml", stop=stop).work(idle_seconds)
+        else:
+            SiteWorker(work / f"{name}.toml", stop=stop).work(idle_seconds)
+    except NightsplitError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+
+
+def _facts(store: RunStore, worker: str) -> Mapping[str, Any]:
+    """What a worker last said of itself."""
+    status = store.statuses().get(worker)
+    return status.facts if status else {}

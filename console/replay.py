@@ -1,0 +1,330 @@
+"""nightsplit replay: train the server's half again from a tape, and compare it with what the run left behind.
+
+    tape ──▶ Player ──deliveries──▶ engine ──▶ a fresh server role ──▶ sha256 of its weights
+             nothing leaves ◀──answers──┘
+
+Engine and role are those of the run. Where timing decided the order, they follow the run's journal.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from broker.base import Confirmed, Delivery, Event, Link, Queue
+from broker.topology import site_queues
+from console.files import WorkerFile
+from console.words import counted, screen
+from server_worker.protocols import make_server
+from server_worker.protocols.stream import StreamServer
+from server_worker.report import weights_sha256
+from server_worker.tape import FOLDER, recorded
+from shared import wire
+from shared.authority import Alone
+from shared.checkpoint import Checkpoints, under
+from shared.config import RunConfig, ServerSection
+from shared.effects import Record
+from shared.engine import Engine
+from shared.errors import ConfigError, Refused, StateError
+from shared.route import Route
+from shared.store import RunStore
+from shared.worker import prepare_torch
+
+
+def show_replay(file: WorkerFile, until: int | None, as_json: bool) -> bool:
+    """Replay a run and print what came of it; False when it is not what the run left behind.
+
+    Args:
+        file: the server's.
+        until: position to stop at, as in `Replay`; None for the end of the run.
+        as_json: print one object in place of lines.
+
+    Raises:
+        ConfigError: 103 the file is a site's.
+        StateError: 507 the run has no tape, 508 a message that is needed is not on it.
+    """
+    summary = summarise(file, until)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+        return summary["equal"] is not False
+    console = screen()
+    end = ", the end of the run" if summary["finished"] else ""
+    console.print(
+        f"{summary['run']}: {counted(summary['messages'], 'message')} replayed, position {summary['position']}{end}"
+    )
+    if summary["last"] is not None:
+        console.print("last applied: " + ", ".join(f"{k} {v}" for k, v in summary["last"].items() if v is not None))
+    for part, found in summary["sha256"].items():
+        console.print(f"{part} weights: {found['replayed'] or 'none was judged'}", soft_wrap=True)
+        if summary["finished"]:
+            verdict = "equal" if found["replayed"] == found["recorded"] else "NOT EQUAL"
+            where = {"best": "report", "last": "checkpoint"}[part]
+            console.print(f"  in the {where}: {found['recorded'] or 'nothing'}: {verdict}", soft_wrap=True)
+    return summary["equal"] is not False
+
+
+def summarise(file: WorkerFile, until: int | None) -> dict[str, Any]:
+    """What `show_replay` prints, as plain data; raises as it does.
+
+    `equal` is None where the replay stopped before the end: the run left nothing to compare with.
+    """
+    server = file.worker
+    if not isinstance(server, ServerSection):
+        raise ConfigError(103, f"{file.path}: has no [server].", "name the server.toml: the server holds the tape.")
+    prepare_torch(server.threads, server.device)
+    store = file.store()
+    try:
+        replay = Replay(file.run, file.state / FOLDER, store, server.device)
+        replay.go(until)
+    finally:
+        store.close()
+    best, last = replay.weights()
+    left = _left_behind(file) if replay.finished else {"best": None, "last": None}
+    return {
+        "run": file.run.run.id,
+        "messages": replay.messages,
+        "position": replay.position,
+        "finished": replay.finished,
+        "last": replay.last and asdict(replay.last),
+        "sha256": {
+            "best": {"replayed": best, "recorded": left["best"]},
+            "last": {"replayed": last, "recorded": left["last"]},
+        },
+        "equal": (best, last) == (left["best"], left["last"]) if replay.finished else None,
+    }
+
+
+def _left_behind(file: WorkerFile) -> dict[str, str | None]:
+    """sha256 of the best weights as reported, and of the last ones in the newest checkpoint; None if not there."""
+    assert isinstance(file.worker, ServerSection)
+    best = None
+    with suppress(OSError, ValueError):
+        report = (file.base / file.worker.report / "report.json").read_text(encoding="utf-8")
+        best = json.loads(report).get("top_sha256")
+    found = Checkpoints(file.state / "checkpoints").load()
+    return {"best": best, "last": found and weights_sha256(under("top", found[1].tensors))}
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """A message that was applied.
+
+    Attributes:
+        message: its id.
+        loss: of the training step; None without a step, or where the site alone knows it.
+        refused: why it was refused; it counts as applied.
+    """
+
+    message: str
+    loss: float | None
+    refused: str | None
+
+
+class Replay:
+    """A run once more, from its beginning.
+
+    Args:
+        config: the run.
+        tape: its folder.
+        store: only its journal is read.
+        device: where the server's layers computed, and compute.
+
+    Attributes:
+        last: the last message that was applied.
+    """
+
+    def __init__(self, config: RunConfig, tape: Path, store: RunStore, device: str) -> None:
+        self._config = config
+        self._tape = tape
+        self._device = device
+        self._order = _Order(store, tape)
+        self._queues = {site: site_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites}
+        self._player = _Player(tape)
+        self._loss: float | None = None
+        self._role: StreamServer
+        self._engine: Engine
+        self.last: Applied | None = None
+
+    def go(self, until: int | None = None) -> None:
+        """Replay to the end of the run, or stop before.
+
+        Args:
+            until: position to stop at (`Engine.position`): so many messages of all sites together were
+                applied in their sequence, refused ones included. What a role does behind the last
+                message (split_frozen trains then) is not done when that is the place to stop.
+
+        Raises:
+            StateError: 507 there is no tape, 508 it lacks what comes next.
+        """
+        with TemporaryDirectory(prefix="nightsplit-replay-") as scratch:
+            self._role = role = make_server(self._config, Path(scratch), self._device)
+            routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in self._queues.items()}
+            self._engine = engine = Engine(
+                self._config.run.id, role, self._player, routes, Checkpoints(Path(scratch) / "checkpoints"),
+                self._order, self._record, self._config.wire.message_bytes, interval_seconds=math.inf,
+            )  # fmt: skip
+            engine.start()
+            while not engine.finished and (until is None or engine.position < until):
+                # A role that has all its messages may have work of its own (split_frozen).
+                if not self._step() and self._player.at_end and not role.done:
+                    raise self._incomplete()
+
+    @property
+    def messages(self) -> int:
+        """Deliveries taken off the tape; greetings and copies are among them."""
+        return self._player.played
+
+    @property
+    def position(self) -> int:
+        """As `Engine.position`."""
+        return self._engine.position
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run's end was reached."""
+        return self._engine.finished
+
+    def weights(self) -> tuple[str | None, str]:
+        """sha256 of the best weights (None: no epoch was judged) and of the last ones."""
+        best = self._role.best_top
+        return weights_sha256(best) if best else None, weights_sha256(self._role.top.weights())
+
+    def _step(self) -> bool:
+        """One turn of the engine, which applies one message at most; whether there was anything to do."""
+        marks, refusals = dict(self._engine.marks), self._role.refusals.total()
+        # The engine applies first and receives then, when a copy may come under the same number.
+        due = {site: self._player.ids.get((self._queues[site].up.name, mark + 1)) for site, mark in marks.items()}
+        self._loss = None
+        self._player.reasons.clear()
+        worked = self._engine.step(0.0)
+        for site, mark in self._engine.marks.items():
+            if mark > marks[site]:
+                message = due[site]
+                assert message is not None
+                refused = self._player.reasons[0] if self._role.refusals.total() > refusals else None
+                self.last = Applied(message, self._loss, refused)
+        return worked
+
+    def _record(self, line: Record) -> None:
+        loss = line.metrics.get("loss")
+        if line.metrics["event"] == "train" and isinstance(loss, float):
+            self._loss = loss
+
+    def _incomplete(self) -> StateError:
+        missing = []
+        for site in self._role.awaited():
+            due = self._role.applied[site] + 1
+            if site not in self._role.sequences:
+                missing.append(f"a greeting of {site} that fits run.toml")
+            elif (self._queues[site].up.name, due) not in self._player.ids:
+                missing.append(f"message {due} of {site}")
+        damaged = f" Damaged: {', '.join(self._player.damaged)}." if self._player.damaged else ""
+        what = " and ".join(missing) or "whom the order journal names next"
+        return _tape_ends(self._tape, self.position, f"{what} is missing.{damaged}")
+
+
+def _tape_ends(tape: Path, position: int, why: str) -> StateError:
+    return StateError(
+        508,
+        f"{tape} leads to position {position}: {why}",
+        f"restore it from a copy; or replay what is there: --until {position}.",
+    )
+
+
+class _Order(Alone):
+    """The order that was written down where timing decided it; it is followed, and never written."""
+
+    def __init__(self, store: RunStore, tape: Path) -> None:
+        self._store = store
+        self._tape = tape
+
+    def journalled(self, position: int) -> str | None:
+        """See `Authority`."""
+        return self._store.journalled(position)
+
+    def journal(self, position: int, sender: str) -> str:
+        """Where the journal ends, nobody knows what was applied next.
+
+        Raises:
+            StateError: 508.
+        """
+        why = f"the order journal in the run store does not go on, though a message of {sender} is there."
+        raise _tape_ends(self._tape, position - 1, why)
+
+
+class _Player(Link):
+    """A link that delivers a tape, and confirms what is published without sending it anywhere.
+
+    Attributes:
+        played: deliveries so far.
+        at_end: whether there are no more.
+        damaged: places of the tape that cannot be read, as far as it was played.
+        ids: of the newest delivery, by queue and number.
+        reasons: of refusals, oldest first, until they are cleared.
+    """
+
+    def __init__(self, tape: Path) -> None:
+        self.played = 0
+        self.at_end = False
+        self.damaged: list[str] = []
+        self.ids: dict[tuple[str, int], str] = {}
+        self.reasons: list[str] = []
+        self._tape = recorded(tape, self.damaged)
+        self._confirmed: deque[str] = deque()
+        self._prefetch = 2**16
+        self._pauses = False
+
+    def receive(self, timeout: float) -> Event | None:
+        """Confirms, then one delivery; None behind it, so that it is applied before the next one comes."""
+        if self._confirmed:
+            return Confirmed(self._confirmed.popleft())
+        if self._pauses:
+            self._pauses = False
+            return None
+        delivery = next(self._tape, None)
+        if delivery is None:
+            self.at_end = True
+            return None
+        self._pauses = True
+        self.played += 1
+        try:
+            header = wire.peek(delivery.body)
+        except Refused:
+            return delivery
+        self.ids[delivery.queue, header.seq] = delivery.message_id
+        return delivery
+
+    def publish(
+        self, queue: Queue, message_id: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str] = {}
+    ) -> None:
+        """Nothing leaves; why a message was refused is kept."""
+        self._confirmed.append(message_id)
+        if "reason" in headers:
+            self.reasons.append(headers["reason"])
+
+    def acknowledge(self, delivery: Delivery) -> None:
+        """The tape forgets nothing."""
+
+    @property
+    def unconfirmed(self) -> frozenset[str]:
+        """What is published counts as confirmed at once."""
+        return frozenset()
+
+    @property
+    def prefetch(self) -> int:
+        """So many messages may be out of order; a checkpoint, of which a replay needs none, is due after a quarter."""
+        return self._prefetch
+
+    def raise_prefetch(self, prefetch: int) -> None:
+        """See `Link`."""
+        self._prefetch = prefetch
+
+    def close(self) -> None:
+        """Nothing is held."""
