@@ -71,7 +71,7 @@ def broker_errors(number: int, place: Path) -> Iterator[None]:
         raise BrokerError(
             number,
             f"{place}: {explain(error)}.",
-            "use a folder on a local disk that may be written and has room.",
+            "use a folder on a local disk that may be written and has 64 MiB of room.",
         ) from None
 
 
@@ -81,10 +81,16 @@ def is_locked(error: Exception) -> bool:
     return isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 
+def is_full(error: Exception) -> bool:
+    """Whether the disk has no room left."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+
+
 def explain(error: Exception) -> str:
     """One clause on what happened, in words of the disk."""
-    full_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full_disk or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+    if is_full(error):
         return "disk is full"
     if is_locked(error):
         return "another process has been holding the database"

@@ -8,7 +8,8 @@ from msgspec.structs import replace
 
 from benchmarks.simulate import simulate
 from console.baselines import centralized
-from console.demo import EXAMPLES, run_demo
+from console.demo import EXAMPLES, run_demo, tell_difference
+from console.words import screen
 from server_worker.report import weights_sha256
 from server_worker.worker import ServerWorker
 from shared.config import PolicyConfig, RunConfig, load
@@ -66,7 +67,11 @@ def test_the_demo_plays_nights_and_days_to_the_result_of_one_undisturbed_night(
     monkeypatch.chdir(tmp_path)
     assert run_demo(None, json=True) == 0
     shown = json.loads(capfd.readouterr().out)
-    (work,) = (tmp_path / "runs").iterdir()
+    work, killed = sorted((tmp_path / "runs").iterdir())
+    assert killed.name.startswith("demo-killed-")
+    assert (shown["kills"], shown["sha256_equal"], shown["sha256_killed"]) == (2, True, shown["sha256"])
+    reports = [json.loads((folder / "report" / "report.json").read_text(encoding="utf-8")) for folder in (work, killed)]
+    assert [report["top_sha256"] for report in reports] == [shown["sha256"], shown["sha256_killed"]]
     assert "sha256 of the server's half" in (work / "report" / "report.md").read_text(encoding="utf-8")
 
     config = load(work / "run.toml", RunConfig)
@@ -79,6 +84,19 @@ def test_the_demo_plays_nights_and_days_to_the_result_of_one_undisturbed_night(
     assert shown["split_all_r2"] > 0.97
     for site in ("south", "east"):  # north has half of all patients, and needs nobody
         assert shown["split_all_mae"] < 0.8 * shown[f"{site}_alone_all_mae"]
+
+
+def test_the_demo_says_so_when_the_two_plays_end_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    before = {"server": "ab" * 32, "north": "cd" * 32, "south": "ef" * 32}
+    assert tell_difference(before, dict(before), 2, screen()) is True
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "sha256 of the server's half of the model",
+        f"  nights and days   {'ab' * 32}",
+        f"  2 kills           {'ab' * 32}",
+        "  equal to the bit, and so are the parts of north, south",
+    ]
+    assert tell_difference(before, {**before, "south": "00" * 32}, 2, screen()) is False
+    assert "NOT EQUAL: the parts of south differ. " in capsys.readouterr().out
 
 
 def test_an_unknown_example_is_told_with_those_that_there_are() -> None:

@@ -97,6 +97,20 @@ def test_metrics_beyond_the_restored_step_are_cut_off(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_an_evaluation_behind_the_checkpoint_is_in_the_metrics_once(tmp_path):
+    """It makes no step of its own, so the step does not tell whether the checkpoint was before or after it."""
+    evaluation = Record({"event": "evaluate", "step": 2, "epoch": 1, "site": "north", "part": "test", "loss": 0.5})
+    log = MetricsLog(tmp_path, 0)
+    for step in (1, 2):
+        log.write(Record({"event": "train", "step": step, "loss": 0.5}))
+    for _ in range(3):  # the same checkpoint of step 2 is restored twice
+        log.write(evaluation)
+        log.close()
+        log = MetricsLog(tmp_path, 2)
+    log.close()
+    assert [line["event"] for line in lines(tmp_path)] == ["train", "train", "evaluate"]
+
+
 def test_activations_are_stored_whole_and_read_by_rows(tmp_path):
     store = ActivationStore(tmp_path)
     smashed, targets = torch.randn(5, 3), torch.arange(5.0)
