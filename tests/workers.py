@@ -8,16 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-
-from sklearn.datasets import load_diabetes
 
 RUN = """
 [run]
 id = "lipids"
 protocol = "{protocol}"
 sites = ["north", "south", "east"]
-order = "strict"
+order = "{order}"
 epochs = {epochs}
 window = 4
 batch_size = 16
@@ -60,19 +59,21 @@ class Hospital:
     Args:
         folder: where everything goes.
         broker, store: addresses for server.toml and site.toml.
-        protocol, epochs: of run.toml.
+        protocol, epochs, order: of run.toml.
     """
 
     def __init__(
         self, folder: Path, broker: str = "embedded:broker", store: str = "sqlite:run.db",
-        protocol: str = "split_labels", epochs: int = 20,
+        protocol: str = "split_labels", epochs: int = 20, order: str = "strict",
     ) -> None:  # fmt: skip
+        from sklearn.datasets import load_diabetes  # takes seconds, and only here is it needed
+
         self.folder = folder
         self.processes: dict[str, subprocess.Popen[str]] = {}
         folder.mkdir(parents=True)
         panel = load_diabetes(scaled=False, as_frame=True).data.set_axis(COLUMNS, axis=1)
         panel.to_csv(folder / "lipids.csv", index=False)
-        (folder / "run.toml").write_text(RUN.format(protocol=protocol, epochs=epochs))
+        (folder / "run.toml").write_text(RUN.format(protocol=protocol, epochs=epochs, order=order))
         (folder / "policy.toml").write_text("labels = true\nstored_activations = true\n")
         address = {"broker": broker, "store": store}
         (folder / "server.toml").write_text(WORKER.format(kind="server", name="", worker="server", **address))
@@ -80,13 +81,13 @@ class Hospital:
             text = WORKER.format(kind="site", name=f'name = "{site}"\n', worker=site, **address)
             (folder / f"{site}.toml").write_text(text + DATA.format(first=first, last=last))
 
-    def start(self, worker: str, *arguments: str) -> subprocess.Popen[str]:
-        """Start a worker the way a user does, in the background."""
+    def start(self, worker: str, *arguments: str, environment: Mapping[str, str] = {}) -> subprocess.Popen[str]:
+        """Start a worker the way a user does, in the background; `environment` is added to ours."""
         verb = "server" if worker == "server" else "site"
         log = (self.folder / f"{worker}.log").open("a")
         process = subprocess.Popen(
             [sys.executable, "-m", "console", verb, f"{worker}.toml", *arguments],
-            cwd=self.folder, stdout=log, stderr=log, text=True,
+            cwd=self.folder, stdout=log, stderr=log, text=True, env={**os.environ, **environment},
         )  # fmt: skip
         log.close()
         self.processes[worker] = process
@@ -131,8 +132,12 @@ class Hospital:
             assert process.wait(max(0.1, deadline - time.monotonic())) == 0, f"{worker}: {self.logs()}"
 
     def logs(self) -> str:
-        """What the workers printed."""
-        return "\n".join(path.read_text()[-2000:] for path in sorted(self.folder.glob("*.log")))
+        """What the workers printed, but for what PYTHONPROFILEIMPORTTIME adds."""
+        texts = {
+            path.stem: [line for line in path.read_text().splitlines() if not line.startswith("import time:")]
+            for path in sorted(self.folder.glob("*.log"))
+        }
+        return "\n".join(f"{worker}: {line}" for worker, lines in texts.items() for line in lines[-20:])
 
     def models(self) -> dict[str, str]:
         """sha256 of every trained part, by path."""
