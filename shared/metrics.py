@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from sklearn.metrics import balanced_accuracy_score, mean_absolute_error, r2_score, roc_auc_score
 
 from shared.config import DataSection, TaskSection
 from shared.tasks import loss_of
@@ -32,6 +31,9 @@ def standing(task: TaskSection, metrics: Metrics) -> tuple[float, float]:
 
 def measure(task: TaskSection, data: DataSection, outputs: torch.Tensor, targets: torch.Tensor) -> Metrics:
     """Judge predictions on held-out samples; shapes as in `loss_of`, regression in the target's own unit."""
+    # Half of a worker's start would go into this import, and nothing is judged before an epoch is over.
+    from sklearn.metrics import balanced_accuracy_score, mean_absolute_error, r2_score, roc_auc_score
+
     if len(outputs) == 0:
         return {"samples": 0.0, "loss": None}
     metrics: Metrics = {"samples": float(len(outputs)), "loss": loss_of(task, outputs, targets).item()}
