@@ -25,6 +25,7 @@ from struct import Struct
 from typing import BinaryIO
 
 from broker.base import Delivery, Event, Link, Queue
+from shared.checkpoint import force_to_disk
 from shared.config import RunConfig
 from shared.errors import StateError
 
@@ -100,7 +101,7 @@ class Tape:
                 number += 1
                 continue
             for folder in (self._folder, self._folder.parent):
-                _sync_folder(folder)
+                force_to_disk(folder)
             return begun
 
     @contextmanager
@@ -217,11 +218,3 @@ def _entries(file: BinaryIO, path: Path, damaged: list[str]) -> Iterator[Deliver
 def _files(folder: Path) -> list[Path]:
     """Oldest first."""
     return sorted(folder.glob("*.tape"), key=lambda file: int(file.stem))
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

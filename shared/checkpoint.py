@@ -79,13 +79,13 @@ class Checkpoints:
             (draft / MANIFEST).write_bytes(manifest)
             crash.reach("checkpoint_written")
             for part in (draft / TENSORS, draft / MANIFEST, draft):
-                _force_to_disk(part)
+                force_to_disk(part)
             crash.reach("checkpoint_synced")
             shutil.rmtree(place, ignore_errors=True)
             crash.reach("before_rename")
             draft.rename(place)
             crash.reach("after_rename")
-            _force_to_disk(self.folder)
+            force_to_disk(self.folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(draft, ignore_errors=True)
             raise _write_failed(error, self.folder, snapshot) from None
@@ -187,7 +187,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _force_to_disk(path: Path) -> None:
+def force_to_disk(path: Path) -> None:
+    """Return when a file's content, or a folder's list of files, would outlive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -203,6 +203,6 @@ def test_one_checkpoint_is_damaged(study, capsys):
     capsys.readouterr()
     assert run(["site", str(study / "north.toml"), "--leave-when-idle", "0.3"]) == 0
     out, err = capsys.readouterr()
-    assert f"warning: damaged checkpoint passed over: {newest.name}: tensors are damaged" in out
+    assert f"warning: damaged checkpoint passed over: {newest.name}: the tensors are damaged" in out
     assert err == ""
     assert queued(study, "north") >= before
