@@ -7,9 +7,9 @@ from benchmarks.chaos import Campaign, carry_out, passed
 
 @pytest.mark.timeout(300)
 def test_confirmed_messages_and_the_training_survive_the_broker(tmp_path):
-    result = carry_out(Campaign(kills=0, broker_kills=5, broker="rabbitmq", seed=7), tmp_path)
-    assert result["broker_kills"] == 5
-    assert result["confirmed"] > 300, result
+    result = carry_out(Campaign(kills=0, broker_kills=3, broker="rabbitmq", seed=7), tmp_path)
+    assert result["broker_kills"] == 3
+    assert result["confirmed"] > 100, result
     assert result["confirmed_lost"] == 0, result
     assert result["confirmed_disordered"] == 0, result
     assert passed(result), result
