@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -130,6 +131,21 @@ class Hospital:
         deadline = time.monotonic() + seconds
         for worker, process in self.processes.items():
             assert process.wait(max(0.1, deadline - time.monotonic())) == 0, f"{worker}: {self.logs()}"
+
+    def in_peace(self) -> dict[str, str]:
+        """Play the whole run with everybody online and nobody disturbed; `models` of it."""
+        try:
+            for worker in self.workers:
+                self.start(worker)
+            self.wait_for_end()
+        finally:
+            self.close()
+        return self.models()
+
+    @property
+    def workers(self) -> list[str]:
+        """The server, and the sites that run.toml names."""
+        return ["server", *tomllib.loads((self.folder / "run.toml").read_text())["run"]["sites"]]
 
     def logs(self) -> str:
         """What the workers printed, but for what PYTHONPROFILEIMPORTTIME adds."""

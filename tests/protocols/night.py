@@ -31,6 +31,15 @@ from site_worker.data.dataset import Dataset, Parts
 from site_worker.protocols import make_site
 from site_worker.protocols.stream import StreamSite
 
+SYSTEMS = [
+    ("split_labels", "independent", 4),
+    ("split_labels", "averaged", 3),
+    ("split_u", "independent", 4),
+    ("split_u", "averaged", 3),
+    ("split_frozen", "independent", 4),
+]
+"""Protocol, bottoms, window."""
+
 SIZES = {"north": 40, "south": 24, "east": 12}
 
 

@@ -4,32 +4,25 @@ import hashlib
 import json
 import random
 import time
-from datetime import UTC, datetime
+from datetime import datetime
 
 import msgspec
 import pytest
 
 from console.status import _sentence
-from server_worker.attendance import LONGEST_LOOK, Attendance
+from server_worker.attendance import Attendance
 from server_worker.report import write_report
 from shared.errors import RunError
 from shared.message import SERVER
 from shared.protocols.plan import Step
 from shared.store import Status
 from shared.turns import LEAVES, Turns
-from tests.protocols.night import Night, tiny_config
+from tests.protocols.night import SYSTEMS, Night, tiny_config
 from tests.workers import Hospital
 
 QUORUM = {"quorum": 2, "absence_hours": 0.2}
 SECONDS = 15
 """They pass with every turn of a `Ward`, so that a site is left out after 48 of them."""
-SYSTEMS = [
-    ("split_labels", "independent", 4),
-    ("split_labels", "averaged", 3),
-    ("split_u", "independent", 4),
-    ("split_u", "averaged", 3),
-    ("split_frozen", "independent", 4),
-]
 MOMENTS = {"split_labels": (0, 1, 3, 5, 9), "split_u": (0, 3, 6, 13, 19), "split_frozen": (0, 1, 4)}
 """After how many of its messages the site goes: before its first, before an averaging, in the second epoch, at last."""
 
@@ -453,119 +446,6 @@ def test_in_strict_order_all_wait_for_a_slow_site_and_nothing_changes(tmp_path):
     assert ward.server.left_out == {}
     assert then["south"] >= ward.server.sequences["south"].last - 2, "they came to the end together"
     assert ward.outcome() == Ward(config, tmp_path / "calm").calmly().outcome()
-
-
-# -- the rule: whose clock, and what counts ---------------------------------------------------------------
-
-
-class Watch:
-    """An attendance of two sites with its clock in the test's hands; north is the one that is waited for."""
-
-    def __init__(self, before=None, hours=1.0, beat="a"):
-        config = tiny_config(("north", "south"), quorum=1, absence_hours=hours)
-        self.now, self.beat, self.applied = 1000.0, beat, {"north": 0, "south": 0}
-        self.attendance = Attendance(config, before or {}, lambda: self.now, lambda: datetime(2026, 11, 21, tzinfo=UTC))
-        self.pass_time(0)
-
-    def pass_time(self, seconds, listening=True, step=30.0, awaited=("north",)):
-        until = self.now + seconds
-        while True:
-            self.now = min(until, self.now + step)
-            statuses = {"north": Status("north", {"beat": self.beat}, age_seconds=86_400.0)}
-            self.attendance.look(self.applied, awaited, statuses, listening)
-            if self.now >= until:
-                break
-
-    @property
-    def absent(self):
-        return self.attendance.absent(["north"], ["north", "south"])
-
-    def status(self):
-        return {SERVER: Status(SERVER, self.attendance.facts(["north"], ["north", "south"]), 0.0)}
-
-
-def test_silence_is_what_the_server_itself_has_listened_to():
-    watch = Watch()
-    watch.pass_time(3590)
-    assert watch.absent is None
-    watch.pass_time(20)
-    assert watch.absent == "north"
-
-
-@pytest.mark.parametrize("sign", ["heartbeat", "message"])
-def test_a_sign_of_life_ends_the_silence(sign):
-    """A heartbeat is new when it differs: whatever the site's clock says, a day early or late."""
-    watch = Watch(beat="2026-11-20T12:00")
-    watch.pass_time(3500)
-    if sign == "heartbeat":
-        watch.beat = "2026-11-19T12:00"
-    else:
-        watch.applied = {"north": 1, "south": 0}
-    watch.pass_time(3500)
-    assert watch.absent is None
-    assert watch.attendance.heard["north"] == "2026-11-21T00:00:00+00:00"
-    watch.pass_time(200)
-    assert watch.absent == "north"
-
-
-def test_hours_without_broker_or_store_do_not_count():
-    watch = Watch()
-    watch.pass_time(50_000, listening=False)
-    assert watch.absent is None
-
-
-def test_hours_in_which_the_run_waits_for_others_do_not_count():
-    watch = Watch()
-    watch.pass_time(50_000, awaited=("south",))
-    assert watch.absent is None
-
-
-def test_a_server_that_slept_has_not_listened():
-    watch = Watch()
-    watch.pass_time(86_400, step=86_400)
-    assert watch.absent is None
-    watch.pass_time(3600 - LONGEST_LOOK)
-    assert watch.absent == "north"
-
-
-def test_a_clock_that_goes_backwards_decides_nothing():
-    watch = Watch()
-    watch.pass_time(3500)
-    for _ in range(100):
-        watch.now -= 86_400
-        watch.pass_time(0)
-    assert watch.absent is None
-    watch.pass_time(110)
-    assert watch.absent == "north"
-
-
-def test_the_next_server_goes_on_where_the_last_one_left_off():
-    before = Watch()
-    before.pass_time(2000)
-    after = Watch(before.status())
-    after.pass_time(1500)
-    assert after.absent is None
-    after.pass_time(120)
-    assert after.absent == "north"
-
-
-def test_a_site_that_lived_while_the_server_was_away_is_heard():
-    before = Watch(beat="a")
-    before.pass_time(3000)
-    after = Watch(before.status(), beat="b")
-    after.pass_time(3500)
-    assert after.absent is None
-
-
-def test_a_new_server_listens_itself_before_it_decides():
-    """What the site has sent in the meantime may still be on its way from the broker."""
-    before = Watch()
-    before.pass_time(5000)
-    after = Watch(before.status())
-    after.pass_time(300)
-    assert after.absent is None
-    after.pass_time(330)
-    assert after.absent == "north"
 
 
 # -- what people are told ---------------------------------------------------------------------------------

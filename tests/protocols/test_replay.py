@@ -17,7 +17,7 @@ from shared.errors import StateError
 from shared.message import SERVER, Header, Kind, Message
 from shared.protocols import PROTOCOLS
 from shared.store_memory import MemoryStore
-from tests.protocols.night import Night, tiny_config
+from tests.protocols.night import SYSTEMS, Night, tiny_config
 from tests.protocols.test_crashes import shaken
 
 
@@ -63,15 +63,6 @@ def weights_of(night):
     """sha256 of what the server ended with: the best top, and the last."""
     role = night.roles[SERVER]
     return weights_sha256(role.best_top), weights_sha256(role.top.weights())
-
-
-SYSTEMS = [
-    ("split_labels", "independent", 4),
-    ("split_labels", "averaged", 3),
-    ("split_u", "independent", 4),
-    ("split_u", "averaged", 3),
-    ("split_frozen", "independent", 4),
-]
 
 
 def test_every_protocol_is_replayed():

@@ -49,14 +49,7 @@ def one_site(folder: Path, broker: str = "embedded:broker", queue_bytes: int = L
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """sha256 of every part of the model, trained with everybody online and room for everything."""
-    hospital = one_site(tmp_path_factory.mktemp("calm") / "run", queue_bytes=2**30)
-    try:
-        for worker in ("server", "north"):
-            hospital.start(worker)
-        hospital.wait_for_end(100)
-    finally:
-        hospital.close()
-    return hospital.models()
+    return one_site(tmp_path_factory.mktemp("calm") / "run", queue_bytes=2**30).in_peace()
 
 
 @pytest.fixture

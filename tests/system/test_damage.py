@@ -34,14 +34,7 @@ def one_site(folder: Path, store: str = "sqlite:run.db") -> Hospital:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """sha256 of every part of the model, trained in peace."""
-    hospital = one_site(tmp_path_factory.mktemp("calm") / "run")
-    try:
-        for worker in WORKERS:
-            hospital.start(worker)
-        hospital.wait_for_end(100)
-    finally:
-        hospital.close()
-    return hospital.models()
+    return one_site(tmp_path_factory.mktemp("calm") / "run").in_peace()
 
 
 @pytest.fixture

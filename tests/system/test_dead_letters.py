@@ -1,11 +1,9 @@
-"""Dead letters: what nightsplit dlq shows and does, over every broker; and a worker that dies at every start."""
+"""Dead letters: what nightsplit dlq shows and does, over every broker."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,20 +23,15 @@ from broker.rabbitmq import RabbitBroker
 from broker.rabbitmq_link import RabbitLink
 from console import dead_letters
 from console.dead_letters import FEW, discard_letters, list_letters, replay_letters, show_letter
-from console.files import WorkerFile, read_worker_file
-from console.main import run
-from server_worker.worker import ServerWorker
+from console.files import WorkerFile
 from shared import wire
 from shared.config import ServerSection, SiteSection
-from shared.crash import EXIT_CODE, VARIABLE
+from shared.crash import EXIT_CODE
 from shared.errors import NightsplitError
 from shared.message import SERVER
-from site_worker.worker import SiteWorker
 from tests.protocols.night import Night, tiny_config
 from tests.protocols.test_poison import POISON, header
 from tests.services import wait_until
-from tests.study import change
-from tests.workers import Hospital
 
 BROKERS = ["memory", "embedded", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)]
 
@@ -425,126 +418,3 @@ def test_more_letters_than_one_prefetch_holds(night, capsys, monkeypatch):
     assert [message.body for message in contents(night, night.queues["north"].up, 5)] == [
         body for _, body, _ in letters(night, 5)
     ]
-
-
-# ── the command line, real workers ──────────────────────────────────────────────────────────────
-
-SITES = ("north", "south", "east")
-CRASH_LOOP = """
-import json, os
-import server_worker.worker, console.work, torch._dynamo  # what takes the time of a start, once for all of them
-from console.main import run
-
-codes = []
-for _ in range(25):
-    child = os.fork()
-    if child == 0:
-        os._exit(run(["server", "server.toml"]))
-    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-print()
-print(json.dumps(codes))
-"""
-STRANGE = ("a pickle", "another wire version", "another sender", "an unknown dtype")
-
-
-def hospital_in(folder: Path, broker: str = "embedded:broker") -> Hospital:
-    """North needs two nights."""
-    hospital = Hospital(folder, broker, epochs=4)
-    change(folder / "run.toml", "window = 4", "window = 30")
-    ServerWorker(folder / "server.toml").open_run()
-    return hospital
-
-
-def nights(hospital: Hospital) -> list[bool]:
-    """Every site works until it has nothing more to do; which of them have finished."""
-    return [SiteWorker(hospital.folder / f"{site}.toml").work(idle_seconds=0.5) for site in SITES]
-
-
-def work_to_the_end(hospital: Hospital) -> dict[str, str]:
-    """Days and nights in turns; sha256 of every part of the model."""
-    for _ in range(40):
-        ServerWorker(hospital.folder / "server.toml").work(idle_seconds=0.5)
-        if all(nights(hospital)):
-            return hospital.models()
-    pytest.fail("the run does not end")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> dict[str, str]:
-    hospital = hospital_in(tmp_path_factory.mktemp("undisturbed") / "run")
-    nights(hospital)
-    return work_to_the_end(hospital)
-
-
-@pytest.fixture(params=BROKERS[1:])
-def hospital(request, tmp_path) -> Hospital:
-    address = request.getfixturevalue("rabbitmq").vhost() if request.param == "rabbitmq" else "embedded:broker"
-    return hospital_in(tmp_path / "run", address)
-
-
-@pytest.mark.timeout(300)
-def test_a_worker_that_dies_at_every_start_loses_nothing(hospital, undisturbed, capsys):
-    file = read_worker_file(hospital.folder / "server.toml")
-    broker, queues = file.broker(), file.queues()
-
-    def depths(name: str) -> dict[str, int | None]:
-        return {site: broker.depth(getattr(queues[site], name)) for site in SITES}
-
-    nights(hospital)
-    queued = depths("up")
-    assert queued["north"] >= 30, "a window of batches"
-    loop = subprocess.run(
-        [sys.executable, "-c", CRASH_LOOP], cwd=hospital.folder, env=os.environ | {VARIABLE: "after_apply:1"},
-        capture_output=True, text=True, timeout=250,
-    )  # fmt: skip
-    assert json.loads(loop.stdout.splitlines()[-1]) == [EXIT_CODE] * 25, loop.stdout + loop.stderr
-    wait_until(lambda: depths("up") == queued, 30, f"{queued} in the queues; there are {depths('up')}")
-    assert depths("dead") == dict.fromkeys(SITES, 0)
-
-    # Then strangers' messages, between those of the first night and the second.
-    with broker.link([], 8, "attacker") as link:
-        for kind in STRANGE:
-            link.publish(queues["north"].up, f"stranger/{kind}", [POISON[kind][0](replace(header(7), run="lipids"))])
-        while link.unconfirmed:
-            link.receive(0.1)
-    assert work_to_the_end(hospital) == undisturbed
-    assert {"state/north/model/bottom.safetensors", "report/top.safetensors"} <= undisturbed.keys()
-    assert (depths("dead")["south"], depths("dead")["east"]) == (0, 0)
-    check_command_line(hospital, capsys)
-
-
-def check_command_line(hospital: Hospital, capsys) -> None:
-    capsys.readouterr()
-    server, north, south = (str(hospital.folder / f"{worker}.toml") for worker in (SERVER, "north", "south"))
-    assert run(["dlq", "list", north, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["dead_letters"]
-    # A server that leaves before two checkpoints count a refusal refuses again, and writes another letter.
-    assert [letter["message_id"] for letter in found[:4]] == [f"stranger/{kind}" for kind in STRANGE]
-    for letter in found:
-        assert letter["number"] == POISON[letter["message_id"].removeprefix("stranger/")][1]
-        assert letter["reason"].startswith(f"E{letter['number']} ")
-        assert (letter["sender"], letter["queue"]) == ("north", "nightsplit.lipids.north.up")
-        age = datetime.now(UTC) - datetime.fromisoformat(letter["time"])
-        assert timedelta(0) <= age < timedelta(minutes=10)
-    ids = [letter["id"] for letter in found]
-
-    assert run(["dlq", "list", server]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["id", "site", "number", "reason", "sender", "time", "bytes", "from"]
-    assert [line.split()[0] for line in lines[2:-1]] == ids
-    assert lines[-1] == f"{len(ids)} dead letters"
-    assert run(["dlq", "show", north, ids[3]]) == 0
-    assert "E305 Tensor has a forbidden" in capsys.readouterr().out
-    assert run(["dlq", "list", south]) == 0
-    assert capsys.readouterr().out == "0 dead letters\n"
-    assert run(["dlq", "discard", south, ids[0]]) == 1
-    assert capsys.readouterr().err.startswith("E606 No such dead letter: ")
-    assert run(["dlq", "replay", north, ids[0]]) == 0
-    assert capsys.readouterr().out == "1 dead letter sent again\n"
-    assert run(["dlq", "discard", server, "--all"]) == 0
-    assert capsys.readouterr().out == f"{len(ids) - 1} dead letters discarded\n"
-    for missing in (["dlq", "replay", north], ["dlq", "discard", north, "--all", ids[0]], ["dlq", north]):
-        with pytest.raises(SystemExit) as caught:
-            run(missing)
-        assert caught.value.code == 2
-    capsys.readouterr()

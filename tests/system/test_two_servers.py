@@ -43,16 +43,16 @@ def fences(hospital):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    hospital = Hospital(tmp_path_factory.mktemp("calm") / "run")
-    for worker in ("server", *SHARES):
-        hospital.start(worker)
-    hospital.wait_for_end()
-    return hospital.models()
+    return Hospital(tmp_path_factory.mktemp("calm") / "run").in_peace()
 
 
-@pytest.fixture
-def hospital(tmp_path):
-    hospital = Hospital(tmp_path / "run")
+@pytest.fixture(params=["embedded", "rabbitmq"])
+def hospital(request, tmp_path):
+    addresses = {}
+    if request.param == "rabbitmq":
+        node, redis = request.getfixturevalue("rabbitmq"), request.getfixturevalue("redis_server")
+        addresses = {"broker": node.vhost(), "store": redis.url}
+    hospital = Hospital(tmp_path / "run", **addresses)
     yield hospital
     hospital.close()
 
@@ -70,7 +70,7 @@ def test_a_leader_that_sleeps_past_its_lease_is_replaced_and_refused(undisturbed
         assert standby.poll() is None, "a second server waits beside the first"
         put_to_sleep(leader, hospital)
         asleep = hospital.steps
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 150  # RabbitMQ notices a silent consumer after two heartbeats of 30 s
         while hospital.steps < asleep + 40:
             assert time.monotonic() < deadline, hospital.logs()
             assert leader.poll() is None, hospital.logs()
