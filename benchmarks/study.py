@@ -20,7 +20,8 @@ from msgspec.structs import replace
 
 from benchmarks.simulate import simulate
 from console.baselines import Judgement, alone, centralized
-from shared.config import RunConfig, SiteConfig, SourceSection, load
+from shared.config import RunConfig, SiteConfig, SourceSection
+from shared.config_file import load
 from shared.metrics import Metrics
 from site_worker.data.dataset import Parts
 from site_worker.data.scaling import scale

@@ -47,6 +47,8 @@ class Delivery:
     """A message handed to the worker. It stays at the broker until it is acknowledged.
 
     `redelivered` says nothing about duplicates: it is true for messages that no handler ever saw.
+    `user` is who published it, by the broker's own check; None where the broker does not tell users
+    apart, empty where it would and the message does not say.
     `tag` is the link's own business.
     """
 
@@ -56,6 +58,16 @@ class Delivery:
     headers: Mapping[str, str] = field(default_factory=dict)
     redelivered: bool = False
     tag: object = None
+    user: str | None = None
+
+    def may_be_from(self, *workers: str) -> bool:
+        """Whether one of `workers` published it, as far as the broker can tell."""
+        return self.user is None or self.user in workers
+
+    @property
+    def by(self) -> str:
+        """' from user north', for a sentence; nothing where the broker does not tell."""
+        return "" if self.user is None else f" from user {self.user or 'unknown'}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,19 +6,22 @@ from pathlib import Path
 
 from broker.base import Broker
 from broker.embedded import EmbeddedBroker
+from shared.credentials import NOBODY, Credentials, expect_private
 from shared.errors import ConfigError
 
 
-def open_broker(address: str, base: Path, max_message_bytes: int) -> Broker:
+def open_broker(address: str, base: Path, max_message_bytes: int, credentials: Credentials = NOBODY) -> Broker:
     """The broker at "amqp://...", "amqps://..." or "embedded:folder".
 
     Args:
         address: as in site.toml and server.toml.
         base: folder to which a relative folder belongs.
         max_message_bytes: largest message.
+        credentials: for RabbitMQ.
 
     Raises:
-        ConfigError: 107 for any other address.
+        ConfigError: 107 for any other address, 111 for a plain line to another machine, 113 for a file
+            of `credentials`.
     """
     scheme, _, rest = address.partition(":")
     if scheme == "embedded" and rest:
@@ -27,9 +30,10 @@ def open_broker(address: str, base: Path, max_message_bytes: int) -> Broker:
         # Imported here, since the embedded broker works where pika is not wanted.
         from broker.rabbitmq import RabbitBroker
 
-        return RabbitBroker(address, max_message_bytes)
+        expect_private(address)
+        return RabbitBroker(address, max_message_bytes, credentials=credentials)
     raise ConfigError(
         107,
         f'the broker\'s address has the unknown scheme "{scheme}".',
-        'write "embedded:folder" for one host, or "amqp://user:password@host:5672/vhost".',
+        'write "embedded:folder" for one host, or "amqps://user@host:5671/vhost".',
     )

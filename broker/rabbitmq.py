@@ -31,6 +31,7 @@ from broker.rabbitmq_connection import (
 )
 from broker.rabbitmq_link import Inbox, RabbitLink
 from broker.rabbitmq_terms import arguments
+from shared.credentials import NOBODY, Credentials
 from shared.errors import BrokerError
 
 FIRST_CONNECTION_S = 10.0
@@ -41,17 +42,26 @@ class RabbitBroker(Broker):
     """Durable classic queues on a RabbitMQ server.
 
     Args:
-        url: `amqp://user:password@host:port/vhost`, or `amqps` for TLS.
+        url: `amqp://user:password@host:port/vhost`, or `amqps` for TLS. With TLS every worker has its own
+            user: a message carries its name, RabbitMQ checks it, and the receiver reads it.
         max_message_bytes: largest body; 16 MiB is what RabbitMQ 4 takes unless it is told otherwise.
         heartbeat: seconds after which either side begins to suspect a silent connection.
+        credentials: certificates and password, where they do not stand in the address.
 
     Raises:
         BrokerError: 201 when the address cannot be read.
+        ConfigError: 113 when a file of `credentials` cannot be used.
     """
 
-    def __init__(self, url: str, max_message_bytes: int = 16 * 2**20, heartbeat: int = 30) -> None:
+    def __init__(
+        self,
+        url: str,
+        max_message_bytes: int = 16 * 2**20,
+        heartbeat: int = 30,
+        credentials: Credentials = NOBODY,
+    ) -> None:
         tune_process()
-        self._parameters = read_address(url, heartbeat)
+        self._parameters = read_address(url, heartbeat, credentials)
         self._max_message_bytes = max_message_bytes
 
     @property

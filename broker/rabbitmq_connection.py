@@ -25,6 +25,7 @@ from broker.base import Confirmed, Delivery, Queue
 from broker.outbox import Message, Outbox, Pauses
 from broker.rabbitmq_link import Inbox
 from broker.rabbitmq_terms import lasting, missing, sentence, unreachable
+from shared.credentials import Credentials
 from shared.errors import BrokerError
 
 __all__ = ["ChannelRefused", "Consuming", "IOLoop", "Publishing", "connected", "read_address", "tune_process"]
@@ -46,11 +47,12 @@ def tune_process() -> None:
     logging.getLogger("pika").setLevel(logging.CRITICAL + 1)  # failures are reported as events and errors
 
 
-def read_address(url: str, heartbeat: int) -> Any:
+def read_address(url: str, heartbeat: int, credentials: Credentials) -> Any:
     """What pika needs to know for `amqp://user:password@host:port/vhost`.
 
     Raises:
         BrokerError: 201 when it cannot be read.
+        ConfigError: 113 when a file of `credentials` cannot be used.
     """
     try:
         parameters = pika.URLParameters(url)
@@ -58,6 +60,10 @@ def read_address(url: str, heartbeat: int) -> Any:
         raise BrokerError(
             201, "the broker's address cannot be read.", "write amqp://user:password@host:5672/vhost."
         ) from None
+    if (secret := credentials.secret()) is not None:
+        parameters.credentials = pika.PlainCredentials(parameters.credentials.username, secret)
+    if parameters.ssl_options is not None:
+        parameters.ssl_options = pika.SSLOptions(credentials.tls(), parameters.host)
     parameters.heartbeat = heartbeat
     parameters.blocked_connection_timeout = None  # an alarm may last all night
     parameters.socket_timeout = 5
@@ -217,6 +223,7 @@ class Publishing(_Connection):
     def __init__(self, loop: Any, parameters: Any, owner: str, inbox: Inbox) -> None:
         super().__init__(loop, parameters, owner, inbox)
         self._outbox = Outbox()
+        self._user = parameters.credentials.username if parameters.ssl_options else None
         self._can_send = False
 
     def publish(self, message: Message) -> None:
@@ -265,6 +272,7 @@ class Publishing(_Connection):
                 message_id=message.message_id,
                 headers=message.headers,
                 delivery_mode=pika.DeliveryMode.Persistent.value,
+                user_id=self._user,
                 content_type="application/octet-stream",
             ),
             mandatory=True,  # without it a message to a missing queue vanishes, and is confirmed
@@ -364,4 +372,6 @@ class Consuming(_Connection):
         # The broker adds headers of other types to dead letters.
         headers = {key: value for key, value in (properties.headers or {}).items() if isinstance(value, str)}
         tag = (self._incarnation, method.delivery_tag)
-        self._inbox.events.put(Delivery(queue, properties.message_id or "", body, headers, method.redelivered, tag))
+        user = properties.user_id or "" if self._parameters.ssl_options else None
+        delivery = Delivery(queue, properties.message_id or "", body, headers, method.redelivered, tag, user)
+        self._inbox.events.put(delivery)

@@ -31,7 +31,6 @@ from broker.topology import SiteQueues
 from console.files import WorkerFile
 from console.words import columns, counted, screen
 from shared import wire
-from shared.config import SiteSection
 from shared.errors import BrokerError, Refused, RunError
 
 PATIENCE_S = 30.0
@@ -181,15 +180,12 @@ def _go_through(file: WorkerFile, prefetch: int, act: _Act) -> bool:
         BrokerError: 205 the run was not opened, 209 the broker takes nothing, 210 another command reads.
         RunError: 602 the site is not part of the run.
     """
-    queues = file.queues()
-    if isinstance(file.worker, SiteSection):
-        name = file.worker.name
-        if name not in queues:
-            raise RunError(602, f"{name} is not among the sites of {file.run.run.id}.", "correct site.name.")
-        queues = {name: queues[name]}
+    for site in file.sites:
+        if site not in file.run.run.sites:
+            raise RunError(602, f"{site} is not among the sites of {file.run.run.id}.", "correct site.name.")
     broker = file.broker()
     complete = True
-    for site, of_site in queues.items():
+    for site, of_site in file.queues().items():
         with broker.link([of_site.dead], prefetch, f"dlq:{socket.gethostname()}:{os.getpid()}") as link:
             one = _Pass(link, site, of_site)
             for letter, delivery in one:

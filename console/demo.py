@@ -25,7 +25,8 @@ from rich.table import Table
 from console.baselines import alone, centralized
 from console.play import Play, warm_up
 from console.words import columns, counted, screen
-from shared.config import RunConfig, load
+from shared.config import RunConfig
+from shared.config_file import load
 from shared.errors import ConfigError
 from shared.message import SERVER
 from shared.metrics import Metrics

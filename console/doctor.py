@@ -18,7 +18,8 @@ from broker.base import Broker
 from console.files import WorkerFile, read_worker_file
 from console.words import columns, duration, screen
 from shared.clock import SystemClock
-from shared.config import PolicyConfig, SiteSection, load
+from shared.config import PolicyConfig, SiteSection
+from shared.config_file import load
 from shared.errors import TITLES, NightsplitError, RunError
 from shared.message import SERVER
 from shared.protocols.assembly import assemble, planned_message_bytes
@@ -155,19 +156,18 @@ def _model(file: WorkerFile) -> Finding:
 
 def _broker(file: WorkerFile) -> Finding:
     broker: Broker = file.broker()
-    mine = [file.worker.name] if isinstance(file.worker, SiteSection) else file.run.run.sites
-    queues = file.queues()
-    absent = [queue.name for site in mine for queue in queues[site] if broker.depth(queue) is None]
+    queues = [queue for of_site in file.queues().values() for queue in of_site]
+    absent = [queue.name for queue in queues if broker.depth(queue) is None]
     if absent:
         what = f"reached; {len(absent)} of the run's queues are not there yet"
         return Finding("broker", what, "nightsplit open server.toml makes them; a site waits for that.")
-    return Finding("broker", f"reached; all {3 * len(mine)} queues are there")
+    return Finding("broker", f"reached; all {len(queues)} queues are there")
 
 
 def _store(file: WorkerFile) -> Finding:
     store = file.store()
     try:
-        statuses = store.statuses()
+        statuses = store.statuses([SERVER, *file.sites])
     finally:
         store.close()
     theirs = statuses[SERVER].facts.get("contract") if SERVER in statuses else None

@@ -12,7 +12,9 @@ from msgspec import Struct
 from broker.base import Broker
 from broker.opening import open_broker
 from broker.topology import SiteQueues, site_queues
-from shared.config import RunConfig, ServerConfig, ServerSection, SiteConfig, SiteSection, SourceSection, load
+from shared.config import RunConfig, ServerConfig, ServerSection, SiteConfig, SiteSection, SourceSection
+from shared.config_file import load
+from shared.credentials import Credentials
 from shared.errors import ConfigError
 from shared.store import RunStore
 from shared.stores import open_store
@@ -51,25 +53,34 @@ class WorkerFile:
         """The worker's own folder."""
         return self.base / self.worker.state
 
+    @property
+    def credentials(self) -> Credentials:
+        """What it shows to broker and store."""
+        return self.worker.credentials(self.base)
+
+    @property
+    def sites(self) -> list[str]:
+        """The sites whose queues and states this worker may see: a site's own, or all of the run."""
+        return [self.worker.name] if isinstance(self.worker, SiteSection) else self.run.run.sites
+
     def broker(self) -> Broker:
         """The broker that it names."""
-        return open_broker(self.worker.broker, self.base, self.run.wire.message_bytes)
+        return open_broker(self.worker.broker, self.base, self.run.wire.message_bytes, self.credentials)
 
     def store(self) -> RunStore:
         """The run store that it names."""
-        return open_store(self.worker.store, self.run.run.id, self.base)
+        return open_store(self.worker.store, self.run.run.id, self.base, self.credentials)
 
     def queues(self) -> dict[str, SiteQueues]:
-        """The queues of every site of the run."""
-        run, limit = self.run.run, self.run.wire.queue_bytes
-        return {site: site_queues(run.id, site, limit) for site in run.sites}
+        """The queues of `sites`."""
+        return {site: site_queues(self.run.run.id, site, self.run.wire.queue_bytes) for site in self.sites}
 
 
 def read_worker_file(path: Path, overrides: Sequence[str] = ()) -> WorkerFile:
     """Read a worker's file and its run.toml.
 
     Raises:
-        ConfigError: 101-103, see `shared.config.load`.
+        ConfigError: 101-103, see `shared.config_file.load`.
     """
     tables = load(path, _Tables)
     if tables.server is None and tables.site is None:

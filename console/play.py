@@ -211,5 +211,5 @@ def _worker(name: str, work: Path, idle_seconds: float | None) -> None:
 
 def _facts(store: RunStore, worker: str) -> Mapping[str, Any]:
     """What a worker last said of itself."""
-    status = store.statuses().get(worker)
+    status = store.statuses([worker]).get(worker)
     return status.facts if status else {}

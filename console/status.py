@@ -54,7 +54,7 @@ def summarise(file: WorkerFile) -> dict[str, Any]:
     """
     store = file.store()
     try:
-        statuses = store.statuses()
+        statuses = store.statuses([SERVER, *file.sites])
     finally:
         store.close()
     depths, broker = _depths(file)
@@ -68,7 +68,7 @@ def summarise(file: WorkerFile) -> dict[str, Any]:
     server = statuses.get(SERVER)
     told = server.facts if server is not None else {}
     workers = [_server(server)]
-    workers += [_site(site, statuses.get(site), told, depths[site]) for site in file.run.run.sites]
+    workers += [_site(site, statuses.get(site), told, depths[site]) for site in file.sites]
     return {
         "run": file.run.run.id,
         "sentence": _sentence(server, sum(line["queued"] or 0 for line in workers[1:])),
@@ -81,7 +81,7 @@ def summarise(file: WorkerFile) -> dict[str, Any]:
 def _depths(file: WorkerFile) -> tuple[dict[str, dict[str, int | None]], str | None]:
     """Messages that wait in each site's queues, and why nothing is known of them."""
     nothing: dict[str, dict[str, int | None]]
-    nothing = {site: {"up": None, "down": None, "dead": None} for site in file.run.run.sites}
+    nothing = {site: {"up": None, "down": None, "dead": None} for site in file.sites}
     try:
         broker = file.broker()
         return {

@@ -10,6 +10,7 @@ from pathlib import Path
 from console.main import INTERRUPTED, STOPPED
 from console.progress import Progress
 from console.words import screen
+from server_worker.ddp import is_helper
 from server_worker.worker import ServerWorker
 from shared.message import SERVER
 from shared.worker import Facts, StopSignal
@@ -38,6 +39,10 @@ def work_as_server(path: Path, overrides: Sequence[str], idle_seconds: float | N
     """Work as the server; returns the exit code."""
     watch = _Watch()
     server = ServerWorker(path, overrides, stop=watch.stop, observe=watch.observe)
+    if is_helper():
+        watch.stop.install()  # nothing asks it: a helper leaves with its server
+        server.help()
+        return 0
     end = f"run {server.run_config.run.id} is finished; report in {server.report_folder}"
     return watch.over(SERVER, server, lambda: server.work(idle_seconds), end)
 

@@ -15,6 +15,9 @@ from safetensors.torch import save_file
 
 from shared.errors import StateError
 
+Row = tuple[str, int, int]
+"""A stored sample: site, item, row."""
+
 
 class ActivationStore:
     """The released activations of one run.
@@ -55,6 +58,19 @@ class ActivationStore:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: torch.stack([part[row] for row in rows]) for name, part in slices.items()}
+
+    def gather(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smashed data (batch, *cut) and targets (batch,) of these rows, in this order."""
+        by_file: dict[tuple[str, int], list[int]] = {}
+        for position, (site, q, _) in enumerate(rows):
+            by_file.setdefault((site, q), []).append(position)
+        parts = {}
+        for (site, q), positions in by_file.items():
+            stored = self.get(site, q, [rows[position][2] for position in positions])
+            for offset, position in enumerate(positions):
+                parts[position] = stored["smashed"][offset], stored["targets"][offset]
+        smashed, targets = zip(*(parts[position] for position in range(len(rows))), strict=True)
+        return torch.stack(smashed), torch.stack(targets)
 
     def _place(self, site: str, q: int) -> Path:
         return self._folder / site / f"{q:09d}.safetensors"

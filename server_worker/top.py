@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
+from server_worker.activation_store import ActivationStore, Row
 from shared.checkpoint import flatten, under
 from shared.config import OptimizerSection, TaskSection
 from shared.errors import Refused
@@ -49,14 +50,10 @@ class Top:
         """
         inputs = smashed.to(self._device, copy=True).requires_grad_()
         self.module.train()
-        before = _buffers(self.module)
+        before = buffers_of(self.module)
         with seeded(seed, self._device):
             loss = loss_of(self._task, self.module(inputs), targets.to(self._device))
-        if not torch.isfinite(loss):
-            self.module.load_state_dict(before, strict=False)
-            raise Refused(
-                312, f"the loss of this batch is {loss.item()}.", "lower optimizer.lr, or check the site's data."
-            )
+        refuse_unless_finite(loss, self.module, before)
         self._optimizer.zero_grad()
         torch.autograd.backward(loss)
         self._optimizer.step()
@@ -86,6 +83,33 @@ class Top:
         restore_optimizer(self._optimizer, under("optimizer", tensors))
 
 
+class StoredTop(Top):
+    """A top that learns from stored activations.
+
+    Args:
+        store: of released activations.
+        Others as in `Top`.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: OptimizerSection, task: TaskSection, device: str, store: ActivationStore
+    ) -> None:
+        super().__init__(module, optimizer, task, device)
+        self.store = store
+
+    def learn_stored(self, rows: Sequence[Row], seed: int) -> float:
+        """One training step on stored rows.
+
+        Returns:
+            The mean loss.
+
+        Raises:
+            Refused: 312 the loss is not finite; nothing was changed.
+        """
+        loss, _ = self.learn(*self.store.gather(rows), seed)
+        return loss
+
+
 class Middle(Top):
     """The server's layers between the site's bottom and the site's head (split_u).
 
@@ -112,7 +136,7 @@ class Middle(Top):
         self.module.train()
         with torch.no_grad(), seeded(seed, self._device):
             # Buffers are copied: only the recomputation may count towards running statistics.
-            weights = {**self._stash[self._steps], **_buffers(self.module)}
+            weights = {**self._stash[self._steps], **buffers_of(self.module)}
             outputs: torch.Tensor = functional_call(self.module, weights, smashed.to(self._device))
         if not is_finite(outputs):
             raise _diverged("activations")
@@ -123,7 +147,7 @@ class Middle(Top):
         inputs = smashed.to(self._device, copy=True).requires_grad_()
         stashed = self._stash[version]
         parameters = {name: stashed[name].clone().requires_grad_() for name, _ in self.module.named_parameters()}
-        buffers = _buffers(self.module)
+        buffers = buffers_of(self.module)
         self.module.train()
         with seeded(seed, self._device):
             outputs = functional_call(self.module, {**parameters, **buffers}, inputs)
@@ -166,5 +190,13 @@ def _diverged(what: str) -> Refused:
     )
 
 
-def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+def buffers_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of a module's buffers, such as running statistics."""
     return {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def refuse_unless_finite(loss: torch.Tensor, module: nn.Module, before: Mapping[str, torch.Tensor]) -> None:
+    """Raise `Refused` 312 for a loss that no step can be made of; the module's buffers are then as `before`."""
+    if not torch.isfinite(loss):
+        module.load_state_dict(before, strict=False)
+        raise Refused(312, f"the loss of this batch is {loss.item()}.", "lower optimizer.lr, or check the site's data.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from broker.opening import open_broker
 from broker.topology import site_queues
 from server_worker.attendance import Attendance
+from server_worker.ddp import DividedTop, Group, device_of_rank, joined_group
 from server_worker.lease import Lease, owner_of
 from server_worker.metrics_log import MetricsLog
 from server_worker.protocols import make_server
@@ -18,9 +19,12 @@ from server_worker.report import write_report
 from server_worker.tape import taped
 from shared.checkpoint import Checkpoints
 from shared.clock import Clock
-from shared.config import ServerConfig, load
+from shared.config import ServerConfig
+from shared.config_file import load
+from shared.effects import Record
 from shared.engine import Engine
-from shared.message import SERVER, Kind
+from shared.log import event
+from shared.message import SERVER, Kind, Scalar
 from shared.protocols.assembly import planned_message_bytes
 from shared.route import Route
 from shared.shift_worker import ShiftWorker
@@ -34,6 +38,9 @@ from shared.worker import (
     prepare_torch,
 )
 
+TOGETHER = "all"
+"""In place of a site's name, where a training batch has samples of several."""
+
 _UP = (Kind.SMASHED, Kind.HEAD_GRADIENT, Kind.BOTTOM)
 """Kinds that may be large on their way to the server."""
 
@@ -43,7 +50,7 @@ class ServerWorker(ShiftWorker):
 
     Args:
         path: its server.toml.
-        overrides: "run.key=value" for run.toml (as `shared.config.load`).
+        overrides: "run.key=value" for run.toml (as `shared.config_file.load`).
         clock: tells when its shift is.
         stop: asked between steps.
         observe: shown the worker's facts every second.
@@ -61,11 +68,16 @@ class ServerWorker(ShiftWorker):
         observe: Callable[[Facts], None] = lambda facts: None,
     ) -> None:
         self.config = load(path, ServerConfig).server
+        self._device = device_of_rank(self.config.device)
         super().__init__(path.parent, self.config, overrides, clock, stop, observe)
         self._role: StreamServer | None = None
         self._statuses: dict[str, Status] = {}
         """What the run store knows of the workers."""
+        self._fence = 0
+        self._trained: dict[str, Mapping[str, Scalar | None]] = {}
+        """The last training batch, per site."""
         self._attendance = Attendance(self.run_config, {})
+        self._group: Group | None = None
 
     @property
     def report_folder(self) -> Path:
@@ -88,12 +100,21 @@ class ServerWorker(ShiftWorker):
         Raises:
             NightsplitError: what the user has to know.
         """
-        return self._work(only_open=False, idle_seconds=idle_seconds)
+        with self.telemetry(SERVER, [*self.run_config.run.sites, TOGETHER]):
+            return self._work(only_open=False, idle_seconds=idle_seconds)
+
+    def help(self) -> None:
+        """Compute for the server that torchrun started beside this process, until it leaves."""
+        prepare_torch(self.config.threads, self._device)
+        with joined_group(self._device) as group:
+            top = make_server(self.run_config, self.state_folder, self._device, group).top
+            assert isinstance(top, DividedTop)
+            top.help()
 
     def _work(self, only_open: bool, idle_seconds: float | None) -> bool:
-        prepare_torch(self.config.threads, self.config.device)
+        prepare_torch(self.config.threads, self._device)
         folder = self.state_folder
-        with locked_folder(folder) as alone:
+        with joined_group(self._device) as self._group, locked_folder(folder) as alone:
             store = self.open_store()
             lease = Lease(store, owner_of(folder, alone))
             try:
@@ -102,6 +123,8 @@ class ServerWorker(ShiftWorker):
                         break
                     if not lease.acquire(self._standby):
                         break
+                    self._fence = lease.fence
+                    event("active", fence=lease.fence)
                     try:
                         finished = self._one_shift(folder, lease, only_open, idle_seconds)
                     finally:
@@ -124,21 +147,27 @@ class ServerWorker(ShiftWorker):
 
     def _one_shift(self, folder: Path, lease: Lease, only_open: bool, idle_seconds: float | None) -> bool:
         config = self.run_config
-        broker = open_broker(self.config.broker, self.base, config.wire.message_bytes)
+        broker = open_broker(self.config.broker, self.base, config.wire.message_bytes, self.credentials)
         queues = {site: site_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites}
         broker.declare(queue for site in queues.values() for queue in site)
-        role = make_server(config, folder, self.config.device)
+        role = make_server(config, folder, self._device, self._group)
         self._role = role
         with closing(self.open_store()) as store:
-            self._statuses = store.statuses()
+            self._statuses = store.statuses(config.run.sites)
         self._attendance = attendance = Attendance(config, self._statuses)
         prefetch = prefetch_for(planned_message_bytes(config, {k: p for k in _UP if (p := role.payload(k))}))
         routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in queues.items()}
         consume = [] if only_open else [route.incoming for route in routes.values()]
+
+        def record(line: Record) -> None:
+            log.write(line)
+            if line.metrics["event"] == "train":
+                self._trained[str(line.metrics.get("site", TOGETHER))] = line.metrics
+
         with taped(broker.link(consume, prefetch, owner=f"{SERVER}:{folder.resolve()}"), config, folder) as link:
             engine = Engine(
                 config.run.id, role, link, routes, Checkpoints(folder / "checkpoints"), lease,
-                lambda record: log.write(record), config.wire.message_bytes,
+                record, config.wire.message_bytes,
                 absent=lambda: attendance.absent(role.awaited(), role.staying),
             )  # fmt: skip
             self._progress = engine.progress
@@ -147,7 +176,7 @@ class ServerWorker(ShiftWorker):
 
             def beat(store: RunStore) -> None:
                 lease.renew(store)
-                self._statuses = store.statuses()
+                self._statuses = store.statuses(config.run.sites)
 
             heartbeat = Heartbeat(SERVER, self.open_store, self._facts, self._observe, beat)
 
@@ -186,6 +215,7 @@ class ServerWorker(ShiftWorker):
             "run": self.run_config.run.id,
             "contract": self.run_config.contract,
             "steps": role.steps,
+            "fence": self._fence,
             "applied": sum(role.applied.values()),
             "planned": planned if role.staying.keys() <= role.sequences.keys() else None,
             "epoch": entry["epoch"] if entry else 0,
@@ -195,5 +225,6 @@ class ServerWorker(ShiftWorker):
             **{f"applied_{site}": count for site, count in role.applied.items()},
             **{f"queued_{site}": self._queued(site) for site in role.applied},
             **{f"{name}_{s}": fact for s in role.applied for name, fact in role.contribution(s).items()},
+            **{f"{name}_{s}": line.get(name) for s, line in self._trained.items() for name in ("loss", "staleness")},
             **self._attendance.facts(role.awaited(), role.staying),
         }

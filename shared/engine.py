@@ -17,9 +17,7 @@ gets deliveries below the marks, and only acknowledges them. docs/delivery.md ha
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from broker.base import Confirmed, Delivery, Link, Recovered, Trouble
@@ -30,17 +28,10 @@ from shared.custody import Applied, Pending, Sent
 from shared.effects import Effect, Finish, Record, Send
 from shared.errors import Refused, StateError
 from shared.message import FROM_SITES, SERVER, UNSEQUENCED, Header, Message
+from shared.progress import Progress
 from shared.roles import Role
 from shared.route import Route
 from shared.turns import LEAVES, Turns
-
-
-@dataclass(slots=True)
-class Progress:
-    """Counts since this process started, and the present state, for `status`."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    trouble: str | None = None
 
 
 class Engine:
@@ -107,6 +98,7 @@ class Engine:
         if found is None:
             return []
         pointer, snapshot, damaged = found
+        self.progress.passed_over(damaged)
         engine = snapshot.facts["engine"]
         if engine["run"] != self._run or set(engine["marks"]) != set(self.marks):
             raise StateError(
@@ -174,13 +166,14 @@ class Engine:
         while event is not None:
             match event:
                 case Delivery():
+                    self.progress.received(event.body)
                     self._take(event)
                 case Confirmed(message_id):
                     self._confirmed(message_id)
                 case Trouble(reason):
-                    self.progress.trouble = reason
+                    self.progress.blocked(reason)
                 case Recovered():
-                    self.progress.trouble = None
+                    self.progress.recovered()
             event = self._link.receive(0.0)
         return received
 
@@ -189,10 +182,11 @@ class Engine:
         sender = self._senders[delivery.queue]
         try:
             header = wire.peek(delivery.body)
-            if (header.run, header.sender, header.receiver) != (self._run, sender, self._role.name):
+            place, us = (header.run, header.sender, header.receiver), self._role.name
+            if place != (self._run, sender, us) or not delivery.may_be_from(sender, us):
                 raise Refused(
                     310,
-                    f"{header.message_id} came through {delivery.queue}.",
+                    f"{header.message_id} came through {delivery.queue}{delivery.by}.",
                     "check which worker publishes to that queue.",
                 )
             if header.kind in UNSEQUENCED:
@@ -231,7 +225,7 @@ class Engine:
         except Refused as refusal:
             # Refusing counts as applying: a later message must not wait for this one for ever.
             effects = self._role.refused(header, refusal)
-            self._to_dead_letters(delivery, sender, refusal)
+            self._to_dead_letters(delivery, sender, refusal, seq)
         else:
             self._keep_until_saved(delivery)
         self.marks[sender] = seq
@@ -247,6 +241,7 @@ class Engine:
             self._keep_until_saved(delivery)
         self._inbox[sender].clear()
         self.position += 1
+        self.progress.left_out(sender, self.position)
         self._perform(self._role.excuse(sender))
 
     def _ready(self) -> set[str]:
@@ -274,13 +269,12 @@ class Engine:
             raise Refused(303, f"{header.kind} from {header.sender} is not used here.", "run one protocol at both.")
         return wire.decode(delivery.body, payload, self._message_bytes)
 
-    def _to_dead_letters(self, delivery: Delivery, sender: str, refusal: Refused) -> None:
+    def _to_dead_letters(self, delivery: Delivery, sender: str, refusal: Refused, seq: int | None = None) -> None:
         """Publish a copy with the reason; the original is acknowledged like an applied message."""
-        self.progress.counts["refused"] += 1
-        copy_id = f"dead/{delivery.message_id}/{self.progress.counts['refused']}"
+        self.progress.refused(sender, seq, refusal)
         self._link.publish(
             self._routes[sender].dead,
-            copy_id,
+            f"dead/{delivery.message_id}/{self.progress.counts['refused']}",
             [delivery.body],
             {
                 "number": str(refusal.number), "reason": str(refusal), "sender": sender, "queue": delivery.queue,
@@ -325,7 +319,7 @@ class Engine:
         self._link.publish(self._routes[send.receiver].outgoing, header.message_id, body)
         if send.seq:
             self._sent.add(header.message_id, send.receiver, send.seq)
-        self.progress.counts["sent"] += 1
+        self.progress.sent(body)
 
     # -- [2] confirm, [3] checkpoint, [4] ack ---------------------------------------------------
 

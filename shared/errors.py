@@ -24,6 +24,8 @@ TITLES: dict[int, str] = {
     108: "Policy forbids what the run asks",
     109: "Device is not available",
     110: "Example cannot be found",
+    111: "Plain line to another machine",
+    113: "Certificate, key or password cannot be used",
     201: "Broker cannot be reached",
     202: "Broker refuses the login",
     203: "Message is larger than the broker allows",

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shared.clock import Clock, SystemClock
-from shared.config import RunConfig, WorkerSection, load
-from shared.engine import Progress
+from shared.config import RunConfig, WorkerSection
+from shared.config_file import load
+from shared.log import event, phase_of
+from shared.progress import Progress
 from shared.shift import Shift
 from shared.store import RunStore
 from shared.stores import open_store
 from shared.worker import Facts, StopSignal
+
+if TYPE_CHECKING:
+    from shared.telemetry import Telemetry
 
 
 class ShiftWorker:
@@ -20,13 +27,12 @@ class ShiftWorker:
     Args:
         base: folder of the worker's file; relative paths start there.
         config: the worker's section.
-        overrides: "section.key=value" for run.toml (as `shared.config.load`).
+        overrides: "section.key=value" for run.toml (as `shared.config_file.load`).
         clock: tells when the shift is.
         stop: asked between steps.
         observe: shown the worker's facts every second.
 
     Attributes:
-        state: what the worker does, in words.
         recovered: damaged checkpoints that were passed over.
     """
 
@@ -43,17 +49,48 @@ class ShiftWorker:
         self.run_config = load(base / config.run, RunConfig, overrides)
         self.shift = Shift(config.shift)
         self.state_folder = base / config.state
-        self.state = "starting"
+        self._state = "starting"
         self.recovered: list[str] = []
+        self.credentials = config.credentials(base)
         self._store_address = config.store
+        self._metrics_address = config.metrics
         self._clock = clock or SystemClock()
         self._stop = stop or StopSignal()
-        self._observe = observe
+        self._show = observe
         self._progress = Progress()
+        self._telemetry: Telemetry | None = None
+
+    @property
+    def state(self) -> str:
+        """What the worker does, in words. A change is an event of the log."""
+        return self._state
+
+    @state.setter
+    def state(self, state: str) -> None:
+        if state != self._state:
+            self._state = state
+            event(phase_of(state), state=state)
+
+    @contextmanager
+    def telemetry(self, worker: str, sites: Sequence[str]) -> Iterator[None]:
+        """Answer Prometheus while the block runs, where the worker's file asks for it; see `served`."""
+        if self._metrics_address is None:
+            yield
+            return
+        from shared.telemetry import Telemetry, served  # loaded by those who want it
+
+        self._telemetry = Telemetry(self.run_config.run.id, worker, sites)
+        with served(self._telemetry, self._metrics_address, self.credentials):
+            yield
+
+    def _observe(self, facts: Facts) -> None:
+        if self._telemetry is not None:
+            self._telemetry.observe(facts, self._progress.counts)
+        self._show(facts)
 
     def open_store(self) -> RunStore:
         """A connection of its own to the run store."""
-        return open_store(self._store_address, self.run_config.run.id, self.base)
+        return open_store(self._store_address, self.run_config.run.id, self.base, self.credentials)
 
     def wait_for_shift(self) -> bool:
         """Sleep until the shift is open; False when asked to stop."""

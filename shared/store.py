@@ -12,7 +12,7 @@ One interface, three stores (memory, SQLite, Redis), one conformance suite.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from shared.message import Scalar
@@ -66,8 +66,8 @@ class RunStore(ABC):
         """Replace what is known of `worker`."""
 
     @abstractmethod
-    def statuses(self) -> dict[str, Status]:
-        """What is known of each worker."""
+    def statuses(self, workers: Iterable[str]) -> dict[str, Status]:
+        """What is known of each of these workers; one that never spoke is left out."""
 
     @abstractmethod
     def acquire_lease(self, owner: str, ttl_seconds: float) -> int | None:
@@ -100,10 +100,6 @@ class RunStore(ABC):
     @abstractmethod
     def journalled(self, position: int) -> str | None:
         """What the journal holds at `position`."""
-
-    @abstractmethod
-    def clear(self) -> None:
-        """Forget everything about the run."""
 
     @abstractmethod
     def close(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from shared.message import Scalar
 from shared.store import Pointer, RunStore, Status
@@ -15,9 +15,6 @@ class MemoryStore(RunStore):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._forget()
-
-    def _forget(self) -> None:
         self._statuses: dict[str, tuple[dict[str, Scalar | None], float]] = {}
         self._fence = 0
         self._owner: str | None = None
@@ -30,11 +27,12 @@ class MemoryStore(RunStore):
         with self._lock:
             self._statuses[worker] = (dict(facts), time.monotonic())
 
-    def statuses(self) -> dict[str, Status]:
+    def statuses(self, workers: Iterable[str]) -> dict[str, Status]:
         """See `RunStore`."""
         with self._lock:
             now = time.monotonic()
-            return {name: Status(name, facts, now - then) for name, (facts, then) in self._statuses.items()}
+            known = {name: self._statuses[name] for name in workers if name in self._statuses}
+            return {name: Status(name, facts, now - then) for name, (facts, then) in known.items()}
 
     def acquire_lease(self, owner: str, ttl_seconds: float) -> int | None:
         """See `RunStore`."""
@@ -82,11 +80,6 @@ class MemoryStore(RunStore):
         """See `RunStore`."""
         with self._lock:
             return self._journal.get(position)
-
-    def clear(self) -> None:
-        """See `RunStore`."""
-        with self._lock:
-            self._forget()
 
     def close(self) -> None:
         """Keep everything: other workers may share the object."""

@@ -9,16 +9,19 @@ are the Redis server's own, so clocks of workers may differ.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import ssl
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
+from shared.credentials import NOBODY, Credentials
 from shared.errors import BrokerError, ConfigError
-from shared.message import Scalar
+from shared.message import SERVER, Scalar
 from shared.store import Pointer, RunStore, Status
 
 TIMEOUT_SECONDS = 5.0
@@ -66,28 +69,36 @@ redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])
 return redis.call('HGET', KEYS[1], ARGV[1])
 """
 
-# KEYS: statuses. ARGV: worker, facts.
-PUT_STATUS = NOW + "redis.call('HSET', KEYS[1], ARGV[1], cjson.encode({now, ARGV[2]}))"
+# KEYS: the worker's status. ARGV: facts.
+PUT_STATUS = NOW + "redis.call('SET', KEYS[1], cjson.encode({now, ARGV[1]}))"
 
-STATUSES = NOW + "return {now, redis.call('HGETALL', KEYS[1])}"
+# KEYS: a status each.
+STATUSES = NOW + "return {now, redis.call('MGET', unpack(KEYS))}"
 
 T = TypeVar("T")
+
+
+def site_rules(site: str) -> str:
+    """What an ACL of Redis lets a site do: say how it is itself, and read how the server is, in every run."""
+    own, server = (f"nightsplit:{{*}}:status:{worker}" for worker in (site, SERVER))
+    return f"%RW~{own} %R~{server} -@all +ping +evalsha +script|load +time +set +mget +client|setinfo"
 
 
 class RedisStore(RunStore):
     """State of `run` at `url` ("redis://[[user]:password@]host[:port][/database]", or rediss: for TLS).
 
     Raises:
-        ConfigError: 107 when `url` is not an address of Redis.
+        ConfigError: 107 when `url` is not an address of Redis, 113 a file of `credentials` cannot be used.
         BrokerError: 207 when the server cannot be reached or refuses the login.
     """
 
-    def __init__(self, url: str, run: str) -> None:
+    def __init__(self, url: str, run: str, credentials: Credentials = NOBODY) -> None:
         try:
             address = urlsplit(url)
             self._place = f"{address.scheme}://{address.hostname}:{address.port or 6379}"  # without the password
             self._redis = redis.Redis.from_url(
                 url,
+                **_login(address, credentials),
                 decode_responses=True,
                 socket_timeout=TIMEOUT_SECONDS,
                 socket_connect_timeout=TIMEOUT_SECONDS,
@@ -98,8 +109,9 @@ class RedisStore(RunStore):
                 107, "the store's address is not one of Redis.", 'write "redis://user:password@host:6379/0".'
             ) from None
         # Braces keep the keys of a run on one node of a Redis cluster, as scripts require.
-        self._lease, self._pointer, self._journal, self._statuses = (
-            f"nightsplit:{{{run}}}:{name}" for name in ("lease", "pointer", "journal", "statuses")
+        self._prefix = f"nightsplit:{{{run}}}"
+        self._lease, self._pointer, self._journal = (
+            f"{self._prefix}:{name}" for name in ("lease", "pointer", "journal")
         )
         try:
             self._ask(self._redis.ping)
@@ -109,15 +121,17 @@ class RedisStore(RunStore):
 
     def put_status(self, worker: str, facts: Mapping[str, Scalar | None]) -> None:
         """See `RunStore`."""
-        self._run(PUT_STATUS, [self._statuses], worker, json.dumps(dict(facts)))
+        self._run(PUT_STATUS, [self._status(worker)], json.dumps(dict(facts)))
 
-    def statuses(self) -> dict[str, Status]:
+    def statuses(self, workers: Iterable[str]) -> dict[str, Status]:
         """See `RunStore`."""
-        now, found = self._run(STATUSES, [self._statuses])
+        wanted = list(workers)
+        now, found = self._run(STATUSES, [self._status(worker) for worker in wanted])
         statuses = {}
-        for worker, entry in zip(found[::2], found[1::2], strict=True):
-            written, facts = json.loads(entry)
-            statuses[worker] = Status(worker, json.loads(facts), max(0.0, (now - written) / 1000))
+        for worker, entry in zip(wanted, found, strict=True):
+            if entry is not None:
+                written, facts = json.loads(entry)
+                statuses[worker] = Status(worker, json.loads(facts), max(0.0, (now - written) / 1000))
         return statuses
 
     def acquire_lease(self, owner: str, ttl_seconds: float) -> int | None:
@@ -152,13 +166,13 @@ class RedisStore(RunStore):
         sender = self._ask(lambda: self._redis.hget(self._journal, str(position)))
         return None if sender is None else str(sender)
 
-    def clear(self) -> None:
-        """See `RunStore`."""
-        self._ask(lambda: self._redis.delete(self._lease, self._pointer, self._journal, self._statuses))
-
     def close(self) -> None:
         """See `RunStore`."""
         self._redis.close()
+
+    def _status(self, worker: str) -> str:
+        """A key of its own for each worker, since Redis gives rights by key."""
+        return f"{self._prefix}:status:{worker}"
 
     def _run(self, script: str, keys: list[str], *arguments: str | int) -> Any:
         return self._ask(lambda: self._redis.register_script(script)(keys, arguments))
@@ -176,3 +190,25 @@ class RedisStore(RunStore):
             raise BrokerError(
                 207, f"{self._place}: {error}.", "start Redis, or check the address of the store and the network."
             ) from None
+
+
+def _login(address: SplitResult, credentials: Credentials) -> dict[str, Any]:
+    """What redis-py wants to know of `credentials` for this address."""
+    settings: dict[str, Any] = {}
+    if (secret := credentials.secret()) is not None:
+        settings["password"] = secret
+    if address.scheme == "rediss":
+        credentials.tls()  # says what is wrong with a file; redis-py would only say so when it connects
+        settings |= {
+            "ssl_cert_reqs": "required",
+            "ssl_check_hostname": True,
+            "ssl_min_version": ssl.TLSVersion.TLSv1_2,
+            "ssl_ca_certs": _text(credentials.ca),
+            "ssl_certfile": _text(credentials.certificate),
+            "ssl_keyfile": _text(credentials.key),
+        }
+    return settings
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

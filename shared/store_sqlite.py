@@ -11,7 +11,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,12 +58,17 @@ class SqliteStore(RunStore):
                 (self._run, worker, json.dumps(dict(facts)), time.time()),
             )
 
-    def statuses(self) -> dict[str, Status]:
+    def statuses(self, workers: Iterable[str]) -> dict[str, Status]:
         """See `RunStore`."""
+        wanted = set(workers)
         with self._reading() as rows:
             found = rows.execute("SELECT worker, facts, written FROM status WHERE run = ?", (self._run,)).fetchall()
         now = time.time()
-        return {worker: Status(worker, json.loads(facts), max(0.0, now - written)) for worker, facts, written in found}
+        return {
+            worker: Status(worker, json.loads(facts), max(0.0, now - written))
+            for worker, facts, written in found
+            if worker in wanted
+        }
 
     def acquire_lease(self, owner: str, ttl_seconds: float) -> int | None:
         """See `RunStore`."""
@@ -127,12 +132,6 @@ class SqliteStore(RunStore):
         """See `RunStore`."""
         with self._reading() as rows:
             return self._journalled(rows, position)
-
-    def clear(self) -> None:
-        """See `RunStore`."""
-        with self._writing() as rows:
-            for table in ("status", "lease", "pointer", "journal"):
-                rows.execute(f"DELETE FROM {table} WHERE run = ?", (self._run,))
 
     def close(self) -> None:
         """See `RunStore`."""

@@ -10,13 +10,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from logging import WARNING
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 
-from shared.errors import ConfigError, NightsplitError, StateError
+from shared.errors import BrokerError, ConfigError, NightsplitError, StateError
+from shared.log import event
 from shared.message import Scalar
 from shared.store import RunStore
 
@@ -175,14 +177,26 @@ class Heartbeat:
                 self._say(store)
             except Exception as error:
                 # A store that is away must not end the training; the worker looks at `error`.
-                self.error = error
+                self._store_is_away(error)
                 self._stop.wait(self.interval)
             else:
-                self.error = None
+                self._store_is_back()
         if store is not None:
             with suppress(Exception):  # the last words; nobody is left who could say them again
                 self._say(store)
             store.close()
+
+    def _store_is_away(self, error: Exception) -> None:
+        if self.error is None:
+            event("store_away", WARNING, reason=str(error) if isinstance(error, BrokerError) else type(error).__name__)
+        self.error = error
+        with suppress(Exception):  # it may have been the facts that failed
+            self.observe(self.facts())
+
+    def _store_is_back(self) -> None:
+        if self.error is not None:
+            event("store_back")
+        self.error = None
 
     def _say(self, store: RunStore) -> None:
         facts = self.facts()

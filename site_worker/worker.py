@@ -15,7 +15,8 @@ from broker.topology import site_queues
 from shared.authority import Alone
 from shared.checkpoint import Checkpoints
 from shared.clock import Clock
-from shared.config import PolicyConfig, SiteConfig, load
+from shared.config import PolicyConfig, SiteConfig
+from shared.config_file import load
 from shared.engine import Engine
 from shared.errors import BrokerError, RunError
 from shared.message import SERVER, Kind
@@ -48,7 +49,7 @@ class SiteWorker(ShiftWorker):
 
     Args:
         path: its site.toml.
-        overrides: "run.key=value" for run.toml (as `shared.config.load`).
+        overrides: "run.key=value" for run.toml (as `shared.config_file.load`).
         clock: tells when its shift is.
         stop: asked between steps.
         observe: shown the worker's facts every second.
@@ -105,7 +106,7 @@ class SiteWorker(ShiftWorker):
         """
         prepare_torch(self.config.threads, self.config.device)
         folder = self.state_folder
-        with own_folder(folder):
+        with own_folder(folder), self.telemetry(self.config.name, [self.config.name]):
             parts = self.load_parts()
             self.expect_same_data(parts)
             with Heartbeat(self.config.name, self.open_store, self._facts, self._observe, self._look_for_server):
@@ -134,7 +135,7 @@ class SiteWorker(ShiftWorker):
         self._role = role
         queues = site_queues(config.run.id, self.config.name, config.wire.queue_bytes)
         route = Route(outgoing=queues.up, incoming=queues.down, dead=queues.dead)
-        broker = open_broker(self.config.broker, self.base, config.wire.message_bytes)
+        broker = open_broker(self.config.broker, self.base, config.wire.message_bytes, self.credentials)
         prefetch = prefetch_for(planned_message_bytes(config, {k: p for k in _DOWN if (p := role.payload(k))}))
         if not self._opened(broker, route, idle_seconds):
             self.state = "away"
@@ -182,7 +183,7 @@ class SiteWorker(ShiftWorker):
                 save_file(contiguous, self.model_folder / f"{name}.safetensors")
 
     def _look_for_server(self, store: RunStore) -> None:
-        self._server = store.statuses().get(SERVER)
+        self._server = store.statuses([SERVER]).get(SERVER)
 
     def _facts(self) -> dict[str, Any]:
         role, counts, server = self._role, self._progress.counts, self._server

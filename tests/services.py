@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import redis
+
 # The wrappers on PATH change to the user of the installed service; the scripts themselves do not.
 RABBITMQ_SCRIPTS = Path("/usr/lib/rabbitmq/bin")
 START_S = 60.0
@@ -213,6 +215,11 @@ class RedisServer(Service):
     @property
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with contextlib.closing(redis.Redis.from_url(self.url)) as client:
+            client.flushall()
 
     def command(self) -> list[str]:
         program = shutil.which("redis-server")

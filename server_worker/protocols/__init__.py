@@ -5,31 +5,43 @@ from __future__ import annotations
 from pathlib import Path
 
 from server_worker.activation_store import ActivationStore
+from server_worker.ddp import DividedTop, Group
 from server_worker.protocols.split_frozen import SplitFrozenServer
 from server_worker.protocols.split_labels import SplitLabelsServer
 from server_worker.protocols.split_u import SplitUServer
 from server_worker.protocols.stream import StreamServer
-from server_worker.top import Middle, Top
+from server_worker.top import Middle, StoredTop, Top
 from shared.config import RunConfig
+from shared.errors import ConfigError
 from shared.protocols.assembly import assemble
 
 
-def make_server(config: RunConfig, state: Path, device: str = "cpu") -> StreamServer:
+def make_server(config: RunConfig, state: Path, device: str = "cpu", group: Group | None = None) -> StreamServer:
     """The role of the server in a run.
 
     Args:
         config: the run.
         state: folder for what outgrows a checkpoint (released activations).
-        device: where the server's layers compute.
+        device: where the server's layers compute; a group knows it for each of its processes.
+        group: processes that train together (split_frozen).
 
     Raises:
-        ConfigError: 104, 105 the model cannot be used.
+        ConfigError: 104, 105 the model cannot be used, 114 the run cannot be divided among processes.
     """
     assembly = assemble(config)
+    if group is not None and config.run.protocol != "split_frozen":
+        raise ConfigError(
+            114,
+            f"the server of {config.run.protocol} applies one message after the other, and has no work to divide.",
+            "start it as a single process: nightsplit server server.toml.",
+        )
     if config.run.protocol == "split_u":
         middle = Middle(assembly.halves.top, config.optimizer, config.task, device)
         return SplitUServer(config, middle, assembly.contract)
-    top = Top(assembly.halves.top, config.optimizer, config.task, device)
     if config.run.protocol == "split_frozen":
-        return SplitFrozenServer(config, top, assembly.contract, ActivationStore(state / "activations"))
+        store = ActivationStore(state / "activations")
+        parts = assembly.halves.top, config.optimizer, config.task
+        stored = StoredTop(*parts, device, store) if group is None else DividedTop(*parts, store, group)
+        return SplitFrozenServer(config, stored, assembly.contract)
+    top = Top(assembly.halves.top, config.optimizer, config.task, device)
     return SplitLabelsServer(config, top, assembly.contract)

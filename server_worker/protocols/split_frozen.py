@@ -11,10 +11,10 @@ from collections.abc import Mapping
 
 import torch
 
-from server_worker.activation_store import ActivationStore
+from server_worker.activation_store import Row
 from server_worker.protocols.stream import StreamServer
 from server_worker.schedule import Fair
-from server_worker.top import Top
+from server_worker.top import StoredTop
 from shared.checkpoint import Snapshot
 from shared.config import RunConfig
 from shared.contract import Payload
@@ -24,22 +24,16 @@ from shared.message import Header, Kind, Message
 from shared.protocols.plan import Item, Step
 from shared.seeds import seed_for
 
-Row = tuple[str, int, int]
-"""A stored training sample: site, item, row."""
-
 
 class SplitFrozenServer(StreamServer):
-    """Collects first, trains afterwards.
+    """Collects first, trains afterwards."""
 
-    Args:
-        store: where released activations are kept.
-    """
+    top: StoredTop
 
-    def __init__(self, config: RunConfig, top: Top, contract: Mapping[Kind, Payload], store: ActivationStore) -> None:
+    def __init__(self, config: RunConfig, top: StoredTop, contract: Mapping[Kind, Payload]) -> None:
         super().__init__(config, top, contract)
         self._schedule = Fair(config.run.sites)  # nothing depends on the order of arrival
         self.journalled = config.run.may_leave_out  # but on when a site was left out
-        self._store = store
         self._rows: dict[str, dict[int, int]] = {site: {} for site in config.run.sites}
         """Number of stored samples per site and item."""
         self._training: list[Row] = []
@@ -49,7 +43,7 @@ class SplitFrozenServer(StreamServer):
 
     def learn(self, site: str, q: int, item: Item, message: Message) -> list[Effect]:
         """See `StreamServer`: store, answer nothing."""
-        self._store.put(site, q, message.tensors)
+        self.top.store.put(site, q, message.tensors)
         self._rows[site][q] = len(message.tensors["smashed"])
         if item.step is Step.TRAIN:
             self.contributed(site, q)
@@ -86,11 +80,10 @@ class SplitFrozenServer(StreamServer):
             len(rows), generator=torch.Generator().manual_seed(seed_for(self.config.run.seed, "store", epoch + 1))
         )
         chosen = order[len(rows) * batch // per_epoch : len(rows) * (batch + 1) // per_epoch].tolist()
-        smashed, targets = self._gather([rows[i] for i in chosen])
         seed = seed_for(self.config.run.seed, "top", "store", self._trained)
         effects: list[Effect] = []
         try:
-            loss, _ = self.top.learn(smashed, targets, seed)
+            loss = self.top.learn_stored([rows[i] for i in chosen], seed)
         except Refused:
             self.refusals["store"] += 1
         else:
@@ -112,19 +105,6 @@ class SplitFrozenServer(StreamServer):
             for row in range(rows)
         ]
 
-    def _gather(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Smashed data (batch, *cut) and targets (batch,) of these rows, in this order."""
-        by_file: dict[tuple[str, int], list[int]] = {}
-        for position, (site, q, _) in enumerate(rows):
-            by_file.setdefault((site, q), []).append(position)
-        parts = {}
-        for (site, q), positions in by_file.items():
-            stored = self._store.get(site, q, [rows[position][2] for position in positions])
-            for offset, position in enumerate(positions):
-                parts[position] = stored["smashed"][offset], stored["targets"][offset]
-        smashed, targets = zip(*(parts[position] for position in range(len(rows))), strict=True)
-        return torch.stack(smashed), torch.stack(targets)
-
     def _evaluate(self, epoch: int) -> list[Effect]:
         if epoch % self.config.run.evaluate_every and epoch != self.config.run.epochs:
             return []
@@ -133,7 +113,7 @@ class SplitFrozenServer(StreamServer):
             for q in sorted(self._rows[site]):
                 step = self.sequences[site].plan.item(q).step
                 if step is not Step.TRAIN:
-                    stored = self._store.get(site, q)
+                    stored = self.top.store.get(site, q)
                     self.evaluation.add(site, step, self.top.predict(stored["smashed"]), stored["targets"])
             judged = self.evaluation.close(site, epoch)
         return self.evaluated(epoch, judged)

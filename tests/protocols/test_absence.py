@@ -55,7 +55,9 @@ class Ward(Night):
 
     def start(self, name):
         if name == SERVER:
-            self.attendance = Attendance(self.config, self.store.statuses(), lambda: SECONDS * self.turns)
+            self.attendance = Attendance(
+                self.config, self.store.statuses(self.config.run.sites), lambda: SECONDS * self.turns
+            )
         return super().start(name)
 
     def is_gone(self, name):
@@ -65,7 +67,9 @@ class Ward(Night):
         return sent >= self.goes[name] and (name not in self.links or not self.links[name].unconfirmed)
 
     def look(self):
-        self.attendance.look(self.server.applied, self.server.awaited(), self.store.statuses(), True)
+        self.attendance.look(
+            self.server.applied, self.server.awaited(), self.store.statuses(self.config.run.sites), True
+        )
         self.store.put_status(SERVER, self.attendance.facts(self.server.awaited(), self.server.staying))
 
     def turn(self, name, steps=1):
@@ -391,11 +395,11 @@ def test_without_its_quorum_the_run_waits_and_says_for_whom(tmp_path):
     for number in range(400):
         ward.turn((SERVER, *ward.config.run.sites)[number % 4])
     assert ward.server.left_out == {}
-    assert ward.store.statuses()[SERVER].facts["lacking"] == "south, east"
+    assert ward.store.statuses([SERVER])[SERVER].facts["lacking"] == "south, east"
     ward.goes = {"south": 0}  # east comes, so two of three are there
     ward.calmly()
     assert list(ward.server.left_out) == ["south"]
-    assert ward.store.statuses()[SERVER].facts["lacking"] is None
+    assert ward.store.statuses([SERVER])[SERVER].facts["lacking"] is None
 
 
 @pytest.mark.parametrize("order", ["strict", "fair"])
@@ -405,7 +409,7 @@ def test_without_a_quorum_rule_nobody_is_left_out(order, tmp_path):
         ward.turn((SERVER, *ward.config.run.sites)[number % 4])
     assert ward.server.left_out == {}
     assert SERVER not in ward.finished
-    assert ward.store.statuses()[SERVER].facts["lacking"] == "south"
+    assert ward.store.statuses([SERVER])[SERVER].facts["lacking"] == "south"
 
 
 def slow_run(ward):

@@ -140,10 +140,10 @@ def test_a_silent_worker_is_offline_and_its_last_words_are_kept(study, capsys):
         def __init__(self, **ages):
             self.ages = ages
 
-        def statuses(self):
+        def statuses(self, workers):
             facts = {"state": "working", "applied": 5, "applied_north": 5, "planned": 90}
             said = {"server": facts, "north": {"state": "working", "sent": 30, "confirmed": 30, "answered": 4}}
-            return {name: Status(name, said[name], age) for name, age in self.ages.items()}
+            return {name: Status(name, said[name], age) for name, age in self.ages.items() if name in workers}
 
         def close(self):
             pass

@@ -12,7 +12,8 @@ from console.demo import EXAMPLES, run_demo, tell_difference
 from console.words import screen
 from server_worker.report import weights_sha256
 from server_worker.worker import ServerWorker
-from shared.config import PolicyConfig, RunConfig, load
+from shared.config import PolicyConfig, RunConfig
+from shared.config_file import load
 from shared.errors import ConfigError, DataError
 from shared.models.cutting import output_shapes
 from shared.protocols import PROTOCOLS

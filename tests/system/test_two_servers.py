@@ -12,6 +12,9 @@ import pytest
 
 from tests.workers import SHARES, Hospital
 
+EPOCHS = 40
+"""Long enough that a fast machine is still at work when the leader is put to sleep."""
+
 
 def start_server(hospital, log):
     with (hospital.folder / log).open("a") as output:
@@ -19,6 +22,14 @@ def start_server(hospital, log):
             [sys.executable, "-m", "console", "server", "server.toml"],
             cwd=hospital.folder, stdout=output, stderr=output,
         )  # fmt: skip
+
+
+def wait_for_line(hospital, log, text):
+    """Wait until a worker has said so."""
+    deadline = time.monotonic() + 60
+    while text not in (hospital.folder / log).read_text():
+        assert time.monotonic() < deadline, hospital.logs()
+        time.sleep(0.05)
 
 
 def put_to_sleep(leader, hospital):
@@ -43,7 +54,7 @@ def fences(hospital):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    return Hospital(tmp_path_factory.mktemp("calm") / "run").in_peace()
+    return Hospital(tmp_path_factory.mktemp("calm") / "run", epochs=EPOCHS).in_peace()
 
 
 @pytest.fixture(params=["embedded", "rabbitmq"])
@@ -52,7 +63,7 @@ def hospital(request, tmp_path):
     if request.param == "rabbitmq":
         node, redis = request.getfixturevalue("rabbitmq"), request.getfixturevalue("redis_server")
         addresses = {"broker": node.vhost(), "store": redis.url}
-    hospital = Hospital(tmp_path / "run", **addresses)
+    hospital = Hospital(tmp_path / "run", epochs=EPOCHS, **addresses)
     yield hospital
     hospital.close()
 
@@ -62,12 +73,12 @@ def test_a_leader_that_sleeps_past_its_lease_is_replaced_and_refused(undisturbed
     leader = start_server(hospital, "leader.log")
     standby = None
     try:
+        wait_for_line(hospital, "leader.log", "server: w")  # working, or waiting for the first site
+        standby = start_server(hospital, "standby.log")
+        wait_for_line(hospital, "standby.log", "standing by")
         for site in SHARES:
             hospital.start(site)
         hospital.wait_for_steps(40)
-        standby = start_server(hospital, "standby.log")
-        time.sleep(2)
-        assert standby.poll() is None, "a second server waits beside the first"
         put_to_sleep(leader, hospital)
         asleep = hospital.steps
         deadline = time.monotonic() + 150  # RabbitMQ notices a silent consumer after two heartbeats of 30 s

@@ -2,7 +2,8 @@
 
 import pytest
 
-from shared.config import RunConfig, load
+from shared.config import RunConfig
+from shared.config_file import load
 from shared.errors import ConfigError
 
 RUN = """

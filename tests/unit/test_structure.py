@@ -22,7 +22,7 @@ from site_worker.protocols import make_site
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("broker", "shared", "site_worker", "server_worker", "console")
 ALLOWED = {
-    "broker": {"broker", "shared.errors", "shared.sqlite"},
+    "broker": {"broker", "shared.credentials", "shared.errors", "shared.sqlite"},
     "shared": {"shared", "broker.base"},
     "site_worker": {"site_worker", "shared", "broker"},
     "server_worker": {"server_worker", "shared", "broker"},

@@ -57,11 +57,11 @@ def test_a_heartbeat_speaks_until_the_end_and_survives_a_store_that_is_away():
     facts = {"state": "working"}
     with Heartbeat("north", open_store, lambda: dict(facts), interval=0.01) as heartbeat:
         deadline = time.monotonic() + 5
-        while "north" not in store.statuses():
+        while not store.statuses(["north"]):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         facts["state"] = "finished"
-    assert store.statuses()["north"].facts["state"] == "finished"
+    assert store.statuses(["north"])["north"].facts["state"] == "finished"
     assert heartbeat.error is None
 
 

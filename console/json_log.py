@@ -1,0 +1,94 @@
+"""A worker's log for programs: one JSON object a line, on stderr.
+
+    {"time": "2026-11-21T22:00:07.318Z", "level": "warning", "worker": "north", "run": "ldl-2026",
+     "event": "blocked", "reason": "queue nightsplit.ldl-2026.north.up is full (limit: 4294967296 bytes)"}
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from shared.errors import TITLES, DataError, NightsplitError, StateError
+from shared.log import LOG, event
+
+if TYPE_CHECKING:
+    from shared.worker import Facts
+
+PROGRESS_SECONDS = 30.0
+"""How often the counts are written."""
+
+
+class JsonFormatter(logging.Formatter):
+    """Makes a JSON object of an event.
+
+    Attributes:
+        worker, run: whose log it is; None until that is known.
+    """
+
+    worker: str | None = None
+    run: str | None = None
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter`."""
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line = {
+            "time": moment.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "worker": self.worker,
+            "run": self.run,
+            "event": record.getMessage(),
+        }
+        return json.dumps(line | getattr(record, "facts", {}))
+
+
+_FORMATTER = JsonFormatter()
+_HANDLER: logging.StreamHandler[object] = logging.StreamHandler()
+_HANDLER.setFormatter(_FORMATTER)
+
+
+def switch(on: bool) -> None:
+    """Write the log from now on, or no longer."""
+    LOG.removeHandler(_HANDLER)
+    if on:
+        _HANDLER.setStream(sys.stderr)
+        LOG.addHandler(_HANDLER)
+
+
+def is_on() -> bool:
+    """Whether stderr belongs to the log, so that nothing else may be written there."""
+    return _HANDLER in LOG.handlers
+
+
+def name(worker: str | None, run: str | None) -> None:
+    """Say in every line from now on whose log it is."""
+    _FORMATTER.worker, _FORMATTER.run = worker, run
+
+
+def failed(error: NightsplitError) -> None:
+    """Log the error that ended the command.
+
+    A sentence about data or a disk may quote a file's name or a cell of a table; then only the number
+    and its title are told, and `nightsplit doctor` shows the rest to whoever sits at the machine.
+    """
+    reason = None if isinstance(error, DataError | StateError) else error.sentence
+    event("failed", logging.ERROR, number=error.number, title=TITLES[error.number], reason=reason)
+
+
+class Pulse:
+    """Logs a worker's counts every now and then."""
+
+    def __init__(self) -> None:
+        self._said_at = -PROGRESS_SECONDS
+
+    def observe(self, facts: Facts) -> None:
+        """Take what the heartbeat reports."""
+        now = time.monotonic()
+        if now - self._said_at >= PROGRESS_SECONDS:
+            self._said_at = now
+            numbers = {name: fact for name, fact in facts.items() if isinstance(fact, int | float)}
+            event("progress", state=facts["state"], **numbers)

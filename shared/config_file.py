@@ -1,0 +1,120 @@
+"""Reads a file that a user wrote. Every key is checked: an error names the file, the key and the fix."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from shared.config import RunConfig
+from shared.errors import ConfigError
+from shared.message import SERVER
+from shared.protocols import PROTOCOLS
+
+T = TypeVar("T", bound=Struct)
+
+
+def load(path: Path, kind: type[T], overrides: Sequence[str] = ()) -> T:
+    """Read a configuration file.
+
+    Args:
+        path: the TOML file.
+        kind: what it must be: RunConfig, SiteConfig, ServerConfig, PolicyConfig.
+        overrides: "section.key=value" with a TOML value (a bare word is taken as text).
+
+    Raises:
+        ConfigError: 101 unreadable, 102 not TOML, 103 a key is wrong.
+    """
+    try:
+        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(101, f"{path}: {error.strerror}.", "check the path and who may read it.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(102, f"{path}: not a UTF-8 text.", "save the file as UTF-8.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(102, f"{path}: {error}.", "correct that line.") from None
+    for override in overrides:
+        _override(content, override)
+    try:
+        config = msgspec.convert(content, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            103, f"{path}: {_explain(error)}.", "correct or remove that key; docs/configuration.md lists all keys."
+        ) from None
+    if isinstance(config, RunConfig):
+        _check_run(path, config)
+    return config
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, last = key.strip().split(".")
+    if not equals or not sections:
+        raise ConfigError(
+            103, f"--set {override}: not of the form section.key=value.", "write for example --set run.window=1."
+        )
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for section in sections:
+        content = content.setdefault(section, {})
+    content[last] = value
+
+
+def _explain(error: msgspec.ValidationError) -> str:
+    """'Expected `int`, got `str` - at `$.run.window`' as 'run.window: expected int, got str'."""
+    what, _, where = str(error).partition(" - at ")
+    what = (
+        what.replace("`", "")
+        .replace("Object contains", "has an")
+        .replace("Object missing", "misses the")
+        .replace("field", "key")
+    )
+    return f"{where.strip('`').removeprefix('$').removeprefix('.') or 'file'}: {what[0].lower()}{what[1:]}"
+
+
+def _check_run(path: Path, config: RunConfig) -> None:
+    """What one key cannot tell alone."""
+    run, data = config.run, config.data
+
+    def refuse(key: str, what: str, remedy: str) -> None:
+        raise ConfigError(103, f"{path}: {key}: {what}.", remedy)
+
+    if len(set(run.sites)) != len(run.sites):
+        refuse("run.sites", "a name occurs twice", "give every site its own name.")
+    if SERVER in run.sites:
+        refuse("run.sites", f"{SERVER!r} is the server's own name", "rename the site.")
+    if run.quorum is not None and run.quorum > len(run.sites):
+        refuse("run.quorum", f"{run.quorum} is more than there are sites", f"set at most {len(run.sites)}.")
+    if data.validation + data.test >= 0.9:
+        refuse("data.test", "validation and test leave less than a tenth to train on", "lower one of them.")
+    inputs = len(data.features) or 1  # features of a table, or the one channel of an image
+    if data.scaling == "run" and not inputs == len(data.mean) == len(data.spread):
+        refuse(
+            "data.mean",
+            'scaling = "run" needs one mean and one spread per feature',
+            'give both lists, or use scaling = "site".',
+        )
+    if bool(data.features) == (data.image_size is not None):
+        refuse(
+            "data.features", "a run has either features or image_size", "name a table's columns, or the images' side."
+        )
+    if run.bottoms == "averaged" and run.average_every < run.window:
+        refuse(
+            "run.average_every",
+            f"{run.average_every} is below the window of {run.window}: averagings would overlap and correct twice",
+            "set average_every to the window or more.",
+        )
+    if run.protocol not in PROTOCOLS:
+        refuse("run.protocol", f"{run.protocol!r} is unknown", f"choose one of {', '.join(PROTOCOLS)}.")
+    if run.protocol == "split_u" and config.model.head_cut is None:
+        refuse(
+            "model.head_cut",
+            "split_u needs to know where the head begins",
+            "set head_cut, after cut and before the end.",
+        )

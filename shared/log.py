@@ -1,0 +1,42 @@
+"""The workers' log: named events with facts, through Python's own `logging`.
+
+Nothing is written unless a handler is added to `LOG`; `console.json_log` adds one.
+
+An event carries names of workers, numbers and our own words. It never carries a patient's value, the
+name of a data file, or anything out of a message's body.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shared.message import Scalar
+
+LOG = logging.getLogger("nightsplit")
+LOG.addHandler(logging.NullHandler())  # without it Python writes warnings to stderr, between the plain lines
+LOG.setLevel(logging.INFO)
+
+PHASES = ("starting", "waiting", "standby", "working", "blocked", "away", "finished", "failed")
+"""What a worker's state, which is a sentence, comes down to."""
+
+
+def event(name: str, level: int = logging.INFO, **facts: Scalar | None) -> None:
+    """Log an event.
+
+    Args:
+        name: one word, from the table in docs/operations.md.
+        level: of `logging`: INFO for the course of things, WARNING for what may need somebody, ERROR for
+            the end of a worker.
+        facts: whatever belongs to it.
+    """
+    LOG.log(level, name, extra={"facts": facts})
+
+
+def phase_of(state: str) -> str:
+    """One of `PHASES`: 'waiting' of 'waiting for its shift (22:00-06:00 UTC)'."""
+    if state.startswith("waiting for the broker"):
+        return "blocked"
+    word = state.partition(" ")[0].rstrip(":")
+    return "standby" if word == "standing" else word
