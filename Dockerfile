@@ -1,28 +1,40 @@
-# One image for every worker: nightsplit server ..., nightsplit site ...
-# TORCH_INDEX names one more wheel index for torch alone, as in the Makefile; CPU wheels save several GB.
-FROM python:3.11-slim AS build
+# One image for every worker: nightsplit server ..., nightsplit site ..., nightsplit keys ...
+# TORCH_INDEX names one more wheel index for torch alone, as in the Makefile. Without it pip takes the
+# default wheel, which on Linux brings CUDA (GB more); an index of CPU wheels makes the small image, and an
+# index for another version of CUDA the image for that.
+FROM python:3.11-slim AS dependencies
 ARG TORCH_INDEX=
 RUN python -m venv /opt/nightsplit
+ENV PATH=/opt/nightsplit/bin:$PATH
 WORKDIR /source
 COPY constraints.txt ./
-RUN /opt/nightsplit/bin/pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url $TORCH_INDEX} \
-    -c constraints.txt torch==2.13.0
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url $TORCH_INDEX} -c constraints.txt torch==2.13.0
 # Without its packages the project installs its dependencies alone: a layer that a new source keeps.
 COPY pyproject.toml README.md ./
-RUN /opt/nightsplit/bin/pip install --no-cache-dir -c constraints.txt .
-COPY . .
-RUN /opt/nightsplit/bin/pip install --no-cache-dir --no-deps --force-reinstall . \
- && /opt/nightsplit/bin/python examples/cholesterol/prepare.py
+RUN pip install --no-cache-dir -c constraints.txt setuptools . \
+ && pip uninstall --yes --quiet nightsplit
+# A quarter of it is for those who build torch, debug it, test these packages, or view a tensorboard.
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends binutils \
+ && cd /opt/nightsplit/lib/python3.11/site-packages \
+ && strip --strip-unneeded torch/lib/libtorch_cpu.so \
+ && rm -rf torch/test torch/include tensorboard_data_server/bin \
+ && find torch/bin -type f ! -name torch_shm_manager -delete \
+ && find . -type d -name tests -prune -exec rm -rf {} +
 
 FROM python:3.11-slim
 # The state of a worker. A named volume that is mounted here inherits the owner.
 RUN useradd --uid 10001 --create-home nightsplit \
  && mkdir /state \
  && chown nightsplit:nightsplit /state
-COPY --from=build /opt/nightsplit /opt/nightsplit
-# The example with its public data. A hospital mounts its own files, read-only, in place of them.
-COPY --from=build /source/examples/cholesterol /example
+COPY --from=dependencies /opt/nightsplit /opt/nightsplit
 ENV PATH=/opt/nightsplit/bin:$PATH PYTHONUNBUFFERED=1 MPLCONFIGDIR=/tmp/matplotlib
+# The example with its public data goes along. A hospital mounts its own files, read-only, in place of them.
+COPY . /source
+RUN pip install --no-cache-dir --no-deps --no-build-isolation /source \
+ && python /source/examples/cholesterol/prepare.py \
+ && mv /source/examples/cholesterol /example \
+ && rm -rf /source
 USER nightsplit
 VOLUME /state
 WORKDIR /state

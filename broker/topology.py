@@ -33,6 +33,34 @@ class SiteQueues:
         return iter((self.up, self.down, self.dead))
 
 
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """What a user of the broker may do: patterns of the names of queues and exchanges, as RabbitMQ has them.
+
+    Attributes:
+        configure: what it may create and delete.
+        write: where it may publish, and what it may bind.
+        read: what it may consume, and what it may bind to.
+    """
+
+    configure: str
+    write: str
+    read: str
+
+
+NO_RIGHTS = Rights("^$", "^$", "^$")
+SERVER_RIGHTS = Rights(*[rf"^{PREFIX}\."] * 3)
+
+
+def site_rights(site: str) -> Rights:
+    """To publish through its own exchanges, and to consume what is meant for it, in every run.
+
+    Nothing of another site, and not the default exchange, which leads to every queue.
+    """
+    exchange = rf"^{PREFIX}\.[a-z0-9_-]+\.{site}"
+    return Rights(configure="^$", write=f"{exchange}$", read=rf"{exchange}\.(down|dead)$")
+
+
 def site_queues(run: str, site: str, up_limit_bytes: int) -> SiteQueues:
     """Names and limits of the queues between `site` and the server of `run`."""
     exchange = f"{PREFIX}.{run}.{site}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import sys
 import tempfile
@@ -16,7 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from console import json_log
 from shared.errors import NightsplitError, StateError
+from shared.log import event
 
 STOPPED = "stopped; start the same command again to go on"
 INTERRUPTED, CRASHED = 130, 70
@@ -40,13 +43,16 @@ def run(arguments: Sequence[str]) -> int:
     """Carry out a command line; the only place where an error becomes a line and an exit code."""
     try:
         chosen = _parser().parse_args(arguments)
+        json_log.switch(getattr(chosen, "log_format", "text") == "json")
         code: int = chosen.verb(chosen)
         sys.stdout.flush()
         return code
     except NightsplitError as error:
         return _failed(error)
     except KeyboardInterrupt:
-        print(f"\n{STOPPED}", file=sys.stderr)
+        event("stopped")
+        if not json_log.is_on():
+            print(f"\n{STOPPED}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has seen enough; Python would complain once more while it exits.
@@ -61,7 +67,9 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _failed(error: NightsplitError) -> int:
-    print(error, file=sys.stderr)
+    json_log.failed(error)
+    if not json_log.is_on():
+        print(error, file=sys.stderr)
     return 1
 
 
@@ -69,18 +77,21 @@ def _crashed(error: BaseException | None) -> None:
     """Keep the traceback for those who can use it, and give the user one line."""
     name = f"nightsplit-crash-{time.strftime('%Y%m%d-%H%M%S')}.log"
     text = "".join(traceback.format_exception(error)) if error is not None else ""
+    kept: Path | None = None
     for folder in (Path.cwd(), Path(tempfile.gettempdir())):
         try:
             (folder / name).write_text(f"nightsplit {version('nightsplit')}\n{text}", encoding="utf-8")
         except OSError:
             continue
-        print(
-            f"nightsplit met an error that it does not know ({type(error).__name__}); nothing is lost. Please "
-            f"report it with {folder / name}, after a look whether that file names a patient.",
-            file=sys.stderr,
-        )
+        kept = folder / name
+        break
+    kind = type(error).__name__
+    event("crashed", logging.ERROR, type=kind, traceback=None if kept is None else str(kept))
+    if json_log.is_on():
         return
-    print(f"nightsplit met an error that it does not know ({type(error).__name__}).", file=sys.stderr)
+    what = f"nightsplit met an error that it does not know ({kind})"
+    report = f"Please report it with {kept}, after a look whether that file names a patient."
+    print(f"{what}." if kept is None else f"{what}; nothing is lost. {report}", file=sys.stderr)
 
 
 def _demo(chosen: argparse.Namespace) -> int:
@@ -159,6 +170,16 @@ def _dlq(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def _keys(chosen: argparse.Namespace) -> int:
+    from console.keys import verbs
+
+    if chosen.action == "init":
+        return verbs.init(chosen.folder, chosen.broker, chosen.store, chosen.management)
+    if chosen.action == "new-site":
+        return verbs.new_sites(chosen.folder, chosen.names)
+    return verbs.revoke(chosen.folder, chosen.name)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nightsplit", description=_ABOUT)
     parser.add_argument("--version", action="version", version=f"nightsplit {version('nightsplit')}")
@@ -205,6 +226,11 @@ def _parser() -> argparse.ArgumentParser:
         site's, the server's file those of all.""")  # fmt: skip
     listing, show, again, discard = _actions(dlq)
 
+    keys = _add(verbs, "keys", "let hospitals in, and shut them out", """
+        At the coordinating centre: make certificates, users and rights for the broker, the run store, the
+        server and each site. docs/deployment.md tells how they are used.""")  # fmt: skip
+    _key_actions(keys)
+
     for verb, metavar in (
         (opening, "SERVER.TOML"), (server, "SERVER.TOML"), (site, "SITE.TOML"),
         (status, "FILE.TOML"), (predict, "SITE.TOML"), (doctor, "FILE.TOML"),
@@ -219,6 +245,10 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument(
             "--leave-when-idle", type=float, metavar="SECONDS",
             help="leave when nothing happened for so long; otherwise stay until the run is over",
+        )  # fmt: skip
+        verb.add_argument(
+            "--log-format", choices=("text", "json"), default="text",
+            help="json: one object a line on stderr, for programs that read logs, and nothing else",
         )  # fmt: skip
     for verb in (demo, status, doctor, replay, listing, show):
         verb.add_argument("--json", action="store_true", help="print one JSON object, for other programs")
@@ -262,6 +292,33 @@ def _actions(dlq: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
             ("discard", "delete them for good", "Delete dead letters. Nothing brings them back."),
         )
     ]  # fmt: skip
+
+
+def _key_actions(keys: argparse.ArgumentParser) -> None:
+    """What may be done with keys."""
+    actions = keys.add_subparsers(metavar="action", dest="action", required=True)
+    init = actions.add_parser("init", help="once, at the beginning", description="""
+        Make an authority, the keys and configuration of RabbitMQ and Redis, and the keys of the server.
+        Where they are there, nothing is changed.""")  # fmt: skip
+    init.add_argument(
+        "--broker", required=True, metavar="HOST[:PORT]", help="where sites reach RabbitMQ (port 5671 unless named)"
+    )
+    init.add_argument(
+        "--store", required=True, metavar="HOST[:PORT]", help="where sites reach Redis (port 6379 unless named)"
+    )
+    init.add_argument(
+        "--management", metavar="HOST[:PORT]", help="where its management is reached (broker's host, port 15671)"
+    )
+    new = actions.add_parser("new-site", help="let a hospital in", description="""
+        Make the folder to hand to a hospital, and let it log in with rights on its own queues alone.""")  # fmt: skip
+    out = actions.add_parser("revoke", help="shut a hospital out", description="""
+        Take a site's rights away and close its connections, at once.""")  # fmt: skip
+    new.add_argument("names", nargs="+", metavar="NAME", help="the site's name, as in run.sites")
+    out.add_argument("name", metavar="NAME", help="the site's name")
+    for action in (init, new, out):
+        action.add_argument(
+            "--folder", type=Path, default=Path("keys"), metavar="FOLDER", help="where keys are (default: keys)"
+        )
 
 
 def _add(verbs: Any, name: str, help: str, description: str) -> argparse.ArgumentParser:

@@ -78,10 +78,14 @@ STATUSES = NOW + "return {now, redis.call('MGET', unpack(KEYS))}"
 T = TypeVar("T")
 
 
+SERVER_RULES = "~nightsplit:* +@all -@admin -@dangerous"
+"""What an ACL of Redis lets the server do: all with the keys of runs, nothing with Redis itself."""
+
+
 def site_rules(site: str) -> str:
     """What an ACL of Redis lets a site do: say how it is itself, and read how the server is, in every run."""
     own, server = (f"nightsplit:{{*}}:status:{worker}" for worker in (site, SERVER))
-    return f"%RW~{own} %R~{server} -@all +ping +evalsha +script|load +time +set +mget +client|setinfo"
+    return f"%RW~{own} %R~{server} -@all +ping +evalsha +script|load +time +set +mget"
 
 
 class RedisStore(RunStore):
@@ -180,11 +184,11 @@ class RedisStore(RunStore):
     def _ask(self, command: Callable[[], T]) -> T:
         try:
             return command()
-        except redis.AuthenticationError as error:
+        except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
             raise BrokerError(
                 207,
-                f"{self._place} refuses the login: {error}.",
-                "check user and password in the address of the store.",
+                f"{self._place} refuses: {str(error).rstrip('.')}.",
+                "check user and password, and that the address names this worker's own user.",
             ) from None
         except redis.RedisError as error:
             raise BrokerError(

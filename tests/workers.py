@@ -59,13 +59,14 @@ class Hospital:
 
     Args:
         folder: where everything goes.
-        broker, store: addresses for server.toml and site.toml.
+        broker, store: addresses for server.toml and site.toml; {worker} stands for the worker's name.
+        files: more lines for these, with {worker}.
         protocol, epochs, order: of run.toml.
     """
 
     def __init__(
         self, folder: Path, broker: str = "embedded:broker", store: str = "sqlite:run.db",
-        protocol: str = "split_labels", epochs: int = 20, order: str = "strict",
+        protocol: str = "split_labels", epochs: int = 20, order: str = "strict", files: str = "",
     ) -> None:  # fmt: skip
         from sklearn.datasets import load_diabetes  # takes seconds, and only here is it needed
 
@@ -76,10 +77,10 @@ class Hospital:
         panel.to_csv(folder / "lipids.csv", index=False)
         (folder / "run.toml").write_text(RUN.format(protocol=protocol, epochs=epochs, order=order))
         (folder / "policy.toml").write_text("labels = true\nstored_activations = true\n")
-        address = {"broker": broker, "store": store}
-        (folder / "server.toml").write_text(WORKER.format(kind="server", name="", worker="server", **address))
+        worker = WORKER.replace("{broker}", broker).replace("{store}", store) + files
+        (folder / "server.toml").write_text(worker.format(kind="server", name="", worker="server"))
         for site, (first, last) in SHARES.items():
-            text = WORKER.format(kind="site", name=f'name = "{site}"\n', worker=site, **address)
+            text = worker.format(kind="site", name=f'name = "{site}"\n', worker=site)
             (folder / f"{site}.toml").write_text(text + DATA.format(first=first, last=last))
 
     def start(self, worker: str, *arguments: str, environment: Mapping[str, str] = {}) -> subprocess.Popen[str]:

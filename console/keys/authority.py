@@ -1,0 +1,134 @@
+"""The consortium's own certificate authority: X.509 (RFC 5280) with ECDSA keys on P-256."""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+from collections.abc import Collection
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from shared.errors import ConfigError
+
+AUTHORITY_DAYS, CERTIFICATE_DAYS = 3650, 825
+_USAGES = (ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH)
+CLOCK_SKEW = timedelta(days=1)
+"""How far a hospital's clock may be behind on the first day."""
+
+
+class Authority:
+    """Signs certificates.
+
+    Args:
+        folder: holds ca.pem and ca.key, which are made where they are missing.
+
+    Raises:
+        ConfigError: 113 the files cannot be used.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        certificate, key = folder / "ca.pem", folder / "ca.key"
+        if not certificate.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._key = ec.generate_private_key(ec.SECP256R1())
+            self._certificate = _made_by_itself(self._key)
+            write_private(key, _pem_of(self._key))
+            certificate.write_bytes(self.pem)
+        try:
+            found = serialization.load_pem_private_key(key.read_bytes(), password=None)
+            self._certificate = x509.load_pem_x509_certificate(certificate.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ConfigError(113, f"{folder}: {error}.", "restore ca.pem and ca.key from your backup.") from None
+        assert isinstance(found, ec.EllipticCurvePrivateKey)
+        self._key = found
+
+    @property
+    def pem(self) -> bytes:
+        """Its own certificate, for whoever shall trust it."""
+        return self._certificate.public_bytes(serialization.Encoding.PEM)
+
+    def issue(self, name: str, certificate: Path, key: Path, hosts: Collection[str] = ()) -> None:
+        """Write a new key and a certificate for it, good for 825 days.
+
+        Args:
+            name: its common name.
+            certificate, key: where they go; the key is readable by its owner alone.
+            hosts: names and addresses of a service; none for a worker. A worker only connects, but
+                for its metrics: there it is "<name>.nightsplit", which is the name of no host.
+        """
+        own = ec.generate_private_key(ec.SECP256R1())
+        names = [_general_name(host) for host in sorted(hosts) or [f"{name}.nightsplit"]]
+        builder = (
+            _builder(name, CERTIFICATE_DAYS)
+            .issuer_name(self._certificate.subject)
+            .public_key(own.public_key())
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(x509.ExtendedKeyUsage(_USAGES), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        )
+        signed = builder.sign(self._key, hashes.SHA256())
+        write_private(key, _pem_of(own))
+        certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Write a file that its owner alone may read, from its first byte on."""
+    path.unlink(missing_ok=True)
+    path.touch(mode=0o600)
+    path.write_bytes(content)
+
+
+def new_password() -> str:
+    """192 random bits, in characters that need no quoting anywhere."""
+    return secrets.token_urlsafe(24)
+
+
+def _made_by_itself(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+    name = "nightsplit authority"
+    usage = dict.fromkeys(
+        ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment",
+         "key_agreement", "encipher_only", "decipher_only"), False,
+    )  # fmt: skip
+    return (
+        _builder(name, AUTHORITY_DAYS)
+        .issuer_name(_subject(name))
+        .public_key(key.public_key())
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.KeyUsage(**usage, key_cert_sign=True, crl_sign=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+
+
+def _builder(name: str, days: int) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(_subject(name))
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - CLOCK_SKEW)
+        .not_valid_after(now + timedelta(days=days))
+    )
+
+
+def _subject(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _pem_of(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )

@@ -1,0 +1,159 @@
+"""What broker and store are told: their users with their rights, and how they listen.
+
+RabbitMQ reads `definitions.json` and `rabbitmq.conf`, Redis `users.acl` and `redis.conf`. Both
+listen with TLS alone and ask for a certificate of our authority; then comes the password.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from broker.topology import NO_RIGHTS, PREFIX, SERVER_RIGHTS, Rights, site_rights
+from shared.message import SERVER
+from shared.store_redis import SERVER_RULES, site_rules
+
+ADMIN = "admin"
+VHOST = PREFIX
+
+RABBITMQ = """\
+# Written by nightsplit keys; paths are those of the machine or container where RabbitMQ runs.
+listeners.tcp = none
+listeners.ssl.1 = {broker_port}
+ssl_options.cacertfile = {folder}/ca.pem
+ssl_options.certfile = {folder}/service.pem
+ssl_options.keyfile = {folder}/service.key
+ssl_options.verify = verify_peer
+ssl_options.fail_if_no_peer_cert = true
+ssl_options.versions.1 = tlsv1.3
+ssl_options.versions.2 = tlsv1.2
+# With definitions to load there is no guest.
+load_definitions = {folder}/definitions.json
+# Larger than wire.message_bytes of any run (default 16 MiB).
+max_message_size = 134217728
+# Workers acknowledge within two checkpoints, about a minute; a run must not end because a disk was slow.
+consumer_timeout = 7200000
+vm_memory_high_watermark.relative = 0.6
+disk_free_limit.absolute = 2GB
+management.ssl.port = {management_port}
+management.ssl.cacertfile = {folder}/ca.pem
+management.ssl.certfile = {folder}/service.pem
+management.ssl.keyfile = {folder}/service.key
+management.ssl.versions.1 = tlsv1.3
+management.ssl.versions.2 = tlsv1.2
+prometheus.ssl.port = 15691
+prometheus.ssl.cacertfile = {folder}/ca.pem
+prometheus.ssl.certfile = {folder}/service.pem
+prometheus.ssl.keyfile = {folder}/service.key
+prometheus.ssl.versions.1 = tlsv1.3
+prometheus.ssl.versions.2 = tlsv1.2
+prometheus.ssl.verify = verify_peer
+prometheus.ssl.fail_if_no_peer_cert = true
+"""
+
+REDIS = """\
+# Written by nightsplit keys; paths are those of the machine or container where Redis runs.
+port 0
+tls-port {store_port}
+tls-ca-cert-file {folder}/ca.pem
+tls-cert-file {folder}/service.pem
+tls-key-file {folder}/service.key
+tls-auth-clients yes
+tls-protocols "TLSv1.2 TLSv1.3"
+aclfile {folder}/users.acl
+# The pointer to the newest checkpoint and the order journal must survive a power cut.
+appendonly yes
+appendfsync always
+"""
+
+PLUGINS = "[rabbitmq_management,rabbitmq_prometheus].\n"
+
+
+class Centre:
+    """Users of broker and store, in the files that these read.
+
+    Args:
+        folder: keys/centre.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._definitions = folder / "definitions.json"
+        self._acl = folder / "users.acl"
+
+    def configure(self, broker_port: int, management_port: int, store_port: int) -> None:
+        """Write how both listen, and who may log in so far: nobody."""
+        folder = self.folder.absolute()
+        ports = {"broker_port": broker_port, "management_port": management_port, "store_port": store_port}
+        (self.folder / "rabbitmq.conf").write_text(RABBITMQ.format(folder=folder, **ports), encoding="utf-8")
+        (self.folder / "redis.conf").write_text(REDIS.format(folder=folder, **ports), encoding="utf-8")
+        (self.folder / "enabled_plugins").write_text(PLUGINS, encoding="utf-8")
+        lazy = {"vhost": VHOST, "name": "lazy", "pattern": rf"^{PREFIX}\.", "apply-to": "queues", "priority": 0}
+        nobody = {
+            "vhosts": [{"name": VHOST}],
+            "users": [],
+            "permissions": [],
+            # A night's messages belong on the disk; without this they fill the memory first.
+            "policies": [{**lazy, "definition": {"queue-mode": "lazy"}}],
+        }
+        _replace(self._definitions, json.dumps(nobody, indent=2))
+        _replace(self._acl, "user default off\n")
+
+    def admit_admin(self, password: str) -> None:
+        """Who looks after broker and store."""
+        self._admit(ADMIN, password, Rights(".*", ".*", ".*"), "~* &* +@all", tags="administrator")
+
+    def admit_server(self, password: str) -> None:
+        """The server worker."""
+        self._admit(SERVER, password, SERVER_RIGHTS, SERVER_RULES)
+
+    def admit_site(self, name: str, password: str) -> None:
+        """A site, with rights on what is its own."""
+        self._admit(name, password, site_rights(name), site_rules(name))
+
+    def revoke(self, name: str) -> None:
+        """Nobody can log in as `name` any more; RabbitMQ has to be told that of a user that it knows."""
+        self._define(name, "", NO_RIGHTS)
+        self._rule(name, "off")
+
+    def knows(self, name: str) -> bool:
+        """Whether `name` may log in."""
+        return any(user["name"] == name and user["password_hash"] for user in self.definitions["users"])
+
+    @property
+    def definitions(self) -> dict[str, Any]:
+        """What RabbitMQ is told."""
+        told: dict[str, Any] = json.loads(self._definitions.read_text(encoding="utf-8"))
+        return told
+
+    def _admit(self, name: str, password: str, rights: Rights, rules: str, tags: str = "") -> None:
+        salt = os.urandom(4)
+        digest = hashlib.sha256(salt + password.encode()).digest()
+        self._define(name, base64.b64encode(salt + digest).decode(), rights, tags)
+        self._rule(name, f"on #{hashlib.sha256(password.encode()).hexdigest()} resetchannels {rules}")
+
+    def _define(self, name: str, password_hash: str, rights: Rights, tags: str = "") -> None:
+        told = self.definitions
+        algorithm = "rabbit_password_hashing_sha256"
+        user = {"name": name, "password_hash": password_hash, "hashing_algorithm": algorithm, "tags": tags}
+        permission = {"user": name, "vhost": VHOST}
+        permission |= {"configure": rights.configure, "write": rights.write, "read": rights.read}
+        told["users"] = [*(known for known in told["users"] if known["name"] != name), user]
+        told["permissions"] = [*(known for known in told["permissions"] if known["user"] != name), permission]
+        _replace(self._definitions, json.dumps(told, indent=2))
+
+    def _rule(self, name: str, rules: str) -> None:
+        lines = self._acl.read_text(encoding="utf-8").splitlines()
+        others = [line for line in lines if line.split()[1] != name]
+        _replace(self._acl, "\n".join([*others, f"user {name} {rules}", ""]))
+
+
+def _replace(path: Path, text: str) -> None:
+    """A reader finds the old file or the new one."""
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)

@@ -1,0 +1,149 @@
+"""The folder of keys: made once by `init`, then sites come and go."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from console.keys.authority import Authority, new_password, write_private
+from console.keys.centre import ADMIN, VHOST, Centre
+from console.keys.live import Live, administrator
+from console.keys.texts import POLICY_TOML, SERVER_TOML, SITE_README, SITE_TOML
+from shared.config_file import load
+from shared.errors import ConfigError
+from shared.message import SERVER
+
+BROKER_PORT, MANAGEMENT_PORT, STORE_PORT = 5671, 15671, 6379
+RESERVED = {SERVER, ADMIN, "default"}
+
+
+class Addresses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where broker and store are, as "host:port": what their certificate says, and what sites connect to.
+
+    Attributes:
+        broker: of RabbitMQ.
+        management: of its management, used here alone.
+        store: of Redis.
+    """
+
+    broker: str
+    management: str
+    store: str
+
+    @property
+    def hosts(self) -> set[str]:
+        """Every name that the certificate has to hold."""
+        return {_host(address) for address in (self.broker, self.management, self.store)} | {"localhost", "127.0.0.1"}
+
+
+@dataclass(frozen=True)
+class Keys:
+    """A folder of keys.
+
+    Args:
+        folder: where it is.
+    """
+
+    folder: Path
+
+    def init(self, addresses: Addresses) -> bool:
+        """Make authority, service and server; False, and nothing is changed, when they are there."""
+        centre = Centre(self.folder / "centre")
+        if self._addresses_file.exists():
+            return False
+        centre.folder.mkdir(parents=True, exist_ok=True)
+        authority = Authority(self.folder / "authority")
+        (centre.folder / "ca.pem").write_bytes(authority.pem)
+        authority.issue(
+            "nightsplit service", centre.folder / "service.pem", centre.folder / "service.key", addresses.hosts
+        )
+        ports = (_port(address) for address in (addresses.broker, addresses.management, addresses.store))
+        centre.configure(*ports)
+        admin = new_password()
+        write_private(centre.folder / "admin_password", admin.encode())
+        centre.admit_admin(admin)
+        centre.admit_server(self._hand_over(SERVER, centre.folder / SERVER, authority))
+        (centre.folder / SERVER / "server.toml").write_text(self._filled(SERVER_TOML, SERVER, addresses), "utf-8")
+        # Last, since it says that all else is there.
+        lines = [f'{name} = "{getattr(addresses, name)}"\n' for name in ("broker", "management", "store")]
+        self._addresses_file.write_text("".join(lines), encoding="utf-8")
+        return True
+
+    def new_site(self, name: str) -> Path | None:
+        """Make the folder to hand to a hospital; None, and nothing is changed, when the site is there.
+
+        Raises:
+            ConfigError: 103 no name for a site, 113 there are no keys here, or `name` was revoked.
+        """
+        addresses, centre = self._made(), Centre(self.folder / "centre")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", name) or name in RESERVED:
+            raise ConfigError(
+                103, f"{name!r} is no name for a site.",
+                f"use small letters, digits, - and _, and none of {', '.join(sorted(RESERVED))}.",
+            )  # fmt: skip
+        if centre.knows(name):
+            return None
+        site = self.folder / "sites" / name
+        password = self._hand_over(name, site, Authority(self.folder / "authority"))
+        for file, text in (("site.toml", SITE_TOML), ("policy.toml", POLICY_TOML), ("README.md", SITE_README)):
+            (site / file).write_text(self._filled(text, name, addresses), encoding="utf-8")
+        centre.admit_site(name, password)
+        return site
+
+    def revoke(self, name: str) -> None:
+        """Take a site's rights away, and its folder if it is still here.
+
+        Raises:
+            ConfigError: 113 there are no keys here, or no such site.
+        """
+        self._made()
+        centre = Centre(self.folder / "centre")
+        if name in RESERVED or not any(user["name"] == name for user in centre.definitions["users"]):
+            raise ConfigError(113, f"{self.folder} knows no site {name}.", "look into centre/definitions.json.")
+        centre.revoke(name)
+        shutil.rmtree(self.folder / "sites" / name, ignore_errors=True)
+
+    def live(self) -> Live:
+        """Broker and store where they run."""
+        addresses, centre = self._made(), self.folder / "centre"
+        return Live(Centre(centre), administrator(centre), addresses.management, addresses.store)
+
+    @property
+    def _addresses_file(self) -> Path:
+        return self.folder / "centre" / "addresses.toml"
+
+    def _made(self) -> Addresses:
+        if not self._addresses_file.exists():
+            raise ConfigError(113, f"{self.folder} holds no keys.", "make them with: nightsplit keys init.")
+        return load(self._addresses_file, Addresses)
+
+    @staticmethod
+    def _hand_over(name: str, folder: Path, authority: Authority) -> str:
+        """What every worker gets; returns its password."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "ca.pem").write_bytes(authority.pem)
+        authority.issue(name, folder / "certificate.pem", folder / "key.pem")
+        password = new_password()
+        write_private(folder / "password", f"{password}\n".encode())
+        return password
+
+    @staticmethod
+    def _filled(text: str, name: str, addresses: Addresses) -> str:
+        return text.format(name=name, broker=addresses.broker, store=addresses.store, vhost=VHOST)
+
+
+def with_port(address: str, port: int) -> str:
+    """ "host:port", with `port` where `address` names none."""
+    return address if re.search(r":\d+$", address) else f"{address}:{port}"
+
+
+def _host(address: str) -> str:
+    return address.rpartition(":")[0]
+
+
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2])

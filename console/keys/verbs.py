@@ -1,0 +1,58 @@
+"""The actions of nightsplit keys: change the files, then tell broker and store if they run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from console.keys.folders import BROKER_PORT, MANAGEMENT_PORT, STORE_PORT, Addresses, Keys, with_port
+from shared.errors import BrokerError
+
+
+def init(folder: Path, broker: str, store: str, management: str | None) -> int:
+    """Make a folder of keys; harmless where there is one."""
+    addresses = Addresses(
+        with_port(broker, BROKER_PORT),
+        with_port(management or broker.partition(":")[0], MANAGEMENT_PORT),
+        with_port(store, STORE_PORT),
+    )
+    if Keys(folder).init(addresses):
+        print(f"made {folder}: authority, centre and the server's keys. Keep {folder}/authority off every worker.")
+    else:
+        print(f"{folder} has its keys; nothing is changed")
+    return 0
+
+
+def new_sites(folder: Path, names: Sequence[str]) -> int:
+    """Make what each hospital gets, and let them in."""
+    keys = Keys(folder)
+    for name in names:
+        handed = keys.new_site(name)
+        if handed is None:
+            print(f"{name} has its keys; nothing is changed")
+        else:
+            print(f"made {handed}: hand it to {name} by a way that you trust, then delete it here")
+    for tell, service in ((keys.live().tell_broker, "broker"), (keys.live().tell_store, "store")):
+        try:
+            tell()
+        except BrokerError as error:
+            print(f"the {service} learns of it when it starts ({error.sentence})")
+        else:
+            print(f"the {service} knows {', '.join(names)}")
+    return 0
+
+
+def revoke(folder: Path, name: str) -> int:
+    """Shut a site out, now. Raises BrokerError 211 when broker or store could not be told."""
+    keys = Keys(folder)
+    keys.revoke(name)
+    failures = []
+    for tell in (keys.live().tell_broker, keys.live().tell_store):
+        try:
+            tell()
+        except BrokerError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+    print(f"{name} is shut out of broker and store, and its connections are closed")
+    return 0

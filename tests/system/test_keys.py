@@ -1,0 +1,163 @@
+"""nightsplit keys: a consortium is provisioned, works over TLS with a user for each worker, and shuts a site out."""
+
+from __future__ import annotations
+
+import json
+import stat
+from contextlib import closing
+
+import pika
+import pytest
+
+from broker.rabbitmq_address import read_addresses
+from console.keys.centre import ADMIN
+from console.keys.live import administrator
+from console.main import run
+from shared import wire
+from shared.config import PolicyConfig, ServerConfig, SiteConfig
+from shared.config_file import load
+from shared.contract import Payload
+from shared.message import SERVER, Header, Kind, Message
+from tests.centre import SITES, Centre
+from tests.services import wait_until
+from tests.workers import Hospital
+
+INIT = ["keys", "init", "--broker", "broker.example", "--store", "store.example:6380", "--folder"]
+
+
+@pytest.fixture
+def keys(tmp_path, capsys):
+    """A folder of keys; nothing answers at its addresses."""
+    folder = tmp_path / "keys"
+    here = ["--broker", "localhost:1", "--store", "localhost:1", "--management", "localhost:1"]
+    assert run(["keys", "init", *here, "--folder", str(folder)]) == 0
+    capsys.readouterr()
+    return folder
+
+
+def test_what_is_made_for_the_centre(tmp_path, capsys):
+    folder = tmp_path / "keys"
+    assert run([*INIT, str(folder)]) == 0
+    assert capsys.readouterr().out.startswith(f"made {folder}: ")
+    server = load(folder / "centre/server/server.toml", ServerConfig).server
+    assert server.broker == "amqps://server@broker.example:5671/nightsplit"
+    assert server.store == "rediss://server@store.example:6380/0"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert run([*INIT, str(folder)]) == 0
+    assert capsys.readouterr().out == f"{folder} has its keys; nothing is changed\n"
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    told = json.loads((folder / "centre/definitions.json").read_text())
+    assert [user["name"] for user in told["users"]] == ["admin", "server"]
+
+
+def test_what_is_handed_to_a_hospital(keys, capsys):
+    assert run(["keys", "new-site", "north", "--folder", str(keys)]) == 0
+    said = capsys.readouterr().out
+    assert f"made {keys}/sites/north: hand it to north" in said
+    assert said.count("learns of it when it starts") == 2
+    handed = keys / "sites/north"
+    assert {path.name for path in handed.iterdir()} == {
+        "ca.pem", "certificate.pem", "key.pem", "password", "site.toml", "policy.toml", "README.md",
+    }  # fmt: skip
+    site = load(handed / "site.toml", SiteConfig).site
+    assert site.name == "north"
+    assert site.broker == "amqps://north@localhost:1/nightsplit"
+    assert load(handed / "policy.toml", PolicyConfig) == PolicyConfig(min_batch=8)
+    assert "nightsplit doctor site.toml" in (handed / "README.md").read_text()
+    assert run(["keys", "new-site", "north", "--folder", str(keys)]) == 0
+    assert "nothing is changed" in capsys.readouterr().out
+
+
+def test_what_is_secret_is_readable_by_its_owner_alone(keys):
+    run(["keys", "new-site", "north", "--folder", str(keys)])
+    secret = [path for path in keys.rglob("*") if path.suffix == ".key" or path.name in ("key.pem", "password")]
+    secret.append(keys / "centre/admin_password")
+    assert len(secret) == 7
+    assert {stat.S_IMODE(path.stat().st_mode) for path in secret} == {0o600}
+
+
+@pytest.mark.parametrize("name", ["server", "admin", "default", "North", "a.b", "", "x" * 64, "north/../../x"])
+def test_a_name_that_is_none(keys, capsys, name):
+    assert run(["keys", "new-site", name, "--folder", str(keys)]) == 1
+    assert capsys.readouterr().err.startswith("E103 ")
+
+
+@pytest.mark.parametrize("action", [["new-site", "north"], ["revoke", "north"]])
+def test_there_are_no_keys_yet(tmp_path, capsys, action):
+    assert run(["keys", *action, "--folder", str(tmp_path)]) == 1
+    assert "nightsplit keys init" in capsys.readouterr().err
+
+
+def test_revoking_says_when_broker_and_store_could_not_be_told(keys, capsys):
+    run(["keys", "new-site", "north", "--folder", str(keys)])
+    assert run(["keys", "revoke", "south", "--folder", str(keys)]) == 1
+    assert "knows no site south" in capsys.readouterr().err
+    assert run(["keys", "revoke", "north", "--folder", str(keys)]) == 1
+    assert capsys.readouterr().err.startswith("E211 ")
+    assert not (keys / "sites/north").exists()
+    assert "north off" in (keys / "centre/users.acl").read_text()
+
+
+@pytest.fixture
+def centre(tmp_path):
+    with Centre(tmp_path / "centre") as centre:
+        yield centre
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.redis
+@pytest.mark.timeout(200)
+def test_a_night_over_tls_with_a_user_for_each_worker(centre, tmp_path):
+    undisturbed = Hospital(tmp_path / "calm").in_peace()
+    hospital = centre.hospital(tmp_path / "run")
+    with closing(hospital):
+        hospital.start("server")
+        for site in SITES:
+            hospital.start(site)
+        hospital.wait_for_steps(20)
+        forge(centre)
+        hospital.wait_for_end()
+    assert hospital.models() == undisturbed
+    letters = json.loads(hospital.call("dlq", "list", "server.toml", "--json").stdout)["dead_letters"]
+    assert [letter["number"] for letter in letters] == [310]
+    assert "from user admin" in letters[0]["reason"]
+
+
+def forge(centre):
+    """Who may publish anywhere sends what claims to be from north."""
+    header = Header("lipids", "north", SERVER, Kind.SMASHED, 10_000)
+    body = b"".join(wire.encode(Message(header, {}, {}), Payload(), 2**20))
+    parameters = read_addresses(centre.broker(ADMIN), 30, administrator(centre.keys.folder / "centre"))
+    with closing(pika.BlockingConnection(parameters)) as connection:
+        properties = pika.BasicProperties(message_id=header.message_id, user_id=ADMIN)
+        connection.channel().basic_publish("nightsplit.lipids.north", "up", body, properties)
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.redis
+@pytest.mark.timeout(200)
+def test_a_site_that_is_revoked_is_out_at_once(centre, tmp_path, capsys):
+    with closing(centre.hospital(tmp_path / "run", epochs=2000)) as hospital:
+        hospital.start("server")
+        for site in SITES:
+            hospital.start(site)
+        hospital.wait_for_steps(20)
+        assert run(["keys", "revoke", "south", "--folder", str(centre.keys.folder)]) == 0
+        assert "its connections are closed" in capsys.readouterr().out
+        wait_until(lambda: hospital.processes["south"].poll() is not None, 60, "south to leave")
+        assert "E202 Broker refuses the login" in (hospital.folder / "south.log").read_text()
+        assert hospital.processes["north"].poll() is None
+        assert hospital.processes["server"].poll() is None
+
+
+def test_a_plain_line_to_another_machine_is_refused(tmp_path, capsys):
+    addresses = {"broker": "amqp://guest:guest@broker.example:5672/", "store": "redis://10.0.0.7:6379/0"}
+    for key, address in addresses.items():
+        hospital = Hospital(tmp_path / key, **{key: address})
+        assert run(["open", str(hospital.folder / "server.toml")]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("E111 Plain line to another machine: ")
+        assert "guest" not in said
+    with closing(Hospital(tmp_path / "some", broker="amqp://localhost:1,broker.example:5672/")) as hospital:
+        assert run(["open", str(hospital.folder / "server.toml")]) == 1
+        assert "broker.example" in capsys.readouterr().err
