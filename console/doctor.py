@@ -8,17 +8,19 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
 import torch
 
 from broker.base import Broker
+from console.doctor_links import checks_of_lines
 from console.files import WorkerFile, read_worker_file
+from console.findings import Finding, size
 from console.words import columns, duration, screen
 from shared.clock import SystemClock
-from shared.config import PolicyConfig, SiteSection
+from shared.config import PolicyConfig, ServerSection, SiteSection
 from shared.config_file import load
 from shared.errors import TITLES, NightsplitError, RunError
 from shared.message import SERVER
@@ -34,23 +36,6 @@ RABBITMQ_MESSAGE_BYTES = 16 * 2**20
 
 STATE_BYTES = 2**30
 """Room that a disk should have for checkpoints, and for what an embedded broker queues."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check found.
-
-    Attributes:
-        check: what was looked at.
-        found: how it is.
-        fix: what to do; None where nothing is to be done.
-        failed: whether the worker cannot work like this.
-    """
-
-    check: str
-    found: str
-    fix: str | None = None
-    failed: bool = False
 
 
 def show_findings(path: Path, overrides: Sequence[str], as_json: bool) -> bool:
@@ -78,8 +63,8 @@ def examine(path: Path, overrides: Sequence[str] = ()) -> list[Finding]:
     if file.source is not None:
         checks |= {"policy": _policy, "data": _data}
     checks |= {
-        "model and messages": _model, "broker": _broker, "run store": _store,
-        "state folder": _state_folder, "torch": _torch, "clock and shift": _shift,
+        "model and messages": _model, "broker": _broker, "run store": _store, **checks_of_lines(file),
+        "state folder": _state_folder, "torch": _torch, "shift": _shift,
     }  # fmt: skip
     findings = []
     for name, check in checks.items():
@@ -144,8 +129,8 @@ def _model(file: WorkerFile) -> Finding:
     parts = [f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in made.halves.parts.items()]
     largest = planned_message_bytes(file.run, made.contract)
     found = (
-        f"parameters: {', '.join(parts)}; largest planned message {_size(largest)}, "
-        f"wire.message_bytes {_size(file.run.wire.message_bytes)}"
+        f"parameters: {', '.join(parts)}; largest planned message {size(largest)}, "
+        f"wire.message_bytes {size(file.run.wire.message_bytes)}"
     )
     if largest > RABBITMQ_MESSAGE_BYTES and file.worker.broker.startswith("amqp"):
         return Finding(
@@ -161,6 +146,9 @@ def _broker(file: WorkerFile) -> Finding:
     if absent:
         what = f"reached; {len(absent)} of the run's queues are not there yet"
         return Finding("broker", what, "nightsplit open server.toml makes them; a site waits for that.")
+    if isinstance(file.worker, ServerSection):
+        broker.declare(queues)  # 204 for one that is there with other settings
+        return Finding("broker", f"reached; all {len(queues)} queues are there, with the run's limits")
     return Finding("broker", f"reached; all {len(queues)} queues are there")
 
 
@@ -189,8 +177,8 @@ def _state_folder(file: WorkerFile) -> Finding:
         return Finding("state folder", f"{place} may not be written", another, failed=True)
     free = shutil.disk_usage(place).free
     full = free < STATE_BYTES
-    fix = f"make room: checkpoints and queues may need {_size(STATE_BYTES)}." if full else None
-    return Finding("state folder", f"{file.state}: {_size(free)} free", fix, failed=full)
+    fix = f"make room: checkpoints and queues may need {size(STATE_BYTES)}." if full else None
+    return Finding("state folder", f"{file.state}: {size(free)} free", fix, failed=full)
 
 
 def _torch(file: WorkerFile) -> Finding:
@@ -205,7 +193,7 @@ def _shift(file: WorkerFile) -> Finding:
     shift, now = Shift(file.worker.shift), SystemClock().now()
     clock = f"{now:%Y-%m-%d %H:%M} UTC"
     if shift.text is None:
-        return Finding("clock and shift", f"{clock}; works at all hours")
+        return Finding("shift", f"{clock}; works at all hours")
 
     def said(moment: datetime) -> str:
         return f"{moment.astimezone():%Y-%m-%d %H:%M} of this machine"
@@ -213,11 +201,5 @@ def _shift(file: WorkerFile) -> Finding:
     if shift.is_open(now):
         closes = shift.closes_at(now)
         assert closes is not None
-        return Finding("clock and shift", f"{clock}; shift {shift} is open until {said(closes)}")
-    return Finding("clock and shift", f"{clock}; shift {shift} opens at {said(shift.opens_at(now))}")
-
-
-def _size(count: float) -> str:
-    """'2.1 KiB', '16.0 MiB', '74.5 GiB'."""
-    unit = min(3, max(1, (int(count).bit_length() - 1) // 10))
-    return f"{count / 2 ** (10 * unit):.1f} {'KMG'[unit - 1]}iB"
+        return Finding("shift", f"{clock}; shift {shift} is open until {said(closes)}")
+    return Finding("shift", f"{clock}; shift {shift} opens at {said(shift.opens_at(now))}")

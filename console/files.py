@@ -63,6 +63,11 @@ class WorkerFile:
         """The sites whose queues and states this worker may see: a site's own, or all of the run."""
         return [self.worker.name] if isinstance(self.worker, SiteSection) else self.run.run.sites
 
+    @property
+    def others(self) -> list[str]:
+        """Sites that are none of this worker's business; a server has to do with all."""
+        return [site for site in self.run.run.sites if site not in self.sites]
+
     def broker(self) -> Broker:
         """The broker that it names."""
         return open_broker(self.worker.broker, self.base, self.run.wire.message_bytes, self.credentials)

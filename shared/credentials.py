@@ -61,10 +61,9 @@ class Credentials:
             return None
         try:
             return self.password.read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise ConfigError(
-                113, f"{self.password}: {error.strerror}.", "let password name the file handed to you."
-            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            what = error.strerror if isinstance(error, OSError) else "not a text"
+            raise ConfigError(113, f"{self.password}: {what}.", "let password name the file handed to you.") from None
 
 
 NOBODY = Credentials()
@@ -82,7 +81,7 @@ def expect_private(address: str) -> None:
     """
     if urlsplit(address).scheme in TLS_SCHEMES:
         return
-    for host in hosts_of(address):
+    for host, _ in places_of(address):
         if not is_loopback(host):
             raise ConfigError(
                 111,
@@ -91,10 +90,12 @@ def expect_private(address: str) -> None:
             )
 
 
-def hosts_of(address: str) -> Iterator[str]:
-    """Names of the hosts in "scheme://user:password@host:port,host:port/path"."""
+def places_of(address: str) -> Iterator[tuple[str, int | None]]:
+    """Host and port, where it is named, of each in "scheme://user:password@host:port,host:port/path"."""
     for place in urlsplit(address).netloc.rpartition("@")[2].split(","):
-        yield urlsplit(f"//{place}").hostname or ""
+        host, _, port = place[1:].partition("]") if place.startswith("[") else place.partition(":")
+        port = port.removeprefix(":")
+        yield host, int(port) if port.isdecimal() else None
 
 
 def is_loopback(host: str) -> bool:

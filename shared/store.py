@@ -70,6 +70,10 @@ class RunStore(ABC):
         """What is known of each of these workers; one that never spoke is left out."""
 
     @abstractmethod
+    def now(self) -> float:
+        """The store's own wall clock, in seconds since 1970."""
+
+    @abstractmethod
     def acquire_lease(self, owner: str, ttl_seconds: float) -> int | None:
         """Become the active server. Returns the new fence, larger than every earlier one.
 

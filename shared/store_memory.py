@@ -34,6 +34,10 @@ class MemoryStore(RunStore):
             known = {name: self._statuses[name] for name in workers if name in self._statuses}
             return {name: Status(name, facts, now - then) for name, (facts, then) in known.items()}
 
+    def now(self) -> float:
+        """See `RunStore`."""
+        return time.time()
+
     def acquire_lease(self, owner: str, ttl_seconds: float) -> int | None:
         """See `RunStore`."""
         with self._lock:

@@ -70,6 +70,10 @@ class SqliteStore(RunStore):
             if worker in wanted
         }
 
+    def now(self) -> float:
+        """See `RunStore`."""
+        return time.time()
+
     def acquire_lease(self, owner: str, ttl_seconds: float) -> int | None:
         """See `RunStore`."""
         with self._writing() as rows:

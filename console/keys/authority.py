@@ -15,7 +15,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from shared.errors import ConfigError
 
-AUTHORITY_DAYS, CERTIFICATE_DAYS = 3650, 825
+CENTRE_DAYS, WORKER_DAYS = 3650, 825
 _USAGES = (ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH)
 CLOCK_SKEW = timedelta(days=1)
 """How far a hospital's clock may be behind on the first day."""
@@ -53,7 +53,7 @@ class Authority:
         return self._certificate.public_bytes(serialization.Encoding.PEM)
 
     def issue(self, name: str, certificate: Path, key: Path, hosts: Collection[str] = ()) -> None:
-        """Write a new key and a certificate for it, good for 825 days.
+        """Write a new key and a certificate for it: ten years for a service, 825 days for a worker.
 
         Args:
             name: its common name.
@@ -64,7 +64,7 @@ class Authority:
         own = ec.generate_private_key(ec.SECP256R1())
         names = [_general_name(host) for host in sorted(hosts) or [f"{name}.nightsplit"]]
         builder = (
-            _builder(name, CERTIFICATE_DAYS)
+            _builder(name, CENTRE_DAYS if hosts else WORKER_DAYS)
             .issuer_name(self._certificate.subject)
             .public_key(own.public_key())
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -96,7 +96,7 @@ def _made_by_itself(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
          "key_agreement", "encipher_only", "decipher_only"), False,
     )  # fmt: skip
     return (
-        _builder(name, AUTHORITY_DAYS)
+        _builder(name, CENTRE_DAYS)
         .issuer_name(_subject(name))
         .public_key(key.public_key())
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)

@@ -25,7 +25,7 @@ class Addresses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where broker and store are, as "host:port": what their certificate says, and what sites connect to.
 
     Attributes:
-        broker: of RabbitMQ.
+        broker: of RabbitMQ; of a cluster all nodes, "host:port,host:port".
         management: of its management, used here alone.
         store: of Redis.
     """
@@ -37,7 +37,8 @@ class Addresses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def hosts(self) -> set[str]:
         """Every name that the certificate has to hold."""
-        return {_host(address) for address in (self.broker, self.management, self.store)} | {"localhost", "127.0.0.1"}
+        places = ",".join((self.broker, self.management, self.store)).split(",")
+        return {place.rpartition(":")[0] for place in places} | {"localhost", "127.0.0.1"}
 
 
 @dataclass(frozen=True)
@@ -137,12 +138,9 @@ class Keys:
 
 
 def with_port(address: str, port: int) -> str:
-    """ "host:port", with `port` where `address` names none."""
-    return address if re.search(r":\d+$", address) else f"{address}:{port}"
-
-
-def _host(address: str) -> str:
-    return address.rpartition(":")[0]
+    """ "host:port", with `port` where `address` names none; so for each of several, divided by commas."""
+    places = address.split(",")
+    return ",".join(place if re.search(r":\d+$", place) else f"{place}:{port}" for place in places)
 
 
 def _port(address: str) -> int:

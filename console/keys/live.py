@@ -8,7 +8,6 @@ from contextlib import closing
 from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import redis
 
@@ -35,15 +34,16 @@ class Live:
         self._store = store
 
     def tell_broker(self) -> None:
-        """Users and rights, and end the connections of users that may not log in any more.
+        """Users and rights. RabbitMQ itself ends the connections of a user that it has to forget.
 
         Raises:
             BrokerError: 211 it cannot be told.
         """
-        self.ask("POST", "/api/definitions", self._centre.definitions)
-        for connection in self.ask("GET", "/api/connections"):
-            if not self._centre.knows(connection["user"]):
-                self.ask("DELETE", f"/api/connections/{quote(connection['name'], safe='')}")
+        told = self._centre.definitions
+        self.ask("POST", "/api/definitions", told)
+        for user in told["users"]:
+            if not self._centre.knows(user["name"]):
+                self.ask("DELETE", f"/api/users/{user['name']}")
 
     def tell_store(self) -> None:
         """Read users.acl again; Redis itself ends the connections of users that are gone.

@@ -21,7 +21,9 @@ SITE_TOML = f"""\
 name = "{{name}}"
 run = "run.toml"
 policy = "policy.toml"
-{_ACCESS}# Works at night alone:
+{_ACCESS}# Checkpoints. In a container: "/state"
+state = "state"
+# Works at night alone:
 # shift = "22:00-06:00 Europe/Berlin"
 
 # Where the patients' data is. Nothing of this table leaves the hospital.
@@ -59,5 +61,6 @@ revoke it (`nightsplit keys revoke {name}`) and make another.
 2. `nightsplit doctor site.toml` says what is still missing.
 3. `nightsplit site site.toml` works; stop it at any time, start it again, and it goes on.
 
-Or with containers: copy this folder to `config/` beside `examples/site/compose.yaml`, and `docker compose up -d`.
+Or with containers: copy this folder to `config/` beside `examples/site/compose.yaml`, say `state = "/state"`
+in site.toml, and `docker compose up -d`.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ def init(folder: Path, broker: str, store: str, management: str | None) -> int:
     """Make a folder of keys; harmless where there is one."""
     addresses = Addresses(
         with_port(broker, BROKER_PORT),
-        with_port(management or broker.partition(":")[0], MANAGEMENT_PORT),
+        with_port(management or re.split("[:,]", broker)[0], MANAGEMENT_PORT),
         with_port(store, STORE_PORT),
     )
     if Keys(folder).init(addresses):

@@ -202,7 +202,7 @@ def test_doctor_names_every_problem_at_once(tmp_path, capsys):
     failed = {name: finding["found"].split()[0] for name, finding in checks.items() if finding["failed"]}
     assert failed == {
         "policy": "E108", "data": "E402", "model and messages": "E105", "run store": "E207", "torch": "E109",
-        "clock and shift": "E106",
+        "shift": "E106",
     }  # fmt: skip
     assert all(finding["fix"] for finding in checks.values() if finding["failed"])
 

@@ -161,3 +161,40 @@ def test_a_plain_line_to_another_machine_is_refused(tmp_path, capsys):
     with closing(Hospital(tmp_path / "some", broker="amqp://localhost:1,broker.example:5672/")) as hospital:
         assert run(["open", str(hospital.folder / "server.toml")]) == 1
         assert "broker.example" in capsys.readouterr().err
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.redis
+@pytest.mark.timeout(200)
+def test_doctor_tries_what_is_forbidden(centre, tmp_path):
+    hospital = centre.hospital(tmp_path / "run")
+    assert hospital.call("open", "server.toml").returncode == 0
+
+    def findings(file):
+        told = json.loads(hospital.call("doctor", file, "--json").stdout)
+        return told["ok"], {finding["check"]: finding for finding in told["checks"]}
+
+    healthy, found = findings("north.toml")
+    assert healthy, found
+    assert found["rights"]["found"] == "tried 9 forbidden things; all were refused"
+    assert "TLSv1.3, certificate until" in found["TLS"]["found"]
+    assert found["TLS"]["fix"] is None
+    assert "passes" in found["passage"]["found"]
+    assert "agrees" in found["clock"]["found"]
+    healthy, found = findings("server.toml")
+    assert healthy, found
+    assert found["rights"]["found"] == "tried 2 forbidden things; all were refused"
+    assert found["broker"]["found"].endswith("all 9 queues are there, with the run's limits")
+
+    centre.node.ctl("set_permissions", "-p", "nightsplit", "north", ".*", ".*", ".*")
+    healthy, found = findings("north.toml")
+    assert not healthy
+    assert found["rights"]["found"].startswith("6 of 9 forbidden things are possible: publish to any queue")
+    centre.node.ctl("set_permissions", "-p", "nightsplit", "north", "^$", "^$", "^$")
+    healthy, found = findings("north.toml")
+    assert not healthy
+    assert found["passage"]["found"].startswith("E202 ")
+    (centre.keys.folder / "sites/north/key.pem").unlink()
+    healthy, found = findings("north.toml")
+    assert not healthy
+    assert found["TLS"]["found"].startswith("E113 ")

@@ -1,0 +1,82 @@
+"""Where a RabbitMQ server or cluster is, and a short visit to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+import pika
+from pika import exceptions
+
+from broker.outbox import Pauses
+from broker.rabbitmq_terms import lasting, unreachable
+from shared.credentials import Credentials
+from shared.errors import BrokerError
+
+
+def read_addresses(url: str, heartbeat: int, credentials: Credentials) -> list[Any]:
+    """What pika needs to know for each host of `amqp://user:password@host:port,host:port/vhost`.
+
+    Raises:
+        BrokerError: 201 when it cannot be read.
+        ConfigError: 113 when a file of `credentials` cannot be used.
+    """
+    try:
+        whole = urlsplit(url)
+        login, at, hosts = whole.netloc.rpartition("@")
+        if at and ":" not in login:
+            login += ":"  # pika fails without a password, which may stand in a file
+        addresses = [
+            pika.URLParameters(whole._replace(netloc=f"{login}{at}{host}").geturl()) for host in hosts.split(",")
+        ]
+    except Exception:  # whatever the parser stumbles over; its text may show a part of the password
+        raise BrokerError(
+            201, "the broker's address cannot be read.", "write amqp://user:password@host:5672/vhost."
+        ) from None
+    secret = credentials.secret()
+    for parameters in addresses:
+        if secret is not None:
+            parameters.credentials = pika.PlainCredentials(parameters.credentials.username, secret)
+        if parameters.ssl_options is not None:
+            parameters.ssl_options = pika.SSLOptions(credentials.tls(), parameters.host)
+        parameters.heartbeat = heartbeat
+        parameters.blocked_connection_timeout = None  # an alarm may last all night
+        parameters.socket_timeout = 5
+        parameters.stack_timeout = 10
+    return addresses
+
+
+@contextmanager
+def connected(addresses: Sequence[Any], seconds: float) -> Iterator[Any]:
+    """A short-lived connection of the calling thread to the first of `addresses` that answers.
+
+    Each is tried at least once, and all of them until `seconds` are over. What goes wrong becomes a BrokerError.
+    """
+    parameters, connection = _connect(addresses, seconds)
+    try:
+        yield connection
+    except (exceptions.AMQPError, OSError) as error:
+        raise lasting(error, parameters) or unreachable(error, parameters) from None
+    finally:
+        if connection.is_open:
+            with suppress(exceptions.AMQPError, OSError):
+                connection.close()
+
+
+def _connect(addresses: Sequence[Any], seconds: float) -> tuple[Any, Any]:
+    """The address that answers, and a connection to it."""
+    pauses, deadline = Pauses(), time.monotonic() + seconds
+    while True:
+        for parameters in addresses:
+            try:
+                return parameters, pika.BlockingConnection(parameters)
+            except (exceptions.AMQPError, OSError) as error:
+                if verdict := lasting(error, parameters):
+                    raise verdict from None
+                failure = unreachable(error, parameters)
+            time.sleep(next(pauses))
+        if time.monotonic() > deadline:
+            raise failure

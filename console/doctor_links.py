@@ -1,0 +1,149 @@
+"""What doctor finds about the lines to broker and store: encryption, rights, and what passes through."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from contextlib import closing
+from datetime import UTC, datetime
+from functools import partial
+from urllib.parse import urlsplit
+
+from cryptography import x509
+
+from broker.rabbitmq_probe import Probe
+from broker.topology import PREFIX, site_queues
+from console.files import WorkerFile
+from console.findings import Finding, size
+from shared.config import SiteSection
+from shared.credentials import TLS_SCHEMES, places_of
+from shared.errors import BrokerError
+from shared.protocols.assembly import assemble, planned_message_bytes
+from shared.store import RunStore
+
+PATIENCE_S = 5.0
+EXPIRES_SOON_DAYS = 30
+DEFAULT_PORTS = {"amqps": 5671, "rediss": 6379}
+
+
+def checks_of_lines(file: WorkerFile) -> dict[str, Callable[[WorkerFile], Finding]]:
+    """What there is to check of this file's lines; nothing where broker and store are files."""
+    checks: dict[str, Callable[[WorkerFile], Finding]] = {}
+    if file.worker.broker.startswith("amqp"):
+        checks |= {"TLS": check_encryption, "rights": check_rights, "passage": check_passage}
+    if file.worker.store.startswith("redis"):
+        checks["clock"] = check_clock
+    return checks
+
+
+def check_encryption(file: WorkerFile) -> Finding:
+    """TLS to broker and store: its version, and until when certificates are good."""
+    found, ends = [], []
+    for address in (file.worker.broker, file.worker.store):
+        scheme = urlsplit(address).scheme
+        if scheme in ("amqp", "redis"):
+            found.append(f"{scheme} is plain, to this machine alone")
+        for host, port in places_of(address) if scheme in TLS_SCHEMES else ():
+            version, end = _greeted(file, host, port or DEFAULT_PORTS[scheme])
+            found.append(f"{host}: {version}, certificate until {end:%Y-%m-%d}")
+            ends.append(end)
+    if file.credentials.certificate is not None:
+        own = x509.load_pem_x509_certificate(file.credentials.certificate.read_bytes()).not_valid_after_utc
+        found.append(f"own certificate until {own:%Y-%m-%d}")
+        ends.append(own)
+    soon = any((end - datetime.now(UTC)).days < EXPIRES_SOON_DAYS for end in ends)
+    return Finding("TLS", "; ".join(found), "have new keys made." if soon else None)
+
+
+def _greeted(file: WorkerFile, host: str, port: int) -> tuple[str, datetime]:
+    """TLS version of a service, and the last day of its certificate. BrokerError 201 when it does not answer so."""
+    try:
+        with (
+            socket.create_connection((host, port), timeout=PATIENCE_S) as line,
+            file.credentials.tls().wrap_socket(line, server_hostname=host, do_handshake_on_connect=False) as secure,
+        ):
+            secure.do_handshake()
+            end = ssl.cert_time_to_seconds(str((secure.getpeercert() or {})["notAfter"]))
+            return str(secure.version()), datetime.fromtimestamp(end, UTC)
+    except OSError as error:
+        raise BrokerError(
+            201, f"{host}:{port}: {error}.", "check the address, and that ca is the centre's authority."
+        ) from None
+
+
+def check_rights(file: WorkerFile) -> Finding:
+    """Tries what has to be refused, at broker and store. Nothing that is let through changes anything."""
+    attempts = {**_at_broker(file), **_at_store(file)}
+    open_doors = [what for what, permitted in attempts.items() if permitted()]
+    if not open_doors:
+        return Finding("rights", f"tried {len(attempts)} forbidden things; all were refused")
+    found = f"{len(open_doors)} of {len(attempts)} forbidden things are possible: {', '.join(open_doors)}"
+    if all(urlsplit(address).scheme not in TLS_SCHEMES for address in (file.worker.broker, file.worker.store)):
+        return Finding("rights", found, "fine on one machine; for several, make users with nightsplit keys.")
+    return Finding("rights", found, "give this user the rights that nightsplit keys writes.", failed=True)
+
+
+def _at_broker(file: WorkerFile) -> dict[str, Callable[[], bool]]:
+    probe = Probe(file.worker.broker, file.credentials)
+    attempts: dict[str, Callable[[], bool]] = {
+        "publish to any queue (default exchange)": partial(probe.may_publish, ""),
+        "create a queue": partial(probe.may_create, f"doctor.{PREFIX}"),
+    }
+    for other in file.others:
+        queues = site_queues(file.run.run.id, other, file.run.wire.queue_bytes)
+        attempts[f"publish as {other}"] = partial(probe.may_publish, queues.up.exchange)
+        attempts[f"read what is sent to {other}"] = partial(probe.may_read, queues.down)
+    return attempts
+
+
+def _at_store(file: WorkerFile) -> dict[str, Callable[[], bool]]:
+    if not file.worker.store.startswith("redis") or not isinstance(file.worker, SiteSection):
+        return {}
+    return {
+        "read the server's pointer": partial(_answers, file, lambda store: store.pointer()),
+        "read the order journal": partial(_answers, file, lambda store: store.journalled(1)),
+        "read how other sites are": partial(_answers, file, lambda store: store.statuses(file.others)),
+    }
+
+
+def _answers(file: WorkerFile, question: Callable[[RunStore], object]) -> bool:
+    """Whether the store answers this user."""
+    with closing(file.store()) as store:
+        try:
+            question(store)
+        except BrokerError as error:
+            if "permission" in error.sentence:
+                return False
+            raise
+    return True
+
+
+def check_passage(file: WorkerFile) -> Finding:
+    """Sends as many bytes as the largest planned message has, as far as an exchange; they reach no queue."""
+    largest = planned_message_bytes(file.run, assemble(file.run).contract)
+    probe = Probe(file.worker.broker, file.credentials)
+    own = file.queues()[file.sites[0]].up
+    began = time.monotonic()
+    try:
+        probe.send(own, largest)
+    except BrokerError as error:
+        if error.number == 205:
+            return Finding("passage", "the run is not open yet", "nightsplit open server.toml; then ask again.")
+        raise
+    seconds = time.monotonic() - began
+    return Finding(
+        "passage",
+        f"the largest planned message, {size(largest)}, passes (in {seconds:.2f} s). consumer_timeout does no harm: "
+        "what waits longer for its turn (RabbitMQ: 30 min unless changed) is delivered again",
+    )
+
+
+def check_clock(file: WorkerFile) -> Finding:
+    """This machine's clock against the store's. Nothing but shifts and times in reports depends on it."""
+    with closing(file.store()) as store:
+        skew = time.time() - store.now()
+    if abs(skew) < 60:
+        return Finding("clock", "agrees with the run store's to the minute")
+    return Finding("clock", f"is {skew:+.0f} s from the run store's", "set it (NTP): shifts begin at wrong hours.")
