@@ -1,7 +1,7 @@
 """A worker's log for programs: one JSON object a line, on stderr.
 
-    {"time": "2026-11-21T22:00:07.318Z", "level": "warning", "worker": "north", "run": "ldl-2026",
-     "event": "blocked", "reason": "queue nightsplit.ldl-2026.north.up is full (limit: 4294967296 bytes)"}
+{"time": "2026-11-21T22:00:07.318Z", "level": "warning", "worker": "north", "run": "ldl-2026",
+ "event": "blocked", "reason": "queue nightsplit.ldl-2026.north.up is full (limit: 4294967296 bytes)"}
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -23,8 +24,8 @@ PROGRESS_SECONDS = 30.0
 """How often the counts are written."""
 
 
-class JsonFormatter(logging.Formatter):
-    """Makes a JSON object of an event.
+class JsonHandler(logging.Handler):
+    """Writes an event as a JSON object.
 
     Attributes:
         worker, run: whose log it is; None until that is known.
@@ -34,7 +35,7 @@ class JsonFormatter(logging.Formatter):
     run: str | None = None
 
     def format(self, record: logging.LogRecord) -> str:
-        """See `logging.Formatter`."""
+        """See `logging.Handler`."""
         moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line = {
             "time": moment.replace("+00:00", "Z"),
@@ -45,18 +46,21 @@ class JsonFormatter(logging.Formatter):
         }
         return json.dumps(line | getattr(record, "facts", {}))
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`. A reader that went away does not disturb the work."""
+        with suppress(OSError):
+            print(self.format(record), file=sys.stderr, flush=True)
 
-_FORMATTER = JsonFormatter()
-_HANDLER: logging.StreamHandler[object] = logging.StreamHandler()
-_HANDLER.setFormatter(_FORMATTER)
+
+_HANDLER = JsonHandler()
 
 
 def switch(on: bool) -> None:
     """Write the log from now on, or no longer."""
-    LOG.removeHandler(_HANDLER)
     if on:
-        _HANDLER.setStream(sys.stderr)
         LOG.addHandler(_HANDLER)
+    else:
+        LOG.removeHandler(_HANDLER)
 
 
 def is_on() -> bool:
@@ -66,7 +70,7 @@ def is_on() -> bool:
 
 def name(worker: str | None, run: str | None) -> None:
     """Say in every line from now on whose log it is."""
-    _FORMATTER.worker, _FORMATTER.run = worker, run
+    _HANDLER.worker, _HANDLER.run = worker, run
 
 
 def failed(error: NightsplitError) -> None:
@@ -80,15 +84,20 @@ def failed(error: NightsplitError) -> None:
 
 
 class Pulse:
-    """Logs a worker's counts every now and then."""
+    """Logs a worker's counts every now and then, and at its end."""
 
     def __init__(self) -> None:
-        self._said_at = -PROGRESS_SECONDS
+        self._facts: Facts = {}
+        self._told_at = time.monotonic()
 
     def observe(self, facts: Facts) -> None:
         """Take what the heartbeat reports."""
-        now = time.monotonic()
-        if now - self._said_at >= PROGRESS_SECONDS:
-            self._said_at = now
-            numbers = {name: fact for name, fact in facts.items() if isinstance(fact, int | float)}
-            event("progress", state=facts["state"], **numbers)
+        self._facts = facts
+        if time.monotonic() - self._told_at >= PROGRESS_SECONDS:
+            self.tell()
+
+    def tell(self) -> None:
+        """Log what was reported last."""
+        self._told_at = time.monotonic()
+        numbers = {name: fact for name, fact in self._facts.items() if isinstance(fact, int | float)}
+        event("progress", **numbers)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
+from rich.console import Console
+
+from console import json_log
 from console.main import INTERRUPTED, STOPPED
 from console.progress import Progress
 from console.words import screen
 from server_worker.ddp import is_helper
 from server_worker.worker import ServerWorker
+from shared.log import event
 from shared.message import SERVER
 from shared.worker import Facts, StopSignal
 from site_worker.worker import SiteWorker
@@ -60,7 +65,8 @@ class _Watch:
 
     def __init__(self) -> None:
         self.stop = StopSignal()
-        self._console = screen()
+        self._console = Console(quiet=True, force_terminal=False) if json_log.is_on() else screen()
+        self._pulse = json_log.Pulse()
         self._worker: ServerWorker | SiteWorker
         self._progress: Progress
         self._warned: list[str] = []
@@ -71,17 +77,23 @@ class _Watch:
             self._warned = self._worker.recovered
             self._progress.warn([f"damaged checkpoint passed over: {line}" for line in self._warned])
         self._progress.observe(facts)
+        self._pulse.observe(facts)
 
     def over(self, name: str, worker: ServerWorker | SiteWorker, work: Callable[[], bool], end: str) -> int:
         """Let a worker work until it has finished, leaves, or is stopped; returns the exit code."""
         self._worker, self._progress = worker, Progress(name, self._console)
+        json_log.name(name, worker.run_config.run.id)
+        event("started", version=version("nightsplit"))
         self.stop.install()
         with self._progress:
             finished = work()
+        self._pulse.tell()
         if finished:
             self._console.print(end, soft_wrap=True)
         elif self.stop.asked:
-            print(STOPPED, file=sys.stderr)
+            event("stopped")
+            if not json_log.is_on():
+                print(STOPPED, file=sys.stderr)
             return INTERRUPTED if self.stop.number == signal.SIGINT else 0
         else:
             self._console.print("nothing more to do for now; start the same command again to go on")

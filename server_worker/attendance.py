@@ -21,6 +21,8 @@ from shared.store import Status
 
 LONGEST_LOOK = 60.0
 """Seconds between two looks that count; a server that slept for longer did not listen."""
+SHORTEST_LOOK = 1.0
+"""Seconds between two looks: each one goes over all sites, and between two steps nothing has changed."""
 LISTENED_FIRST = 600.0
 """Seconds that a server listens itself before it leaves a site out, whatever it was told of the time before."""
 
@@ -58,10 +60,15 @@ class Attendance:
         self._applied: dict[str, int] = {}
         """Messages of each site at the last look; empty before the first."""
 
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time for the next look."""
+        return self._monotonic() - self._looked >= SHORTEST_LOOK
+
     def look(
         self, applied: Mapping[str, int], awaited: Collection[str], statuses: Mapping[str, Status], listening: bool
     ) -> None:
-        """Take note of the time, and of every site's signs of life; to be called every few seconds.
+        """Take note of the time, and of every site's signs of life; to be called when it `is_due`.
 
         Args:
             applied: messages applied, per site.

@@ -157,7 +157,7 @@ class DividedTop(StoredTop):
                     "batch normalisation needs the whole batch, and on the CPU each process has a share of it.",
                     "use GroupNorm, or a single process.",
                 )
-            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
         super().__init__(module, optimizer, task, group.device, store)
         self._group = group
         self._parallel: DistributedDataParallel | None = None
@@ -165,7 +165,7 @@ class DividedTop(StoredTop):
     def learn_stored(self, rows: Sequence[Row], seed: int) -> float:
         """Rank 0: see `StoredTop`."""
         if self._parallel is None:
-            self._group.say(STATE, save(self.state()))
+            self._group.say(STATE, save({name: tensor.contiguous() for name, tensor in self.state().items()}))
             self._parallel = self._wrapped()
         self._group.say(STEP, json.dumps([rows, seed]).encode())
         return self._step(rows, seed)
@@ -190,26 +190,24 @@ class DividedTop(StoredTop):
             return DistributedDataParallel(self.module, find_unused_parameters=True)
 
     def _step(self, rows: Sequence[Row], seed: int) -> float:
-        share = _Share.of(self._group, len(rows))
+        share = Share.of(self._group, len(rows))
         smashed, targets = self.store.gather(rows[share.first : share.last])
         assert self._parallel is not None
         self.module.train()
         before = buffers_of(self.module)
-        with seeded(seed, self._device), share:
-            outputs = self._parallel(smashed.to(self._device))
-            loss = loss_of(self._task, outputs, targets.to(self._device)) * share.weight
-        total = loss.detach().clone()
         with _others_alive():
-            distributed.all_reduce(total)
-        refuse_unless_finite(total, self.module, before)
-        self._optimizer.zero_grad()
-        with _others_alive():
+            with seeded(seed, self._device), share:
+                outputs = self._parallel(smashed.to(self._device))
+                loss = loss_of(self._task, outputs, targets.to(self._device)) * share.weight
+            distributed.all_reduce(total := loss.detach().clone())
+            refuse_unless_finite(total, self.module, before)
+            self._optimizer.zero_grad()
             torch.autograd.backward(loss * self._group.size)  # DDP takes the mean over ranks; the sum is meant
         self._optimizer.step()
         return total.item()
 
 
-class _Share(TorchFunctionMode):
+class Share(TorchFunctionMode):
     """One rank's rows [first, last) of a step, and its part of what dropout draws for the whole step.
 
     Every rank draws for all rows, from the same seed, and takes its own: so dropout drops what it would
@@ -221,7 +219,8 @@ class _Share(TorchFunctionMode):
         self.first, self.last, self.total, self.weight = first, last, total, weight
 
     @classmethod
-    def of(cls, group: Group, total: int) -> _Share:
+    def of(cls, group: Group, total: int) -> Share:
+        """The share of this process in `total` rows: as even as can be."""
         first, last = total * group.rank // group.size, total * (group.rank + 1) // group.size
         if first == last:  # DDP waits for every rank: one without rows computes the first row, for nothing
             return cls(0, 1, total, 0.0)
@@ -252,12 +251,14 @@ def _stay_on_this_machine() -> None:
 
 @contextmanager
 def _others_alive() -> Iterator[None]:
-    """Say what it means when a collective operation fails."""
+    """Say what it means when a collective operation fails: gloo has no error of its own, NCCL does."""
     try:
         yield
     except RuntimeError as error:
+        told = str(error)
+        if not isinstance(error, distributed.DistError) and "gloo" not in told:
+            raise
+        reason = told.partition("] ")[2].partition(". ")[0] or told.splitlines()[0]
         raise StateError(
-            509,
-            f"a process of the server's group is gone ({str(error).splitlines()[0][:120]}).",
-            "start the same command again: it goes on from the last checkpoint.",
+            509, f"{reason}.", "start the same command again: it goes on from the last checkpoint."
         ) from None

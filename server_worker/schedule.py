@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
-from fractions import Fraction
 
 from shared.protocols.stream import UpSequence
 
@@ -90,8 +89,9 @@ class Fair(Schedule):
         self, ready: Set[str], held: Set[str], plans: Mapping[str, UpSequence], applied: Mapping[str, int]
     ) -> str | None:
         """See `Schedule.choose`."""
-        candidates = [site for site in self.awaited(held, plans, applied) if site in ready and site in plans]
-        return min(candidates, key=lambda site: Fraction(applied[site] + 1, plans[site].last), default=None)
+        candidates = [site for site in self._open(held, plans, applied) if site in ready and site in plans]
+        # Quotients of whole numbers below 2^26 are equal as floats only where they are equal.
+        return min(candidates, key=lambda site: (applied[site] + 1) / plans[site].last, default=None)
 
 
 SCHEDULES: Mapping[str, type[Schedule]] = {"strict": Strict, "fair": Fair}

@@ -23,6 +23,7 @@ from shared.config import ServerConfig
 from shared.config_file import load
 from shared.effects import Record
 from shared.engine import Engine
+from shared.errors import StateError
 from shared.log import event
 from shared.message import SERVER, Kind, Scalar
 from shared.protocols.assembly import planned_message_bytes
@@ -155,7 +156,16 @@ class ServerWorker(ShiftWorker):
         with closing(self.open_store()) as store:
             self._statuses = store.statuses(config.run.sites)
         self._attendance = attendance = Attendance(config, self._statuses)
-        prefetch = prefetch_for(planned_message_bytes(config, {k: p for k in _UP if (p := role.payload(k))}))
+        largest = planned_message_bytes(config, {k: p for k in _UP if (p := role.payload(k))})
+        prefetch = prefetch_for(largest, len(queues))
+        checkpoints = Checkpoints(folder / "checkpoints")
+        if checkpoints.last_fence >= lease.fence:
+            raise StateError(
+                510,
+                f"it counts this server's incarnations from {lease.fence}, "
+                f"and {checkpoints.folder} holds one of incarnation {checkpoints.last_fence}.",
+                "name the store that the run began with, or restore it from the backup of the same moment.",
+            )
         routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in queues.items()}
         consume = [] if only_open else [route.incoming for route in routes.values()]
 
@@ -166,7 +176,7 @@ class ServerWorker(ShiftWorker):
 
         with taped(broker.link(consume, prefetch, owner=f"{SERVER}:{folder.resolve()}"), config, folder) as link:
             engine = Engine(
-                config.run.id, role, link, routes, Checkpoints(folder / "checkpoints"), lease,
+                config.run.id, role, link, routes, checkpoints, lease,
                 record, config.wire.message_bytes,
                 absent=lambda: attendance.absent(role.awaited(), role.staying),
             )  # fmt: skip
@@ -182,8 +192,9 @@ class ServerWorker(ShiftWorker):
 
             def leave() -> bool:
                 lease.check()
-                listening = heartbeat.error is None and engine.progress.trouble is None
-                attendance.look(role.applied, role.awaited(), self._statuses, listening)
+                if attendance.is_due:
+                    listening = heartbeat.error is None and engine.progress.trouble is None
+                    attendance.look(role.applied, role.awaited(), self._statuses, listening)
                 return self._stop.asked if only_open else self.off_duty()
 
             try:

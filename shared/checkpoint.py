@@ -137,6 +137,11 @@ class Checkpoints:
             )
         return None
 
+    @property
+    def last_fence(self) -> int:
+        """Highest fence of a checkpoint that is here, whether it counts or not; 0 for none."""
+        return max((_numbers(place)[0] for place in self._places()), default=0)
+
     def _place(self, fence: int, counter: int) -> Path:
         return self.folder / f"{fence:06d}-{counter:09d}"
 

@@ -33,12 +33,14 @@ class Applied:
         self._open: list[Delivery] = []
         self._open_per_queue: Counter[str] = Counter()
         self._sealed: deque[list[Delivery]] = deque()
+        self._kept_per_queue: Counter[str] = Counter()
 
     def take(self, delivery: Delivery) -> None:
         """Keep a delivery whose effect is in the role's state."""
         # Only the tag is still needed: bodies kept here would hold a night's memory.
         self._open.append(replace(delivery, body=b""))
         self._open_per_queue[delivery.queue] += 1
+        self._kept_per_queue[delivery.queue] += 1
 
     def seal(self) -> None:
         """A snapshot was taken: it contains what was taken so far."""
@@ -48,12 +50,17 @@ class Applied:
     def saved(self) -> Iterator[Delivery]:
         """The last snapshot is a checkpoint now; gives what may be acknowledged."""
         while len(self._sealed) >= self._keep:
-            yield from self._sealed.popleft()
+            yield from self._free_oldest()
 
     def release(self) -> Iterator[Delivery]:
         """Every kept checkpoint holds the end; gives the rest."""
         while self._sealed:
-            yield from self._sealed.popleft()
+            yield from self._free_oldest()
+
+    def _free_oldest(self) -> list[Delivery]:
+        freed = self._sealed.popleft()
+        self._kept_per_queue.subtract(delivery.queue for delivery in freed)
+        return freed
 
     @property
     def most_open(self) -> int:
@@ -67,7 +74,7 @@ class Applied:
 
     def of(self, queue: str) -> int:
         """Deliveries of a queue that are not free."""
-        return sum(delivery.queue == queue for batch in (self._open, *self._sealed) for delivery in batch)
+        return self._kept_per_queue[queue]
 
 
 class Sent:

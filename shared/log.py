@@ -22,7 +22,7 @@ PHASES = ("starting", "waiting", "standby", "working", "blocked", "away", "finis
 """What a worker's state, which is a sentence, comes down to."""
 
 
-def event(name: str, level: int = logging.INFO, **facts: Scalar | None) -> None:
+def event(name: str, level: int = logging.INFO, /, **facts: Scalar | None) -> None:
     """Log an event.
 
     Args:

@@ -77,7 +77,8 @@ class ShiftWorker:
         if self._metrics_address is None:
             yield
             return
-        from shared.telemetry import Telemetry, served  # loaded by those who want it
+        from shared.exposition import served  # loaded by those who want it
+        from shared.telemetry import Telemetry
 
         self._telemetry = Telemetry(self.run_config.run.id, worker, sites)
         with served(self._telemetry, self._metrics_address, self.credentials):

@@ -1,4 +1,4 @@
-"""Metrics of a worker for Prometheus: the facts of its heartbeat and the counts of its engine, on an HTTP address.
+"""Metrics of a worker for Prometheus: the facts of its heartbeat and the counts of its engine.
 
 Counters begin at zero with every process and every shift, as Prometheus expects of them. Places in a
 run, which a restart may move back a little, are gauges. docs/operations.md lists all of them.
@@ -7,17 +7,13 @@ run, which a restart may move back a little, are gauges. docs/operations.md list
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from shared.credentials import Credentials, is_loopback
-from shared.errors import ConfigError
 from shared.log import PHASES, phase_of
 from shared.message import Scalar
 from shared.worker import Facts
@@ -63,26 +59,30 @@ class Telemetry(Collector):
         run: id of the run.
         worker: site name, or "server".
         sites: whose figures the worker knows.
+        monotonic: seconds on this machine's clock.
     """
 
-    def __init__(self, run: str, worker: str, sites: Sequence[str]) -> None:
+    def __init__(
+        self, run: str, worker: str, sites: Sequence[str], monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
         self._whose = {"run": run, "worker": worker}
         self._sites = sites
         self._facts: Facts = {"state": "starting"}
         self._counts: Mapping[str, int] = {}
-        self._saved_at = time.monotonic()
+        self._monotonic = monotonic
+        self._saved_at = monotonic()
 
     def observe(self, facts: Facts, counts: Mapping[str, int]) -> None:
         """Take what the heartbeat reports, and the engine's counts of this moment."""
         if counts.get("checkpoints") != self._counts.get("checkpoints"):
-            self._saved_at = time.monotonic()
+            self._saved_at = self._monotonic()
         self._facts, self._counts = facts, dict(counts)
 
     def collect(self) -> Iterator[Metric]:
         """See `Collector`; called at every scrape, on a thread of the HTTP server."""
         facts = self._facts
         for metric, source, meaning in _COUNTERS:
-            counter = CounterMetricFamily(metric, meaning, labels=self._whose)
+            counter = CounterMetricFamily(metric, meaning, labels=[*self._whose])
             counter.add_metric([*self._whose.values()], self._counts.get(source, 0))
             yield counter
         for metric, source, meaning in _GAUGES:
@@ -91,7 +91,7 @@ class Telemetry(Collector):
             yield self._gauges(metric, meaning, "site", {site: self._of(site, source) for site in self._sites})
         done = facts.get("applied", facts.get("answered"))
         yield self._gauge("nightsplit_plan_done_messages", "Messages of the plan that were applied or answered.", done)
-        age = time.monotonic() - self._saved_at
+        age = self._monotonic() - self._saved_at
         yield self._gauge("nightsplit_checkpoint_age_seconds", "Time since a checkpoint, or since the start.", age)
         phase = phase_of(str(facts["state"]))
         phases = {known: known == phase for known in PHASES}
@@ -107,7 +107,7 @@ class Telemetry(Collector):
         return told
 
     def _gauge(self, metric: str, meaning: str, value: Scalar | None) -> Metric:
-        gauge = GaugeMetricFamily(metric, meaning, labels=self._whose)
+        gauge = GaugeMetricFamily(metric, meaning, labels=[*self._whose])
         if value is not None:
             gauge.add_metric([*self._whose.values()], float(value))
         return gauge
@@ -118,51 +118,3 @@ class Telemetry(Collector):
             if value is not None:
                 gauge.add_metric([*self._whose.values(), name], float(value))
         return gauge
-
-
-@contextmanager
-def served(telemetry: Telemetry, address: str, credentials: Credentials) -> Iterator[None]:
-    """Answer Prometheus while the block runs.
-
-    Args:
-        telemetry: what to tell, beside this process's memory and processor time.
-        address: "host:port". Beyond this machine it is HTTPS, for clients with a certificate of
-            the same authority.
-        credentials: certificates for HTTPS.
-
-    Raises:
-        ConfigError: 111 an address beyond this machine without certificates, 112 it cannot be listened on,
-            113 a certificate cannot be used.
-    """
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
-    tls: dict[str, Any] = {}
-    if not is_loopback(host):
-        if None in (credentials.ca, credentials.certificate, credentials.key):
-            raise ConfigError(
-                111,
-                f"metrics at {address} could be read by whoever listens on the network.",
-                "name ca, certificate and key in the same file, or let metrics be 127.0.0.1:9400.",
-            )
-        credentials.tls()  # for its error, which is clearer than the one below
-        tls = {
-            "certfile": credentials.certificate, "keyfile": credentials.key,
-            "client_cafile": credentials.ca, "client_auth_required": True,
-        }  # fmt: skip
-    registry = CollectorRegistry()
-    registry.register(telemetry)
-    ProcessCollector(registry=registry)
-    try:
-        server, thread = start_http_server(int(port), host, registry, **tls)
-    except (OSError, OverflowError) as error:
-        raise ConfigError(
-            112,
-            f"{address}: {getattr(error, 'strerror', None) or error}.",
-            "give metrics an address of this machine and a port of its own.",
-        ) from None
-    try:
-        yield
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

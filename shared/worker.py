@@ -24,6 +24,10 @@ from shared.store import RunStore
 
 PREFETCH_BYTES = 128 * 2**20
 """What a worker may hold of one queue."""
+INBOX_BYTES = 512 * 2**20
+"""What it may hold of all its queues together, as far as `LEAST_PREFETCH` allows."""
+LEAST_PREFETCH, MOST_PREFETCH = 16, 512
+"""Fewer than 16 would mean a checkpoint per message or two, since the engine divides them by four."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
@@ -104,9 +108,10 @@ def _keep_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, 2**30)
 
 
-def prefetch_for(message_bytes: int) -> int:
-    """Deliveries of one queue that a worker takes at a time: as many as fit its memory, within reason."""
-    return max(16, min(512, PREFETCH_BYTES // max(1, message_bytes)))
+def prefetch_for(message_bytes: int, queues: int = 1) -> int:
+    """Deliveries of each of its queues that a worker takes at a time: as many as fit its memory, within reason."""
+    fitting = min(PREFETCH_BYTES, INBOX_BYTES // queues) // max(1, message_bytes)
+    return max(LEAST_PREFETCH, min(MOST_PREFETCH, fitting))
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from broker.base import Broker
+from broker.base import Broker, Link
 from broker.opening import open_broker
 from broker.topology import site_queues
 from shared.authority import Alone
@@ -137,10 +137,11 @@ class SiteWorker(ShiftWorker):
         route = Route(outgoing=queues.up, incoming=queues.down, dead=queues.dead)
         broker = open_broker(self.config.broker, self.base, config.wire.message_bytes, self.credentials)
         prefetch = prefetch_for(planned_message_bytes(config, {k: p for k in _DOWN if (p := role.payload(k))}))
-        if not self._opened(broker, route, idle_seconds):
+        opened = self._link(broker, route, prefetch, idle_seconds)
+        if opened is None:
             self.state = "away"
             return False
-        with broker.link([route.incoming], prefetch, owner=f"{self.config.name}:{folder.resolve()}") as link:
+        with opened as link:
             engine = Engine(
                 config.run.id, role, link, {SERVER: route}, Checkpoints(folder / "checkpoints"), Alone(),
                 message_bytes=config.wire.message_bytes,
@@ -154,22 +155,25 @@ class SiteWorker(ShiftWorker):
             self._save_model(role)
         return finished
 
-    def _opened(self, broker: Broker, route: Route, idle_seconds: float | None) -> bool:
-        """Wait, within the shift, until the server has opened the run; it makes the queues."""
-        since = self._clock.now()
+    def _link(self, broker: Broker, route: Route, prefetch: int, idle_seconds: float | None) -> Link | None:
+        """A link, once the broker answers and the server has opened the run, which makes the queues.
+
+        None when the shift ends before, or `idle_seconds` do.
+        """
+        owner, since = f"{self.config.name}:{self.state_folder.resolve()}", self._clock.now()
         while not self.off_duty():
             try:
                 if broker.depth(route.incoming) is not None:
-                    return True
+                    return broker.link([route.incoming], prefetch, owner)
                 self.state = "waiting for the server to open the run"
             except BrokerError as error:
                 if error.number != 201:
                     raise
                 self.state = f"waiting for the broker: {error.sentence}"
             if idle_seconds is not None and (self._clock.now() - since).total_seconds() > idle_seconds:
-                return False
+                return None
             self._clock.sleep(1.0)
-        return False
+        return None
 
     def _save_model(self, role: StreamSite) -> None:
         """The site's part of the best model, and the server's where the run exports it."""
@@ -183,7 +187,10 @@ class SiteWorker(ShiftWorker):
                 save_file(contiguous, self.model_folder / f"{name}.safetensors")
 
     def _look_for_server(self, store: RunStore) -> None:
-        self._server = store.statuses([SERVER]).get(SERVER)
+        # What the server says of itself grows with the sites: together they ask for it 32 times a second at most.
+        if self._beats % max(1, len(self.run_config.run.sites) // 32) == 0:
+            self._server = store.statuses([SERVER]).get(SERVER)
+        self._beats += 1
 
     def _facts(self) -> dict[str, Any]:
         role, counts, server = self._role, self._progress.counts, self._server
@@ -214,3 +221,4 @@ class SiteWorker(ShiftWorker):
         return facts | {name: counts[name] for name in ("duplicates", "refused", "checkpoints")}
 
     _sent_before = -1
+    _beats = 0

@@ -129,7 +129,7 @@ class Plan:
     def _items(self) -> list[Item]:
         return [item for epoch in range(1, self.epochs + 1) for item in self._epoch_items(epoch)]
 
-    @property
+    @cached_property
     def last(self) -> int:
         """Number of the last item."""
         return len(self._items)

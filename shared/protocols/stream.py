@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -115,7 +116,7 @@ class UpSequence:
     def _lag(self) -> int:
         return min(self.plan.window // 2, self.plan.last - 1)
 
-    @property
+    @cached_property
     def last(self) -> int:
         """Number of the site's last message."""
         return 2 * self.plan.last if self.has_head else self.plan.last

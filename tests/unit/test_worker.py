@@ -37,6 +37,10 @@ def test_prefetch_fits_the_memory():
     assert prefetch_for(100) == 512
     assert prefetch_for(16 * 2**20) == 16
     assert prefetch_for(2**20) == 128
+    assert prefetch_for(2**20, queues=4) == 128
+    assert prefetch_for(2**20, queues=16) == 32
+    assert prefetch_for(2**20, queues=1000) == 16
+    assert prefetch_for(1000, queues=1000) == 512
 
 
 def test_planned_bytes_follow_the_codec():

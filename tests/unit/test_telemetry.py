@@ -1,0 +1,172 @@
+"""What Prometheus is told of a worker, and to whom."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import urllib.request
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from console.keys.authority import Authority
+from shared.credentials import NOBODY, Credentials
+from shared.errors import ConfigError
+from shared.exposition import served
+from shared.log import PHASES, phase_of
+from shared.telemetry import Telemetry
+from tests.services import free_port
+
+SERVER_FACTS = {
+    "state": "working", "run": "ldl", "contract": "c0ffee", "steps": 40, "applied": 50, "planned": 100, "epoch": 2,
+    "fence": 3, "queued_north": 7, "queued_south": None, "loss_north": 0.25, "staleness_north": 4,
+    "heard_north": "2026-11-21T22:00:00+00:00", "heard_south": None,
+    "left_out_at_north": None, "left_out_at_south": 12,
+}  # fmt: skip
+
+
+class Told:
+    """A worker's metrics, as Prometheus reads them."""
+
+    def __init__(self, worker: str, *sites: str) -> None:
+        self.now = 1000.0
+        self.telemetry = Telemetry("ldl", worker, sites, lambda: self.now)
+        self._worker = worker
+        self._registry = CollectorRegistry()
+        self._registry.register(self.telemetry)
+
+    def __getitem__(self, metric: str) -> float | None:
+        return self.of(metric)
+
+    def of(self, metric: str, **labels: str) -> float | None:
+        return self._registry.get_sample_value(f"nightsplit_{metric}", {"run": "ldl", "worker": self._worker, **labels})
+
+
+def test_a_server_tells_of_itself_and_of_every_site() -> None:
+    told = Told("server", "north", "south")
+    told.telemetry.observe(SERVER_FACTS, Counter(sent=11, refused=1, sent_bytes=4096))
+    assert told["messages_sent_total"] == 11
+    assert told["messages_refused_total"] == 1
+    assert told["messages_duplicate_total"] == 0
+    assert told["sent_bytes_total"] == 4096
+    assert (told["training_steps"], told["epoch"], told["fence"]) == (40, 2, 3)
+    assert (told["plan_done_messages"], told["plan_messages"]) == (50, 100)
+    assert told.of("queued_messages", site="north") == 7
+    assert told.of("queued_messages", site="south") is None, "what nobody knows is not told as 0"
+    assert told.of("training_loss", site="north") == 0.25
+    assert told.of("staleness_steps", site="north") == 4
+    assert told.of("site_heard_timestamp_seconds", site="north") == datetime(2026, 11, 21, 22, tzinfo=UTC).timestamp()
+    assert told.of("site_heard_timestamp_seconds", site="south") is None
+    assert told.of("site_left_out", site="north") == 0
+    assert told.of("site_left_out", site="south") == 1
+
+
+def test_a_site_tells_of_itself() -> None:
+    told = Told("north", "north")
+    facts = {"state": "waiting for the server", "planned": 100, "sent": 31, "answered": 27, "queued": 4}
+    told.telemetry.observe(facts, Counter(sent=2))
+    assert told["messages_sent_total"] == 2, "this process's own, so that a restart is a reset"
+    assert (told["plan_done_messages"], told["plan_messages"]) == (27, 100)
+    assert told.of("queued_messages", site="north") == 4
+    assert told.of("site_left_out", site="north") is None
+    assert told["fence"] is None
+
+
+def test_the_age_of_a_checkpoint_grows_until_there_is_another_one() -> None:
+    told = Told("north", "north")
+    told.now += 40
+    assert told["checkpoint_age_seconds"] == 40
+    told.telemetry.observe({"state": "working"}, Counter(checkpoints=1))
+    told.now += 7
+    told.telemetry.observe({"state": "working"}, Counter(checkpoints=1))
+    assert told["checkpoint_age_seconds"] == 7
+    assert told["checkpoints_total"] == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "phase"),
+    [
+        ("starting", "starting"),
+        ("working", "working"),
+        ("waiting for its shift (22:00-06:00 UTC)", "waiting"),
+        ("waiting for the server", "waiting"),
+        ("waiting for the broker: connection refused.", "blocked"),
+        ("blocked: queue is full", "blocked"),
+        ("standing by: another server is active", "standby"),
+        ("away", "away"),
+        ("finished", "finished"),
+        ("failed: E501 Disk is full", "failed"),
+    ],
+)
+def test_every_state_comes_down_to_one_word(state: str, phase: str) -> None:
+    assert phase_of(state) == phase
+    told = Told("north", "north")
+    told.telemetry.observe({"state": state}, Counter())
+    assert {known: told.of("state", state=known) for known in PHASES} == {p: float(p == phase) for p in PHASES}
+
+
+def ask(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def test_a_port_that_somebody_has_is_an_error_with_a_number() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    with served(Telemetry("ldl", "north", ["north"]), address, NOBODY):
+        with (
+            pytest.raises(ConfigError) as caught,
+            served(Telemetry("ldl", "south", ["south"]), address, NOBODY),
+        ):
+            pass
+        assert caught.value.number == 112
+        assert "in use" in str(caught.value)
+        assert 'nightsplit_state{run="ldl",state="starting",worker="north"} 1.0' in ask(f"http://{address}/metrics")
+    with pytest.raises(OSError, match="refused"):
+        ask(f"http://{address}/metrics")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.7", "", "[::]", "monitoring.example.org"])
+def test_beyond_this_machine_nothing_is_told_without_certificates(host: str, tmp_path: Path) -> None:
+    for credentials in (NOBODY, Credentials(certificate=tmp_path / "north.pem", key=tmp_path / "north.key")):
+        with pytest.raises(ConfigError) as caught, served(Telemetry("ldl", "north", []), f"{host}:9400", credentials):
+            pass
+        assert caught.value.number == 111
+
+
+def test_a_certificate_that_is_not_there(tmp_path: Path) -> None:
+    credentials = Credentials(*(tmp_path / name for name in ("ca.pem", "north.pem", "north.key")))
+    with pytest.raises(ConfigError) as caught, served(Telemetry("ldl", "north", []), "0.0.0.0:9400", credentials):
+        pass
+    assert caught.value.number == 113
+
+
+def test_beyond_this_machine_it_answers_those_with_a_certificate_of_the_same_authority(tmp_path: Path) -> None:
+    own, foreign = Authority(tmp_path / "own"), Authority(tmp_path / "foreign")
+    own.issue("north", tmp_path / "north.pem", tmp_path / "north.key")
+    own.issue("prometheus", tmp_path / "prometheus.pem", tmp_path / "prometheus.key")
+    foreign.issue("prometheus", tmp_path / "stranger.pem", tmp_path / "stranger.key")
+    ca, port = tmp_path / "own" / "ca.pem", free_port()
+
+    def answer_to(client: str | None, name: str = "north.nightsplit") -> str:
+        """What Prometheus reads that expects the worker of this name."""
+        shown = [None, None] if client is None else [tmp_path / f"{client}.pem", tmp_path / f"{client}.key"]
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=10) as line,
+            Credentials(ca, *shown).tls().wrap_socket(line, server_hostname=name) as secure,
+        ):
+            secure.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            return secure.makefile("rb").read().decode()
+
+    worker = Credentials(ca, tmp_path / "north.pem", tmp_path / "north.key")
+    with served(Telemetry("ldl", "north", ["north"]), f"0.0.0.0:{port}", worker):
+        assert "nightsplit_state" in answer_to("prometheus")
+        for client in (None, "stranger"):
+            with pytest.raises(OSError, match=r"certificate required|unknown ca|reset"):
+                answer_to(client)
+        with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
+            answer_to("prometheus", "broker.example.org")
+        with pytest.raises(OSError, match=r"disconnected|closed|reset"):
+            ask(f"http://127.0.0.1:{port}/metrics")
