@@ -1,4 +1,4 @@
-"""Numbered messages, published while their broker dies: which were confirmed, and which are there afterwards."""
+"""Numbered messages, published while their broker fails: which were confirmed, and which are there afterwards."""
 
 from __future__ import annotations
 
@@ -22,17 +22,23 @@ class Numbered(threading.Thread):
     """Publishes 1, 2, 3... in turn to three queues, until it is told to stop.
 
     Args:
-        url: a RabbitMQ node that will be killed and restarted meanwhile.
+        url: a RabbitMQ node or cluster that will fail and come back meanwhile.
         seed: of the sizes, 0 to 16 KiB.
+
+    Attributes:
+        confirmed: numbers that the broker has confirmed.
+        published: how many were given to the link.
+        copies: messages that `examine` found more than once.
     """
 
     def __init__(self, url: str, seed: int) -> None:
         super().__init__(name="numbered", daemon=True)
         self.confirmed: set[int] = set()
-        self.published = 0
+        self.published = self.copies = 0
         self.error: BaseException | None = None
         self._broker = RabbitBroker(url)
         self._dice = random.Random(seed)
+        self._last_confirm, self._pause = time.monotonic(), 0.0
         self._stopped, self._abandoned = threading.Event(), threading.Event()
         self._queues = [site_queues("numbered", name, QUEUE_BYTES).up for name in ("one", "two", "three")]
         for name in ("one", "two", "three"):
@@ -52,8 +58,15 @@ class Numbered(threading.Thread):
                     event = link.receive(0.0 if more else 0.1)
                     if isinstance(event, Confirmed):
                         self.confirmed.add(int(event.message_id))
+                        now = time.monotonic()
+                        self._pause, self._last_confirm = max(self._pause, now - self._last_confirm), now
         except BaseException as error:
             self.error = error
+
+    def longest_pause(self) -> float:
+        """Seconds between two confirms, the most since the last call."""
+        pause, self._pause = max(self._pause, time.monotonic() - self._last_confirm), 0.0
+        return pause
 
     def abandon(self) -> None:
         """Leave, whatever is unconfirmed."""
@@ -74,6 +87,7 @@ class Numbered(threading.Thread):
         lost = disordered = 0
         for index, queue in enumerate(self._queues):
             found = self._emptied(queue)
+            self.copies += len(found) - len(set(found))
             wanted = {number for number in self.confirmed if number % len(self._queues) == index}
             lost += len(wanted - set(found))
             # In order, but for copies: what was published is a subsequence of what is there.

@@ -20,32 +20,37 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from broker.base import Broker, Link, Queue
+from broker.rabbitmq_address import connected, read_addresses
 from broker.rabbitmq_connection import (
     ChannelRefused,
     Consuming,
     IOLoop,
     Publishing,
-    connected,
-    read_address,
     tune_process,
 )
 from broker.rabbitmq_link import Inbox, RabbitLink
-from broker.rabbitmq_terms import arguments
+from broker.rabbitmq_terms import arguments, disagreement
 from shared.credentials import NOBODY, Credentials
 from shared.errors import BrokerError
 
 FIRST_CONNECTION_S = 10.0
 """An address that did not answer for so long is probably wrong; one that once did is tried for ever."""
 
+HEARTBEAT_S = 10
+"""A line that fell silent without a word is noticed within 30 s, so that its site is back soon after it. Large
+messages need no more: what passes of them counts as a sign of life. Below 5 s RabbitMQ warns of false alarms."""
+
 
 class RabbitBroker(Broker):
-    """Durable classic queues on a RabbitMQ server.
+    """Durable queues on a RabbitMQ server; on a cluster, replicated ones.
 
     Args:
         url: `amqp://user:password@host:port/vhost`, or `amqps` for TLS. With TLS every worker has its own
-            user: a message carries its name, RabbitMQ checks it, and the receiver reads it.
+            user: a message carries its name, RabbitMQ checks it, and the receiver reads it. Several hosts,
+            divided by commas, are the nodes of a cluster: they are tried in turn, and queues are quorum queues.
         max_message_bytes: largest body; 16 MiB is what RabbitMQ 4 takes unless it is told otherwise.
-        heartbeat: seconds after which either side begins to suspect a silent connection.
+        heartbeat: seconds after which either side begins to suspect a silent connection; it gives up after
+            two or three times as many.
         credentials: certificates and password, where they do not stand in the address.
 
     Raises:
@@ -57,11 +62,11 @@ class RabbitBroker(Broker):
         self,
         url: str,
         max_message_bytes: int = 16 * 2**20,
-        heartbeat: int = 30,
+        heartbeat: int = HEARTBEAT_S,
         credentials: Credentials = NOBODY,
     ) -> None:
         tune_process()
-        self._parameters = read_address(url, heartbeat, credentials)
+        self._addresses = read_addresses(url, heartbeat, credentials)
         self._max_message_bytes = max_message_bytes
 
     @property
@@ -70,13 +75,30 @@ class RabbitBroker(Broker):
         return self._max_message_bytes
 
     def declare(self, queues: Iterable[Queue]) -> None:
-        """Create queues that do not exist; see `Broker.declare`."""
-        with connected(self._parameters, FIRST_CONNECTION_S) as connection:
+        """Create queues that do not exist; see `Broker.declare`.
+
+        Raises:
+            BrokerError: 212 a node of the cluster does not see what another one has declared.
+        """
+        wanted, replicated = list(queues), len(self._addresses) > 1
+        with connected(self._addresses, FIRST_CONNECTION_S) as connection:
             channel = connection.channel()
-            for queue in queues:
+            for queue in wanted:
                 channel.exchange_declare(queue.exchange, "direct", durable=True)
-                channel.queue_declare(queue.name, durable=True, arguments=arguments(queue))
+                channel.queue_declare(queue.name, durable=True, arguments=arguments(queue, replicated))
                 channel.queue_bind(queue.name, queue.exchange, queue.key)
+        if replicated and wanted:
+            self._expect_agreement(wanted[0])
+
+    def _expect_agreement(self, queue: Queue) -> None:
+        """Ask each node that answers for `queue`: one that has lost sight of the others keeps what it declares."""
+        for parameters in self._addresses:
+            try:
+                with connected([parameters], 0.0) as connection:
+                    connection.channel().queue_declare(queue.name, passive=True)
+            except BrokerError as error:
+                if error.number == 205:
+                    raise disagreement(queue, parameters) from None
 
     def link(self, consume: Sequence[Queue], prefetch: int, owner: str) -> Link:
         """Open a line; see `Broker.link`.
@@ -85,11 +107,11 @@ class RabbitBroker(Broker):
             BrokerError: 201 unreachable, 202 login refused, 205 a queue does not exist.
         """
         loop, inbox = IOLoop(), Inbox()
-        publishing = Publishing(loop, self._parameters, owner, inbox)
-        consuming = Consuming(loop, self._parameters, owner, inbox, consume, prefetch)
+        publishing = Publishing(loop, self._addresses, owner, inbox)
+        consuming = Consuming(loop, self._addresses, owner, inbox, consume, prefetch)
         link = RabbitLink(loop, inbox, publishing, consuming, self._max_message_bytes, owner)
         try:
-            link.wait_until_up(FIRST_CONNECTION_S)
+            link.wait_until_up(FIRST_CONNECTION_S * len(self._addresses))  # a frozen host takes its share
         except BaseException:
             link.close()
             raise
@@ -98,7 +120,7 @@ class RabbitBroker(Broker):
     def depth(self, queue: Queue) -> int | None:
         """Messages that no consumer holds; None if the queue is absent. May lag after a broker's restart."""
         try:
-            with connected(self._parameters, FIRST_CONNECTION_S) as connection:
+            with connected(self._addresses, FIRST_CONNECTION_S) as connection:
                 declared = connection.channel().queue_declare(queue.name, passive=True)
         except BrokerError as error:
             if error.number == 205:
@@ -110,7 +132,7 @@ class RabbitBroker(Broker):
     def delete(self, queues: Iterable[Queue]) -> None:
         """Remove queues with all they hold, and exchanges that lead nowhere then."""
         unwanted = list(queues)
-        with connected(self._parameters, FIRST_CONNECTION_S) as connection:
+        with connected(self._addresses, FIRST_CONNECTION_S) as connection:
             for queue in unwanted:
                 connection.channel().queue_delete(queue.name)
             for exchange in sorted({queue.exchange for queue in unwanted}):

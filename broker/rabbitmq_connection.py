@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import deque
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,11 +25,23 @@ from pika.adapters.utils import io_services_utils
 from broker.base import Confirmed, Delivery, Queue
 from broker.outbox import Message, Outbox, Pauses
 from broker.rabbitmq_link import Inbox
-from broker.rabbitmq_terms import lasting, missing, sentence, unreachable
-from shared.credentials import Credentials
+from broker.rabbitmq_terms import lasting, line_down, unreachable
 from shared.errors import BrokerError
 
-__all__ = ["ChannelRefused", "Consuming", "IOLoop", "Publishing", "connected", "read_address", "tune_process"]
+__all__ = ["ChannelRefused", "Consuming", "IOLoop", "Publishing", "tune_process"]
+
+MISSING_S = 120.0
+"""How long a queue may be missing: nodes of a cluster that lost sight of each other find together again."""
+
+FORGET_MISSING_S = 60.0
+"""Longer than between two attempts. What was missing earlier than that has been there meanwhile."""
+
+OVERDUE_S = 20.0
+"""A cluster's confirm that takes longer is lost: a quorum queue that got a new leader may owe one for ever (seen
+with RabbitMQ 3.10, and not rarely)."""
+
+WATCH_S = 1.0
+"""How often to look whether one is."""
 
 RECEIVE_BYTES = 128 * 2**10
 """What pika reads at a time: the size of an AMQP frame."""
@@ -47,63 +60,12 @@ def tune_process() -> None:
     logging.getLogger("pika").setLevel(logging.CRITICAL + 1)  # failures are reported as events and errors
 
 
-def read_address(url: str, heartbeat: int, credentials: Credentials) -> Any:
-    """What pika needs to know for `amqp://user:password@host:port/vhost`.
-
-    Raises:
-        BrokerError: 201 when it cannot be read.
-        ConfigError: 113 when a file of `credentials` cannot be used.
-    """
-    try:
-        parameters = pika.URLParameters(url)
-    except Exception:  # whatever the parser stumbles over; its text may show a part of the password
-        raise BrokerError(
-            201, "the broker's address cannot be read.", "write amqp://user:password@host:5672/vhost."
-        ) from None
-    if (secret := credentials.secret()) is not None:
-        parameters.credentials = pika.PlainCredentials(parameters.credentials.username, secret)
-    if parameters.ssl_options is not None:
-        parameters.ssl_options = pika.SSLOptions(credentials.tls(), parameters.host)
-    parameters.heartbeat = heartbeat
-    parameters.blocked_connection_timeout = None  # an alarm may last all night
-    parameters.socket_timeout = 5
-    parameters.stack_timeout = 10
-    return parameters
-
-
-@contextmanager
-def connected(parameters: Any, patience: float) -> Iterator[Any]:
-    """A short-lived connection of the calling thread; what goes wrong on it becomes a BrokerError."""
-    connection = _connect(parameters, patience)
-    try:
-        yield connection
-    except (exceptions.AMQPError, OSError) as error:
-        raise lasting(error, parameters) or unreachable(error, parameters) from None
-    finally:
-        if connection.is_open:
-            with suppress(exceptions.AMQPError, OSError):
-                connection.close()
-
-
-def _connect(parameters: Any, patience: float) -> Any:
-    pauses, deadline = Pauses(), time.monotonic() + patience
-    while True:
-        try:
-            return pika.BlockingConnection(parameters)
-        except (exceptions.AMQPError, OSError) as error:
-            if verdict := lasting(error, parameters):
-                raise verdict from None
-            if time.monotonic() > deadline:
-                raise unreachable(error, parameters) from None
-        time.sleep(next(pauses))
-
-
 class _Connection(ABC):
     """One connection with one channel, opened again whenever it is lost.
 
         connect ─▶ _on_open ─▶ _prepare (subclass) ─▶ _now_up ─ ─ ─ ┐
            ▲                                                        │ lost, or its channel closed
-           └───────── pause ◀───────── _on_end ◀────────────────────┘
+           └─── next host, pause ◀──── _on_end ◀────────────────────┘
 
     A closed channel closes its connection too: with a single way back, that way is well trodden.
     A new connection is opened only after the old one has reported its end.
@@ -111,13 +73,14 @@ class _Connection(ABC):
 
     role: str  # "publishing" or "consuming"
 
-    def __init__(self, loop: Any, parameters: Any, owner: str, inbox: Inbox) -> None:
+    def __init__(self, loop: Any, addresses: Sequence[Any], owner: str, inbox: Inbox) -> None:
         self.was_up = threading.Event()
         self.on_ended: Callable[[], None] = lambda: None
         self._loop = loop
         self._inbox = inbox
-        self._parameters = copy.copy(parameters)
-        self._parameters.client_properties = {"connection_name": f"nightsplit {owner} {self.role}"}
+        self._addresses = deque(copy.copy(parameters) for parameters in addresses)
+        for parameters in self._addresses:
+            parameters.client_properties = {"connection_name": f"nightsplit {owner} {self.role}"}
         self._pauses = Pauses()
         self._connection: Any = None
         self._channel: Any = None  # None unless it may be used
@@ -126,6 +89,12 @@ class _Connection(ABC):
         self._last_error: BaseException | None = None
         self._renewing = False
         self._closing = False
+        self._missing_first = self._missing_last = -math.inf
+
+    @property
+    def _parameters(self) -> Any:
+        """Of the host whose turn it is."""
+        return self._addresses[0]
 
     @abstractmethod
     def _prepare(self, channel: Any) -> None:
@@ -194,7 +163,6 @@ class _Connection(ABC):
         self._let_go()
 
     def _now_up(self) -> None:
-        self._pauses = Pauses()
         self.was_up.set()
         self._inbox.over(self.role)
 
@@ -207,12 +175,26 @@ class _Connection(ABC):
         elif self._renewing:
             self._renewing = False
             self.connect()
-        elif verdict is not None:
+        elif verdict is not None and not self._may_come_back(verdict):
             self._inbox.fail(verdict)
         else:
-            self._inbox.trouble(self.role, f"the {self.role} connection is down: {sentence(reason)}")
-            self._retry = self._loop.call_later(next(self._pauses), self.connect)
+            self._inbox.trouble(self.role, line_down(reason, self._parameters))
+            self._retry = self._loop.call_later(next(self._pauses), self._connect_to_next)
         self._lost()
+
+    def _connect_to_next(self) -> None:
+        self._addresses.rotate(-1)
+        self.connect()
+
+    def _may_come_back(self, verdict: BrokerError) -> bool:
+        """Whether a queue is missing, not for long yet, in a cluster: its parts may lose sight of each other."""
+        if verdict.number != 205 or len(self._addresses) == 1 or not self.was_up.is_set():
+            return False
+        now = time.monotonic()
+        if now - self._missing_last > FORGET_MISSING_S:
+            self._missing_first = now
+        self._missing_last = now
+        return now - self._missing_first < MISSING_S
 
 
 class Publishing(_Connection):
@@ -220,17 +202,23 @@ class Publishing(_Connection):
 
     role = "publishing"
 
-    def __init__(self, loop: Any, parameters: Any, owner: str, inbox: Inbox) -> None:
-        super().__init__(loop, parameters, owner, inbox)
+    def __init__(self, loop: Any, addresses: Sequence[Any], owner: str, inbox: Inbox) -> None:
+        super().__init__(loop, addresses, owner, inbox)
         self._outbox = Outbox()
-        self._user = parameters.credentials.username if parameters.ssl_options else None
+        self._user = self._parameters.credentials.username if self._parameters.ssl_options else None
         self._can_send = False
+        self._drained_at = 0.0
 
     def publish(self, message: Message) -> None:
         """Send `message` as soon as the broker takes it."""
         self._outbox.add(message)
-        if self._can_send and not self._outbox.is_held(message.queue):
+        if self._may_send and not self._outbox.is_held(message.queue):
             self._send(message)
+
+    @property
+    def _may_send(self) -> bool:
+        """Whether the broker reads, and the connection is not about to end."""
+        return self._can_send and self._channel is not None
 
     def _prepare(self, channel: Any) -> None:
         self._connection.add_on_connection_blocked_callback(self._on_blocked)
@@ -242,6 +230,21 @@ class Publishing(_Connection):
         self._now_up()
         self._can_send = True
         self._send_due()
+        if len(self._addresses) > 1:
+            self._watch(self._channel)
+
+    def _watch(self, channel: Any) -> None:
+        """Go on with another connection when the broker owes a confirm, and has had all that there is to send."""
+        if channel is not self._channel:
+            return
+        now = time.monotonic()
+        oldest = self._outbox.longest_under_way
+        if oldest is None or not self._can_send or self._connection._transport.get_write_buffer_size():
+            self._drained_at = now
+        if oldest is not None and now - max(self._drained_at, oldest.sent_at) > OVERDUE_S:
+            self._on_channel_closed(channel, TimeoutError(f"no confirm for {OVERDUE_S:.0f} s"))
+        else:
+            self._loop.call_later(WATCH_S, partial(self._watch, channel))
 
     def _lost(self) -> None:
         self._can_send = False
@@ -258,12 +261,13 @@ class Publishing(_Connection):
         self._send_due()
 
     def _send_due(self) -> None:
-        if self._can_send:
+        if self._may_send:
             for message in self._outbox.due():
                 self._send(message)
 
     def _send(self, message: Message) -> None:
         self._outbox.sent(message)
+        message.sent_at = time.monotonic()
         self._channel.basic_publish(
             message.queue.exchange,
             message.queue.key,
@@ -279,11 +283,13 @@ class Publishing(_Connection):
         )
 
     def _on_returned(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
-        # The broker confirms this message next. Nobody will receive that: the worker meets the failure first.
+        # The broker confirms it next, which must not be heard: on a new channel it is offered again.
         where = f"exchange {method.exchange}, key {method.routing_key}"
-        self._inbox.fail(missing(f"{properties.message_id} reaches no queue ({where})."))
+        self._on_channel_closed(channel, ChannelRefused(404, f"{properties.message_id} reaches no queue ({where})"))
 
     def _on_settled(self, frame: Any) -> None:
+        if self._channel is None:
+            return
         accepted = isinstance(frame.method, pika.spec.Basic.Ack)
         for message in self._outbox.settle(frame.method.delivery_tag, frame.method.multiple):
             if accepted:
@@ -292,6 +298,7 @@ class Publishing(_Connection):
                 self._refused(message)
 
     def _accepted(self, message: Message) -> None:
+        self._pauses = Pauses()  # not before: a node may let us connect and know none of our queues
         was_held = self._outbox.is_held(message.queue)
         is_released = self._outbox.taken(message)
         self._inbox.events.put(Confirmed(message.message_id))
@@ -301,9 +308,12 @@ class Publishing(_Connection):
             self._send_due()
 
     def _refused(self, message: Message) -> None:
-        # The queue is full. Offered one at a time, the messages that wait keep their order.
+        # The queue is full, or has no leader. Offered one at a time, the messages that wait keep their order.
         queue = message.queue
-        self._inbox.trouble(queue.name, f"queue {queue.name} is full (limit: {queue.limit_bytes} bytes)")
+        reason = f"queue {queue.name} is full (limit: {queue.limit_bytes} bytes)"
+        if len(self._addresses) > 1:
+            reason += ", or waits for a new leader"
+        self._inbox.trouble(queue.name, reason)
         pause = self._outbox.hold(queue)
         if pause is not None:
             self._loop.call_later(pause, partial(self._offer_again, queue))
@@ -348,6 +358,7 @@ class Consuming(_Connection):
         def consuming(frame: Any) -> None:
             waited_for.discard(frame.method.consumer_tag)
             if not waited_for:
+                self._pauses = Pauses()
                 self._now_up()
 
         channel.add_on_cancel_callback(self._on_cancelled)

@@ -11,10 +11,20 @@ from typing import Any
 from broker.base import Queue
 from shared.errors import BrokerError
 
+NO_DELIVERY_LIMIT = 2**31 - 1
+"""For a quorum queue, as good as none. Its own word for none, -1, is unknown to RabbitMQ 3, and lets
+RabbitMQ 4 put redelivered messages behind all others."""
 
-def arguments(queue: Queue) -> dict[str, object]:
-    """Queue arguments. Lazy mode is left to a policy, since brokers may refuse arguments that differ."""
-    arguments: dict[str, object] = {"x-single-active-consumer": True}
+
+def arguments(queue: Queue, replicated: bool) -> dict[str, object]:
+    """Queue arguments. Lazy mode is left to a policy, since brokers may refuse arguments that differ.
+
+    The type is always named: a virtual host may have a default, and RabbitMQ 4's quorum queues drop
+    what was delivered 20 times, unless they are told otherwise.
+    """
+    arguments: dict[str, object] = {"x-single-active-consumer": True, "x-queue-type": "classic"}
+    if replicated:
+        arguments |= {"x-queue-type": "quorum", "x-delivery-limit": NO_DELIVERY_LIMIT}
     if queue.limit_bytes is not None:
         # The default on overflow is to drop the oldest message, and confirm the new one.
         arguments |= {"x-max-length-bytes": queue.limit_bytes, "x-overflow": "reject-publish"}
@@ -74,6 +84,15 @@ def missing(what: str) -> BrokerError:
     return BrokerError(205, what, "open the run first: nightsplit open server.toml.")
 
 
+def disagreement(queue: Queue, parameters: Any) -> BrokerError:
+    """The error for a cluster whose nodes have lost sight of each other."""
+    return BrokerError(
+        212,
+        f"{_place(parameters)} does not know queue {queue.name}, which another node has.",
+        "restart the node that was frozen or cut off; rabbitmqctl cluster_status names it.",
+    )
+
+
 def unreachable(error: BaseException | None, parameters: Any) -> BrokerError:
     """The error for a broker that does not answer at all."""
     return BrokerError(
@@ -81,6 +100,13 @@ def unreachable(error: BaseException | None, parameters: Any) -> BrokerError:
         f"{_place(parameters)}: {sentence(error)}.",
         "start the broker, or correct host and port in the address.",
     )
+
+
+def line_down(error: BaseException | None, parameters: Any) -> str:
+    """What a worker's user reads while the link tries again."""
+    what = "nothing was heard from it" if type(error).__name__ == "AMQPHeartbeatTimeout" else sentence(error)
+    place = f"{parameters.host}:{parameters.port}"
+    return f"the line to the broker is down ({place}: {what}); trying again, nothing is lost"
 
 
 def _place(parameters: Any) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from broker import rabbitmq, rabbitmq_connection
+from broker import rabbitmq, rabbitmq_address, rabbitmq_connection
 from broker.base import Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
 from broker.outbox import Message, Outbox
 from broker.rabbitmq import RabbitBroker
@@ -112,7 +112,7 @@ def test_a_virtual_host_that_does_not_exist(node: RabbitNode) -> None:
 
 def test_a_user_without_permission(node: RabbitNode, broker: RabbitBroker, queues: SiteQueues) -> None:
     node.ctl("eval", 'rabbit_auth_backend_internal:add_user(<<"mute">>, <<"mute">>, <<"test">>).')
-    vhost = broker._parameters.virtual_host
+    vhost = broker._addresses[0].virtual_host
     node.ctl("set_permissions", "-p", vhost, "mute", "^$", "^$", "^$")
     mute = RabbitBroker(f"amqp://mute:mute@127.0.0.1:{node.port}/{vhost}")
     assert number_of(lambda: mute.declare(queues)) == 202
@@ -250,7 +250,7 @@ def test_a_connection_closed_by_an_operator(node: RabbitNode, broker: RabbitBrok
     publish_all(broker, queues.up, ["a", "b"])
     with broker.link([queues.up], 2, "server") as link:
         collect(link, lambda events: len(events) == 2)
-        node.ctl("close_all_connections", "--vhost", broker._parameters.virtual_host, "maintenance")
+        node.ctl("close_all_connections", "--vhost", broker._addresses[0].virtual_host, "maintenance")
         events = collect(link, lambda events: recovered(events) and len(ids(events)) == 2)
         assert ids(events) == ["a", "b"]
         reasons = [event.reason for event in events if isinstance(event, Trouble)]
@@ -346,7 +346,7 @@ def test_closing_while_the_broker_does_not_read(node: RabbitNode, broker: Rabbit
 def test_a_standby_receives_first_what_the_first_had_in_hand(broker: RabbitBroker, queues: SiteQueues) -> None:
     """Also where the broker wakes the standby as soon as a consumer is cancelled, as quorum queues do."""
     broker.delete([queues.up])
-    with rabbitmq_connection.connected(broker._parameters, 10) as connection:
+    with rabbitmq_address.connected(broker._addresses, 10) as connection:
         arguments = {"x-queue-type": "quorum", "x-single-active-consumer": True}
         connection.channel().queue_declare(queues.up.name, durable=True, arguments=arguments)
         connection.channel().queue_bind(queues.up.name, queues.up.exchange, queues.up.key)
@@ -366,7 +366,7 @@ def test_the_broker_sees_who_is_connected(node: RabbitNode, broker: RabbitBroker
     with broker.link([queues.up], 1, "site-a"):
         assert "nightsplit site-a publishing" in names()
         assert "nightsplit site-a consuming" in names()
-        assert "site-a" in node.ctl("list_consumers", "-p", broker._parameters.virtual_host, "consumer_tag")
+        assert "site-a" in node.ctl("list_consumers", "-p", broker._addresses[0].virtual_host, "consumer_tag")
     wait_until(lambda: "site-a" not in names(), 10, "the broker to see the link closed")
 
 

@@ -1,0 +1,211 @@
+"""Three RabbitMQ nodes with quorum queues: the leader is killed, freezes, is cut off, and training goes on."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.numbered import Numbered
+from broker import rabbitmq_connection
+from broker.base import Confirmed, Delivery, Link, Trouble
+from broker.rabbitmq import RabbitBroker
+from broker.rabbitmq_address import read_addresses
+from broker.rabbitmq_terms import arguments
+from broker.topology import SiteQueues, site_queues
+from shared.config import WireSection
+from shared.credentials import NOBODY
+from shared.errors import BrokerError
+from tests.cluster import ClusterNode, cluster
+from tests.services import RabbitNode, RedisServer, free_port
+from tests.study import change
+from tests.workers import Hospital
+
+pytestmark = [pytest.mark.rabbitmq, pytest.mark.timeout(300)]
+
+EPOCHS = 30
+
+
+def small_run(folder: Path, broker: str = "embedded:broker", store: str = "sqlite:run.db") -> Hospital:
+    hospital = Hospital(folder, broker=broker, store=store, epochs=EPOCHS)
+    change(folder / "run.toml", '["north", "south", "east"]', '["north", "south"]')
+    return hospital
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return small_run(tmp_path_factory.mktemp("calm") / "run").in_peace()
+
+
+def test_the_leader_freezes_dies_and_is_cut_off_while_training(
+    tmp_path: Path, undisturbed: dict[str, str], redis_server: RedisServer
+) -> None:
+    """Strict order: the run's weights are those of an undisturbed one; and no confirmed message is lost."""
+    redis_server.clear()
+    with cluster(tmp_path / "cluster") as nodes:
+        # The node that declares a queue leads it. The workers talk to another one.
+        declaring, numbered_queues = RabbitBroker(nodes.url(0)), ("one", "two", "three")
+        for site in ("north", "south"):
+            declaring.declare(site_queues("lipids", site, WireSection().queue_bytes))
+        for name in numbered_queues:
+            declaring.declare(site_queues("numbered", name, 2**30))
+        hospital = small_run(tmp_path / "run", nodes.url(1), redis_server.url)
+        numbered = Numbered(nodes.url(1), seed=1)
+
+        def during(fault: Callable[[ClusterNode], None]) -> ClusterNode:
+            """Strike the present leader while everybody is at work, and see the run go on."""
+            victim = nodes.leader("nightsplit.lipids.north.up")
+            hospital.processes["south"].send_signal(signal.SIGCONT)
+            hospital.wait_for_steps(hospital.steps + 5, 100)
+            fault(victim)
+            hospital.wait_for_steps(hospital.steps + 20, 100)
+            # In strict order nobody runs ahead of a site that sleeps: the run waits while a node comes back.
+            hospital.processes["south"].send_signal(signal.SIGSTOP)
+            return victim
+
+        try:
+            numbered.start()
+            for worker in hospital.workers:
+                hospital.start(worker)
+            hospital.wait_for_steps(1)
+
+            frozen = during(ClusterNode.freeze)
+            frozen.thaw()
+            frozen.restart()  # it may have lost sight of the others for good
+            nodes.wait_until_whole()
+
+            killed = during(ClusterNode.kill)
+            killed.start()
+            nodes.wait_until_whole()
+
+            lonely = during(lambda node: node.cut_off(nodes.peers(node)))
+            lonely.join_again(nodes.peers(lonely))
+
+            hospital.processes["south"].send_signal(signal.SIGCONT)
+            hospital.wait_for_end()
+            nodes.wait_until_whole()
+            assert numbered.examine() == (0, 0)
+            print(f"{len(numbered.confirmed)} confirmed, {numbered.copies} copies")
+        finally:
+            numbered.abandon()
+            hospital.close()
+    assert hospital.models() == undisturbed
+
+
+# Several hosts, one node
+
+
+@pytest.fixture
+def url(rabbitmq: RabbitNode) -> str:
+    """A cluster's address whose first host is away and whose others are one node under two names."""
+    return rabbitmq.vhost().replace(
+        f"127.0.0.1:{rabbitmq.port}", f"127.0.0.1:{free_port()},127.0.0.1:{rabbitmq.port},localhost:{rabbitmq.port}"
+    )
+
+
+@pytest.fixture
+def queues(url: str) -> Iterator[SiteQueues]:
+    queues = site_queues("run", "site", 2**30)
+    yield queues
+    RabbitBroker(url).delete(queues)
+
+
+def next_of(link: Link, *kinds: type) -> object:
+    """The next event of certain kinds, whatever comes before it."""
+    while True:
+        event = link.receive(20)
+        assert event is not None
+        if isinstance(event, kinds):
+            return event
+
+
+def test_hosts_are_tried_in_turn(url: str, queues: SiteQueues) -> None:
+    broker = RabbitBroker(url)
+    broker.declare(queues)
+    with broker.link([queues.up], 1, "both") as link:
+        link.publish(queues.up, "m", [b"x"])
+        assert next_of(link, Confirmed, Delivery)
+        assert next_of(link, Confirmed, Delivery)
+    assert broker.depth(queues.up) == 1
+
+
+def test_a_queue_that_a_cluster_does_not_know_for_a_while(url: str, queues: SiteQueues) -> None:
+    """Unroutable messages are offered again until there is a way, and a consumer comes back, too."""
+    broker = RabbitBroker(url)
+    broker.declare(queues)
+    with broker.link([queues.down], 1, "site") as link:
+        broker.delete([queues.up, queues.down])
+        link.publish(queues.up, "m", [b"x"])
+        trouble = next_of(link, Trouble)
+        assert isinstance(trouble, Trouble)
+        assert "trying again, nothing is lost" in trouble.reason
+        broker.declare(queues)
+        assert next_of(link, Confirmed) == Confirmed("m")
+        link.publish(queues.down, "answer", [b"y"])
+        arrived = next_of(link, Delivery)
+        assert isinstance(arrived, Delivery)
+        assert arrived.message_id == "answer"
+    assert broker.depth(queues.up) == 1
+
+
+def test_a_queue_that_a_cluster_does_not_know_for_long(
+    url: str, queues: SiteQueues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rabbitmq_connection, "MISSING_S", 2.0)
+    broker = RabbitBroker(url)
+    broker.declare(queues)
+    with broker.link([], 1, "site") as link:
+        broker.delete([queues.up])
+        link.publish(queues.up, "m", [b"x"])
+        with pytest.raises(BrokerError, match=r"E205 .* m reaches no queue"):
+            next_of(link, Confirmed)
+
+
+def test_a_confirm_that_never_comes(
+    url: str, queues: SiteQueues, rabbitmq: RabbitNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a change of leader: the connection lives, and what was published is not answered."""
+    monkeypatch.setattr(rabbitmq_connection, "OVERDUE_S", 2.0)
+    broker = RabbitBroker(url)
+    broker.declare(queues)
+    leader = f"'{broker._addresses[0].virtual_host}_{queues.up.name}'"
+    with broker.link([], 1, "site") as link:
+        link.publish(queues.up, "first", [b"x"])
+        assert next_of(link, Confirmed) == Confirmed("first")
+        rabbitmq.ctl("eval", f"sys:suspend({leader}).")
+        link.publish(queues.up, "second", [b"y"])
+        trouble = next_of(link, Trouble)
+        rabbitmq.ctl("eval", f"sys:resume({leader}).")
+        assert isinstance(trouble, Trouble)
+        assert "no confirm for 2 s" in trouble.reason
+        assert next_of(link, Confirmed) == Confirmed("second")
+
+
+def test_hosts_of_no_common_cluster(url: str, queues: SiteQueues, rabbitmq: RabbitNode, tmp_path: Path) -> None:
+    with RabbitNode(tmp_path / "stranger") as stranger:
+        vhost = RabbitBroker(url)._addresses[0].virtual_host
+        stranger.ctl("add_vhost", vhost)
+        stranger.ctl("set_permissions", "-p", vhost, "guest", ".*", ".*", ".*")
+        with pytest.raises(BrokerError, match="E212"):
+            RabbitBroker(f"{url.rpartition('/')[0]},127.0.0.1:{stranger.port}/{vhost}").declare(queues)
+
+
+def test_an_address_of_several_hosts() -> None:
+    addresses = read_addresses("amqps://north@h1,h2:5673,[::1]:5674/ward", 30, NOBODY)
+    assert [(a.host, a.port, a.virtual_host) for a in addresses] == [
+        ("h1", 5671, "ward"), ("h2", 5673, "ward"), ("::1", 5674, "ward"),
+    ]  # fmt: skip
+    assert [a.ssl_options.server_hostname for a in addresses] == ["h1", "h2", "::1"]
+    with pytest.raises(BrokerError, match="E201"):
+        read_addresses("amqp://guest:guest@h1,,h2:x/", 30, NOBODY)
+
+
+def test_the_type_of_a_queue_is_never_left_to_the_broker() -> None:
+    up = site_queues("run", "site", 1000).up
+    assert arguments(up, replicated=False)["x-queue-type"] == "classic"
+    replicated = arguments(up, replicated=True)
+    assert replicated["x-queue-type"] == "quorum"
+    assert replicated["x-delivery-limit"] == 2**31 - 1
+    assert replicated["x-overflow"] == "reject-publish"
