@@ -28,7 +28,7 @@ from broker.topology import site_queues
 from console.words import columns
 from tests.cluster import Cluster, ClusterNode, cluster
 
-WATCH_S = 70.0
+WATCH_S = 40.0
 ROUNDS = 5
 VOLUME = 200 * 10**6
 

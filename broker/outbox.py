@@ -36,7 +36,6 @@ class Message:
     body: bytes
     headers: dict[str, str]
     in_flight: bool = False
-    sent_at: float = 0.0
 
 
 @dataclass(slots=True)
@@ -84,11 +83,6 @@ class Outbox:
         self._last_tag += 1
         self._open[self._last_tag] = message
         message.in_flight = True
-
-    @property
-    def longest_under_way(self) -> Message | None:
-        """The message for which the broker has owed an answer longest."""
-        return next(iter(self._open.values()), None)
 
     def settle(self, tag: int, multiple: bool) -> list[Message]:
         """Messages that the broker's answer to `tag` is about, oldest first; they are under way no more."""

@@ -36,13 +36,6 @@ MISSING_S = 120.0
 FORGET_MISSING_S = 60.0
 """Longer than between two attempts. What was missing earlier than that has been there meanwhile."""
 
-OVERDUE_S = 20.0
-"""A cluster's confirm that takes longer is lost: a quorum queue that got a new leader may owe one for ever (seen
-with RabbitMQ 3.10, and not rarely)."""
-
-WATCH_S = 1.0
-"""How often to look whether one is."""
-
 RECEIVE_BYTES = 128 * 2**10
 """What pika reads at a time: the size of an AMQP frame."""
 
@@ -95,6 +88,10 @@ class _Connection(ABC):
     def _parameters(self) -> Any:
         """Of the host whose turn it is."""
         return self._addresses[0]
+
+    @property
+    def _is_cluster(self) -> bool:
+        return len(self._addresses) > 1
 
     @abstractmethod
     def _prepare(self, channel: Any) -> None:
@@ -163,6 +160,8 @@ class _Connection(ABC):
         self._let_go()
 
     def _now_up(self) -> None:
+        if time.monotonic() - self._missing_last > FORGET_MISSING_S:  # else it may be missing still
+            self._pauses = Pauses()
         self.was_up.set()
         self._inbox.over(self.role)
 
@@ -188,7 +187,7 @@ class _Connection(ABC):
 
     def _may_come_back(self, verdict: BrokerError) -> bool:
         """Whether a queue is missing, not for long yet, in a cluster: its parts may lose sight of each other."""
-        if verdict.number != 205 or len(self._addresses) == 1 or not self.was_up.is_set():
+        if verdict.number != 205 or not self._is_cluster or not self.was_up.is_set():
             return False
         now = time.monotonic()
         if now - self._missing_last > FORGET_MISSING_S:
@@ -207,7 +206,6 @@ class Publishing(_Connection):
         self._outbox = Outbox()
         self._user = self._parameters.credentials.username if self._parameters.ssl_options else None
         self._can_send = False
-        self._drained_at = 0.0
 
     def publish(self, message: Message) -> None:
         """Send `message` as soon as the broker takes it."""
@@ -230,21 +228,6 @@ class Publishing(_Connection):
         self._now_up()
         self._can_send = True
         self._send_due()
-        if len(self._addresses) > 1:
-            self._watch(self._channel)
-
-    def _watch(self, channel: Any) -> None:
-        """Go on with another connection when the broker owes a confirm, and has had all that there is to send."""
-        if channel is not self._channel:
-            return
-        now = time.monotonic()
-        oldest = self._outbox.longest_under_way
-        if oldest is None or not self._can_send or self._connection._transport.get_write_buffer_size():
-            self._drained_at = now
-        if oldest is not None and now - max(self._drained_at, oldest.sent_at) > OVERDUE_S:
-            self._on_channel_closed(channel, TimeoutError(f"no confirm for {OVERDUE_S:.0f} s"))
-        else:
-            self._loop.call_later(WATCH_S, partial(self._watch, channel))
 
     def _lost(self) -> None:
         self._can_send = False
@@ -267,7 +250,6 @@ class Publishing(_Connection):
 
     def _send(self, message: Message) -> None:
         self._outbox.sent(message)
-        message.sent_at = time.monotonic()
         self._channel.basic_publish(
             message.queue.exchange,
             message.queue.key,
@@ -298,7 +280,6 @@ class Publishing(_Connection):
                 self._refused(message)
 
     def _accepted(self, message: Message) -> None:
-        self._pauses = Pauses()  # not before: a node may let us connect and know none of our queues
         was_held = self._outbox.is_held(message.queue)
         is_released = self._outbox.taken(message)
         self._inbox.events.put(Confirmed(message.message_id))
@@ -311,7 +292,7 @@ class Publishing(_Connection):
         # The queue is full, or has no leader. Offered one at a time, the messages that wait keep their order.
         queue = message.queue
         reason = f"queue {queue.name} is full (limit: {queue.limit_bytes} bytes)"
-        if len(self._addresses) > 1:
+        if self._is_cluster:
             reason += ", or waits for a new leader"
         self._inbox.trouble(queue.name, reason)
         pause = self._outbox.hold(queue)
@@ -320,7 +301,12 @@ class Publishing(_Connection):
 
     def _offer_again(self, queue: Queue) -> None:
         self._outbox.wake(queue)
-        self._send_due()
+        if self._is_cluster and self._channel is not None:
+            # A channel that met a quorum queue without a leader refuses for it ever after (RabbitMQ 3.10).
+            self._renewing = True
+            self._let_go()
+        else:
+            self._send_due()
 
 
 class Consuming(_Connection):
@@ -358,7 +344,6 @@ class Consuming(_Connection):
         def consuming(frame: Any) -> None:
             waited_for.discard(frame.method.consumer_tag)
             if not waited_for:
-                self._pauses = Pauses()
                 self._now_up()
 
         channel.add_on_cancel_callback(self._on_cancelled)

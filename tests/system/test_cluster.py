@@ -163,26 +163,6 @@ def test_a_queue_that_a_cluster_does_not_know_for_long(
             next_of(link, Confirmed)
 
 
-def test_a_confirm_that_never_comes(
-    url: str, queues: SiteQueues, rabbitmq: RabbitNode, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As after a change of leader: the connection lives, and what was published is not answered."""
-    monkeypatch.setattr(rabbitmq_connection, "OVERDUE_S", 2.0)
-    broker = RabbitBroker(url)
-    broker.declare(queues)
-    leader = f"'{broker._addresses[0].virtual_host}_{queues.up.name}'"
-    with broker.link([], 1, "site") as link:
-        link.publish(queues.up, "first", [b"x"])
-        assert next_of(link, Confirmed) == Confirmed("first")
-        rabbitmq.ctl("eval", f"sys:suspend({leader}).")
-        link.publish(queues.up, "second", [b"y"])
-        trouble = next_of(link, Trouble)
-        rabbitmq.ctl("eval", f"sys:resume({leader}).")
-        assert isinstance(trouble, Trouble)
-        assert "no confirm for 2 s" in trouble.reason
-        assert next_of(link, Confirmed) == Confirmed("second")
-
-
 def test_hosts_of_no_common_cluster(url: str, queues: SiteQueues, rabbitmq: RabbitNode, tmp_path: Path) -> None:
     with RabbitNode(tmp_path / "stranger") as stranger:
         vhost = RabbitBroker(url)._addresses[0].virtual_host
