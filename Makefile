@@ -13,6 +13,9 @@ TORCH_INDEX ?=
 # Options for pytest: make test ARGS="-x tests/unit"
 ARGS ?=
 
+# Tests wait for processes and clocks half of the time, so two files run side by side.
+SIDE_BY_SIDE := -n 2 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help setup services demo test check format bench clean
 
@@ -38,7 +41,7 @@ demo: setup  ## three hospitals that work by night and a server that works by da
 	@$(BIN)/nightsplit demo
 
 test: setup services  ## all tests, against a real RabbitMQ and a real Redis of their own
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 check: setup  ## style, types and the rules of who may import whom
 	@$(BIN)/ruff check .
