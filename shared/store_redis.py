@@ -158,7 +158,7 @@ class RedisStore(RunStore):
     def pointer(self) -> Pointer | None:
         """See `RunStore`."""
         found = self._ask(lambda: self._redis.hgetall(self._pointer))
-        return Pointer(int(found["fence"]), int(found["counter"]), found["sha256"]) if found else None
+        return Pointer(int(found["fence"]), int(found["counter"]), str(found["sha256"])) if found else None
 
     def move_pointer(self, pointer: Pointer) -> bool:
         """See `RunStore`."""
