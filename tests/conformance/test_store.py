@@ -32,7 +32,6 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
     shared_object = MemoryStore()
     if request.param == "redis":
         redis_server = request.getfixturevalue("redis_server")
-        redis_server.clear()
 
     def once_more() -> RunStore:
         if request.param == "memory":
@@ -59,7 +58,6 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:{tmp_path}/store.sqlite"
     server: RedisServer = request.getfixturevalue("redis_server")
-    server.clear()
     return server.url
 
 
@@ -232,7 +230,6 @@ def test_everything_survives_reopening(address: str) -> None:
 
 @pytest.mark.redis
 def test_redis_keeps_everything_over_a_kill_of_its_server(redis_server: RedisServer) -> None:
-    redis_server.clear()
     with closing(RedisStore(redis_server.url, "night-1")) as store:
         fence = store.acquire_lease("server-a", 60)
         assert fence is not None

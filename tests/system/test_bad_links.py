@@ -62,7 +62,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture
 def hospital(tmp_path: Path, rabbitmq: RabbitNode, redis_server: RedisServer) -> Iterator[Hospital]:
-    redis_server.clear()
     hospital = small_run(tmp_path / "run", rabbitmq.vhost(), redis_server.url)
     yield hospital
     hospital.close()

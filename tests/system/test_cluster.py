@@ -43,7 +43,6 @@ def test_the_leader_freezes_dies_and_is_cut_off_while_training(
     tmp_path: Path, undisturbed: dict[str, str], redis_server: RedisServer
 ) -> None:
     """Strict order: the run's weights are those of an undisturbed one; and no confirmed message is lost."""
-    redis_server.clear()
     with cluster(tmp_path / "cluster") as nodes:
         # The node that declares a queue leads it. The workers talk to another one.
         declaring, numbered_queues = RabbitBroker(nodes.url(0)), ("one", "two", "three")
