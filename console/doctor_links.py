@@ -17,6 +17,7 @@ from broker.rabbitmq_probe import Probe
 from broker.topology import PREFIX, site_queues
 from console.files import WorkerFile
 from console.findings import Finding, size
+from console.keys.folders import BROKER_PORT, STORE_PORT
 from shared.config import SiteSection
 from shared.credentials import TLS_SCHEMES, places_of
 from shared.errors import BrokerError
@@ -25,7 +26,8 @@ from shared.store import RunStore
 
 PATIENCE_S = 5.0
 EXPIRES_SOON_DAYS = 30
-DEFAULT_PORTS = {"amqps": 5671, "rediss": 6379}
+DEFAULT_PORTS = {"amqps": BROKER_PORT, "rediss": STORE_PORT}
+SKEW_S = 60.0
 
 
 def checks_of_lines(file: WorkerFile) -> dict[str, Callable[[WorkerFile], Finding]]:
@@ -40,6 +42,7 @@ def checks_of_lines(file: WorkerFile) -> dict[str, Callable[[WorkerFile], Findin
 
 def check_encryption(file: WorkerFile) -> Finding:
     """TLS to broker and store: its version, and until when certificates are good."""
+    file.credentials.tls()  # says what is wrong with a file
     found, ends = [], []
     for address in (file.worker.broker, file.worker.store):
         scheme = urlsplit(address).scheme
@@ -144,6 +147,6 @@ def check_clock(file: WorkerFile) -> Finding:
     """This machine's clock against the store's. Nothing but shifts and times in reports depends on it."""
     with closing(file.store()) as store:
         skew = time.time() - store.now()
-    if abs(skew) < 60:
+    if abs(skew) < SKEW_S:
         return Finding("clock", "agrees with the run store's to the minute")
     return Finding("clock", f"is {skew:+.0f} s from the run store's", "set it (NTP): shifts begin at wrong hours.")

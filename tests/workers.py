@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 RUN = """
 [run]
 id = "lipids"
 protocol = "{protocol}"
-sites = ["north", "south", "east"]
+sites = {sites}
 order = "{order}"
 epochs = {epochs}
 window = 4
@@ -61,12 +62,13 @@ class Hospital:
         folder: where everything goes.
         broker, store: addresses for server.toml and site.toml; {worker} stands for the worker's name.
         files: more lines for these, with {worker}.
-        protocol, epochs, order: of run.toml.
+        protocol, epochs, order, sites: of run.toml.
     """
 
     def __init__(
         self, folder: Path, broker: str = "embedded:broker", store: str = "sqlite:run.db",
         protocol: str = "split_labels", epochs: int = 20, order: str = "strict", files: str = "",
+        sites: Sequence[str] = tuple(SHARES),
     ) -> None:  # fmt: skip
         from sklearn.datasets import load_diabetes  # takes seconds, and only here is it needed
 
@@ -75,7 +77,9 @@ class Hospital:
         folder.mkdir(parents=True)
         panel = load_diabetes(scaled=False, as_frame=True).data.set_axis(COLUMNS, axis=1)
         panel.to_csv(folder / "lipids.csv", index=False)
-        (folder / "run.toml").write_text(RUN.format(protocol=protocol, epochs=epochs, order=order))
+        (folder / "run.toml").write_text(
+            RUN.format(protocol=protocol, epochs=epochs, order=order, sites=json.dumps(list(sites)))
+        )
         (folder / "policy.toml").write_text("labels = true\nstored_activations = true\n")
         worker = WORKER.replace("{broker}", broker).replace("{store}", store) + files
         (folder / "server.toml").write_text(worker.format(kind="server", name="", worker="server"))

@@ -78,7 +78,7 @@ class Keys:
         """Make the folder to hand to a hospital; None, and nothing is changed, when the site is there.
 
         Raises:
-            ConfigError: 103 no name for a site, 113 there are no keys here, or `name` was revoked.
+            ConfigError: 103 no name for a site, 113 there are no keys here.
         """
         addresses, centre = self._made(), Centre(self.folder / "centre")
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", name) or name in RESERVED:

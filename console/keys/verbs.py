@@ -33,7 +33,8 @@ def new_sites(folder: Path, names: Sequence[str]) -> int:
             print(f"{name} has its keys; nothing is changed")
         else:
             print(f"made {handed}: hand it to {name} by a way that you trust, then delete it here")
-    for tell, service in ((keys.live().tell_broker, "broker"), (keys.live().tell_store, "store")):
+    live = keys.live()
+    for tell, service in ((live.tell_broker, "broker"), (live.tell_store, "store")):
         try:
             tell()
         except BrokerError as error:
@@ -47,8 +48,8 @@ def revoke(folder: Path, name: str) -> int:
     """Shut a site out, now. Raises BrokerError 211 when broker or store could not be told."""
     keys = Keys(folder)
     keys.revoke(name)
-    failures = []
-    for tell in (keys.live().tell_broker, keys.live().tell_store):
+    live, failures = keys.live(), []
+    for tell in (live.tell_broker, live.tell_store):
         try:
             tell()
         except BrokerError as error:

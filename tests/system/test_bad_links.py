@@ -49,9 +49,7 @@ DOWN = "blocked: the line to the broker is down"
 
 def small_run(folder: Path, broker: str = "embedded:broker", store: str = "sqlite:run.db") -> Hospital:
     """North, whose line is bad in these tests, and south, whose line is good."""
-    hospital = Hospital(folder, broker=broker, store=store, epochs=EPOCHS)
-    change(folder / "run.toml", '["north", "south", "east"]', '["north", "south"]')
-    return hospital
+    return Hospital(folder, broker, store, epochs=EPOCHS, sites=("north", "south"))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from shared.credentials import NOBODY
 from shared.errors import BrokerError
 from tests.cluster import ClusterNode, cluster
 from tests.services import RabbitNode, RedisServer, free_port
-from tests.study import change
 from tests.workers import Hospital
 
 pytestmark = [pytest.mark.rabbitmq, pytest.mark.timeout(300)]
@@ -29,9 +28,7 @@ EPOCHS = 30
 
 
 def small_run(folder: Path, broker: str = "embedded:broker", store: str = "sqlite:run.db") -> Hospital:
-    hospital = Hospital(folder, broker=broker, store=store, epochs=EPOCHS)
-    change(folder / "run.toml", '["north", "south", "east"]', '["north", "south"]')
-    return hospital
+    return Hospital(folder, broker, store, epochs=EPOCHS, sites=("north", "south"))
 
 
 @pytest.fixture(scope="module")

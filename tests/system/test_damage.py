@@ -26,9 +26,7 @@ WORKERS = ("server", "north")
 
 def one_site(folder: Path, store: str = "sqlite:run.db") -> Hospital:
     """A run of one site that takes some seconds, and many checkpoints."""
-    hospital = Hospital(folder, store=store, epochs=150)
-    change(folder / "run.toml", '["north", "south", "east"]', '["north"]')
-    return hospital
+    return Hospital(folder, store=store, epochs=150, sites=("north",))
 
 
 @pytest.fixture(scope="module")
