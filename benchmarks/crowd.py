@@ -93,7 +93,7 @@ class LightSite:
         train = Dataset(inputs, (inputs[:, 0] > 0).float(), tuple(map(str, range(len(inputs)))))
         nobody = train.select([])
         queues = site_queues(config.run.id, name, config.wire.queue_bytes)
-        self.role = make_site(name, config, Parts(train, nobody, nobody), name)
+        self.role = make_site(name, config, Parts(train, nobody, nobody), name, Path())
         self.link = RabbitBroker(url).link([queues.down], prefetch_for(MESSAGE_BYTES), name)
         self.engine = Engine(
             config.run.id, self.role, self.link, {SERVER: Route(queues.up, queues.down, queues.dead)},

@@ -58,7 +58,7 @@ class Simulation:
         def predict(site: str, inputs: torch.Tensor) -> torch.Tensor:
             role = self.sites[site]
             flow = _forward(halves.bottom, role.final_bottom(), inputs)
-            flow = _forward(halves.top, self.server.best_top, flow)
+            flow = _forward(halves.top, self.server.best_weights, flow)
             if isinstance(role, SplitUSite) and halves.head is not None:
                 flow = _forward(halves.head, role.final_head(), flow)
             return flow
@@ -66,12 +66,13 @@ class Simulation:
         return judge(self.config, self.parts, predict)
 
 
-def simulate(config: RunConfig, parts: Mapping[str, Parts]) -> Simulation:
+def simulate(config: RunConfig, parts: Mapping[str, Parts], base: Path = Path()) -> Simulation:
     """Train until the run is over.
 
     Args:
         config: the run, in strict order.
         parts: scaled data by site.
+        base: folder of run.toml.
     """
     broker = MemoryBroker()
     queues = {site: site_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites}
@@ -84,8 +85,8 @@ def simulate(config: RunConfig, parts: Mapping[str, Parts]) -> Simulation:
             checkpoints = Checkpoints(Path(folder) / role.name)
             return Engine(config.run.id, role, link, routes, checkpoints, Alone(), interval_seconds=3600.0)
 
-        server = make_server(config, Path(folder))
-        sites = {site: make_site(site, config, parts[site], site) for site in config.run.sites}
+        server = make_server(config, Path(folder), base)
+        sites = {site: make_site(site, config, parts[site], site, base) for site in config.run.sites}
         engines = [engine(server, {site: Route(q.down, q.up, q.dead) for site, q in queues.items()})]
         engines += [engine(sites[site], {SERVER: Route(q.up, q.down, q.dead)}) for site, q in queues.items()]
         for one in engines:

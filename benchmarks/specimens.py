@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, get_args
 
 import msgpack  # type: ignore[import-untyped]
@@ -14,9 +15,9 @@ import torch
 from shared import wire
 from shared.config import Codec, RunConfig
 from shared.contract import Payload, TensorSpec
-from shared.message import SERVER, UNSEQUENCED, Header, Kind, Message, Scalar
+from shared.message import FROM_SITES, SERVER, UNSEQUENCED, Header, Kind, Message, Scalar
 from shared.protocols import PROTOCOLS
-from shared.protocols.assembly import assemble
+from shared.protocols.assembly import assemble_any
 
 LIMIT = 2**20
 """Largest message, as `wire.message_bytes` would say."""
@@ -72,7 +73,7 @@ def specimens() -> list[Specimen]:
             for codec in get_args(Codec):
                 for zstd in (False, True):
                     config = _config(protocol, model, codec, zstd)
-                    contract = assemble(config).contract
+                    contract = assemble_any(config, Path()).contract
                     for kind in contract:
                         body = _message(config, contract[kind], kind)
                         name = f"{protocol}/{model}/{codec}{'+zstd' * zstd}/{kind}"
@@ -98,8 +99,7 @@ def _config(protocol: str, model: str, codec: str, zstd: bool) -> RunConfig:
 
 
 def _message(config: RunConfig, payload: Payload, kind: Kind) -> bytes:
-    up = kind in (Kind.HELLO, Kind.SMASHED, Kind.HEAD_GRADIENT, Kind.REPORT, Kind.BOTTOM)
-    names = ("north", SERVER) if up else (SERVER, "north")
+    names = ("north", SERVER) if kind in FROM_SITES else (SERVER, "north")
     header = Header(config.run.id, *names, kind, seq=0 if kind in UNSEQUENCED else 7, version=3)
     generator = torch.Generator().manual_seed(1)
     texts = {"config": config.canonical(), "contract": config.contract, "metrics": '{"test": {"auc": 0.75}}'}

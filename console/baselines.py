@@ -67,8 +67,8 @@ def judge(
         outputs = torch.cat([predict(site, feed.inputs(q)) for q in tests])
         predictions[site] = outputs, torch.cat([feed.targets(q) for q in tests])
     sites = {site: measure(config.task, config.data, *pair) for site, pair in predictions.items()}
-    everyone = (torch.cat(tensors) for tensors in zip(*predictions.values(), strict=True))
-    return Judgement(sites, overall(list(sites.values())), measure(config.task, config.data, *everyone))
+    outputs, targets = (torch.cat(tensors) for tensors in zip(*predictions.values(), strict=True))
+    return Judgement(sites, overall(list(sites.values())), measure(config.task, config.data, outputs, targets))
 
 
 def whole_model(config: RunConfig) -> nn.Module:

@@ -24,7 +24,7 @@ from shared.config import PolicyConfig, ServerSection, SiteSection
 from shared.config_file import load
 from shared.errors import TITLES, NightsplitError, RunError
 from shared.message import SERVER
-from shared.protocols.assembly import assemble, planned_message_bytes
+from shared.protocols.assembly import assemble_any, planned_message_bytes
 from shared.shift import Shift
 from shared.worker import prepare_torch
 from site_worker.data.dataset import Dataset
@@ -116,7 +116,7 @@ def _contents(file: WorkerFile, part: Dataset) -> str:
     """Counts of a part, by class where there are classes."""
     text = f"{len(part)} rows of {len(set(part.patients))} patients"
     task = file.run.task
-    if task.kind == "regression":
+    if task.kind in ("regression", "segmentation"):
         return text
     counts = Counter(int(target) for target in part.targets.tolist())
     classes = range(2 if task.kind == "binary" else task.classes)
@@ -125,8 +125,8 @@ def _contents(file: WorkerFile, part: Dataset) -> str:
 
 
 def _model(file: WorkerFile) -> Finding:
-    made = assemble(file.run)
-    parts = [f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in made.halves.parts.items()]
+    made = assemble_any(file.run, file.run_folder)
+    parts = [f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in made.parts.items()]
     largest = planned_message_bytes(file.run, made.contract)
     found = (
         f"parameters: {', '.join(parts)}; largest planned message {size(largest)}, "

@@ -21,7 +21,7 @@ from console.keys.folders import BROKER_PORT, STORE_PORT
 from shared.config import SiteSection
 from shared.credentials import TLS_SCHEMES, places_of
 from shared.errors import BrokerError
-from shared.protocols.assembly import assemble, planned_message_bytes
+from shared.protocols.assembly import assemble_any, planned_message_bytes
 from shared.store import RunStore
 
 PATIENCE_S = 5.0
@@ -125,7 +125,7 @@ def _answers(file: WorkerFile, question: Callable[[RunStore], object]) -> bool:
 
 def check_passage(file: WorkerFile) -> Finding:
     """Sends as many bytes as the largest planned message has, as far as an exchange; they reach no queue."""
-    largest = planned_message_bytes(file.run, assemble(file.run).contract)
+    largest = planned_message_bytes(file.run, assemble_any(file.run, file.run_folder).contract)
     probe = Probe(file.worker.broker, file.credentials)
     own = file.queues()[file.sites[0]].up
     began = time.monotonic()

@@ -49,6 +49,11 @@ class WorkerFile:
         return self.path.parent
 
     @property
+    def run_folder(self) -> Path:
+        """The folder of run.toml."""
+        return (self.base / self.worker.run).parent
+
+    @property
     def state(self) -> Path:
         """The worker's own folder."""
         return self.base / self.worker.state

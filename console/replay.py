@@ -22,13 +22,12 @@ from broker.base import Confirmed, Delivery, Event, Link, Queue
 from broker.topology import site_queues
 from console.files import WorkerFile
 from console.words import counted, screen
-from server_worker.protocols import make_server
-from server_worker.protocols.stream import StreamServer
+from server_worker.protocols import AnyServer, make_server
 from server_worker.report import weights_sha256
 from server_worker.tape import FOLDER, recorded
 from shared import wire
 from shared.authority import Alone
-from shared.checkpoint import Checkpoints, under
+from shared.checkpoint import Checkpoints
 from shared.config import RunConfig, ServerSection
 from shared.effects import Record
 from shared.engine import Engine
@@ -81,12 +80,12 @@ def summarise(file: WorkerFile, until: int | None) -> dict[str, Any]:
     prepare_torch(server.threads, server.device)
     store = file.store()
     try:
-        replay = Replay(file.run, file.state / FOLDER, store, server.device)
+        replay = Replay(file.run, file.run_folder, file.state / FOLDER, store, server.device)
         replay.go(until)
     finally:
         store.close()
     best, last = replay.weights()
-    left = _left_behind(file) if replay.finished else {"best": None, "last": None}
+    left = _left_behind(file, replay.role) if replay.finished else {"best": None, "last": None}
     return {
         "run": file.run.run.id,
         "messages": replay.messages,
@@ -101,15 +100,15 @@ def summarise(file: WorkerFile, until: int | None) -> dict[str, Any]:
     }
 
 
-def _left_behind(file: WorkerFile) -> dict[str, str | None]:
+def _left_behind(file: WorkerFile, role: AnyServer) -> dict[str, str | None]:
     """sha256 of the best weights as reported, and of the last ones in the newest checkpoint; None if not there."""
     assert isinstance(file.worker, ServerSection)
     best = None
     with suppress(OSError, ValueError):
         report = (file.base / file.worker.report / "report.json").read_text(encoding="utf-8")
-        best = json.loads(report).get("top_sha256")
+        best = json.loads(report).get(f"{role.exports}_sha256")
     found = Checkpoints(file.state / "checkpoints").load()
-    return {"best": best, "last": found and weights_sha256(under("top", found[1].tensors))}
+    return {"best": best, "last": found and weights_sha256(role.weights_in(found[1]))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +131,7 @@ class Replay:
 
     Args:
         config: the run.
+        base: folder of run.toml.
         tape: its folder.
         store: only its journal is read.
         device: where the server's layers computed, and compute.
@@ -140,15 +140,16 @@ class Replay:
         last: the last message that was applied.
     """
 
-    def __init__(self, config: RunConfig, tape: Path, store: RunStore, device: str) -> None:
+    def __init__(self, config: RunConfig, base: Path, tape: Path, store: RunStore, device: str) -> None:
         self._config = config
+        self._base = base
         self._tape = tape
         self._device = device
         self._order = _Order(store, tape)
         self._queues = {site: site_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites}
         self._player = _Player(tape)
         self._loss: float | None = None
-        self._role: StreamServer
+        self._role: AnyServer
         self._engine: Engine
         self.last: Applied | None = None
 
@@ -164,7 +165,7 @@ class Replay:
             StateError: 507 there is no tape, 508 it lacks what comes next.
         """
         with TemporaryDirectory(prefix="nightsplit-replay-") as scratch:
-            self._role = role = make_server(self._config, Path(scratch), self._device)
+            self._role = role = make_server(self._config, Path(scratch), self._base, self._device)
             routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in self._queues.items()}
             self._engine = engine = Engine(
                 self._config.run.id, role, self._player, routes, Checkpoints(Path(scratch) / "checkpoints"),
@@ -191,10 +192,15 @@ class Replay:
         """Whether the run's end was reached."""
         return self._engine.finished
 
+    @property
+    def role(self) -> AnyServer:
+        """The server that was trained."""
+        return self._role
+
     def weights(self) -> tuple[str | None, str]:
         """sha256 of the best weights (None: no epoch was judged) and of the last ones."""
-        best = self._role.best_top
-        return weights_sha256(best) if best else None, weights_sha256(self._role.top.weights())
+        best = self._role.best_weights
+        return weights_sha256(best) if best else None, weights_sha256(self._role.weights())
 
     def _step(self) -> bool:
         """One turn of the engine, which applies one message at most; whether there was anything to do."""

@@ -12,17 +12,16 @@ import matplotlib
 import torch
 from safetensors.torch import save_file
 
-from server_worker.protocols.stream import StreamServer
+from server_worker.protocols import AnyServer
 from shared.config import RunConfig
 from shared.metrics import HEADLINE
+from shared.protocols import ROUNDS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
 
-def write_report(
-    folder: Path, config: RunConfig, role: StreamServer, heard: Mapping[str, str | None]
-) -> dict[str, Any]:
+def write_report(folder: Path, config: RunConfig, role: AnyServer, heard: Mapping[str, str | None]) -> dict[str, Any]:
     """Write the report folder of a finished run; returns what report.json holds.
 
     Args:
@@ -33,7 +32,10 @@ def write_report(
     """
     folder.mkdir(parents=True, exist_ok=True)
     report = summarise(config, role, heard)
-    save_file({name: tensor.contiguous() for name, tensor in role.best_top.items()}, folder / "top.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in role.best_weights.items()},
+        folder / f"{role.exports}.safetensors",
+    )
     (folder / "report.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(_markdown(config, report), encoding="utf-8")
     if report["history"]:
@@ -41,7 +43,7 @@ def write_report(
     return report
 
 
-def summarise(config: RunConfig, role: StreamServer, heard: Mapping[str, str | None]) -> dict[str, Any]:
+def summarise(config: RunConfig, role: AnyServer, heard: Mapping[str, str | None]) -> dict[str, Any]:
     """Everything that the report says, as plain data; arguments as in `write_report`."""
     sites: dict[str, dict[str, Any]] = {
         site: {
@@ -63,7 +65,7 @@ def summarise(config: RunConfig, role: StreamServer, heard: Mapping[str, str | N
         "steps": role.steps,
         "sites": sites,
         "history": role.evaluation.history,
-        "top_sha256": weights_sha256(role.best_top),
+        f"{role.exports}_sha256": weights_sha256(role.best_weights),
     }
 
 
@@ -77,8 +79,17 @@ def weights_sha256(weights: Mapping[str, torch.Tensor]) -> str:
 
 def _markdown(config: RunConfig, report: Mapping[str, Any]) -> str:
     run = config.run
+    exports, what, steps = "top", "the server's half", "training steps at the server"
     settings = f"{run.protocol}, {run.order} order, window {run.window}, {run.bottoms} bottoms"
-    lines = [f"# Run {report['run']}", "", f"{settings}, {report['steps']} training steps at the server.", ""]
+    if run.protocol in ROUNDS:
+        exports, what, steps = "model", "the model", "updates of sites"
+        settings = f"{run.protocol}, {run.order} order, {config.round.combine} of {config.round.close}"
+    lines = [
+        f"# Run {report['run']}",
+        "",
+        f"{settings}, {report['steps']} {steps}.",
+        "",
+    ]
     for site, facts in report["sites"].items():
         if facts["left_out_at"] is not None:
             lines += [f"**{_departure(config, site, facts)}**", ""]
@@ -110,7 +121,7 @@ def _markdown(config: RunConfig, report: Mapping[str, Any]) -> str:
             f"| {site} | {facts['batches']} | {facts['samples']} | {100 * facts['share']:.1f} % "
             f"| {facts['messages']} of {planned} | {facts['refused']} | {facts['last_heard'] or 'never'} | {left_out} |"
         )
-    lines += ["", f"sha256 of the server's half: `{report['top_sha256']}`", ""]
+    lines += ["", f"sha256 of {what}: `{report[f'{exports}_sha256']}`", ""]
     return "\n".join(lines)
 
 

@@ -11,10 +11,11 @@ from broker.opening import open_broker
 from broker.topology import site_queues
 from server_worker.attendance import Attendance
 from server_worker.ddp import DividedTop, Group, device_of_rank, joined_group
+from server_worker.deadline import Deadline
 from server_worker.lease import Lease, owner_of
 from server_worker.metrics_log import MetricsLog
-from server_worker.protocols import make_server
-from server_worker.protocols.stream import StreamServer
+from server_worker.protocols import AnyServer, make_server
+from server_worker.protocols.split_frozen import SplitFrozenServer
 from server_worker.report import write_report
 from server_worker.tape import taped
 from shared.checkpoint import Checkpoints
@@ -30,6 +31,7 @@ from shared.protocols.assembly import planned_message_bytes
 from shared.route import Route
 from shared.shift_worker import ShiftWorker
 from shared.store import RunStore, Status
+from shared.turns import CLOSES, LEAVES
 from shared.worker import (
     Facts,
     Heartbeat,
@@ -42,7 +44,7 @@ from shared.worker import (
 TOGETHER = "all"
 """In place of a site's name, where a training batch has samples of several."""
 
-_UP = (Kind.SMASHED, Kind.HEAD_GRADIENT, Kind.BOTTOM)
+_UP = (Kind.SMASHED, Kind.HEAD_GRADIENT, Kind.BOTTOM, Kind.UPDATE)
 """Kinds that may be large on their way to the server."""
 
 
@@ -71,13 +73,14 @@ class ServerWorker(ShiftWorker):
         self.config = load(path, ServerConfig).server
         self._device = device_of_rank(self.config.device)
         super().__init__(path.parent, self.config, overrides, clock, stop, observe)
-        self._role: StreamServer | None = None
+        self._role: AnyServer | None = None
         self._statuses: dict[str, Status] = {}
         """What the run store knows of the workers."""
         self._fence = 0
         self._trained: dict[str, Mapping[str, Scalar | None]] = {}
         """The last training batch, per site."""
         self._attendance = Attendance(self.run_config, {})
+        self._deadline = Deadline(0.0, {})
         self._group: Group | None = None
 
     @property
@@ -108,9 +111,10 @@ class ServerWorker(ShiftWorker):
         """Compute for the server that torchrun started beside this process, until it leaves."""
         prepare_torch(self.config.threads, self._device)
         with joined_group(self._device) as group:
-            top = make_server(self.run_config, self.state_folder, self._device, group).top
-            assert isinstance(top, DividedTop)
-            top.help()
+            role = make_server(self.run_config, self.state_folder, self.run_folder, self._device, group)
+            assert isinstance(role, SplitFrozenServer)
+            assert isinstance(role.top, DividedTop)
+            role.top.help()
 
     def _work(self, only_open: bool, idle_seconds: float | None) -> bool:
         prepare_torch(self.config.threads, self._device)
@@ -151,11 +155,13 @@ class ServerWorker(ShiftWorker):
         broker = open_broker(self.config.broker, self.base, config.wire.message_bytes, self.credentials)
         queues = {site: site_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites}
         broker.declare(queue for site in queues.values() for queue in site)
-        role = make_server(config, folder, self._device, self._group)
+        role = make_server(config, folder, self.run_folder, self._device, self._group)
         self._role = role
         with closing(self.open_store()) as store:
-            self._statuses = store.statuses(config.run.sites)
+            self._statuses = store.statuses([SERVER, *config.run.sites])
         self._attendance = attendance = Attendance(config, self._statuses)
+        told = self._statuses[SERVER].facts if SERVER in self._statuses else {}
+        self._deadline = deadline = Deadline(config.round.deadline_hours, told)
         largest = planned_message_bytes(config, {k: p for k in _UP if (p := role.payload(k))})
         prefetch = prefetch_for(largest, len(queues))
         checkpoints = Checkpoints(folder / "checkpoints")
@@ -169,6 +175,12 @@ class ServerWorker(ShiftWorker):
         routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in queues.items()}
         consume = [] if only_open else [route.incoming for route in routes.values()]
 
+        def decide() -> str | None:
+            if role.may_close and deadline.is_over:
+                return CLOSES
+            absent = attendance.absent(role.awaited(), role.staying)
+            return absent and LEAVES + absent
+
         def record(line: Record) -> None:
             log.write(line)
             if line.metrics["event"] == "train":
@@ -178,7 +190,7 @@ class ServerWorker(ShiftWorker):
             engine = Engine(
                 config.run.id, role, link, routes, checkpoints, lease,
                 record, config.wire.message_bytes,
-                absent=lambda: attendance.absent(role.awaited(), role.staying),
+                decide=decide,
             )  # fmt: skip
             self._progress = engine.progress
             self.recovered = engine.recover()
@@ -192,6 +204,7 @@ class ServerWorker(ShiftWorker):
 
             def leave() -> bool:
                 lease.check()
+                deadline.look(role.version)
                 if attendance.is_due:
                     listening = heartbeat.error is None and engine.progress.trouble is None
                     attendance.look(role.applied, role.awaited(), self._statuses, listening)
@@ -238,4 +251,5 @@ class ServerWorker(ShiftWorker):
             **{f"{name}_{s}": fact for s in role.applied for name, fact in role.contribution(s).items()},
             **{f"{name}_{s}": line.get(name) for s, line in self._trained.items() for name in ("loss", "staleness")},
             **self._attendance.facts(role.awaited(), role.staying),
+            **self._deadline.facts(),
         }

@@ -76,23 +76,60 @@ class ModelSection(_Section, frozen=True, kw_only=True):
     Attributes:
         factory: "package.module:function"; called with `settings`, returns `nn.Sequential` or `Halves`.
         settings: keyword arguments of the factory.
+        initial: a published model file whose weights the run begins with, beside run.toml; None for fresh ones.
+        initial_sha256: its hash, where `initial` is given.
         cut: modules [0, cut) of the Sequential stay at the site.
         head_cut: split_u only: modules [head_cut, end) return to the site.
     """
 
     factory: str
     settings: dict[str, Any] = msgspec.field(default_factory=dict)
+    initial: str | None = None
+    initial_sha256: str | None = None
     cut: Positive = 1
     head_cut: Positive | None = None
+
+
+class RoundSection(_Section, frozen=True, kw_only=True):
+    """[round]: how models of the sites become one; for the systems that exchange weights.
+
+    Attributes:
+        rounds: how often the server combines what the sites report.
+        local_epochs: passes over its training data that a site makes for a report.
+        local_batches: training batches for a report, in place of `local_epochs`.
+        close: when the server combines: "all" sites that take part have reported; "quorum": `reports` of
+            them have, late ones count in the next round; "buffered": `reports` updates have come, and a
+            site goes on at once (FedBuff).
+        reports: for "quorum" and "buffered".
+        deadline_hours: with "quorum", how long a round that has its quorum waits for the others.
+        combine: "mean" weighted by training samples, "trimmed_mean" or "median" per coordinate.
+        trim: share that "trimmed_mean" leaves out at each end.
+        statistics: running statistics of BatchNorm are "pooled" over sites, or stay "local".
+        freeze: modules that keep their weights, by dotted name; they are not sent.
+        decay: of the learning rate over the run, "none" or "cosine" to zero.
+    """
+
+    rounds: Positive = 10
+    local_epochs: Positive = 1
+    local_batches: Positive | None = None
+    close: Literal["all", "quorum", "buffered"] = "all"
+    reports: Positive | None = None
+    deadline_hours: Annotated[float, Meta(ge=0)] = 0.0
+    combine: Literal["mean", "trimmed_mean", "median"] = "mean"
+    trim: Annotated[float, Meta(ge=0.0, lt=0.5)] = 0.2
+    statistics: Literal["pooled", "local"] = "pooled"
+    freeze: list[str] = msgspec.field(default_factory=list)
+    decay: Literal["none", "cosine"] = "none"
 
 
 class TaskSection(_Section, frozen=True, kw_only=True):
     """[task]: what is predicted. `classes` is used by multiclass alone.
 
-    The top ends in 1 output for binary (a logit) and regression, in `classes` logits for multiclass.
+    The model ends in 1 output for binary (a logit) and regression, in `classes` logits for multiclass,
+    and in one logit per pixel, (1, height, width), for segmentation.
     """
 
-    kind: Literal["binary", "multiclass", "regression"]
+    kind: Literal["binary", "multiclass", "regression", "segmentation"]
     classes: Annotated[int, Meta(ge=2)] = 2
 
     @property
@@ -108,6 +145,24 @@ class OptimizerSection(_Section, frozen=True, kw_only=True):
     lr: Annotated[float, Meta(gt=0)] = 1e-3
     weight_decay: Annotated[float, Meta(ge=0)] = 0.0
     momentum: Share = 0.0
+
+
+class PrivacySection(_Section, frozen=True, kw_only=True):
+    """[privacy]: differential privacy of what each site sends, for the systems that exchange weights.
+
+    A site computes its own noise from these and its number of records, and adds it before anything leaves.
+
+    Attributes:
+        epsilon: of one record over the whole run, at each site.
+        delta: likewise; below 1 / records.
+        clip: L2 norm to which each record's gradient is clipped.
+        secure: draw the noise from a cryptographic stream.
+    """
+
+    epsilon: Annotated[float, Meta(gt=0)]
+    delta: Annotated[float, Meta(gt=0, lt=1)]
+    clip: Annotated[float, Meta(gt=0)]
+    secure: bool = False
 
 
 class WireSection(_Section, frozen=True, kw_only=True):
@@ -137,7 +192,12 @@ class DataSection(_Section, frozen=True, kw_only=True):
             `spread`, "none" leaves values as they are.
         mean, spread: one figure per feature, for scaling = "run".
         image_size: side in pixels to which images are resized.
+        frames: a sample is a sequence of so many images, evenly spaced over a volume, a DICOM series or a
+            sequence of images. None: a sample is one image.
+        window: DICOM and volumes: intensities from centre - width / 2 to centre + width / 2 become 0 to 1, the
+            name of a usual CT window or [centre, width]. None: the DICOM file's own window, else percentiles.
         classes: labels as the files write them, in the order of the model's outputs. Binary: [negative, positive].
+            Segmentation has none.
         target_mean, target_spread: regression only: targets are trained on as (target - mean) / spread and
             reported in their own unit.
         validation, test: share of each site's patients held out for early stopping and for the report.
@@ -149,6 +209,8 @@ class DataSection(_Section, frozen=True, kw_only=True):
     mean: list[float] = msgspec.field(default_factory=list)
     spread: list[float] = msgspec.field(default_factory=list)
     image_size: Positive | None = None
+    frames: Positive | None = None
+    window: Literal["lung", "mediastinum", "abdomen", "liver", "bone", "brain"] | tuple[float, float] | None = None
     classes: list[str] = msgspec.field(default_factory=list)
     target_mean: float = 0.0
     target_spread: Annotated[float, Meta(gt=0)] = 1.0
@@ -158,9 +220,9 @@ class DataSection(_Section, frozen=True, kw_only=True):
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one sample: (features,) of a table, (1, size, size) of a grey image."""
+        """Shape of one sample: (features,) of a table, (1, size, size) of a grey image, (frames, size, size)."""
         if self.image_size is not None:
-            return (1, self.image_size, self.image_size)
+            return (self.frames or 1, self.image_size, self.image_size)
         return (len(self.features),)
 
 
@@ -171,8 +233,17 @@ class RunConfig(_Section, frozen=True, kw_only=True):
     model: ModelSection
     task: TaskSection
     optimizer: OptimizerSection = msgspec.field(default_factory=OptimizerSection)
+    round: RoundSection = msgspec.field(default_factory=RoundSection)
+    privacy: PrivacySection | None = None
     wire: WireSection = msgspec.field(default_factory=WireSection)
     data: DataSection = msgspec.field(default_factory=DataSection)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of what the model says about one sample."""
+        if self.task.kind == "segmentation":
+            return (1, *self.data.input_shape[1:])
+        return (self.task.outputs,)
 
     def canonical(self) -> str:
         """The whole configuration as one line of JSON with sorted keys, defaults included."""
@@ -188,23 +259,32 @@ class SourceSection(_Section, frozen=True, kw_only=True):
     """[data] of site.toml: where this site's data is, and how to read it.
 
     Attributes:
-        source: "table" (CSV, Parquet), "images" (a folder), "arrays" (.npz).
+        source: "table" (CSV, Parquet), "images" (a folder), "arrays" (.npz), "volumes" (a folder of NIfTI
+            files), "dicom" (a folder).
         path: file or folder; `$NAME` is read from the environment; relative to the site.toml.
         label: table or index column, or array name, with the label.
         patient: column or array that says which patient a row belongs to; rows of a patient are
             never divided. None: every row is a patient.
-        index: images only: a CSV in the folder with a `file` column. None: labels are folder names.
+        index: a CSV in the folder of images, volumes or DICOM files, with a `file` column. None: labels
+            are folder names.
+        images: arrays only: name of the array with the images.
+        masks: segmentation: folder of the masks, relative to that of the volumes, or name of the array.
+        foreground: segmentation: values of a mask that count as foreground; none: all above 0.
+        axis: volumes only: slices lie across it: 0 sagittal, 1 coronal, 2 axial.
         where: rows to keep, by exact value of a column ({"column": ["value", ...]}).
         missing: values that mean "not measured", besides empty; by column, or "*" for all.
         share: [first, last) part of the patients, in [0, 1], for sites cut out of one file.
     """
 
-    source: Literal["table", "images", "arrays"]
+    source: Literal["table", "images", "arrays", "volumes", "dicom"]
     path: str
     label: str = "label"
     patient: str | None = None
     index: str | None = None
     images: str = "images"
+    masks: str | None = None
+    foreground: list[int] = msgspec.field(default_factory=list)
+    axis: Literal[0, 1, 2] = 2
     where: dict[str, list[str]] = msgspec.field(default_factory=dict)
     missing: dict[str, list[str]] = msgspec.field(default_factory=dict)
     share: tuple[float, float] = (0.0, 1.0)
@@ -255,10 +335,12 @@ class SiteSection(WorkerSection, frozen=True, kw_only=True):
     Attributes:
         name: the site's name in run.sites.
         policy: path of the hospital's policy.toml.
+        ledger: path of the file that counts the privacy spent by all runs on this site's data.
     """
 
     name: Name
     policy: str = "policy.toml"
+    ledger: str = "ledger.db"
 
 
 class ServerSection(WorkerSection, frozen=True, kw_only=True):
@@ -291,12 +373,17 @@ class PolicyConfig(_Section, frozen=True, kw_only=True):
         labels: labels of training and held-out patients may be sent with their activations.
         stored_activations: the server may keep activations and train on them again.
         bottom_weights: weights of the site's layers may be sent for averaging.
+        model_weights: what training here changes in the whole model may be sent.
         tape: the server may keep every message that it receives.
         min_batch: smallest number of samples a message may hold.
+        max_epsilon: most that all runs together may spend on a record; a run without [privacy] is then refused.
+            None: no limit.
     """
 
     labels: bool = False
     stored_activations: bool = False
     bottom_weights: bool = False
+    model_weights: bool = False
     tape: bool = False
     min_batch: Positive = 1
+    max_epsilon: Annotated[float, Meta(gt=0)] | None = None

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
 
-from shared.config import RunConfig
+from shared.config import RoundSection, RunConfig
 from shared.errors import ConfigError
 from shared.message import SERVER
-from shared.protocols import PROTOCOLS
+from shared.protocols import PROTOCOLS, ROUNDS
 
 T = TypeVar("T", bound=Struct)
 
@@ -93,7 +93,7 @@ def _check_run(path: Path, config: RunConfig) -> None:
         refuse("run.quorum", f"{run.quorum} is more than there are sites", f"set at most {len(run.sites)}.")
     if data.validation + data.test >= 0.9:
         refuse("data.test", "validation and test leave less than a tenth to train on", "lower one of them.")
-    inputs = len(data.features) or 1  # features of a table, or the one channel of an image
+    inputs = len(data.features) or data.frames or 1  # features of a table, frames, or the one channel of an image
     if data.scaling == "run" and not inputs == len(data.mean) == len(data.spread):
         refuse(
             "data.mean",
@@ -104,6 +104,10 @@ def _check_run(path: Path, config: RunConfig) -> None:
         refuse(
             "data.features", "a run has either features or image_size", "name a table's columns, or the images' side."
         )
+    if data.features and data.frames is not None:
+        refuse("data.frames", "a table has no frames", "leave it out, or set image_size in place of features.")
+    if isinstance(data.window, tuple) and data.window[1] <= 0:
+        refuse("data.window", f"a width of {data.window[1]}", "give [centre, width], the width above 0.")
     if run.bottoms == "averaged" and run.average_every < run.window:
         refuse(
             "run.average_every",
@@ -112,9 +116,37 @@ def _check_run(path: Path, config: RunConfig) -> None:
         )
     if run.protocol not in PROTOCOLS:
         refuse("run.protocol", f"{run.protocol!r} is unknown", f"choose one of {', '.join(PROTOCOLS)}.")
+    _check_round(refuse, config)
     if run.protocol == "split_u" and config.model.head_cut is None:
         refuse(
             "model.head_cut",
             "split_u needs to know where the head begins",
             "set head_cut, after cut and before the end.",
         )
+
+
+def _check_round(refuse: Callable[[str, str, str], None], config: RunConfig) -> None:
+    """What [round] needs, and what only systems of rounds have."""
+    run, section = config.run, config.round
+    if run.protocol not in ROUNDS:
+        if section != RoundSection():
+            refuse("round", f"{run.protocol} exchanges no weights", "remove [round], or choose another run.protocol.")
+        if config.privacy is not None:
+            refuse("privacy", f"{run.protocol} trains without noise", f"choose one of {', '.join(sorted(ROUNDS))}.")
+        if config.model.initial is not None:
+            refuse("model.initial", f"{run.protocol} begins with fresh weights", "remove it.")
+        if config.task.kind == "segmentation":
+            refuse("task.kind", f"{run.protocol} cannot segment", f"choose one of {', '.join(sorted(ROUNDS))}.")
+        return
+    if (config.model.initial is None) is not (config.model.initial_sha256 is None):
+        refuse("model.initial_sha256", "a published model and its hash belong together", "give both, or none.")
+    if (section.close == "all") is not (section.reports is None):
+        refuse("round.reports", f'close = "{section.close}" is said', 'give reports for "quorum" and "buffered" alone.')
+    if section.close == "quorum" and (section.reports or 0) > len(run.sites):
+        refuse("round.reports", f"{section.reports} is more than there are sites", f"set at most {len(run.sites)}.")
+    if section.close != "all" and run.order == "strict":
+        refuse("run.order", f'strict order waits for every site, close = "{section.close}" does not', 'set "fair".')
+    if (run.protocol == "fedavg_dp_seg") and config.privacy is None:
+        refuse("privacy", f"{run.protocol} says how private it is", "give epsilon, delta and clip under [privacy].")
+    if run.bottoms == "averaged":
+        refuse("run.bottoms", "there are no bottoms: the whole model is averaged", "remove it.")

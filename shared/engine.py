@@ -31,7 +31,7 @@ from shared.message import FROM_SITES, SERVER, UNSEQUENCED, Header, Message
 from shared.progress import Progress
 from shared.roles import Role
 from shared.route import Route
-from shared.turns import LEAVES, Turns
+from shared.turns import CLOSES, LEAVES, Turns
 
 
 class Engine:
@@ -47,7 +47,7 @@ class Engine:
         record: takes the role's lines of metrics.
         message_bytes: largest message, both ways.
         interval_seconds: longest time between checkpoints while there is something to save.
-        absent: names a sender that a journalled role should go on without; asked when nothing can be applied.
+        decide: as in `Turns`; asked of a journalled role.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class Engine:
         record: Callable[[Record], None] = lambda line: None,
         message_bytes: int = 16 * 2**20,
         interval_seconds: float = 30.0,
-        absent: Callable[[], str | None] = lambda: None,
+        decide: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.progress = Progress()
         self._run = run
         self._role = role
-        self._turns = Turns(role, authority, absent)
+        self._turns = Turns(role, authority, decide)
         self._link = link
         self._routes = routes
         self._senders = {route.incoming.name: peer for peer, route in routes.items()}
@@ -82,7 +82,7 @@ class Engine:
         self.marks = dict.fromkeys(routes, 0)
         """Last applied seq per sender."""
         self.position = 0
-        """Messages applied in sequence, over all senders; one that is left out counts as a message more."""
+        """Messages applied in sequence, over all senders; every other entry of the journal counts as one more."""
         self._counter = 0
         self._inbox: dict[str, dict[int, Delivery]] = {peer: {} for peer in routes}
         self._applied = Applied(checkpoints.keep)
@@ -214,6 +214,10 @@ class Engine:
         sender = self._turns.choose(self.position + 1, self._ready())
         if sender is None:
             return False
+        if sender == CLOSES:
+            self.position += 1
+            self._perform(self._role.close())
+            return True
         if sender.startswith(LEAVES):
             self._go_on_without(sender.removeprefix(LEAVES))
             return True

@@ -24,11 +24,13 @@ class Kind(StrEnum):
     HELLO = "hello"  # site -> server: the site's plan and contract
     SMASHED = "smashed"  # site -> server: activations at the cut
     HEAD_GRADIENT = "head_gradient"  # site -> server: gradient at the head's input (split_u)
-    REPORT = "report"  # site -> server: the site's own metrics (split_u)
+    REPORT = "report"  # site -> server: the site's own metrics (split_u, rounds)
     BOTTOM = "bottom"  # site -> server: weights to be averaged
+    UPDATE = "update"  # site -> server: what a site's training changed in the model, a slice of it
     CUT_GRADIENT = "cut_gradient"  # server -> site: gradient at the cut
     HEAD_INPUT = "head_input"  # server -> site: activations for the head (split_u)
     AVERAGE = "average"  # server -> site: averaged bottom weights
+    MODEL = "model"  # server -> site: the model that the updates became, a slice of it
     NOTED = "noted"  # server -> site: applied, and there is nothing to say
     REFUSED = "refused"  # server -> site: not applied, counts as applied
     REJECTED = "rejected"  # server -> site: the hello is not accepted
@@ -39,7 +41,7 @@ UNSEQUENCED = frozenset({Kind.MANIFEST, Kind.HELLO, Kind.REJECTED})
 """Kinds whose number would depend on timing: they carry seq 0 and may be repeated."""
 
 
-FROM_SITES = frozenset({Kind.HELLO, Kind.SMASHED, Kind.HEAD_GRADIENT, Kind.REPORT, Kind.BOTTOM})
+FROM_SITES = frozenset({Kind.HELLO, Kind.SMASHED, Kind.HEAD_GRADIENT, Kind.REPORT, Kind.BOTTOM, Kind.UPDATE})
 """Kinds that sites send; the server sends the others."""
 
 

@@ -14,7 +14,12 @@ from shared.tasks import loss_of
 Metrics = dict[str, float | None]
 """`samples`, `loss`, and the task's figures; None where one is undefined (AUC of a single class)."""
 
-HEADLINE: Mapping[str, str] = {"binary": "auc", "multiclass": "balanced_accuracy", "regression": "mae"}
+HEADLINE: Mapping[str, str] = {
+    "binary": "auc",
+    "multiclass": "balanced_accuracy",
+    "regression": "mae",
+    "segmentation": "dice",
+}
 """The figure that reports lead with, by kind of task."""
 
 
@@ -29,8 +34,20 @@ def standing(task: TaskSection, metrics: Metrics) -> tuple[float, float]:
     return (-math.inf if headline is None else sign * headline, -math.inf if loss is None else -loss)
 
 
-def measure(task: TaskSection, data: DataSection, outputs: torch.Tensor, targets: torch.Tensor) -> Metrics:
-    """Judge predictions on held-out samples; shapes as in `loss_of`, regression in the target's own unit."""
+def measure(
+    task: TaskSection,
+    data: DataSection,
+    outputs: torch.Tensor,
+    targets: torch.Tensor,
+    patients: Sequence[str] = (),
+) -> Metrics:
+    """Judge predictions on held-out samples.
+
+    Args:
+        task, data: what was predicted, and in which unit.
+        outputs, targets: as in `loss_of`; regression is judged in the target's own unit.
+        patients: whom each sample belongs to; used by segmentation, whose Dice is that of a patient's volume.
+    """
     # Half of a worker's start would go into this import, and nothing is judged before an epoch is over.
     from sklearn.metrics import balanced_accuracy_score, mean_absolute_error, r2_score, roc_auc_score
 
@@ -38,6 +55,9 @@ def measure(task: TaskSection, data: DataSection, outputs: torch.Tensor, targets
         return {"samples": 0.0, "loss": None}
     metrics: Metrics = {"samples": float(len(outputs)), "loss": loss_of(task, outputs, targets).item()}
     truth = targets.numpy()
+    if task.kind == "segmentation":
+        metrics["dice"] = _dice(outputs.squeeze(1) > 0, targets > 0.5, patients)
+        return metrics
     if task.kind == "regression":
         predicted = outputs.squeeze(1).numpy() * data.target_spread + data.target_mean
         truth = truth * data.target_spread + data.target_mean
@@ -54,6 +74,17 @@ def measure(task: TaskSection, data: DataSection, outputs: torch.Tensor, targets
     metrics["auc"] = float(roc_auc_score(truth, scores, multi_class="ovr")) if several else None
     metrics["balanced_accuracy"] = float(balanced_accuracy_score(truth, chosen)) if several else None
     return metrics
+
+
+def _dice(predicted: torch.Tensor, truth: torch.Tensor, patients: Sequence[str]) -> float:
+    """Mean over patients of 2 |A and B| / (|A| + |B|) over all their slices; 1 where both are empty."""
+    names, of_patient = np.unique(np.asarray(patients), return_inverse=True)
+    index = torch.from_numpy(of_patient)
+    both, either = (
+        torch.zeros(len(names)).index_add_(0, index, pixels.flatten(1).sum(1).float())
+        for pixels in (predicted & truth, predicted.int() + truth.int())
+    )
+    return torch.where(either > 0, 2 * both / either.clamp(min=1), 1.0).mean().item()
 
 
 def overall(sites: Sequence[Metrics]) -> Metrics:

@@ -70,6 +70,10 @@ class Role(ABC):
         """Go on without a sender for ever; it is then in `left_out`, and no message of it is applied."""
         raise NotImplementedError
 
+    def close(self) -> list[Effect]:
+        """Go on with what there is, without waiting for more."""
+        raise NotImplementedError
+
     @abstractmethod
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         """All state, in tensors that later work does not change.

@@ -47,6 +47,7 @@ class ShiftWorker:
     ) -> None:
         self.base = base
         self.run_config = load(base / config.run, RunConfig, overrides)
+        self.run_folder = (base / config.run).parent
         self.shift = Shift(config.shift)
         self.state_folder = base / config.state
         self._state = "starting"

@@ -9,6 +9,8 @@ from shared.roles import Role
 
 LEAVES = "-"
 """Before a name in the journal: at this position the run began to go on without that sender."""
+CLOSES = "."
+"""In the journal: at this position the role was told to wait no longer for what had not come."""
 
 
 class Turns:
@@ -20,18 +22,18 @@ class Turns:
 
     An entry is durable before the message is applied, so before anything that depends on it leaves.
     That the run goes on without C is an entry like any other: it is decided once, whoever decides, and
-    every restart, successor and replay meets it at the same place.
+    every restart, successor and replay meets it at the same place. So is that a round closes.
 
     Args:
         role: chooses.
         authority: keeps the journal.
-        absent: asked when nothing can be applied; names a sender that the run should go on without.
+        decide: asked when nothing can be applied; gives `LEAVES` and a name, `CLOSES`, or None to wait on.
     """
 
-    def __init__(self, role: Role, authority: Authority, absent: Callable[[], str | None]) -> None:
+    def __init__(self, role: Role, authority: Authority, decide: Callable[[], str | None]) -> None:
         self._role = role
         self._authority = authority
-        self._absent = absent
+        self._decide = decide
         self._replaying = True
         """The journal may hold entries beyond the checkpoint."""
         self._written: tuple[int, str] | None = None
@@ -40,14 +42,14 @@ class Turns:
     def choose(self, position: int, ready: Set[str]) -> str | None:
         """Whose message is applied at `position`, among senders whose next message is here; None to wait.
 
-        Or `LEAVES` and the name of a sender that is left out at `position`.
+        Or an entry that was decided upon.
         """
         if not self._role.journalled:
             return self._role.choose(ready)
         if self._written is None or self._written[0] != position:
             self._written = self._entry(position, ready)
         turn = self._written[1] if self._written is not None else None
-        if turn is None or turn.startswith(LEAVES):
+        if turn is None or turn == CLOSES or turn.startswith(LEAVES):
             return turn
         # The role has a say in what the journal names: the message may be here before its sender's hello.
         return self._role.choose(ready & {turn})
@@ -59,7 +61,5 @@ class Turns:
             if sender is not None:
                 return position, sender
             self._replaying = False
-        chosen = self._role.choose(ready)
-        if chosen is None and (absent := self._absent()) is not None:
-            chosen = LEAVES + absent
+        chosen = self._role.choose(ready) or self._decide()
         return None if chosen is None else (position, self._authority.journal(position, chosen))

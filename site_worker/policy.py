@@ -6,6 +6,7 @@ from pathlib import Path
 
 from shared.config import PolicyConfig, RunConfig
 from shared.errors import ConfigError
+from shared.protocols import ROUNDS
 
 SENDS_LABELS = frozenset({"split_labels", "split_frozen"})
 STORES_ACTIVATIONS = frozenset({"split_frozen"})
@@ -32,8 +33,12 @@ def check_policy(policy: PolicyConfig, run: RunConfig, source: Path) -> None:
         denied.append("stored_activations = true (the server keeps activations and trains on them again)")
     if run.run.bottoms == "averaged" and not policy.bottom_weights:
         denied.append("bottom_weights = true (weights of the site's layers leave, to be averaged)")
+    if protocol in ROUNDS and not policy.model_weights:
+        denied.append("model_weights = true (what training at the site changes in the whole model leaves)")
     if run.run.tape and not policy.tape:
         denied.append("tape = true (the server keeps every message of the run on its disk)")
+    if policy.max_epsilon is not None and run.privacy is None:
+        denied.append("no max_epsilon (the run has no [privacy], so nothing bounds what it spends)")
     if run.run.batch_size < policy.min_batch:
         denied.append(f"min_batch = {run.run.batch_size} (run.batch_size; the policy says {policy.min_batch})")
     if denied:

@@ -17,6 +17,7 @@ from shared.checkpoint import Checkpoints
 from shared.clock import Clock
 from shared.config import PolicyConfig, SiteConfig
 from shared.config_file import load
+from shared.effects import Record
 from shared.engine import Engine
 from shared.errors import BrokerError, RunError
 from shared.message import SERVER, Kind
@@ -37,10 +38,9 @@ from site_worker.data.scaling import scale
 from site_worker.data.source import read_parts
 from site_worker.policy import check_policy
 from site_worker.protocols import make_site
-from site_worker.protocols.split_u import SplitUSite
-from site_worker.protocols.stream import StreamSite
+from site_worker.protocols.base import SiteRole
 
-_DOWN = (Kind.CUT_GRADIENT, Kind.HEAD_INPUT, Kind.AVERAGE)
+_DOWN = (Kind.CUT_GRADIENT, Kind.HEAD_INPUT, Kind.AVERAGE, Kind.MODEL)
 """Kinds that may be large on their way to a site."""
 
 
@@ -70,11 +70,12 @@ class SiteWorker(ShiftWorker):
         site = load(path, SiteConfig)
         self.config, self.source = site.site, site.data
         super().__init__(path.parent, self.config, overrides, clock, stop, observe)
-        self._role: StreamSite | None = None
+        self._role: SiteRole | None = None
         self._server: Status | None = None
         """What the run store knows of the server."""
         policy = self.base / self.config.policy
-        check_policy(load(policy, PolicyConfig) if policy.exists() else PolicyConfig(), self.run_config, policy)
+        self._policy = load(policy, PolicyConfig) if policy.exists() else PolicyConfig()
+        check_policy(self._policy, self.run_config, policy)
         if self.config.name not in self.run_config.run.sites:
             raise RunError(
                 602,
@@ -131,7 +132,10 @@ class SiteWorker(ShiftWorker):
 
     def _one_shift(self, folder: Path, parts: Parts, idle_seconds: float | None) -> bool:
         config = self.run_config
-        role = make_site(self.config.name, config, parts, uuid.uuid4().hex, self.config.device)
+        role = make_site(
+            self.config.name, config, parts, uuid.uuid4().hex, self.run_folder, self.config.device,
+            self.base / self.config.ledger, self._policy.max_epsilon,
+        )  # fmt: skip
         self._role = role
         queues = site_queues(config.run.id, self.config.name, config.wire.queue_bytes)
         route = Route(outgoing=queues.up, incoming=queues.down, dead=queues.dead)
@@ -144,7 +148,7 @@ class SiteWorker(ShiftWorker):
         with opened as link:
             engine = Engine(
                 config.run.id, role, link, {SERVER: route}, Checkpoints(folder / "checkpoints"), Alone(),
-                message_bytes=config.wire.message_bytes,
+                self._record, config.wire.message_bytes,
             )  # fmt: skip
             self._progress = engine.progress
             self.recovered = engine.recover()
@@ -154,6 +158,12 @@ class SiteWorker(ShiftWorker):
         if finished:
             self._save_model(role)
         return finished
+
+    def _record(self, line: Record) -> None:
+        """Pay for what is about to leave, in a run with differential privacy."""
+        assert self._role is not None
+        if line.metrics["event"] == "spend" and self._role.account is not None:
+            self._role.account.pay(int(line.metrics["step"] or 0))
 
     def _link(self, broker: Broker, route: Route, prefetch: int, idle_seconds: float | None) -> Link | None:
         """A link, once the broker answers and the server has opened the run, which makes the queues.
@@ -175,13 +185,10 @@ class SiteWorker(ShiftWorker):
             self._clock.sleep(1.0)
         return None
 
-    def _save_model(self, role: StreamSite) -> None:
-        """The site's part of the best model, and the server's where the run exports it."""
+    def _save_model(self, role: SiteRole) -> None:
+        """What the site has of the best model."""
         self.model_folder.mkdir(parents=True, exist_ok=True)
-        parts = {"bottom": role.final_bottom(), "top": role.exported_top}
-        if isinstance(role, SplitUSite):
-            parts["head"] = role.final_head()
-        for name, weights in parts.items():
+        for name, weights in role.model().items():
             if weights:
                 contiguous = {key: tensor.cpu().contiguous() for key, tensor in weights.items()}
                 save_file(contiguous, self.model_folder / f"{name}.safetensors")
@@ -216,7 +223,7 @@ class SiteWorker(ShiftWorker):
         confirmed = min(sent, max(0, sent - counts["sent"] + counts["confirmed"]))
         applied = server.facts.get(f"applied_{self.config.name}") if server is not None else None
         queued = max(0, confirmed - max(role.answered, int(applied or 0)))
-        facts |= {"sent": sent, "planned": role.sequence.last, "answered": role.answered}
+        facts |= {"sent": sent, "planned": role.planned, "answered": role.answered}
         facts |= {"confirmed": confirmed, "queued": queued}
         return facts | {name: counts[name] for name in ("duplicates", "refused", "checkpoints")}
 

@@ -3,38 +3,50 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from server_worker.activation_store import ActivationStore
 from server_worker.ddp import DividedTop, Group
+from server_worker.protocols.base import ServerRole
+from server_worker.protocols.fedavg_dp_seg import FedavgDpSegServer
+from server_worker.protocols.fedavg_transfer import FedavgTransferServer
 from server_worker.protocols.split_frozen import SplitFrozenServer
 from server_worker.protocols.split_labels import SplitLabelsServer
 from server_worker.protocols.split_u import SplitUServer
-from server_worker.protocols.stream import StreamServer
 from server_worker.top import Middle, StoredTop, Top
 from shared.config import RunConfig
 from shared.errors import ConfigError
-from shared.protocols.assembly import assemble
+from shared.protocols import ROUNDS
+from shared.protocols.assembly import assemble, assemble_rounds
+
+AnyServer = ServerRole[Any]
+OF_ROUNDS = {"fedavg_transfer": FedavgTransferServer, "fedavg_dp_seg": FedavgDpSegServer}
 
 
-def make_server(config: RunConfig, state: Path, device: str = "cpu", group: Group | None = None) -> StreamServer:
+def make_server(
+    config: RunConfig, state: Path, base: Path, device: str = "cpu", group: Group | None = None
+) -> AnyServer:
     """The role of the server in a run.
 
     Args:
         config: the run.
         state: folder for what outgrows a checkpoint (released activations).
+        base: folder of run.toml.
         device: where the server's layers compute; a group knows it for each of its processes.
         group: processes that train together (split_frozen).
 
     Raises:
         ConfigError: 104, 105 the model cannot be used, 114 the run cannot be divided among processes.
     """
-    assembly = assemble(config)
     if group is not None and config.run.protocol != "split_frozen":
         raise ConfigError(
             114,
             f"the server of {config.run.protocol} applies one message after the other, and has no work to divide.",
             "start it as a single process: nightsplit server server.toml.",
         )
+    if config.run.protocol in ROUNDS:
+        return OF_ROUNDS[config.run.protocol](config, assemble_rounds(config, base))
+    assembly = assemble(config)
     if config.run.protocol == "split_u":
         middle = Middle(assembly.halves.top, config.optimizer, config.task, device)
         return SplitUServer(config, middle, assembly.contract)

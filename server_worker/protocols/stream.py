@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from server_worker.evaluation import Evaluation
+from server_worker.protocols.base import Samples, ServerRole
 from server_worker.schedule import SCHEDULES
 from server_worker.top import Top
 from shared.checkpoint import Snapshot, flatten, under
@@ -18,17 +18,16 @@ from shared.config import RunConfig
 from shared.contract import Payload
 from shared.effects import Effect, Finish, Record, Send
 from shared.errors import Refused
-from shared.message import SERVER, Header, Kind, Message, Scalar
+from shared.message import Header, Kind, Message, Scalar
 from shared.protocols.plan import Item, Plan, Step
-from shared.protocols.stream import ANY, UpSequence, check_contract, check_rows, weights
-from shared.roles import Role
+from shared.protocols.stream import UpSequence, check_rows, weights
 
 MOST_ITEMS = 10_000_000
 """Of a site's plan: it is held in memory, and a hello must not make the server run out of that."""
 
 
-class StreamServer(Role):
-    """Holds the top, answers each site's messages in its order, and judges every epoch.
+class StreamServer(ServerRole[UpSequence]):
+    """Holds the top, and answers each site's messages in its order.
 
     Args:
         config: the run.
@@ -36,34 +35,13 @@ class StreamServer(Role):
         contract: payload of each kind (`shared.protocols.stream.payloads`).
     """
 
-    rederives = False
+    exports = "top"
 
     def __init__(self, config: RunConfig, top: Top, contract: Mapping[Kind, Payload]) -> None:
-        super().__init__(SERVER)
-        self.config = config
+        super().__init__(config, contract)
         self.top = top
-        self.evaluation = Evaluation(config)
-        self.best_top: dict[str, torch.Tensor] = {}
-        """Weights of the best epoch; empty before one was judged."""
-        self.applied = dict.fromkeys(config.run.sites, 0)
-        """Messages in sequence applied, per site."""
-        self.refusals: Counter[str] = Counter()
-        self.batches: Counter[str] = Counter()
-        """Training batches that were applied, per site."""
-        self.samples: Counter[str] = Counter()
-        """Samples in these batches, per site."""
-        self.sequences: dict[str, UpSequence] = {}
-        self.steps = 0
-        """Training steps of the top."""
-        self._contract = contract
         self._schedule = SCHEDULES[config.run.order](config.run.sites)
         self.journalled = self._schedule.journalled or config.run.may_leave_out
-        self._opened = False
-        self._ended = False
-        self._released = dict.fromkeys(config.run.sites, 0)
-        """Answers that each site's queue has forgotten, as far as the site has told."""
-        self._welcomed: dict[str, list[str]] = {site: [] for site in config.run.sites}
-        """Incarnations of each site whose hello was accepted."""
         self._answered_at: dict[str, deque[int]] = {
             site: deque(maxlen=2 * config.run.window + 2) for site in config.run.sites
         }
@@ -88,19 +66,6 @@ class StreamServer(Role):
 
     # -- Role ------------------------------------------------------------------------------------
 
-    def payload(self, kind: Kind) -> Payload | None:
-        """See `Role`."""
-        return self._contract.get(kind)
-
-    def start(self) -> list[Effect]:
-        """Open the run at the first start: its configuration is the first message in each down queue."""
-        if self._ended:
-            return self.end()
-        if self._opened:
-            return []
-        self._opened = True
-        return [self._manifest(site) for site in self.config.run.sites]
-
     def choose(self, ready: Set[str]) -> str | None:
         """See `Role`: the schedule's choice, among sites that do not wait for an averaging."""
         return self._schedule.choose(ready, self._waiting.keys(), self.sequences, self.staying)
@@ -108,7 +73,7 @@ class StreamServer(Role):
     def on(self, message: Message) -> list[Effect]:
         """See `Role`."""
         if message.header.kind is Kind.HELLO:
-            return self._welcome(message)
+            return self.welcome(message)
         site, seq = message.header.sender, message.header.seq
         q, _ = self.sequences[site].at(seq)
         plan = self.sequences[site].plan
@@ -141,41 +106,32 @@ class StreamServer(Role):
 
     def excuse(self, sender: str) -> list[Effect]:
         """See `Role`: the run averages, judges and ends without the site; what it gave stays."""
-        self.left_out[sender] = sum(self.applied.values())
         self._waiting.pop(sender, None)
-        effects: list[Effect] = [self._rejection(sender, ANY, self._farewell_to(sender))]
-        for epoch in self.evaluation.excuse(sender):
-            effects += self._judged(epoch)
+        effects = self.leave_out(sender)
         if self._waiting:
             effects += self._average()
         return effects + self._over()
 
     # -- what the worker asks ----------------------------------------------------------------------
 
-    @property
-    def staying(self) -> dict[str, int]:
-        """Messages in sequence applied, per site that takes part."""
-        return {site: applied for site, applied in self.applied.items() if site not in self.left_out}
+    def weights(self) -> dict[str, torch.Tensor]:
+        """See `ServerRole`."""
+        return self.top.weights()
 
-    @property
-    def done(self) -> bool:
-        """Whether the last message of every site that takes part was applied."""
-        return all(s in self.sequences and n == self.sequences[s].last for s, n in self.staying.items())
+    def weights_in(self, snapshot: Snapshot) -> dict[str, torch.Tensor]:
+        """See `ServerRole`."""
+        return under("top", snapshot.tensors)
+
+    def sequence_of(self, site: str, samples: Samples) -> UpSequence:
+        """See `ServerRole`."""
+        plan = Plan.of(self.config, *samples)
+        if plan.most_items > MOST_ITEMS:
+            raise self.implausible(site, samples)
+        return UpSequence(plan, has_head=Kind.HEAD_INPUT in self._contract)
 
     def awaited(self) -> list[str]:
         """Sites without whose next message the run cannot go on, or cannot end."""
         return self._schedule.awaited(self._waiting.keys(), self.sequences, self.staying)
-
-    def contribution(self, site: str) -> dict[str, Scalar | None]:
-        """What a site gave to the training, and behind how many messages it was left out, if it was."""
-        return {
-            "batches": self.batches[site], "samples": self.samples[site], "share": self.share(site),
-            "left_out_at": self.left_out.get(site),
-        }  # fmt: skip
-
-    def share(self, site: str) -> float:
-        """What part of the training steps came from a site, 0 to 1."""
-        return self.batches[site] / max(1, self.batches.total())
 
     # -- parts that systems use ------------------------------------------------------------------
 
@@ -188,8 +144,7 @@ class StreamServer(Role):
         scalars: Mapping[str, Scalar] = {},
     ) -> Send:
         """The one answer to message `seq` of a site, with the verdict on the epochs so far."""
-        verdict = {"best": self.evaluation.best, "judged": self.evaluation.judged}
-        return Send(site, kind, seq, reply_to=seq, tensors=tensors, scalars={**scalars, **verdict})
+        return Send(site, kind, seq, reply_to=seq, tensors=tensors, scalars={**scalars, **self.verdict})
 
     def trained(self, site: str, q: int, item: Item, loss: float | None) -> Record:
         """Count a training step and describe it; the loss is None where only the site knows it."""
@@ -217,70 +172,19 @@ class StreamServer(Role):
         """After a site's block: where that judged the epoch, remember the best model and describe it."""
         self._tops.pop(epoch, None)
         if judged:
-            return self._judged(epoch)
+            return self.judged(epoch)
         if self.config.run.may_leave_out:
             self._tops[epoch] = self.top.weights()
         return []
 
-    def _judged(self, epoch: int) -> list[Effect]:
-        entry, top = self.evaluation.of(epoch), self._tops.pop(epoch, None)
-        assert entry is not None
+    def judged(self, epoch: int) -> list[Effect]:
+        """See `ServerRole`; the best top is remembered."""
+        top = self._tops.pop(epoch, None)
         if self.evaluation.best == epoch:
-            self.best_top = top or self.top.weights()
-        event: dict[str, Scalar] = {"event": "evaluate", "step": self.steps, "epoch": epoch}
-        lines: list[Effect] = [
-            Record({**event, "site": site, "part": part, **figures})
-            for site, metrics in [*entry["sites"].items(), ("overall", entry["overall"])]
-            for part, figures in metrics.items()
-        ]
-        return lines
+            self.best_weights = top or self.top.weights()
+        return super().judged(epoch)
 
-    # -- hello, averaging, end ---------------------------------------------------------------------
-
-    def _manifest(self, site: str) -> Send:
-        manifest = {"config": self.config.canonical(), "contract": self.config.contract}
-        return Send(site, Kind.MANIFEST, 0, scalars=manifest)
-
-    def _welcome(self, message: Message) -> list[Effect]:
-        """Accept a site's plan, or say why not."""
-        site, hello = message.header.sender, message.scalars
-        plan = Plan.of(self.config, int(hello["train"]), int(hello["validation"]), int(hello["test"]))
-        if min(plan.train, plan.validation, plan.test) < 0 or plan.most_items > MOST_ITEMS:
-            raise Refused(
-                308,
-                f"{site} announces {plan.train}, {plan.validation} and {plan.test} samples.",
-                "check the site's data; a run may have ten million messages per site.",
-            )
-        sequence = UpSequence(plan, has_head=Kind.HEAD_INPUT in self._contract)
-        problem: tuple[int, str] | None = None
-        if site in self.left_out:
-            problem = self._farewell_to(site)
-        elif hello["contract"] != self.config.contract:
-            problem = 601, "the site's run.toml differs from the server's"
-        elif hello["enrolled"] and plan.train < 1:
-            problem = 405, "the site has nothing to train on"
-        elif hello["enrolled"] and site in self.sequences and self.sequences[site] != sequence:
-            problem = 409, "the site's data changed since the run began"
-        elif hello["incarnation"] not in self._welcomed[site] and int(hello["mark"]) < self._released[site]:
-            problem = 504, f"the site stands at answer {hello['mark']}, but had stored {self._released[site]} before"
-        if problem is not None:
-            return [self._rejection(site, str(hello["incarnation"]), problem)]
-        if not hello["enrolled"]:
-            return [self._manifest(site)]
-        # A hello may come again after a later one; only a new process can have lost its state.
-        if hello["incarnation"] not in self._welcomed[site]:
-            self._welcomed[site].append(str(hello["incarnation"]))
-        self._released[site] = max(self._released[site], int(hello["released"]))
-        self.sequences[site] = sequence
-        return []
-
-    def _rejection(self, site: str, incarnation: str, problem: tuple[int, str]) -> Send:
-        scalars: dict[str, Scalar] = {"incarnation": incarnation, "number": problem[0], "reason": problem[1]}
-        return Send(site, Kind.REJECTED, 0, scalars=scalars)
-
-    def _farewell_to(self, site: str) -> tuple[int, str]:
-        hours = self.config.run.absence_hours
-        return (608, f"it was silent for {hours:g} h, and the run went on without it")
+    # -- averaging, end ----------------------------------------------------------------------------
 
     def _collect(self, site: str, q: int, item: Item, message: Message) -> list[Effect]:
         """Take a site's bottom; let the site wait for the mean behind the last message about item q."""
@@ -333,11 +237,11 @@ class StreamServer(Role):
     def end(self) -> list[Effect]:
         """The run is over: by its plan, or because it no longer improves."""
         self._ended = True
-        if not self.best_top:
-            self.best_top = self.top.weights()
+        if not self.best_weights:
+            self.best_weights = self.top.weights()
         tensors = {}
         if self.config.run.export_top:
-            tensors = {name: self.best_top[name] for name in weights(self.top.module)}
+            tensors = {name: self.best_weights[name] for name in weights(self.top.module)}
         summary = json.dumps(self.evaluation.of(self.evaluation.best), sort_keys=True)
         farewell = [
             self.answer(site, self.farewell_seq(site), Kind.FINISH, tensors, {"summary": summary})
@@ -353,45 +257,27 @@ class StreamServer(Role):
 
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         """See `Role`."""
-        tensors = {**self.top.state(), **self.evaluation.tensors(), **dict(flatten("best", self.best_top))}
+        base = super().snapshot(first_unconfirmed)
+        tensors = {**base.tensors, **self.top.state()}
         for site, bottom in self._bottoms.items():
             tensors.update(flatten(f"bottom/{site}", bottom))
         for epoch, top in self._tops.items():
             tensors.update(flatten(f"open_top/{epoch}", top))
         facts: dict[str, Any] = {
-            "contract": self.config.contract,
-            "opened": self._opened, "ended": self._ended, "steps": self.steps, "applied": dict(self.applied),
-            "released": dict(self._released), "refusals": dict(self.refusals),
-            "welcomed": {site: list(incarnations) for site, incarnations in self._welcomed.items()},
             "answered_at": {site: list(steps) for site, steps in self._answered_at.items()},
-            "plans": {s: [seq.plan.train, seq.plan.validation, seq.plan.test] for s, seq in self.sequences.items()},
             "bottoms": list(self._bottoms), "waiting": dict(self._waiting), "averaged": dict(self._averaged),
-            "left_out": dict(self.left_out), "open_tops": list(self._tops),
-            "batches": dict(self.batches), "samples": dict(self.samples),
-            "evaluation": self.evaluation.facts(),
+            "open_tops": list(self._tops),
         }  # fmt: skip
-        return Snapshot(tensors, facts)
+        return Snapshot(tensors, {**base.facts, **facts})
 
     def restore(self, snapshot: Snapshot) -> None:
         """See `Role`."""
+        super().restore(snapshot)
         tensors, facts = snapshot.tensors, snapshot.facts
-        check_contract(facts["contract"], self.config, self.name)
         self.top.restore(tensors)
-        self.evaluation.restore(tensors, facts["evaluation"])
-        self.best_top = under("best", tensors)
-        self._opened, self._ended, self.steps = facts["opened"], facts["ended"], facts["steps"]
-        self.applied, self._released = facts["applied"], facts["released"]
-        self._welcomed = facts["welcomed"]
-        self.refusals = Counter(facts["refusals"])
         for site, steps in facts["answered_at"].items():
             self._answered_at[site].extend(steps)
-        has_head = Kind.HEAD_INPUT in self._contract
-        self.sequences = {
-            site: UpSequence(Plan.of(self.config, *counts), has_head) for site, counts in facts["plans"].items()
-        }
         self._bottoms = {site: under(f"bottom/{site}", tensors) for site in facts["bottoms"]}
         self._waiting = facts["waiting"]
         self._averaged = Counter(facts["averaged"])
-        self.left_out = facts["left_out"]
         self._tops = {epoch: under(f"open_top/{epoch}", tensors) for epoch in facts["open_tops"]}
-        self.batches, self.samples = Counter(facts["batches"]), Counter(facts["samples"])

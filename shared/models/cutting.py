@@ -95,7 +95,7 @@ def build(model: ModelSection, seed: int, *, with_head: bool) -> Halves:
             `nn.Sequential` nor `Halves`; 105 the model cannot be cut there: a part is empty or holds no
             weights, two parts share weights, or the head is missing.
     """
-    made = _make(model, seed)
+    made = make(model, seed)
     if isinstance(made, Halves):
         return _checked(model, made, with_head=with_head)
     # A subclass with its own forward is no chain of stages: cutting it would change what it computes.
@@ -123,10 +123,17 @@ def output_shapes(halves: Halves, input_shape: Shape) -> Shapes:
         ConfigError: 104 a part does not take what comes before it; 105 a part returns no tensor with
             one row per sample, so there is nothing to send.
     """
+    shapes = flow_shapes(halves.parts, input_shape)
+    last = shapes["top"]
+    return Shapes(shapes["bottom"], last if "head" in shapes else None, shapes.get("head", last))
+
+
+def flow_shapes(parts: Mapping[str, nn.Module], input_shape: Shape) -> dict[str, Shape]:
+    """What each of the parts returns for one sample, in a chain; as `output_shapes`."""
     shapes: dict[str, Shape] = {}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         flow = torch.zeros(2, *input_shape)  # two samples, to see whether the batch dimension is kept
-        for name, part in halves.parts.items():
+        for name, part in parts.items():
             received = tuple(flow.shape[1:])
             try:
                 flow = copy.deepcopy(part).cpu().eval()(flow)
@@ -144,11 +151,11 @@ def output_shapes(halves: Halves, input_shape: Shape) -> Shapes:
                     "cut where the model passes on one tensor whose first dimension is the batch.",
                 )
             shapes[name] = tuple(flow.shape[1:])
-    last = shapes["top"]
-    return Shapes(shapes["bottom"], last if "head" in shapes else None, shapes.get("head", last))
+    return shapes
 
 
-def _make(model: ModelSection, seed: int) -> Any:
+def make(model: ModelSection, seed: int) -> Any:
+    """What the factory returns, with torch's CPU generator at a seed that depends on `seed` alone; 104 as `build`."""
     with _current_directory_on_path():
         factory = _find(model.factory)
         try:

@@ -9,4 +9,9 @@ PROTOCOLS: dict[str, str] = {
     "split_labels": "Ha et al., IEEE Access 2021: activations and labels go to the server, gradients return",
     "split_u": "U-shaped: the last layers and the labels stay at the site",
     "split_frozen": "Ha et al., detached in time: activations are released once, the server trains on its store",
+    "fedavg_transfer": "Zhang and Li, arXiv 2203.12803: what sites' training changed is averaged, round by round",
+    "fedavg_dp_seg": "Ziller et al., arXiv 2107.02586: likewise, with differential privacy at the site",
 }
+
+ROUNDS = frozenset({"fedavg_transfer", "fedavg_dp_seg"})
+"""Systems whose participants exchange weights of the whole model; in the others a model is cut."""

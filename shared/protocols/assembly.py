@@ -1,22 +1,28 @@
-"""From run.toml to the parts of a model and the contract between them; the same at every participant."""
+"""From run.toml to the modules of a run and the contract between participants; the same at every one of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
+
+from torch import nn
 
 from shared.config import RunConfig
 from shared.contract import Payload
 from shared.errors import BrokerError, ConfigError
 from shared.message import Kind
-from shared.models.cutting import Halves, build, output_shapes
+from shared.models.cutting import Halves, build, flow_shapes, output_shapes
+from shared.models.whole import Layout, build_whole
+from shared.protocols import ROUNDS
+from shared.protocols.round import CONTRACT, HEADER_BYTES, elements
 from shared.protocols.stream import payloads
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """What a run is made of.
+    """A model in halves, for systems that exchange activations.
 
     Attributes:
         halves: freshly initialised modules, equal at every participant.
@@ -25,6 +31,31 @@ class Assembly:
 
     halves: Halves
     contract: Mapping[Kind, Payload]
+
+    @property
+    def parts(self) -> Mapping[str, nn.Module]:
+        """The modules by name, in the order of the forward pass."""
+        return self.halves.parts
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """A whole model, for systems that exchange its weights.
+
+    Attributes:
+        module: the model as the run begins, equal at every participant.
+        layout: which of its weights travel, and how.
+    """
+
+    module: nn.Module
+    layout: Layout
+
+    contract = CONTRACT
+
+    @property
+    def parts(self) -> Mapping[str, nn.Module]:
+        """See `Assembly`."""
+        return {"model": self.module}
 
 
 def assemble(config: RunConfig) -> Assembly:
@@ -36,12 +67,7 @@ def assemble(config: RunConfig) -> Assembly:
     """
     halves = build(config.model, config.run.seed, with_head=config.run.protocol == "split_u")
     cut, head, outputs = output_shapes(halves, config.data.input_shape)
-    if outputs != (config.task.outputs,):
-        raise ConfigError(
-            105,
-            f"the model ends in shape {outputs} per sample, {config.task.kind} needs ({config.task.outputs},).",
-            f"let the last layer have {config.task.outputs} output{'s' * (config.task.outputs > 1)}.",
-        )
+    _check_outputs(config, outputs)
     contract = payloads(config, cut, head, halves.bottom, halves.top)
     planned = planned_message_bytes(config, contract)
     if planned > config.wire.message_bytes:
@@ -55,15 +81,55 @@ def assemble(config: RunConfig) -> Assembly:
     return Assembly(halves, contract)
 
 
+def assemble_rounds(config: RunConfig, base: Path) -> Rounds:
+    """Make the model of a run of rounds, uncut.
+
+    Args:
+        config: the run.
+        base: folder of run.toml, where `model.initial` is.
+
+    Raises:
+        ConfigError: 104 the factory cannot be used, 105 the last layer does not fit the task or nothing is
+            trained, 115-117 the initial weights cannot be used.
+        BrokerError: 203 wire.message_bytes leaves no room for weights.
+    """
+    if config.wire.message_bytes < 2 * HEADER_BYTES:
+        raise BrokerError(
+            203,
+            f"wire.message_bytes is {config.wire.message_bytes}; a message of weights needs {2 * HEADER_BYTES}.",
+            "raise wire.message_bytes; larger messages mean fewer of them.",
+        )
+    module = build_whole(config, base)
+    _check_outputs(config, flow_shapes({"model": module}, config.data.input_shape)["model"])
+    return Rounds(module, Layout.of(module, config, most=elements(config)))
+
+
+def assemble_any(config: RunConfig, base: Path) -> Assembly | Rounds:
+    """What the run's system needs; arguments and errors as above."""
+    return assemble_rounds(config, base) if config.run.protocol in ROUNDS else assemble(config)
+
+
 def planned_message_bytes(config: RunConfig, contract: Mapping[Kind, Payload]) -> int:
     """Size of the largest message of a run, without compression and header."""
+    lengths = {"batch": config.run.batch_size, "slice": elements(config)}
     widths = {"raw": None, "fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 
     def size(payload: Payload) -> int:
         return sum(
-            prod(config.run.batch_size if isinstance(n, str) else n for n in spec.shape)
+            prod(lengths[n] if isinstance(n, str) else n for n in spec.shape)
             * (widths[spec.codec] or spec.dtype.itemsize)
             for spec in payload.tensors.values()
         )
 
     return max(size(payload) for payload in contract.values())
+
+
+def _check_outputs(config: RunConfig, found: tuple[int, ...]) -> None:
+    expected = config.output_shape
+    if found != expected:
+        raise ConfigError(
+            105,
+            f"the model ends in shape {found} per sample, {config.task.kind} needs {expected}.",
+            f"let the last layer have {expected[0]} output{'s' * (expected[0] > 1)}"
+            f"{' for each pixel' if len(expected) > 1 else ''}.",
+        )

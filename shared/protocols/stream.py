@@ -20,15 +20,10 @@ from torch import nn
 
 from shared.config import RunConfig
 from shared.contract import Payload, TensorSpec
-from shared.errors import Refused, RunError
+from shared.errors import Refused
 from shared.message import Kind, Message
+from shared.protocols.agreement import AGREEMENT, VERDICT
 from shared.protocols.plan import Place, Plan
-
-Verdict = {"best": int, "judged": int}
-"""In every answer: the best epoch so far, and the last one that was judged (0: none)."""
-
-ANY = ""
-"""In a rejection: it holds for every incarnation of the site."""
 
 
 def payloads(
@@ -52,21 +47,14 @@ def payloads(
         return Payload({"gradient": spec})
 
     def answer(payload: Payload) -> Payload:
-        return Payload(payload.tensors, {**payload.scalars, **Verdict})
+        return Payload(payload.tensors, {**payload.scalars, **VERDICT})
 
     smashed = {"smashed": activations(cut)}
     if head is None:
         targets = torch.int64 if config.task.kind == "multiclass" else torch.float32
         smashed["targets"] = TensorSpec(targets, ("batch",))
     contract = {
-        Kind.MANIFEST: Payload(scalars={"config": str, "contract": str}),
-        Kind.HELLO: Payload(
-            scalars={
-                "incarnation": str, "enrolled": bool, "contract": str, "train": int, "validation": int, "test": int,
-                "mark": int, "released": int,
-            }
-        ),
-        Kind.REJECTED: Payload(scalars={"incarnation": str, "number": int, "reason": str}),
+        **AGREEMENT,
         Kind.SMASHED: Payload(smashed),
         Kind.CUT_GRADIENT: answer(gradient(cut)),
         Kind.BOTTOM: Payload(weights_spec(bottom)),
@@ -116,6 +104,11 @@ class UpSequence:
     def _lag(self) -> int:
         return min(self.plan.window // 2, self.plan.last - 1)
 
+    @property
+    def train(self) -> int:
+        """Training samples of the site."""
+        return self.plan.train
+
     @cached_property
     def last(self) -> int:
         """Number of the site's last message."""
@@ -150,20 +143,6 @@ class UpSequence:
         q, half = self.at(seq)
         beside = min(q + self._lag, self.plan.last) if half == "second" else q
         return self.plan.place(beside), seq
-
-
-def check_contract(stored: str, config: RunConfig, who: str) -> None:
-    """A worker goes on with the run.toml that its state was made with.
-
-    Raises:
-        RunError: 601 the file changed in between.
-    """
-    if stored != config.contract:
-        raise RunError(
-            601,
-            f"{who} began {config.run.id} with another run.toml.",
-            "restore the file as it was, or start a new run under another id. Nothing more was sent.",
-        )
 
 
 def check_rows(message: Message, plan: Plan, q: int) -> None:

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from shared.config import RunConfig
-from shared.protocols.assembly import assemble
+from shared.protocols import ROUNDS
+from shared.protocols.assembly import assemble, assemble_rounds
 from site_worker.bottom import Bottom
 from site_worker.data.dataset import Parts
 from site_worker.feed import Feed
+from site_worker.privacy import check_installed
+from site_worker.protocols.base import SiteRole
+from site_worker.protocols.fedavg_dp_seg import FedavgDpSegSite
+from site_worker.protocols.fedavg_transfer import FedavgTransferSite
 from site_worker.protocols.split_frozen import SplitFrozenSite
 from site_worker.protocols.split_labels import SplitLabelsSite
 from site_worker.protocols.split_u import SplitUSite
-from site_worker.protocols.stream import StreamSite
+from site_worker.round_feed import RoundFeed
+from site_worker.trainer import Trainer
 
+OF_ROUNDS = {"fedavg_transfer": FedavgTransferSite, "fedavg_dp_seg": FedavgDpSegSite}
 WITHOUT_HEAD = {"split_labels": SplitLabelsSite, "split_frozen": SplitFrozenSite}
 
 
-def make_site(name: str, config: RunConfig, parts: Parts, incarnation: str, device: str = "cpu") -> StreamSite:
+def make_site(
+    name: str, config: RunConfig, parts: Parts, incarnation: str, base: Path, device: str = "cpu",
+    ledger: Path | None = None, max_epsilon: float | None = None,
+) -> SiteRole:  # fmt: skip
     """The role of a site in a run.
 
     Args:
@@ -23,11 +35,27 @@ def make_site(name: str, config: RunConfig, parts: Parts, incarnation: str, devi
         config: the run.
         parts: the site's scaled data.
         incarnation: names this process.
+        base: folder of run.toml.
         device: where the site's layers compute.
+        ledger: file of what runs with differential privacy have spent; needed by those.
+        max_epsilon: the most that they may spend.
 
     Raises:
         ConfigError: 104, 105 the model cannot be used.
+        RunError: 610-613 as `take_part`, 614 as `check_installed`.
     """
+    if config.run.protocol in ROUNDS:
+        rounds = assemble_rounds(config, base)
+        half = OF_ROUNDS[config.run.protocol]
+        if config.privacy is not None:
+            assert ledger is not None, "a private run needs a ledger"
+            check_installed()
+            from site_worker.privacy.site import take_part  # its libraries are an extra, and take seconds
+
+            private = take_part(config, config.privacy, name, parts, rounds.module, device, ledger, max_epsilon)
+            return half(name, config, rounds.layout, private.trainer, private.feed, incarnation, private.account)
+        trainer = Trainer(rounds.module, config, device)
+        return half(name, config, rounds.layout, trainer, RoundFeed(config, name, parts), incarnation)
     assembly = assemble(config)
     bottom = Bottom(assembly.halves.bottom, config.optimizer, device)
     feed = Feed(config, name, parts)

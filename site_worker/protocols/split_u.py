@@ -60,6 +60,10 @@ class SplitUSite(StreamSite):
         """Parameters and buffers of the head that belongs to the best model."""
         return self._heads.get(self.best, self.head.state_dict())
 
+    def model(self) -> dict[str, dict[str, torch.Tensor]]:
+        """See `SiteRole`."""
+        return {**super().model(), "head": self.final_head()}
+
     def content(self, q: int, item: Item) -> Send:
         """See `StreamSite`."""
         return self.send(q, Kind.SMASHED, {"smashed": self.forward(q, item)})

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -13,17 +11,17 @@ from shared.checkpoint import Snapshot, flatten, under
 from shared.config import RunConfig
 from shared.contract import Payload
 from shared.effects import Effect, Finish, Send
-from shared.errors import TITLES, Refused, RunError
+from shared.errors import Refused, RunError
 from shared.message import SERVER, Header, Kind, Message
 from shared.protocols.plan import Item, Step
-from shared.protocols.stream import ANY, UpSequence, check_contract, check_rows, weights
-from shared.roles import Role
+from shared.protocols.stream import UpSequence, check_rows, weights
 from shared.tensors import is_finite
 from site_worker.bottom import Bottom
 from site_worker.feed import Feed
+from site_worker.protocols.base import SiteRole
 
 
-class StreamSite(Role):
+class StreamSite(SiteRole):
     """Sends its plan item by item, as far ahead of the answers as the window allows.
 
     Args:
@@ -35,8 +33,6 @@ class StreamSite(Role):
         incarnation: of this process; a rejection of an earlier one is ignored.
     """
 
-    rederives = True
-
     def __init__(
         self,
         name: str,
@@ -46,28 +42,12 @@ class StreamSite(Role):
         contract: Mapping[Kind, Payload],
         incarnation: str,
     ) -> None:
-        super().__init__(name)
-        self.config = config
+        super().__init__(name, config, contract, incarnation)
         self.bottom = bottom
         self.feed = feed
         self.sequence = UpSequence(feed.plan, has_head=Kind.HEAD_INPUT in contract)
-        self.next_seq = 1
-        """The next message to send."""
-        self.answered = 0
-        """Answers applied; the last one answered message number `answered`."""
-        self.finished = False
-        self.best = 0
-        """The best epoch, as far as the server has told."""
-        self._judged = 0
-        """The last epoch that the server has judged, as far as it has told."""
         self.exported_top: dict[str, torch.Tensor] = {}
         """The server's half of the best model, where the run exports it."""
-        self._contract = contract
-        self._incarnation = incarnation
-        self._enrolled = False
-        self._released = 0
-        """Answers that the broker may have forgotten: a state that holds fewer was lost."""
-        self._in_snapshot = 0
         self._candidates: dict[int, dict[str, torch.Tensor]] = {}
         """The bottom that each epoch was evaluated with, while that epoch may still be the best."""
 
@@ -87,17 +67,19 @@ class StreamSite(Role):
 
     # -- Role ------------------------------------------------------------------------------------
 
-    def payload(self, kind: Kind) -> Payload | None:
-        """See `Role`."""
-        return self._contract.get(kind)
+    @property
+    def planned(self) -> int:
+        """See `SiteRole`."""
+        return self.sequence.last
 
-    def start(self) -> list[Effect]:
-        """Say hello. To a site that has not seen the run's manifest, the server answers with it."""
-        return [Finish()] if self.finished else [self._hello()]
+    @property
+    def samples(self) -> tuple[int, int, int]:
+        """See `SiteRole`."""
+        return self.feed.plan.train, self.feed.plan.validation, self.feed.plan.test
 
     def next(self) -> list[Effect]:
         """The next message of the plan, when the answers that it depends on are here."""
-        if not self._enrolled or self.finished or self.next_seq > self.sequence.last:
+        if not self.at_work or self.next_seq > self.sequence.last:
             return []
         q, half = self.sequence.at(self.next_seq)
         if self.answered < self._needs(q, half == "second"):
@@ -113,20 +95,9 @@ class StreamSite(Role):
         self.next_seq += 1
         return [send]
 
-    def on(self, message: Message) -> list[Effect]:
-        """See `Role`."""
+    def answer(self, message: Message) -> list[Effect]:
+        """See `SiteRole`."""
         kind, scalars = message.header.kind, message.scalars
-        if kind is Kind.MANIFEST:
-            return self._enrol(str(scalars["config"]), str(scalars["contract"]))
-        if kind is Kind.REJECTED:
-            if scalars["incarnation"] not in (ANY, self._incarnation):
-                return []
-            number, reason = int(scalars["number"]), str(scalars["reason"])
-            if number not in TITLES:
-                raise Refused(
-                    304, f"it rejects with number {number}.", "run the same version of nightsplit at both sides."
-                )
-            raise RunError(number, f"the server rejects {self.name}: {reason}.", "see the page of this number.")
         if kind is not Kind.FINISH and message.header.seq > self.sequence.last:
             raise Refused(
                 304,
@@ -186,13 +157,13 @@ class StreamSite(Role):
         inputs, seed = self.feed.inputs(q), self.feed.seed("bottom", q)
         self.bottom.learn(q, self.feed.plan.version_of(q), inputs, seed, gradient)
 
-    def open_candidate(self, epoch: int) -> bool:
-        """Whether an epoch is the best, or may still turn out to be."""
-        return epoch > self._judged or epoch == self.best
-
     def final_bottom(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers of the bottom that belongs to the best model."""
         return self._candidates.get(self.best, self.bottom.weights(self.bottom.version))
+
+    def model(self) -> dict[str, dict[str, torch.Tensor]]:
+        """See `SiteRole`."""
+        return {"bottom": self.final_bottom(), "top": self.exported_top}
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -209,43 +180,14 @@ class StreamSite(Role):
         return min(self.sequence.at(number)[0] for number in following)
 
     def _answer_applied(self, header: Header, judged: int) -> None:
-        self.answered, self._judged = header.seq, max(judged, self._judged)
         if header.seq <= self.sequence.last:
             # Not when it is sent: after a crash the answer may be here before it would be sent again.
             q, _ = self.sequence.at(header.seq)
             item = self.feed.plan.item(q)
             if item.evaluates and item.epoch not in self._candidates:
                 self._candidates[item.epoch] = self.bottom.weights(self.feed.plan.version_of(q))
+        self.heard(header.seq, judged)
         self._candidates = {epoch: kept for epoch, kept in self._candidates.items() if self.open_candidate(epoch)}
-
-    def _enrol(self, config: str, contract: str) -> list[Effect]:
-        """Agree to the run as the server opened it, before anything of a patient is sent."""
-        if contract != self.config.contract:
-            differences = _difference(config, self.config.canonical())
-            raise RunError(
-                601,
-                f"{self.name} and the server have different run.toml files: {differences}.",
-                "agree on one run.toml. Nothing of a patient was sent.",
-            )
-        if self._enrolled:
-            return []
-        self._enrolled = True
-        return [self._hello()]
-
-    def _hello(self) -> Send:
-        plan = self.feed.plan
-        # Not even the numbers of patients' samples leave before site and server agree on the run.
-        counts = (plan.train, plan.validation, plan.test) if self._enrolled else (0, 0, 0)
-        return Send(
-            SERVER,
-            Kind.HELLO,
-            0,
-            scalars={
-                "incarnation": self._incarnation, "contract": self.config.contract,
-                "enrolled": self._enrolled, "train": counts[0], "validation": counts[1], "test": counts[2],
-                "mark": self.answered, "released": self._released,
-            },
-        )  # fmt: skip
 
     def _finish(self, message: Message) -> list[Effect]:
         self.finished = True
@@ -254,52 +196,19 @@ class StreamSite(Role):
 
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         """See `Role`. What no later snapshot can need is forgotten here."""
-        resume = min(first_unconfirmed or self.next_seq, self.next_seq)
-        self._in_snapshot = self.answered
-        oldest = min(resume, self.answered + 1)
+        oldest = min(self.resume(first_unconfirmed), self.answered + 1)
         if oldest <= self.sequence.last:
             self.bottom.forget(below=self.feed.plan.version_of(self._oldest_item(oldest)))
-        tensors = self.bottom.state()
+        base = super().snapshot(first_unconfirmed)
+        tensors = {**self.bottom.state(), **dict(flatten("exported_top", self.exported_top))}
         for epoch, kept in self._candidates.items():
             tensors.update(flatten(f"candidate/{epoch}", kept))
-        tensors.update(flatten("exported_top", self.exported_top))
-        facts: dict[str, Any] = {
-            "contract": self.config.contract,
-            "next": resume, "answered": self.answered, "finished": self.finished, "enrolled": self._enrolled,
-            "best": self.best, "judged": self._judged, "candidates": list(self._candidates), "released": self._released,
-        }  # fmt: skip
-        return Snapshot(tensors, facts)
-
-    def saved(self) -> list[Effect]:
-        """See `Role`: before the broker forgets its first answer, the server hears that it may."""
-        if self._released or not self._in_snapshot:
-            return []
-        self._released = self._in_snapshot
-        return [self._hello()]
+        return Snapshot(tensors, {**base.facts, "candidates": list(self._candidates)})
 
     def restore(self, snapshot: Snapshot) -> None:
         """See `Role`."""
-        tensors, facts = snapshot.tensors, snapshot.facts
-        check_contract(facts["contract"], self.config, self.name)
-        self.bottom.restore(tensors)
-        self.next_seq, self.answered = facts["next"], facts["answered"]
-        self.best, self._judged = facts["best"], facts["judged"]
-        self.finished, self._enrolled, self._released = facts["finished"], facts["enrolled"], facts["released"]
-        self._candidates = {epoch: under(f"candidate/{epoch}", tensors) for epoch in facts["candidates"]}
+        super().restore(snapshot)
+        self.bottom.restore(snapshot.tensors)
+        tensors = snapshot.tensors
         self.exported_top = under("exported_top", tensors)
-
-
-def _difference(theirs: str, ours: str) -> str:
-    """Keys in which two canonical configurations differ."""
-
-    def lines(text: str) -> dict[str, None]:
-        content = json.loads(text)
-        return dict.fromkeys(f"{s}.{k} = {v!r:.80}" for s, keys in content.items() for k, v in keys.items())
-
-    try:
-        server, here = lines(theirs), lines(ours)
-    except (ValueError, AttributeError, RecursionError):
-        return "the server's cannot be read here"
-    changed = [f"server {line}" for line in server if line not in here]
-    changed += [f"here {line}" for line in here if line not in server]
-    return "; ".join(sorted(changed, key=lambda line: line.partition(" ")[2])[:6])
+        self._candidates = {epoch: under(f"candidate/{epoch}", tensors) for epoch in snapshot.facts["candidates"]}

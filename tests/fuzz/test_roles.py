@@ -15,7 +15,7 @@ import torch
 from broker.memory import MemoryBroker
 from broker.topology import site_queues
 from server_worker.protocols import make_server
-from server_worker.protocols.stream import StreamServer
+from server_worker.protocols.base import ServerRole
 from shared import wire
 from shared.checkpoint import Checkpoints
 from shared.config import RunConfig
@@ -24,11 +24,11 @@ from shared.engine import Engine
 from shared.errors import Refused, RunError
 from shared.message import SERVER, UNSEQUENCED, Header, Kind, Message, Scalar
 from shared.protocols import PROTOCOLS
-from shared.protocols.assembly import assemble
+from shared.protocols.assembly import assemble_any
 from shared.route import Route
 from shared.store_memory import MemoryStore
 from site_worker.protocols import make_site
-from site_worker.protocols.stream import StreamSite
+from site_worker.protocols.base import SiteRole
 from tests.protocols.night import Authority, Night, tiny_config, tiny_parts
 
 LIMIT = 2**20
@@ -61,7 +61,7 @@ def bodies(kind: Kind, payload: Payload, header: Header, plain: dict[str, Scalar
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_no_worker_dies_of_a_message(protocol: str, to_server: bool, kind: Kind, tmp_path: Path) -> None:
     config = config_of(protocol)
-    payload = assemble(config).contract.get(kind, Payload())
+    payload = assemble_any(config, tmp_path).contract.get(kind, Payload())
     sender, receiver = ("north", SERVER) if to_server else (SERVER, "north")
     header = Header(config.run.id, sender, receiver, kind, 0 if kind in UNSEQUENCED else 2 if to_server else 1)
     plain: dict[str, Scalar] = {
@@ -76,9 +76,9 @@ def test_no_worker_dies_of_a_message(protocol: str, to_server: bool, kind: Kind,
     snapshot = night.roles[receiver].snapshot(None)
     for body in bodies(kind, payload, header, plain):
         if to_server:
-            made: StreamSite | StreamServer = make_server(config, tmp_path / SERVER)
+            made: SiteRole | ServerRole = make_server(config, tmp_path / SERVER, tmp_path)
         else:
-            made = make_site("north", config, tiny_parts("north"), "north-2")
+            made = make_site("north", config, tiny_parts("north"), "north-2", tmp_path)
         made.restore(snapshot)
         began = time.thread_time()
         try:
@@ -89,7 +89,7 @@ def test_no_worker_dies_of_a_message(protocol: str, to_server: bool, kind: Kind,
         assert time.thread_time() - began < 2.0
 
 
-def receive(role: StreamSite | StreamServer, config: RunConfig, body: bytes, folder: Path) -> None:
+def receive(role: SiteRole | ServerRole, config: RunConfig, body: bytes, folder: Path) -> None:
     """A fresh engine takes one message, and its role does what it then has to do."""
     broker, queues = MemoryBroker(), site_queues(config.run.id, "north", 2**20)
     broker.declare(queues)
@@ -105,7 +105,7 @@ def receive(role: StreamSite | StreamServer, config: RunConfig, body: bytes, fol
             Checkpoints(folder),
             Authority(MemoryStore(), 1),
         )
-        if isinstance(role, StreamServer):
+        if isinstance(role, ServerRole):
             engine.marks["north"] = role.applied["north"]
         else:
             engine.marks[SERVER] = role.answered

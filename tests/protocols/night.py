@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from pathlib import Path
 
 import torch
@@ -11,12 +12,14 @@ from broker.base import Broker
 from broker.memory import MemoryBroker
 from broker.topology import SiteQueues, site_queues
 from server_worker.protocols import make_server
-from server_worker.protocols.stream import StreamServer
+from server_worker.protocols.base import ServerRole
 from shared.checkpoint import Checkpoints
 from shared.config import (
     DataSection,
     ModelSection,
     OptimizerSection,
+    PrivacySection,
+    RoundSection,
     RunConfig,
     RunSection,
     TaskSection,
@@ -24,12 +27,15 @@ from shared.config import (
 )
 from shared.engine import Engine
 from shared.message import SERVER
+from shared.protocols import ROUNDS
 from shared.route import Route
 from shared.store import RunStore
 from shared.store_memory import MemoryStore
+from shared.turns import LEAVES
 from site_worker.data.dataset import Dataset, Parts
 from site_worker.protocols import make_site
-from site_worker.protocols.stream import StreamSite
+from site_worker.protocols.base import SiteRole
+from site_worker.protocols.round import RoundSite
 
 SYSTEMS = [
     ("split_labels", "independent", 4),
@@ -37,8 +43,13 @@ SYSTEMS = [
     ("split_u", "independent", 4),
     ("split_u", "averaged", 3),
     ("split_frozen", "independent", 4),
+    ("fedavg_transfer", "independent", 4),
+    ("fedavg_dp_seg", "independent", 4),
 ]
-"""Protocol, bottoms, window."""
+"""Protocol, bottoms, window; a system of rounds has neither bottoms nor a window."""
+
+_LEDGERS = tempfile.TemporaryDirectory(prefix="nightsplit-ledgers-")
+"""Runs of one configuration share a ledger, hence a secret: they draw the same noise, and can be compared."""
 
 SIZES = {"north": 40, "south": 24, "east": 12}
 
@@ -53,7 +64,40 @@ def tiny_factory(dropout: float = 0.3) -> torch.nn.Sequential:
     )  # fmt: skip
 
 
+PLAIN = ("fedavg_transfer", None)
+"""Rounds without differential privacy, which forbids running statistics."""
+
+
+def tiny_whole(width: int = 128, norm: bool = True) -> torch.nn.Sequential:
+    """About 18,000 weights, so that they travel in three slices; dropout, and running statistics if wanted."""
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, width), torch.nn.BatchNorm1d(width) if norm else torch.nn.Identity(),
+        torch.nn.ReLU(), torch.nn.Dropout(0.3), torch.nn.Linear(width, width), torch.nn.ReLU(),
+        torch.nn.Linear(width, 1),
+    )  # fmt: skip
+
+
+def tiny_rounds(sites: tuple[str, ...] = ("north", "south", "east"), **settings: object) -> RunConfig:
+    """Of a system of rounds; settings are of [run], or of [round]."""
+    known = set(RunSection.__struct_fields__)
+    run = {name: value for name, value in settings.items() if name in known}
+    section = {"id": "night", "protocol": "fedavg_transfer", "order": "strict", "batch_size": 8, "seed": 3}
+    chosen = {name: value for name, value in settings.items() if name not in known}
+    return RunConfig(
+        run=RunSection(sites=list(sites), **{**section, **run}),
+        model=ModelSection(factory="tests.protocols.night:tiny_whole", settings={"norm": run.get("protocol") in PLAIN}),
+        privacy=None if run.get("protocol") in PLAIN else PrivacySection(epsilon=8.0, delta=0.01, clip=0.5),
+        task=TaskSection(kind="binary"),
+        optimizer=OptimizerSection(lr=0.01),
+        round=RoundSection(**{"rounds": 4, **chosen}),
+        wire=WireSection(message_bytes=2**16),
+        data=DataSection(features=list("abcdef")),
+    )
+
+
 def tiny_config(sites: tuple[str, ...] = ("north", "south", "east"), **run: object) -> RunConfig:
+    if run.get("protocol") in ROUNDS:
+        return tiny_rounds(sites, **{name: run[name] for name in run if name in ("protocol", "order", "tape")})
     dropout = run.pop("dropout", 0.3)
     codec = run.pop("codec", "fp16")
     optimizer = run.pop("optimizer", "adam")
@@ -116,7 +160,7 @@ class Night:
         for queues in self.queues.values():
             self.broker.declare(queues)
         self.links = {}
-        self.roles: dict[str, StreamSite | StreamServer] = {}
+        self.roles: dict[str, SiteRole | ServerRole] = {}
         self.engines: dict[str, Engine] = {}
         self.lines = []
         self.starts = 0
@@ -127,11 +171,13 @@ class Night:
         """A worker as a fresh process would start it: from its newest checkpoint."""
         self.starts += 1
         if name == SERVER:
-            role = make_server(self.config, self.folder / SERVER, self.device)
+            role = make_server(self.config, self.folder / SERVER, self.folder, self.device)
             routes = {site: Route(q.down, q.up, q.dead) for site, q in self.queues.items()}
             authority = Authority(self.store, self.store.acquire_lease(SERVER, 60) or 0)
         else:
-            role = make_site(name, self.config, tiny_parts(name), f"{name}-{self.starts}", self.device)
+            ledger = Path(_LEDGERS.name) / f"{self.config.contract}-{name}.db"
+            incarnation = f"{name}-{self.starts}"
+            role = make_site(name, self.config, tiny_parts(name), incarnation, self.folder, self.device, ledger)
             queues = self.queues[name]
             routes = {SERVER: Route(queues.up, queues.down, queues.dead)}
             authority = Authority(None, 0)
@@ -145,7 +191,7 @@ class Night:
             authority,
             self.lines.append,
             self.config.wire.message_bytes,
-            absent=lambda: self.absent(),
+            decide=lambda: (absent := self.absent()) and LEAVES + absent,
         )
         engine.recover()
         self.links[name], self.roles[name], self.engines[name] = link, role, engine
@@ -179,8 +225,10 @@ class Night:
         digest = hashlib.sha256()
         for name in [SERVER, *self.config.run.sites]:
             role = self.roles[name]
-            if isinstance(role, StreamServer):
-                states = [role.top.module.state_dict(), role.best_top]
+            if isinstance(role, ServerRole):
+                states = [role.weights(), role.best_weights]
+            elif isinstance(role, RoundSite):
+                states = [role.trainer.weights(), *role.model().values()]
             else:
                 states = [role.bottom.module.state_dict(), role.final_bottom()]
             for state in states:

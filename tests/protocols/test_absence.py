@@ -139,7 +139,7 @@ class Ward(Night):
         for name in [SERVER, *(site for site in self.config.run.sites if site not in self.goes)]:
             role = self.roles[name]
             parts = (
-                [role.top.module.state_dict(), role.best_top]
+                [role.top.module.state_dict(), role.best_weights]
                 if name == SERVER
                 else [role.bottom.module.state_dict(), role.final_bottom()]
             )
@@ -233,7 +233,7 @@ def replace_run(config, **run):
     return msgspec.structs.replace(config, run=msgspec.structs.replace(config.run, **run))
 
 
-def test_the_best_top_is_the_one_that_was_evaluated(tmp_path):
+def test_the_best_weights_is_the_one_that_was_evaluated(tmp_path):
     """In fair order others run ahead; an epoch that is judged late must not get the weights of today."""
     config = replace_run(ward_config(order="fair"), epochs=6)
     ward = Ward(config, tmp_path, {"south": 2})
@@ -246,8 +246,8 @@ def test_the_best_top_is_the_one_that_was_evaluated(tmp_path):
     best = ward.server.evaluation.best
     assert set(kept) == {1, 2, 3, 4, 5, 6}, "all epochs waited for the site"
     assert best < 6, "choose other data: the last epoch cannot show the difference"
-    assert all(ward.server.best_top[name].equal(tensor) for name, tensor in kept[best].items())
-    assert not all(ward.server.best_top[name].equal(tensor) for name, tensor in kept[6].items())
+    assert all(ward.server.best_weights[name].equal(tensor) for name, tensor in kept[best].items())
+    assert not all(ward.server.best_weights[name].equal(tensor) for name, tensor in kept[6].items())
 
 
 # -- crashes around the decision -----------------------------------------------------------------------

@@ -47,6 +47,8 @@ SYSTEMS = [
     ("split_u", "independent", 1),
     ("split_u", "averaged", 5),
     ("split_frozen", "independent", 4),
+    ("fedavg_transfer", "independent", 4),
+    ("fedavg_dp_seg", "independent", 4),
 ]
 
 
@@ -60,7 +62,7 @@ def test_a_strict_run_ends_bit_identical(protocol, bottoms, window, seed, tmp_pa
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("protocol", ["split_labels", "split_u"])
+@pytest.mark.parametrize("protocol", ["split_labels", "split_u", "fedavg_transfer", "fedavg_dp_seg"])
 def test_a_fair_run_ends_like_the_replay_of_its_journal(protocol, seed, tmp_path):
     config = tiny_config(protocol=protocol, order="fair", window=3, epochs=2)
     night = Night(config, tmp_path / "shaken", prefetch=16)

@@ -54,7 +54,7 @@ def taped_night(folder, **run):
 
 
 def replayed(night, until=None, store=None):
-    replay = Replay(night.config, night.broker.tape, store or night.store, "cpu")
+    replay = Replay(night.config, night.folder, night.broker.tape, store or night.store, "cpu")
     replay.go(until)
     return replay
 
@@ -62,7 +62,7 @@ def replayed(night, until=None, store=None):
 def weights_of(night):
     """sha256 of what the server ended with: the best top, and the last."""
     role = night.roles[SERVER]
-    return weights_sha256(role.best_top), weights_sha256(role.top.weights())
+    return weights_sha256(role.best_weights), weights_sha256(role.weights())
 
 
 def test_every_protocol_is_replayed():
@@ -147,7 +147,7 @@ def test_until_gives_the_weights_of_a_server_that_stood_there(protocol, order, t
             engine.step(0.0)
         if server.position > position:
             assert server.position == position + 1
-            seen[server.position] = weights_sha256(night.roles[SERVER].top.weights())
+            seen[server.position] = weights_sha256(night.roles[SERVER].weights())
             trained = [line for line in night.lines[lines:] if line.metrics["event"] == "train"]
             losses[server.position] = trained[0].metrics["loss"] if trained else None
     server.leave()

@@ -131,8 +131,8 @@ def config_of(protocol: str) -> RunConfig:
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_every_system_has_both_halves(protocol: str, tmp_path: Path) -> None:
     few = Dataset(torch.zeros(4, 3), torch.zeros(4), ("a", "b", "c", "d"))
-    site = make_site("mercy", config_of(protocol), Parts(few, few, few), "one")
-    server = make_server(config_of(protocol), tmp_path)
+    site = make_site("mercy", config_of(protocol), Parts(few, few, few), "one", tmp_path)
+    server = make_server(config_of(protocol), tmp_path, tmp_path)
     assert type(site).__module__ == f"site_worker.protocols.{protocol}"
     assert type(server).__module__ == f"server_worker.protocols.{protocol}"
 

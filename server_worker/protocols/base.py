@@ -1,0 +1,264 @@
+"""What the server's side of every system does: it opens the run, greets the sites, counts what they give, and ends."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+
+from server_worker.evaluation import Evaluation
+from shared.checkpoint import Snapshot, flatten, under
+from shared.config import RunConfig
+from shared.contract import Payload
+from shared.effects import Effect, Record, Send
+from shared.errors import Refused
+from shared.message import SERVER, Kind, Message, Scalar
+from shared.protocols.agreement import ANY, check_contract
+from shared.roles import Role
+
+
+class Samples(NamedTuple):
+    """How many samples a site has in each part."""
+
+    train: int
+    validation: int
+    test: int
+
+
+class Sequence(Protocol):
+    """What a site is going to send, as far as its greeting tells."""
+
+    @property
+    def last(self) -> int:
+        """Number of its last message; an upper bound where that depends on others."""
+
+    @property
+    def train(self) -> int:
+        """Its training samples."""
+
+
+S = TypeVar("S", bound=Sequence)
+
+
+class ServerRole(Role, Generic[S]):
+    """Opens the run, accepts sites and their messages in sequence, and judges every epoch.
+
+    Args:
+        config: the run.
+        contract: payload of each kind.
+
+    Attributes:
+        exports: what the weights in the report are, and the name of their file.
+    """
+
+    rederives = False
+    exports: ClassVar[str]
+
+    def __init__(self, config: RunConfig, contract: Mapping[Kind, Payload]) -> None:
+        super().__init__(SERVER)
+        self.config = config
+        self.evaluation = Evaluation(config)
+        self.best_weights: dict[str, torch.Tensor] = {}
+        """Weights of the best epoch; empty before one was judged."""
+        self.applied = dict.fromkeys(config.run.sites, 0)
+        """Messages in sequence applied, per site."""
+        self.refusals: Counter[str] = Counter()
+        self.batches: Counter[str] = Counter()
+        """Training batches that the model learned from, per site."""
+        self.samples: Counter[str] = Counter()
+        """Samples in these batches, per site."""
+        self.sequences: dict[str, S] = {}
+        self.steps = 0
+        """Training steps of the server's weights."""
+        self._contract = contract
+        self._opened = False
+        self._ended = False
+        self._counts: dict[str, Samples] = {}
+        self._released = dict.fromkeys(config.run.sites, 0)
+        """Answers that each site's queue has forgotten, as far as the site has told."""
+        self._welcomed: dict[str, list[str]] = {site: [] for site in config.run.sites}
+        """Incarnations of each site whose hello was accepted."""
+
+    # -- what a shape fills in -------------------------------------------------------------------
+
+    @abstractmethod
+    def weights(self) -> dict[str, torch.Tensor]:
+        """CPU copies of the server's present weights."""
+
+    @abstractmethod
+    def weights_in(self, snapshot: Snapshot) -> dict[str, torch.Tensor]:
+        """The present weights of the moment of a snapshot."""
+
+    @abstractmethod
+    def sequence_of(self, site: str, samples: Samples) -> S:
+        """What a site with so many samples sends.
+
+        Raises:
+            Refused: 308 there is no such site.
+        """
+
+    @abstractmethod
+    def awaited(self) -> list[str]:
+        """Sites without whose next message the run cannot go on, or cannot end."""
+
+    @abstractmethod
+    def end(self) -> list[Effect]:
+        """The run is over; repeated by a server that is started again."""
+
+    # -- Role ------------------------------------------------------------------------------------
+
+    def payload(self, kind: Kind) -> Payload | None:
+        """See `Role`."""
+        return self._contract.get(kind)
+
+    def start(self) -> list[Effect]:
+        """Open the run at the first start: its configuration is the first message in each down queue."""
+        if self._ended:
+            return self.end()
+        if self._opened:
+            return []
+        self._opened = True
+        return [self._manifest(site) for site in self.config.run.sites]
+
+    # -- what the worker asks ----------------------------------------------------------------------
+
+    @property
+    def staying(self) -> dict[str, int]:
+        """Messages in sequence applied, per site that takes part."""
+        # In the order of run.toml: a restored snapshot has its keys in the order of the alphabet.
+        return {site: self.applied[site] for site in self.config.run.sites if site not in self.left_out}
+
+    @property
+    def version(self) -> int:
+        """How often the server has combined what sites reported; 0 in systems that do not."""
+        return 0
+
+    @property
+    def may_close(self) -> bool:
+        """Whether `close` would let the run go on."""
+        return False
+
+    @property
+    def done(self) -> bool:
+        """Whether the last message of every site that takes part was applied."""
+        return all(s in self.sequences and n == self.sequences[s].last for s, n in self.staying.items())
+
+    def contribution(self, site: str) -> dict[str, Scalar | None]:
+        """What a site gave to the training, and behind how many messages it was left out, if it was."""
+        return {
+            "batches": self.batches[site], "samples": self.samples[site], "share": self.share(site),
+            "left_out_at": self.left_out.get(site),
+        }  # fmt: skip
+
+    def share(self, site: str) -> float:
+        """What part of the training batches came from a site, 0 to 1."""
+        return self.batches[site] / max(1, self.batches.total())
+
+    # -- parts that shapes use ---------------------------------------------------------------------
+
+    def welcome(self, message: Message) -> list[Effect]:
+        """Accept a site's plan, or say why not."""
+        site, hello = message.header.sender, message.scalars
+        samples = Samples(int(hello["train"]), int(hello["validation"]), int(hello["test"]))
+        if min(samples) < 0:
+            raise self.implausible(site, samples)
+        sequence = self.sequence_of(site, samples)
+        problem: tuple[int, str] | None = None
+        if site in self.left_out:
+            problem = self._farewell_to(site)
+        elif hello["contract"] != self.config.contract:
+            problem = 601, "the site's run.toml differs from the server's"
+        elif hello["enrolled"] and samples.train < 1:
+            problem = 405, "the site has nothing to train on"
+        elif hello["enrolled"] and self._counts.get(site, samples) != samples:
+            problem = 409, "the site's data changed since the run began"
+        elif hello["incarnation"] not in self._welcomed[site] and int(hello["mark"]) < self._released[site]:
+            problem = 504, f"the site stands at answer {hello['mark']}, but had stored {self._released[site]} before"
+        if problem is not None:
+            return [self._rejection(site, str(hello["incarnation"]), problem)]
+        if not hello["enrolled"]:
+            return [self._manifest(site)]
+        # A hello may come again after a later one; only a new process can have lost its state.
+        if hello["incarnation"] not in self._welcomed[site]:
+            self._welcomed[site].append(str(hello["incarnation"]))
+        self._released[site] = max(self._released[site], int(hello["released"]))
+        self.sequences[site], self._counts[site] = sequence, samples
+        return []
+
+    def implausible(self, site: str, samples: Samples) -> Refused:
+        """What to raise for counts that no site can have."""
+        return Refused(
+            308,
+            f"{site} announces {samples.train}, {samples.validation} and {samples.test} samples.",
+            "check the site's data; a run may have ten million messages per site.",
+        )
+
+    def leave_out(self, site: str) -> list[Effect]:
+        """Take a site off the run, tell it so, and judge what waited for it alone."""
+        self.left_out[site] = sum(self.applied.values())
+        effects: list[Effect] = [self._rejection(site, ANY, self._farewell_to(site))]
+        for epoch in self.evaluation.excuse(site):
+            effects += self.judged(epoch)
+        return effects
+
+    def judged(self, epoch: int) -> list[Effect]:
+        """Lines of metrics about an epoch that was judged."""
+        entry = self.evaluation.of(epoch)
+        assert entry is not None
+        event: dict[str, Scalar] = {"event": "evaluate", "step": self.steps, "epoch": epoch}
+        return [
+            Record({**event, "site": site, "part": part, **figures})
+            for site, metrics in [*entry["sites"].items(), ("overall", entry["overall"])]
+            for part, figures in metrics.items()
+        ]
+
+    @property
+    def verdict(self) -> dict[str, int]:
+        """In every answer: the best epoch so far, and the last one that was judged."""
+        return {"best": self.evaluation.best, "judged": self.evaluation.judged}
+
+    def _manifest(self, site: str) -> Send:
+        manifest = {"config": self.config.canonical(), "contract": self.config.contract}
+        return Send(site, Kind.MANIFEST, 0, scalars=manifest)
+
+    def _rejection(self, site: str, incarnation: str, problem: tuple[int, str]) -> Send:
+        scalars: dict[str, Scalar] = {"incarnation": incarnation, "number": problem[0], "reason": problem[1]}
+        return Send(site, Kind.REJECTED, 0, scalars=scalars)
+
+    def _farewell_to(self, site: str) -> tuple[int, str]:
+        hours = self.config.run.absence_hours
+        return (608, f"it was silent for {hours:g} h, and the run went on without it")
+
+    # -- snapshot ----------------------------------------------------------------------------------
+
+    def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
+        """See `Role`; shapes add to it."""
+        tensors = {**self.evaluation.tensors(), **dict(flatten("best", self.best_weights))}
+        facts: dict[str, Any] = {
+            "contract": self.config.contract,
+            "opened": self._opened, "ended": self._ended, "steps": self.steps, "applied": dict(self.applied),
+            "released": dict(self._released), "refusals": dict(self.refusals),
+            "welcomed": {site: list(incarnations) for site, incarnations in self._welcomed.items()},
+            "counts": {site: list(samples) for site, samples in self._counts.items()},
+            "left_out": dict(self.left_out),
+            "batches": dict(self.batches), "samples": dict(self.samples),
+            "evaluation": self.evaluation.facts(),
+        }  # fmt: skip
+        return Snapshot(tensors, facts)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """See `Role`; shapes add to it."""
+        tensors, facts = snapshot.tensors, snapshot.facts
+        check_contract(facts["contract"], self.config, self.name)
+        self.evaluation.restore(tensors, facts["evaluation"])
+        self.best_weights = under("best", tensors)
+        self._opened, self._ended, self.steps = facts["opened"], facts["ended"], facts["steps"]
+        self.applied, self._released = facts["applied"], facts["released"]
+        self._welcomed, self.left_out = facts["welcomed"], facts["left_out"]
+        self._counts = {site: Samples(*counts) for site, counts in facts["counts"].items()}
+        self.sequences = {site: self.sequence_of(site, samples) for site, samples in self._counts.items()}
+        self.refusals = Counter(facts["refusals"])
+        self.batches, self.samples = Counter(facts["batches"]), Counter(facts["samples"])

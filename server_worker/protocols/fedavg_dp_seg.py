@@ -1,0 +1,9 @@
+"""fedavg_dp_seg (Ziller et al., arXiv 2107.02586): the noise is in the updates before they come."""
+
+from __future__ import annotations
+
+from server_worker.protocols.fedavg_transfer import FedavgTransferServer
+
+
+class FedavgDpSegServer(FedavgTransferServer):
+    """Averages noisy updates like any others."""

@@ -1,0 +1,304 @@
+"""The server's side of the Round shape: who has reported, when a round closes, what everybody goes on with."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Set
+from typing import Any
+
+import torch
+
+from server_worker.aggregation import make_aggregation
+from server_worker.evaluation import SiteMetrics, parse_site_metrics
+from server_worker.protocols.base import Samples, ServerRole
+from shared.checkpoint import Snapshot, flatten, under
+from shared.config import RunConfig
+from shared.effects import Effect, Finish, Record, Send
+from shared.errors import Refused
+from shared.message import Header, Kind, Message
+from shared.protocols.assembly import Rounds
+from shared.protocols.round import CONTRACT, RoundSequence, Work, check_slice, is_judged
+
+MOST_SAMPLES = 1_000_000_000
+"""Of a site. Nothing is held per sample; more are a mistake."""
+
+
+class RoundServer(ServerRole[RoundSequence]):
+    """Combines what sites report, and answers each report with the model that came of it.
+
+        close = "all"       a round closes when every site that takes part has reported
+        close = "quorum"    or when `reports` have, and the deadline is over; who is late counts in the round
+                            that is open then, and goes on with the model that this one makes
+        close = "buffered"  when `reports` updates have come, of whomever; a site is answered at once
+                            (FedBuff: Nguyen et al., AISTATS 2022)
+
+    An update counts 1 / sqrt(1 + staleness), as in FedBuff: staleness is how often the server has combined
+    since the model that the update began with, and 0 for everybody with "all".
+
+    Args:
+        config: the run.
+        rounds: model and layout.
+    """
+
+    exports = "model"
+
+    def __init__(self, config: RunConfig, rounds: Rounds) -> None:
+        super().__init__(config, CONTRACT)
+        self.layout = rounds.layout
+        self.vector = rounds.layout.vector(rounds.module.state_dict())
+        """The present model."""
+        self._version = 0
+        self.aggregation = make_aggregation(config.round)
+        self._strict = config.run.order == "strict"
+        self.journalled = not self._strict or config.run.may_leave_out
+        self._slices = dict.fromkeys(config.run.sites, 0)
+        """Slices of each site's present update that came."""
+        self._begun = dict.fromkeys(config.run.sites, 0)
+        """Version of the model that each site's present update began with."""
+        self._reported: dict[str, int] = {}
+        """Sites whose update is in the open round, and the number of its last slice, which is not answered yet."""
+        self._arrived = 0
+        """Updates in the open round."""
+        self._is_last = False
+        """Whether the present model is the final one."""
+        self._final: set[str] = set()
+        """Sites that have the final model."""
+        self._through: set[str] = set()
+        """Sites that have judged the final model."""
+
+    # -- what a system fills in ------------------------------------------------------------------
+
+    @abstractmethod
+    def combined(self) -> torch.Tensor:
+        """The next model, float32 (length,), of `vector` and what `aggregation` holds; neither is changed."""
+
+    # -- Role ------------------------------------------------------------------------------------
+
+    def choose(self, ready: Set[str]) -> str | None:
+        """See `Role`: in strict order the first site that has not reported; else who has sent least."""
+        awaited = self.awaited()[:1] if self._strict else self.awaited()
+        # A message may be here before its site's hello.
+        known = [site for site in awaited if site in ready and site in self.sequences]
+        return min(known, key=lambda site: self.applied[site], default=None)
+
+    def awaited(self) -> list[str]:
+        """See `ServerRole`."""
+        return [s for s in self.staying if s not in self._reported and s not in self._through]
+
+    def on(self, message: Message) -> list[Effect]:
+        """See `Role`."""
+        header = message.header
+        if header.kind is Kind.HELLO:
+            return self.welcome(message)
+        site = header.sender
+        reports = site in self._final
+        if header.kind is not (Kind.REPORT if reports else Kind.UPDATE) or header.version != self._begun[site]:
+            raise Refused(304, f"{header.message_id} is out of turn.", "run the same version at both sides.")
+        metrics = self._metrics(message)
+        if reports:
+            return self._through_with(site, header, metrics)
+        number = self._slices[site] + 1
+        values = check_slice(message, self.layout, number)
+        staleness = self.version - self._begun[site]
+        if staleness:
+            values = values * (1 + staleness) ** -0.5
+        self.aggregation.add(number, f"{site}/{self.applied[site]}", values, float(self.sequences[site].train))
+        return self._take(site, header, metrics)
+
+    def refused(self, header: Header, refusal: Refused) -> list[Effect]:
+        """See `Role`: a slice less; the site goes on as if it had counted."""
+        self.refusals[header.sender] += 1
+        if header.sender in self._final:
+            return self._through_with(header.sender, header, {})
+        return self._take(header.sender, header, {})
+
+    def excuse(self, sender: str) -> list[Effect]:
+        """See `Role`: what the site gave stays, and nobody waits for it."""
+        self._reported.pop(sender, None)
+        effects = self.leave_out(sender)
+        if self._ready_to_close(deadline=False):
+            effects += self.close()
+        return effects + self._over()
+
+    def close(self) -> list[Effect]:
+        """Combine what came, and answer who waits for it. Also called when the deadline of a quorum is over."""
+        self.vector = self.combined()
+        self.aggregation.clear()
+        self._arrived = 0
+        self._version += 1
+        self._is_last = self.version >= self.config.round.rounds or self.evaluation.exhausted
+        waiting, self._reported = self._reported, {}
+        effects: list[Effect] = [Record({"event": "combine", "step": self.steps, "epoch": self._version})]
+        for site, seq in waiting.items():
+            effects += self._answer(site, seq)
+        return effects
+
+    @property
+    def version(self) -> int:
+        """See `ServerRole`."""
+        return self._version
+
+    @property
+    def may_close(self) -> bool:
+        """See `ServerRole`: the round has its quorum, and waits for more until the deadline."""
+        return self._ready_to_close(deadline=True)
+
+    # -- what the worker asks ----------------------------------------------------------------------
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """See `ServerRole`."""
+        return self.layout.weights(self.vector)
+
+    def weights_in(self, snapshot: Snapshot) -> dict[str, torch.Tensor]:
+        """See `ServerRole`."""
+        return self.layout.weights(snapshot.tensors["vector"])
+
+    def sequence_of(self, site: str, samples: Samples) -> RoundSequence:
+        """See `ServerRole`."""
+        if max(samples) > MOST_SAMPLES:
+            raise self.implausible(site, samples)
+        # With "buffered" a fast site may send more than one update for each time the server combines.
+        updates = self.config.round.rounds * (self.config.round.reports or 1 if self._buffered else 1)
+        return RoundSequence(samples.train, updates, self.layout.slices)
+
+    @property
+    def done(self) -> bool:
+        """See `ServerRole`."""
+        return self._through >= self.staying.keys()
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    @property
+    def _buffered(self) -> bool:
+        return self.config.round.close == "buffered"
+
+    def _metrics(self, message: Message) -> SiteMetrics:
+        try:
+            return parse_site_metrics(str(message.scalars["metrics"]))
+        except (ValueError, RecursionError):
+            raise Refused(
+                304, f"{message.header.message_id} has figures that are none.", "run the same version at both sides."
+            ) from None
+
+    def _take(self, site: str, header: Header, metrics: SiteMetrics) -> list[Effect]:
+        """Count a slice of an update; behind the last one the site has reported."""
+        self.applied[site] = header.seq
+        self._slices[site] += 1
+        if self._slices[site] < self.layout.slices:
+            return []
+        self._slices[site] = 0
+        work = Work.of(self.config, self.sequences[site].train)
+        self.batches[site] += work.batches
+        self.samples[site] += work.samples
+        self.steps += 1
+        effects: list[Effect] = [
+            Record(
+                {
+                    "event": "train", "step": self.steps, "site": site, "epoch": self.version + 1,
+                    "loss": None, "staleness": self.version - self._begun[site],
+                }
+            )
+        ]  # fmt: skip
+        if self.config.round.close == "all" and is_judged(self.config, self._begun[site]):
+            effects += self._judge(site, self._begun[site], metrics)
+        self._reported[site] = header.seq
+        self._arrived += 1
+        if self._is_last:  # it came too late for the last round
+            self.aggregation.clear()
+            return effects + self._answer(site, self._reported.pop(site))
+        if self._ready_to_close(deadline=False):
+            return effects + self.close()
+        if self._buffered:
+            effects += self._answer(site, self._reported.pop(site))
+        return effects
+
+    def _ready_to_close(self, deadline: bool) -> bool:
+        """Whether the open round may close: with the deadline over, or without."""
+        section, staying = self.config.round, self.staying
+        if self._is_last or not self._arrived:
+            return False
+        if section.close == "buffered":
+            return self._arrived >= (section.reports or 1)
+        if self._reported.keys() >= staying.keys():
+            return True
+        enough = section.close == "quorum" and len(self._reported) >= (section.reports or 1)
+        return enough and (deadline or not section.deadline_hours)
+
+    def _answer(self, site: str, seq: int) -> list[Effect]:
+        """The present model, in answer to the update that ended with message `seq`."""
+        slices = self.layout.slices
+        self._begun[site] = self.version
+        if self._is_last:
+            self._final.add(site)
+        return [
+            Send(
+                site, Kind.MODEL, seq - slices + number, reply_to=seq, version=self.version,
+                tensors={"values": self.vector[self.layout.slice(number)]},
+                scalars={"final": self._is_last, **self.verdict},
+            )
+            for number in range(1, slices + 1)
+        ]  # fmt: skip
+
+    def _judge(self, site: str, version: int, metrics: SiteMetrics) -> list[Effect]:
+        """Note a site's figures for a model."""
+        return self.judged(version) if self.evaluation.report(site, version, metrics) else []
+
+    def judged(self, epoch: int) -> list[Effect]:
+        """See `ServerRole`; with "all" no site has combined since, so the present weights are the judged ones."""
+        if self.evaluation.best == epoch:
+            self.best_weights = self.weights()
+        return super().judged(epoch)
+
+    def _through_with(self, site: str, header: Header, metrics: SiteMetrics) -> list[Effect]:
+        self.applied[site] = header.seq
+        effects = self._judge(site, self.version, metrics)
+        self._through.add(site)
+        return effects + self._over()
+
+    def _over(self) -> list[Effect]:
+        return self.end() if self.done else []
+
+    def end(self) -> list[Effect]:
+        """See `ServerRole`: everybody gets the best model."""
+        self._ended = True
+        if not self.best_weights:
+            self.best_weights = self.weights()
+        best = self.layout.vector(self.best_weights)
+        summary = json.dumps(self.evaluation.of(self.evaluation.best), sort_keys=True)
+        farewell = [
+            Send(
+                site, Kind.FINISH, self.applied[site] + number - 1, version=self.version,
+                tensors={"values": best[self.layout.slice(number)]}, scalars={"summary": summary, **self.verdict},
+            )
+            for site in self.staying
+            for number in range(1, self.layout.slices + 1)
+        ]  # fmt: skip
+        return [Finish(tuple(farewell))]
+
+    # -- snapshot ----------------------------------------------------------------------------------
+
+    def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
+        """See `Role`."""
+        base = super().snapshot(first_unconfirmed)
+        tensors = {
+            **base.tensors, "vector": self.vector,
+            **dict(flatten("aggregation", self.aggregation.state())),
+        }  # fmt: skip
+        facts: dict[str, Any] = {
+            "version": self.version, "slices": dict(self._slices), "begun": dict(self._begun),
+            "reported": dict(self._reported), "arrived": self._arrived,
+            "is_last": self._is_last, "final": sorted(self._final), "through": sorted(self._through),
+        }  # fmt: skip
+        return Snapshot(tensors, {**base.facts, **facts})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """See `Role`."""
+        super().restore(snapshot)
+        tensors, facts = snapshot.tensors, snapshot.facts
+        self.vector = tensors["vector"]
+        self.aggregation.restore(under("aggregation", tensors))
+        self._version, self._arrived = facts["version"], facts["arrived"]
+        self._slices, self._begun, self._reported = facts["slices"], facts["begun"], facts["reported"]
+        self._is_last = facts["is_last"]
+        self._final, self._through = set(facts["final"]), set(facts["through"])

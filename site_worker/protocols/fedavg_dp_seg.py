@@ -1,0 +1,9 @@
+"""fedavg_dp_seg (Ziller et al., arXiv 2107.02586): the site adds noise to its training, and keeps an account of it."""
+
+from __future__ import annotations
+
+from site_worker.protocols.fedavg_transfer import FedavgTransferSite
+
+
+class FedavgDpSegSite(FedavgTransferSite):
+    """The same half, with the trainer, the batches and the account of a `PrivatePart`."""

@@ -1,0 +1,9 @@
+"""fedavg_transfer (Zhang and Li, arXiv 2203.12803), stage 2: federated fine-tuning of a model trained elsewhere."""
+
+from __future__ import annotations
+
+from site_worker.protocols.round import RoundSite
+
+
+class FedavgTransferSite(RoundSite):
+    """Trains on its patients from the model that came last; what changed goes to the server."""

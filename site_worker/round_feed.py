@@ -1,0 +1,67 @@
+"""Which samples a training batch of a round holds: a pure function of (data, run seed, site, batch)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+
+from shared.config import RunConfig
+from shared.protocols.plan import Step
+from shared.seeds import seed_for
+from site_worker.data.augment import augment
+from site_worker.data.dataset import Dataset, Parts
+
+
+class RoundFeed:
+    """The batches of one site, numbered from 0 over all its rounds.
+
+    Args:
+        config: the run.
+        site: the site's name.
+        parts: its scaled data, divided by patient.
+    """
+
+    def __init__(self, config: RunConfig, site: str, parts: Parts) -> None:
+        self.train = parts.train
+        self.held_out: Mapping[Step, Dataset] = {Step.VALIDATION: parts.validation, Step.TEST: parts.test}
+        self.config = config
+        self._site = site
+        self._shuffled = lru_cache(maxsize=2)(self._shuffle)
+
+    @property
+    def samples(self) -> tuple[int, int, int]:
+        """Numbers of training, validation and test samples."""
+        return len(self.train), len(self.held_out[Step.VALIDATION]), len(self.held_out[Step.TEST])
+
+    def rows(self, k: int) -> torch.Tensor:
+        """Rows, int64 (batch,), of training batch k: pass after pass over the data, each in an order of its own."""
+        batches = -(-len(self.train) // self.config.run.batch_size)
+        epoch, batch = divmod(k, batches)
+        # Batches of a pass differ by one sample at most: the last one is not left with a single sample.
+        first, last = len(self.train) * batch // batches, len(self.train) * (batch + 1) // batches
+        return self._shuffled(epoch)[first:last]
+
+    def batch(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs (batch, ...) float32, augmented, and targets of training batch k; standardised for regression."""
+        rows = self.rows(k)
+        inputs = self.train.inputs[rows]
+        if self.config.data.augment:
+            generator = torch.Generator().manual_seed(self.seed("augment", k))
+            inputs = augment(inputs, self.config.data.augment, generator)
+        return inputs, self.targets(self.train)[rows]
+
+    def targets(self, part: Dataset) -> torch.Tensor:
+        """Targets of a part, standardised for regression."""
+        if self.config.task.kind == "regression":
+            return (part.targets - self.config.data.target_mean) / self.config.data.target_spread
+        return part.targets
+
+    def seed(self, purpose: str, k: int) -> int:
+        """Seed of what is random in batch k."""
+        return seed_for(self.config.run.seed, purpose, self._site, k)
+
+    def _shuffle(self, epoch: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed_for(self.config.run.seed, "order", self._site, epoch))
+        return torch.randperm(len(self.train), generator=generator)

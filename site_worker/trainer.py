@@ -1,0 +1,109 @@
+"""A whole model at a site: one local training step after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from shared.checkpoint import flatten, under
+from shared.config import RunConfig
+from shared.errors import RunError
+from shared.models.whole import frozen_weights
+from shared.seeds import seeded
+from shared.tasks import loss_of
+from shared.training import make_optimizer, optimizer_tensors, restore_optimizer
+
+ROWS_AT_A_TIME = 256
+
+
+class Trainer:
+    """Trains the modules that are not frozen. The optimizer's memory stays at the site, from round to round.
+
+    Args:
+        module: the model; moved to `device`.
+        config: the run.
+        device: where it computes. Tensors go in and come out on the CPU.
+    """
+
+    def __init__(self, module: nn.Module, config: RunConfig, device: str) -> None:
+        self.module = module.to(device)
+        self.config = config
+        self.device = device
+        frozen = frozen_weights(module, config.round.freeze)
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.optimizer = make_optimizer(config.optimizer, self.trained)
+        modules = dict(module.named_modules())
+        self._frozen = [modules[name] for name in config.round.freeze]
+
+    def step(self, inputs: torch.Tensor, targets: torch.Tensor, seed: int, rate: float) -> float:
+        """One step of the optimizer.
+
+        Args:
+            inputs: (batch, ...) float32.
+            targets: as `loss_of` takes them.
+            seed: of dropout.
+            rate: factor of the learning rate.
+
+        Returns:
+            The mean loss of the batch.
+
+        Raises:
+            RunError: 603 it is not finite.
+        """
+        self.train_mode()
+        with seeded(seed, self.device):
+            loss = loss_of(self.config.task, self.module(inputs.to(self.device)), targets.to(self.device))
+        self.optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        self.advance(rate)
+        return self.finite(loss)
+
+    def train_mode(self) -> None:
+        """Training mode, but for what is frozen: its running statistics stay as they are."""
+        self.module.train()
+        for module in self._frozen:
+            module.eval()
+
+    def advance(self, rate: float) -> None:
+        """Let the optimizer take the step that the gradients ask for."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.optimizer.lr * rate
+        self.optimizer.step()
+
+    def finite(self, loss: torch.Tensor) -> float:
+        """The loss as a number; raises as `step`."""
+        if not torch.isfinite(loss):
+            raise RunError(
+                603, "the training loss is not finite.", "lower optimizer.lr in a new run, or check the data."
+            )
+        return loss.item()
+
+    def predict(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Outputs for inputs (n, ...) float32, in evaluation mode."""
+        self.module.eval()
+        with torch.no_grad():
+            parts = [self.module(rows.to(self.device)).cpu() for rows in torch.split(inputs, ROWS_AT_A_TIME)]
+        return torch.cat(parts)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """CPU copies of parameters and buffers."""
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.module.state_dict().items()}
+
+    def load(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Go on with these weights; what they do not name stays."""
+        self.module.load_state_dict(dict(weights), strict=False)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Entries for a snapshot."""
+        return dict(
+            [*flatten("module", self.module.state_dict()), *flatten("optimizer", optimizer_tensors(self.optimizer))]
+        )
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Continue from `state`."""
+        self.module.load_state_dict(under("module", tensors))
+        restore_optimizer(self.optimizer, under("optimizer", tensors))
