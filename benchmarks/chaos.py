@@ -35,13 +35,14 @@ from benchmarks.nemesis import WORKERS, Nemesis, Strike, percentile_95, schedule
 from benchmarks.numbered import Numbered
 from benchmarks.oracle import Outcome, outcome_of
 from shared import crash
+from shared.protocols import ROUNDS
 from shared.stores import open_store
 from tests.services import RabbitNode, RedisServer
-from tests.workers import Hospital
+from tests.workers import SHARES, Hospital
 
 RUN = "lipids"
 STEPS_PER_EPOCH = 19
-"""Training batches of the three sites together."""
+"""Training batches of the three sites together; in rounds, an update of each site is a step."""
 PEACE = 1.15
 """The run is so much longer than its schedule, so that everybody is still at work at the last strike."""
 END_S = 600.0
@@ -81,7 +82,8 @@ class Campaign:
     @property
     def needed_epochs(self) -> int:
         """Of a run that outlasts the schedule."""
-        return self.epochs or round(PEACE * self.strikes[-1].at / STEPS_PER_EPOCH) + 2
+        steps = len(SHARES) if self.protocol in ROUNDS else STEPS_PER_EPOCH
+        return self.epochs or round(PEACE * self.strikes[-1].at / steps) + 2
 
 
 def undisturbed(campaign: Campaign, folder: Path, journal: Sequence[str] = ()) -> Outcome:
@@ -193,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--broker-kills", type=int, default=0, metavar="N", help="how often the broker dies besides")
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="of the schedule (default %(default)s)")
     parser.add_argument("--broker", choices=["rabbitmq", "embedded"], default="embedded")
-    parser.add_argument("--protocol", choices=["split_labels", "split_u"], default="split_labels")
+    parser.add_argument("--protocol", choices=["split_labels", "split_u", "fedavg_transfer"], default="split_labels")
     parser.add_argument("--order", choices=["strict", "fair"], default="strict")
     parser.add_argument("--points", action="store_true", help="half of the deaths at named points of the code")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE, flat")

@@ -16,10 +16,11 @@ from typing import Any
 from safetensors.numpy import load_file
 
 from shared.message import SERVER
+from shared.protocols import ROUNDS
 from tests.workers import SHARES, Hospital
 
 BATCH_SIZE = 16
-TRAINED = ("top", "bottom", "head", "optimizer", "head_optimizer")
+TRAINED = ("top", "bottom", "head", "optimizer", "head_optimizer", "vector", "module")
 """Entries of a checkpoint that are weights, or what an optimizer remembers."""
 
 
@@ -47,7 +48,7 @@ class Outcome:
 
 
 def outcome_of(hospital: Hospital) -> Outcome:
-    """Read a finished run of `split_labels` or `split_u`."""
+    """Read a finished run of `split_labels`, `split_u` or `fedavg_transfer`."""
     report = json.loads((hospital.folder / "report" / "report.json").read_text(encoding="utf-8"))
     log = (hospital.folder / "report" / "metrics.jsonl").read_bytes()
     answered = {site: _last_checkpoint(hospital, site)[1]["role"]["answered"] for site in report["sites"]}
@@ -77,8 +78,8 @@ def count(
             lost += max(0, facts["planned"] - number)
             again += max(0, number - facts["planned"])
         lost += facts["refused"]
-        # Every training batch is one line of the metrics, whatever happened on the way.
-        batches = -(-facts["training_samples"] // BATCH_SIZE)
+        # Every training batch, or every update of a round, is one line of the metrics, whatever happened.
+        batches = 1 if report["protocol"] in ROUNDS else -(-facts["training_samples"] // BATCH_SIZE)
         found = Counter(line["epoch"] for line in trained if line["site"] == site)
         for epoch in range(1, report["history"][-1]["epoch"] + 1):
             lost += max(0, batches - found[epoch])

@@ -51,7 +51,7 @@ def summarise(config: RunConfig, role: AnyServer, heard: Mapping[str, str | None
             "last_heard": heard[site],
             "messages": role.applied[site],
             "planned": sequence.last if (sequence := role.sequences.get(site)) else None,
-            "training_samples": sequence.plan.train if sequence else None,
+            "training_samples": sequence.train if sequence else None,
             "refused": role.refusals[site],
         }
         for site in config.run.sites

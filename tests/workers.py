@@ -13,6 +13,8 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from shared.protocols import ROUNDS
+
 RUN = """
 [run]
 id = "lipids"
@@ -62,7 +64,7 @@ class Hospital:
         folder: where everything goes.
         broker, store: addresses for server.toml and site.toml; {worker} stands for the worker's name.
         files: more lines for these, with {worker}.
-        protocol, epochs, order, sites: of run.toml.
+        protocol, epochs, order, sites: of run.toml; rounds are as many as epochs.
     """
 
     def __init__(
@@ -77,10 +79,11 @@ class Hospital:
         folder.mkdir(parents=True)
         panel = load_diabetes(scaled=False, as_frame=True).data.set_axis(COLUMNS, axis=1)
         panel.to_csv(folder / "lipids.csv", index=False)
-        (folder / "run.toml").write_text(
-            RUN.format(protocol=protocol, epochs=epochs, order=order, sites=json.dumps(list(sites)))
-        )
-        (folder / "policy.toml").write_text("labels = true\nstored_activations = true\n")
+        run = RUN.format(protocol=protocol, epochs=epochs, order=order, sites=json.dumps(list(sites)))
+        if protocol in ROUNDS:
+            run += f"[round]\nrounds = {epochs}\n"
+        (folder / "run.toml").write_text(run)
+        (folder / "policy.toml").write_text("labels = true\nstored_activations = true\nmodel_weights = true\n")
         worker = WORKER.replace("{broker}", broker).replace("{store}", store) + files
         (folder / "server.toml").write_text(worker.format(kind="server", name="", worker="server"))
         for site, (first, last) in SHARES.items():
@@ -162,7 +165,7 @@ class Hospital:
 
     def models(self) -> dict[str, str]:
         """sha256 of every trained part, by path."""
-        files = [*self.folder.glob("state/*/model/*.safetensors"), self.folder / "report" / "top.safetensors"]
+        files = [*self.folder.glob("state/*/model/*.safetensors"), *self.folder.glob("report/*.safetensors")]
         return {
             os.fspath(file.relative_to(self.folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
         }

@@ -63,6 +63,7 @@ def test_the_oracle_looks_at_every_part_of_the_model(calm):
 
 def test_the_oracle_counts_what_is_missing_and_what_is_there_again():
     report = {
+        "protocol": "split_labels",
         "sites": {"north": {"messages": 5, "planned": 5, "refused": 0, "training_samples": 32}},
         "history": [{"epoch": 1}, {"epoch": 2}],
     }

@@ -166,6 +166,8 @@ class Night:
         self.starts = 0
         self.absent = lambda: None
         """Names a site that the server should go on without."""
+        self.decide = lambda: (absent := self.absent()) and LEAVES + absent
+        """What is written into the journal when nothing can be applied."""
 
     def start(self, name: str) -> Engine:
         """A worker as a fresh process would start it: from its newest checkpoint."""
@@ -191,7 +193,7 @@ class Night:
             authority,
             self.lines.append,
             self.config.wire.message_bytes,
-            decide=lambda: (absent := self.absent()) and LEAVES + absent,
+            decide=lambda: self.decide(),
         )
         engine.recover()
         self.links[name], self.roles[name], self.engines[name] = link, role, engine

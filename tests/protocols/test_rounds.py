@@ -1,0 +1,325 @@
+"""Rules by which rounds close, and what becomes of updates: late, hostile, cut short, or of a site that leaves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from msgspec.structs import replace
+
+from server_worker.aggregation import TrimmedMean, WeightedMean
+from shared.message import SERVER, Kind
+from shared.protocols.assembly import assemble_rounds
+from shared.turns import CLOSES
+from tests.protocols.night import Night, tiny_parts, tiny_rounds
+from tests.protocols.test_crashes import shaken
+from tests.protocols.test_faults import replayed
+
+SITES = ("north", "south", "east")
+
+
+def rest(night, names, turns=400):
+    """Let some workers go on until nothing happens."""
+    for _ in range(turns):
+        for name in names:
+            if name in night.engines and not night.engines[name].finished:
+                night.engines[name].step(0.0)
+                if night.engines[name].finished:
+                    night.engines[name].leave()
+
+
+def begun(config, folder, names=(SERVER, *SITES)):
+    night = Night(config, folder)
+    for name in names:
+        night.start(name).start()
+    return night
+
+
+def lines(night, event):
+    return [dict(line.metrics) for line in night.lines if line.metrics["event"] == event]
+
+
+# -- who has reported --------------------------------------------------------------------------------
+
+
+def test_a_round_waits_for_all_and_then_goes_on(tmp_path):
+    night = begun(tiny_rounds(), tmp_path)
+    rest(night, [SERVER, "north", "south"])
+    assert night.roles[SERVER].version == 0
+    assert night.roles[SERVER].awaited() == ["east"]
+    rest(night, [SERVER, *SITES], turns=2000)
+    assert night.roles[SERVER].version == 4
+    assert all(engine.finished for engine in night.engines.values())
+
+
+def test_a_site_reports_days_late_and_counts_in_the_round_that_is_open(tmp_path):
+    """Everybody goes and comes back; the late update, made of the first model, has a staleness and a smaller say."""
+    config = tiny_rounds(order="fair", close="quorum", reports=2)
+    night = begun(config, tmp_path, (SERVER, "north", "south"))
+    night.start("east").start()
+    rest(night, [SERVER, "east"], turns=2)  # its hello, no more
+    rest(night, [SERVER, "north", "south"])
+    assert night.roles[SERVER].version == 4, "two of three suffice"
+    assert not night.engines[SERVER].finished, "the third gets the final model when it reports"
+    rest(night, [SERVER, *SITES], turns=2000)
+    assert night.engines[SERVER].finished
+    stale = [line["staleness"] for line in lines(night, "train") if line["site"] == "east"]
+    assert stale == [4]
+
+
+def test_a_late_update_is_kept_for_the_next_round(tmp_path):
+    night = begun(tiny_rounds(order="fair", close="quorum", reports=2, rounds=3), tmp_path)
+    rest(night, [SERVER, "north", "south"], turns=1)
+    while night.roles[SERVER].version < 1:
+        rest(night, [SERVER, "north", "south"], turns=1)
+    rest(night, ["east"], turns=200)
+    rest(night, [SERVER], turns=5)
+    assert night.roles[SERVER].version == 1
+    before = night.roles[SERVER].vector
+    rest(night, [SERVER, "north"], turns=300)
+    assert night.roles[SERVER].version == 2, "east's late update and north's new one are a quorum"
+    assert not torch.equal(night.roles[SERVER].vector, before)
+    rest(night, [SERVER, *SITES], turns=2000)
+    assert all(engine.finished for engine in night.engines.values())
+
+
+def test_a_deadline_closes_a_round_that_has_its_quorum(tmp_path):
+    """The decision is in the journal: a server that is thrown away, and a replay, meet it at the same place."""
+    config = tiny_rounds(order="fair", close="quorum", reports=2, deadline_hours=5.0, rounds=2)
+    night = Night(config, tmp_path / "night")
+    over = []
+    night.decide = lambda: CLOSES if over and night.roles[SERVER].may_close else None
+    for name in (SERVER, *SITES):
+        night.start(name).start()
+    rest(night, [SERVER, "north", "south"])
+    assert night.roles[SERVER].version == 0, "there is time until the deadline"
+    assert night.roles[SERVER].may_close
+    over.append(True)
+    rest(night, [SERVER], turns=3)
+    assert night.roles[SERVER].version == 1
+    assert night.roles[SERVER].awaited() == ["north", "south", "east"]
+    night.kill(SERVER)
+    over.clear()
+    night.start(SERVER).start()
+    rest(night, [SERVER], turns=10)
+    assert night.roles[SERVER].version == 1
+    over.append(True)
+    rest(night, [SERVER, *SITES], turns=2000)
+    assert night.engines[SERVER].finished
+    assert replayed(night, tmp_path / "replay").fingerprint() == night.fingerprint()
+
+
+def test_buffered_rounds_answer_at_once(tmp_path):
+    """FedBuff: a fast site is not held up by slow ones, and its updates count without them."""
+    night = begun(tiny_rounds(order="fair", close="buffered", reports=2, rounds=4), tmp_path)
+    rest(night, [SERVER, "north"], turns=2000)
+    assert night.roles[SERVER].version == 4, "eight updates of one site are four buffers"
+    rest(night, [SERVER, *SITES], turns=2000)
+    assert all(engine.finished for engine in night.engines.values())
+    assert {line["site"] for line in lines(night, "train")} == set(SITES)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("rule", [{"close": "quorum", "reports": 2}, {"close": "buffered", "reports": 3}])
+def test_workers_die_under_every_rule(rule, seed, tmp_path):
+    night = Night(tiny_rounds(order="fair", **rule), tmp_path / "shaken", prefetch=16)
+    fingerprint = shaken(night, seed)
+    assert replayed(night, tmp_path / "replay").fingerprint() == fingerprint
+
+
+def test_a_site_that_leaves_for_ever_is_not_waited_for(tmp_path):
+    config = tiny_rounds(quorum=2)
+    night = Night(config, tmp_path)
+    gone = []
+    night.absent = lambda: "east" if gone and "east" not in night.roles[SERVER].left_out else None
+    for name in (SERVER, *SITES):
+        night.start(name).start()
+    while night.roles[SERVER].version < 2:
+        rest(night, [SERVER, *SITES], turns=1)
+    night.kill("east")
+    gone.append(True)
+    rest(night, [SERVER, "north", "south"], turns=2000)
+    server = night.roles[SERVER]
+    assert night.engines[SERVER].finished
+    assert server.version == 4
+    assert set(server.left_out) == {"east"}
+    assert server.evaluation.best > 0
+    assert 0 < server.contribution("east")["batches"] < server.contribution("north")["batches"]
+
+
+# -- what is combined --------------------------------------------------------------------------------
+
+
+def test_a_round_is_the_weighted_mean_of_what_sites_would_reach_alone(tmp_path):
+    """McMahan et al., algorithm 1, by hand: models that each site trains by itself, weighted by samples."""
+    config = tiny_rounds(rounds=1)
+    night = begun(config, tmp_path)
+    first = night.roles[SERVER].vector
+    updates = {}
+    for site in SITES:
+        role = night.roles[site]
+        rest(night, [SERVER, site], turns=3)
+        while role._made < 1:
+            night.engines[site].step(0.0)
+        updates[site] = role._updates[1]
+    sizes = {site: len(tiny_parts(site).train) for site in SITES}
+    mean = sum(sizes[site] * updates[site] for site in SITES) / sum(sizes.values())
+    rest(night, [SERVER, *SITES], turns=2000)
+    torch.testing.assert_close(night.roles[SERVER].vector, first + mean)
+
+
+def test_running_statistics_are_those_of_the_pooled_samples():
+    """Variances of sites with different means do not average to the variance of all their samples."""
+    config = tiny_rounds()
+    layout = assemble_rounds(config, Path()).layout
+    module = assemble_rounds(config, Path()).module
+    weights = dict(module.state_dict())
+    vectors, samples = [], []
+    for shift in (0.0, 4.0):
+        values = torch.randn(400, 128, generator=torch.Generator().manual_seed(int(shift))) + shift
+        samples.append(values)
+        moments = {"1.running_mean": values.mean(0), "1.running_var": values.var(0, correction=0)}
+        vectors.append(layout.vector({**weights, **moments}))
+    pooled = layout.weights(sum(vectors) / 2)
+    everything = torch.cat(samples)
+    torch.testing.assert_close(pooled["1.running_mean"], everything.mean(0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(pooled["1.running_var"], everything.var(0, correction=0), rtol=0, atol=1e-4)
+
+
+def test_local_statistics_stay_at_the_site(tmp_path):
+    config = tiny_rounds(statistics="local", rounds=2)
+    assert not [name for name in assemble_rounds(config, tmp_path).layout.shapes if "running" in name]
+    night = Night(config, tmp_path)
+    night.together()
+    means = [night.roles[site].model()["model"]["1.running_mean"] for site in SITES]
+    assert not torch.equal(means[0], means[1])
+    weights = [night.roles[site].model()["model"]["0.weight"] for site in SITES]
+    assert torch.equal(weights[0], weights[1])
+
+
+def test_what_is_frozen_keeps_its_weights_and_does_not_travel(tmp_path):
+    config = tiny_rounds(freeze=["0", "1"])
+    made = assemble_rounds(config, tmp_path)
+    assert {name.split(".")[0] for name in made.layout.shapes} == {"4", "6"}
+    night = Night(config, tmp_path)
+    night.together()
+    for site in SITES:
+        trained = night.roles[site].trainer.weights()
+        for name, weights in made.module.state_dict().items():
+            assert torch.equal(trained[name], weights) is (name.split(".")[0] in ("0", "1")), name
+
+
+@pytest.mark.parametrize("combine", ["trimmed_mean", "median"])
+def test_a_hostile_site_does_not_decide(combine, tmp_path):
+    """One of three sends an update of the size of a bomb: the mean follows it, the robust rules do not."""
+
+    def size_with(rule):
+        night = begun(tiny_rounds(rounds=1, combine=rule, trim=0.34), tmp_path / rule)
+        while night.roles["east"]._made < 1:
+            rest(night, [SERVER, *SITES], turns=1)
+        night.roles["east"]._updates[1] = torch.full_like(night.roles["east"]._updates[1], 1e6)
+        rest(night, [SERVER, *SITES], turns=2000)
+        return night.roles[SERVER].vector.abs().max().item()
+
+    assert size_with("mean") > 1e4
+    assert size_with(combine) < 100
+
+
+def test_a_slice_that_cannot_be_read_is_left_out_and_the_others_count(tmp_path):
+    config = tiny_rounds(rounds=1)
+    night = begun(config, tmp_path)
+    first = night.roles[SERVER].vector
+    layout = night.roles[SERVER].layout
+    while night.roles["east"]._made < 1:
+        rest(night, [SERVER, *SITES], turns=1)
+    night.roles["east"]._updates[1] = night.roles["east"]._updates[1][: layout.slice(layout.slices).stop - 7]
+    rest(night, [SERVER, *SITES], turns=2000)
+    server = night.roles[SERVER]
+    assert all(engine.finished for engine in night.engines.values())
+    assert server.refusals["east"] == 1
+    assert night.broker.depth(night.queues["east"].dead) == 1
+    assert not torch.equal(server.vector[layout.slice(layout.slices)], first[layout.slice(layout.slices)])
+
+
+@pytest.mark.parametrize("kind", [Kind.REPORT, Kind.UPDATE])
+def test_figures_that_are_none_are_refused(kind, tmp_path):
+    night = begun(tiny_rounds(rounds=1), tmp_path)
+    place = 2 if kind is Kind.REPORT else 1
+    while place not in night.roles["east"]._figures:
+        rest(night, [SERVER, *SITES], turns=1)
+    night.roles["east"]._figures[place] = '{"test": {"auc": "high"}}'
+    rest(night, [SERVER, *SITES], turns=2000)
+    assert all(engine.finished for engine in night.engines.values())
+    assert night.roles[SERVER].refusals["east"] == 1
+
+
+# -- aggregation alone -------------------------------------------------------------------------------
+
+
+def test_trimmed_mean_and_median():
+    values = [torch.tensor([float(n), -float(n)]) for n in (0, 1, 2, 3, 100)]
+    for trim, expected in ((0.2, 2.0), (0.5, 2.0), (0.0, 21.2)):
+        aggregation = TrimmedMean(trim)
+        for n, value in enumerate(values):
+            aggregation.add(1, str(n), value, weight=1.0)
+        torch.testing.assert_close(aggregation.result(1), torch.tensor([expected, -expected]))
+    even = TrimmedMean(0.5)
+    for n, value in enumerate(values[:4]):
+        even.add(1, str(n), value, weight=1.0)
+    torch.testing.assert_close(even.result(1), torch.tensor([1.5, -1.5]))
+
+
+@pytest.mark.parametrize("aggregation", [WeightedMean, lambda: TrimmedMean(0.2)])
+def test_an_aggregation_goes_on_after_a_restore(aggregation):
+    generator = torch.Generator().manual_seed(1)
+    one, other = aggregation(), aggregation()
+    for n in range(5):
+        value = torch.randn(7, generator=generator)
+        one.add(1, str(n), value, weight=n + 1)
+        other.add(1, str(n), value, weight=n + 1)
+        again = aggregation()
+        again.restore({name: tensor.clone() for name, tensor in other.state().items()})
+        other = again
+    assert torch.equal(one.result(1), other.result(1))
+    assert one.result(2) is None
+    one.clear()
+    assert one.result(1) is None
+
+
+# -- judging, and the end ----------------------------------------------------------------------------
+
+
+def test_the_best_model_is_what_everybody_gets(tmp_path):
+    night = Night(tiny_rounds(rounds=5), tmp_path)
+    night.together()
+    server = night.roles[SERVER]
+    assert [entry["epoch"] for entry in server.evaluation.history] == [1, 2, 3, 4, 5]
+    assert 1 <= server.evaluation.best <= 5
+    for site in SITES:
+        model = night.roles[site].model()["model"]
+        for name, weights in server.best_weights.items():
+            torch.testing.assert_close(model[name], weights, msg=name)
+
+
+def test_a_run_that_no_longer_improves_ends_early(tmp_path):
+    config = tiny_rounds(rounds=30, patience=2)
+    night = Night(replace(config, optimizer=replace(config.optimizer, lr=1e-9)), tmp_path)
+    night.together()
+    assert night.roles[SERVER].version < 10
+
+
+def test_updates_in_one_slice_and_in_several_give_the_same_model(tmp_path):
+    ends = []
+    for number, size in enumerate((2**16, 2**20)):
+        config = tiny_rounds()
+        night = Night(replace(config, wire=replace(config.wire, message_bytes=size)), tmp_path / str(number))
+        night.together()
+        ends.append(night.roles[SERVER].vector)
+        assert night.roles[SERVER].layout.slices == (3 if number == 0 else 1)
+    assert torch.equal(*ends)
+
+
+def test_the_farewell_says_what_was_best(tmp_path):
+    night = Night(tiny_rounds(rounds=2), tmp_path)
+    night.together()
+    best = night.roles[SERVER].evaluation
+    assert {night.roles[site].best for site in SITES} == {best.best} != {0}
