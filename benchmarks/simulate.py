@@ -18,20 +18,18 @@ from torch.func import functional_call
 from broker.memory import MemoryBroker
 from broker.topology import site_queues
 from console.baselines import Judgement, judge
-from server_worker.protocols import make_server
-from server_worker.protocols.stream import StreamServer
+from server_worker.protocols import AnyServer, make_server
 from shared.authority import Alone
 from shared.checkpoint import Checkpoints
 from shared.config import RunConfig
 from shared.engine import Engine
 from shared.message import SERVER
-from shared.models.cutting import build
+from shared.protocols.assembly import assemble_any
 from shared.roles import Role
 from shared.route import Route
 from site_worker.data.dataset import Parts
 from site_worker.protocols import make_site
-from site_worker.protocols.split_u import SplitUSite
-from site_worker.protocols.stream import StreamSite
+from site_worker.protocols.base import SiteRole
 
 PREFETCH = 512
 """A checkpoint follows every quarter of it. Fewer would cost memory: what none contains is kept."""
@@ -43,27 +41,34 @@ class Simulation:
 
     Attributes:
         server, sites: the roles at the end.
+        base: folder of run.toml.
     """
 
     config: RunConfig
     parts: Mapping[str, Parts]
-    server: StreamServer
-    sites: Mapping[str, StreamSite]
+    server: AnyServer
+    sites: Mapping[str, SiteRole]
+    base: Path
 
-    def judgement(self) -> Judgement:
-        """The best model on test patients: each site's own bottom (and head), the server's best top."""
-        with_head = self.config.run.protocol == "split_u"
-        halves = build(self.config.model, self.config.run.seed, with_head=with_head)
+    def judgement(self, parts: Mapping[str, Parts] | None = None) -> Judgement:
+        """The best model on test patients: each site's own parts of it, the server's best weights.
+
+        Args:
+            parts: whose test patients, where it is not the sites of the run.
+        """
+        modules = assemble_any(self.config, self.base).parts
 
         def predict(site: str, inputs: torch.Tensor) -> torch.Tensor:
-            role = self.sites[site]
-            flow = _forward(halves.bottom, role.final_bottom(), inputs)
-            flow = _forward(halves.top, self.server.best_weights, flow)
-            if isinstance(role, SplitUSite) and halves.head is not None:
-                flow = _forward(halves.head, role.final_head(), flow)
+            role = self.sites.get(site) or next(iter(self.sites.values()))
+            weights = role.model()
+            # What does not travel (statistics that stay local) is the site's own.
+            weights[self.server.exports] = {**weights.get(self.server.exports, {}), **self.server.best_weights}
+            flow = inputs
+            for name, module in modules.items():
+                flow = _forward(module, weights[name], flow)
             return flow
 
-        return judge(self.config, self.parts, predict)
+        return judge(self.config, parts or self.parts, predict)
 
 
 def simulate(config: RunConfig, parts: Mapping[str, Parts], base: Path = Path()) -> Simulation:
@@ -86,7 +91,10 @@ def simulate(config: RunConfig, parts: Mapping[str, Parts], base: Path = Path())
             return Engine(config.run.id, role, link, routes, checkpoints, Alone(), interval_seconds=3600.0)
 
         server = make_server(config, Path(folder), base)
-        sites = {site: make_site(site, config, parts[site], site, base) for site in config.run.sites}
+        sites = {
+            site: make_site(site, config, parts[site], site, base, ledger=Path(folder) / f"{site}.db")
+            for site in config.run.sites
+        }
         engines = [engine(server, {site: Route(q.down, q.up, q.dead) for site, q in queues.items()})]
         engines += [engine(sites[site], {SERVER: Route(q.up, q.down, q.dead)}) for site, q in queues.items()]
         for one in engines:
@@ -97,7 +105,7 @@ def simulate(config: RunConfig, parts: Mapping[str, Parts], base: Path = Path())
                 if one.finished:
                     one.leave()
                     engines.remove(one)
-    return Simulation(config, parts, server, sites)
+    return Simulation(config, parts, server, sites, base)
 
 
 def _forward(module: nn.Module, weights: Mapping[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from shared.config import RunConfig
 from shared.metrics import Metrics, measure, overall
 from shared.models.cutting import build
 from shared.protocols.plan import Step
+from shared.tasks import standardise
 from site_worker.data.dataset import Dataset, Parts
 from site_worker.feed import Feed
 
@@ -41,7 +42,7 @@ class Judgement:
 
 def centralized(config: RunConfig, parts: Mapping[str, Parts]) -> Judgement:
     """Train on the training patients of all sites, pooled; judge on every site's test patients."""
-    return _train(config, "pooled", _pool(parts), parts)
+    return _train(config, "pooled", pool(parts), parts)
 
 
 def alone(config: RunConfig, site: str, parts: Mapping[str, Parts]) -> Judgement:
@@ -59,16 +60,15 @@ def judge(
         parts: scaled data by site.
         predict: from a site's name and inputs (batch, ...) to outputs (batch, outputs).
     """
-    predictions = {}
-    for site, site_parts in parts.items():
-        feed = Feed(config, site, site_parts)
-        items = [(q, feed.plan.item(q)) for q in range(1, feed.plan.last + 1)]
-        tests = [q for q, item in items if item.step is Step.TEST and item.epoch == items[-1][1].epoch]
-        outputs = torch.cat([predict(site, feed.inputs(q)) for q in tests])
-        predictions[site] = outputs, torch.cat([feed.targets(q) for q in tests])
-    sites = {site: measure(config.task, config.data, *pair) for site, pair in predictions.items()}
-    outputs, targets = (torch.cat(tensors) for tensors in zip(*predictions.values(), strict=True))
-    return Judgement(sites, overall(list(sites.values())), measure(config.task, config.data, outputs, targets))
+    outputs = {site: predict(site, part.test.inputs) for site, part in parts.items()}
+    targets = {site: standardise(config.task, config.data, part.test.targets) for site, part in parts.items()}
+    sites = {
+        site: measure(config.task, config.data, outputs[site], targets[site], part.test.patients)
+        for site, part in parts.items()
+    }
+    everyone = [f"{site}/{patient}" for site, part in parts.items() for patient in part.test.patients]
+    pooled = measure(config.task, config.data, torch.cat([*outputs.values()]), torch.cat([*targets.values()]), everyone)
+    return Judgement(sites, overall(list(sites.values())), pooled)
 
 
 def whole_model(config: RunConfig) -> nn.Module:
@@ -99,7 +99,7 @@ def _train(config: RunConfig, name: str, own: Parts, parts: Mapping[str, Parts])
     return judge(config, parts, lambda site, inputs: model.predict(inputs))
 
 
-def _pool(parts: Mapping[str, Parts]) -> Parts:
+def pool(parts: Mapping[str, Parts]) -> Parts:
     """The sites' parts as those of one site; patients of different sites stay different patients."""
 
     def join(datasets: Mapping[str, Dataset]) -> Dataset:

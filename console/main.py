@@ -148,11 +148,25 @@ def _predict(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def _pretrain(chosen: argparse.Namespace) -> int:
+    from console.pretrain import pretrain
+
+    return pretrain(chosen.file)
+
+
 def _replay(chosen: argparse.Namespace) -> int:
     from console.files import read_worker_file
     from console.replay import show_replay
 
     return 0 if show_replay(read_worker_file(chosen.file, chosen.set), chosen.until, chosen.json) else 1
+
+
+def _privacy(chosen: argparse.Namespace) -> int:
+    from console.files import read_worker_file
+    from console.privacy import show_privacy
+
+    show_privacy(read_worker_file(chosen.file, chosen.set), chosen.json)
+    return 0
 
 
 def _dlq(chosen: argparse.Namespace) -> int:
@@ -208,6 +222,10 @@ def _parser() -> argparse.ArgumentParser:
         Show each worker's state and counts. It changes nothing, and works while nobody is online.
         """)  # fmt: skip
 
+    pretrain = _add(verbs, "pretrain", "train a first model on public data", """
+        Stage 1 of a transfer: train a network on public data, and write a file with its weights and a card
+        that says what they learned from. A run of fedavg_transfer or data_vectors begins from it.""")  # fmt: skip
+
     predict = _add(verbs, "predict", "use the trained model at a site", """
         Predict this site's held-out test patients, or the rows of another file, and write a CSV with row,
         patient and prediction. Nothing leaves the site.""")  # fmt: skip
@@ -220,6 +238,10 @@ def _parser() -> argparse.ArgumentParser:
         Train the server's half again from the tape of a run (tape = true in run.toml), and compare its
         sha256 with the report's. Exit code 1 when they differ. Nothing is sent, and nothing of the run
         is changed.""")  # fmt: skip
+
+    privacy = _add(verbs, "privacy", "see what private runs have spent at a site", """
+        Show the site's ledger: for each run with differential privacy its noise, its steps and the epsilon
+        of a record and of the patient who lost most; and what all runs spent together.""")  # fmt: skip
 
     dlq = _add(verbs, "dlq", "see what was refused, send it again or let it go", """
         Messages that a worker refused lie in a dead letter queue for each site. A site's file shows that
@@ -234,13 +256,15 @@ def _parser() -> argparse.ArgumentParser:
     for verb, metavar in (
         (opening, "SERVER.TOML"), (server, "SERVER.TOML"), (site, "SITE.TOML"),
         (status, "FILE.TOML"), (predict, "SITE.TOML"), (doctor, "FILE.TOML"),
-        (replay, "SERVER.TOML"), *((action, "FILE.TOML") for action in (listing, show, again, discard)),
+        (replay, "SERVER.TOML"), (privacy, "SITE.TOML"),
+        *((action, "FILE.TOML") for action in (listing, show, again, discard)),
     ):  # fmt: skip
         verb.add_argument("file", type=Path, metavar=metavar, help="the worker's configuration file")
         verb.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE",
             help="another value for a key of run.toml, e.g. run.window=8; the same at every participant",
         )  # fmt: skip
+    pretrain.add_argument("file", type=Path, metavar="PRETRAIN.TOML", help="what is trained, and on what")
     for verb in (server, site):
         verb.add_argument(
             "--leave-when-idle", type=float, metavar="SECONDS",
@@ -250,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
             "--log-format", choices=("text", "json"), default="text",
             help="json: one object a line on stderr, for programs that read logs, and nothing else",
         )  # fmt: skip
-    for verb in (demo, status, doctor, replay, listing, show):
+    for verb in (demo, status, doctor, replay, privacy, listing, show):
         verb.add_argument("--json", action="store_true", help="print one JSON object, for other programs")
     predict.add_argument(
         "--top",

@@ -72,19 +72,15 @@ class WeightedMean(Aggregation):
         self._weights = {int(number): weight.item() for number, weight in under("weight", tensors).items()}
 
 
-class TrimmedMean(Aggregation):
-    """Coordinate-wise trimmed mean (Yin et al., ICML 2018, definition 2), against a site that lies.
+class Held(Aggregation):
+    """Keeps every update; one that comes again takes its own place. Each counts the same, whatever its weight."""
 
-    Every update counts the same, since a site could claim any weight. All updates of a round are held.
-
-    Args:
-        trim: share of the values that is left out at each end; of m updates, floor(trim m) each. 0.5
-            means the median: all but the middle one or two.
-    """
-
-    def __init__(self, trim: float) -> None:
-        self._trim = trim
+    def __init__(self) -> None:
         self._held: dict[int, dict[str, torch.Tensor]] = {}
+
+    @abstractmethod
+    def combine(self, values: torch.Tensor) -> torch.Tensor:
+        """What becomes of values (updates, elements), in the order of the updates' names."""
 
     def add(self, number: int, name: str, values: torch.Tensor, weight: float) -> None:
         """See `Aggregation`."""
@@ -93,12 +89,11 @@ class TrimmedMean(Aggregation):
     def result(self, number: int) -> torch.Tensor | None:
         """See `Aggregation`."""
         held = self._held.get(number)
-        if not held:
-            return None
-        ordered = torch.stack([held[name] for name in sorted(held)]).sort(0).values
-        most = (len(ordered) - 1) // 2
-        out = min(most, int(self._trim * len(ordered)))
-        return ordered[out : len(ordered) - out].mean(0)
+        return self.combine(torch.stack([held[name] for name in sorted(held)])) if held else None
+
+    def of(self, name: str) -> dict[int, torch.Tensor]:
+        """The slices of one update that came, by number."""
+        return {number: held[name] for number, held in sorted(self._held.items()) if name in held}
 
     def clear(self) -> None:
         """See `Aggregation`."""
@@ -114,6 +109,33 @@ class TrimmedMean(Aggregation):
         for key, values in tensors.items():
             number, _, name = key.partition("/")
             self._held.setdefault(int(number), {})[name] = values
+
+
+class TrimmedMean(Held):
+    """Coordinate-wise trimmed mean (Yin et al., ICML 2018, definition 2), against a site that lies.
+
+    Args:
+        trim: share of the values that is left out at each end; of m updates, floor(trim m) each. 0.5
+            means the median: all but the middle one or two.
+    """
+
+    def __init__(self, trim: float) -> None:
+        super().__init__()
+        self._trim = trim
+
+    def combine(self, values: torch.Tensor) -> torch.Tensor:
+        """See `Held`."""
+        most = (len(values) - 1) // 2
+        out = min(most, int(self._trim * len(values)))
+        return values.sort(0).values[out : len(values) - out].mean(0)
+
+
+class Sum(Held):
+    """The sum, to the bit the same in whatever order updates come."""
+
+    def combine(self, values: torch.Tensor) -> torch.Tensor:
+        """See `Held`."""
+        return values.sum(0)
 
 
 def make_aggregation(section: RoundSection) -> Aggregation:

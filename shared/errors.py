@@ -28,6 +28,9 @@ TITLES: dict[int, str] = {
     112: "Metrics cannot be served there",
     113: "Certificate, key or password cannot be used",
     114: "Run cannot be divided among processes",
+    115: "Model file cannot be read",
+    116: "Model file is another one",
+    117: "Model file does not fit the model",
     201: "Broker cannot be reached",
     202: "Broker refuses the login",
     203: "Message is larger than the broker allows",
@@ -60,6 +63,9 @@ TITLES: dict[int, str] = {
     407: "Arrays do not fit together",
     408: "Data folder is not configured",
     409: "Data changed since the run began",
+    410: "Text is burned into an image",
+    411: "Compression cannot be decoded",
+    412: "Mask does not fit its image",
     501: "Disk is full",
     502: "No valid checkpoint is left",
     503: "State directory is in use",
@@ -78,6 +84,11 @@ TITLES: dict[int, str] = {
     606: "No such dead letter",
     607: "Dead letter cannot be sent again",
     608: "Site was left out",
+    610: "Model cannot be trained with privacy",
+    611: "Privacy budget is spent",
+    612: "Privacy ledger cannot be used",
+    613: "Run is in the ledger with other data or settings",
+    614: "Packages for privacy are missing",
 }
 
 

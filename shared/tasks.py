@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from shared.config import TaskSection
+from shared.config import DataSection, TaskSection
 
 
 def loss_of(task: TaskSection, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -28,6 +28,11 @@ def loss_of(task: TaskSection, outputs: torch.Tensor, targets: torch.Tensor) -> 
     if task.kind == "segmentation":
         return segmentation_loss(outputs.squeeze(1), targets)
     return functional.mse_loss(outputs.squeeze(1), targets)
+
+
+def standardise(task: TaskSection, data: DataSection, targets: torch.Tensor) -> torch.Tensor:
+    """Targets as a model is trained on them: of regression (target - mean) / spread, others as they are."""
+    return (targets - data.target_mean) / data.target_spread if task.kind == "regression" else targets
 
 
 SMOOTH = 10.0

@@ -9,6 +9,7 @@ import torch
 from shared.config import RunConfig
 from shared.protocols.plan import Plan, Step
 from shared.seeds import seed_for
+from shared.tasks import standardise
 from site_worker.data.augment import augment
 from site_worker.data.dataset import Dataset, Parts
 
@@ -45,9 +46,7 @@ class Feed:
     def targets(self, q: int) -> torch.Tensor:
         """Targets (batch,) of item q, standardised for regression."""
         targets = self._parts[self.plan.item(q).step].targets[self._rows(q)]
-        if self._config.task.kind == "regression":
-            return (targets - self._config.data.target_mean) / self._config.data.target_spread
-        return targets
+        return standardise(self._config.task, self._config.data, targets)
 
     def seed(self, purpose: str, q: int) -> int:
         """Seed of what is random in item q."""

@@ -18,6 +18,7 @@ from shared.config import DataSection, TaskSection
 from shared.errors import RunError
 from shared.metrics import Metrics, measure
 from shared.protocols.assembly import assemble
+from shared.tasks import standardise
 from shared.worker import prepare_torch
 from site_worker.data.dataset import Dataset
 from site_worker.data.scaling import Scaling, scale
@@ -77,10 +78,8 @@ def predict(site: SiteWorker, top: Path | None = None, data: Path | None = None)
         others = load_dataset(source, config.data, config.task, site.base)
         dataset = Scaling.fit(parts.train, config.data).apply(others)
     outputs = torch.cat([torch.zeros(0, config.task.outputs), *_outputs(model, dataset, site.config.device)])
-    targets = dataset.targets
-    if config.task.kind == "regression":
-        targets = (targets - config.data.target_mean) / config.data.target_spread
-    metrics = measure(config.task, config.data, outputs, targets)
+    targets = standardise(config.task, config.data, dataset.targets)
+    metrics = measure(config.task, config.data, outputs, targets, dataset.patients)
     return Predictions(dataset.patients, *_in_words(config.task, config.data, outputs), metrics)
 
 

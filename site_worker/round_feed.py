@@ -10,6 +10,7 @@ import torch
 from shared.config import RunConfig
 from shared.protocols.plan import Step
 from shared.seeds import seed_for
+from shared.tasks import standardise
 from site_worker.data.augment import augment
 from site_worker.data.dataset import Dataset, Parts
 
@@ -54,9 +55,7 @@ class RoundFeed:
 
     def targets(self, part: Dataset) -> torch.Tensor:
         """Targets of a part, standardised for regression."""
-        if self.config.task.kind == "regression":
-            return (part.targets - self.config.data.target_mean) / self.config.data.target_spread
-        return part.targets
+        return standardise(self.config.task, self.config.data, part.targets)
 
     def seed(self, purpose: str, k: int) -> int:
         """Seed of what is random in batch k."""

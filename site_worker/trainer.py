@@ -82,6 +82,27 @@ class Trainer:
             )
         return loss.item()
 
+    def measure_statistics(self, inputs: torch.Tensor) -> None:
+        """Measure the running statistics of normalizations anew, on inputs (n, ...) float32, without labels.
+
+        As re-estimation after a merge (Jordan et al., REPAIR, ICLR 2023): each is the mean over batches.
+        """
+        norms = [module for module in self.module.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        norms = [norm for norm in norms if norm.track_running_stats]
+        if not norms:
+            return
+        kept = [norm.momentum for norm in norms]
+        self.module.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        with torch.no_grad():
+            for rows in torch.split(inputs, ROWS_AT_A_TIME):
+                self.module(rows.to(self.device))
+        for norm, momentum in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+
     def predict(self, inputs: torch.Tensor) -> torch.Tensor:
         """Outputs for inputs (n, ...) float32, in evaluation mode."""
         self.module.eval()

@@ -8,6 +8,7 @@ from typing import Any
 from server_worker.activation_store import ActivationStore
 from server_worker.ddp import DividedTop, Group
 from server_worker.protocols.base import ServerRole
+from server_worker.protocols.data_vectors import DataVectorsServer
 from server_worker.protocols.fedavg_dp_seg import FedavgDpSegServer
 from server_worker.protocols.fedavg_transfer import FedavgTransferServer
 from server_worker.protocols.split_frozen import SplitFrozenServer
@@ -20,7 +21,11 @@ from shared.protocols import ROUNDS
 from shared.protocols.assembly import assemble, assemble_rounds
 
 AnyServer = ServerRole[Any]
-OF_ROUNDS = {"fedavg_transfer": FedavgTransferServer, "fedavg_dp_seg": FedavgDpSegServer}
+OF_ROUNDS = {
+    "fedavg_transfer": FedavgTransferServer,
+    "fedavg_dp_seg": FedavgDpSegServer,
+    "data_vectors": DataVectorsServer,
+}
 
 
 def make_server(

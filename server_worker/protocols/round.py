@@ -18,7 +18,7 @@ from shared.effects import Effect, Finish, Record, Send
 from shared.errors import Refused
 from shared.message import Header, Kind, Message
 from shared.protocols.assembly import Rounds
-from shared.protocols.round import CONTRACT, RoundSequence, Work, check_slice, is_judged
+from shared.protocols.round import RoundSequence, Work, check_slice, is_judged
 
 MOST_SAMPLES = 1_000_000_000
 """Of a site. Nothing is held per sample; more are a mistake."""
@@ -44,10 +44,12 @@ class RoundServer(ServerRole[RoundSequence]):
     exports = "model"
 
     def __init__(self, config: RunConfig, rounds: Rounds) -> None:
-        super().__init__(config, CONTRACT)
+        super().__init__(config, rounds.contract)
         self.layout = rounds.layout
         self.vector = rounds.layout.vector(rounds.module.state_dict())
-        """The present model."""
+        """The present model, float32 (length,)."""
+        self.published = self.vector
+        """The model that the run began with."""
         self._version = 0
         self.aggregation = make_aggregation(config.round)
         self._strict = config.run.order == "strict"
@@ -73,6 +75,20 @@ class RoundServer(ServerRole[RoundSequence]):
     def combined(self) -> torch.Tensor:
         """The next model, float32 (length,), of `vector` and what `aggregation` holds; neither is changed."""
 
+    def add(self, number: int, site: str, values: torch.Tensor, staleness: int) -> None:
+        """Take slice `number` of a site's update; `values` is not changed."""
+        if staleness:
+            values = values * (1 + staleness) ** -0.5
+        self.aggregation.add(number, f"{site}/{self.applied[site]}", values, float(self.sequences[site].train))
+
+    def clear(self) -> None:
+        """The round is closed, or its update came too late for any."""
+        self.aggregation.clear()
+
+    def judge_final(self, site: str, message: Message | None) -> list[Effect]:
+        """Note a site's report on the final model; None for one that could not be read."""
+        return self.judge(site, self.version, {} if message is None else self._metrics(message))
+
     # -- Role ------------------------------------------------------------------------------------
 
     def choose(self, ready: Set[str]) -> str | None:
@@ -95,22 +111,19 @@ class RoundServer(ServerRole[RoundSequence]):
         reports = site in self._final
         if header.kind is not (Kind.REPORT if reports else Kind.UPDATE) or header.version != self._begun[site]:
             raise Refused(304, f"{header.message_id} is out of turn.", "run the same version at both sides.")
-        metrics = self._metrics(message)
         if reports:
-            return self._through_with(site, header, metrics)
+            return self._through_with(header, self.judge_final(site, message))
+        metrics = self._metrics(message)
         number = self._slices[site] + 1
         values = check_slice(message, self.layout, number)
-        staleness = self.version - self._begun[site]
-        if staleness:
-            values = values * (1 + staleness) ** -0.5
-        self.aggregation.add(number, f"{site}/{self.applied[site]}", values, float(self.sequences[site].train))
+        self.add(number, site, values, self.version - self._begun[site])
         return self._take(site, header, metrics)
 
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
         """See `Role`: a slice less; the site goes on as if it had counted."""
         self.refusals[header.sender] += 1
         if header.sender in self._final:
-            return self._through_with(header.sender, header, {})
+            return self._through_with(header, self.judge_final(header.sender, None))
         return self._take(header.sender, header, {})
 
     def excuse(self, sender: str) -> list[Effect]:
@@ -124,7 +137,7 @@ class RoundServer(ServerRole[RoundSequence]):
     def close(self) -> list[Effect]:
         """Combine what came, and answer who waits for it. Also called when the deadline of a quorum is over."""
         self.vector = self.combined()
-        self.aggregation.clear()
+        self.clear()
         self._arrived = 0
         self._version += 1
         self._is_last = self.version >= self.config.round.rounds or self.evaluation.exhausted
@@ -201,11 +214,11 @@ class RoundServer(ServerRole[RoundSequence]):
             )
         ]  # fmt: skip
         if self.config.round.close == "all" and is_judged(self.config, self._begun[site]):
-            effects += self._judge(site, self._begun[site], metrics)
+            effects += self.judge(site, self._begun[site], metrics)
         self._reported[site] = header.seq
         self._arrived += 1
         if self._is_last:  # it came too late for the last round
-            self.aggregation.clear()
+            self.clear()
             return effects + self._answer(site, self._reported.pop(site))
         if self._ready_to_close(deadline=False):
             return effects + self.close()
@@ -240,7 +253,7 @@ class RoundServer(ServerRole[RoundSequence]):
             for number in range(1, slices + 1)
         ]  # fmt: skip
 
-    def _judge(self, site: str, version: int, metrics: SiteMetrics) -> list[Effect]:
+    def judge(self, site: str, version: int, metrics: SiteMetrics) -> list[Effect]:
         """Note a site's figures for a model."""
         return self.judged(version) if self.evaluation.report(site, version, metrics) else []
 
@@ -250,11 +263,10 @@ class RoundServer(ServerRole[RoundSequence]):
             self.best_weights = self.weights()
         return super().judged(epoch)
 
-    def _through_with(self, site: str, header: Header, metrics: SiteMetrics) -> list[Effect]:
-        self.applied[site] = header.seq
-        effects = self._judge(site, self.version, metrics)
-        self._through.add(site)
-        return effects + self._over()
+    def _through_with(self, header: Header, judged: list[Effect]) -> list[Effect]:
+        self.applied[header.sender] = header.seq
+        self._through.add(header.sender)
+        return judged + self._over()
 
     def _over(self) -> list[Effect]:
         return self.end() if self.done else []

@@ -35,10 +35,12 @@ class Layout:
     Attributes:
         shapes: of the weights that travel, by name.
         most: elements of a slice.
+        buffers: which of them are measured and not trained.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     most: int
+    buffers: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, module: nn.Module, config: RunConfig, most: int) -> Layout:
@@ -59,7 +61,7 @@ class Layout:
             shapes[name] = tuple(tensor.shape)
         if not trained & shapes.keys():
             raise ConfigError(105, "round.freeze leaves nothing to train.", "freeze fewer modules.")
-        return cls(shapes, most)
+        return cls(shapes, most, frozenset(kept & shapes.keys()))
 
     @cached_property
     def _bounds(self) -> list[int]:
@@ -79,6 +81,12 @@ class Layout:
     def slice(self, number: int) -> slice:
         """Where slice `number` is in the vector, 1 <= number <= slices."""
         return slice((number - 1) * self.most, min(number * self.most, self.length))
+
+    @cached_property
+    def statistics(self) -> torch.Tensor:
+        """bool (length,): elements of buffers."""
+        marks = [torch.full((prod(shape),), name in self.buffers) for name, shape in self.shapes.items()]
+        return torch.cat(marks)
 
     def vector(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """float32 (length,) on the CPU, of weights by name."""

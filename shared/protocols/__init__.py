@@ -11,7 +11,8 @@ PROTOCOLS: dict[str, str] = {
     "split_frozen": "Ha et al., detached in time: activations are released once, the server trains on its store",
     "fedavg_transfer": "Zhang and Li, arXiv 2203.12803: what sites' training changed is averaged, round by round",
     "fedavg_dp_seg": "Ziller et al., arXiv 2107.02586: likewise, with differential privacy at the site",
+    "data_vectors": "Tian et al., arXiv 2408.13038: each site trains alone, once; what changed is added up",
 }
 
-ROUNDS = frozenset({"fedavg_transfer", "fedavg_dp_seg"})
+ROUNDS = frozenset({"fedavg_transfer", "fedavg_dp_seg", "data_vectors"})
 """Systems whose participants exchange weights of the whole model; in the others a model is cut."""

@@ -15,7 +15,7 @@ from shared.errors import BrokerError, ConfigError
 from shared.message import Kind
 from shared.models.cutting import Halves, build, flow_shapes, output_shapes
 from shared.models.whole import Layout, build_whole
-from shared.protocols import ROUNDS
+from shared.protocols import ROUNDS, data_vectors
 from shared.protocols.round import CONTRACT, HEADER_BYTES, elements
 from shared.protocols.stream import payloads
 
@@ -45,12 +45,12 @@ class Rounds:
     Attributes:
         module: the model as the run begins, equal at every participant.
         layout: which of its weights travel, and how.
+        contract: payload of each kind of message.
     """
 
     module: nn.Module
     layout: Layout
-
-    contract = CONTRACT
+    contract: Mapping[Kind, Payload]
 
     @property
     def parts(self) -> Mapping[str, nn.Module]:
@@ -101,7 +101,9 @@ def assemble_rounds(config: RunConfig, base: Path) -> Rounds:
         )
     module = build_whole(config, base)
     _check_outputs(config, flow_shapes({"model": module}, config.data.input_shape)["model"])
-    return Rounds(module, Layout.of(module, config, most=elements(config)))
+    layout = Layout.of(module, config, most=elements(config))
+    of_vectors = config.run.protocol == "data_vectors"
+    return Rounds(module, layout, data_vectors.contract(layout) if of_vectors else CONTRACT)
 
 
 def assemble_any(config: RunConfig, base: Path) -> Assembly | Rounds:

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import interpolate
 
 from shared.config import DataSection, SourceSection
 from shared.errors import DataError
+from site_worker.data.pixels import Array, masked, resized
 from site_worker.data.rows import Rows, absent
 
 _LUMINANCE = torch.tensor([0.299, 0.587, 0.114])  # of red, green, blue (ITU-R BT.601, as Pillow's "L")
 
-Array = np.ndarray[Any, np.dtype[Any]]
 
-
-def open_arrays(path: Path, source: SourceSection, data: DataSection) -> Rows:
+def open_arrays(path: Path, source: SourceSection, data: DataSection, masks: str | None) -> Rows:
     """The rows of an archive; inputs are float32.
 
     Images are (n, height, width), or (n, height, width, channels) with 1 or 3 channels, of which the
     luminance is taken: the model sees float32 (n, 1, height, width). uint8 is brought to [0, 1],
-    floating-point values stay. `label`, `patient` and the keys of `where` name arrays (n,) or (n, 1).
+    floating-point values stay. `label`, `patient` and the keys of `where` name arrays (n,) or (n, 1);
+    `masks` names an array (n, height, width), which takes the place of the label.
 
     Raises:
         DataError: 401 missing or unreadable, 402 absent array, 403 pixels that are not finite,
             407 arrays that do not fit together.
     """
-    names = [source.label, *([source.patient] if source.patient else []), *source.where]
+    names = [*([] if masks else [source.label]), *([source.patient] if source.patient else []), *source.where]
     images, *others = _load(path, [source.images, *names])
     for name, array in zip(names, others, strict=True):
         if array.shape not in ((len(images),), (len(images), 1)):
@@ -46,7 +45,6 @@ def open_arrays(path: Path, source: SourceSection, data: DataSection) -> Rows:
             f"{path}: {source.images!r} is {images.dtype} of shape {images.shape}.",
             "store images as uint8 or float32 of shape (n, height, width) or (n, height, width, 3).",
         )
-
     broken = np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(axis=1))
     if len(broken):
         raise DataError(
@@ -58,10 +56,26 @@ def open_arrays(path: Path, source: SourceSection, data: DataSection) -> Rows:
     def read(chosen: Sequence[int]) -> torch.Tensor:
         return _inputs(images[np.asarray(chosen, dtype=np.int64)], data.image_size)
 
-    columns = {
+    # There is always a column, whatever the names are, so that rows can be counted and chosen.
+    columns: dict[str, list[str]] = {"row": [str(row + 1) for row in range(len(images))]}
+    columns |= {
         name: [str(value) for value in array.ravel().tolist()] for name, array in zip(names, others, strict=True)
     }
-    return Rows(path, columns, source.label, source.patient, lambda row: f"{path}, row {row + 1}", read)
+    rows = Rows(path, columns, source.label, source.patient, lambda row: f"{path}, row {row + 1}", read)
+    return replace(rows, read_masks=_mask_reader(path, masks, images, source, data)) if masks else rows
+
+
+def _mask_reader(
+    path: Path, name: str, images: Array, source: SourceSection, data: DataSection
+) -> Callable[[Sequence[int]], torch.Tensor]:
+    (masks,) = _load(path, [name])
+    if masks.shape != images.shape[:3] or masks.dtype.kind not in "biuf":
+        raise DataError(
+            407,
+            f"{path}: {name!r} is {masks.dtype} of shape {masks.shape}, {source.images!r} has shape {images.shape}.",
+            "store one mask of whole numbers per image, of the image's height and width.",
+        )
+    return lambda chosen: masked(masks[np.asarray(chosen, dtype=np.int64)], source.foreground, data.image_size)
 
 
 def _load(path: Path, names: Sequence[str]) -> list[Array]:
@@ -88,7 +102,4 @@ def _inputs(images: Array, size: int | None) -> torch.Tensor:
         values /= 255
     if values.ndim == 4:
         values = values @ _LUMINANCE if values.shape[3] == 3 else values[..., 0]
-    values = values.unsqueeze(1)
-    if size is not None and values.shape[-2:] != (size, size):
-        values = interpolate(values, size=(size, size), mode="bilinear", antialias=True)
-    return values
+    return resized(values.unsqueeze(1), size)

@@ -17,9 +17,10 @@ class Dataset:
     """Samples of one site.
 
     Attributes:
-        inputs: float32 (n, features), or (n, channels, height, width); NaN is a value that was not measured.
+        inputs: float32 (n, features), (n, 1, height, width), or (n, frames, height, width); NaN is a value
+            that was not measured.
         targets: float32 (n,) for regression (in the label's own unit) and binary (0. or 1.),
-            int64 (n,) for multiclass.
+            int64 (n,) for multiclass, float32 (n, height, width) of 0. and 1. for segmentation.
         patients: n names; rows with the same name belong together in every split.
     """
 

@@ -16,12 +16,12 @@ from site_worker.data.rows import Rows, numbers, plain
 
 
 def class_numbers(data: DataSection, task: TaskSection) -> dict[str, int]:
-    """The class of every label in `data.classes` ("0", "1"... if it is empty); nothing for regression.
+    """The class of every label in `data.classes` ("0", "1"... if it is empty); nothing without classes.
 
     Raises:
         ConfigError: 103 not one entry per class, or a label listed twice.
     """
-    if task.kind == "regression":
+    if task.kind in ("regression", "segmentation"):
         return {}
     count = 2 if task.kind == "binary" else task.classes
     classes = data.classes or [str(number) for number in range(count)]
@@ -38,12 +38,22 @@ def class_numbers(data: DataSection, task: TaskSection) -> dict[str, int]:
 
 
 def read_targets(rows: Rows, chosen: Sequence[int], data: DataSection, task: TaskSection) -> torch.Tensor:
-    """Targets of the chosen rows: float32 (n,) for regression and binary, int64 (n,) for multiclass.
+    """Targets of the chosen rows, as `Dataset` has them.
 
     Raises:
         ConfigError: 103 see `class_numbers`.
-        DataError: 402 no such label column, 403 a label that is no number (regression) or not listed.
+        DataError: 402 no such label column, 403 a label that is no number (regression) or not listed,
+            412 masks without any foreground.
     """
+    if rows.read_masks is not None:
+        masks = rows.read_masks(chosen)
+        if not masks.any():
+            raise DataError(
+                412,
+                f"{rows.file}: {len(chosen)} masks, and no pixel in them is foreground.",
+                "correct data.masks or data.foreground in site.toml.",
+            )
+        return masks
     if task.kind == "regression":
         return torch.tensor(numbers(rows, rows.label, chosen, ()), dtype=torch.float32)
     classes = class_numbers(data, task)

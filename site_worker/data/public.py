@@ -17,6 +17,14 @@ _ORIGINS = {
         "Heart Disease from https://archive.ics.uci.edu/dataset/45/heart+disease",
         "cleveland.csv, hungarian.csv, switzerland.csv, va.csv, with a heading, and empty cells for '?'",
     ),
+    "hippocampus_msd": (
+        "Task04_Hippocampus from http://medicaldecathlon.com",
+        "the file hippocampus_2d.npz: its slices, padded to 64x64, as the uint8 arrays images, masks and volume",
+    ),
+    "mednist64": (
+        "MedNIST from https://github.com/Project-MONAI/MONAI-extra-test-data",
+        "the file mednist64.npz: images of 64x64 and labels 0 to 5, as the arrays images and labels",
+    ),
     "mura": (
         "MURA from https://stanfordmlgroup.github.io/competitions/mura (needs an agreement with Stanford)",
         "its folders train/XR_WRIST/patient00006/study1_positive and so on, unchanged",

@@ -1,6 +1,6 @@
 """What a source lists before any input is read: rows, and columns of text.
 
-    reader (table, images, arrays) ──▶ Rows ──▶ source.py keeps some rows ──▶ Rows.read(kept) ──▶ inputs
+    reader (table, images, ...) ──▶ Rows ──▶ source.py keeps some rows ──▶ Rows.read(kept) ──▶ inputs
 
 Everything is text until it is needed as a number, so that an error can quote what the file says.
 """
@@ -49,6 +49,8 @@ class Rows:
         patient: column of the patient; None: every row is a patient.
         place: where a row stands, for people: "heart.csv, line 7".
         read: inputs of the given rows: float32 (len(rows), ...).
+        sequences: rows that are frames of one volume, series or film, in order; None: the source has none.
+        read_masks: masks of the given rows: float32 (len(rows), height, width) of 0 and 1; None: there are none.
     """
 
     file: Path
@@ -57,6 +59,8 @@ class Rows:
     patient: str | None
     place: Callable[[int], str]
     read: Callable[[Sequence[int]], torch.Tensor]
+    sequences: Mapping[str, Sequence[int]] | None = None
+    read_masks: Callable[[Sequence[int]], torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))

@@ -20,7 +20,7 @@ from site_worker.data.dataset import Dataset, Parts
 class Scaling:
     """(input - mean) / spread, after missing values became `fill`.
 
-    All three are float32, (features,) for a table and (channels, 1, 1) for images.
+    All three are float32, (features,) for a table and (channels, 1, 1) for images; frames count as channels.
     """
 
     mean: torch.Tensor

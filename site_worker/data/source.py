@@ -1,6 +1,6 @@
 """From [data] of site.toml to a `Dataset`.
 
-    locate ──▶ open (table, images, arrays) ──▶ where ──▶ labelled ──▶ share ──▶ targets, inputs
+    locate ──▶ open (table, images, ...) ──▶ frames ──▶ where ──▶ labelled ──▶ share ──▶ targets, inputs
 
 Rows are chosen before any input is read, so a site with a share of a large folder reads its own images only.
 """
@@ -20,6 +20,7 @@ from site_worker.data.images import open_images
 from site_worker.data.labels import class_numbers, read_targets
 from site_worker.data.public import how_to_get
 from site_worker.data.rows import Rows, plain
+from site_worker.data.sequences import framed
 from site_worker.data.split import shuffled, split
 from site_worker.data.table import open_table
 
@@ -41,6 +42,7 @@ def load_dataset(source: SourceSection, data: DataSection, task: TaskSection, ba
 
     Rows are kept that `where` selects and whose patient is in `share`. A row without a label is an
     error, unless `missing` names the label's column (its list may be empty): then it is left out.
+    For segmentation the masks take the place of the labels.
 
     Args:
         source: [data] of site.toml.
@@ -53,14 +55,18 @@ def load_dataset(source: SourceSection, data: DataSection, task: TaskSection, ba
         cell of the patient column, or "row 7" where every row is a patient.
 
     Raises:
-        ConfigError: 103 data.features, data.classes or data.share do not make sense.
-        DataError: 401-403 and 405-408, see `TITLES`.
+        ConfigError: 103 keys of [data] do not make sense, alone or with the task.
+        DataError: 401-403, 405-408 and 410-412, see `TITLES`.
     """
     rows = _open(locate(source.path, base), source, data, task)
+    if data.frames is not None:
+        rows = framed(rows, data.frames)
     for name in source.missing:
         if name != "*":
             rows.column(name)
-    chosen = _labelled(rows, _where(rows, source), source)
+    chosen = _where(rows, source)
+    if task.kind != "segmentation":
+        chosen = _labelled(rows, chosen, source)
     patients = _patients(rows, chosen)
     mine = _share(patients.values(), source.share)
     chosen = [row for row in chosen if patients[row] in mine]
@@ -95,17 +101,54 @@ def locate(path: str, base: Path) -> Path:
 
 
 def _open(path: Path, source: SourceSection, data: DataSection, task: TaskSection) -> Rows:
+    masks = _masks(source, data, task)
     if source.source == "table":
         return open_table(path, source, data)
     if source.source == "arrays":
-        return open_arrays(path, source, data)
+        return open_arrays(path, source, data, masks)
     if task.kind == "regression" and source.index is None:
         raise DataError(
             402,
             f"{path} has no index with the figures to predict; folders only name classes.",
             "set data.index in site.toml to a CSV with the columns file and label.",
         )
-    return open_images(path, source, data, class_numbers(data, task))
+    classes = class_numbers(data, task)
+    if source.source == "images":
+        return open_images(path, source, data, classes)
+    try:
+        from site_worker.data.dicom import open_dicom
+        from site_worker.data.volumes import open_volumes
+    except ImportError as error:
+        raise DataError(
+            401,
+            f'{path}: source = "{source.source}" needs the package {error.name}, which is not installed.',
+            "pip install nightsplit[medical].",
+        ) from None
+    if source.source == "dicom":
+        return open_dicom(path, source, data, classes)
+    return open_volumes(path, source, data, classes, masks)
+
+
+def _masks(source: SourceSection, data: DataSection, task: TaskSection) -> str | None:
+    """Where the masks are; None for the tasks that have none.
+
+    Raises:
+        ConfigError: 103 a segmentation without masks, or with what masks cannot follow.
+    """
+    if task.kind != "segmentation":
+        return None
+    what = None
+    if source.source not in ("volumes", "arrays"):
+        what = f'site.toml: data.source = "{source.source}" has no masks; segmentation reads volumes and arrays'
+    elif source.masks is None:
+        what = "site.toml: data.masks is not set, and the task is segmentation"
+    elif data.frames is not None:
+        what = "run.toml: data.frames makes a sequence of images one sample, and a mask belongs to one image"
+    elif moved := [name for name in data.augment if name != "contrast"]:
+        what = f"run.toml: data.augment moves the images ({', '.join(moved)}), and their masks would not follow"
+    if what:
+        raise ConfigError(103, f"{what}.", "see Segmentation in docs/data.md.")
+    return source.masks
 
 
 def _where(rows: Rows, source: SourceSection) -> list[int]:

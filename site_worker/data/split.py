@@ -64,16 +64,22 @@ def split(dataset: Dataset, task: TaskSection, validation: float, test: float, s
     for row, patient in enumerate(dataset.patients):
         rows[part_of[patient]].append(row)
     parts = Parts(**{part: dataset.select(chosen) for part, chosen in rows.items()})
-    if task.kind != "regression":
+    if _has_classes(task):
         _check_classes(parts.train)
     return parts
 
 
+def _has_classes(task: TaskSection) -> bool:
+    return task.kind in ("binary", "multiclass")
+
+
 def _strata(dataset: Dataset, task: TaskSection, seed: int) -> list[list[str]]:
-    """Patients by class, in classes' order; one list for regression. Each list is shuffled."""
+    """Patients by class, in classes' order; one list where there are none. Each list is shuffled."""
+    if not _has_classes(task):
+        return [shuffled(dataset.patients, f"split/{seed}")]
     labels: defaultdict[str, Counter[int]] = defaultdict(Counter)
     for patient, target in zip(dataset.patients, dataset.targets.tolist(), strict=True):
-        labels[patient][0 if task.kind == "regression" else int(target)] += 1
+        labels[patient][int(target)] += 1
     strata: defaultdict[int, list[str]] = defaultdict(list)
     for patient, counts in labels.items():
         strata[max(counts, key=lambda label: (counts[label], label))].append(patient)

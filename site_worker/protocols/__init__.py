@@ -12,6 +12,7 @@ from site_worker.data.dataset import Parts
 from site_worker.feed import Feed
 from site_worker.privacy import check_installed
 from site_worker.protocols.base import SiteRole
+from site_worker.protocols.data_vectors import DataVectorsSite
 from site_worker.protocols.fedavg_dp_seg import FedavgDpSegSite
 from site_worker.protocols.fedavg_transfer import FedavgTransferSite
 from site_worker.protocols.split_frozen import SplitFrozenSite
@@ -20,7 +21,7 @@ from site_worker.protocols.split_u import SplitUSite
 from site_worker.round_feed import RoundFeed
 from site_worker.trainer import Trainer
 
-OF_ROUNDS = {"fedavg_transfer": FedavgTransferSite, "fedavg_dp_seg": FedavgDpSegSite}
+OF_ROUNDS = {"fedavg_transfer": FedavgTransferSite, "fedavg_dp_seg": FedavgDpSegSite, "data_vectors": DataVectorsSite}
 WITHOUT_HEAD = {"split_labels": SplitLabelsSite, "split_frozen": SplitFrozenSite}
 
 
@@ -53,9 +54,9 @@ def make_site(
             from site_worker.privacy.site import take_part  # its libraries are an extra, and take seconds
 
             private = take_part(config, config.privacy, name, parts, rounds.module, device, ledger, max_epsilon)
-            return half(name, config, rounds.layout, private.trainer, private.feed, incarnation, private.account)
+            return half(name, config, rounds, private.trainer, private.feed, incarnation, private.account)
         trainer = Trainer(rounds.module, config, device)
-        return half(name, config, rounds.layout, trainer, RoundFeed(config, name, parts), incarnation)
+        return half(name, config, rounds, trainer, RoundFeed(config, name, parts), incarnation)
     assembly = assemble(config)
     bottom = Bottom(assembly.halves.bottom, config.optimizer, device)
     feed = Feed(config, name, parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +15,8 @@ from shared.effects import Effect, Finish, Record, Send
 from shared.errors import Refused, RunError
 from shared.message import SERVER, Header, Kind, Message
 from shared.metrics import measure
-from shared.models.whole import Layout
-from shared.protocols.round import CONTRACT, RoundSequence, Work, check_slice, is_judged
+from shared.protocols.assembly import Rounds
+from shared.protocols.round import RoundSequence, Work, check_slice, is_judged
 from site_worker.protocols.base import SiteRole
 from site_worker.round_feed import RoundFeed
 from site_worker.trainer import Trainer
@@ -31,7 +31,7 @@ class RoundSite(SiteRole):
     Args:
         name: the site.
         config: the run, as the site's own run.toml has it.
-        layout: which weights travel, and how.
+        rounds: layout and contract.
         trainer: the whole model.
         feed: the site's batches.
         incarnation: as in `SiteRole`.
@@ -39,11 +39,11 @@ class RoundSite(SiteRole):
     """
 
     def __init__(
-        self, name: str, config: RunConfig, layout: Layout, trainer: Trainer, feed: RoundFeed, incarnation: str,
+        self, name: str, config: RunConfig, rounds: Rounds, trainer: Trainer, feed: RoundFeed, incarnation: str,
         account: Account | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(name, config, CONTRACT, incarnation)
-        self.layout = layout
+        super().__init__(name, config, rounds.contract, incarnation)
+        self.layout = layout = rounds.layout
         self.trainer = trainer
         self.feed = feed
         self.account = account
@@ -51,8 +51,10 @@ class RoundSite(SiteRole):
         self.sequence = RoundSequence(len(feed.train), config.round.rounds, layout.slices)
         self.trained = 0
         """Training batches so far, over all rounds."""
-        self._base = layout.vector(trainer.weights())
-        """The model that the present update began with."""
+        self.base = layout.vector(trainer.weights())
+        """The model that the present update began with, float32 (length,)."""
+        self.published = self.base
+        """The model that the run began with."""
         self._version = 0
         """Its version."""
         self._is_final = False
@@ -80,8 +82,9 @@ class RoundSite(SiteRole):
         return self.feed.samples
 
     def model(self) -> dict[str, dict[str, torch.Tensor]]:
-        """See `SiteRole`: the whole model; what does not travel is the site's own."""
-        return {"model": {**self.trainer.weights(), **self._best}}
+        """See `SiteRole`: the whole model but for counters; what does not travel is the site's own."""
+        own = {name: tensor for name, tensor in self.trainer.weights().items() if tensor.is_floating_point()}
+        return {"model": {**own, **self._best}}
 
     # -- Role ------------------------------------------------------------------------------------
 
@@ -101,7 +104,7 @@ class RoundSite(SiteRole):
         if models < self._made:
             return []  # the model that answers the last update is not here
         if self._made + 1 not in self._figures:
-            self._figures[self._made + 1] = self._judge()
+            self._figures[self._made + 1] = self._judge_if_due()
             return [self._worked()]
         if self._is_final:
             report_is_sent = self.next_seq > self._made * self.layout.slices + 1
@@ -109,7 +112,7 @@ class RoundSite(SiteRole):
         if self.trained < update * self.work.batches:
             self._train()
         if self.trained == update * self.work.batches:
-            self._updates[update] = self.layout.vector(self.trainer.weights()) - self._base
+            self._updates[update] = self.layout.vector(self.trainer.weights()) - self.base
             self._versions[update] = self._version
             self._made = update
             # The worker pays, durably, before the engine performs what comes behind.
@@ -129,7 +132,7 @@ class RoundSite(SiteRole):
         if header.kind is Kind.FINISH:
             raise RunError(601, f"the end of the run cannot be read: {refusal.sentence}", refusal.remedy)
         number = self._number_of(header)
-        return self._arrived(header, number, self._base[self.layout.slice(number)], 0, is_final=False)
+        return self._arrived(header, number, self.base[self.layout.slice(number)], 0, is_final=False)
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -150,7 +153,7 @@ class RoundSite(SiteRole):
             self._best = self.layout.weights(vector)
             self.finished = True
             return [Finish()]
-        self._base, self._version, self._is_final = vector, header.version, is_final
+        self.base, self._version, self._is_final = vector, header.version, is_final
         self.trainer.load(self.layout.weights(vector))
         return []
 
@@ -163,10 +166,8 @@ class RoundSite(SiteRole):
         self.trainer.step(inputs, targets, self.feed.seed("trainer", k), rate)
         self.trained += 1
 
-    def _judge(self) -> str:
-        """Figures of the model that came last for the site's held-out patients, as JSON."""
-        if not self._is_final and not is_judged(self.config, self._version):
-            return "{}"
+    def judge(self) -> str:
+        """Figures of the present model for the site's held-out patients, as JSON."""
         figures = {
             part.value: measure(
                 self.config.task, self.config.data, self.trainer.predict(dataset.inputs),
@@ -176,6 +177,19 @@ class RoundSite(SiteRole):
             if len(dataset)
         }  # fmt: skip
         return json.dumps(figures, sort_keys=True)
+
+    def judge_final(self) -> str:
+        """Figures for the report."""
+        return self.judge()
+
+    def report_tensors(self) -> Mapping[str, torch.Tensor]:
+        """What goes with the report."""
+        return {}
+
+    def _judge_if_due(self) -> str:
+        if self._is_final:
+            return self.judge_final()
+        return self.judge() if is_judged(self.config, self._version) else "{}"
 
     def _worked(self) -> Record:
         return Record({"event": "local", "step": self.trained})
@@ -191,7 +205,9 @@ class RoundSite(SiteRole):
 
     def _send_report(self) -> Send:
         scalars = {"metrics": self._figures[self._made + 1]}
-        send = Send(SERVER, Kind.REPORT, self.next_seq, version=self._version, scalars=scalars)
+        send = Send(
+            SERVER, Kind.REPORT, self.next_seq, version=self._version, tensors=self.report_tensors(), scalars=scalars
+        )
         self.next_seq += 1
         return send
 
@@ -205,7 +221,7 @@ class RoundSite(SiteRole):
             for update in [update for update in kept if update < oldest]:
                 del kept[update]
         tensors = {
-            **base.tensors, **self.trainer.state(), "base": self._base,
+            **base.tensors, **self.trainer.state(), "base": self.base,
             **dict(flatten("update", {str(update): tensor for update, tensor in self._updates.items()})),
             **dict(flatten("arriving", {str(n): tensor for n, tensor in enumerate(self._arriving)})),
             **dict(flatten("best", self._best)),
@@ -223,7 +239,7 @@ class RoundSite(SiteRole):
         super().restore(snapshot)
         tensors, facts = snapshot.tensors, snapshot.facts
         self.trainer.restore(tensors)
-        self._base, self._best = tensors["base"], under("best", tensors)
+        self.base, self._best = tensors["base"], under("best", tensors)
         self._updates = {int(update): tensor for update, tensor in under("update", tensors).items()}
         self._arriving = [tensors[f"arriving/{n}"] for n in range(facts["arriving"])]
         self.trained, self._version, self._is_final = facts["trained"], facts["version"], facts["is_final"]

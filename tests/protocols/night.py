@@ -35,6 +35,7 @@ from shared.turns import LEAVES
 from site_worker.data.dataset import Dataset, Parts
 from site_worker.protocols import make_site
 from site_worker.protocols.base import SiteRole
+from site_worker.protocols.data_vectors import DataVectorsSite
 from site_worker.protocols.round import RoundSite
 
 SYSTEMS = [
@@ -45,6 +46,7 @@ SYSTEMS = [
     ("split_frozen", "independent", 4),
     ("fedavg_transfer", "independent", 4),
     ("fedavg_dp_seg", "independent", 4),
+    ("data_vectors", "independent", 4),
 ]
 """Protocol, bottoms, window; a system of rounds has neither bottoms nor a window."""
 
@@ -64,7 +66,7 @@ def tiny_factory(dropout: float = 0.3) -> torch.nn.Sequential:
     )  # fmt: skip
 
 
-PLAIN = ("fedavg_transfer", None)
+PLAIN = ("fedavg_transfer", "data_vectors", None)
 """Rounds without differential privacy, which forbids running statistics."""
 
 
@@ -89,7 +91,7 @@ def tiny_rounds(sites: tuple[str, ...] = ("north", "south", "east"), **settings:
         privacy=None if run.get("protocol") in PLAIN else PrivacySection(epsilon=8.0, delta=0.01, clip=0.5),
         task=TaskSection(kind="binary"),
         optimizer=OptimizerSection(lr=0.01),
-        round=RoundSection(**{"rounds": 4, **chosen}),
+        round=RoundSection(**{"rounds": 1 if run.get("protocol") == "data_vectors" else 4, **chosen}),
         wire=WireSection(message_bytes=2**16),
         data=DataSection(features=list("abcdef")),
     )
@@ -229,6 +231,8 @@ class Night:
             role = self.roles[name]
             if isinstance(role, ServerRole):
                 states = [role.weights(), role.best_weights]
+            elif isinstance(role, DataVectorsSite):
+                states = role.model().values()  # what it judged last is no result
             elif isinstance(role, RoundSite):
                 states = [role.trainer.weights(), *role.model().values()]
             else:

@@ -49,6 +49,7 @@ SYSTEMS = [
     ("split_frozen", "independent", 4),
     ("fedavg_transfer", "independent", 4),
     ("fedavg_dp_seg", "independent", 4),
+    ("data_vectors", "independent", 4),
 ]
 
 
@@ -62,7 +63,7 @@ def test_a_strict_run_ends_bit_identical(protocol, bottoms, window, seed, tmp_pa
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("protocol", ["split_labels", "split_u", "fedavg_transfer", "fedavg_dp_seg"])
+@pytest.mark.parametrize("protocol", ["split_labels", "split_u", "fedavg_transfer", "fedavg_dp_seg", "data_vectors"])
 def test_a_fair_run_ends_like_the_replay_of_its_journal(protocol, seed, tmp_path):
     config = tiny_config(protocol=protocol, order="fair", window=3, epochs=2)
     night = Night(config, tmp_path / "shaken", prefetch=16)

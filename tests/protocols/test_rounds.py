@@ -8,7 +8,9 @@ from msgspec.structs import replace
 
 from server_worker.aggregation import TrimmedMean, WeightedMean
 from shared.message import SERVER, Kind
+from shared.metrics import standing
 from shared.protocols.assembly import assemble_rounds
+from shared.protocols.data_vectors import SCALES
 from shared.turns import CLOSES
 from tests.protocols.night import Night, tiny_parts, tiny_rounds
 from tests.protocols.test_crashes import shaken
@@ -323,3 +325,64 @@ def test_the_farewell_says_what_was_best(tmp_path):
     night.together()
     best = night.roles[SERVER].evaluation
     assert {night.roles[site].best for site in SITES} == {best.best} != {0}
+
+
+# -- data vectors ------------------------------------------------------------------------------------
+
+
+def vectors_of(night):
+    return night.roles[SERVER].vectors
+
+
+def test_vectors_are_what_each_site_would_reach_alone_and_the_sum_is_scaled_by_validation(tmp_path):
+    config = tiny_rounds(protocol="data_vectors", local_epochs=3)
+    night = Night(config, tmp_path)
+    night.together()
+    server = night.roles[SERVER]
+    assert set(vectors_of(night)) == set(SITES)
+    history = server.evaluation.history
+    assert [entry["epoch"] for entry in history] == list(range(1, len(SCALES) + 1))
+    best = max(history, key=lambda entry: standing(config.task, entry["overall"]["validation"]))
+    assert server.scale == SCALES[best["epoch"] - 1]
+    where = ~server.layout.statistics
+    expected = server.published + server.scale * sum(vectors_of(night).values())
+    torch.testing.assert_close(server.merged()[where], expected[where])
+    assert torch.equal(server.layout.vector(night.roles["north"].model()["model"])[where], server.merged()[where])
+
+
+def test_a_sum_does_not_depend_on_who_came_first(tmp_path):
+    """In fair order, whoever is first: to the bit the same, and what comes again changes nothing."""
+    ends = set()
+    for number, names in enumerate([SITES, SITES[::-1], ("south", "east", "north")]):
+        night = Night(tiny_rounds(protocol="data_vectors", order="fair"), tmp_path / str(number))
+        night.start(SERVER).start()
+        for name in names:
+            night.start(name).start()
+            rest(night, [SERVER, name], turns=100)
+        rest(night, [SERVER, *names], turns=500)
+        assert night.engines[SERVER].finished
+        ends.add(night.fingerprint())
+    assert len(ends) == 1
+
+
+def test_a_vector_that_comes_too_late_is_published_beside_the_merge(tmp_path):
+    config = tiny_rounds(protocol="data_vectors", order="fair", close="quorum", reports=2)
+    night = begun(config, tmp_path, (SERVER, "north", "south"))
+    rest(night, [SERVER, "north", "south"])
+    merged = night.roles[SERVER].vector
+    night.start("east").start()
+    rest(night, [SERVER, *SITES], turns=1000)
+    assert night.engines[SERVER].finished
+    assert torch.equal(night.roles[SERVER].vector, merged)
+    assert set(vectors_of(night)) == set(SITES)
+
+
+def test_statistics_of_a_merge_are_measured_anew_and_pooled(tmp_path):
+    night = Night(tiny_rounds(protocol="data_vectors"), tmp_path)
+    night.together()
+    server, model = night.roles[SERVER], night.roles["north"].model()["model"]
+    inputs = torch.cat([night.roles[site].feed.train.inputs for site in SITES])
+    hidden = inputs @ model["0.weight"].T + model["0.bias"]
+    torch.testing.assert_close(server.best_weights["1.running_mean"], hidden.mean(0), rtol=0, atol=1e-4)
+    # torch estimates each site's variance without bias, with n - 1
+    torch.testing.assert_close(server.best_weights["1.running_var"], hidden.var(0), rtol=0.1, atol=1e-3)

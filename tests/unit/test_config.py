@@ -38,6 +38,9 @@ def path(tmp_path):
         ('data.scaling="run"', "data.mean"),
         ("data.image_size=8", "data.features"),
         ("data.features=[]", "data.features"),
+        ("data.frames=4", "data.frames"),
+        ("data.window=[40, 0]", "data.window"),
+        ('data.window="knee"', "data.window"),
     ],
 )
 def test_keys_that_do_not_fit_together_are_refused_by_name(path, change, key):
@@ -69,3 +72,12 @@ def test_the_contract_depends_on_every_key_and_on_no_order(path):
     assert load(path, RunConfig, ["run.seed=1"]).contract != contract
     path.write_text(RUN.replace('id = "a"\nprotocol = "split_labels"', 'protocol = "split_labels"\nid = "a"'))
     assert load(path, RunConfig).contract == contract
+
+
+def test_the_shape_of_a_sample(path):
+    def shape(*changes):
+        return load(path, RunConfig, list(changes)).data.input_shape
+
+    assert shape() == (1,)
+    assert shape("data.features=[]", "data.image_size=8") == (1, 8, 8)
+    assert shape("data.features=[]", "data.image_size=8", "data.frames=5") == (5, 8, 8)

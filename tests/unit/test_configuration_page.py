@@ -7,11 +7,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from console.pretrain import PretrainSection, PublicSource
 from shared.config import (
     DataSection,
     ModelSection,
     OptimizerSection,
     PolicyConfig,
+    PrivacySection,
     RunSection,
     ServerSection,
     SiteSection,
@@ -26,11 +28,13 @@ SECTIONS = {
     ("run.toml", "[model]"): ModelSection,
     ("run.toml", "[task]"): TaskSection,
     ("run.toml", "[optimizer]"): OptimizerSection,
+    ("run.toml", "[privacy]"): PrivacySection,
     ("run.toml", "[wire]"): WireSection,
     ("run.toml", "[data]"): DataSection,
     ("site.toml", "[site]"): SiteSection,
     ("site.toml", "[data]"): SourceSection,
     ("policy.toml", None): PolicyConfig,
+    ("pretrain.toml", "[pretrain]"): PretrainSection,
 }
 
 
@@ -61,3 +65,10 @@ def test_server() -> None:
     }
     assert extra == {"report"}
     assert told("server.toml", "[server]") == {"report": '`"report"`'}
+
+
+def test_sources_of_a_pretraining() -> None:
+    extra = {f.name: default(f) for f in msgspec.structs.fields(PublicSource)}
+    for field in msgspec.structs.fields(SourceSection):
+        del extra[field.name]
+    assert told("pretrain.toml", "[[source]]") == extra

@@ -4,7 +4,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from shared.config import PolicyConfig, RunConfig
+from shared.config import PolicyConfig, PrivacySection, RunConfig
 from shared.errors import ConfigError
 from site_worker.policy import check_policy
 
@@ -60,3 +60,11 @@ def test_smallest_batch(size: int, fine: bool) -> None:
         check_policy(policy, config, FILE)
     else:
         assert "batch_size" in refusal(policy, config)
+
+
+def test_a_limit_of_epsilon_needs_a_private_run() -> None:
+    policy = PolicyConfig(max_epsilon=8.0)
+    assert "[privacy]" in refusal(policy, run("split_u"))
+    config = run("split_u")
+    private = msgspec.structs.replace(config, privacy=PrivacySection(epsilon=1.0, delta=1e-4, clip=1.0))
+    check_policy(policy, private, FILE)

@@ -1,0 +1,119 @@
+"""data_vectors (Tian et al., arXiv 2408.13038): models that hospitals trained apart become one by adding what changed.
+
+    theta_mix = theta_pre + scale * sum of tau_j,   tau_j = theta_j - theta_pre
+
+Every site reports its tau once, whenever it likes. Then each judges the sum at every scale on its own
+held-out patients, with normalization statistics that it has measured anew for it, and the scale is the one
+that is best for the validation patients of all.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from server_worker.aggregation import Sum
+from server_worker.evaluation import SiteMetrics, parse_site_metrics
+from server_worker.protocols.round import RoundServer
+from shared.checkpoint import Snapshot, flatten, under
+from shared.config import RunConfig
+from shared.effects import Effect
+from shared.errors import Refused
+from shared.message import Message
+from shared.protocols.assembly import Rounds
+from shared.protocols.data_vectors import SCALES
+
+
+class DataVectorsServer(RoundServer):
+    """Adds vectors. An epoch of the evaluation is one of `SCALES`, by its place there, from 1."""
+
+    aggregation: Sum
+
+    def __init__(self, config: RunConfig, rounds: Rounds) -> None:
+        super().__init__(config, rounds)
+        self.aggregation = Sum()
+        self._statistics: dict[str, torch.Tensor] = {}
+        """Statistics (scales, statistics) that each site has measured, encoded as `Layout.vector` does."""
+
+    @property
+    def scale(self) -> float | None:
+        """The one that was chosen; None before that."""
+        return SCALES[self.evaluation.best - 1] if self.evaluation.best else None
+
+    @property
+    def vectors(self) -> dict[str, torch.Tensor]:
+        """tau of each site that has reported all of it, float32 (length,)."""
+        taus = {site: list(self.aggregation.of(site).values()) for site in self.config.run.sites}
+        return {site: torch.cat(slices) for site, slices in taus.items() if len(slices) == self.layout.slices}
+
+    def add(self, number: int, site: str, values: torch.Tensor, staleness: int) -> None:
+        """See `RoundServer`: one vector per site, of which none is stale."""
+        self.aggregation.add(number, site, values, 1.0)
+
+    def clear(self) -> None:
+        """See `RoundServer`: vectors stay, to be published with the report."""
+
+    def combined(self) -> torch.Tensor:
+        """See `RoundServer`: at scale 1, from which every other follows."""
+        vector = self.published.clone()
+        for number in range(1, self.layout.slices + 1):
+            total = self.aggregation.result(number)
+            if total is not None:
+                vector[self.layout.slice(number)] += total
+        return vector
+
+    def judge_final(self, site: str, message: Message | None) -> list[Effect]:
+        """See `RoundServer`: figures at every scale."""
+        figures: list[SiteMetrics] = [{} for _ in SCALES]
+        if message is not None:
+            figures = _figures(message)
+            if "statistics" in message.tensors:
+                self._statistics[site] = message.tensors["statistics"].clone()
+        return [effect for place, metrics in enumerate(figures, 1) for effect in self.judge(site, place, metrics)]
+
+    def judged(self, epoch: int) -> list[Effect]:
+        """See `ServerRole`."""
+        effects = super().judged(epoch)
+        if self.evaluation.best == epoch:
+            self.best_weights = self.layout.weights(self.merged())
+        return effects
+
+    def merged(self) -> torch.Tensor:
+        """theta_mix at the chosen scale, float32 (length,), with the pooled statistics of the sites."""
+        assert self.scale is not None
+        merged = self.published + self.scale * (self.vector - self.published)
+        samples = {site: self.sequences[site].train for site in self.config.run.sites if site in self._statistics}
+        if samples:
+            place, everybody = self.evaluation.best - 1, sum(samples.values())
+            pooled = torch.stack([n / everybody * self._statistics[site][place] for site, n in samples.items()])
+            merged[self.layout.statistics] = pooled.sum(0)
+        return merged
+
+    def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
+        """See `Role`."""
+        base = super().snapshot(first_unconfirmed)
+        return Snapshot({**base.tensors, **dict(flatten("statistics", self._statistics))}, base.facts)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """See `Role`."""
+        super().restore(snapshot)
+        self._statistics = under("statistics", snapshot.tensors)
+
+
+def _figures(message: Message) -> list[SiteMetrics]:
+    """Figures for each scale.
+
+    Raises:
+        Refused: 304 they are none.
+    """
+    try:
+        texts = json.loads(str(message.scalars["metrics"]))
+        figures = [parse_site_metrics(text) for text in texts]
+    except (ValueError, TypeError, RecursionError):
+        figures = []
+    if len(figures) != len(SCALES):
+        raise Refused(
+            304, f"{message.header.message_id} has no figures for {len(SCALES)} scales.", "run one version at both."
+        )
+    return figures

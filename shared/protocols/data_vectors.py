@@ -1,0 +1,22 @@
+"""The contract of data_vectors: as of any round, and a report on every scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from shared.contract import Payload, TensorSpec
+from shared.message import Kind
+from shared.models.whole import Layout
+from shared.protocols import round as rounds
+
+SCALES = tuple(tenths / 10 for tenths in range(1, 11))
+"""Factors of the sum of vectors that sites judge."""
+
+
+def contract(layout: Layout) -> Mapping[Kind, Payload]:
+    """Payload of each kind: a report holds figures and normalization statistics for each scale."""
+    statistics = int(layout.statistics.sum())
+    tensors = {"statistics": TensorSpec(torch.float32, (len(SCALES), statistics))} if statistics else {}
+    return {**rounds.CONTRACT, Kind.REPORT: Payload(tensors, {"metrics": str})}

@@ -1,0 +1,120 @@
+"""The files of a folder, with label and patient from an index or from the folders' names.
+
+With an index (a CSV with a `file` column) label and patient are columns of it. Without one:
+
+    covid/scan7.png                                   label: a folder named after a class
+    patient00005/study1_positive/image1.png           label: a folder that ends in _<class> (MURA)
+
+and the patient is the nearest folder named patient*, else every file is a patient.
+
+A folder that bears a class's name counts before a folder that merely ends in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from shared.config import SourceSection
+from shared.errors import DataError
+from site_worker.data.rows import absent, plain
+from site_worker.data.table import read_cells
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Files and what is known of each of them.
+
+    Attributes:
+        source: the index, or the folder without one.
+        base: folder that `files` are relative to.
+        files: in the order of the index, or sorted.
+        columns: cells as text, one per file.
+        patient: column of the patient; None: nothing says who it is.
+        place: where a file is listed, for people.
+    """
+
+    source: Path
+    base: Path
+    files: list[str]
+    columns: dict[str, list[str]]
+    patient: str | None
+    place: Callable[[int], str]
+
+    def listed(self, i: int) -> str:
+        """ ", listed in index.csv, line 7", for the end of a sentence; nothing where no index lists files."""
+        return "" if self.source == self.base else f", listed in {self.place(i)}"
+
+
+def list_files(
+    folder: Path, source: SourceSection, classes: Collection[str], wanted: Callable[[Path], bool], kind: str
+) -> Listing:
+    """The files that the index lists, or that are in the folder.
+
+    Args:
+        folder: data.path.
+        source: `index`, `label` and `patient` (without an index: pattern of the patient's folder name).
+        classes: labels that a folder may be named after; none: there are no labels without an index.
+        wanted: whether a file in the folder is one; not asked about what an index lists.
+        kind: what is looked for, for people: "image".
+
+    Raises:
+        DataError: 401 no such folder or no file in it, 402 an index without `file`, 403 a folder without
+            a class or without a patient.
+    """
+    if not folder.is_dir():
+        raise DataError(401, f"{folder} is no folder.", f"set data.path in site.toml to the folder of each {kind}.")
+    if source.index is not None:
+        index = folder / source.index
+        columns, place = read_cells(index)
+        if "file" not in columns:
+            raise absent(index, "column", "file", columns)
+        return Listing(index, index.parent, columns["file"], columns, source.patient, place)
+    files = files_below(folder, wanted)
+    if not files:
+        raise DataError(401, f"{folder} holds no {kind}.", "check data.path in site.toml and data.source.")
+    columns = {"file": files, "patient": [_patient(folder, file, source.patient) for file in files]}
+    if classes:
+        columns[source.label] = [_label(folder, file, classes) for file in files]
+    return Listing(folder, folder, files, columns, "patient", lambda i: str(folder / files[i]))
+
+
+def files_below(folder: Path, wanted: Callable[[Path], bool]) -> list[str]:
+    """Files relative to the folder, in a fixed order; hidden ones (macOS "._x.png") are none."""
+    relative = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    shown = [file for file in relative if not any(part.startswith(".") for part in Path(file).parts)]
+    return [file for file in shown if wanted(folder / file)]
+
+
+def _label(folder: Path, file: str, classes: Collection[str]) -> str:
+    """The class that the folders above a file name."""
+    above = Path(file).parts[:-1]
+    named = {plain(part) for part in above} & set(classes)
+    named = named or {label for label in classes for part in above if part.endswith(f"_{label}")}
+    if len(named) == 1:
+        return named.pop()
+    what = f"is in folders of {', '.join(sorted(named))}" if named else "is in no folder of a class"
+    raise DataError(
+        403,
+        f"{folder / file} {what}; data.classes names {', '.join(classes)}.",
+        "name a folder above it <class> or <anything>_<class>, or list the labels in an index (data.index).",
+    )
+
+
+def _patient(folder: Path, file: str, pattern: str | None) -> str:
+    """The nearest folder above a file that looks like a patient; else, without a pattern, the file.
+
+    The folder's name alone is the patient: MURA shows a patient's elbow and wrist in different branches.
+    """
+    for part in reversed(Path(file).parts[:-1]):
+        if fnmatch(part.lower(), (pattern or "patient*").lower()):
+            return part
+    if pattern is None:
+        return file
+    raise DataError(
+        403,
+        f"{folder / file} is in no folder named {pattern!r}, which data.patient says is the patient.",
+        "correct data.patient in site.toml, or leave it out.",
+    )

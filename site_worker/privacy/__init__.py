@@ -1,0 +1,20 @@
+"""Differential privacy at the site: noise, accounting, the ledger of what was spent. See docs/privacy.md."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from shared.errors import RunError
+
+
+def check_installed() -> None:
+    """Whether the packages of the extra are there; everything else in this package imports them.
+
+    Raises:
+        RunError: 614 they are missing.
+    """
+    missing = [name for name in ("opacus", "dp_accounting") if find_spec(name) is None]
+    if missing:
+        raise RunError(
+            614, f"{' and '.join(missing)} cannot be imported.", "pip install nightsplit[privacy] at this site."
+        )

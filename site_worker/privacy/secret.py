@@ -1,0 +1,133 @@
+"""The site's secret, and all randomness of differential privacy, which derives from it.
+
+What is drawn follows from (secret, run, purpose, step): a replay after a crash draws the same, and nobody who
+knows run.toml can draw it. Torch's generator would not do. Its CPU version takes 32 bits of its seed, so that
+a server could try all seeds and take the noise away again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+
+from shared.errors import RunError
+
+_BYTES = 32
+_BLOCK = 2**18
+"""Normals that are made at a time: memory stays small for large models."""
+_SUMMED = 4
+"""Draws behind each normal of the secure stream."""
+
+
+@dataclass(frozen=True)
+class Secret:
+    """32 bytes that never leave the site, or what was derived from them."""
+
+    key: bytes = field(repr=False)
+
+    def derive(self, *purpose: str | int | bytes) -> Secret:
+        """Another secret for each purpose: HMAC-SHA256 of its parts."""
+        parts = [part if isinstance(part, bytes) else str(part).encode() for part in purpose]
+        text = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+        return Secret(hmac.digest(self.key, text, hashlib.sha256))
+
+    def records(self, count: int, rate: float) -> npt.NDArray[np.int64]:
+        """Poisson sampling: which of `count` records are in a batch, each with probability `rate`; may be none."""
+        stream = _Keystream(self.key)
+        return np.flatnonzero(_uniform(stream, count) < rate)
+
+    def normals(self, count: int, *, secure: bool) -> npt.NDArray[np.float32]:
+        """`count` independent standard normals, float32.
+
+        Args:
+            count: how many.
+            secure: from the cryptographic stream ChaCha20. Each is half the sum of four draws in float64, so
+                that the gaps between floating-point numbers do not tell what noise was added to (Mironov,
+                CCS 2012; Holohan and Braghin, ESORICS 2021; Opacus does the same in its secure mode).
+                Otherwise from Philox, whose key has 128 bits and which is not made for secrecy.
+        """
+        if not secure:
+            philox = np.random.Philox(key=int.from_bytes(self.key[:16], "big"))
+            return np.random.Generator(philox).standard_normal(count, dtype=np.float32)
+        stream = _Keystream(self.key)
+        normals = np.empty(count, dtype=np.float32)
+        for start in range(0, count, _BLOCK):
+            length = min(_BLOCK, count - start)
+            draws = _box_muller(stream, _SUMMED * length).reshape(_SUMMED, length)
+            normals[start : start + length] = draws.sum(axis=0) / np.sqrt(_SUMMED)
+        return normals
+
+
+def read_secret(path: Path) -> Secret:
+    """The secret in `path`.
+
+    Raises:
+        RunError: 612 others may read it, or it is no secret.
+        OSError: it cannot be read.
+    """
+    if path.stat().st_mode & 0o077:
+        raise RunError(612, f"{path} may be read by other users.", f"chmod 600 {path}: only the site may read it.")
+    key = path.read_bytes()
+    if len(key) != _BYTES:
+        raise RunError(
+            612, f"{path} has {len(key)} bytes in place of {_BYTES}.", "restore it from a backup, with its ledger."
+        )
+    return Secret(key)
+
+
+def make_secret(path: Path) -> Secret:
+    """A new secret, durable in `path` with mode 0600: whole, or not at all.
+
+    Raises:
+        FileExistsError: there is one.
+        OSError: it cannot be written.
+    """
+    secret = Secret(secrets.token_bytes(_BYTES))
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(secret.key)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(draft, path)
+    finally:
+        draft.unlink()
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return secret
+
+
+class _Keystream:
+    """The bytes of ChaCha20 under a key that is used for one stream alone."""
+
+    def __init__(self, key: bytes) -> None:
+        self._encryptor = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
+
+    def integers(self, count: int) -> npt.NDArray[np.uint64]:
+        return np.frombuffer(self._encryptor.update(bytes(8 * count)), dtype="<u8")
+
+
+def _uniform(stream: _Keystream, count: int) -> npt.NDArray[np.float64]:
+    """In [0, 1), multiples of 2**-53."""
+    return (stream.integers(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _box_muller(stream: _Keystream, count: int) -> npt.NDArray[np.float64]:
+    """Standard normals (Box and Muller, 1958)."""
+    half = (count + 1) // 2
+    radius = np.sqrt(-2.0 * np.log1p(-_uniform(stream, half)))
+    angle = 2.0 * np.pi * _uniform(stream, half)
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]

@@ -1,0 +1,90 @@
+"""A site's part in a private run: its own noise, its sampling, and an account in its ledger."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from shared.config import PrivacySection, RunConfig
+from shared.protocols.round import Work
+from site_worker.data.dataset import Parts
+from site_worker.privacy.accounting import Spent, Use, noise_for
+from site_worker.privacy.feed import PrivateFeed
+from site_worker.privacy.ledger import Ledger
+from site_worker.privacy.trainer import PrivateTrainer
+
+
+class Account:
+    """One run's line in the ledger.
+
+    Args:
+        ledger: the site's.
+        run: the run, which has begun there.
+        most: policy.toml's max_epsilon.
+    """
+
+    def __init__(self, ledger: Ledger, run: str, most: float | None) -> None:
+        self.ledger = ledger
+        self._run = run
+        self._most = most
+
+    def pay(self, steps: int) -> None:
+        """Pay for the run's steps 1 to `steps`, durably; call it before weights that contain them leave.
+
+        Raises:
+            RunError: 611 the policy does not allow it, 612 the ledger cannot be used.
+        """
+        self.ledger.spend(self._run, steps, self._most)
+
+    def spent(self) -> Spent:
+        """Epsilon of a record by this run, up to what is paid for.
+
+        Raises:
+            RunError: 612.
+        """
+        return next(entry.spent for entry in self.ledger.entries() if entry.run == self._run)
+
+
+class PrivatePart(NamedTuple):
+    """What a site needs in place of `Trainer` and `RoundFeed`."""
+
+    trainer: PrivateTrainer
+    feed: PrivateFeed
+    account: Account
+
+
+def take_part(
+    config: RunConfig, privacy: PrivacySection, site: str, parts: Parts,
+    module: nn.Module, device: str, ledger: Path, most: float | None,
+) -> PrivatePart:  # fmt: skip
+    """Enter a private run in the ledger, and make what trains in it.
+
+    Sites have different numbers of records, so each computes the noise that keeps its own records within
+    privacy.epsilon over all the steps that the run plans.
+
+    Args:
+        config: the run.
+        privacy: its [privacy].
+        site: the site's name.
+        parts: its scaled data.
+        module: the model.
+        device: where it computes.
+        ledger: the ledger's file.
+        most: policy.toml's max_epsilon.
+
+    Raises:
+        RunError: 610 the model mixes records; 611, 612, 613 as `Ledger.begin`.
+    """
+    records = len(parts.train)
+    rate = min(1.0, config.run.batch_size / records)
+    steps = config.round.rounds * Work.of(config, records).batches
+    use = Use(rate, noise_for(privacy.epsilon, privacy.delta, rate, steps), steps)
+    book = Ledger(ledger)
+    identity = f"{config.contract} {site} {parts.train.fingerprint}"
+    entry = book.begin(config.run.id, identity, use, privacy.delta, parts.train.patients, most)
+    secret = book.secret.derive("run", config.run.id, identity)
+    # The entry's noise, and not the one just computed: another version of dp-accounting may round otherwise.
+    trainer = PrivateTrainer(module, config, device, privacy, secret, entry.use.sigma, rate * records)
+    return PrivatePart(trainer, PrivateFeed(config, site, parts, secret, rate), Account(book, config.run.id, most))

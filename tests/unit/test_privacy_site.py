@@ -1,0 +1,90 @@
+"""A site's part in a private run: its own noise, its line in the ledger, and what a replay finds there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.config import ModelSection, PrivacySection, RoundSection, RunConfig, RunSection, TaskSection
+from shared.errors import RunError
+from shared.models.networks import mlp
+from site_worker import privacy
+from site_worker.data.dataset import Dataset, Parts
+from site_worker.privacy.accounting import epsilon_of
+from site_worker.privacy.site import PrivatePart, take_part
+
+PRIVACY = PrivacySection(epsilon=2.0, delta=1e-3, clip=1.0)
+CONFIG = RunConfig(
+    run=RunSection(id="night-1", protocol="fedavg_dp_seg", sites=["mercy"], batch_size=10),
+    model=ModelSection(factory="x:y"),
+    task=TaskSection(kind="binary"),
+    round=RoundSection(rounds=5, local_batches=4),
+    privacy=PRIVACY,
+)
+
+
+def parts_of(count: int) -> Parts:
+    generator = torch.Generator().manual_seed(count)
+    data = Dataset(torch.randn(count, 3, generator=generator), torch.zeros(count), tuple(map(str, range(count))))
+    return Parts(data, data.select([]), data.select([]))
+
+
+def part(folder: Path, count: int = 100, site: str = "mercy") -> PrivatePart:
+    torch.manual_seed(0)
+    return take_part(CONFIG, PRIVACY, site, parts_of(count), mlp(3, [4], 1), "cpu", folder / "ledger.db", None)
+
+
+def train(part: PrivatePart, steps: int) -> dict[str, torch.Tensor]:
+    for k in range(steps):
+        part.trainer.step(*part.feed.batch(k), part.feed.seed("trainer", k), 1.0)
+    return part.trainer.weights()
+
+
+@pytest.mark.parametrize("records", [15, 100, 400])
+def test_each_site_has_the_noise_that_its_records_need(tmp_path: Path, records: int) -> None:
+    mine = part(tmp_path, records)
+    (entry,) = mine.account.ledger.entries()
+    assert (entry.records, entry.use.rate, entry.use.steps) == (records, 10 / records, 0)
+    mine.account.pay(5 * 4)
+    assert 1.99 < mine.account.spent().pld <= 2.0
+
+
+def test_a_process_that_comes_back_trains_the_same(tmp_path: Path) -> None:
+    first, again = train(part(tmp_path), 3), train(part(tmp_path), 3)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+
+
+def test_noise_belongs_to_one_secret(tmp_path: Path) -> None:
+    first, other = train(part(tmp_path / "one"), 3), train(part(tmp_path / "two"), 3)
+    assert not any(torch.equal(tensor, other[name]) for name, tensor in first.items())
+
+
+def test_a_ledger_serves_one_site(tmp_path: Path) -> None:
+    part(tmp_path)
+    with pytest.raises(RunError) as caught:
+        part(tmp_path, site="hope")
+    assert caught.value.number == 613
+
+
+def test_other_data_under_the_same_id_is_refused(tmp_path: Path) -> None:
+    part(tmp_path, 100)
+    with pytest.raises(RunError) as caught:
+        part(tmp_path, 101)
+    assert caught.value.number == 613
+
+
+def test_the_account_reports_what_is_paid_for(tmp_path: Path) -> None:
+    mine = part(tmp_path)
+    assert mine.account.spent().pld == 0.0
+    mine.account.pay(8)
+    (entry,) = mine.account.ledger.entries()
+    assert mine.account.spent() == epsilon_of([entry.use], 1e-3)
+    assert entry.use.steps == 8
+
+
+def test_missing_packages_have_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    privacy.check_installed()
+    monkeypatch.setattr(privacy, "find_spec", lambda name: None)
+    with pytest.raises(RunError, match="opacus and dp_accounting") as caught:
+        privacy.check_installed()
+    assert caught.value.number == 614
