@@ -154,6 +154,12 @@ def _pretrain(chosen: argparse.Namespace) -> int:
     return pretrain(chosen.file)
 
 
+def _merge(chosen: argparse.Namespace) -> int:
+    from console.merge import run_merge
+
+    return run_merge(chosen.report, chosen.output, chosen.added, chosen.without, chosen.scale)
+
+
 def _replay(chosen: argparse.Namespace) -> int:
     from console.files import read_worker_file
     from console.replay import show_replay
@@ -226,6 +232,10 @@ def _parser() -> argparse.ArgumentParser:
         Stage 1 of a transfer: train a network on public data, and write a file with its weights and a card
         that says what they learned from. A run of fedavg_transfer or data_vectors begins from it.""")  # fmt: skip
 
+    merging = _add(verbs, "merge", "add up published data vectors again", """
+        Add up the vectors in the report of a data_vectors run, with a hospital more or without one, and
+        write the merged model. Nothing is trained.""")  # fmt: skip
+
     predict = _add(verbs, "predict", "use the trained model at a site", """
         Predict this site's held-out test patients, or the rows of another file, and write a CSV with row,
         patient and prediction. Nothing leaves the site.""")  # fmt: skip
@@ -264,6 +274,13 @@ def _parser() -> argparse.ArgumentParser:
             "--set", action="append", default=[], metavar="KEY=VALUE",
             help="another value for a key of run.toml, e.g. run.window=8; the same at every participant",
         )  # fmt: skip
+    merging.add_argument("report", type=Path, metavar="REPORT", help="report folder of the run")
+    merging.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the merged model goes")
+    merging.add_argument(
+        "--with", action="append", default=[], type=Path, dest="added", metavar="FILE", help="add this vector"
+    )
+    merging.add_argument("--without", action="append", default=[], metavar="SITE", help="leave this site's vector out")
+    merging.add_argument("--scale", type=float, help="factor of the sum; otherwise the one that the run chose")
     pretrain.add_argument("file", type=Path, metavar="PRETRAIN.TOML", help="what is trained, and on what")
     for verb in (server, site):
         verb.add_argument(

@@ -23,7 +23,6 @@ from broker.topology import site_queues
 from console.files import WorkerFile
 from console.words import counted, screen
 from server_worker.protocols import AnyServer, make_server
-from server_worker.report import weights_sha256
 from server_worker.tape import FOLDER, recorded
 from shared import wire
 from shared.authority import Alone
@@ -34,6 +33,7 @@ from shared.engine import Engine
 from shared.errors import ConfigError, Refused, StateError
 from shared.route import Route
 from shared.store import RunStore
+from shared.weights import weights_sha256
 from shared.worker import prepare_torch
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import torch
 from safetensors.torch import save_file
 
 from server_worker.protocols import AnyServer
+from server_worker.protocols.data_vectors import DataVectorsServer
+from server_worker.vectors import publish
 from shared.config import RunConfig
 from shared.metrics import HEADLINE
 from shared.protocols import ROUNDS
+from shared.weights import weights_sha256
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -36,6 +37,8 @@ def write_report(folder: Path, config: RunConfig, role: AnyServer, heard: Mappin
         {name: tensor.contiguous() for name, tensor in role.best_weights.items()},
         folder / f"{role.exports}.safetensors",
     )
+    if isinstance(role, DataVectorsServer):
+        publish(folder, role)
     (folder / "report.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(_markdown(config, report), encoding="utf-8")
     if report["history"]:
@@ -60,6 +63,7 @@ def summarise(config: RunConfig, role: AnyServer, heard: Mapping[str, str | None
         "run": config.run.id,
         "protocol": config.run.protocol,
         "contract": config.contract,
+        **({"scale": role.scale} if isinstance(role, DataVectorsServer) else {}),
         "best_epoch": role.evaluation.best,
         "best": role.evaluation.of(role.evaluation.best),
         "steps": role.steps,
@@ -67,14 +71,6 @@ def summarise(config: RunConfig, role: AnyServer, heard: Mapping[str, str | None
         "history": role.evaluation.history,
         f"{role.exports}_sha256": weights_sha256(role.best_weights),
     }
-
-
-def weights_sha256(weights: Mapping[str, torch.Tensor]) -> str:
-    """One hash of named weights: equal only when every bit is."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode() + b"\0" + weights[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _markdown(config: RunConfig, report: Mapping[str, Any]) -> str:
@@ -96,9 +92,10 @@ def _markdown(config: RunConfig, report: Mapping[str, Any]) -> str:
     best = report["best"]
     if best is not None:
         figures = [name for name in best["overall"]["test"] if name != "samples"]
+        best_is = f"Best scale: {report['scale']:g}" if "scale" in report else f"Best epoch: {best['epoch']}"
         chosen = f"chosen by the {HEADLINE[config.task.kind]} of validation patients; test patients had no say"
         lines += [
-            f"Best epoch: {best['epoch']}, {chosen if config.data.validation else 'the last, nothing was chosen'}.",
+            f"{best_is}, {chosen if config.data.validation else 'the last, nothing was chosen'}.",
             "",
             f"| held-out test patients of | samples | {' | '.join(figures)} |",
             f"| --- | ---: |{' ---: |' * len(figures)}",

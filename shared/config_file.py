@@ -146,6 +146,8 @@ def _check_round(refuse: Callable[[str, str, str], None], config: RunConfig) -> 
         refuse("round.reports", f"{section.reports} is more than there are sites", f"set at most {len(run.sites)}.")
     if section.close != "all" and run.order == "strict":
         refuse("run.order", f'strict order waits for every site, close = "{section.close}" does not', 'set "fair".')
+    if run.protocol == "data_vectors" and "base" in run.sites:
+        refuse("run.sites", "'base' is the name of the published model's file", "rename the site.")
     if run.protocol == "data_vectors" and (section.rounds > 1 or section.close == "buffered"):
         refuse("round.rounds", "vectors are reported once", 'set rounds = 1, and close = "all" or "quorum".')
     if run.protocol == "fedavg_dp_seg" and config.privacy is None:

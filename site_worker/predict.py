@@ -17,7 +17,7 @@ from torch import nn
 from shared.config import DataSection, TaskSection
 from shared.errors import RunError
 from shared.metrics import Metrics, measure
-from shared.protocols.assembly import assemble
+from shared.protocols.assembly import assemble_any
 from shared.tasks import standardise
 from shared.worker import prepare_torch
 from site_worker.data.dataset import Dataset
@@ -35,7 +35,8 @@ class Predictions:
     Attributes:
         patients: whom each row belongs to.
         figures: (rows, columns) float32: the probability of the positive class (binary), of each
-            class (multiclass), or the value in the target's own unit (regression).
+            class (multiclass), the value in the target's own unit (regression), or the number of pixels of the
+            foreground (segmentation).
         columns: names of the columns.
         metrics: how good the predictions are.
     """
@@ -77,7 +78,7 @@ def predict(site: SiteWorker, top: Path | None = None, data: Path | None = None)
         source = replace(site.source, path=str(data.absolute()), share=(0.0, 1.0))
         others = load_dataset(source, config.data, config.task, site.base)
         dataset = Scaling.fit(parts.train, config.data).apply(others)
-    outputs = torch.cat([torch.zeros(0, config.task.outputs), *_outputs(model, dataset, site.config.device)])
+    outputs = torch.cat([torch.zeros(0, *config.output_shape), *_outputs(model, dataset, site.config.device)])
     targets = standardise(config.task, config.data, dataset.targets)
     metrics = measure(config.task, config.data, outputs, targets, dataset.patients)
     return Predictions(dataset.patients, *_in_words(config.task, config.data, outputs), metrics)
@@ -86,23 +87,24 @@ def predict(site: SiteWorker, top: Path | None = None, data: Path | None = None)
 def _load_model(site: SiteWorker, top: Path | None) -> nn.Module:
     """The parts, in the order of the forward pass, with the weights of the best model."""
     folder, config = site.model_folder, site.run_config
-    halves = assemble(config).halves
-    if not (folder / "bottom.safetensors").exists():
+    parts = assemble_any(config, site.run_folder).parts
+    first = next(iter(parts))
+    if not (folder / f"{first}.safetensors").exists():
         raise RunError(
             605,
-            f"{folder} has no bottom.safetensors: {config.run.id} has not finished at {site.config.name}.",
+            f"{folder} has no {first}.safetensors: {config.run.id} has not finished at {site.config.name}.",
             "let the run finish first: nightsplit site site.toml.",
         )
-    if top is None and not (folder / "top.safetensors").exists():
+    if "top" in parts and top is None and not (folder / "top.safetensors").exists():
         raise RunError(
             604,
             f"{folder} has no top.safetensors, so the model is not complete here.",
             "set run.export_top = true in the next run; or ask the server's side for top.safetensors of its "
             "report folder, and name it with --top.",
         )
-    for name, module in halves.parts.items():
+    for name, module in parts.items():
         _fill(module, top if top is not None and name == "top" else folder / f"{name}.safetensors")
-    return nn.Sequential(*halves.parts.values()).to(site.config.device).eval()
+    return nn.Sequential(*parts.values()).to(site.config.device).eval()
 
 
 def _fill(module: nn.Module, path: Path) -> None:
@@ -124,7 +126,7 @@ def _fill(module: nn.Module, path: Path) -> None:
 
 @torch.no_grad()
 def _outputs(model: nn.Module, dataset: Dataset, device: str) -> Iterator[torch.Tensor]:
-    """Logits or standardised values, (rows, outputs), a part of the rows at a time."""
+    """Logits or standardised values, (rows, *output_shape), a part of the rows at a time."""
     for inputs in torch.split(dataset.inputs, ROWS_AT_A_TIME):
         yield model(inputs.to(device)).cpu()
 
@@ -133,6 +135,8 @@ def _in_words(task: TaskSection, data: DataSection, outputs: torch.Tensor) -> tu
     """Outputs as what people read, and the names of the columns."""
     if task.kind == "regression":
         return outputs * data.target_spread + data.target_mean, ("prediction",)
+    if task.kind == "segmentation":
+        return (outputs > 0).flatten(1).sum(1, keepdim=True).float(), ("foreground_pixels",)
     if task.kind == "binary":
         return torch.sigmoid(outputs), ("prediction",)
     classes = data.classes or [str(number) for number in range(task.classes)]

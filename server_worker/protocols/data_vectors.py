@@ -33,6 +33,8 @@ class DataVectorsServer(RoundServer):
     def __init__(self, config: RunConfig, rounds: Rounds) -> None:
         super().__init__(config, rounds)
         self.aggregation = Sum()
+        self._sum = torch.zeros_like(self.vector)
+        """Of the vectors that came in time."""
         self._statistics: dict[str, torch.Tensor] = {}
         """Statistics (scales, statistics) that each site has measured, encoded as `Layout.vector` does."""
 
@@ -56,12 +58,11 @@ class DataVectorsServer(RoundServer):
 
     def combined(self) -> torch.Tensor:
         """See `RoundServer`: at scale 1, from which every other follows."""
-        vector = self.published.clone()
         for number in range(1, self.layout.slices + 1):
             total = self.aggregation.result(number)
             if total is not None:
-                vector[self.layout.slice(number)] += total
-        return vector
+                self._sum[self.layout.slice(number)] = total
+        return self.published + self._sum
 
     def judge_final(self, site: str, message: Message | None) -> list[Effect]:
         """See `RoundServer`: figures at every scale."""
@@ -82,7 +83,7 @@ class DataVectorsServer(RoundServer):
     def merged(self) -> torch.Tensor:
         """theta_mix at the chosen scale, float32 (length,), with the pooled statistics of the sites."""
         assert self.scale is not None
-        merged = self.published + self.scale * (self.vector - self.published)
+        merged = self.published + self.scale * self._sum
         samples = {site: self.sequences[site].train for site in self.config.run.sites if site in self._statistics}
         if samples:
             place, everybody = self.evaluation.best - 1, sum(samples.values())
@@ -93,11 +94,14 @@ class DataVectorsServer(RoundServer):
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         """See `Role`."""
         base = super().snapshot(first_unconfirmed)
-        return Snapshot({**base.tensors, **dict(flatten("statistics", self._statistics))}, base.facts)
+        return Snapshot(
+            {**base.tensors, "sum": self._sum.clone(), **dict(flatten("statistics", self._statistics))}, base.facts
+        )
 
     def restore(self, snapshot: Snapshot) -> None:
         """See `Role`."""
         super().restore(snapshot)
+        self._sum = snapshot.tensors["sum"].clone()
         self._statistics = under("statistics", snapshot.tensors)
 
 

@@ -18,7 +18,7 @@ from dp_accounting import dp_event, rdp
 from dp_accounting.pld import privacy_loss_distribution as pld
 
 _STEP = 1e-3
-"""Privacy losses are rounded up to multiples of this (times a patient's most records); 1e-4 changes epsilon by 0.001."""
+"""Privacy losses are rounded up to multiples of this (for patients: times their most records)."""
 _ORDERS = (*(order / 10 for order in range(20, 110)), *range(11, 65), 80, 96, 128, 192, 256, 512)
 """Of Rényi DP. Just above 1 the series does not converge where there is little noise."""
 

@@ -8,7 +8,6 @@ import torch
 
 from broker.memory import MemoryBroker
 from console.replay import Replay
-from server_worker.report import weights_sha256
 from server_worker.tape import FOLDER, Tape, TapedLink
 from shared import wire
 from shared.contract import Payload, TensorSpec
@@ -17,6 +16,7 @@ from shared.errors import StateError
 from shared.message import SERVER, Header, Kind, Message
 from shared.protocols import PROTOCOLS
 from shared.store_memory import MemoryStore
+from shared.weights import weights_sha256
 from tests.protocols.night import SYSTEMS, Night, tiny_config
 from tests.protocols.test_crashes import shaken
 

@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from msgspec.structs import replace
+from safetensors.torch import load_file
 
+from console.main import run
 from server_worker.aggregation import TrimmedMean, WeightedMean
+from server_worker.vectors import publish
 from shared.message import SERVER, Kind
 from shared.metrics import standing
 from shared.protocols.assembly import assemble_rounds
@@ -386,3 +389,39 @@ def test_statistics_of_a_merge_are_measured_anew_and_pooled(tmp_path):
     torch.testing.assert_close(server.best_weights["1.running_mean"], hidden.mean(0), rtol=0, atol=1e-4)
     # torch estimates each site's variance without bias, with n - 1
     torch.testing.assert_close(server.best_weights["1.running_var"], hidden.var(0), rtol=0.1, atol=1e-3)
+
+
+def test_published_vectors_are_merged_again_with_a_site_more_or_one_less(tmp_path, capsys):
+    """To the bit what the run would have added up, whoever is added when; and another theta_pre is refused."""
+    everybody = Night(tiny_rounds(protocol="data_vectors", statistics="local"), tmp_path / "all")
+    everybody.together()
+    server = everybody.roles[SERVER]
+    publish(tmp_path, server)
+    files = {site: tmp_path / "vectors" / f"{site}.safetensors" for site in SITES}
+
+    def merged(*arguments):
+        output = tmp_path / "merged.safetensors"
+        assert run(["merge", str(tmp_path), "--output", str(output), *map(str, arguments)]) == 0
+        return load_file(output)
+
+    whole = merged()
+    assert torch.equal(server.layout.vector(whole), server.merged())
+    expected = server.published + 0.5 * sum(server.vectors[site] for site in ("east", "north"))
+    assert torch.equal(server.layout.vector(merged("--without", "south", "--scale", 0.5)), expected)
+
+    late = files["south"].rename(tmp_path / "late.safetensors")
+    again = merged("--with", late, "--with", late)
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+    capsys.readouterr()
+    others = {"seed": 4}, {"freeze": ["0"]}
+    for changed, number in zip(others, ("E116", "E117"), strict=True):
+        night = Night(tiny_rounds(protocol="data_vectors", statistics="local", **changed), tmp_path / number)
+        night.together()
+        publish(tmp_path / number, night.roles[SERVER])
+        stranger = tmp_path / number / "vectors" / "north.safetensors"
+        assert run(["merge", str(tmp_path), "--output", str(tmp_path / "no"), "--with", str(stranger)]) == 1
+        assert capsys.readouterr().err.startswith(number)
+    assert run(["merge", str(tmp_path), "--output", str(tmp_path / "no"), "--without", "west"]) == 1
+    assert capsys.readouterr().err.startswith("E103")
+    assert not (tmp_path / "no").exists()

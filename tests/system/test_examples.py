@@ -10,7 +10,7 @@ from benchmarks.simulate import simulate
 from console.baselines import centralized
 from console.demo import EXAMPLES, run_demo, tell_difference
 from console.words import screen
-from server_worker.report import weights_sha256
+from shared.weights import weights_sha256
 from server_worker.worker import ServerWorker
 from shared.config import PolicyConfig, RunConfig
 from shared.config_file import load

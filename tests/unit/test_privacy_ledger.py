@@ -160,7 +160,7 @@ def test_runs_of_one_site_at_the_same_time(tmp_path: Path) -> None:
     def spend(run: str) -> None:
         ledger = Ledger(path)
         try:
-            for steps in range(10, 101, 10):
+            for steps in range(20, 101, 20):
                 ledger.spend(run, steps, most)
         except RunError as error:
             stopped.append(error.number)
@@ -175,7 +175,7 @@ def test_runs_of_one_site_at_the_same_time(tmp_path: Path) -> None:
     ledger = Ledger(path)
     assert set(stopped) == {611}
     assert ledger.total().record.pld <= most
-    assert sum(steps_of(ledger).values()) >= 130  # of 150 that fit: each was stopped less than 10 steps early
+    assert sum(steps_of(ledger).values()) > 130  # 150 fit, and the last was stopped less than 20 before
 
 
 def test_sites_that_start_at_once_share_one_secret(tmp_path: Path) -> None:

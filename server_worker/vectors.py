@@ -1,0 +1,124 @@
+"""Published data vectors: merged again at any time, with a hospital more or one less, without any training.
+
+    report/vectors/base.safetensors     theta_pre, and the scale that the run chose
+                   north.safetensors    tau of north
+                   south.safetensors
+
+A sum does not depend on the order, and a site counts once, so that adding a late hospital or taking one out
+gives, to the bit, what a run with these hospitals would have added up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from server_worker.aggregation import Sum
+from server_worker.protocols.data_vectors import DataVectorsServer
+from shared.errors import ConfigError
+from shared.models.whole import Layout
+from shared.weights import weights_sha256
+
+FOLDER = "vectors"
+"""In the report folder."""
+BASE = "base"
+"""Name of the file with theta_pre; hence no site's."""
+
+
+@dataclass(frozen=True, eq=False)
+class Vector:
+    """One file.
+
+    Attributes:
+        path: of the file.
+        values: float32 (length,), as `Layout.vector` encodes weights.
+        shapes: of the weights, by name.
+        buffers: which of them are statistics.
+        base_sha256: of theta_pre.
+        name: the site; `BASE`.
+        scale: of theta_pre's file: what the run chose; None otherwise.
+    """
+
+    path: Path
+    values: torch.Tensor
+    shapes: Mapping[str, tuple[int, ...]]
+    buffers: frozenset[str]
+    base_sha256: str
+    name: str
+    scale: float | None
+
+
+def publish(folder: Path, role: DataVectorsServer) -> None:
+    """Write the vectors of a finished run below its report folder."""
+    place = folder / FOLDER
+    place.mkdir(parents=True, exist_ok=True)
+    layout = role.layout
+    common = {
+        "shapes": json.dumps({name: list(shape) for name, shape in layout.shapes.items()}),
+        "buffers": json.dumps(sorted(layout.buffers)),
+        "base_sha256": weights_sha256({"": role.published}),
+    }
+    scale = {} if role.scale is None else {"scale": repr(role.scale)}
+    save_file({"vector": role.published}, place / f"{BASE}.safetensors", {**common, **scale, "name": BASE})
+    for site, values in role.vectors.items():
+        save_file({"vector": values}, place / f"{site}.safetensors", {**common, "name": site})
+
+
+def merge(base: Vector, vectors: list[Vector], scale: float) -> dict[str, torch.Tensor]:
+    """theta_pre + scale * sum of vectors, as weights by name.
+
+    Args:
+        base: theta_pre.
+        vectors: of sites; one that is there twice counts once.
+        scale: factor of the sum.
+
+    Raises:
+        ConfigError: 116 a vector belongs to another theta_pre, 117 to another network or other classes.
+    """
+    total = Sum()
+    for vector in vectors:
+        if vector.shapes != base.shapes:
+            differ = sorted(
+                name for name in {*vector.shapes, *base.shapes} if vector.shapes.get(name) != base.shapes.get(name)
+            )
+            raise ConfigError(
+                117,
+                f"{vector.path}: {', '.join(differ[:3])} differ from {base.path}.",
+                "only vectors of one network with the same classes can be added.",
+            )
+        if vector.base_sha256 != base.base_sha256:
+            raise ConfigError(
+                116,
+                f"{vector.path} was trained from {vector.base_sha256[:12]}, not from {base.base_sha256[:12]} "
+                f"of {base.path}.",
+                "ask that hospital to begin from the same published model.",
+            )
+        total.add(1, vector.name, vector.values, 1.0)
+    added = total.result(1)
+    layout = Layout(base.shapes, most=len(base.values), buffers=base.buffers)
+    return layout.weights(base.values if added is None else base.values + scale * added)
+
+
+def read_vector(path: Path) -> Vector:
+    """Read a file of `publish`.
+
+    Raises:
+        ConfigError: 115 it cannot be read, or is no such file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts, values = file.metadata(), file.get_tensor("vector")
+        shapes = {name: tuple(shape) for name, shape in json.loads(facts["shapes"]).items()}
+        scale = float(facts["scale"]) if "scale" in facts else None
+        buffers = frozenset(json.loads(facts["buffers"]))
+        return Vector(path, values, shapes, buffers, facts["base_sha256"], facts["name"], scale)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            115, f"{path} is no file of a data vector ({error}).", "name the vectors folder of a report, or its files."
+        ) from None

@@ -1,0 +1,16 @@
+"""One hash for named weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+
+
+def weights_sha256(weights: Mapping[str, torch.Tensor]) -> str:
+    """sha256 over names and values: equal only when every bit is."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode() + b"\0" + weights[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
