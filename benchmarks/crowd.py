@@ -102,7 +102,7 @@ class LightSite:
 
     def has_published(self) -> bool:
         """Whether its whole plan is at the broker."""
-        return self.role.next_seq > self.role.sequence.last and not self.link.unconfirmed
+        return self.role.next_seq > self.role.planned and not self.link.unconfirmed
 
 
 def sites(line: Connection, planned: Mapping[str, int], folder: Path, url: str) -> None:

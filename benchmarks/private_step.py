@@ -2,7 +2,7 @@
 
     python -m benchmarks.private_step [--quick] [--rounds N] [--json FILE]
 
-Plain trainer, private trainer, and the private one with Opacus' own rule for convolutions take turns within a
+Plain trainer, private trainer, and the private one with Opacus' own rules for convolutions take turns within a
 round, on the same random images of 64 x 64 pixels and one torch thread. Ratios of the fastest step of each.
 """
 
@@ -20,6 +20,7 @@ from benchmarks.figures import Figure, Results, arguments
 from shared.config import ModelSection, PrivacySection, RunConfig, RunSection, TaskSection
 from shared.models.segmentation import monet, unet
 from shared.worker import prepare_torch
+from site_worker.privacy.hooks import Hooked
 from site_worker.privacy.secret import Secret
 from site_worker.privacy.trainer import PrivateTrainer
 from site_worker.trainer import Trainer
@@ -41,7 +42,7 @@ FIGURES = [
     for figure in (
         Figure(f"{case}_over_plain", f"{case}: private over plain step", 2.0, 2.5, lower_is_better=True),
         Figure(f"{case}_secure_over_plain", f"{case}: with the secure stream", 2.0, 2.5, lower_is_better=True),
-        Figure(f"{case}_opacus_over_plain", f"{case}: with Opacus' rule for convolutions"),
+        Figure(f"{case}_opacus_over_plain", f"{case}: with Opacus' rules for convolutions"),
         Figure(f"{case}_plain_ms", f"{case}: plain step, ms"),
     )
 ]
@@ -54,9 +55,10 @@ def trainers_of(make: Callable[[], nn.Module], batch: int) -> dict[str, Trainer]
         privacy = PrivacySection(epsilon=8.0, delta=1e-4, clip=0.2, secure=secure)
         return PrivateTrainer(make(), CONFIG, "cpu", privacy, Secret(bytes(32)), 0.67, batch)
 
+    ours, Hooked.GRAD_SAMPLERS = Hooked.GRAD_SAMPLERS, GradSampleModule.GRAD_SAMPLERS
     opacus = private(secure=False)
-    # The hooks look the rules up when they fire: on the instance first.
-    opacus._hooked.GRAD_SAMPLERS = GradSampleModule.GRAD_SAMPLERS
+    opacus._hooked.GRAD_SAMPLERS = Hooked.GRAD_SAMPLERS  # they are looked up again when a hook fires
+    Hooked.GRAD_SAMPLERS = ours
     return {"plain": Trainer(make(), CONFIG, "cpu"), "": private(False), "secure_": private(True), "opacus_": opacus}
 
 

@@ -14,54 +14,73 @@ from opacus.grad_sample.conv import compute_conv_grad_sample
 from torch import nn
 from torch.nn import functional
 
+Gradients = dict[torch.Tensor, torch.Tensor]
+"""(batch, *shape) for each parameter that is trained."""
 
-def convolution(
-    layer: nn.Conv2d, activations: list[torch.Tensor], backprops: torch.Tensor
-) -> dict[torch.Tensor, torch.Tensor]:
+
+def convolution(layer: nn.Conv2d, activations: list[torch.Tensor], backprops: torch.Tensor) -> Gradients:
     """Gradients of single records.
 
     Args:
         layer: the convolution.
         activations: its input, (batch, channels, h, w), alone in a list.
         backprops: gradient at its output, (batch, outputs, h', w').
-
-    Returns:
-        (batch, *shape) for each parameter that is trained.
     """
     if layer.groups > 1 or isinstance(layer.padding, str) or layer.padding_mode != "zeros":
-        opacus: dict[torch.Tensor, torch.Tensor] = compute_conv_grad_sample(layer, activations, backprops)
+        opacus: Gradients = compute_conv_grad_sample(layer, activations, backprops)
         return opacus
-    (inputs,) = activations
-    batch, outputs, height, width = backprops.shape
+    return _gradients(layer, _kernel(layer, activations[0], backprops), backprops)
+
+
+def transposed(layer: nn.ConvTranspose2d, activations: list[torch.Tensor], backprops: torch.Tensor) -> Gradients:
+    """As `convolution`: input and output have changed places."""
+    return _gradients(layer, _kernel(layer, backprops, activations[0]), backprops)
+
+
+def _kernel(layer: nn.Conv2d | nn.ConvTranspose2d, wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
+    """(batch, o, c, *kernel): `wide` (batch, c, h, w) under the kernel, times `narrow` (batch, o, h', w')."""
+    batch, outputs, height, width = narrow.shape
     rows, columns = layer.kernel_size
     (down, right), (row, column) = layer.stride, layer.dilation
-    padded = functional.pad(inputs, (layer.padding[1],) * 2 + (layer.padding[0],) * 2)
-    # (batch, channels, columns, height of `padded`, w')
+    vertical, horizontal = (int(side) for side in layer.padding)
+    padded = functional.pad(wide, (horizontal, horizontal, vertical, vertical))
+    # (batch, c, columns, height of `padded`, w')
     shifted = torch.stack(
         [padded[..., c * column : c * column + right * (width - 1) + 1 : right] for c in range(columns)], dim=2
     )
-    at_output = backprops.reshape(batch, outputs, -1)
+    flat = narrow.reshape(batch, outputs, -1)
     parts = [
         torch.bmm(
-            at_output,
+            flat,
             shifted[..., r * row : r * row + down * (height - 1) + 1 : down, :]
             .reshape(batch, -1, height * width)
             .transpose(1, 2),
         ).view(batch, outputs, -1, columns)
         for r in range(rows)
     ]
-    gradients: dict[torch.Tensor, torch.Tensor] = {}
-    if layer.weight.requires_grad:
-        gradients[layer.weight] = torch.stack(parts, dim=3)
+    return torch.stack(parts, dim=3)
+
+
+def _gradients(layer: nn.Conv2d | nn.ConvTranspose2d, kernel: torch.Tensor, backprops: torch.Tensor) -> Gradients:
+    gradients = {layer.weight: kernel} if layer.weight.requires_grad else {}
     if layer.bias is not None and layer.bias.requires_grad:
-        gradients[layer.bias] = at_output.sum(dim=2)
+        gradients[layer.bias] = backprops.flatten(2).sum(dim=2)
     return gradients
+
+
+def has_rule(module: nn.Module) -> bool:
+    """Whether a layer is none of those for which there is no rule here; Opacus has some for its own versions."""
+    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+        return False
+    return not (isinstance(module, nn.ConvTranspose2d) and module.groups > 1)
 
 
 class Hooked(GradSampleModule):  # type: ignore[misc]  # Opacus has no type hints
     """A module whose parameters get `grad_sample`, (batch, *shape), from a backward of a sum of losses."""
 
-    GRAD_SAMPLERS: ClassVar[dict[type[nn.Module], Any]] = {**GradSampleModule.GRAD_SAMPLERS, nn.Conv2d: convolution}
+    GRAD_SAMPLERS: ClassVar[dict[type[nn.Module], Any]] = {
+        **GradSampleModule.GRAD_SAMPLERS, nn.Conv2d: convolution, nn.ConvTranspose2d: transposed,
+    }  # fmt: skip
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module, loss_reduction="sum")

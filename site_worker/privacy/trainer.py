@@ -12,14 +12,9 @@ from shared.config import PrivacySection, RunConfig
 from shared.errors import RunError
 from shared.seeds import seeded
 from shared.tasks import loss_of
-from site_worker.privacy.hooks import Hooked
+from site_worker.privacy.hooks import Hooked, has_rule
 from site_worker.privacy.secret import Secret
 from site_worker.trainer import Trainer
-
-_MIXES_RECORDS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-"""Statistics over a batch, or running ones."""
-_WITHOUT_RULE = (nn.RNNBase, nn.MultiheadAttention)
-"""Opacus has rules for its own versions of these alone."""
 
 
 class PrivateTrainer(Trainer):
@@ -66,7 +61,6 @@ class PrivateTrainer(Trainer):
         Returns:
             The mean loss of the batch, 0 of an empty one. It is for the site's eyes: no noise hides it.
         """
-        self.train_mode()
         loss, total = 0.0, torch.zeros(sum(parameter.numel() for parameter in self.trained))
         if len(inputs):
             loss, gradients = self.gradients(inputs, targets, seed)
@@ -87,6 +81,7 @@ class PrivateTrainer(Trainer):
         Raises:
             RunError: 603 the loss is not finite.
         """
+        self.train_mode()
         leaf = inputs.to(self.device).detach().requires_grad_()
         with seeded(seed, self.device):
             outputs = self._hooked(leaf)
@@ -122,15 +117,22 @@ class PrivateTrainer(Trainer):
         for name, module in self.module.named_modules():
             if id(module) in frozen:
                 continue
-            if isinstance(module, _WITHOUT_RULE):
+            if not has_rule(module):
                 raise RunError(
                     610,
                     f"{name} is {type(module).__name__}, which has no rule for gradients of single records.",
                     "use convolutions and linear layers, or freeze that module.",
                 )
-            if isinstance(module, _MIXES_RECORDS):
+            if _mixes_records(module):
                 raise RunError(
                     610,
                     f"{name} is {type(module).__name__}, which mixes the records of a batch.",
                     "use GroupNorm in its place, or freeze that module.",
                 )
+
+
+def _mixes_records(module: nn.Module) -> bool:
+    """Whether it takes statistics over a batch, or keeps running ones."""
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        return module.track_running_stats
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)

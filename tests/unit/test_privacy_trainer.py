@@ -60,7 +60,9 @@ class Awkward(nn.Module):
             nn.Conv2d(4, 4, 3, dilation=(2, 1), groups=2), nn.SiLU(),
             nn.Conv2d(4, 3, 3, padding="same"), nn.SiLU(),
             nn.Conv2d(3, 3, (2, 3), stride=(1, 2), dilation=(1, 2), padding=2, bias=False), nn.SiLU(),
-            nn.ConvTranspose2d(3, 2, 4, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3),
+            nn.ConvTranspose2d(3, 3, 4, stride=2), nn.SiLU(),
+            nn.ConvTranspose2d(3, 2, (3, 2), stride=(2, 1), padding=1, output_padding=(1, 0)),
+            nn.InstanceNorm2d(2, affine=True), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3),
         )  # fmt: skip
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -123,6 +125,21 @@ def test_without_noise_and_clipping_it_is_the_plain_step(case: Case) -> None:
         assert trainer.step(inputs, targets, step, 0.5) == pytest.approx(expected, rel=1e-4)
     # Adam divides by the gradient's size, so that a rounded zero may make a step of its own: compare what was learnt.
     torch.testing.assert_close(trainer.predict(inputs), plain.predict(inputs), rtol=1e-3, atol=1e-3)
+
+
+def test_what_happens_between_steps_does_not_matter() -> None:
+    """Opacus keeps what each layer was given until a backward comes: a forward without one must leave nothing."""
+    torch.manual_seed(0)
+    module = unet(width=4)
+    inputs, targets = batch_of("segmentation", IMAGES)
+    _, expected = private(copy.deepcopy(module), config_of("segmentation")).gradients(inputs, targets, 0)
+    trainer = private(module, config_of("segmentation"))
+    trainer.predict(torch.randn(3, *IMAGES))
+    trainer.gradients(torch.randn(N, *IMAGES), targets, 0)
+    trainer.predict(torch.randn(N, *IMAGES))
+    _, gradients = trainer.gradients(inputs, targets, 0)
+    for one, other in zip(expected, gradients, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_dropout_is_seeded() -> None:
@@ -237,18 +254,12 @@ def test_a_frozen_normalization_is_no_mixing() -> None:
     torch.testing.assert_close(trainer.predict(inputs), plain.predict(inputs), rtol=1e-4, atol=1e-4)
 
 
-def test_layers_without_a_rule_are_refused() -> None:
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lstm = nn.LSTM(5, 1)
-
-        def forward(self, rows: torch.Tensor) -> torch.Tensor:
-            outputs: torch.Tensor = self.lstm(rows)[0]
-            return outputs
-
-    with pytest.raises(RunError) as caught:
-        private(Recurrent(), config_of("binary"))
+@pytest.mark.parametrize(
+    "layer", [nn.LSTM(5, 1), nn.MultiheadAttention(4, 2), nn.ConvTranspose2d(4, 4, 2, groups=2)], ids=repr
+)
+def test_layers_without_a_rule_are_refused(layer: nn.Module) -> None:
+    with pytest.raises(RunError, match=type(layer).__name__) as caught:
+        private(nn.Sequential(nn.Linear(5, 5), layer), config_of("binary"))
     assert caught.value.number == 610
 
 
