@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any
 
@@ -122,26 +121,21 @@ class RoundSite(SiteRole):
     def answer(self, message: Message) -> list[Effect]:
         """See `SiteRole`."""
         header, scalars = message.header, message.scalars
-        number = self._number_of(header)
+        update, number = self.sequence.at(header.seq)
+        if header.kind not in (Kind.MODEL, Kind.FINISH) or update > self._made + 1:
+            raise Refused(304, f"{header.message_id} is out of turn.", "run the same version at both sides.")
         values = check_slice(message, self.layout, number).clone()
         self.best = int(scalars["best"])
         return self._arrived(header, number, values, int(scalars["judged"]), bool(scalars.get("final", False)))
 
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
         """See `Role`: a slice of a model that cannot be used leaves the site's as it was."""
-        if header.kind is Kind.FINISH:
+        if header.kind is Kind.FINISH or self._is_final:
             raise RunError(601, f"the end of the run cannot be read: {refusal.sentence}", refusal.remedy)
-        number = self._number_of(header)
+        _, number = self.sequence.at(header.seq)
         return self._arrived(header, number, self.base[self.layout.slice(number)], 0, is_final=False)
 
     # -- inside ------------------------------------------------------------------------------------
-
-    def _number_of(self, header: Header) -> int:
-        update, number = self.sequence.at(header.seq)
-        expected = Kind.FINISH if self._is_final else Kind.MODEL
-        if header.kind is not expected or update > self._made + self._is_final:
-            raise Refused(304, f"{header.message_id} is out of turn.", "run the same version at both sides.")
-        return number
 
     def _arrived(self, header: Header, number: int, values: torch.Tensor, judged: int, is_final: bool) -> list[Effect]:
         self._arriving.append(values)
@@ -160,10 +154,7 @@ class RoundSite(SiteRole):
     def _train(self) -> None:
         k = self.trained
         inputs, targets = self.feed.batch(k)
-        rate = 1.0
-        if self.config.round.decay == "cosine":
-            rate = 0.5 * (1 + math.cos(math.pi * k / (self.config.round.rounds * self.work.batches)))
-        self.trainer.step(inputs, targets, self.feed.seed("trainer", k), rate)
+        self.trainer.step(inputs, targets, self.feed.seed("trainer", k), self.feed.rate(k))
         self.trained += 1
 
     def judge(self) -> str:

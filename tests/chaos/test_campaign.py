@@ -55,6 +55,13 @@ def test_embedded_in_fair_order_equals_the_replay_of_its_journal(tmp_path):
     assert reached(result, FAIR), result
 
 
+@pytest.mark.timeout(300)
+def test_rounds_over_rabbitmq(tmp_path):
+    result = carry_out(Campaign(kills=5, seed=3, broker="rabbitmq", protocol="fedavg_transfer"), tmp_path)
+    assert passed(result), result
+    assert result["kills"] >= 5, result
+
+
 def test_the_oracle_looks_at_every_part_of_the_model(calm):
     models = {f"state/{site}/model/{part}.safetensors" for site in SHARES for part in ("bottom", "top")}
     last_states = {f"state/{worker}/checkpoints" for worker in (SERVER, *SHARES)}

@@ -78,7 +78,7 @@ def test_no_worker_dies_of_a_message(protocol: str, to_server: bool, kind: Kind,
         if to_server:
             made: SiteRole | ServerRole = make_server(config, tmp_path / SERVER, tmp_path)
         else:
-            made = make_site("north", config, tiny_parts("north"), "north-2", tmp_path)
+            made = make_site("north", config, tiny_parts("north"), "north-2", tmp_path, ledger=tmp_path / "ledger.db")
         made.restore(snapshot)
         began = time.thread_time()
         try:

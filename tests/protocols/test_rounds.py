@@ -1,5 +1,6 @@
 """Rules by which rounds close, and what becomes of updates: late, hostile, cut short, or of a site that leaves."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -243,6 +244,26 @@ def test_a_slice_that_cannot_be_read_is_left_out_and_the_others_count(tmp_path):
     assert server.refusals["east"] == 1
     assert night.broker.depth(night.queues["east"].dead) == 1
     assert not torch.equal(server.vector[layout.slice(layout.slices)], first[layout.slice(layout.slices)])
+
+
+@pytest.mark.parametrize("version", [1, 4])
+def test_a_model_that_cannot_be_read_leaves_the_site_with_its_own(version, tmp_path):
+    """Also the final one: the site, which cannot know that it is, ends with the run all the same."""
+    night = begun(tiny_rounds(), tmp_path)
+    server, answer = night.roles[SERVER], night.roles[SERVER]._answer
+
+    def broken(site, seq):
+        sends = answer(site, seq)
+        if site == "east" and server.version == version:
+            sends[-1] = dataclasses.replace(sends[-1], tensors={"values": sends[-1].tensors["values"][:-1]})
+        return sends
+
+    server._answer = broken
+    rest(night, [SERVER, *SITES], turns=3000)
+    assert all(engine.finished for engine in night.engines.values())
+    assert night.broker.depth(night.queues["east"].dead) >= 1
+    best = night.roles[SERVER].best_weights
+    assert all(torch.equal(night.roles["east"].model()["model"][name], best[name]) for name in best)
 
 
 @pytest.mark.parametrize("kind", [Kind.REPORT, Kind.UPDATE])

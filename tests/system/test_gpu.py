@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from shared.message import SERVER
+from shared.protocols import ROUNDS
 from tests.protocols.night import Night, tiny_config
 from tests.protocols.test_crashes import shaken
 
@@ -20,13 +21,16 @@ pytestmark = [
         ("split_labels", "averaged"),
         ("split_u", "averaged"),
         ("split_frozen", "independent"),
+        ("fedavg_transfer", "independent"),
+        ("data_vectors", "independent"),
     ],
 )
 def test_a_run_on_the_gpu_survives_crashes_bit_identical(protocol, bottoms, tmp_path):
     config = tiny_config(protocol=protocol, bottoms=bottoms, average_every=3, epochs=2)
     calm = Night(config, tmp_path / "calm", device="cuda")
     calm.together()
-    assert next(calm.roles[SERVER].top.module.parameters()).is_cuda
+    on_device = calm.roles["north"].trainer if protocol in ROUNDS else calm.roles[SERVER].top
+    assert next(on_device.module.parameters()).is_cuda
     assert shaken(Night(config, tmp_path / "shaken", prefetch=16, device="cuda"), seed=1) == calm.fingerprint()
 
 
