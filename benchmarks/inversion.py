@@ -154,7 +154,7 @@ def attack(
     """An attack, how close it came, and its image.
 
     Against noise a smoother image may be the better guess: then the attacker has two tries, and is told which is
-    the better one.
+    the better one. It is enough that one of them settled.
     """
     update = update_of(make(), victim, sigma)
     truth, prior = victim.image[victim.box], mean[victim.box]
@@ -171,7 +171,8 @@ def attack(
             iterations, time.monotonic() - began, variation,
         )  # fmt: skip
         tries.append((row, found.image))
-    return max(tries, key=lambda one: one[0].ssim)
+    best, image = max(tries, key=lambda one: one[0].ssim)
+    return replace(best, settled=any(row.settled for row, _ in tries)), image
 
 
 def verdict(row: Row, control: Row) -> str:

@@ -58,10 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(_flat(done), indent=2) + "\n", encoding="utf-8")
     if chosen.write:
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        after = rest.partition(END)[2]
-        PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
+        write_section(BEGIN, text)
     return 0
+
+
+def write_section(begin: str, text: str) -> None:
+    """Put a text into docs/results.md between `begin` and the next `END`; at the end, where `begin` is not there."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+    after = rest.partition(END)[2] or "\n"
+    PAGE.write_text(f"{before}{begin}\n\n{text}\n{END}{after}", encoding="utf-8")
 
 
 def _carry_out(todo: Sequence[Job]) -> Done:
@@ -117,9 +122,9 @@ def _main_table(case: Case, done: Done) -> list[str]:
     for system in systems(sites):
         values = _values(case, done, system, lead)
         gains = [100 * (value - other) for value, other in zip(values, reference, strict=True)]
-        cells = [_spread(values), "" if system == "centralized" else _spread(gains, "+.1f")]
-        cells += [_spread(_values(case, done, system, figure), ".2f") for figure in others]
-        cells += [_spread(_values(case, done, system, lead, group="all"))]
+        cells = [spread(values), "" if system == "centralized" else spread(gains, "+.1f")]
+        cells += [spread(_values(case, done, system, figure), ".2f") for figure in others]
+        cells += [spread(_values(case, done, system, lead, group="all"))]
         cells += [_mean(_values(case, done, system, lead, group=site)) for site in sites]
         lines.append(f"| {system} | {' | '.join(cells)} |")
     return lines
@@ -130,7 +135,7 @@ def _sweep_table(case: Case, done: Done) -> list[str]:
     lines = [f"| {SWEPT} | {' | '.join(case.figures)} |", f"| --- |{' ---: |' * len(case.figures)}"]
     for division in (*SITES, *RATIOS):
         figures = [_values(case, done, SWEPT, figure, division) for figure in case.figures]
-        lines.append(f"| {division} | {' | '.join(_spread(values) for values in figures)} |")
+        lines.append(f"| {division} | {' | '.join(spread(values) for values in figures)} |")
     return lines
 
 
@@ -147,7 +152,7 @@ def _aims(case: Case, done: Done) -> list[str]:
         ):
             gains = [100 * (value - o) for value, o in zip(values, other, strict=True)]
             verdict = "reached" if statistics.mean(gains) >= least else "missed"
-            lines.append(f"| {system}: {aim} | {_spread(gains, '+.1f')} | {verdict} |")
+            lines.append(f"| {system}: {aim} | {spread(gains, '+.1f')} | {verdict} |")
     return lines
 
 
@@ -160,7 +165,7 @@ def _values(
     return [float("nan") if value is None else value for value in values]
 
 
-def _spread(values: Sequence[float], form: str = ".3f") -> str:
+def spread(values: Sequence[float], form: str = ".3f") -> str:
     deviation = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{form}}{deviation}"
 

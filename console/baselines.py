@@ -1,7 +1,8 @@
-"""What a split run is compared with: the same model in one piece, on pooled data or on one site's.
+"""What a run is compared with: the same model in one piece, on pooled data or on one site's.
 
-The uncut model takes the place of the server's half, so that steps, batches, evaluation and the
-choice of the best epoch are those of a run, and not a second recipe.
+Steps, batches, evaluation and the choice of the best epoch are those of a run, and not a second recipe: the
+uncut model takes the place of the server's half, or a site makes all its rounds with nobody to combine with.
+A run with differential privacy is compared with training without noise.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from msgspec.structs import replace
@@ -19,10 +21,15 @@ from server_worker.top import Top
 from shared.config import RunConfig
 from shared.metrics import Metrics, measure, overall
 from shared.models.cutting import build
+from shared.protocols import ROUNDS
+from shared.protocols.assembly import assemble_rounds
 from shared.protocols.plan import Step
+from shared.protocols.round import Work, is_judged
 from shared.tasks import standardise
 from site_worker.data.dataset import Dataset, Parts
 from site_worker.feed import Feed
+from site_worker.round_feed import RoundFeed
+from site_worker.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -40,14 +47,20 @@ class Judgement:
     pooled: Metrics
 
 
-def centralized(config: RunConfig, parts: Mapping[str, Parts]) -> Judgement:
-    """Train on the training patients of all sites, pooled; judge on every site's test patients."""
-    return _train(config, "pooled", pool(parts), parts)
+def centralized(config: RunConfig, parts: Mapping[str, Parts], base: Path = Path()) -> Judgement:
+    """Train on the training patients of all sites, pooled; judge on every site's test patients.
+
+    Args:
+        config: the run.
+        parts: scaled data by site.
+        base: folder of run.toml, where `model.initial` is.
+    """
+    return _train(config, "pooled", pool(parts), parts, base)
 
 
-def alone(config: RunConfig, site: str, parts: Mapping[str, Parts]) -> Judgement:
+def alone(config: RunConfig, site: str, parts: Mapping[str, Parts], base: Path = Path()) -> Judgement:
     """Train on one site's training patients; judge on every site's test patients."""
-    return _train(config, site, parts[site], parts)
+    return _train(config, site, parts[site], parts, base)
 
 
 def judge(
@@ -76,9 +89,11 @@ def whole_model(config: RunConfig) -> nn.Module:
     return nn.Sequential(OrderedDict(build(config.model, config.run.seed, with_head=False).parts))
 
 
-def _train(config: RunConfig, name: str, own: Parts, parts: Mapping[str, Parts]) -> Judgement:
-    run = replace(config.run, sites=[name], protocol="split_labels", bottoms="independent")
-    config = replace(config, run=run)
+def _train(config: RunConfig, name: str, own: Parts, parts: Mapping[str, Parts], base: Path) -> Judgement:
+    config = replace(config, run=replace(config.run, sites=[name]))
+    if config.run.protocol in ROUNDS:
+        return _train_in_rounds(config, name, own, parts, base)
+    config = replace(config, run=replace(config.run, protocol="split_labels", bottoms="independent"))
     model = Top(whole_model(config), config.optimizer, config.task, "cpu")
     feed = Feed(config, name, own)
     evaluation = Evaluation(config)
@@ -97,6 +112,33 @@ def _train(config: RunConfig, name: str, own: Parts, parts: Mapping[str, Parts])
                 break
     model.module.load_state_dict(best)
     return judge(config, parts, lambda site, inputs: model.predict(inputs))
+
+
+def _train_in_rounds(config: RunConfig, name: str, own: Parts, parts: Mapping[str, Parts], base: Path) -> Judgement:
+    trainer = Trainer(assemble_rounds(config, base).module, config, "cpu")
+    feed = RoundFeed(config, name, own)
+    batches = Work.of(config, len(feed.train)).batches
+    evaluation = Evaluation(config)
+    best = trainer.weights()
+    for version in range(1, config.round.rounds + 1):
+        for k in range((version - 1) * batches, version * batches):
+            inputs, targets = feed.batch(k)
+            trainer.step(inputs, targets, feed.seed("trainer", k), feed.rate(k))
+        if is_judged(config, version) or version == config.round.rounds:
+            held_out = {
+                step.value: measure(
+                    config.task, config.data, trainer.predict(data.inputs), feed.targets(data), data.patients
+                )
+                for step, data in feed.held_out.items()
+                if len(data)
+            }  # fmt: skip
+            evaluation.report(name, version, held_out)
+            if evaluation.best == version:
+                best = trainer.weights()
+            if evaluation.exhausted:
+                break
+    trainer.load(best)
+    return judge(config, parts, lambda site, inputs: trainer.predict(inputs))
 
 
 def pool(parts: Mapping[str, Parts]) -> Parts:

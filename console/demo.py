@@ -4,18 +4,20 @@
     killed             the same run in a fresh folder, with kill -9 of the server and of a site in the middle
 
 Beside the first one stand the usual ways to train: all patients in one place, and each site alone. In
-strict order both plays end with the same weights, to the bit; the demo compares their hashes.
+strict order both plays end with the same weights, to the bit; the demo compares their hashes. At a broker and
+a run store of the user's own, the run is played once, under an id of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json as json_text
+import re
 import runpy
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +32,17 @@ from shared.config_file import load
 from shared.errors import ConfigError
 from shared.message import SERVER
 from shared.metrics import Metrics
+from shared.protocols import ROUNDS
 from shared.worker import prepare_torch
 from site_worker.data.dataset import Parts
 from site_worker.worker import SiteWorker
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-FIGURES: Mapping[str, tuple[str, str]] = {
+FIGURES: Mapping[str, tuple[str, ...]] = {
     "binary": ("auc", "balanced_accuracy"),
     "multiclass": ("auc", "balanced_accuracy"),
     "regression": ("r2", "mae"),
+    "segmentation": ("dice",),
 }
 """What the table shows, by kind of task."""
 
@@ -46,12 +50,17 @@ Results = Mapping[str, Mapping[str, Metrics]]
 """Test figures by model, and by the patients of a site or "all"."""
 
 
-def run_demo(folder: Path | None, json: bool) -> int:
+TOGETHER = {"fedavg_transfer": "federated", "fedavg_dp_seg": "federated, noise", "data_vectors": "merged"}
+"""What the run's own model is called in the table; in the other systems it is split."""
+
+
+def run_demo(folder: Path | None, json: bool, at: Sequence[str] | None = None) -> int:
     """Play an example and show what came of it.
 
     Args:
         folder: the example's folder; None for examples/cholesterol.
         json: print one JSON object with flat keys, and nothing else.
+        at: addresses of a broker and a run store to play it at; None for the example's own.
 
     Returns:
         The exit code: 1 when a worker failed, which said why, or when the killed run ended otherwise.
@@ -66,48 +75,62 @@ def run_demo(folder: Path | None, json: bool) -> int:
     console.quiet = json
     example = _example(folder)
     work = _working_copy(example, "demo")
+    if at is not None:
+        _move(work, *at)
     config = load(work / "run.toml", RunConfig)
     parts = {site: SiteWorker(work / f"{site}.toml").load_parts() for site in config.run.sites}
     sizes = ", ".join(f"{site} {len(part.train)}" for site, part in parts.items())
-    console.print(f"{example.name}: {config.run.protocol}, window {config.run.window}")
+    rounds, window = counted(config.round.rounds, "round"), f"window {config.run.window}"
+    console.print(f"{example.name}: {config.run.protocol}, {rounds if config.run.protocol in ROUNDS else window}")
     console.print(f"training samples: {sizes}")
     console.print(f"files: {work}\n")
     prepare_torch(1, "cpu")
     if not Play(work, console).nights_and_days():
         return 1
     report = _report(work)
-    results = _results(config, parts, report["best"])
+    results = _results(config, parts, report["best"], work)
     console.print(f"\nTest patients, {' / '.join(FIGURES[config.task.kind])}; all: mean by samples")
     console.print(_table(config, results))
-    repeated = _repeat(example, work, config, console)
+    repeated = _repeat(example, work, config, console, moved=at is not None)
     if repeated is None:
         return 1
     seconds = round(time.monotonic() - began, 1)
     console.print(f"report: {work / 'report' / 'report.md'} ({seconds:.0f} s in all)")
     if json:
-        print(json_text.dumps({**_flat(config, results, report), **repeated, "seconds": seconds}))
+        print(json_text.dumps({**_flat(config, results, work), **repeated, "seconds": seconds}))
     return 1 if repeated["sha256_equal"] is False else 0
 
 
-def _repeat(example: Path, first: Path, config: RunConfig, console: Console) -> dict[str, Any] | None:
+def _repeat(example: Path, first: Path, config: RunConfig, console: Console, moved: bool) -> dict[str, Any] | None:
     """Play the run once more with kills, and compare: flat keys for JSON, or None when a worker failed."""
-    if config.run.order != "strict":
-        console.print(f"\nsha256 of the server's half of the model: {_report(first)['top_sha256']}")
-        console.print("The order is fair: it depends on timing, and the same run once more ends with other bits.")
+    if moved or config.run.order != "strict":
+        console.print(f"\nsha256 of {_share(config)}: {_sha256(first, config)}")
+        if not moved:
+            console.print("The order is fair: it depends on timing, and the same run once more ends with other bits.")
         return {"kills": 0, "sha256_killed": None, "sha256_equal": None}
     work = _working_copy(example, "demo-killed")
+    _share_secrets(first, work, config)
     console.print(f"\nThe same run once more, in {work}:")
     kills = Play(work, console).killed(_report(first)["steps"])
     if kills is None:
         return None
     before, after = _trained(first, config), _trained(work, config)
-    equal = tell_difference(before, after, len(kills), console)
+    equal = tell_difference(before, after, len(kills), console, _share(config))
     return {"kills": len(kills), "sha256_killed": after[SERVER], "sha256_equal": equal}
 
 
-def tell_difference(before: Mapping[str, str], after: Mapping[str, str], kills: int, console: Console) -> bool:
-    """Say whether two plays of one run, given as sha256 by worker, ended with the same weights; whether they did."""
-    console.print("\nsha256 of the server's half of the model")
+def tell_difference(
+    before: Mapping[str, str], after: Mapping[str, str], kills: int, console: Console, share: str
+) -> bool:
+    """Say whether two plays of one run, given as sha256 by worker, ended with the same weights; whether they did.
+
+    Args:
+        before, after: of the plays.
+        kills: in the second one.
+        console: where to say it.
+        share: what the server has of the model.
+    """
+    console.print(f"\nsha256 of {share}")
     console.print(f"  nights and days   {before[SERVER]}")
     console.print(f"  {counted(kills, 'kill'):<16}  {after[SERVER]}")
     different = [worker for worker in before if before[worker] != after[worker]]
@@ -124,9 +147,19 @@ def _report(work: Path) -> dict[str, Any]:
     return report
 
 
+def _share(config: RunConfig) -> str:
+    """What the server has of the model, in words."""
+    return "the model" if config.run.protocol in ROUNDS else "the server's half of the model"
+
+
+def _sha256(work: Path, config: RunConfig) -> str:
+    """Of what the server has of the trained model."""
+    return str(_report(work)["model_sha256" if config.run.protocol in ROUNDS else "top_sha256"])
+
+
 def _trained(work: Path, config: RunConfig) -> dict[str, str]:
     """sha256 of each worker's part of the trained model."""
-    trained = {SERVER: str(_report(work)["top_sha256"])}
+    trained = {SERVER: _sha256(work, config)}
     for site in config.run.sites:
         digest = hashlib.sha256()
         for part in sorted(SiteWorker(work / f"{site}.toml").model_folder.glob("*.safetensors")):
@@ -155,19 +188,43 @@ def _working_copy(example: Path, name: str) -> Path:
     except OSError:  # not a folder that we may write to
         work = Path(tempfile.mkdtemp(prefix=stamp))
     for file in example.iterdir():
-        if file.suffix in (".toml", ".py"):
+        if file.suffix in (".toml", ".py", ".safetensors"):
             shutil.copy(file, work)
     if (work / "prepare.py").exists():
         runpy.run_path(str(work / "prepare.py"), run_name="__main__")
     return work
 
 
-def _results(config: RunConfig, parts: Mapping[str, Parts], best: Mapping[str, Any]) -> Results:
-    """Test figures of the split run, as its report has them, and of the baselines."""
+def _move(work: Path, broker: str, store: str) -> None:
+    """Play at another broker and run store, which may know the example's run: give it an id of its own."""
+    for file in work.glob("*.toml"):
+        text = file.read_text(encoding="utf-8")
+        text = text.replace('"embedded:broker"', json_text.dumps(broker))
+        text = text.replace('"sqlite:run.sqlite"', json_text.dumps(store))
+        if file.name == "run.toml":
+            text = re.sub(
+                r'^id = "(.+)"$', rf'id = "\1-{work.name.removeprefix("demo-")}"', text, count=1, flags=re.MULTILINE
+            )
+        file.write_text(text, encoding="utf-8")
+
+
+def _share_secrets(first: Path, work: Path, config: RunConfig) -> None:
+    """Let sites play a private run again with their ledgers, from whose secrets the noise derives."""
+    if config.privacy is None:
+        return
+    for site in config.run.sites:
+        ledger = Path(SiteWorker(first / f"{site}.toml").config.ledger)
+        (work / ledger).parent.mkdir(parents=True, exist_ok=True)
+        for file in (first / ledger).parent.glob(f"{ledger.stem}.*"):  # SQLite's log belongs to it, and the key
+            shutil.copy(file, (work / ledger).parent)
+
+
+def _results(config: RunConfig, parts: Mapping[str, Parts], best: Mapping[str, Any], work: Path) -> Results:
+    """Test figures of the run, as its report has them, and of the baselines."""
     of_sites = {site: metrics["test"] for site, metrics in best["sites"].items()}
-    results = {"split": {**of_sites, "all": best["overall"]["test"]}}
-    baselines = {"centralized": centralized(config, parts)}
-    baselines |= {f"{site} alone": alone(config, site, parts) for site in parts}
+    results = {TOGETHER.get(config.run.protocol, "split"): {**of_sites, "all": best["overall"]["test"]}}
+    baselines = {"centralized": centralized(config, parts, work)}
+    baselines |= {f"{site} alone": alone(config, site, parts, work) for site in parts}
     return results | {name: {**b.sites, "all": b.overall} for name, b in baselines.items()}
 
 
@@ -184,10 +241,11 @@ def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _flat(config: RunConfig, results: Results, report: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(config: RunConfig, results: Results, work: Path) -> dict[str, Any]:
     """Everything under keys such as split_north_r2 and north_alone_all_mae."""
+    report = _report(work)
     figures = {
-        f"{name.replace(' ', '_')}_{group}_{figure}": metrics[figure]
+        f"{name.replace(',', '').replace(' ', '_')}_{group}_{figure}": metrics[figure]
         for name, groups in results.items()
         for group, metrics in groups.items()
         for figure in FIGURES[config.task.kind]
@@ -195,6 +253,6 @@ def _flat(config: RunConfig, results: Results, report: Mapping[str, Any]) -> dic
     return {
         "run": report["run"],
         "best_epoch": report["best_epoch"],
-        "sha256": report["top_sha256"],
+        "sha256": _sha256(work, config),
         **figures,
     }

@@ -35,6 +35,7 @@ def main() -> int:
     """Entry point: the exit code of the command line that this process was started with."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # they speak to developers of libraries
+    logging.getLogger().addHandler(logging.NullHandler())  # so that a library's basicConfig makes nobody print our log
     threading.excepthook = lambda thread: _crashed(thread.exc_value)
     return run(sys.argv[1:])
 
@@ -97,7 +98,7 @@ def _crashed(error: BaseException | None) -> None:
 def _demo(chosen: argparse.Namespace) -> int:
     from console.demo import run_demo
 
-    return run_demo(chosen.folder, chosen.json)
+    return run_demo(chosen.folder, chosen.json, chosen.at)
 
 
 def _open(chosen: argparse.Namespace) -> int:
@@ -211,6 +212,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "folder", type=Path, nargs="?", metavar="FOLDER", help="the example's folder (default: examples/cholesterol)"
     )
+    demo.add_argument(
+        "--at", nargs=2, metavar=("BROKER", "STORE"),
+        help="play at this RabbitMQ and Redis, e.g. amqp://guest@localhost redis://localhost",
+    )  # fmt: skip
 
     opening = _add(verbs, "open", "open a run, so that sites can begin without a server", """
         Make the queues of a run at the broker and put its configuration into them. Sites can then work a

@@ -32,6 +32,7 @@ from server_worker.worker import ServerWorker
 from shared.checkpoint import Checkpoints
 from shared.errors import NightsplitError
 from shared.message import SERVER
+from shared.protocols import ROUNDS
 from shared.store import RunStore
 from shared.worker import StopSignal
 from site_worker.worker import SiteWorker
@@ -43,6 +44,9 @@ IDLE_SECONDS = 1.0
 
 ABSENT_SECONDS = 1.5
 """How long a killed worker stays away: the others have time to meet its absence, and to say so."""
+
+_OF_BATCHES = ("batch", "trained", "trained on", "answer")
+"""What sites send, what will become of it, what did become of it, and what comes back."""
 
 Workers = dict[str, BaseProcess]
 
@@ -85,23 +89,26 @@ class Play:
         self._work, self._console = work, console
         self._server = ServerWorker(work / "server.toml")
         self._run = self._server.run_config.run
+        in_rounds = self._run.protocol in ROUNDS
+        self._words = ("report", "worked off", "worked off", "answer") if in_rounds else _OF_BATCHES
 
     def nights_and_days(self) -> bool:
         """Play the whole run, apart and then together; whether no worker failed."""
+        noun, fate, done, reply = self._words
         self._server.open_run()
         with closing(self._server.open_store()) as store:
             for night in range(1, NIGHTS + 1):
                 if not self._let_work(self._run.sites, IDLE_SECONDS):
                     return False
                 sent, applied, _ = self._counts(store)
-                self._console.print(f"night {night}, 22:00  {server_offline(sent - applied)}")
+                self._console.print(f"night {night}, 22:00  {server_offline(sent - applied, noun, fate)}")
                 if not self._let_work([SERVER], IDLE_SECONDS):
                     return False
                 before, (sent, applied, answered) = applied, self._counts(store)
                 self._console.print(
-                    f"day {night},   08:00  sites are offline; the server trained on "
-                    f"{counted(applied - before, 'batch')}, {counted(applied - answered, 'answer')} queued, "
-                    f"{counted(sent - applied, 'batch')} held until those of another site come"
+                    f"day {night},   08:00  sites are offline; the server {done} "
+                    f"{counted(applied - before, noun)}, {counted(applied - answered, reply)} queued, "
+                    f"{counted(sent - applied, noun)} held until those of another site come"
                 )
             self._console.print(f"night {NIGHTS + 1}, 22:00  everybody is online, until the run is over")
             return self._together(store)

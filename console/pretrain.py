@@ -124,7 +124,8 @@ def pretrain(path: Path) -> int:
     sha256 = write_artifact(output, card, trainer.weights())
     console = screen()
     for source in card.sources:
-        figures = [f"{name} {value:.3f}" for name, value in source.figures.items() if value is not None]
+        told = ((name, value) for name, value in source.figures.items() if name != "samples" and value is not None)
+        figures = [f"{name} {value:.3f}" for name, value in told]
         console.print(f"{source.name}, {source.held_out} held out: {', '.join(figures)}", soft_wrap=True)
     console.print(f"{output}", f'initial_sha256 = "{sha256}"', sep="\n", soft_wrap=True)
     return 0

@@ -43,9 +43,9 @@ def duration(seconds: float) -> str:
     return f"{minutes // (24 * 60)} days"
 
 
-def server_offline(batches: int) -> str:
-    """How a normal night looks from a site."""
-    if batches == 0:
+def server_offline(number: int, noun: str = "batch", fate: str = "trained") -> str:
+    """How a normal night looks from a site: how many of what are queued, and what becomes of them."""
+    if number == 0:
         return "server is offline; nothing is queued"
-    they = "it" if batches == 1 else "they"
-    return f"server is offline; {counted(batches, 'batch')} queued, {they} will be trained when it returns"
+    they = "it" if number == 1 else "they"
+    return f"server is offline; {counted(number, noun)} queued, {they} will be {fate} when it returns"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 
@@ -9,6 +10,7 @@ import torch
 
 from shared.config import RunConfig
 from shared.protocols.plan import Step
+from shared.protocols.round import Work
 from shared.seeds import seed_for
 from shared.tasks import standardise
 from site_worker.data.augment import augment
@@ -56,6 +58,13 @@ class RoundFeed:
     def targets(self, part: Dataset) -> torch.Tensor:
         """Targets of a part, standardised for regression."""
         return standardise(self.config.task, self.config.data, part.targets)
+
+    def rate(self, k: int) -> float:
+        """Factor of the learning rate in batch k."""
+        if self.config.round.decay == "none":
+            return 1.0
+        planned = self.config.round.rounds * Work.of(self.config, len(self.train)).batches
+        return 0.5 * (1 + math.cos(math.pi * k / planned))
 
     def seed(self, purpose: str, k: int) -> int:
         """Seed of what is random in batch k."""

@@ -1,6 +1,7 @@
 """The examples: their files agree with each other, and the demo plays one for real."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,17 +11,18 @@ from benchmarks.simulate import simulate
 from console.baselines import centralized
 from console.demo import EXAMPLES, run_demo, tell_difference
 from console.words import screen
-from shared.weights import weights_sha256
 from server_worker.worker import ServerWorker
 from shared.config import PolicyConfig, RunConfig
 from shared.config_file import load
 from shared.errors import ConfigError, DataError
-from shared.models.cutting import output_shapes
-from shared.protocols import PROTOCOLS
-from shared.protocols.assembly import assemble
+from shared.protocols import PROTOCOLS, ROUNDS
+from shared.protocols.assembly import assemble_any
+from shared.weights import weights_sha256
 from site_worker.worker import SiteWorker
+from tests.services import RabbitNode, RedisServer
 
-NAMES = ["cholesterol", "heart", "lung_ct", "radiograph"]
+IN_ROUNDS = ["data_vectors", "dp_segmentation", "fedavg_transfer"]
+NAMES = sorted(["cholesterol", "heart", "lung_ct", "radiograph", *IN_ROUNDS])
 
 
 def test_every_example_is_tested() -> None:
@@ -31,7 +33,7 @@ def test_every_example_is_tested() -> None:
 def test_its_files_agree(name: str) -> None:
     folder = EXAMPLES / name
     config = load(folder / "run.toml", RunConfig)
-    files = {path.stem for path in folder.glob("*.toml")} - {"run", "server", "policy"}
+    files = {path.stem for path in folder.glob("*.toml")} - {"run", "server", "policy", "pretrain"}
     assert files == set(config.run.sites)
     server = ServerWorker(folder / "server.toml")
     workers = [SiteWorker(folder / f"{site}.toml") for site in config.run.sites]  # also asks the policy
@@ -43,21 +45,23 @@ def test_its_files_agree(name: str) -> None:
     assert (folder / "README.md").is_file()
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("name", NAMES)
-def test_its_model_fits_its_task_in_every_system(name: str, protocol: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "protocol"),
+    [(name, protocol) for name in NAMES for protocol in (ROUNDS if name in IN_ROUNDS else PROTOCOLS)],
+)
+def test_its_model_fits_its_task_in_every_system_of_its_shape(name: str, protocol: str) -> None:
     config = load(EXAMPLES / name / "run.toml", RunConfig)
     config = replace(config, run=replace(config.run, protocol=protocol))
-    shapes = output_shapes(assemble(config).halves, config.data.input_shape)
-    assert shapes.output == (config.task.outputs,)
+    assembly = assemble_any(config, EXAMPLES / name)  # an output that does not fit is refused
+    assert sum(weights.numel() for part in assembly.parts.values() for weights in part.parameters()) > 100
 
 
-@pytest.mark.parametrize("name", ["heart", "lung_ct", "radiograph"])
+@pytest.mark.parametrize("name", ["heart", "lung_ct", "radiograph", *IN_ROUNDS])
 def test_without_the_data_it_says_where_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NIGHTSPLIT_DATA", raising=False)
     sites = load(EXAMPLES / name / "run.toml", RunConfig).run.sites
     for site in sites:
-        with pytest.raises(DataError, match=r"E408 .*download .* https://.*set NIGHTSPLIT_DATA"):
+        with pytest.raises(DataError, match=r"E408 .*download .* https?://.*set NIGHTSPLIT_DATA"):
             SiteWorker(EXAMPLES / name / f"{site}.toml").load_parts()
 
 
@@ -87,19 +91,89 @@ def test_the_demo_plays_nights_and_days_to_the_result_of_one_undisturbed_night(
         assert shown["split_all_mae"] < 0.8 * shown[f"{site}_alone_all_mae"]
 
 
+AVERAGED = """
+[run]
+id = "lipids"
+protocol = "fedavg_dp_seg"
+sites = ["north", "south", "east"]
+order = "strict"
+[round]
+rounds = 3
+[privacy]
+epsilon = 100.0
+delta = 1e-3
+clip = 1.0
+[model]
+factory = "shared.models.networks:mlp"
+settings = { inputs = 3, hidden = [16], outputs = 1 }
+[task]
+kind = "regression"
+[data]
+features = ["tc", "hdl", "ltg"]
+scaling = "run"
+mean = [189.0, 49.8, 4.64]
+spread = [34.6, 12.9, 0.52]
+target_mean = 115.0
+target_spread = 30.0
+"""
+
+
+@pytest.fixture
+def averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An example of averaging with noise, with the data of the cholesterol example."""
+    example = tmp_path / "averaged"
+    shutil.copytree(EXAMPLES / "cholesterol", example)
+    (example / "run.toml").write_text(AVERAGED)
+    (example / "policy.toml").write_text("model_weights = true\n")
+    for site in load(example / "run.toml", RunConfig).run.sites:
+        file = example / f"{site}.toml"
+        file.write_text(file.read_text().replace("[site]\n", f'[site]\nledger = "{site}.db"\n'))
+    monkeypatch.chdir(tmp_path)
+    return example
+
+
+@pytest.mark.timeout(200)
+def test_the_demo_plays_rounds_and_draws_the_same_noise_after_kills(
+    averaged: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_demo(averaged, json=True) == 0
+    shown = json.loads(capfd.readouterr().out)
+    assert (shown["kills"], shown["sha256_equal"]) == (2, True)
+    assert {"federated_noise_all_mae", "centralized_all_mae", "east_alone_north_mae"} <= shown.keys()
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.redis
+@pytest.mark.timeout(200)
+def test_the_demo_plays_at_a_broker_and_a_store_of_the_user(
+    averaged: Path, rabbitmq: RabbitNode, redis_server: RedisServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As often as one likes: every play is a run of its own."""
+    ids = set()
+    for _ in range(2):
+        assert run_demo(averaged, json=True, at=(rabbitmq.vhost(), redis_server.url)) == 0
+        shown = json.loads(capfd.readouterr().out)
+        assert shown["sha256_killed"] is None
+        ids.add(shown["run"])
+    assert len(ids) == 2
+
+
 def test_the_demo_says_so_when_the_two_plays_end_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
     before = {"server": "ab" * 32, "north": "cd" * 32, "south": "ef" * 32}
-    assert tell_difference(before, dict(before), 2, screen()) is True
+    assert tell_difference(before, dict(before), 2, screen(), "the server's half of the model") is True
     assert capsys.readouterr().out.splitlines()[1:] == [
         "sha256 of the server's half of the model",
         f"  nights and days   {'ab' * 32}",
         f"  2 kills           {'ab' * 32}",
         "  equal to the bit, and so are the parts of north, south",
     ]
-    assert tell_difference(before, {**before, "south": "00" * 32}, 2, screen()) is False
+    assert tell_difference(before, {**before, "south": "00" * 32}, 2, screen(), "the model") is False
     assert "NOT EQUAL: the parts of south differ. " in capsys.readouterr().out
 
 
 def test_an_unknown_example_is_told_with_those_that_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"E110 .*cholesterol, heart, lung_ct, radiograph"):
+    with pytest.raises(
+        ConfigError,
+        match=r"E110 .*cholesterol, data_vectors, dp_segmentation, fedavg_transfer, heart, lung_ct, radiograph",
+    ):
         run_demo(Path("examples/liver"), json=False)

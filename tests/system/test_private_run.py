@@ -1,0 +1,62 @@
+"""Real workers train with differential privacy; each hospital keeps its account, and its policy has the last word."""
+
+import json
+
+import pytest
+
+from tests.study import change
+from tests.workers import SHARES, Hospital
+
+ROUNDS = 3
+RUN = "[privacy]\nepsilon = 6.0\ndelta = 0.001\nclip = 1.0\n"
+
+
+def private(folder, **run):
+    hospital = Hospital(folder, protocol="fedavg_dp_seg", epochs=ROUNDS)
+    file = folder / "run.toml"
+    file.write_text(file.read_text() + RUN)
+    for key, value in run.items():
+        change(file, "[run]", f"[run]\n{key} = {value}")
+    for site in SHARES:
+        change(folder / f"{site}.toml", "[data]", f'ledger = "{site}.db"\npolicy = "{site}_policy.toml"\n[data]')
+        (folder / f"{site}_policy.toml").write_text("model_weights = true\nmax_epsilon = 7.0\n")
+    return hospital
+
+
+def account(hospital, site):
+    return json.loads(hospital.call("privacy", f"{site}.toml", "--json").stdout)
+
+
+@pytest.mark.timeout(300)
+def test_a_night_with_noise_is_in_every_ledger(tmp_path):
+    hospital = private(tmp_path / "run")
+    models = hospital.in_peace()
+    assert {name.split("/")[-1] for name in models} == {"model.safetensors"}
+    for site in SHARES:
+        told = account(hospital, site)
+        (run,) = told["runs"]
+        assert run["run"] == "lipids"
+        assert 5.5 < run["epsilon"] <= 6.0 < run["epsilon_rdp"]
+    report = json.loads((hospital.folder / "report/report.json").read_text())
+    assert report["best"]["overall"]["test"]["samples"] > 0
+
+
+@pytest.mark.timeout(300)
+def test_a_hospital_whose_budget_is_spent_stays_away_and_the_others_go_on(tmp_path):
+    hospital = private(tmp_path / "run", quorum=2, absence_hours=0.002)
+    (hospital.folder / "south_policy.toml").write_text("model_weights = true\nmax_epsilon = 2.0\n")
+    try:
+        assert hospital.call("open", "server.toml").returncode == 0
+        refused = hospital.call("site", "south.toml")
+        assert refused.returncode == 1
+        assert refused.stderr.startswith("E611"), refused.stderr
+        assert account(hospital, "south")["runs"] == []
+        for worker in ("server", "north", "east"):
+            hospital.start(worker)
+        hospital.wait_for_end(200)
+    finally:
+        hospital.close()
+    report = json.loads((hospital.folder / "report/report.json").read_text())
+    assert report["sites"]["south"]["left_out_at"] is not None
+    assert report["sites"]["south"]["batches"] == 0
+    assert report["best"] is not None
