@@ -2,6 +2,7 @@
 # TORCH_INDEX names one more wheel index for torch alone, as in the Makefile. Without it pip takes the
 # default wheel, which on Linux brings CUDA (GB more); an index of CPU wheels makes the small image, and an
 # index for another version of CUDA the image for that.
+# EXTRAS names extras of pyproject.toml that a site needs, e.g. medical,privacy. A server needs none.
 FROM python:3.11-slim AS dependencies
 ARG TORCH_INDEX=
 RUN python -m venv /opt/nightsplit
@@ -10,8 +11,9 @@ WORKDIR /source
 COPY constraints.txt ./
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url $TORCH_INDEX} -c constraints.txt torch==2.13.0
 # Without its packages the project installs its dependencies alone: a layer that a new source keeps.
+ARG EXTRAS=
 COPY pyproject.toml README.md ./
-RUN pip install --no-cache-dir -c constraints.txt setuptools . \
+RUN pip install --no-cache-dir -c constraints.txt setuptools ".${EXTRAS:+[$EXTRAS]}" \
  && pip uninstall --yes --quiet nightsplit
 # A quarter of it is for those who build torch, debug it, test these packages, or view a tensorboard.
 RUN apt-get update \

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from msgspec.structs import replace
 
@@ -28,19 +27,19 @@ from shared.config_file import load
 from shared.protocols.assembly import assemble_rounds
 from site_worker.data.dataset import Parts
 from site_worker.data.scaling import scale
-from site_worker.data.source import locate, read_parts
+from site_worker.data.source import read_parts
 from site_worker.trainer import Trainer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SITES = ["north", "south", "east"]
 CASES = {"lung_ct": "fedavg_transfer", "radiograph": "radiograph"}
 """The example that each case's data and model are of."""
-LABELS = {0.1: 5, 0.25: 3, 1.0: 1}
-"""Shares of each site's training patients, and passes over them in a round: about as many steps with each share."""
-PASSES = 15
-"""Over each site's training patients, however they are divided into rounds."""
-PASSES_IN_ROUNDS = 20
-"""Likewise, where 1, 5 and 10 of them are a round."""
+LABELS = {0.1: 2, 0.25: 2, 1.0: 1}
+"""Shares of each site's training patients, and passes over them in a round; fewer patients want more steps each."""
+SMALL_BATCH = 16
+"""Samples per step where a site has a part of its labels."""
+PASSES = 20
+"""Over each site's training patients, however they are divided into rounds; twice as many over a part of them."""
 LOCAL_EPOCHS = (1, 5, 10)
 RULES: Mapping[str, dict[str, object]] = {
     "mean": {},
@@ -52,9 +51,9 @@ RULES: Mapping[str, dict[str, object]] = {
 """Keys of [round]. Of three updates, a trim of 0.34 leaves out the largest and the smallest."""
 VECTOR_LABELS = {"lung_ct": 1.0, "radiograph": 0.15}
 """With all of the chest X-rays a hospital alone would leave nothing to gain; so many are about as many as the CTs."""
-SCRATCH, MEDNIST, XRAY, BOTH, ROTATIONS = "scratch", "MedNIST", "chest X-ray", "both", "self-supervised"
-SOURCES = (SCRATCH, MEDNIST, XRAY, BOTH, ROTATIONS)
-"""What first weights learned from. Self-supervised: by which of four angles a CT slice of MedNIST was turned."""
+SCRATCH, MEDNIST, XRAY, BOTH = "scratch", "MedNIST", "chest X-ray", "both"
+SOURCES = (SCRATCH, MEDNIST, XRAY, BOTH)
+"""What first weights learned from."""
 BACKBONE = ["block1", "block2", "block3", "block4"]
 
 
@@ -94,7 +93,7 @@ FROZEN = [Job(source=source, frozen=True) for source in SOURCES if source != SCR
 POOLED = [Job(system="centralized", source=source) for source in (SCRATCH, MEDNIST)]
 ALONE = [Job(system=f"{site} alone") for site in SITES]
 DIVIDED = {division: Job(division=division) for division in DIVISIONS}
-MEETING = {epochs: Job(local_epochs=epochs, passes=PASSES_IN_ROUNDS) for epochs in LOCAL_EPOCHS}
+MEETING = {epochs: Job(local_epochs=epochs) for epochs in LOCAL_EPOCHS}
 RULED = {rule: Job(rule=rule) for rule in RULES}
 VECTORS = {case: Job(system="data_vectors", case=case, source=MEDNIST, labels=n) for case, n in VECTOR_LABELS.items()}
 
@@ -141,18 +140,8 @@ images = "train_images"
 label = "train_labels"
 classes = ["0", "1"]
 """,
-    ROTATIONS: """
-[[source]]
-name = "MedNIST, chest and abdomen CT, turned by quarters"
-licence = "CC BY-SA 4.0"
-source = "arrays"
-path = "rotations.npz"
-patient = "image"
-classes = ["0", "1", "2", "3"]
-""",
 }
-_OUTPUTS = {MEDNIST: 6, XRAY: 2, BOTH: 8, ROTATIONS: 4}
-_CT = ("AbdomenCT", "ChestCT")
+_OUTPUTS = {MEDNIST: 6, XRAY: 2, BOTH: 8}
 
 
 def model_of(source: str, config: RunConfig, folder: Path, quick: bool) -> Artifact:
@@ -169,24 +158,9 @@ def model_of(source: str, config: RunConfig, folder: Path, quick: bool) -> Artif
     output = folder / "model.safetensors"
     if not output.exists():
         folder.mkdir(exist_ok=True)
-        if source == ROTATIONS:
-            _write_rotations(folder)
         (folder / "pretrain.toml").write_text(recipe, encoding="utf-8")
         pretrain(folder / "pretrain.toml")
     return read_artifact(output)
-
-
-def _write_rotations(folder: Path) -> None:
-    """Unlabelled slices, each turned by 0, 90, 180 and 270 degrees, labelled by the turn."""
-    with np.load(locate("$NIGHTSPLIT_DATA/mednist64/mednist64.npz", folder)) as file:
-        labels, classes = file["labels"], file["classes"].tolist()
-        images = file["images"][np.isin(labels, [classes.index(name) for name in _CT])]
-    np.savez(
-        folder / "rotations.npz",
-        images=np.concatenate([np.rot90(images, turn, axes=(1, 2)) for turn in range(4)]),
-        label=np.repeat(np.arange(4), len(images)),
-        image=np.tile(np.arange(len(images)), 4),
-    )
 
 
 # ── stage 2 ─────────────────────────────────────────────────────────────────────────────────────
@@ -211,9 +185,15 @@ class Study:
         if "reports" in rule:  # as many updates as with three in a round
             rounds["rounds"] = round(job.passes * len(SITES) / int(str(rule["reports"])))
         run = replace(
-            config.run, id="study", protocol="fedavg_transfer", sites=SITES, seed=job.seed, evaluate_every=job.passes,
+            config.run,
+            id="study",
+            protocol="fedavg_transfer",
+            sites=SITES,
+            seed=job.seed,
             order="fair" if "close" in rule else "strict",
-        )  # fmt: skip
+            batch_size=config.run.batch_size if job.labels == 1 else SMALL_BATCH,
+            evaluate_every=job.passes,
+        )
         if job.system == "data_vectors":
             run = replace(run, protocol="data_vectors")
             rounds |= {"rounds": 1, "local_epochs": job.passes}

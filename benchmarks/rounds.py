@@ -26,6 +26,7 @@ from benchmarks.common import MiB, Place, Worker, fresh_name, queues_of, rabbitm
 from benchmarks.figures import Figure, Results, arguments
 from broker.base import Broker, Delivery, Event, Link, Queue
 from broker.topology import SiteQueues, site_queues
+from broker.wrapped import WrappedLink
 from server_worker.aggregation import WeightedMean
 from server_worker.protocols import make_server
 from shared.authority import Alone
@@ -90,16 +91,16 @@ def config_of(run: str, rounds: int) -> RunConfig:
     )
 
 
-class Timed(Link):
+class Timed(WrappedLink):
     """Notes when updates came and models left, on its way through."""
 
     def __init__(self, link: Link) -> None:
-        self._link = link
+        super().__init__(link)
         self.came, self.left = 0.0, 0.0
 
     def receive(self, timeout: float) -> Event | None:
         """See `Link`."""
-        event = self._link.receive(timeout)
+        event = super().receive(timeout)
         if isinstance(event, Delivery):
             self.came = time.perf_counter()
         return event
@@ -108,30 +109,8 @@ class Timed(Link):
         self, queue: Queue, message_id: str, body: list[bytes | memoryview], headers: Mapping[str, str] = {}
     ) -> None:
         """See `Link`."""
-        self._link.publish(queue, message_id, body, headers)
+        super().publish(queue, message_id, body, headers)
         self.left = time.perf_counter()
-
-    def acknowledge(self, delivery: Delivery) -> None:
-        """See `Link`."""
-        self._link.acknowledge(delivery)
-
-    @property
-    def unconfirmed(self) -> frozenset[str]:
-        """See `Link`."""
-        return self._link.unconfirmed
-
-    @property
-    def prefetch(self) -> int:
-        """See `Link`."""
-        return self._link.prefetch
-
-    def raise_prefetch(self, prefetch: int) -> None:
-        """See `Link`."""
-        self._link.raise_prefetch(prefetch)
-
-    def close(self) -> None:
-        """See `Link`."""
-        self._link.close()
 
 
 def _queues(run: str) -> dict[str, SiteQueues]:

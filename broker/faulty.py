@@ -29,6 +29,7 @@ from functools import partial
 from heapq import heappop, heappush
 
 from broker.base import Broker, Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
+from broker.wrapped import WrappedLink
 
 MOST_COPIES = 3
 """Of a message that is duplicated, at one publishing."""
@@ -112,7 +113,7 @@ class _Sent:
     open_copies: int = 0
 
 
-class FaultyLink(Link):
+class FaultyLink(WrappedLink):
     """A link over one connection after another.
 
     Args:
@@ -135,7 +136,7 @@ class FaultyLink(Link):
         self._faults = faults
         self._dice = dice
         self._counts = counts
-        self._link = connect(prefetch)
+        super().__init__(connect(prefetch))
         self._incarnation = 0
         """Number of the connection; part of every tag."""
         self._outbox: list[_Sent] = []
@@ -187,19 +188,6 @@ class FaultyLink(Link):
     def unconfirmed(self) -> frozenset[str]:
         """See `Link`."""
         return frozenset(sent.message_id for sent in self._outbox)
-
-    @property
-    def prefetch(self) -> int:
-        """See `Link`. What has arrived and was not handed out counts."""
-        return self._link.prefetch
-
-    def raise_prefetch(self, prefetch: int) -> None:
-        """See `Link`."""
-        self._link.raise_prefetch(prefetch)
-
-    def close(self) -> None:
-        """See `Link`."""
-        self._link.close()
 
     def _strikes(self, probability: float) -> bool:
         return self._dice.random() < probability

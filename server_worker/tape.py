@@ -18,13 +18,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from struct import Struct
 from typing import BinaryIO
 
-from broker.base import Delivery, Event, Link, Queue
+from broker.base import Delivery, Event, Link
+from broker.wrapped import WrappedLink
 from shared.checkpoint import force_to_disk
 from shared.config import RunConfig
 from shared.errors import StateError
@@ -117,7 +118,7 @@ class Tape:
             ) from None
 
 
-class TapedLink(Link):
+class TapedLink(WrappedLink):
     """A link whose deliveries are on the tape before the broker may forget them.
 
     `receive`, `acknowledge` and `close` raise StateError 501 when the tape's disk is full.
@@ -128,7 +129,7 @@ class TapedLink(Link):
     """
 
     def __init__(self, link: Link, tape: Tape) -> None:
-        self._link = link
+        super().__init__(link)
         self._tape = tape
 
     def receive(self, timeout: float) -> Event | None:
@@ -143,30 +144,10 @@ class TapedLink(Link):
         self._tape.sync()
         self._link.acknowledge(delivery)
 
-    def publish(
-        self, queue: Queue, message_id: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str] = {}
-    ) -> None:
-        """See `Link`."""
-        self._link.publish(queue, message_id, body, headers)
-
-    @property
-    def unconfirmed(self) -> frozenset[str]:
-        """See `Link`."""
-        return self._link.unconfirmed
-
-    @property
-    def prefetch(self) -> int:
-        """See `Link`."""
-        return self._link.prefetch
-
-    def raise_prefetch(self, prefetch: int) -> None:
-        """See `Link`."""
-        self._link.raise_prefetch(prefetch)
-
     def close(self) -> None:
         """See `Link`."""
         try:
-            self._link.close()
+            super().close()
         finally:
             self._tape.close()
 
