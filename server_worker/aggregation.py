@@ -91,6 +91,11 @@ class Held(Aggregation):
         held = self._held.get(number)
         return self.combine(torch.stack([held[name] for name in sorted(held)])) if held else None
 
+    def drop(self, name: str) -> None:
+        """Forget an update."""
+        for held in self._held.values():
+            held.pop(name, None)
+
     def of(self, name: str) -> dict[int, torch.Tensor]:
         """The slices of one update that came, by number."""
         return {number: held[name] for number, held in sorted(self._held.items()) if name in held}

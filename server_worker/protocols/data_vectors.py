@@ -56,6 +56,12 @@ class DataVectorsServer(RoundServer):
     def clear(self) -> None:
         """See `RoundServer`: vectors stay, to be published with the report."""
 
+    def excuse(self, sender: str) -> list[Effect]:
+        """See `Role`: a whole vector stays, a part of one does not."""
+        if sender not in self.vectors:
+            self.aggregation.drop(sender)
+        return super().excuse(sender)
+
     def combined(self) -> torch.Tensor:
         """See `RoundServer`: at scale 1, from which every other follows."""
         for number in range(1, self.layout.slices + 1):

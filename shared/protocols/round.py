@@ -30,6 +30,9 @@ from shared.protocols.agreement import AGREEMENT, VERDICT
 HEADER_BYTES = 32 * 2**10
 """Of a message, left for its header; figures of held-out patients are in it."""
 
+LARGEST = 1e20
+"""Of a weight, or of what changed in one."""
+
 _SLICE = {"values": TensorSpec(torch.float32, ("slice",))}
 
 CONTRACT: Mapping[Kind, Payload] = {
@@ -100,7 +103,7 @@ def check_slice(message: Message, layout: Layout, number: int) -> torch.Tensor:
     """The values of slice `number`, as many as the layout says.
 
     Raises:
-        Refused: 306 they are not.
+        Refused: 306 they are not; 307 one is so large that sums of such would not be finite.
     """
     values = message.tensors["values"]
     expected = layout.slice(number)
@@ -110,5 +113,9 @@ def check_slice(message: Message, layout: Layout, number: int) -> torch.Tensor:
             f"{message.header.message_id} has {len(values)} values, slice {number} has "
             f"{expected.stop - expected.start}.",
             "run the same version of nightsplit, and the same model, at both sides.",
+        )
+    if values.abs().max() > LARGEST:
+        raise Refused(
+            307, f"{message.header.message_id} has values beyond {LARGEST:g}.", "look at that site's training."
         )
     return values

@@ -230,6 +230,38 @@ def test_a_hostile_site_does_not_decide(combine, tmp_path):
     assert size_with(combine) < 100
 
 
+def test_values_that_no_sum_could_hold_are_refused(tmp_path):
+    night = begun(tiny_rounds(rounds=2), tmp_path)
+    while night.roles["east"]._made < 1:
+        rest(night, [SERVER, *SITES], turns=1)
+    night.roles["east"]._updates[1] = torch.full_like(night.roles["east"]._updates[1], 3e38)
+    rest(night, [SERVER, *SITES], turns=3000)
+    assert all(engine.finished for engine in night.engines.values())
+    assert night.roles[SERVER].refusals["east"] == night.roles[SERVER].layout.slices
+    assert night.roles[SERVER].vector.isfinite().all()
+
+
+def test_part_of_a_vector_does_not_count(tmp_path):
+    """A site that left between two slices of its vector."""
+    config = tiny_rounds(protocol="data_vectors", quorum=2)
+    night = Night(config, tmp_path)
+    gone = []
+    night.absent = lambda: "east" if gone and "east" not in night.roles[SERVER].left_out else None
+    for name in (SERVER, *SITES):
+        night.start(name).start()
+    while night.roles["east"].next_seq < 2:
+        rest(night, [SERVER, *SITES], turns=1)
+    night.kill("east")
+    rest(night, [SERVER, "north", "south"], turns=500)
+    assert night.roles[SERVER].applied["east"] == 1
+    gone.append(True)
+    rest(night, [SERVER, "north", "south"], turns=2000)
+    server = night.roles[SERVER]
+    assert night.engines[SERVER].finished
+    assert set(server.vectors) == {"north", "south"}
+    torch.testing.assert_close(server.vector, server.published + sum(server.vectors.values()))
+
+
 def test_a_slice_that_cannot_be_read_is_left_out_and_the_others_count(tmp_path):
     config = tiny_rounds(rounds=1)
     night = begun(config, tmp_path)
