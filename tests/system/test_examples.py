@@ -132,7 +132,7 @@ def averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return example
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_the_demo_plays_rounds_and_draws_the_same_noise_after_kills(
     averaged: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,14 +144,15 @@ def test_the_demo_plays_rounds_and_draws_the_same_noise_after_kills(
 
 @pytest.mark.rabbitmq
 @pytest.mark.redis
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_the_demo_plays_at_a_broker_and_a_store_of_the_user(
     averaged: Path, rabbitmq: RabbitNode, redis_server: RedisServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """As often as one likes: every play is a run of its own."""
+    at = (rabbitmq.vhost(), redis_server.url)
     ids = set()
     for _ in range(2):
-        assert run_demo(averaged, json=True, at=(rabbitmq.vhost(), redis_server.url)) == 0
+        assert run_demo(averaged, json=True, at=at) == 0
         shown = json.loads(capfd.readouterr().out)
         assert shown["sha256_killed"] is None
         ids.add(shown["run"])

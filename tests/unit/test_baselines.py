@@ -10,7 +10,7 @@ from benchmarks.simulate import simulate
 from console.baselines import Judgement, alone, centralized, judge
 from shared.config import RunConfig
 from site_worker.data.dataset import Parts
-from tests.protocols.night import tiny_config, tiny_parts
+from tests.protocols.night import tiny_config, tiny_parts, tiny_rounds
 
 SITES = ("north", "south")
 
@@ -30,6 +30,15 @@ def test_a_synchronous_run_of_one_site_is_the_uncut_model(protocol: str) -> None
     cut, uncut = simulate(one, own).judgement(), alone(one, "north", own)
     assert cut.pooled == pytest.approx(uncut.pooled, abs=1e-5)
     assert cut.sites["north"] == cut.pooled
+
+
+@pytest.mark.parametrize("settings", [{"decay": "cosine"}, {"patience": 1, "rounds": 6}, {"local_batches": 2}])
+def test_rounds_of_one_site_are_training_it_alone(settings: dict[str, object]) -> None:
+    one = tiny_rounds(("north",), protocol="fedavg_transfer", **settings)
+    own = {"north": tiny_parts("north")}
+    federated, by_itself = simulate(one, own).judgement(), alone(one, "north", own)
+    # Weights that travel as differences, and variances as second moments, are rounded on the way.
+    assert federated.pooled == pytest.approx(by_itself.pooled, abs=1e-3)
 
 
 def test_pooled_data_teach_more_than_chance_and_every_site_is_judged() -> None:
