@@ -1,6 +1,6 @@
 """How good federated transfer and added data vectors are, beside pooled data and each hospital alone.
 
-    python -m benchmarks.federated              all tables (about 40 minutes on one core)
+    python -m benchmarks.federated              all tables (about half an hour on one core)
     python -m benchmarks.federated --write      and put them into docs/results.md
 
 What has been trained is kept in the folder of `--keep`, by the contract of its run, so that an interrupted study
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def transfer_section(done: Done) -> list[str]:
     """Sources and labels, and what was aimed at."""
     lines = [
-        "## fedavg_transfer: sources and labels",
+        "### fedavg_transfer: sources and labels",
         "",
         f"Lung CT, three sites of equal size, {counted(len(done.seeds), 'seed')}. {PASSES} rounds of one epoch; with a",
         f"part of the labels two epochs, in batches of {SMALL_BATCH}. AUC on the test patients of all sites as one",
@@ -164,7 +164,7 @@ def transfer_section(done: Done) -> list[str]:
 def division_section(done: Done) -> list[str]:
     """How patients are divided among sites."""
     lines = [
-        "## fedavg_transfer: how patients are divided",
+        "### fedavg_transfer: how patients are divided",
         "",
         f"Lung CT, all labels, from scratch, {counted(len(done.seeds), 'seed')}; the same test patients in every row.",
         "",
@@ -180,7 +180,7 @@ def division_section(done: Done) -> list[str]:
 def epoch_section(done: Done) -> list[str]:
     """How often sites meet."""
     lines = [
-        "## fedavg_transfer: local epochs",
+        "### fedavg_transfer: local epochs",
         "",
         f"As above, IID, {PASSES} passes over the training patients in each row.",
         "",
@@ -195,7 +195,7 @@ def epoch_section(done: Done) -> list[str]:
 def rule_section(done: Done) -> list[str]:
     """How models become one."""
     lines = [
-        "## fedavg_transfer: combining and closing",
+        "### fedavg_transfer: combining and closing",
         "",
         "As above, IID, 25% of the labels. The last two in fair order, with as many updates in all as the others; no",
         "site is slow.",
@@ -212,7 +212,7 @@ def rule_section(done: Done) -> list[str]:
 def vector_section(done: Done) -> list[str]:
     """data_vectors, on two data sets."""
     lines = [
-        "## data_vectors",
+        "### data_vectors",
         "",
         f"Three hospitals of equal size, {PASSES} epochs each, all from one model that knows {MEDNIST},",
         f"{counted(len(done.seeds), 'seed')}. The scale is the one that validation patients chose.",

@@ -31,13 +31,15 @@ def draw(
 
     images, truth = _chosen(parts)
     masks = {"truth": truth, **{name: _predicted(*model, images) for name, model in models.items()}}
-    figure, places = pyplot.subplots(1, len(images), figsize=(1.6 * len(images), 1.9))
+    rows, columns = (images.amax(0) > 0).nonzero().T  # without the padding
+    figure, places = pyplot.subplots(1, len(images), figsize=(1.5 * len(images), 2.0))
     for number, place in enumerate(places):
         place.imshow(images[number].numpy(), cmap="gray", vmin=0, vmax=1)
         for (name, mask), colour in zip(masks.items(), COLOURS, strict=False):
             if mask[number].max() > 0.5:
                 place.contour(mask[number].numpy(), levels=[0.5], colors=colour, linewidths=1.0)
             place.plot([], [], color=colour, label=name)
+        place.set(xlim=(columns.min(), columns.max()), ylim=(rows.max(), rows.min()))
         place.axis("off")
     handles, labels = places[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=8, facecolor="grey")

@@ -79,7 +79,8 @@ def _markdown(config: RunConfig, report: Mapping[str, Any]) -> str:
     settings = f"{run.protocol}, {run.order} order, window {run.window}, {run.bottoms} bottoms"
     if run.protocol in ROUNDS:
         exports, what, steps = "model", "the model", "updates of sites"
-        settings = f"{run.protocol}, {run.order} order, {config.round.combine} of {config.round.close}"
+        how = "sum" if run.protocol == "data_vectors" else config.round.combine
+        settings = f"{run.protocol}, {run.order} order, {how} of {config.round.close}"
     lines = [
         f"# Run {report['run']}",
         "",

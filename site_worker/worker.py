@@ -154,6 +154,8 @@ class SiteWorker(ShiftWorker):
             self.recovered = engine.recover()
             self.state = "working"
             finished = engine.run(self.off_duty, idle_seconds)
+        if role.account is not None:
+            role.account.ledger.close()
         self.state = "finished" if finished else "away"
         if finished:
             self._save_model(role)
