@@ -31,7 +31,7 @@ def draw(
 
     images, truth = _chosen(parts)
     masks = {"truth": truth, **{name: _predicted(*model, images) for name, model in models.items()}}
-    rows, columns = (images.amax(0) > 0).nonzero().T  # without the padding
+    rows, columns = (images.amax(0) > 0).numpy().nonzero()  # without the padding
     figure, places = pyplot.subplots(1, len(images), figsize=(1.5 * len(images), 2.0))
     for number, place in enumerate(places):
         place.imshow(images[number].numpy(), cmap="gray", vmin=0, vmax=1)

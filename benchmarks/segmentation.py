@@ -1,6 +1,6 @@
 """What differential privacy costs in Dice: hippocampus MRI at three sites, without it and at epsilon 8, 3 and 1.
 
-    python -m benchmarks.segmentation [--row NAME] [--seeds N]     train; about 15 minutes of one core per seed
+    python -m benchmarks.segmentation [--row NAME] [--seeds N]     train; about 20 minutes of one core per seed
     python -m benchmarks.segmentation --write                      and put table and picture into docs/
     python -m benchmarks.segmentation --quick                      a few steps of each row: shows that it works
 
