@@ -35,7 +35,6 @@ def main() -> int:
     """Entry point: the exit code of the command line that this process was started with."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # they speak to developers of libraries
-    logging.getLogger().addHandler(logging.NullHandler())  # so that a library's basicConfig makes nobody print our log
     threading.excepthook = lambda thread: _crashed(thread.exc_value)
     return run(sys.argv[1:])
 

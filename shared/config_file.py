@@ -150,6 +150,12 @@ def _check_round(refuse: Callable[[str, str, str], None], config: RunConfig) -> 
         refuse("run.sites", "'base' is the name of the published model's file", "rename the site.")
     if run.protocol == "data_vectors" and (section.rounds > 1 or section.close == "buffered"):
         refuse("round.rounds", "vectors are reported once", 'set rounds = 1, and close = "all" or "quorum".')
+    if config.privacy is not None and config.data.scaling == "site":
+        refuse(
+            "data.scaling",
+            "mean and spread of a site's patients would shape every update without noise",
+            'use "run" with public figures, or "none".',
+        )
     if run.protocol == "fedavg_dp_seg" and config.privacy is None:
         refuse("privacy", f"{run.protocol} says how private it is", "give epsilon, delta and clip under [privacy].")
     if run.bottoms == "averaged":

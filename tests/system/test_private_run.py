@@ -8,6 +8,10 @@ from tests.study import change
 from tests.workers import SHARES, Hospital
 
 ROUNDS = 3
+SCALING = """scaling = "run"
+mean = [48.0, 1.5, 26.0, 190.0, 50.0, 4.6]
+spread = [13.0, 0.5, 4.5, 35.0, 13.0, 0.5]
+"""
 RUN = "[privacy]\nepsilon = 6.0\ndelta = 0.001\nclip = 1.0\n"
 
 
@@ -15,6 +19,7 @@ def private(folder, **run):
     hospital = Hospital(folder, protocol="fedavg_dp_seg", epochs=ROUNDS)
     file = folder / "run.toml"
     file.write_text(file.read_text() + RUN)
+    change(file, "target_mean", SCALING + "target_mean")
     for key, value in run.items():
         change(file, "[run]", f"[run]\n{key} = {value}")
     for site in SHARES:

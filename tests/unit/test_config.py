@@ -51,6 +51,36 @@ def test_keys_that_do_not_fit_together_are_refused_by_name(path, change, key):
     assert f": {key}: " in caught.value.sentence
 
 
+ROUNDS = ['run.protocol="fedavg_transfer"', 'data.scaling="none"']
+PRIVATE = ["privacy.epsilon=1.0", "privacy.delta=0.001", "privacy.clip=1.0"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        (["round.rounds=3"], "round"),
+        (PRIVATE, "privacy"),
+        (['model.initial="a"'], "model.initial"),
+        (['task.kind="segmentation"'], "task.kind"),
+        ([*ROUNDS, 'model.initial="a"'], "model.initial_sha256"),
+        ([*ROUNDS, 'round.close="quorum"'], "round.reports"),
+        ([*ROUNDS, "round.reports=2"], "round.reports"),
+        ([*ROUNDS, 'round.close="quorum"', "round.reports=9"], "round.reports"),
+        ([*ROUNDS, 'round.close="buffered"', "round.reports=2", 'run.order="strict"'], "run.order"),
+        ([*ROUNDS, 'run.bottoms="averaged"', "run.average_every=4"], "run.bottoms"),
+        ([*ROUNDS, *PRIVATE, 'data.scaling="site"'], "data.scaling"),
+        ([*ROUNDS, 'run.protocol="fedavg_dp_seg"'], "privacy"),
+        ([*ROUNDS, 'run.protocol="data_vectors"'], "round.rounds"),
+        ([*ROUNDS, 'run.protocol="data_vectors"', "round.rounds=1", 'run.sites=["base"]'], "run.sites"),
+    ],
+)
+def test_what_rounds_need_and_what_only_they_have(path, changes, key):
+    with pytest.raises(ConfigError) as caught:
+        load(path, RunConfig, changes)
+    assert caught.value.number == 103
+    assert f": {key}: " in caught.value.sentence
+
+
 def test_a_quorum_is_a_number_of_the_runs_sites(path):
     sites = len(load(path, RunConfig).run.sites)
     assert not load(path, RunConfig, [f"run.quorum={sites}"]).run.may_leave_out
