@@ -132,11 +132,11 @@ def _check_round(refuse: Callable[[str, str, str], None], config: RunConfig) -> 
         if section != RoundSection():
             refuse("round", f"{run.protocol} exchanges no weights", "remove [round], or choose another run.protocol.")
         if config.privacy is not None:
-            refuse("privacy", f"{run.protocol} trains without noise", f"choose one of {', '.join(sorted(ROUNDS))}.")
+            refuse("privacy", f"{run.protocol} trains without noise", f"choose one of {', '.join(ROUNDS)}.")
         if config.model.initial is not None:
             refuse("model.initial", f"{run.protocol} begins with fresh weights", "remove it.")
         if config.task.kind == "segmentation":
-            refuse("task.kind", f"{run.protocol} cannot segment", f"choose one of {', '.join(sorted(ROUNDS))}.")
+            refuse("task.kind", f"{run.protocol} cannot segment", f"choose one of {', '.join(ROUNDS)}.")
         return
     if (config.model.initial is None) is not (config.model.initial_sha256 is None):
         refuse("model.initial_sha256", "a published model and its hash belong together", "give both, or none.")

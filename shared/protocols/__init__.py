@@ -14,5 +14,5 @@ PROTOCOLS: dict[str, str] = {
     "data_vectors": "Tian et al., arXiv 2408.13038: each site trains alone, once; what changed is added up",
 }
 
-ROUNDS = frozenset({"fedavg_transfer", "fedavg_dp_seg", "data_vectors"})
+ROUNDS = ("fedavg_transfer", "fedavg_dp_seg", "data_vectors")
 """Systems whose participants exchange weights of the whole model; in the others a model is cut."""

@@ -177,11 +177,11 @@ class SiteRole(Role):
 
 
 def _difference(theirs: str, ours: str) -> str:
-    """Keys in which two canonical configurations differ."""
+    """Keys in which two canonical configurations differ; a section that a run does without is null there."""
 
     def lines(text: str) -> dict[str, None]:
         content = json.loads(text)
-        return dict.fromkeys(f"{s}.{k} = {v!r:.80}" for s, keys in content.items() for k, v in keys.items())
+        return dict.fromkeys(f"{s}.{k} = {v!r:.80}" for s, keys in content.items() for k, v in (keys or {}).items())
 
     try:
         server, here = lines(theirs), lines(ours)
