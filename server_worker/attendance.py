@@ -85,7 +85,9 @@ class Attendance:
             if spoke:
                 self.heard[site] = self._now().isoformat(timespec="seconds")
                 self._beats[site] = beat or self._beats[site]
-            self._silent[site] = 0.0 if spoke or site not in awaited else self._silent[site] + passed
+                self._silent[site] = 0.0
+            elif site in awaited:
+                self._silent[site] += passed
         self._applied = dict(applied)
 
     def absent(self, awaited: Collection[str], staying: Collection[str]) -> str | None:

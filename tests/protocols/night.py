@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -99,7 +100,8 @@ def tiny_rounds(sites: tuple[str, ...] = ("north", "south", "east"), **settings:
 
 def tiny_config(sites: tuple[str, ...] = ("north", "south", "east"), **run: object) -> RunConfig:
     if run.get("protocol") in ROUNDS:
-        return tiny_rounds(sites, **{name: run[name] for name in run if name in ("protocol", "order", "tape")})
+        kept = ("protocol", "order", "tape", "quorum", "absence_hours")
+        return tiny_rounds(sites, **{name: run[name] for name in kept if name in run})
     dropout = run.pop("dropout", 0.3)
     codec = run.pop("codec", "fp16")
     optimizer = run.pop("optimizer", "adam")
@@ -224,20 +226,22 @@ class Night:
                     engine.leave()
                     self.kill(name)
 
-    def fingerprint(self) -> str:
-        """sha256 of all final weights: every site's bottom (and head), the top, the best of each."""
+    def fingerprint(self, *left_out: str) -> str:
+        """sha256 of all final weights, but for those of sites that left: what is trained, and the best of it."""
         digest = hashlib.sha256()
         for name in [SERVER, *self.config.run.sites]:
-            role = self.roles[name]
-            if isinstance(role, ServerRole):
-                states = [role.weights(), role.best_weights]
-            elif isinstance(role, DataVectorsSite):
-                states = role.model().values()  # what it judged last is no result
-            elif isinstance(role, RoundSite):
-                states = [role.trainer.weights(), *role.model().values()]
-            else:
-                states = [role.bottom.module.state_dict(), role.final_bottom()]
-            for state in states:
+            for state in [] if name in left_out else _states(self.roles[name]):
                 for key in sorted(state):
                     digest.update(key.encode() + state[key].cpu().numpy().tobytes())
         return digest.hexdigest()
+
+
+def _states(role: SiteRole | ServerRole) -> list[Mapping[str, torch.Tensor]]:
+    """Weights that a worker ends with."""
+    if isinstance(role, ServerRole):
+        return [role.weights(), role.best_weights]
+    if isinstance(role, DataVectorsSite):
+        return list(role.model().values())  # what it judged last is no result
+    if isinstance(role, RoundSite):
+        return [role.trainer.weights(), *role.model().values()]
+    return [role.bottom.module.state_dict(), role.final_bottom()]

@@ -1,0 +1,51 @@
+"""What a server that was killed had noted of the time: its successor, a real process, goes on with it."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from shared.message import SERVER, Scalar
+from shared.stores import open_store
+from tests.workers import Hospital
+
+
+@pytest.mark.timeout(200)
+def test_silence_and_deadline_go_on(tmp_path: Path) -> None:
+    """One of three sites never comes, and the deadline of the first round is far away."""
+    hospital = Hospital(tmp_path / "lipids", protocol="fedavg_transfer", epochs=2, order="fair")
+    run = hospital.folder / "run.toml"
+    rule = 'close = "quorum"\nreports = 2\ndeadline_hours = 5.0'
+    run.write_text(
+        run.read_text()
+        .replace("[run]", "[run]\nquorum = 2\nabsence_hours = 1.0")
+        .replace("[round]", f"[round]\n{rule}")
+    )
+
+    def told(fence: int, silent: float) -> dict[str, Scalar | None]:
+        """What the server of this incarnation says, as soon as east has been silent for so long."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with closing(open_store("sqlite:run.db", "lipids", hospital.folder)) as store:
+                status = store.statuses([SERVER]).get(SERVER)
+            facts = status.facts if status is not None else {}
+            seconds = facts.get("silent_east")
+            if facts.get("fence") == fence and seconds is not None and float(seconds) >= silent:
+                return dict(facts)
+            time.sleep(0.2)
+        raise AssertionError(f"{facts}: {hospital.logs()}")
+
+    try:
+        hospital.start(SERVER)
+        first = told(1, silent=8.0)
+        hospital.kill(SERVER)
+        hospital.start(SERVER)
+        second = told(2, silent=0.0)
+        # A lease must run out first, in which nobody listened; then a look may be a second away.
+        assert float(str(second["silent_east"])) >= 8.0
+        assert (second["round"], second["round_opened"]) == (first["round"], first["round_opened"])
+    finally:
+        hospital.close()
