@@ -147,13 +147,11 @@ def serve(line: Connection, place: Place, run: str, rounds: int, folder: Path) -
 def _arithmetic(length: int) -> float:
     """Seconds of what combining itself costs behind the last update: its addition, the division, the new model."""
     model, update, mean = torch.zeros(length), torch.ones(length), WeightedMean()
-    mean.add(1, "", update, 1.0)
+    mean.add("", [update], 1.0)
     began = time.perf_counter()
-    mean.add(1, "", update, 1.0)
-    change = mean.result(1)
-    assert change is not None
+    mean.add("", [update], 1.0)
     model = model.clone()
-    model += change
+    model += next(mean.result())
     return time.perf_counter() - began
 
 
@@ -204,16 +202,15 @@ def combine(line: Connection, updates: int, weights: int) -> None:
     prepare_torch(1, "cpu")
     generator = torch.Generator().manual_seed(1)
     update = torch.randn(weights, generator=generator)
-    slices = [slice(n, min(n + SLICE, weights)) for n in range(0, weights, SLICE)]
+    slices = update.split(SLICE)
     before = resident_bytes()
     mean = WeightedMean()
     began = time.perf_counter()
     for number in range(updates):
-        for place, where in enumerate(slices):
-            mean.add(place, str(number), update[where], float(number + 1))
+        mean.add(str(number), slices, float(number + 1))
     seconds = time.perf_counter() - began
-    for place, _ in enumerate(slices):
-        mean.result(place)
+    for change in mean.result():
+        assert change.isfinite().all()
     memory = (resident_bytes() - before) / (4 * weights)
     # Each addition reads update and sum, and writes the sum; the first one only reads and writes.
     moved = 4 * weights * (3 * updates - 1)

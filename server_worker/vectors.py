@@ -19,8 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from server_worker.aggregation import Sum
-from server_worker.protocols.data_vectors import DataVectorsServer
+from server_worker.protocols.data_vectors import DataVectorsServer, added
 from shared.errors import ConfigError
 from shared.models.whole import Layout
 from shared.weights import weights_sha256
@@ -81,7 +80,6 @@ def merge(base: Vector, vectors: list[Vector], scale: float) -> dict[str, torch.
     Raises:
         ConfigError: 116 a vector belongs to another theta_pre, 117 to another network or other classes.
     """
-    total = Sum()
     for vector in vectors:
         if vector.shapes != base.shapes:
             differ = sorted(
@@ -99,10 +97,10 @@ def merge(base: Vector, vectors: list[Vector], scale: float) -> dict[str, torch.
                 f"of {base.path}.",
                 "ask that hospital to begin from the same published model.",
             )
-        total.add(1, vector.name, vector.values, 1.0)
-    added = total.result(1)
     layout = Layout(base.shapes, most=len(base.values), buffers=base.buffers)
-    return layout.weights(base.values if added is None else base.values + scale * added)
+    if not vectors:
+        return layout.weights(base.values)
+    return layout.weights(base.values + scale * added({vector.name: vector.values for vector in vectors}))
 
 
 def read_vector(path: Path) -> Vector:

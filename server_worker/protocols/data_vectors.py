@@ -10,10 +10,10 @@ that is best for the validation patients of all.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from server_worker.aggregation import Sum
 from server_worker.evaluation import SiteMetrics, parse_site_metrics
 from server_worker.protocols.round import RoundServer
 from shared.checkpoint import Snapshot, flatten, under
@@ -28,11 +28,10 @@ from shared.protocols.data_vectors import SCALES
 class DataVectorsServer(RoundServer):
     """Adds vectors. An epoch of the evaluation is one of `SCALES`, by its place there, from 1."""
 
-    aggregation: Sum
-
     def __init__(self, config: RunConfig, rounds: Rounds) -> None:
         super().__init__(config, rounds)
-        self.aggregation = Sum()
+        self.vectors: dict[str, torch.Tensor] = {}
+        """tau of each site that has reported, float32 (length,), to be published with the report."""
         self._sum = torch.zeros_like(self.vector)
         """Of the vectors that came in time."""
         self._statistics: dict[str, torch.Tensor] = {}
@@ -43,31 +42,14 @@ class DataVectorsServer(RoundServer):
         """The one that was chosen; None before that."""
         return SCALES[self.evaluation.best - 1] if self.evaluation.best else None
 
-    @property
-    def vectors(self) -> dict[str, torch.Tensor]:
-        """tau of each site that has reported all of it, float32 (length,)."""
-        taus = {site: list(self.aggregation.of(site).values()) for site in self.config.run.sites}
-        return {site: torch.cat(slices) for site, slices in taus.items() if len(slices) == self.layout.slices}
-
-    def add(self, number: int, site: str, values: torch.Tensor, staleness: int) -> None:
+    def add(self, site: str, update: Sequence[torch.Tensor], staleness: int) -> None:
         """See `RoundServer`: one vector per site, of which none is stale."""
-        self.aggregation.add(number, site, values, 1.0)
+        self.vectors[site] = torch.cat(list(update))
 
-    def clear(self) -> None:
-        """See `RoundServer`: vectors stay, to be published with the report."""
-
-    def excuse(self, sender: str) -> list[Effect]:
-        """See `Role`: a whole vector stays, a part of one does not."""
-        if sender not in self.vectors:
-            self.aggregation.drop(sender)
-        return super().excuse(sender)
-
-    def combined(self) -> torch.Tensor:
+    def combine(self) -> torch.Tensor:
         """See `RoundServer`: at scale 1, from which every other follows."""
-        for number in range(1, self.layout.slices + 1):
-            total = self.aggregation.result(number)
-            if total is not None:
-                self._sum[self.layout.slice(number)] = total
+        if self.vectors:
+            self._sum = added(self.vectors)
         return self.published + self._sum
 
     def judge_final(self, site: str, message: Message | None) -> list[Effect]:
@@ -100,15 +82,20 @@ class DataVectorsServer(RoundServer):
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         """See `Role`."""
         base = super().snapshot(first_unconfirmed)
-        return Snapshot(
-            {**base.tensors, "sum": self._sum.clone(), **dict(flatten("statistics", self._statistics))}, base.facts
-        )
+        own = {**dict(flatten("vectors", self.vectors)), **dict(flatten("statistics", self._statistics))}
+        return Snapshot({**base.tensors, "sum": self._sum, **own}, base.facts)
 
     def restore(self, snapshot: Snapshot) -> None:
         """See `Role`."""
         super().restore(snapshot)
-        self._sum = snapshot.tensors["sum"].clone()
+        self._sum = snapshot.tensors["sum"]
+        self.vectors = under("vectors", snapshot.tensors)
         self._statistics = under("statistics", snapshot.tensors)
+
+
+def added(vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The sum of vectors by name, at least one: to the bit the same, in whatever order they came."""
+    return torch.stack([vectors[name] for name in sorted(vectors)]).sum(0)
 
 
 def _figures(message: Message) -> list[SiteMetrics]:

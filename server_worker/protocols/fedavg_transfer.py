@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from server_worker.aggregation import make_aggregation
 from server_worker.protocols.round import RoundServer
+from shared.checkpoint import Snapshot, flatten, under
+from shared.config import RunConfig
+from shared.protocols.assembly import Rounds
 
 
 class FedavgTransferServer(RoundServer):
-    """The next model is the last one plus the combined update."""
+    """The next model is the last one plus the combined update.
 
-    def combined(self) -> torch.Tensor:
-        """See `RoundServer`; a slice that nobody reported stays as it was."""
+    An update counts 1 / sqrt(1 + staleness), as in FedBuff.
+    """
+
+    def __init__(self, config: RunConfig, rounds: Rounds) -> None:
+        super().__init__(config, rounds)
+        self._aggregation = make_aggregation(config.round)
+
+    def add(self, site: str, update: Sequence[torch.Tensor], staleness: int) -> None:
+        """See `RoundServer`; what comes behind the last round is too late for any."""
+        if self.is_last:
+            return
+        if staleness:
+            update = [values * (1 + staleness) ** -0.5 for values in update]
+        self._aggregation.add(f"{site}/{self.applied[site]}", update, float(self.sequences[site].train))
+
+    def combine(self) -> torch.Tensor:
+        """See `RoundServer`."""
         vector = self.vector.clone()
-        for number in range(1, self.layout.slices + 1):
-            change = self.aggregation.result(number)
-            if change is not None:
-                vector[self.layout.slice(number)] += change
+        for number, change in enumerate(self._aggregation.result(), 1):
+            vector[self.layout.slice(number)] += change
+        self._aggregation.clear()
         return vector
+
+    def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
+        """See `Role`."""
+        base = super().snapshot(first_unconfirmed)
+        return Snapshot({**base.tensors, **dict(flatten("aggregation", self._aggregation.state()))}, base.facts)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """See `Role`."""
+        super().restore(snapshot)
+        self._aggregation.restore(under("aggregation", snapshot.tensors))

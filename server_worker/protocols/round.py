@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
 
-from server_worker.aggregation import make_aggregation
 from server_worker.evaluation import SiteMetrics, parse_site_metrics
 from server_worker.protocols.base import Samples, ServerRole
 from shared.checkpoint import Snapshot, flatten, under
@@ -33,8 +32,9 @@ class RoundServer(ServerRole[RoundSequence]):
         close = "buffered"  when `reports` updates have come, of whomever; a site is answered at once
                             (FedBuff: Nguyen et al., AISTATS 2022)
 
-    An update counts 1 / sqrt(1 + staleness), as in FedBuff: staleness is how often the server has combined
-    since the model that the update began with, and 0 for everybody with "all".
+    An update counts whole or not at all: one of which a slice was refused does not, nor does one whose site
+    left before the last slice. Its staleness is how often the server has combined since the model that the
+    update began with: 0 for everybody with "all".
 
     Args:
         config: the run.
@@ -51,18 +51,17 @@ class RoundServer(ServerRole[RoundSequence]):
         self.published = self.vector
         """The model that the run began with."""
         self._version = 0
-        self.aggregation = make_aggregation(config.round)
         self._strict = config.run.order == "strict"
         self.journalled = not self._strict or config.run.may_leave_out
-        self._slices = dict.fromkeys(config.run.sites, 0)
-        """Slices of each site's present update that came."""
+        self._open: dict[str, list[torch.Tensor | None]] = {site: [] for site in config.run.sites}
+        """Slices of each site's present update; None for one that was refused."""
         self._begun = dict.fromkeys(config.run.sites, 0)
         """Version of the model that each site's present update began with."""
         self._reported: dict[str, int] = {}
         """Sites whose update is in the open round, and the number of its last slice, which is not answered yet."""
         self._arrived = 0
         """Updates in the open round."""
-        self._is_last = False
+        self.is_last = False
         """Whether the present model is the final one."""
         self._final: set[str] = set()
         """Sites that have the final model."""
@@ -72,18 +71,12 @@ class RoundServer(ServerRole[RoundSequence]):
     # -- what a system fills in ------------------------------------------------------------------
 
     @abstractmethod
-    def combined(self) -> torch.Tensor:
-        """The next model, float32 (length,), of `vector` and what `aggregation` holds; neither is changed."""
+    def add(self, site: str, update: Sequence[torch.Tensor], staleness: int) -> None:
+        """Take a site's whole update, slices of float32, which are not changed."""
 
-    def add(self, number: int, site: str, values: torch.Tensor, staleness: int) -> None:
-        """Take slice `number` of a site's update; `values` is not changed."""
-        if staleness:
-            values = values * (1 + staleness) ** -0.5
-        self.aggregation.add(number, f"{site}/{self.applied[site]}", values, float(self.sequences[site].train))
-
-    def clear(self) -> None:
-        """The round is closed, or its update came too late for any."""
-        self.aggregation.clear()
+    @abstractmethod
+    def combine(self) -> torch.Tensor:
+        """The next model, float32 (length,), of `vector`, which is not changed, and the updates of the open round."""
 
     def judge_final(self, site: str, message: Message | None) -> list[Effect]:
         """Note a site's report on the final model; None for one that could not be read."""
@@ -96,7 +89,8 @@ class RoundServer(ServerRole[RoundSequence]):
         awaited = self.awaited()[:1] if self._strict else self.awaited()
         # A message may be here before its site's hello.
         known = [site for site in awaited if site in ready and site in self.sequences]
-        return min(known, key=lambda site: self.applied[site], default=None)
+        # An update that has begun goes first, so that few of them are held at a time.
+        return min(known, key=lambda site: (not self._open[site], self.applied[site]), default=None)
 
     def awaited(self) -> list[str]:
         """See `ServerRole`."""
@@ -114,21 +108,20 @@ class RoundServer(ServerRole[RoundSequence]):
         if reports:
             return self._through_with(header, self.judge_final(site, message))
         metrics = self._metrics(message)
-        number = self._slices[site] + 1
-        values = check_slice(message, self.layout, number)
-        self.add(number, site, values, self.version - self._begun[site])
-        return self._take(site, header, metrics)
+        values = check_slice(message, self.layout, len(self._open[site]) + 1)
+        return self._take(header, values, metrics)
 
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
-        """See `Role`: a slice less; the site goes on as if it had counted."""
+        """See `Role`: an update less; the site goes on as if it had counted."""
         self.refusals[header.sender] += 1
         if header.sender in self._final:
             return self._through_with(header, self.judge_final(header.sender, None))
-        return self._take(header.sender, header, {})
+        return self._take(header, None, {})
 
     def excuse(self, sender: str) -> list[Effect]:
-        """See `Role`: what the site gave stays, and nobody waits for it."""
+        """See `Role`: whole updates that the site gave stay, and nobody waits for it."""
         self._reported.pop(sender, None)
+        self._open[sender] = []
         effects = self.leave_out(sender)
         if self._ready_to_close(deadline=False):
             effects += self.close()
@@ -136,11 +129,10 @@ class RoundServer(ServerRole[RoundSequence]):
 
     def close(self) -> list[Effect]:
         """Combine what came, and answer who waits for it. Also called when the deadline of a quorum is over."""
-        self.vector = self.combined()
-        self.clear()
+        self.vector = self.combine()
         self._arrived = 0
         self._version += 1
-        self._is_last = self.version >= self.config.round.rounds or self.evaluation.exhausted
+        self.is_last = self.version >= self.config.round.rounds or self.evaluation.exhausted
         waiting, self._reported = self._reported, {}
         effects: list[Effect] = [Record({"event": "combine", "step": self.steps, "epoch": self._version})]
         for site, seq in waiting.items():
@@ -194,13 +186,17 @@ class RoundServer(ServerRole[RoundSequence]):
                 304, f"{message.header.message_id} has figures that are none.", "run the same version at both sides."
             ) from None
 
-    def _take(self, site: str, header: Header, metrics: SiteMetrics) -> list[Effect]:
-        """Count a slice of an update; behind the last one the site has reported."""
+    def _take(self, header: Header, values: torch.Tensor | None, metrics: SiteMetrics) -> list[Effect]:
+        """Keep a slice of an update, None if it was refused; with the last one the site has reported."""
+        site = header.sender
         self.applied[site] = header.seq
-        self._slices[site] += 1
-        if self._slices[site] < self.layout.slices:
+        self._open[site].append(values)
+        if len(self._open[site]) < self.layout.slices:
             return []
-        self._slices[site] = 0
+        update = [values for values in self._open[site] if values is not None]
+        self._open[site] = []
+        if len(update) == self.layout.slices:
+            self.add(site, update, self.version - self._begun[site])
         work = Work.of(self.config, self.sequences[site].train)
         self.batches[site] += work.batches
         self.samples[site] += work.samples
@@ -217,8 +213,7 @@ class RoundServer(ServerRole[RoundSequence]):
             effects += self.judge(site, self._begun[site], metrics)
         self._reported[site] = header.seq
         self._arrived += 1
-        if self._is_last:  # it came too late for the last round
-            self.clear()
+        if self.is_last:  # it came too late for the last round
             return effects + self._answer(site, self._reported.pop(site))
         if self._ready_to_close(deadline=False):
             return effects + self.close()
@@ -229,7 +224,7 @@ class RoundServer(ServerRole[RoundSequence]):
     def _ready_to_close(self, deadline: bool) -> bool:
         """Whether the open round may close: with the deadline over, or without."""
         section, staying = self.config.round, self.staying
-        if self._is_last or not self._arrived:
+        if self.is_last or not self._arrived:
             return False
         if section.close == "buffered":
             return self._arrived >= (section.reports or 1)
@@ -242,13 +237,13 @@ class RoundServer(ServerRole[RoundSequence]):
         """The present model, in answer to the update that ended with message `seq`."""
         slices = self.layout.slices
         self._begun[site] = self.version
-        if self._is_last:
+        if self.is_last:
             self._final.add(site)
         return [
             Send(
                 site, Kind.MODEL, seq - slices + number, reply_to=seq, version=self.version,
                 tensors={"values": self.vector[self.layout.slice(number)]},
-                scalars={"final": self._is_last, **self.verdict},
+                scalars={"final": self.is_last, **self.verdict},
             )
             for number in range(1, slices + 1)
         ]  # fmt: skip
@@ -293,14 +288,18 @@ class RoundServer(ServerRole[RoundSequence]):
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         """See `Role`."""
         base = super().snapshot(first_unconfirmed)
-        tensors = {
-            **base.tensors, "vector": self.vector,
-            **dict(flatten("aggregation", self.aggregation.state())),
-        }  # fmt: skip
+        came = {
+            f"{site}/{place}": values
+            for site, slices in self._open.items()
+            for place, values in enumerate(slices)
+            if values is not None
+        }
+        tensors = {**base.tensors, "vector": self.vector, **dict(flatten("open", came))}
         facts: dict[str, Any] = {
-            "version": self.version, "slices": dict(self._slices), "begun": dict(self._begun),
+            "version": self.version, "begun": dict(self._begun),
+            "open": {site: len(slices) for site, slices in self._open.items()},
             "reported": dict(self._reported), "arrived": self._arrived,
-            "is_last": self._is_last, "final": sorted(self._final), "through": sorted(self._through),
+            "is_last": self.is_last, "final": sorted(self._final), "through": sorted(self._through),
         }  # fmt: skip
         return Snapshot(tensors, {**base.facts, **facts})
 
@@ -309,8 +308,11 @@ class RoundServer(ServerRole[RoundSequence]):
         super().restore(snapshot)
         tensors, facts = snapshot.tensors, snapshot.facts
         self.vector = tensors["vector"]
-        self.aggregation.restore(under("aggregation", tensors))
+        came = under("open", tensors)
+        self._open = {
+            site: [came.get(f"{site}/{place}") for place in range(number)] for site, number in facts["open"].items()
+        }
         self._version, self._arrived = facts["version"], facts["arrived"]
-        self._slices, self._begun, self._reported = facts["slices"], facts["begun"], facts["reported"]
-        self._is_last = facts["is_last"]
+        self._begun, self._reported = facts["begun"], facts["reported"]
+        self.is_last = facts["is_last"]
         self._final, self._through = set(facts["final"]), set(facts["through"])

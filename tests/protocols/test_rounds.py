@@ -6,15 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from msgspec.structs import replace
-from safetensors.torch import load_file
 
-from console.main import run
 from server_worker.aggregation import TrimmedMean, WeightedMean
-from server_worker.vectors import publish
 from shared.message import SERVER, Kind
-from shared.metrics import standing
 from shared.protocols.assembly import assemble_rounds
-from shared.protocols.data_vectors import SCALES
 from shared.turns import CLOSES
 from tests.protocols.night import Night, tiny_parts, tiny_rounds
 from tests.protocols.test_crashes import shaken
@@ -241,41 +236,56 @@ def test_values_that_no_sum_could_hold_are_refused(tmp_path):
     assert night.roles[SERVER].vector.isfinite().all()
 
 
-def test_part_of_a_vector_does_not_count(tmp_path):
-    """A site that left between two slices of its vector."""
-    config = tiny_rounds(protocol="data_vectors", quorum=2)
-    night = Night(config, tmp_path)
-    gone = []
-    night.absent = lambda: "east" if gone and "east" not in night.roles[SERVER].left_out else None
-    for name in (SERVER, *SITES):
-        night.start(name).start()
-    while night.roles["east"].next_seq < 2:
-        rest(night, [SERVER, *SITES], turns=1)
-    night.kill("east")
-    rest(night, [SERVER, "north", "south"], turns=500)
-    assert night.roles[SERVER].applied["east"] == 1
-    gone.append(True)
-    rest(night, [SERVER, "north", "south"], turns=2000)
-    server = night.roles[SERVER]
-    assert night.engines[SERVER].finished
-    assert set(server.vectors) == {"north", "south"}
-    torch.testing.assert_close(server.vector, server.published + sum(server.vectors.values()))
-
-
-def test_a_slice_that_cannot_be_read_is_left_out_and_the_others_count(tmp_path):
-    config = tiny_rounds(rounds=1)
-    night = begun(config, tmp_path)
+def test_an_update_of_which_a_slice_cannot_be_read_does_not_count(tmp_path):
+    night = begun(tiny_rounds(rounds=1), tmp_path)
     first = night.roles[SERVER].vector
     layout = night.roles[SERVER].layout
     while night.roles["east"]._made < 1:
         rest(night, [SERVER, *SITES], turns=1)
     night.roles["east"]._updates[1] = night.roles["east"]._updates[1][: layout.slice(layout.slices).stop - 7]
+    while not all(night.roles[site]._made for site in SITES):
+        rest(night, [SERVER, *SITES], turns=1)
+    updates = {site: night.roles[site]._updates[1] for site in SITES}
     rest(night, [SERVER, *SITES], turns=2000)
     server = night.roles[SERVER]
     assert all(engine.finished for engine in night.engines.values())
     assert server.refusals["east"] == 1
     assert night.broker.depth(night.queues["east"].dead) == 1
-    assert not torch.equal(server.vector[layout.slice(layout.slices)], first[layout.slice(layout.slices)])
+    sizes = {site: len(tiny_parts(site).train) for site in ("north", "south")}
+    mean = sum(size * updates[site] for site, size in sizes.items()) / sum(sizes.values())
+    torch.testing.assert_close(server.vector, first + mean)
+
+
+def test_a_late_update_counts_whole_in_one_round(tmp_path):
+    """A round closes between two slices of it: all of it is in the next one, and nothing in this one."""
+    config = tiny_rounds(order="fair", close="quorum", reports=2, rounds=3)
+    night = begun(config, tmp_path)
+    server, allowed = night.roles[SERVER], set()
+    choose = server.choose
+    server.choose = lambda ready: choose(ready & allowed)
+    while not all(night.roles[site]._made for site in SITES):
+        rest(night, [SERVER, *SITES], turns=1)
+    first, updates = server.vector, {site: night.roles[site]._updates[1] for site in SITES}
+    allowed = {"east"}
+    while not server.applied["east"]:
+        rest(night, [SERVER, "east"], turns=1)
+    assert server.applied["east"] < server.layout.slices
+    allowed = {"north", "south"}
+    while server.version < 1:
+        rest(night, [SERVER, "north", "south"], turns=1)
+    sizes = {site: len(tiny_parts(site).train) for site in SITES}
+    on_time = sum(sizes[site] * updates[site] for site in allowed) / (sizes["north"] + sizes["south"])
+    torch.testing.assert_close(server.vector, first + on_time)
+    before = server.vector
+    night.kill(SERVER)
+    night.start(SERVER).start()
+    server = night.roles[SERVER]
+    while server.version < 2:
+        rest(night, [SERVER, "east", "north"], turns=1)
+    stale = 2**-0.5 * updates["east"]
+    new = night.roles["north"]._updates[2]
+    late = (sizes["east"] * stale + sizes["north"] * new) / (sizes["east"] + sizes["north"])
+    torch.testing.assert_close(server.vector, before + late)
 
 
 @pytest.mark.parametrize("version", [1, 4])
@@ -318,12 +328,12 @@ def test_trimmed_mean_and_median():
     for trim, expected in ((0.2, 2.0), (0.5, 2.0), (0.0, 21.2)):
         aggregation = TrimmedMean(trim)
         for n, value in enumerate(values):
-            aggregation.add(1, str(n), value, weight=1.0)
-        torch.testing.assert_close(aggregation.result(1), torch.tensor([expected, -expected]))
+            aggregation.add(str(n), value.split(1), weight=1.0)
+        torch.testing.assert_close(torch.cat(list(aggregation.result())), torch.tensor([expected, -expected]))
     even = TrimmedMean(0.5)
     for n, value in enumerate(values[:4]):
-        even.add(1, str(n), value, weight=1.0)
-    torch.testing.assert_close(even.result(1), torch.tensor([1.5, -1.5]))
+        even.add(str(n), [value], weight=1.0)
+    torch.testing.assert_close(next(even.result()), torch.tensor([1.5, -1.5]))
 
 
 @pytest.mark.parametrize("aggregation", [WeightedMean, lambda: TrimmedMean(0.2)])
@@ -331,16 +341,15 @@ def test_an_aggregation_goes_on_after_a_restore(aggregation):
     generator = torch.Generator().manual_seed(1)
     one, other = aggregation(), aggregation()
     for n in range(5):
-        value = torch.randn(7, generator=generator)
-        one.add(1, str(n), value, weight=n + 1)
-        other.add(1, str(n), value, weight=n + 1)
+        update = torch.randn(70, generator=generator).split(6)  # 12 slices: their order is not that of their names
+        one.add(str(n), update, weight=n + 1)
+        other.add(str(n), update, weight=n + 1)
         again = aggregation()
         again.restore({name: tensor.clone() for name, tensor in other.state().items()})
         other = again
-    assert torch.equal(one.result(1), other.result(1))
-    assert one.result(2) is None
+    assert torch.equal(torch.cat(list(one.result())), torch.cat(list(other.result())))
     one.clear()
-    assert one.result(1) is None
+    assert not list(one.result())
 
 
 # -- judging, and the end ----------------------------------------------------------------------------
@@ -381,100 +390,3 @@ def test_the_farewell_says_what_was_best(tmp_path):
     night.together()
     best = night.roles[SERVER].evaluation
     assert {night.roles[site].best for site in SITES} == {best.best} != {0}
-
-
-# -- data vectors ------------------------------------------------------------------------------------
-
-
-def vectors_of(night):
-    return night.roles[SERVER].vectors
-
-
-def test_vectors_are_what_each_site_would_reach_alone_and_the_sum_is_scaled_by_validation(tmp_path):
-    config = tiny_rounds(protocol="data_vectors", local_epochs=3)
-    night = Night(config, tmp_path)
-    night.together()
-    server = night.roles[SERVER]
-    assert set(vectors_of(night)) == set(SITES)
-    history = server.evaluation.history
-    assert [entry["epoch"] for entry in history] == list(range(1, len(SCALES) + 1))
-    best = max(history, key=lambda entry: standing(config.task, entry["overall"]["validation"]))
-    assert server.scale == SCALES[best["epoch"] - 1]
-    where = ~server.layout.statistics
-    expected = server.published + server.scale * sum(vectors_of(night).values())
-    torch.testing.assert_close(server.merged()[where], expected[where])
-    assert torch.equal(server.layout.vector(night.roles["north"].model()["model"])[where], server.merged()[where])
-
-
-def test_a_sum_does_not_depend_on_who_came_first(tmp_path):
-    """In fair order, whoever is first: to the bit the same, and what comes again changes nothing."""
-    ends = set()
-    for number, names in enumerate([SITES, SITES[::-1], ("south", "east", "north")]):
-        night = Night(tiny_rounds(protocol="data_vectors", order="fair"), tmp_path / str(number))
-        night.start(SERVER).start()
-        for name in names:
-            night.start(name).start()
-            rest(night, [SERVER, name], turns=100)
-        rest(night, [SERVER, *names], turns=500)
-        assert night.engines[SERVER].finished
-        ends.add(night.fingerprint())
-    assert len(ends) == 1
-
-
-def test_a_vector_that_comes_too_late_is_published_beside_the_merge(tmp_path):
-    config = tiny_rounds(protocol="data_vectors", order="fair", close="quorum", reports=2)
-    night = begun(config, tmp_path, (SERVER, "north", "south"))
-    rest(night, [SERVER, "north", "south"])
-    merged = night.roles[SERVER].vector
-    night.start("east").start()
-    rest(night, [SERVER, *SITES], turns=1000)
-    assert night.engines[SERVER].finished
-    assert torch.equal(night.roles[SERVER].vector, merged)
-    assert set(vectors_of(night)) == set(SITES)
-
-
-def test_statistics_of_a_merge_are_measured_anew_and_pooled(tmp_path):
-    night = Night(tiny_rounds(protocol="data_vectors"), tmp_path)
-    night.together()
-    server, model = night.roles[SERVER], night.roles["north"].model()["model"]
-    inputs = torch.cat([night.roles[site].feed.train.inputs for site in SITES])
-    hidden = inputs @ model["0.weight"].T + model["0.bias"]
-    torch.testing.assert_close(server.best_weights["1.running_mean"], hidden.mean(0), rtol=0, atol=1e-4)
-    # torch estimates each site's variance without bias, with n - 1
-    torch.testing.assert_close(server.best_weights["1.running_var"], hidden.var(0), rtol=0.1, atol=1e-3)
-
-
-def test_published_vectors_are_merged_again_with_a_site_more_or_one_less(tmp_path, capsys):
-    """To the bit what the run would have added up, whoever is added when; and another theta_pre is refused."""
-    everybody = Night(tiny_rounds(protocol="data_vectors", statistics="local"), tmp_path / "all")
-    everybody.together()
-    server = everybody.roles[SERVER]
-    publish(tmp_path, server)
-    files = {site: tmp_path / "vectors" / f"{site}.safetensors" for site in SITES}
-
-    def merged(*arguments):
-        output = tmp_path / "merged.safetensors"
-        assert run(["merge", str(tmp_path), "--output", str(output), *map(str, arguments)]) == 0
-        return load_file(output)
-
-    whole = merged()
-    assert torch.equal(server.layout.vector(whole), server.merged())
-    expected = server.published + 0.5 * sum(server.vectors[site] for site in ("east", "north"))
-    assert torch.equal(server.layout.vector(merged("--without", "south", "--scale", 0.5)), expected)
-
-    late = files["south"].rename(tmp_path / "late.safetensors")
-    again = merged("--with", late, "--with", late)
-    assert all(torch.equal(again[name], whole[name]) for name in whole)
-
-    capsys.readouterr()
-    others = {"seed": 4}, {"freeze": ["0"]}
-    for changed, number in zip(others, ("E116", "E117"), strict=True):
-        night = Night(tiny_rounds(protocol="data_vectors", statistics="local", **changed), tmp_path / number)
-        night.together()
-        publish(tmp_path / number, night.roles[SERVER])
-        stranger = tmp_path / number / "vectors" / "north.safetensors"
-        assert run(["merge", str(tmp_path), "--output", str(tmp_path / "no"), "--with", str(stranger)]) == 1
-        assert capsys.readouterr().err.startswith(number)
-    assert run(["merge", str(tmp_path), "--output", str(tmp_path / "no"), "--without", "west"]) == 1
-    assert capsys.readouterr().err.startswith("E103")
-    assert not (tmp_path / "no").exists()

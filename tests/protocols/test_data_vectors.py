@@ -1,0 +1,123 @@
+"""Vectors of sites that trained apart: what they are, how they are added, and what a merge does with them."""
+
+import torch
+from safetensors.torch import load_file
+
+from console.main import run
+from server_worker.vectors import publish
+from shared.message import SERVER
+from shared.metrics import standing
+from shared.protocols.data_vectors import SCALES
+from tests.protocols.night import Night, tiny_rounds
+from tests.protocols.test_rounds import SITES, begun, rest
+
+
+def test_vectors_are_what_each_site_would_reach_alone_and_the_sum_is_scaled_by_validation(tmp_path):
+    config = tiny_rounds(protocol="data_vectors", local_epochs=3)
+    night = Night(config, tmp_path)
+    night.together()
+    server = night.roles[SERVER]
+    assert set(server.vectors) == set(SITES)
+    history = server.evaluation.history
+    assert [entry["epoch"] for entry in history] == list(range(1, len(SCALES) + 1))
+    best = max(history, key=lambda entry: standing(config.task, entry["overall"]["validation"]))
+    assert server.scale == SCALES[best["epoch"] - 1]
+    where = ~server.layout.statistics
+    expected = server.published + server.scale * sum(server.vectors.values())
+    torch.testing.assert_close(server.merged()[where], expected[where])
+    assert torch.equal(server.layout.vector(night.roles["north"].model()["model"])[where], server.merged()[where])
+
+
+def test_a_sum_does_not_depend_on_who_came_first(tmp_path):
+    """In fair order, whoever is first: to the bit the same, and what comes again changes nothing."""
+    ends = set()
+    for number, names in enumerate([SITES, SITES[::-1], ("south", "east", "north")]):
+        night = Night(tiny_rounds(protocol="data_vectors", order="fair"), tmp_path / str(number))
+        night.start(SERVER).start()
+        for name in names:
+            night.start(name).start()
+            rest(night, [SERVER, name], turns=100)
+        rest(night, [SERVER, *names], turns=500)
+        assert night.engines[SERVER].finished
+        ends.add(night.fingerprint())
+    assert len(ends) == 1
+
+
+def test_a_vector_that_comes_too_late_is_published_beside_the_merge(tmp_path):
+    config = tiny_rounds(protocol="data_vectors", order="fair", close="quorum", reports=2)
+    night = begun(config, tmp_path, (SERVER, "north", "south"))
+    rest(night, [SERVER, "north", "south"])
+    merged = night.roles[SERVER].vector
+    night.start("east").start()
+    rest(night, [SERVER, *SITES], turns=1000)
+    assert night.engines[SERVER].finished
+    assert torch.equal(night.roles[SERVER].vector, merged)
+    assert set(night.roles[SERVER].vectors) == set(SITES)
+
+
+def test_statistics_of_a_merge_are_measured_anew_and_pooled(tmp_path):
+    night = Night(tiny_rounds(protocol="data_vectors"), tmp_path)
+    night.together()
+    server, model = night.roles[SERVER], night.roles["north"].model()["model"]
+    inputs = torch.cat([night.roles[site].feed.train.inputs for site in SITES])
+    hidden = inputs @ model["0.weight"].T + model["0.bias"]
+    torch.testing.assert_close(server.best_weights["1.running_mean"], hidden.mean(0), rtol=0, atol=1e-4)
+    # torch estimates each site's variance without bias, with n - 1
+    torch.testing.assert_close(server.best_weights["1.running_var"], hidden.var(0), rtol=0.1, atol=1e-3)
+
+
+def test_published_vectors_are_merged_again_with_a_site_more_or_one_less(tmp_path, capsys):
+    """To the bit what the run would have added up, whoever is added when; and another theta_pre is refused."""
+    everybody = Night(tiny_rounds(protocol="data_vectors", statistics="local"), tmp_path / "all")
+    everybody.together()
+    server = everybody.roles[SERVER]
+    publish(tmp_path, server)
+    files = {site: tmp_path / "vectors" / f"{site}.safetensors" for site in SITES}
+
+    def merged(*arguments):
+        output = tmp_path / "merged.safetensors"
+        assert run(["merge", str(tmp_path), "--output", str(output), *map(str, arguments)]) == 0
+        return load_file(output)
+
+    whole = merged()
+    assert torch.equal(server.layout.vector(whole), server.merged())
+    expected = server.published + 0.5 * sum(server.vectors[site] for site in ("east", "north"))
+    assert torch.equal(server.layout.vector(merged("--without", "south", "--scale", 0.5)), expected)
+
+    late = files["south"].rename(tmp_path / "late.safetensors")
+    again = merged("--with", late, "--with", late)
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+    capsys.readouterr()
+    others = {"seed": 4}, {"freeze": ["0"]}
+    for changed, number in zip(others, ("E116", "E117"), strict=True):
+        night = Night(tiny_rounds(protocol="data_vectors", statistics="local", **changed), tmp_path / number)
+        night.together()
+        publish(tmp_path / number, night.roles[SERVER])
+        stranger = tmp_path / number / "vectors" / "north.safetensors"
+        assert run(["merge", str(tmp_path), "--output", str(tmp_path / "no"), "--with", str(stranger)]) == 1
+        assert capsys.readouterr().err.startswith(number)
+    assert run(["merge", str(tmp_path), "--output", str(tmp_path / "no"), "--without", "west"]) == 1
+    assert capsys.readouterr().err.startswith("E103")
+    assert not (tmp_path / "no").exists()
+
+
+def test_part_of_a_vector_does_not_count(tmp_path):
+    """A site that left between two slices of its vector."""
+    config = tiny_rounds(protocol="data_vectors", quorum=2)
+    night = Night(config, tmp_path)
+    gone = []
+    night.absent = lambda: "east" if gone and "east" not in night.roles[SERVER].left_out else None
+    for name in (SERVER, *SITES):
+        night.start(name).start()
+    while night.roles["east"].next_seq < 2:
+        rest(night, [SERVER, *SITES], turns=1)
+    night.kill("east")
+    rest(night, [SERVER, "north", "south"], turns=500)
+    assert night.roles[SERVER].applied["east"] == 1
+    gone.append(True)
+    rest(night, [SERVER, "north", "south"], turns=2000)
+    server = night.roles[SERVER]
+    assert night.engines[SERVER].finished
+    assert set(server.vectors) == {"north", "south"}
+    torch.testing.assert_close(server.vector, server.published + sum(server.vectors.values()))
