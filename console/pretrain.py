@@ -7,7 +7,6 @@ the classes of all sources apart, in one layer of outputs: [MedNIST's six | ches
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from itertools import accumulate
@@ -19,7 +18,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from console.words import screen
-from shared.artifact import Card, SourceCard, fingerprint, write_artifact
+from shared.artifact import Card, SourceCard, write_artifact
 from shared.config import (
     DataSection,
     ModelSection,
@@ -27,6 +26,7 @@ from shared.config import (
     Natural,
     OptimizerSection,
     Positive,
+    RoundSection,
     RunConfig,
     RunSection,
     SourceSection,
@@ -36,6 +36,8 @@ from shared.config_file import load
 from shared.errors import ConfigError
 from shared.metrics import Metrics, measure
 from shared.protocols.assembly import assemble_rounds
+from shared.protocols.round import Work
+from shared.weights import weights_sha256
 from site_worker.data.dataset import Dataset, Parts
 from site_worker.data.scaling import scale
 from site_worker.data.source import read_parts
@@ -98,10 +100,13 @@ class PretrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         section = self.pretrain
         run = RunSection(
             id=section.name, protocol="fedavg_transfer", sites=["sources"], seed=section.seed,
-            batch_size=section.batch_size, epochs=section.epochs,
+            batch_size=section.batch_size,
         )  # fmt: skip
+        once = RoundSection(rounds=1, local_epochs=section.epochs, decay="cosine")
         data = replace(self.data, validation=0.0)  # the number of epochs is fixed beforehand: nothing is chosen
-        return RunConfig(run=run, model=self.model, task=self.task, optimizer=self.optimizer, data=data)
+        return RunConfig(
+            run=run, model=self.model, task=self.task, optimizer=self.optimizer, round=once, data=data
+        )  # fmt: skip
 
 
 def pretrain(path: Path) -> int:
@@ -178,16 +183,14 @@ def _pooled(config: PretrainConfig, parts: Sequence[Parts]) -> Parts:
 
 
 def _train(trainer: Trainer, feed: RoundFeed) -> None:
-    """Pass over the training samples `run.epochs` times."""
-    run, console = feed.config.run, screen()
-    batches = -(-len(feed.train) // run.batch_size)
-    steps = run.epochs * batches
+    """The one round of a run whose only site has all sources."""
+    console, epochs = screen(), feed.config.round.local_epochs
+    steps = Work.of(feed.config, len(feed.train)).batches
     losses = []
     for k in range(steps):
-        inputs, targets = feed.batch(k)
-        losses.append(trainer.step(inputs, targets, feed.seed("dropout", k), (1 + math.cos(math.pi * k / steps)) / 2))
-        if len(losses) == batches:
-            console.print(f"epoch {(k + 1) // batches} of {run.epochs}: loss {sum(losses) / batches:.4f}")
+        losses.append(trainer.step(*feed.batch(k), feed.seed("dropout", k), feed.rate(k)))
+        if len(losses) == steps // epochs:
+            console.print(f"epoch {(k + 1) * epochs // steps} of {epochs}: loss {sum(losses) / len(losses):.4f}")
             losses.clear()
 
 
@@ -214,7 +217,7 @@ def _card(config: PretrainConfig, trainer: Trainer, parts: Sequence[Parts]) -> C
         epochs=section.epochs,
         seed=section.seed,
         date=time.strftime("%Y-%m-%d", time.gmtime()),
-        weights_sha256=fingerprint(weights),
+        weights_sha256=weights_sha256(weights),
     )
 
 

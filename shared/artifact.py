@@ -25,6 +25,7 @@ from torch import nn
 
 from shared.checkpoint import force_to_disk
 from shared.errors import ConfigError
+from shared.weights import weights_sha256
 
 _CARD = "card"
 
@@ -61,7 +62,7 @@ class Card(Struct, frozen=True, kw_only=True):
         epochs: passes over the sources.
         seed: of weights, order and augmentation.
         date: day on which it was written, UTC, as 2026-01-31.
-        weights_sha256: of the weights alone, see `fingerprint`; two trainings that agree agree in it.
+        weights_sha256: of the weights alone, see `shared.weights`; two trainings that agree agree in it.
     """
 
     name: str
@@ -139,7 +140,7 @@ def write_artifact(path: Path, card: Card, tensors: Mapping[str, torch.Tensor]) 
 
     Args:
         path: the file to write.
-        card: its `weights_sha256` is `fingerprint(tensors)`.
+        card: its `weights_sha256` is `weights_sha256(tensors)`.
         tensors: the weights by name.
 
     Returns:
@@ -187,19 +188,9 @@ def read_artifact(path: Path, sha256: str | None = None) -> Artifact:
         raise _unusable(path, "is no safetensors file, or is damaged") from None
     except (KeyError, msgspec.DecodeError):
         raise _unusable(path, "holds weights without a card that says where they come from") from None
-    if fingerprint(tensors) != card.weights_sha256:
+    if weights_sha256(tensors) != card.weights_sha256:
         raise _unusable(path, "holds other weights than its card says")
     return Artifact(path, found, card, tensors)
-
-
-def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 of weights: names, dtypes, shapes and values, in the order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _unusable(path: Path, what: str) -> ConfigError:

@@ -12,5 +12,6 @@ def weights_sha256(weights: Mapping[str, torch.Tensor]) -> str:
     """sha256 over names and values: equal only when every bit is."""
     digest = hashlib.sha256()
     for name in sorted(weights):
-        digest.update(name.encode() + b"\0" + weights[name].contiguous().view(torch.uint8).numpy().tobytes())
+        values = weights[name].detach().cpu().contiguous().reshape(-1)  # a counter has no dimension to view
+        digest.update(name.encode() + b"\0" + values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -99,8 +99,7 @@ class RoundSite(SiteRole):
         update, number = self.sequence.at(self.next_seq)
         if update <= self._made:
             return [self._send_update(update, number)]
-        models, _ = divmod(self.answered, self.layout.slices)
-        if models < self._made:
+        if self.answered // self.layout.slices < self._made:
             return []  # the model that answers the last update is not here
         if self._made + 1 not in self._figures:
             self._figures[self._made + 1] = self._judge_if_due()
@@ -114,8 +113,9 @@ class RoundSite(SiteRole):
             self._updates[update] = self.layout.vector(self.trainer.weights()) - self.base
             self._versions[update] = self._version
             self._made = update
-            # The worker pays, durably, before the engine performs what comes behind.
-            return [Record({"event": "spend", "step": self.trained})]
+            if self.account is not None:
+                # The worker pays, durably, before the engine performs what comes behind.
+                return [Record({"event": "spend", "step": self.trained})]
         return [self._worked()]
 
     def answer(self, message: Message) -> list[Effect]:

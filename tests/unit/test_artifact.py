@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shared.artifact import Artifact, Card, SourceCard, fingerprint, read_artifact, write_artifact
+from shared.artifact import Artifact, Card, SourceCard, read_artifact, write_artifact
 from shared.errors import ConfigError
 from shared.models.networks import ct_cnn
+from shared.weights import weights_sha256
 
 BLOCKS = ("block1", "block2", "block3", "block4")
 
@@ -30,7 +31,7 @@ def card_of(tensors: dict[str, torch.Tensor]) -> Card:
         epochs=2,
         seed=5,
         date="2026-01-31",
-        weights_sha256=fingerprint(tensors),
+        weights_sha256=weights_sha256(tensors),
     )
 
 
@@ -99,7 +100,7 @@ def test_every_flipped_byte_is_noticed(published: Artifact) -> None:
             numbers.add(error.number)
         else:  # a letter of the card's text, which only the hash covers
             assert artifact.card != published.card
-            assert fingerprint(artifact.tensors) == fingerprint(published.tensors)
+            assert weights_sha256(artifact.tensors) == weights_sha256(published.tensors)
     assert numbers == {115}
 
 
