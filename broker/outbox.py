@@ -84,6 +84,11 @@ class Outbox:
         self._open[self._last_tag] = message
         message.in_flight = True
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether the broker has something that it has not settled."""
+        return bool(self._open)
+
     def settle(self, tag: int, multiple: bool) -> list[Message]:
         """Messages that the broker's answer to `tag` is about, oldest first; they are under way no more."""
         if multiple:

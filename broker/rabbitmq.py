@@ -1,4 +1,4 @@
-"""RabbitMQ. `broker.rabbitmq_link` and `broker.rabbitmq_connection` are the two columns below.
+"""RabbitMQ. `broker.rabbitmq_link` is the left column below; `rabbitmq_publishing` and `rabbitmq_consuming` the right.
 
     the worker's thread                       the link's I/O thread (one pika loop)
     ───────────────────                       ─────────────────────────────────────
@@ -21,14 +21,10 @@ from collections.abc import Iterable, Sequence
 
 from broker.base import Broker, Link, Queue
 from broker.rabbitmq_address import connected, read_addresses
-from broker.rabbitmq_connection import (
-    ChannelRefused,
-    Consuming,
-    IOLoop,
-    Publishing,
-    tune_process,
-)
+from broker.rabbitmq_connection import ChannelRefused, IOLoop, tune_process
+from broker.rabbitmq_consuming import Consuming
 from broker.rabbitmq_link import Inbox, RabbitLink
+from broker.rabbitmq_publishing import Publishing
 from broker.rabbitmq_terms import arguments, disagreement
 from shared.credentials import NOBODY, Credentials
 from shared.errors import BrokerError

@@ -14,7 +14,8 @@ from broker.outbox import Message
 from shared.errors import BrokerError
 
 if TYPE_CHECKING:
-    from broker.rabbitmq_connection import Consuming, Publishing
+    from broker.rabbitmq_consuming import Consuming
+    from broker.rabbitmq_publishing import Publishing
 
 GOODBYE_S = 1.0
 """How long a closing link waits for the broker to take leave."""
@@ -178,7 +179,7 @@ class RabbitLink(Link):
     def _leave(self) -> None:
         self._loop.call_later(GOODBYE_S, self._stop)  # `close` returns, whatever state pika is in
         for connection in self._connections:
-            connection.abort()
+            connection.abort("the broker is silent")
 
     def _stop_when_ended(self) -> None:
         if all(connection.has_ended for connection in self._connections):

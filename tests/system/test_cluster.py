@@ -22,9 +22,10 @@ from tests.cluster import ClusterNode, cluster
 from tests.services import RabbitNode, RedisServer, free_port
 from tests.workers import Hospital
 
-pytestmark = [pytest.mark.rabbitmq, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.rabbitmq, pytest.mark.timeout(600)]
 
 EPOCHS = 60  # a strike takes a call of rabbitmqctl, and the run may not be over before it has struck
+PATIENCE = 200  # seconds: what a channel owes is waited for as long as a minute
 
 
 def small_run(folder: Path, broker: str = "embedded:broker", store: str = "sqlite:run.db") -> Hospital:
@@ -57,9 +58,9 @@ def test_the_leader_freezes_dies_and_is_cut_off_while_training(
             nodes.wait_until_whole()
             victim = nodes.leader("nightsplit.lipids.north.up")
             hospital.processes["south"].send_signal(signal.SIGCONT)
-            hospital.wait_for_steps(hospital.steps + 5, 100)
+            hospital.wait_for_steps(hospital.steps + 5, PATIENCE)
             fault(victim)
-            hospital.wait_for_steps(hospital.steps + 20, 100)
+            hospital.wait_for_steps(hospital.steps + 20, PATIENCE)
             hospital.processes["south"].send_signal(signal.SIGSTOP)
             return victim
 
@@ -157,6 +158,66 @@ def test_a_queue_that_a_cluster_does_not_know_for_long(
         link.publish(queues.up, "m", [b"x"])
         with pytest.raises(BrokerError, match=r"E205 .* m reaches no queue"):
             next_of(link, Confirmed)
+
+
+def test_a_channel_that_a_cluster_has_forgotten(
+    url: str, queues: SiteQueues, rabbitmq: RabbitNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process at the broker stands still, and the heartbeats go on: both connections begin anew."""
+    monkeypatch.setattr(rabbitmq_connection, "FORGOTTEN_S", 2.0)
+    broker = RabbitBroker(url)
+    broker.declare(queues)
+    with broker.link([queues.up], 1, "server") as link:
+        link.publish(queues.up, "1", [b"x"])
+        assert next_of(link, Confirmed, Delivery)
+        assert next_of(link, Confirmed, Delivery)
+        rabbitmq.ctl("eval", "[sys:suspend(Channel) || Channel <- rabbit_channel:list()].")
+        link.publish(queues.up, "2", [b"y"])
+        trouble = next_of(link, Trouble)
+        assert isinstance(trouble, Trouble)
+        assert "the broker owes an answer and is silent for 2 s" in trouble.reason
+        for number in ("1", "2"):
+            delivery = next_of(link, Delivery)
+            assert isinstance(delivery, Delivery)
+            assert delivery.message_id == number
+            link.acknowledge(delivery)
+
+
+def test_a_consumer_that_a_cluster_has_forgotten(
+    url: str, queues: SiteQueues, rabbitmq: RabbitNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue takes its consumer for one whose node is away, though there was never a `nodeup` to come."""
+    monkeypatch.setattr(rabbitmq_connection, "FORGOTTEN_S", 2.0)
+    broker = RabbitBroker(url)
+    broker.declare(queues)
+    with broker.link([queues.up], 1, "server") as link:
+        vhost = RabbitBroker(url)._addresses[0].virtual_host
+        leader = f"{{'{vhost}_{queues.up.name}', node()}}"
+        away = f"ra:process_command({leader}, {{down, Channel, noconnection}})"
+        rabbitmq.ctl("eval", f"[{away} || Channel <- rabbit_channel:list()].")
+        with broker.link([], 1, "site") as site:
+            site.publish(queues.up, "m", [b"x"])
+            assert next_of(site, Confirmed)
+        delivery = next_of(link, Delivery)
+        assert isinstance(delivery, Delivery)
+        assert delivery.message_id == "m"
+
+
+def test_a_quiet_cluster_is_left_alone(
+    url: str, queues: SiteQueues, rabbitmq: RabbitNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing to say, or a full prefetch, is no silence: no message is delivered twice."""
+    monkeypatch.setattr(rabbitmq_connection, "FORGOTTEN_S", 0.5)
+    broker = RabbitBroker(url)
+    broker.declare(queues)
+    with broker.link([queues.up], 1, "server") as link:
+        while link.receive(2.0) is not None:
+            pass  # the first host is away
+        for number in ("1", "2"):
+            link.publish(queues.up, number, [b"x"])
+        seen = [link.receive(3.0) for _ in range(4)]
+        assert sorted(type(event).__name__ for event in seen if event) == ["Confirmed", "Confirmed", "Delivery"]
+        assert seen[-1] is None
 
 
 def test_hosts_of_no_common_cluster(url: str, queues: SiteQueues, rabbitmq: RabbitNode, tmp_path: Path) -> None:
