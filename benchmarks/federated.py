@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one seed, a tenth of the patients: shows that it works")
     parser.add_argument("--table", choices=list(TABLES), action="append", help="this table alone (may be repeated)")
     parser.add_argument(
-        "--keep", type=Path, default=Path("build/federated"), metavar="FOLDER", help="what is done (%(default)s)"
+        "--keep", type=Path, default=Path("runs/federated"), metavar="FOLDER", help="what is done (%(default)s)"
     )
     parser.add_argument("--write", action="store_true", help="put the tables into docs/results.md")
     chosen = parser.parse_args(arguments)
