@@ -32,9 +32,11 @@ def read_addresses(url: str, heartbeat: int, credentials: Credentials) -> list[A
         addresses = [
             pika.URLParameters(whole._replace(netloc=f"{login}{at}{host}").geturl()) for host in hosts.split(",")
         ]
-    except Exception:  # whatever the parser stumbles over; its text may show a part of the password
+    except Exception as error:  # whatever the parser stumbles over; its text may show a part of the password
         raise BrokerError(
-            201, "the broker's address cannot be read.", "write amqp://user:password@host:5672/vhost."
+            201,
+            f"the broker's address cannot be read ({type(error).__name__}).",
+            "write amqp://user:password@host:5672/vhost.",
         ) from None
     secret = credentials.secret()
     for parameters in addresses:

@@ -148,6 +148,18 @@ def _predict(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def _query(chosen: argparse.Namespace) -> int:
+    from console.query import ask
+
+    return ask(chosen.file, chosen.set, chosen.submit, chosen.output, chosen.leave_when_idle, chosen.new_keys)
+
+
+def _answer(chosen: argparse.Namespace) -> int:
+    from console.query import answer
+
+    return answer(chosen.file, chosen.set, chosen.leave_when_idle)
+
+
 def _pretrain(chosen: argparse.Namespace) -> int:
     from console.pretrain import pretrain
 
@@ -244,6 +256,14 @@ def _parser() -> argparse.ArgumentParser:
         Predict this site's held-out test patients, or the rows of another file, and write a CSV with row,
         patient and prediction. Nothing leaves the site.""")  # fmt: skip
 
+    query = _add(verbs, "query", "have sequences judged while they are encrypted", """
+        Submit a site's sequences to the server's half of a finished run's model, encrypted with a key that
+        never leaves the site; or come back for the scores. Nobody has to be online at the same time.""")  # fmt: skip
+
+    answer = _add(verbs, "answer", "judge encrypted sequences", """
+        Answer the sites' queries with the finished run's model. It decrypts nothing, and keeps nothing but
+        public keys; it may be stopped at any time.""")  # fmt: skip
+
     doctor = _add(verbs, "doctor", "check that a worker can do its work", """
         Look at files, data, model, broker, run store, disk, device and clock, and say for each problem how
         it is mended. No patient's value is shown.""")  # fmt: skip
@@ -270,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
     for verb, metavar in (
         (opening, "SERVER.TOML"), (server, "SERVER.TOML"), (site, "SITE.TOML"),
         (status, "FILE.TOML"), (predict, "SITE.TOML"), (doctor, "FILE.TOML"),
-        (replay, "SERVER.TOML"), (privacy, "SITE.TOML"),
+        (replay, "SERVER.TOML"), (privacy, "SITE.TOML"), (query, "SITE.TOML"), (answer, "SERVER.TOML"),
         *((action, "FILE.TOML") for action in (listing, show, again, discard)),
     ):  # fmt: skip
         verb.add_argument("file", type=Path, metavar=metavar, help="the worker's configuration file")
@@ -286,11 +306,18 @@ def _parser() -> argparse.ArgumentParser:
     merging.add_argument("--without", action="append", default=[], metavar="SITE", help="leave this site's vector out")
     merging.add_argument("--scale", type=float, help="factor of the sum; otherwise the one that the run chose")
     pretrain.add_argument("file", type=Path, metavar="PRETRAIN.TOML", help="what is trained, and on what")
-    for verb in (server, site):
+    query.add_argument(
+        "--submit", nargs="?", type=Path, const=Path(), metavar="FILE",
+        help="take the sequences of this file or folder in, or the site's held-out test patients; then go on",
+    )  # fmt: skip
+    query.add_argument("--output", type=Path, metavar="FILE", help="where the scores go; otherwise they are printed")
+    query.add_argument("--new-keys", action="store_true", help="make another pair of keys first")
+    for verb in (server, site, query, answer):
         verb.add_argument(
             "--leave-when-idle", type=float, metavar="SECONDS",
-            help="leave when nothing happened for so long; otherwise stay until the run is over",
+            help="leave when nothing happened for so long; otherwise stay until all is done",
         )  # fmt: skip
+    for verb in (server, site):
         verb.add_argument(
             "--log-format", choices=("text", "json"), default="text",
             help="json: one object a line on stderr, for programs that read logs, and nothing else",

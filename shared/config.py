@@ -375,6 +375,7 @@ class PolicyConfig(_Section, frozen=True, kw_only=True):
         bottom_weights: weights of the site's layers may be sent for averaging.
         model_weights: what training here changes in the whole model may be sent.
         tape: the server may keep every message that it receives.
+        queries: sequences may be sent encrypted, to be judged; only this site can decrypt them.
         min_batch: smallest number of samples a message may hold.
         max_epsilon: most that all runs together may spend on a record; a run without [privacy] is then refused.
             None: no limit.
@@ -385,5 +386,6 @@ class PolicyConfig(_Section, frozen=True, kw_only=True):
     bottom_weights: bool = False
     model_weights: bool = False
     tape: bool = False
+    queries: bool = False
     min_batch: Positive = 1
     max_epsilon: Annotated[float, Meta(gt=0)] | None = None

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 
 from broker.base import Confirmed, Delivery, Link, Recovered, Trouble
 from shared import crash, wire
 from shared.authority import Authority
 from shared.checkpoint import Checkpoints, Snapshot
 from shared.custody import Applied, Pending, Sent
+from shared.dead_letter import bury
 from shared.effects import Effect, Finish, Record, Send
 from shared.errors import Refused, StateError
 from shared.message import FROM_SITES, SERVER, UNSEQUENCED, Header, Message
@@ -276,15 +276,8 @@ class Engine:
     def _to_dead_letters(self, delivery: Delivery, sender: str, refusal: Refused, seq: int | None = None) -> None:
         """Publish a copy with the reason; the original is acknowledged like an applied message."""
         self.progress.refused(sender, seq, refusal)
-        self._link.publish(
-            self._routes[sender].dead,
-            f"dead/{delivery.message_id}/{self.progress.counts['refused']}",
-            [delivery.body],
-            {
-                "number": str(refusal.number), "reason": str(refusal), "sender": sender, "queue": delivery.queue,
-                "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            },
-        )  # fmt: skip
+        name = f"dead/{delivery.message_id}/{self.progress.counts['refused']}"
+        bury(self._link, self._routes[sender].dead, name, delivery, sender, refusal)
         self._keep_until_saved(delivery)
 
     def _keep_until_saved(self, delivery: Delivery) -> None:

@@ -54,6 +54,8 @@ TITLES: dict[int, str] = {
     310: "Message belongs to another run, sender or receiver",
     311: "Compressed body cannot be trusted",
     312: "Batch gives values that are not finite",
+    313: "Ciphertext or public key cannot be used",
+    314: "Public keys are not known",
     401: "Data file missing or unreadable",
     402: "Column is absent",
     403: "Value cannot be read",
@@ -76,6 +78,8 @@ TITLES: dict[int, str] = {
     508: "Tape is incomplete",
     509: "Another process of the server is gone",
     510: "Run store has forgotten the run",
+    511: "Secret key cannot be read",
+    512: "Queries are not answered yet",
     601: "Site and server were configured differently",
     602: "Site is not part of the run",
     603: "Training has diverged",
@@ -89,6 +93,7 @@ TITLES: dict[int, str] = {
     612: "Privacy ledger cannot be used",
     613: "Run is in the ledger with other data or settings",
     614: "Packages for privacy are missing",
+    615: "Package for encryption is missing",
 }
 
 

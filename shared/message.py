@@ -27,10 +27,14 @@ class Kind(StrEnum):
     REPORT = "report"  # site -> server: the site's own metrics (split_u, rounds)
     BOTTOM = "bottom"  # site -> server: weights to be averaged
     UPDATE = "update"  # site -> server: what a site's training changed in the model, a slice of it
+    KEYS = "keys"  # site -> server: public keys, a chunk of them
+    QUERY = "query"  # site -> server: what is to be evaluated, a chunk of it
     CUT_GRADIENT = "cut_gradient"  # server -> site: gradient at the cut
     HEAD_INPUT = "head_input"  # server -> site: activations for the head (split_u)
     AVERAGE = "average"  # server -> site: averaged bottom weights
     MODEL = "model"  # server -> site: the model that the updates became, a slice of it
+    ANSWER = "answer"  # server -> site: what came of a query, a chunk of it
+    UNANSWERED = "unanswered"  # server -> site: the query cannot be evaluated
     NOTED = "noted"  # server -> site: applied, and there is nothing to say
     REFUSED = "refused"  # server -> site: not applied, counts as applied
     REJECTED = "rejected"  # server -> site: the hello is not accepted
@@ -41,7 +45,11 @@ UNSEQUENCED = frozenset({Kind.MANIFEST, Kind.HELLO, Kind.REJECTED})
 """Kinds whose number would depend on timing: they carry seq 0 and may be repeated."""
 
 
-FROM_SITES = frozenset({Kind.HELLO, Kind.SMASHED, Kind.HEAD_GRADIENT, Kind.REPORT, Kind.BOTTOM, Kind.UPDATE})
+FROM_SITES = frozenset(
+    {
+        Kind.HELLO, Kind.SMASHED, Kind.HEAD_GRADIENT, Kind.REPORT, Kind.BOTTOM, Kind.UPDATE, Kind.KEYS, Kind.QUERY,
+    }
+)  # fmt: skip
 """Kinds that sites send; the server sends the others."""
 
 

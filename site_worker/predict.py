@@ -69,19 +69,27 @@ def predict(site: SiteWorker, top: Path | None = None, data: Path | None = None)
     """
     prepare_torch(site.config.threads, site.config.device)
     model = _load_model(site, top)
-    config = site.run_config
-    parts = read_parts(site.source, config, site.base)
-    scaled = scale(parts, config.data)
-    site.expect_same_data(scaled)
-    dataset = scaled.test
-    if data is not None:
-        source = replace(site.source, path=str(data.absolute()), share=(0.0, 1.0))
-        others = load_dataset(source, config.data, config.task, site.base)
-        dataset = Scaling.fit(parts.train, config.data).apply(others)
+    config, dataset = site.run_config, chosen(site, data)
     outputs = torch.cat([torch.zeros(0, *config.output_shape), *_outputs(model, dataset, site.config.device)])
     targets = standardise(config.task, config.data, dataset.targets)
     metrics = measure(config.task, config.data, outputs, targets, dataset.patients)
     return Predictions(dataset.patients, *_in_words(config.task, config.data, outputs), metrics)
+
+
+def chosen(site: SiteWorker, data: Path | None) -> Dataset:
+    """The site's held-out test patients, or the rows of another file, scaled as the training patients ask for.
+
+    Raises:
+        DataError: the data cannot be read, or (409) are not those that the site was trained with.
+    """
+    config = site.run_config
+    parts = read_parts(site.source, config, site.base)
+    scaled = scale(parts, config.data)
+    site.expect_same_data(scaled)
+    if data is None:
+        return scaled.test
+    source = replace(site.source, path=str(data.absolute()), share=(0.0, 1.0))
+    return Scaling.fit(parts.train, config.data).apply(load_dataset(source, config.data, config.task, site.base))
 
 
 def _load_model(site: SiteWorker, top: Path | None) -> nn.Module:

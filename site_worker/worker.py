@@ -74,8 +74,8 @@ class SiteWorker(ShiftWorker):
         self._server: Status | None = None
         """What the run store knows of the server."""
         policy = self.base / self.config.policy
-        self._policy = load(policy, PolicyConfig) if policy.exists() else PolicyConfig()
-        check_policy(self._policy, self.run_config, policy)
+        self.policy = load(policy, PolicyConfig) if policy.exists() else PolicyConfig()
+        check_policy(self.policy, self.run_config, policy)
         if self.config.name not in self.run_config.run.sites:
             raise RunError(
                 602,
@@ -134,14 +134,14 @@ class SiteWorker(ShiftWorker):
         config = self.run_config
         role = make_site(
             self.config.name, config, parts, uuid.uuid4().hex, self.run_folder, self.config.device,
-            self.base / self.config.ledger, self._policy.max_epsilon,
+            self.base / self.config.ledger, self.policy.max_epsilon,
         )  # fmt: skip
         self._role = role
         queues = site_queues(config.run.id, self.config.name, config.wire.queue_bytes)
         route = Route(outgoing=queues.up, incoming=queues.down, dead=queues.dead)
         broker = open_broker(self.config.broker, self.base, config.wire.message_bytes, self.credentials)
         prefetch = prefetch_for(planned_message_bytes(config, {k: p for k in _DOWN if (p := role.payload(k))}))
-        opened = self._link(broker, route, prefetch, idle_seconds)
+        opened = self.link(broker, route, prefetch, idle_seconds)
         if opened is None:
             self.state = "away"
             return False
@@ -167,7 +167,7 @@ class SiteWorker(ShiftWorker):
         if line.metrics["event"] == "spend" and self._role.account is not None:
             self._role.account.pay(int(line.metrics["step"] or 0))
 
-    def _link(self, broker: Broker, route: Route, prefetch: int, idle_seconds: float | None) -> Link | None:
+    def link(self, broker: Broker, route: Route, prefetch: int, idle_seconds: float | None) -> Link | None:
         """A link, once the broker answers and the server has opened the run, which makes the queues.
 
         None when the shift ends before, or `idle_seconds` do.

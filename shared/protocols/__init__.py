@@ -14,5 +14,10 @@ PROTOCOLS: dict[str, str] = {
     "data_vectors": "Tian et al., arXiv 2408.13038: each site trains alone, once; what changed is added up",
 }
 
+QUERIES: dict[str, str] = {
+    "he_clstm": "Yue et al., ACM TOIT 2021: sequences are judged while they are encrypted",
+}
+"""Systems that ask the model of a finished run; no run trains with them."""
+
 ROUNDS = ("fedavg_transfer", "fedavg_dp_seg", "data_vectors")
 """Systems whose participants exchange weights of the whole model; in the others a model is cut."""

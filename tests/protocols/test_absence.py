@@ -24,7 +24,7 @@ SECONDS = 15
 """They pass with every turn of a `Ward`, so that a site is left out after 48 of them."""
 MOMENTS = {
     "split_labels": (0, 1, 3, 5, 9), "split_u": (0, 3, 6, 13, 19), "split_frozen": (0, 1, 4),
-    "fedavg_transfer": (0, 1, 3, 7, 12), "fedavg_dp_seg": (0, 2, 6), "data_vectors": (0, 1, 3),
+    "fedavg_transfer": (1, 3, 12), "fedavg_dp_seg": (0, 2), "data_vectors": (0, 3),
 }  # fmt: skip
 """After how many of its messages the site goes: before its first, before an averaging, in the second epoch, at last;
 between two slices of an update, behind one."""
@@ -177,7 +177,7 @@ def test_a_strict_run_ends_without_a_site_whatever_dies(protocol, bottoms, windo
     assert replayed(shaken, tmp_path / "replay").outcome() == calm.outcome()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("protocol", "bottoms", "window"), SYSTEMS)
 def test_a_fair_run_ends_like_the_replay_of_its_journal(protocol, bottoms, window, seed, tmp_path):
     config = ward_config(protocol, bottoms, window, order="fair")

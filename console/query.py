@@ -1,0 +1,79 @@
+"""The verbs of encrypted queries: query at a site, answer at the server."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from console.main import INTERRUPTED, STOPPED
+from console.words import counted
+from shared.errors import RunError
+from shared.worker import StopSignal
+
+
+def ask(
+    path: Path, overrides: Sequence[str], submitted: Path | None, output: Path | None, idle_seconds: float | None,
+    new_keys: bool,
+) -> int:  # fmt: skip
+    """Submit sequences, send what is due, collect scores and write them; returns the exit code.
+
+    Args:
+        path: site.toml.
+        overrides: as for the other verbs.
+        submitted: file or folder to submit; the empty path stands for the site's held-out test patients, None for
+            nothing.
+        output: where the scores go; None prints them.
+        idle_seconds: leave when nothing happened for so long.
+        new_keys: forget the pair of keys first.
+    """
+    _check_installed()
+    from site_worker.query_worker import QuerySiteWorker
+
+    stop = StopSignal()
+    stop.install()
+    worker = QuerySiteWorker(path, overrides, stop)
+    if new_keys:
+        worker.new_keys()
+    if submitted is not None:
+        taken = worker.submit(None if submitted == Path() else submitted)
+        print(f"{counted(taken, 'sequence')} submitted", file=sys.stderr)
+    finished = worker.work(idle_seconds)
+    if output is None:
+        waiting, refused = worker.write_scores(sys.stdout)
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("w", encoding="utf-8") as file:
+            waiting, refused = worker.write_scores(file)
+    if refused:
+        print(f"queries that were refused: {refused}; their sequences have to be submitted again", file=sys.stderr)
+    if not finished:
+        print(f"queries that are not answered yet: {waiting}; start the same command again", file=sys.stderr)
+    return _left(stop)
+
+
+def answer(path: Path, overrides: Sequence[str], idle_seconds: float | None) -> int:
+    """Answer queries until asked to stop; returns the exit code."""
+    _check_installed()
+    from server_worker.query_worker import QueryServerWorker
+
+    stop = StopSignal()
+    stop.install()
+    worker = QueryServerWorker(path, overrides, stop=stop)
+    worker.work(idle_seconds)
+    print(f"{counted(worker.answered, 'message')} answered", file=sys.stderr)
+    return _left(stop)
+
+
+def _left(stop: StopSignal) -> int:
+    if stop.asked:
+        print(STOPPED, file=sys.stderr)
+    return INTERRUPTED if stop.number == signal.SIGINT else 0
+
+
+def _check_installed() -> None:
+    """Raise RunError 615 where the extra is missing."""
+    if find_spec("tenseal") is None:
+        raise RunError(615, "TenSEAL cannot be imported.", "pip install nightsplit[he].")

@@ -1,0 +1,105 @@
+"""A whole sequence in one go: gates see x_t alone, and what is left is a sum of products.
+
+    h_T = o_T c_T,   c_T = sum over k of (i_k g_k) f_{k+1} ... f_T
+
+The output gate is one more factor, behind the last forget gate. Factors 2 ... frames are f_2 ... f_T, factor
+frames + 1 is o_T. As many sequences at once as a ciphertext has slots, one in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+
+import numpy as np
+
+from server_worker.encrypted.arithmetic import Arithmetic
+from shared.ckks import Ciphertext
+from shared.models.judge import Judge
+
+
+def levels(frames: int) -> int:
+    """Levels that a sequence takes: one for the gates, and the depth of the products."""
+    return 1 + _depth(1, frames + 1, frames)
+
+
+def logits(arithmetic: Arithmetic, judge: Judge, frames: Sequence[Sequence[Ciphertext]]) -> Ciphertext:
+    """The logits, `levels` below the features.
+
+    Args:
+        arithmetic: of the site.
+        judge: with gates that see x_t alone.
+        frames: the features of each frame, a ciphertext each, of the highest level.
+    """
+    spatial = np.concatenate([vote * judge.spatial for vote in judge.votes])
+    votes = arithmetic.weighted(spatial, [feature for features in frames for feature in features])
+
+    def gate(unit: int, frame: int, kind: int) -> Ciphertext:
+        row, weight = kind * judge.hidden + unit, judge.temporal[unit] if kind == 2 else 1.0
+        return arithmetic.weighted(weight * judge.inputs[row], frames[frame - 1], float(weight * judge.bias[row]))
+
+    units = [Products(arithmetic, len(frames), partial(gate, unit)) for unit in range(judge.hidden)]
+    pairs = [pair for unit in units for pair in unit.pairs()]
+    return arithmetic.plus(arithmetic.sum([arithmetic.products(pairs), votes]), judge.constant)
+
+
+class Products:
+    """The evidence of one unit, or of all units in slots of their own.
+
+    Args:
+        arithmetic: of the site.
+        frames: of a sequence.
+        gate: of a frame, from 1, and of a kind: 0 to 3 for i, f, o, g; o with the weight of the evidence.
+    """
+
+    def __init__(self, arithmetic: Arithmetic, frames: int, gate: Callable[[int, int], Ciphertext]) -> None:
+        self._arithmetic, self._frames, self._gate = arithmetic, frames, gate
+        self._factors: dict[tuple[int, int], Ciphertext] = {}
+
+    def pairs(self) -> list[tuple[Ciphertext, Ciphertext]]:
+        """The products whose sum is its evidence."""
+        return self._pairs(1, self._frames + 1)
+
+    def _pairs(self, first: int, end: int) -> list[tuple[Ciphertext, Ciphertext]]:
+        """Products whose sum is what frames first ... end - 1 give, times the factors through `end`."""
+        pairs = []
+        while first < end:
+            middle = _split(first, end, self._frames)
+            pairs.append((self._factor(middle + 1, end), self._given(first, middle)))
+            first = middle + 1
+        return pairs
+
+    def _given(self, first: int, end: int) -> Ciphertext:
+        """What frames first ... end give, times the factors through `end`."""
+        if first == end:
+            return self._arithmetic.products([(self._gate(end, 0), self._gate(end, 3))])
+        return self._arithmetic.sum([self._arithmetic.products(self._pairs(first, end)), self._given(end, end)])
+
+    def _factor(self, first: int, end: int) -> Ciphertext:
+        """The product of factors first ... end."""
+        if (first, end) not in self._factors:
+            if first == end:
+                found = self._gate(end, 1) if end <= self._frames else self._gate(self._frames, 2)
+            else:
+                middle = (first + end) // 2
+                found = self._arithmetic.products([(self._factor(first, middle), self._factor(middle + 1, end))])
+            self._factors[first, end] = found
+        return self._factors[first, end]
+
+
+def _split(first: int, end: int, frames: int) -> int:
+    """Where products are divided so that they need the fewest levels."""
+    return min(range(first, end), key=lambda middle: _depth_at(first, middle, end, frames))
+
+
+@cache
+def _depth(first: int, end: int, frames: int) -> int:
+    """Levels of what frames first ... end give; there is nothing that `frames` + 1 gives."""
+    if first == end:
+        return int(end <= frames)
+    return min(_depth_at(first, middle, end, frames) for middle in range(first, end))
+
+
+def _depth_at(first: int, middle: int, end: int, frames: int) -> int:
+    factors = (end - middle - 1).bit_length()  # ceil(log2(end - middle))
+    return max(1 + max(factors, _depth(first, middle, frames)), _depth(middle + 1, end, frames))

@@ -1,0 +1,168 @@
+"""Few sequences at once: a slot for each number, all features of a frame in one ciphertext.
+
+    gates = sum over diagonals d of W:  d * rotated(x, its place)          (baby steps of x, giant steps of sums)
+
+The functions are those of `batch`, and `logits` that of `one_shot`, with the levels they take; a row of ciphertexts
+is a single one. Only the first `hidden` dimensions of h and c mean something. What lies in the others comes of the
+wrong gates, and reaches nothing: the site packs anew what it reads, and a rotation for the votes stops before them.
+It tells of the weights all the same, so cover it before the site can decrypt it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from server_worker.encrypted import one_shot
+from server_worker.encrypted.arithmetic import Arithmetic
+from server_worker.encrypted.batch import State
+from shared.ckks import Ciphertext, Circuit, Plaintext
+from shared.models.judge import Judge, Numbers
+from shared.packing import Slots
+
+ORDER = (0, 3, 1, 2)
+"""i, g, f, o: a rotation by `units` brings the next of them to the first dimensions."""
+
+
+def step(arithmetic: Arithmetic, judge: Judge, t: int, features: Sequence[Ciphertext], before: State | None) -> State:
+    """As `batch.step`."""
+    o, c = _cells(arithmetic, judge, features, before, last=False)
+    return State([arithmetic.products([(o, c)])], [c], _votes(arithmetic, judge, t, features, before))
+
+
+def last_step(arithmetic: Arithmetic, judge: Judge, features: Sequence[Ciphertext], before: State | None) -> Ciphertext:
+    """As `batch.last_step`; the logits are in the first dimension, and sums of other things in the others."""
+    o, c = _cells(arithmetic, judge, features, before, last=True)
+    votes = _votes(arithmetic, judge, judge.frames - 1, features, before)
+    return _summed(arithmetic, judge, arithmetic.products([(o, c)]), votes)
+
+
+def logits(arithmetic: Arithmetic, judge: Judge, frames: Sequence[Sequence[Ciphertext]]) -> Ciphertext:
+    """As `one_shot.logits`; the logits are in the first dimension, and sums of other things in the others."""
+    last = len(frames) - 1
+    gates = [
+        _gates(arithmetic, judge, [frame[0]], last=t == last, turns=3 if t == last else 2)
+        for t, frame in enumerate(frames)
+    ]
+    tree = one_shot.Products(arithmetic, len(frames), lambda frame, kind: gates[frame - 1][ORDER.index(kind)])
+    votes = arithmetic.sum([_votes(arithmetic, judge, t, frame, None) for t, frame in enumerate(frames)])
+    return _summed(arithmetic, judge, arithmetic.products(tree.pairs()), votes)
+
+
+def _packing(arithmetic: Arithmetic, judge: Judge) -> Slots:
+    return Slots(arithmetic.circuit.slots, judge.features, judge.hidden)
+
+
+def _cells(
+    arithmetic: Arithmetic, judge: Judge, features: Sequence[Ciphertext], before: State | None, last: bool
+) -> tuple[Ciphertext, Ciphertext]:
+    """The output gate and c."""
+    i, g, f, o = _gates(arithmetic, judge, [features[0], *(before.h if before else [])], last, turns=3)
+    return o, arithmetic.products([(i, g), *([(f, before.c[0])] if before else [])])
+
+
+def _gates(
+    arithmetic: Arithmetic, judge: Judge, given: Sequence[Ciphertext], last: bool, turns: int
+) -> list[Ciphertext]:
+    """The first 1 + `turns` gates of `ORDER`, each from the first dimension on; `given` is x, or x and h."""
+    packing = _packing(arithmetic, judge)
+    diagonals, bias = _matrix(arithmetic.circuit, judge, last)
+    turned = [[one] for one in given]
+    for row in turned:
+        for _ in range(packing.small - 1):
+            row.append(arithmetic.rotated(row[-1], packing.capacity))
+    total = None
+    for begin in reversed(range(0, max(map(len, diagonals[: len(given)])), packing.small)):
+        part = arithmetic.combined(
+            term
+            for row, of_input in zip(turned, diagonals, strict=False)
+            for term in zip(row, of_input[begin : begin + packing.small], strict=False)
+        )
+        if total is not None:
+            part = arithmetic.sum([part, arithmetic.rotated(total, packing.small * packing.capacity)])
+        total = part
+    gates = [arithmetic.plus(arithmetic.rescaled(total), bias)]
+    for _ in range(turns):
+        gates.append(arithmetic.rotated(gates[-1], packing.units * packing.capacity))
+    return gates
+
+
+@lru_cache(maxsize=4)
+def _matrix(circuit: Circuit, judge: Judge, last: bool) -> tuple[list[list[Plaintext]], list[float]]:
+    """Diagonals of W and of U, each moved back by the giant step that follows; and b.
+
+    At the last frame the weight of a unit's evidence is in its output gate, as in `batch`.
+    """
+    packing = Slots(circuit.slots, judge.features, judge.hidden)
+    weight = np.ones((4, judge.hidden, 1))
+    if last:
+        weight[2, :, 0] = judge.temporal * (1.0 if judge.state is None else judge.votes[-1])
+
+    def by_dimension(rows: Numbers) -> Numbers:
+        """(4 hidden, n) -> (dimensions, n)."""
+        gates = (weight * rows.reshape(4, judge.hidden, -1))[list(ORDER)]
+        return np.pad(gates, ((0, 0), (0, packing.units - judge.hidden), (0, 0))).reshape(packing.dimensions, -1)
+
+    def diagonals(rows: Numbers, period: int) -> list[Plaintext]:
+        matrix = np.pad(by_dimension(rows), ((0, 0), (0, period - rows.shape[1])))
+        place = np.arange(packing.dimensions)
+        found = []
+        for number in range(period):
+            diagonal = np.roll(matrix[place, (place + number) % period], number - number % packing.small)
+            found.append(circuit.encode(_spread(packing, diagonal), circuit.top))
+        return found
+
+    encoded = [diagonals(judge.inputs, packing.period)]
+    if judge.state is not None:
+        encoded.append(diagonals(judge.state, packing.units))
+    return encoded, _spread(packing, by_dimension(judge.bias)[:, 0])
+
+
+def _votes(
+    arithmetic: Arithmetic, judge: Judge, t: int, features: Sequence[Ciphertext], before: State | None
+) -> Ciphertext:
+    """The votes with what is known at frame t; its parts lie in many dimensions."""
+    spatial, temporal = _vote_weights(arithmetic.circuit, judge, t)
+    if before is None:
+        return arithmetic.rescaled(arithmetic.combined([(features[0], spatial)]))
+    known = arithmetic.rescaled(arithmetic.combined([(features[0], spatial), (before.h[0], temporal)]))
+    return arithmetic.sum([known, before.votes])
+
+
+@lru_cache(maxsize=64)
+def _vote_weights(circuit: Circuit, judge: Judge, t: int) -> tuple[Plaintext, Plaintext]:
+    """Of the features of frame t, and of the state before it."""
+    packing = Slots(circuit.slots, judge.features, judge.hidden)
+    weights = (judge.votes[t] * judge.spatial, judge.votes[t - 1] * judge.temporal)
+    padded = [np.pad(weight, (0, packing.dimensions - len(weight))) for weight in weights]
+    spatial, temporal = (circuit.encode(_spread(packing, weight), circuit.top) for weight in padded)
+    return spatial, temporal
+
+
+def _summed(arithmetic: Arithmetic, judge: Judge, evidence: Ciphertext, votes: Ciphertext) -> Ciphertext:
+    """The logits in the first dimension: votes come from all features, evidence from the first `units` dimensions."""
+    packing = _packing(arithmetic, judge)
+
+    def turned(given: Ciphertext, dimensions: int) -> Ciphertext:
+        for step in (packing.units, packing.small, 1):
+            for _ in range(dimensions // step):
+                given = arithmetic.rotated(given, step * packing.capacity)
+            dimensions %= step
+        return given
+
+    votes = arithmetic.lowered(votes, arithmetic.circuit.level_of(evidence))
+    folded = votes
+    for _ in range(packing.period // packing.units - 1):
+        folded = arithmetic.sum([votes, turned(folded, packing.units)])
+    total, width = arithmetic.sum([evidence, folded]), packing.units
+    while width > 1:
+        width //= 2
+        total = arithmetic.sum([total, turned(total, width)])
+    return arithmetic.plus(total, judge.constant)
+
+
+def _spread(packing: Slots, by_dimension: Numbers) -> list[float]:
+    """A number for each dimension, for every sequence."""
+    return np.repeat(by_dimension, packing.capacity).tolist()

@@ -1,0 +1,122 @@
+"""he_clstm (Yue et al., ACM TOIT 21(3):57, HE-CLSTM), the server's half: it judges sequences that it cannot read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from server_worker.encrypted import batch, one_shot, slots
+from server_worker.encrypted.arithmetic import Arithmetic
+from server_worker.encrypted.batch import State
+from shared.ckks import Ciphertext, PublicKeys, written
+from shared.errors import Refused
+from shared.models.judge import Judge, Numbers
+from shared.models.sequences import SequenceJudge
+from shared.packing import Packing
+from shared.protocols.he_clstm import BLINDING, circuit_of, packing_of
+
+
+class HeClstmServer:
+    """Answers one query after the other, and remembers none.
+
+    h, c and votes go back to the site between two frames, which encrypts them afresh. Before, a number is added to
+    every slot, uniform within `BLINDING` and derived from the server's secret and the query: the site sees states
+    that are hidden but for a part in about 2^17, and any server with the secret can take the numbers away again.
+
+    Args:
+        judge: with its trained weights.
+        secret: of the servers of this run, 32 bytes.
+
+    Raises:
+        ConfigError: 105 as `circuit_of`.
+    """
+
+    def __init__(self, judge: SequenceJudge, secret: bytes) -> None:
+        self._shape = judge
+        self._judge = Judge.of(judge.state_dict())
+        self._secret = secret
+        self.circuit = circuit_of(judge)
+
+    @property
+    def steps(self) -> int:
+        """Messages of a query each way."""
+        return 1 if self._judge.state is None else self._judge.frames
+
+    def answer(
+        self, keys: PublicKeys, query: str, step: int, packing_name: str, pieces: Sequence[bytes]
+    ) -> list[bytes]:
+        """Evaluate a step of a query.
+
+        Args:
+            keys: of the site.
+            query: names it; another query of another site or key never has the same.
+            step: from 0.
+            packing_name: as `packing_of` takes it.
+            pieces: ciphertexts: the features of the frame (one_shot: of all frames); from the second frame on
+                also h, c and votes as the last answer had them.
+
+        Returns:
+            Ciphertexts: h, c and votes, blinded; at the last step the logits.
+
+        Raises:
+            Refused: 304 there is no such step or packing, 313 ciphertexts or keys cannot be used.
+        """
+        packing = packing_of(packing_name, self.circuit, self._shape)
+        arithmetic = Arithmetic(self.circuit, keys, packing.rotations)
+        if not 0 <= step < self.steps:
+            raise Refused(304, f"there is no step {step} of {self.steps}.", "run the same version at both sides.")
+        if self._judge.state is None:
+            features = self._read(pieces, [len(packing.frame(self._nothing))] * self._judge.frames)
+            return [written(one_shot.logits(arithmetic, self._judge, features))]
+        method = batch if packing_name == "batch" else slots
+        frame, before = self._taken(arithmetic, packing, query, step, pieces)
+        if step == self.steps - 1:
+            logits = method.last_step(arithmetic, self._judge, frame, before)
+            (numbers,) = self._blinding(query, step, 1)  # other slots than those of the logits tell of the weights
+            shown = packing.votes(packing.read_logits(numbers, packing.capacity))
+            return [written(arithmetic.plus(logits, (numbers - shown).tolist()))]
+        state = method.step(arithmetic, self._judge, step, frame, before)
+        every = [arithmetic.bottom(part) for part in (*state.h, *state.c, state.votes)]
+        blinding = self._blinding(query, step, len(every))
+        return [written(arithmetic.plus(part, numbers.tolist())) for part, numbers in zip(every, blinding, strict=True)]
+
+    @property
+    def _nothing(self) -> Numbers:
+        return np.zeros((0, self._judge.features))
+
+    def _taken(
+        self, arithmetic: Arithmetic, packing: Packing, query: str, step: int, pieces: Sequence[bytes]
+    ) -> tuple[list[Ciphertext], State | None]:
+        """The features of a frame, and what came of the frame before with the blinding taken away."""
+        top, hidden = self.circuit.top, len(packing.state(np.zeros((0, self._judge.hidden))))
+        features = len(packing.frame(self._nothing))
+        if step == 0:
+            return self._read(pieces, [features])[0], None
+        numbers = self._blinding(query, step - 1, 2 * hidden + 1)
+        frame, h, c, (votes,) = self._read(pieces, [features, hidden, hidden, 1], [top, top, top - 1, top - 1])
+        everybody = packing.capacity
+        for row, blinded in ((h, numbers[:hidden]), (c, numbers[hidden:-1])):
+            for part, vector in zip(row, packing.state(packing.read_state(blinded, everybody)), strict=True):
+                arithmetic.minus(part, vector.tolist())
+        arithmetic.minus(votes, packing.votes(packing.read_votes(numbers[-1], everybody)).tolist())
+        return frame, State(h, c, votes)
+
+    def _read(
+        self, pieces: Sequence[bytes], lengths: Sequence[int], levels: Sequence[int] | None = None
+    ) -> list[list[Ciphertext]]:
+        """Ciphertexts in rows of these lengths and levels; without levels, all of the highest one."""
+        if len(pieces) != sum(lengths):
+            raise Refused(304, f"{len(pieces)} ciphertexts came, not {sum(lengths)}.", "run one version at both sides.")
+        rest = iter(pieces)
+        return [
+            [self.circuit.read(next(rest), level) for _ in range(length)]
+            for length, level in zip(lengths, levels or [self.circuit.top] * len(lengths), strict=True)
+        ]
+
+    def _blinding(self, query: str, step: int, count: int) -> list[Numbers]:
+        """Numbers for so many ciphertexts, a number for each slot."""
+        seed = self._secret + f"{query}/{step}".encode()
+        drawn = np.frombuffer(hashlib.shake_256(seed).digest(8 * count * self.circuit.slots), dtype="<u8")
+        return list((drawn * (2 * BLINDING / 2.0**64) - BLINDING).reshape(count, self.circuit.slots))

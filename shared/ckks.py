@@ -1,0 +1,199 @@
+"""CKKS (Cheon, Kim, Kim and Song, ASIACRYPT 2017) on Microsoft SEAL: sums and products of encrypted numbers.
+
+    level 3  ── multiply, rescale ──▶  level 2  ──▶  level 1  ──▶  level 0: only decryption is left
+
+A ciphertext of level l carries the scale `Circuit.scales[l]` and no other, so that any two of a level can be added
+exactly: each rescaling divides by a prime that is not quite a power of two, and the scales follow the primes.
+
+SEAL reads and writes files only, hence the temporary ones; a secret key never passes through them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import tenseal.sealapi as seal
+
+from shared.errors import Refused
+
+Ciphertext: TypeAlias = Any  # seal.Ciphertext, which has no types
+Plaintext: TypeAlias = Any  # seal.Plaintext, likewise
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """What all participants of an encrypted evaluation agree on.
+
+    Attributes:
+        degree: N of the ring; a ciphertext holds N / 2 numbers.
+        bits: sizes of the primes: the one that stays at level 0, one for each level above it, and the one for
+            switching keys.
+        scale_bits: of the scale at the highest level.
+    """
+
+    degree: int
+    bits: tuple[int, ...]
+    scale_bits: int
+
+    @property
+    def top(self) -> int:
+        """The highest level: how many multiplications may follow each other."""
+        return len(self.bits) - 2
+
+    @property
+    def slots(self) -> int:
+        """Numbers in a ciphertext."""
+        return self.degree // 2
+
+    @cached_property
+    def context(self) -> Any:
+        """SEAL's context, at 128-bit security.
+
+        Raises:
+            ValueError: the primes are too large for this degree and security.
+        """
+        parameters = seal.EncryptionParameters(seal.SCHEME_TYPE.CKKS)
+        parameters.set_poly_modulus_degree(self.degree)
+        parameters.set_coeff_modulus(seal.CoeffModulus.Create(self.degree, list(self.bits)))
+        context = seal.SEALContext(parameters, True, seal.SEC_LEVEL_TYPE.TC128)
+        if not context.parameters_set():
+            raise ValueError(context.parameters_error_message())
+        return context
+
+    @cached_property
+    def ids(self) -> list[Any]:
+        """SEAL's name of each level, from level 0."""
+        found, data = [], self.context.first_context_data()
+        while True:
+            found.append(data.parms_id())
+            if data.chain_index() == 0:
+                return found[::-1]
+            data = data.next_context_data()
+
+    @cached_property
+    def scales(self) -> list[float]:
+        """Scale of a ciphertext of each level, from level 0."""
+        primes = [prime.value() for prime in self.context.first_context_data().parms().coeff_modulus()]
+        scales = [2.0**self.scale_bits]
+        for level in range(self.top, 0, -1):
+            scales.append(scales[-1] ** 2 / primes[level])
+        return scales[::-1]
+
+    @cached_property
+    def encoder(self) -> Any:
+        """Numbers to polynomials and back."""
+        return seal.CKKSEncoder(self.context)
+
+    def level_of(self, ciphertext: Ciphertext) -> int:
+        """See the drawing."""
+        return int(ciphertext.coeff_modulus_size()) - 1
+
+    def encode(self, values: float | Sequence[float], level: int, scale: float | None = None) -> Plaintext:
+        """A plaintext of a level: the same number in every slot, or a number for each (the others are 0)."""
+        plain = seal.Plaintext()
+        numbers = values if isinstance(values, float) else list(values)
+        self.encoder.encode(numbers, self.ids[level], scale or self.scales[level], plain)
+        return plain
+
+    def read(self, content: bytes, level: int) -> Ciphertext:
+        """A ciphertext to compute with, of that level and its scale, that came from elsewhere.
+
+        Raises:
+            Refused: 313 it is none of this circuit, or not of that level.
+        """
+        found = self.read_any(content)
+        if self.level_of(found) != level or found.scale != self.scales[level]:
+            raise Refused(313, f"a ciphertext is not of level {level}.", "run the same version at both sides.")
+        return found
+
+    def read_any(self, content: bytes) -> Ciphertext:
+        """A ciphertext to decrypt, that came from elsewhere.
+
+        Raises:
+            Refused: 313 it is none of this circuit.
+        """
+        found = seal.Ciphertext()
+        self._load(found, content)
+        # SEAL reads these, and fails on them later, or shows what was never encrypted.
+        if found.size() != 2 or not found.is_ntt_form() or found.is_transparent() or found.scale not in self.scales:
+            raise Refused(313, "a ciphertext has not the form it should.", "run the same version at both sides.")
+        return found
+
+    def read_relin(self, content: bytes) -> Any:
+        """Relinearization keys that came from elsewhere.
+
+        Raises:
+            Refused: 313 they are none of this circuit.
+        """
+        keys = seal.RelinKeys()
+        self._load(keys, content)
+        if not keys.has_key(2):  # Galois keys have the same form, and SEAL does not look before it multiplies
+            raise Refused(313, "relinearization keys are absent.", "run the same version at both sides.")
+        return keys
+
+    def read_galois(self, content: bytes, rotations: Sequence[int]) -> Any:
+        """Galois keys for these steps, that came from elsewhere.
+
+        Raises:
+            Refused: 313 they are none of this circuit, or not for all steps.
+        """
+        keys = seal.GaloisKeys()
+        self._load(keys, content)
+        if not all(map(keys.has_key, self.elements(rotations))):
+            raise Refused(313, "a key for a rotation is absent.", "run the same version at both sides.")
+        return keys
+
+    def elements(self, rotations: Sequence[int]) -> list[int]:
+        """Galois elements: what SEAL takes where it should take steps."""
+        return [pow(3, step, 2 * self.degree) for step in rotations]
+
+    def _load(self, into: Any, content: bytes) -> None:
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(content)
+            file.flush()
+            try:
+                into.load(self.context, file.name)  # checks that the numbers are below their primes
+            except (RuntimeError, ValueError):
+                raise Refused(313, "a ciphertext or key is damaged, or another circuit's.", "send it again.") from None
+
+
+def written(encrypted: Any) -> bytes:
+    """The bytes of a ciphertext, or of a public key; what was encrypted symmetrically has half the size."""
+    with tempfile.NamedTemporaryFile() as file:
+        encrypted.save(file.name)
+        return Path(file.name).read_bytes()
+
+
+@dataclass(frozen=True)
+class PublicKeys:
+    """What a server needs to compute with a site's ciphertexts, and cannot decrypt with.
+
+    Attributes:
+        relin: bytes of the relinearization keys.
+        galois: bytes of the keys for rotations; empty where the packing needs none.
+    """
+
+    relin: bytes
+    galois: bytes
+
+    @property
+    def content(self) -> bytes:
+        """Both, for a file."""
+        return len(self.relin).to_bytes(8, "big") + self.relin + self.galois
+
+    @classmethod
+    def of(cls, content: bytes) -> PublicKeys:
+        """From `content`."""
+        end = 8 + int.from_bytes(content[:8], "big")
+        return cls(content[8:end], content[end:])
+
+    @cached_property
+    def sha256(self) -> str:
+        """The name of this pair of keys."""
+        return hashlib.sha256(self.content).hexdigest()

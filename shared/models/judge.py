@@ -1,0 +1,67 @@
+"""The weights of a `SequenceJudge` as plain numbers, for whoever computes with it in other ways than torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Numbers = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """See `SequenceJudge` for the formulas.
+
+    Attributes:
+        inputs: W, float64 (4 hidden, features), in the order i, f, o, g.
+        state: U, (4 hidden, hidden); None where gates see x_t alone.
+        bias: b, (4 hidden,).
+        spatial: m a, (features,): evidence of a frame's features, before the votes.
+        temporal: (1 - m) w, (hidden,): evidence of a state, before the votes.
+        constant: what is added to every logit.
+        votes: v, (frames,).
+    """
+
+    inputs: Numbers
+    state: Numbers | None
+    bias: Numbers
+    spatial: Numbers
+    temporal: Numbers
+    constant: float
+    votes: Numbers
+
+    @property
+    def frames(self) -> int:
+        """Length of a sequence."""
+        return len(self.votes)
+
+    @property
+    def features(self) -> int:
+        """Of a frame."""
+        return len(self.spatial)
+
+    @property
+    def hidden(self) -> int:
+        """Units of the LSTM."""
+        return len(self.temporal)
+
+    @classmethod
+    def of(cls, weights: Mapping[str, torch.Tensor]) -> Judge:
+        """From the state dict of a `SequenceJudge`."""
+        found = {name: tensor.detach().double().numpy() for name, tensor in weights.items()}
+        mixture = 1 / (1 + np.exp(-found["mixture"]))
+        votes = np.exp(found["votes"] - found["votes"].max())
+        constant = mixture * found["spatial.bias"][0] + (1 - mixture) * found["temporal.bias"][0]
+        return cls(
+            inputs=found["inputs.weight"],
+            state=found.get("state.weight"),
+            bias=found["inputs.bias"],
+            spatial=mixture * found["spatial.weight"][0],
+            temporal=(1 - mixture) * found["temporal.weight"][0],
+            constant=float(constant),
+            votes=votes / votes.sum(),
+        )

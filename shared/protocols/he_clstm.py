@@ -1,0 +1,115 @@
+"""he_clstm (Yue et al., ACM TOIT 21(3):57, HE-CLSTM): sequences are judged while they are encrypted.
+
+A system of the Query shape. It asks a model that is there: the one of a finished run whose last stage is a
+`SequenceJudge`. Whether its gates see the state decides how a query goes:
+
+    refresh    gates see h: one message each way for every frame. Between two frames h, c and the votes come
+               back to the site, blinded, which encrypts them afresh: 3 levels are enough for any length.
+    one_shot   gates see x_t alone: one message each way, made for a site that is offline until tomorrow.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from shared.ckks import Circuit
+from shared.config import RunConfig
+from shared.errors import ConfigError, Refused, RunError
+from shared.models.cutting import make
+from shared.models.sequences import SequenceJudge
+from shared.packing import Batch, Packing, Slots
+
+MOST_FRAMES = 14
+"""Of a one_shot query: five levels, of 29 bits each. Six would leave 25 bits, and errors that change decisions."""
+
+REFRESH = Circuit(degree=8192, bits=(50, 31, 31, 31, 60), scale_bits=31)
+"""Three levels a frame. 19 bits above the scale are room for the blinding; were they more, and the first prime as large
+as the last one, rotations would add an error of 5e-4 to the logits, which now is below 2e-5."""
+
+BLINDING = 2.0**17
+"""Numbers that blind are below it, in absolute value; states are within about 1."""
+
+
+def circuit_of(judge: SequenceJudge) -> Circuit:
+    """The circuit for queries to a model: 128 bits of security, ring of degree 8192, of which 218 bits may be primes.
+
+    Raises:
+        ConfigError: 105 the model's sequences are too long.
+    """
+    if judge.state is not None:
+        return REFRESH
+    frames = len(judge.votes)
+    if frames > MOST_FRAMES:
+        raise ConfigError(
+            105,
+            f"a one_shot query may have {MOST_FRAMES} frames, the model takes {frames}.",
+            "train with recurrent = true, whose queries go to the server frame by frame.",
+        )
+    levels = 1 + (frames + 1).bit_length()
+    scale = 204 // (levels + 2)
+    return Circuit(8192, (scale + 7, *[scale] * levels, scale + 7), scale)
+
+
+SEVERAL = 1000
+"""Sequences from which on a batch is faster than slots."""
+
+
+def packing_of(name: str, circuit: Circuit, judge: SequenceJudge) -> Packing:
+    """The packing that a query names.
+
+    Raises:
+        Refused: 304 there is none of that name for this model.
+    """
+    if name == "batch":
+        return Batch(circuit.slots)
+    if name == "slots" and judge.state is not None:
+        return Slots(circuit.slots, judge.spatial.in_features, judge.temporal.in_features)
+    raise Refused(304, f"packing {name!r} is unknown here.", "run the same version at both sides.")
+
+
+def packing_for(sequences: int, judge: SequenceJudge) -> str:
+    """The packing that suits so many sequences."""
+    return "slots" if judge.state is not None and sequences < SEVERAL else "batch"
+
+
+def stages_of(config: RunConfig) -> tuple[nn.Sequential, nn.Sequential]:
+    """Both parts of a run's model, as it is made: what works at the site, and the judge alone.
+
+    Raises:
+        ConfigError: 104 the model cannot be made, 105 its last stage cannot work on ciphertexts.
+    """
+    whole = make(config.model, config.run.seed)
+    stages = list(whole.named_children()) if isinstance(whole, nn.Sequential) else []
+    if len(stages) < 2 or not isinstance(stages[-1][1], SequenceJudge):
+        raise ConfigError(
+            105,
+            f"model.factory {config.model.factory}: its last stage works on no ciphertexts.",
+            "train a model that ends with a SequenceJudge, as shared.models.sequences:clstm does.",
+        )
+    return nn.Sequential(OrderedDict(stages[:-1])), nn.Sequential(OrderedDict(stages[-1:]))
+
+
+def judge_of(last: nn.Sequential) -> SequenceJudge:
+    """The judge in its part."""
+    (judge,) = last.children()
+    assert isinstance(judge, SequenceJudge)
+    return judge
+
+
+def fill(part: nn.Module, path: Path) -> None:
+    """Load the trained weights of a part, from a file with them or with those of the whole model.
+
+    Raises:
+        RunError: 604 they are not in the file, or are others.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            part.load_state_dict({name: file.get_tensor(name) for name in part.state_dict()})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise RunError(
+            604, f"{path}: {str(error).splitlines()[0]}.", "name the file that the finished run has written."
+        ) from None

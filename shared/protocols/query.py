@@ -1,0 +1,99 @@
+"""The Query shape: a site asks, whichever server is up answers, and neither waits for the other.
+
+    site                                             server
+     ├── KEYS (public, in chunks) ────────────────▶   keeps them under their sha256
+     ├── QUERY 1 (in chunks) ─────────────────────▶   computes, and remembers nothing
+     ◀── ANSWER 1 (in chunks), or UNANSWERED 1 ────┤   acknowledges the query when the answer is confirmed
+
+A site numbers its queries, and keeps what it needs for an answer in a file of its own (`site_worker.queries`). The
+server has no state but the keys: after a crash the broker delivers the query again, and it is answered again. The
+site takes the first answer and drops a second one. So a query has its effect exactly once, whoever dies.
+
+A parcel is what belongs together: all ciphertexts of a query, say. It travels in chunks below the broker's limit;
+a chunk names the sha256 of the whole parcel, so that nothing is computed with what was altered on the way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from shared.contract import Payload, TensorSpec
+from shared.errors import Refused
+from shared.message import Header, Kind, Message, Scalar
+
+HEADER_BYTES = 32 * 2**10
+"""Of a message, left for its header."""
+MOST_CHUNKS = 64
+"""Of a parcel."""
+
+_CHUNK = {"content": TensorSpec(torch.uint8, ("bytes",)), "sizes": TensorSpec(torch.int64, ("pieces",))}
+_PLACE = {"chunk": int, "chunks": int, "sha256": str}
+
+CONTRACT: Mapping[Kind, Payload] = {
+    Kind.KEYS: Payload(_CHUNK, _PLACE),
+    Kind.QUERY: Payload(_CHUNK, {**_PLACE, "keys": str, "packing": str}),
+    Kind.ANSWER: Payload(_CHUNK, _PLACE),
+    Kind.UNANSWERED: Payload(scalars={"number": int, "reason": str}),
+}
+"""Payload of each kind. `seq` in their headers is the number of the query, `version` the step of its evaluation."""
+
+Key = TypeVar("Key")
+
+
+def chunks(
+    header: Header, pieces: Sequence[bytes], limit: int, scalars: Mapping[str, Scalar] = {}
+) -> Iterator[Message]:
+    """The messages of a parcel.
+
+    Args:
+        header: of each of them.
+        pieces: what is sent, e.g. a ciphertext each; a longer one than a message goes into several.
+        limit: largest message in bytes.
+        scalars: what else each of them carries.
+    """
+    room = limit - HEADER_BYTES
+    content = b"".join(pieces)
+    sizes = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)
+    number = max(1, -(-len(content) // room))
+    sha256 = hashlib.sha256(content).hexdigest()
+    for chunk in range(number):
+        part = np.frombuffer(content[chunk * room : (chunk + 1) * room], dtype=np.uint8)
+        tensors = {"content": torch.from_numpy(part.copy()), "sizes": sizes}
+        yield Message(header, tensors, {**scalars, "chunk": chunk, "chunks": number, "sha256": sha256})
+
+
+class Parcels:
+    """Parcels that are coming in; chunks may come twice, and anew from the first after a crash of their sender."""
+
+    def __init__(self) -> None:
+        self._parts: dict[tuple[Kind, int, int], dict[int, Message]] = {}
+
+    def add(self, message: Message) -> list[bytes] | None:
+        """Take a chunk; the pieces of its parcel when it was the last one missing.
+
+        Raises:
+            Refused: 304 its place among the chunks is impossible, or the parcel is not what was sent. It is forgotten.
+        """
+        header, scalars = message.header, message.scalars
+        chunk, number = int(scalars["chunk"]), int(scalars["chunks"])
+        if not 0 <= chunk < number <= MOST_CHUNKS:
+            raise Refused(304, f"chunk {chunk} of {number} is impossible.", "run the same version at both sides.")
+        name = (header.kind, header.seq, header.version)
+        parts = self._parts.setdefault(name, {})
+        if any(known.scalars["sha256"] != scalars["sha256"] for known in parts.values()):
+            parts.clear()  # its sender has died meanwhile, and has encrypted it anew
+        parts[chunk] = message
+        if len(parts) < number:
+            return None
+        del self._parts[name]
+        content = b"".join(parts[n].tensors["content"].numpy().tobytes() for n in range(number))
+        sizes = message.tensors["sizes"].tolist()
+        if hashlib.sha256(content).hexdigest() != scalars["sha256"] or min(sizes) < 0 or sum(sizes) != len(content):
+            raise Refused(304, f"{header.message_id} was altered on its way.", "submit it again.")
+        ends = [sum(sizes[: n + 1]) for n in range(len(sizes))]
+        return [content[end - size : end] for end, size in zip(ends, sizes, strict=True)]

@@ -1,0 +1,1 @@
+"""Sequences leave the site encrypted: its keys, and what it sends and reads with them."""

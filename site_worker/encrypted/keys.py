@@ -1,0 +1,78 @@
+"""A site's own pair of keys: the secret one never leaves its folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tenseal.sealapi as seal
+from numpy.typing import NDArray
+
+from shared.ckks import Ciphertext, Circuit, PublicKeys, written
+from shared.errors import StateError
+
+SECRET = "secret.key"
+
+
+class SecretKeys:
+    """Encrypts and decrypts. Every site makes its own; whoever has the file can read all that it sent.
+
+    Args:
+        circuit: the agreed one.
+        secret: SEAL's secret key.
+    """
+
+    def __init__(self, circuit: Circuit, secret: seal.SecretKey) -> None:
+        self.circuit = circuit
+        self._secret = secret
+        self._encryptor = seal.Encryptor(circuit.context, secret)
+        self._decryptor = seal.Decryptor(circuit.context, secret)
+
+    @classmethod
+    def made(cls, circuit: Circuit, folder: Path, rotations: Sequence[int] = ()) -> tuple[SecretKeys, PublicKeys]:
+        """New keys; the secret one is written into `folder`, readable by its owner alone.
+
+        Args:
+            circuit: the agreed one.
+            folder: is made.
+            rotations: steps by which a server will rotate slots.
+        """
+        generator = seal.KeyGenerator(circuit.context)
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = folder / f".{SECRET}.draft"
+        os.close(os.open(draft, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))  # before there is a secret in it
+        secret = generator.secret_key()
+        secret.save(str(draft))
+        draft.replace(folder / SECRET)
+        galois = written(generator.create_galois_keys(circuit.elements(rotations))) if rotations else b""
+        return cls(circuit, secret), PublicKeys(written(generator.create_relin_keys()), galois)
+
+    @classmethod
+    def read(cls, circuit: Circuit, folder: Path) -> SecretKeys:
+        """The keys that were made before.
+
+        Raises:
+            StateError: 511 there is no secret key of this circuit.
+        """
+        secret = seal.SecretKey()
+        try:
+            secret.load(circuit.context, str(folder / SECRET))
+        except (RuntimeError, ValueError):
+            raise StateError(
+                511,
+                f"{folder / SECRET} is missing, damaged, or of another circuit.",
+                "restore it from a backup; without it, answers to what was sent cannot be read.",
+            ) from None
+        return cls(circuit, secret)
+
+    def encrypted(self, numbers: NDArray[np.float64], level: int) -> bytes:
+        """The bytes of a ciphertext of at most `circuit.slots` numbers, with the scale of that level."""
+        return written(self._encryptor.encrypt_symmetric(self.circuit.encode(numbers.tolist(), level)))
+
+    def decrypted(self, ciphertext: Ciphertext) -> NDArray[np.float64]:
+        """The numbers in all slots, float64 (slots,)."""
+        plain = seal.Plaintext()
+        self._decryptor.decrypt(ciphertext, plain)
+        return np.asarray(self.circuit.encoder.decode_double(plain))

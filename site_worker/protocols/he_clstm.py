@@ -1,0 +1,82 @@
+"""he_clstm (Yue et al., ACM TOIT 21(3):57, HE-CLSTM), the site's half: sequences leave encrypted, scores come back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from shared.errors import Refused
+from shared.models.judge import Numbers
+from shared.models.sequences import SequenceJudge
+from shared.packing import Packing
+from shared.protocols.he_clstm import circuit_of, packing_of
+from site_worker.encrypted.keys import SecretKeys
+from site_worker.queries import Query
+
+
+class HeClstmSite:
+    """Encrypts what a step of a query needs, and decrypts what came of it.
+
+    Args:
+        judge: of the model; its weights do not matter here.
+        keys: of the site.
+    """
+
+    def __init__(self, judge: SequenceJudge, keys: SecretKeys) -> None:
+        self._judge = judge
+        self._keys = keys
+        self.circuit = circuit_of(judge)
+
+    @property
+    def steps(self) -> int:
+        """Messages of a query each way."""
+        return 1 if self._judge.state is None else len(self._judge.votes)
+
+    def pieces(self, query: Query) -> list[bytes]:
+        """Ciphertexts of the query's present step."""
+        packing, top = self._packing(query), self.circuit.top
+        frames = query.features if self._judge.state is None else query.features[:, query.step : query.step + 1]
+        vectors = [vector for frame in frames.swapaxes(0, 1) for vector in packing.frame(frame)]
+        sent = [self._keys.encrypted(vector, top) for vector in vectors]
+        if query.state is None:
+            return sent
+        h, c, votes = np.split(query.state, [self._judge.temporal.in_features, 2 * self._judge.temporal.in_features], 1)
+        sent += [self._keys.encrypted(vector, top) for vector in packing.state(h)]
+        sent += [self._keys.encrypted(vector, top - 1) for vector in packing.state(c)]
+        return [*sent, self._keys.encrypted(packing.votes(votes[:, 0]), top - 1)]
+
+    def state(self, query: Query, pieces: Sequence[bytes]) -> Numbers:
+        """What the server needs back with the next frame, blinded by it.
+
+        Returns:
+            h, c and votes, float64 (capacity, 2 hidden + 1).
+
+        Raises:
+            Refused: 304, 313 the answer is none.
+        """
+        packing = self._packing(query)
+        vectors = self._decrypted(pieces)
+        hidden = (len(vectors) - 1) // 2
+        everybody = packing.capacity
+        if len(vectors) != 2 * len(packing.state(np.zeros((0, self._judge.temporal.in_features)))) + 1:
+            raise Refused(304, f"an answer has {len(pieces)} ciphertexts.", "run the same version at both sides.")
+        h, c = (packing.read_state(part, everybody) for part in (vectors[:hidden], vectors[hidden:-1]))
+        return np.concatenate([h, c, packing.read_votes(vectors[-1], everybody)[:, None]], axis=1)
+
+    def logits(self, query: Query, pieces: Sequence[bytes]) -> Numbers:
+        """The scores of the sequences, float64 (n,).
+
+        Raises:
+            Refused: 304, 313 the answer is none.
+        """
+        vectors = self._decrypted(pieces)
+        if len(vectors) != 1:
+            raise Refused(304, f"an answer has {len(pieces)} ciphertexts.", "run the same version at both sides.")
+        return self._packing(query).read_logits(vectors[0], len(query.features))
+
+    def _decrypted(self, pieces: Sequence[bytes]) -> list[Numbers]:
+        return [self._keys.decrypted(self.circuit.read_any(piece)) for piece in pieces]
+
+    def _packing(self, query: Query) -> Packing:
+        return packing_of(query.packing, self.circuit, self._judge)

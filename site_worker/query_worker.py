@@ -1,0 +1,192 @@
+"""The site worker for queries to the model of a finished run: submits sequences, and comes back for the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import torch
+
+from broker.opening import open_broker
+from broker.topology import query_queues
+from shared.ckks import PublicKeys
+from shared.errors import ConfigError, RunError, StateError
+from shared.models.judge import Numbers
+from shared.packing import Slots
+from shared.protocols.he_clstm import circuit_of, fill, judge_of, packing_for, packing_of, stages_of
+from shared.protocols.query import MOST_CHUNKS
+from shared.route import Route
+from shared.worker import StopSignal, own_folder, prepare_torch
+from site_worker.asking import Asking
+from site_worker.encrypted.keys import SECRET, SecretKeys
+from site_worker.predict import ROWS_AT_A_TIME, chosen
+from site_worker.protocols.he_clstm import HeClstmSite
+from site_worker.queries import Queries
+from site_worker.worker import SiteWorker
+
+PUBLIC = "public.keys"
+"""Beside the secret one."""
+
+
+class QuerySiteWorker:
+    """Queries of one site. They are in `queries.db` of its state folder, beside its own pair of keys.
+
+    Args:
+        path: site.toml of the finished run.
+        overrides, stop: as for `SiteWorker`.
+
+    Raises:
+        ConfigError: a file is wrong, the policy forbids queries (108), or (105) the run's model cannot work on
+            ciphertexts.
+    """
+
+    def __init__(self, path: Path, overrides: Sequence[str] = (), stop: StopSignal | None = None) -> None:
+        self._stop = stop or StopSignal()
+        self.site = SiteWorker(path, overrides, stop=self._stop)
+        if not self.site.policy.queries:
+            raise ConfigError(
+                108,
+                f"{self.site.base / self.site.config.policy}: encrypted queries need queries = true.",
+                "let the hospital decide to set this key in its policy.",
+            )
+        self._front, last = stages_of(self.site.run_config)
+        self._judge = judge_of(last)
+        self.circuit = circuit_of(self._judge)
+
+    @property
+    def _keys(self) -> Path:
+        return self.site.state_folder / "keys"
+
+    def submit(self, data: Path | None) -> int:
+        """Take sequences in; nothing is sent yet.
+
+        Args:
+            data: a file or folder that is read as [data] of site.toml says; None for the site's held-out test
+                patients.
+
+        Returns:
+            How many sequences.
+
+        Raises:
+            DataError: as `predict`.
+            RunError: 605 the run has not finished here, 604 its model does not fit.
+        """
+        prepare_torch(self.site.config.threads, self.site.config.device)
+        fill(self._front, self._weights())
+        with own_folder(self.site.state_folder):
+            dataset = chosen(self.site, data)
+            features = self._features(dataset.inputs)
+            _, public = self._own_keys()
+            name = packing_for(len(features), self._judge)
+            capacity = packing_of(name, self.circuit, self._judge).capacity
+            queries = Queries(self.site.state_folder / "queries.db")
+            try:
+                for first in range(0, len(features), capacity):
+                    rows = slice(first, first + capacity)
+                    queries.submit(public.sha256, name, dataset.patients[rows], features[rows])
+            finally:
+                queries.close()
+        return len(features)
+
+    def work(self, idle_seconds: float | None = None) -> bool:
+        """Send what was submitted and collect scores, in the site's shifts.
+
+        Args:
+            idle_seconds: leave when nothing happened for so long; None to stay until all is answered.
+
+        Returns:
+            Whether every query is answered or refused.
+
+        Raises:
+            NightsplitError: what the user has to know.
+        """
+        site, run = self.site, self.site.run_config.run
+        limit = site.run_config.wire.message_bytes
+        with own_folder(site.state_folder):
+            secret, public = self._own_keys()
+            queries = Queries(site.state_folder / "queries.db")
+            names = query_queues(run.id, site.config.name, site.run_config.wire.queue_bytes)
+            route = Route(outgoing=names.up, incoming=names.down, dead=names.dead)
+            broker = open_broker(site.config.broker, site.base, limit, site.credentials)
+            try:
+                while site.wait_for_shift():
+                    link = site.link(broker, route, 2 * MOST_CHUNKS, idle_seconds)
+                    if link is None:
+                        return False
+                    with link:
+                        half = HeClstmSite(self._judge, secret)
+                        asking = Asking(run.id, site.config.name, link, route, half, public, queries, limit)
+                        if asking.run(site.off_duty, idle_seconds):
+                            return True
+                    if idle_seconds is not None:
+                        return False
+            finally:
+                queries.close()
+        return False
+
+    def new_keys(self) -> None:
+        """Forget the pair of keys; the next query makes another.
+
+        Raises:
+            StateError: 512 queries are open, whose answers only the present keys can read.
+        """
+        with own_folder(self.site.state_folder):
+            queries = Queries(self.site.state_folder / "queries.db")
+            waiting = sum(query.is_open for query in queries.all())
+            queries.close()
+            if waiting:
+                raise StateError(
+                    512, f"{waiting} queries are not answered yet.", "collect their scores first: nightsplit query."
+                )
+            for name in (SECRET, PUBLIC):
+                (self._keys / name).unlink(missing_ok=True)
+
+    def write_scores(self, file: TextIO) -> tuple[int, int]:
+        """CSV: query, row, patient, logit and probability, of all that was answered.
+
+        Returns:
+            How many queries are open, and how many were refused.
+        """
+        queries = Queries(self.site.state_folder / "queries.db")
+        found = queries.all()
+        queries.close()
+        print("query,row,patient,logit,probability", file=file)
+        for query in found:
+            if query.logits is not None:
+                for row, (patient, logit) in enumerate(zip(query.patients, query.logits.tolist(), strict=True), 1):
+                    probability = 1 / (1 + np.exp(-logit))
+                    print(f"{query.number},{row},{patient},{logit:.6f},{probability:.6g}", file=file)
+        return sum(query.is_open for query in found), sum(query.refusal is not None for query in found)
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _features(self, inputs: torch.Tensor) -> Numbers:
+        self._front.eval()
+        with torch.no_grad():
+            rows = [self._front(part) for part in torch.split(inputs, ROWS_AT_A_TIME)]
+        return torch.cat(rows).double().numpy()
+
+    def _weights(self) -> Path:
+        folder, run = self.site.model_folder, self.site.run_config.run
+        for name in ("bottom", "model"):
+            if (folder / f"{name}.safetensors").exists():
+                return folder / f"{name}.safetensors"
+        raise RunError(
+            605,
+            f"{folder} has no trained model: {run.id} has not finished at {self.site.config.name}.",
+            "let the run finish first: nightsplit site site.toml.",
+        )
+
+    def _own_keys(self) -> tuple[SecretKeys, PublicKeys]:
+        path = self._keys / PUBLIC
+        if path.exists():
+            return SecretKeys.read(self.circuit, self._keys), PublicKeys.of(path.read_bytes())
+        slots = Slots(self.circuit.slots, self._judge.spatial.in_features, self._judge.temporal.in_features)
+        rotations = slots.rotations if self._judge.state is not None else ()
+        secret, public = SecretKeys.made(self.circuit, self._keys, rotations)
+        draft = path.with_suffix(".draft")
+        draft.write_bytes(public.content)
+        draft.replace(path)
+        return secret, public

@@ -1,0 +1,241 @@
+"""The Query shape over a broker in memory: real halves and real ciphertexts; copies, losses, garbage, unknown keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from broker.base import Delivery
+from broker.memory import MemoryBroker
+from broker.topology import query_queues
+from server_worker.answering import Answering
+from server_worker.protocols.he_clstm import HeClstmServer
+from shared import wire
+from shared.errors import Refused
+from shared.message import SERVER, Header, Kind, Message
+from shared.models.sequences import SequenceJudge
+from shared.packing import Slots
+from shared.protocols.he_clstm import circuit_of, packing_for
+from shared.protocols.query import CONTRACT, HEADER_BYTES, MOST_CHUNKS, Parcels, chunks
+from shared.route import Route
+from site_worker.asking import Asking
+from site_worker.encrypted.keys import SecretKeys
+from site_worker.protocols.he_clstm import HeClstmSite
+from site_worker.queries import Queries
+
+FRAMES, FEATURES, HIDDEN = 2, 2, 1
+LIMIT = HEADER_BYTES + 100_000
+"""A ciphertext has more than 100 KB, so that each query has several chunks."""
+
+
+class Service:
+    """One site and one server, either of which can be there or not."""
+
+    def __init__(self, folder: Path, recurrent: bool = True) -> None:
+        torch.manual_seed(2)
+        self.judge = SequenceJudge(FRAMES, FEATURES, HIDDEN, recurrent).double()
+        circuit = circuit_of(self.judge)
+        rotations = Slots(circuit.slots, FEATURES, HIDDEN).rotations if recurrent else ()
+        secret, self.public = SecretKeys.made(circuit, folder / "site", rotations)
+        self.queries = Queries(folder / "queries.db")
+        self.half = HeClstmSite(self.judge, secret)
+        self.broker, self.names = MemoryBroker(), query_queues("film", "north", 2**30)
+        self.broker.declare(self.names)
+        self.keys = folder / "server"
+        self.features = np.tanh(np.random.default_rng(1).normal(size=(3, FRAMES, FEATURES)))
+
+    def submit(self) -> int:
+        packing = packing_for(len(self.features), self.judge)
+        return self.queries.submit(self.public.sha256, packing, ["a", "b", "c"], self.features)
+
+    def answer(self) -> Answering:
+        """The server alone, until nothing comes."""
+        names = self.names
+        with self.broker.link([names.up], 2 * MOST_CHUNKS, SERVER) as link:
+            route = {"north": Route(outgoing=names.down, incoming=names.up, dead=names.dead)}
+            half = HeClstmServer(self.judge, b"s" * 32)
+            answering = Answering("film", link, route, half, self.keys, LIMIT)
+            answering.run(lambda: False, 0.05)
+        return answering
+
+    def ask(self) -> bool:
+        """The site alone, until nothing comes; whether all is over."""
+        names = self.names
+        with self.broker.link([names.down], 2 * MOST_CHUNKS, "north") as link:
+            route = Route(outgoing=names.up, incoming=names.down, dead=names.dead)
+            asking = Asking("film", "north", link, route, self.half, self.public, self.queries, LIMIT)
+            return asking.run(lambda: False, 0.05)
+
+    def settle(self) -> None:
+        for _ in range(20):
+            if self.ask():
+                return
+            self.answer()
+        raise AssertionError("queries stay open")
+
+    def expect_scores(self) -> None:
+        """Each query has the scores of the judge in the clear."""
+        with torch.no_grad():
+            expected = self.judge(torch.tensor(self.features))[:, 0].numpy()
+        for query in self.queries.all():
+            assert query.logits is not None
+            np.testing.assert_allclose(query.logits, expected, atol=1e-4)
+
+    def edit(self, queue: str, change: Callable[[list[bytes]], list[bytes]]) -> None:
+        """Change what lies in a queue."""
+        found = getattr(self.names, queue)
+        with self.broker.link([found], 10_000, "thief") as link:
+            bodies = []
+            while (event := link.receive(0.0)) is not None:
+                assert isinstance(event, Delivery)
+                bodies.append(bytes(event.body))
+                link.acknowledge(event)
+            for number, body in enumerate(change(bodies)):
+                link.publish(found, f"again/{number}", [body])
+            while link.unconfirmed:
+                link.receive(0.1)
+
+
+@pytest.fixture(params=[True, False], ids=["refresh", "one_shot"])
+def service(request: pytest.FixtureRequest, tmp_path: Path) -> Service:
+    return Service(tmp_path, request.param)
+
+
+def test_queries_in_chunks_are_answered(service: Service) -> None:
+    service.submit()
+    service.submit()
+    assert not service.ask()
+    depth = service.broker.depth(service.names.up)
+    assert depth is not None
+    assert depth > 4, "each of them, and the keys, in several chunks"
+    service.settle()
+    service.expect_scores()
+    assert service.broker.depth(service.names.up) == 0
+    assert service.broker.depth(service.names.down) == 0
+
+
+def test_copies_change_nothing(service: Service) -> None:
+    service.submit()
+    service.ask()
+    service.edit("up", lambda bodies: [copy for body in bodies for copy in (body, body)])
+    service.answer()
+    service.edit("down", lambda bodies: [*bodies, *bodies])
+    service.settle()
+    service.expect_scores()
+
+
+def test_a_site_that_dies_before_the_confirm_asks_again(service: Service) -> None:
+    """What it sends then is encrypted anew; of the first copy only a part has come."""
+    number = service.submit()
+    service.ask()
+    service.edit("up", lambda bodies: bodies[:-1])
+    service.queries._set(number, sent=False)
+    service.settle()
+    service.expect_scores()
+
+
+def test_keys_that_the_server_has_lost_are_sent_again(service: Service) -> None:
+    service.submit()
+    service.settle()
+    for path in (service.keys / "north").glob("*"):
+        path.unlink()
+    service.submit()
+    service.settle()
+    service.expect_scores()
+
+
+def altered(body: bytes) -> bytes:
+    """With another bit in its last tensor byte."""
+    changed = bytearray(body)
+    changed[-1000] ^= 4
+    return bytes(changed)
+
+
+def test_an_altered_query_is_refused_before_it_is_evaluated(service: Service) -> None:
+    service.submit()
+    service.ask()
+    service.edit("up", lambda bodies: [*bodies[:-2], altered(bodies[-2]), bodies[-1]])
+    answering = service.answer()
+    assert (answering.answered, answering.refused) == (0, 1)
+    assert service.ask(), "there is nothing more to wait for"
+    (query,) = service.queries.all()
+    assert query.logits is None
+    assert "was altered on its way" in str(query.refusal)
+    assert service.broker.depth(service.names.dead) == 1
+    service.submit()
+    service.settle()
+    assert service.queries.all()[1].logits is not None
+
+
+def test_an_altered_answer_is_refused(service: Service) -> None:
+    service.submit()
+    service.ask()
+    service.answer()
+    service.edit("down", lambda bodies: [*bodies[:-1], altered(bodies[-1])])
+    assert service.ask()
+    (query,) = service.queries.all()
+    assert "was altered on its way" in str(query.refusal)
+    assert service.broker.depth(service.names.dead) == 1
+
+
+def test_garbage_is_put_aside_and_the_next_query_answered(service: Service) -> None:
+    with service.broker.link([], 1, "north") as link:
+        link.publish(service.names.up, "x", [b"no message"])
+        other = Message(Header("other", "north", SERVER, Kind.QUERY, 1), {}, {})
+        wrong = Message(Header("film", "north", SERVER, Kind.REPORT, 1), {}, {})
+        for name, message in (("y", other), ("z", wrong)):
+            link.publish(service.names.up, name, wire.encode(message, type(CONTRACT[Kind.UNANSWERED])(), LIMIT))
+        while link.unconfirmed:
+            link.receive(0.1)
+    service.submit()
+    service.settle()
+    service.expect_scores()
+    assert service.broker.depth(service.names.dead) == 3
+
+
+def test_what_fits_no_step_is_refused(service: Service) -> None:
+    half, number = HeClstmServer(service.judge, b"s" * 32), service.submit()
+    pieces = service.half.pieces(service.queries.all()[0])
+    name = service.queries.all()[number - 1].packing
+    for step, packing, sent in ((0, "spiral", pieces), (half.steps, name, pieces), (-1, name, pieces), (0, name, [])):
+        with pytest.raises(Refused, match="304"):
+            half.answer(service.public, "query", step, packing, sent)
+    assert len(half.answer(service.public, "query", 0, name, pieces)) == (3 if half.steps > 1 else 1)
+
+
+# -- parcels ---------------------------------------------------------------------------------------
+
+HEADER = Header("film", "north", SERVER, Kind.ANSWER, 1)
+
+
+def messages(pieces: list[bytes], limit: int = HEADER_BYTES + 10) -> list[Message]:
+    return list(chunks(HEADER, pieces, limit))
+
+
+@pytest.mark.parametrize("pieces", [[b"abc"], [b""], [b"a" * 35, b"", b"bc"], [bytes(range(200))]])
+def test_a_parcel_comes_out_as_it_went_in(pieces: list[bytes]) -> None:
+    for order in (1, -1):
+        parcels, found = Parcels(), None
+        for message in messages(pieces)[::order]:
+            assert found is None
+            found = parcels.add(message)
+        assert found == pieces
+
+
+def test_a_parcel_that_is_sent_anew_replaces_the_first_part_of_the_old_one() -> None:
+    parcels = Parcels()
+    old, new = messages([b"a" * 35]), messages([b"b" * 35])
+    assert parcels.add(old[0]) is None
+    assert [parcels.add(message) for message in new] == [None, None, None, [b"b" * 35]]
+
+
+@pytest.mark.parametrize("place", [{"chunk": -1}, {"chunk": 4}, {"chunks": 0}, {"chunks": 65}, {"sha256": "no"}])
+def test_an_impossible_chunk_is_refused(place: dict[str, int | str]) -> None:
+    parcels, (first, *_) = Parcels(), messages([b"abc"])
+    with pytest.raises(Refused) as caught:
+        parcels.add(Message(first.header, first.tensors, {**first.scalars, **place}))
+    assert caught.value.number == 304
