@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rich.table import Table
 
 from console.baselines import alone, centralized
 from console.play import Play, warm_up
+from console.query import check_encryption
 from console.words import columns, counted, screen
 from shared.config import RunConfig
 from shared.config_file import load
@@ -94,10 +96,13 @@ def run_demo(folder: Path | None, json: bool, at: Sequence[str] | None = None) -
     repeated = _repeat(example, work, config, console, moved=at is not None)
     if repeated is None:
         return 1
+    asked = _ask(work, config, console)
+    if asked is None:
+        return 1
     seconds = round(time.monotonic() - began, 1)
     console.print(f"report: {work / 'report' / 'report.md'} ({seconds:.0f} s in all)")
     if json:
-        print(json_text.dumps({**_flat(config, results, work), **repeated, "seconds": seconds}))
+        print(json_text.dumps({**_flat(config, results, work), **repeated, **asked, "seconds": seconds}))
     return 1 if repeated["sha256_equal"] is False else 0
 
 
@@ -117,6 +122,24 @@ def _repeat(example: Path, first: Path, config: RunConfig, console: Console, mov
     before, after = _trained(first, config), _trained(work, config)
     equal = tell_difference(before, after, len(kills), console, _share(config))
     return {"kills": len(kills), "sha256_killed": after[SERVER], "sha256_equal": equal}
+
+
+def _ask(work: Path, config: RunConfig, console: Console) -> dict[str, Any] | None:
+    """Ask the model encrypted where the sites allow it: flat keys for JSON, or None when a worker failed."""
+    if not SiteWorker(work / f"{config.run.sites[0]}.toml").policy.queries:
+        return {}
+    check_encryption()
+    from console.play_queries import play_queries  # its library is an extra
+
+    asked = play_queries(work, config, console)
+    if asked is None:
+        return None
+    aucs = f"AUC {_cell(asked.auc)}, in the clear {_cell(asked.plain_auc)}"
+    console.print(
+        f"{counted(asked.sequences, 'sequence')} judged: {aucs}; logits differ by {asked.difference:.1g} at most, "
+        f"decisions that differ: {asked.decisions}"
+    )
+    return {f"encrypted_{name}": value for name, value in asdict(asked).items()}
 
 
 def tell_difference(

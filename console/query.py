@@ -29,7 +29,7 @@ def ask(
         idle_seconds: leave when nothing happened for so long.
         new_keys: forget the pair of keys first.
     """
-    _check_installed()
+    check_encryption()
     from site_worker.query_worker import QuerySiteWorker
 
     stop = StopSignal()
@@ -56,7 +56,7 @@ def ask(
 
 def answer(path: Path, overrides: Sequence[str], idle_seconds: float | None) -> int:
     """Answer queries until asked to stop; returns the exit code."""
-    _check_installed()
+    check_encryption()
     from server_worker.query_worker import QueryServerWorker
 
     stop = StopSignal()
@@ -73,7 +73,11 @@ def _left(stop: StopSignal) -> int:
     return INTERRUPTED if stop.number == signal.SIGINT else 0
 
 
-def _check_installed() -> None:
-    """Raise RunError 615 where the extra is missing."""
+def check_encryption() -> None:
+    """Whether the package of the extra is there.
+
+    Raises:
+        RunError: 615 it is missing.
+    """
     if find_spec("tenseal") is None:
         raise RunError(615, "TenSEAL cannot be imported.", "pip install nightsplit[he].")

@@ -1,7 +1,7 @@
 """Which number lies in which slot of a ciphertext: known to the site that encrypts and the server that computes.
 
                  a ciphertext for each        a slot for each                    rotations    best for
-    Batch        feature, unit                sequence                           none         a thousand sequences
+    Batch        feature, unit                sequence                           none         hundreds of sequences
     Slots        frame, state                 (dimension, sequence)              a few        some dozen
 
 What a site decrypts from a state may be packed and encrypted again as it is. Both steps are linear: whoever adds

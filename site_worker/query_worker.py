@@ -15,7 +15,7 @@ from shared.ckks import PublicKeys
 from shared.errors import ConfigError, RunError, StateError
 from shared.models.judge import Numbers
 from shared.packing import Slots
-from shared.protocols.he_clstm import circuit_of, fill, judge_of, packing_for, packing_of, stages_of
+from shared.protocols.he_clstm import circuit_of, fill, judge_of, packing_for, packing_of, stages_of, steps_of
 from shared.protocols.query import MOST_CHUNKS
 from shared.route import Route
 from shared.worker import StopSignal, own_folder, prepare_torch
@@ -54,6 +54,11 @@ class QuerySiteWorker:
         self._front, last = stages_of(self.site.run_config)
         self._judge = judge_of(last)
         self.circuit = circuit_of(self._judge)
+
+    @property
+    def steps(self) -> int:
+        """Messages of a query each way."""
+        return steps_of(self._judge)
 
     @property
     def _keys(self) -> Path:

@@ -2,8 +2,7 @@
 
     gates = sum over diagonals d of W:  d * rotated(x, its place)          (baby steps of x, giant steps of sums)
 
-The functions are those of `batch`, and `logits` that of `one_shot`, with the levels they take; a row of ciphertexts
-is a single one. Only the first `hidden` dimensions of h and c mean something. What lies in the others comes of the
+The functions are those of `batch`, with the levels they take; a row of ciphertexts is a single one. Only the first `hidden` dimensions of h and c mean something. What lies in the others comes of the
 wrong gates, and reaches nothing: the site packs anew what it reads, and a rotation for the votes stops before them.
 It tells of the weights all the same, so cover it before the site can decrypt it.
 """
@@ -15,7 +14,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from server_worker.encrypted import one_shot
 from server_worker.encrypted.arithmetic import Arithmetic
 from server_worker.encrypted.batch import State
 from shared.ckks import Ciphertext, Circuit, Plaintext
@@ -39,18 +37,6 @@ def last_step(arithmetic: Arithmetic, judge: Judge, features: Sequence[Ciphertex
     return _summed(arithmetic, judge, arithmetic.products([(o, c)]), votes)
 
 
-def logits(arithmetic: Arithmetic, judge: Judge, frames: Sequence[Sequence[Ciphertext]]) -> Ciphertext:
-    """As `one_shot.logits`; the logits are in the first dimension, and sums of other things in the others."""
-    last = len(frames) - 1
-    gates = [
-        _gates(arithmetic, judge, [frame[0]], last=t == last, turns=3 if t == last else 2)
-        for t, frame in enumerate(frames)
-    ]
-    tree = one_shot.Products(arithmetic, len(frames), lambda frame, kind: gates[frame - 1][ORDER.index(kind)])
-    votes = arithmetic.sum([_votes(arithmetic, judge, t, frame, None) for t, frame in enumerate(frames)])
-    return _summed(arithmetic, judge, arithmetic.products(tree.pairs()), votes)
-
-
 def _packing(arithmetic: Arithmetic, judge: Judge) -> Slots:
     return Slots(arithmetic.circuit.slots, judge.features, judge.hidden)
 
@@ -59,14 +45,12 @@ def _cells(
     arithmetic: Arithmetic, judge: Judge, features: Sequence[Ciphertext], before: State | None, last: bool
 ) -> tuple[Ciphertext, Ciphertext]:
     """The output gate and c."""
-    i, g, f, o = _gates(arithmetic, judge, [features[0], *(before.h if before else [])], last, turns=3)
+    i, g, f, o = _gates(arithmetic, judge, [features[0], *(before.h if before else [])], last)
     return o, arithmetic.products([(i, g), *([(f, before.c[0])] if before else [])])
 
 
-def _gates(
-    arithmetic: Arithmetic, judge: Judge, given: Sequence[Ciphertext], last: bool, turns: int
-) -> list[Ciphertext]:
-    """The first 1 + `turns` gates of `ORDER`, each from the first dimension on; `given` is x, or x and h."""
+def _gates(arithmetic: Arithmetic, judge: Judge, given: Sequence[Ciphertext], last: bool) -> list[Ciphertext]:
+    """The gates in `ORDER`, each from the first dimension on; `given` is x, or x and h."""
     packing = _packing(arithmetic, judge)
     diagonals, bias = _matrix(arithmetic.circuit, judge, last)
     turned = [[one] for one in given]
@@ -84,7 +68,7 @@ def _gates(
             part = arithmetic.sum([part, arithmetic.rotated(total, packing.small * packing.capacity)])
         total = part
     gates = [arithmetic.plus(arithmetic.rescaled(total), bias)]
-    for _ in range(turns):
+    for _ in ORDER[1:]:
         gates.append(arithmetic.rotated(gates[-1], packing.units * packing.capacity))
     return gates
 

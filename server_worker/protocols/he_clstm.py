@@ -15,7 +15,7 @@ from shared.errors import Refused
 from shared.models.judge import Judge, Numbers
 from shared.models.sequences import SequenceJudge
 from shared.packing import Packing
-from shared.protocols.he_clstm import BLINDING, circuit_of, packing_of
+from shared.protocols.he_clstm import BLINDING, circuit_of, packing_of, steps_of
 
 
 class HeClstmServer:
@@ -23,7 +23,7 @@ class HeClstmServer:
 
     h, c and votes go back to the site between two frames, which encrypts them afresh. Before, a number is added to
     every slot, uniform within `BLINDING` and derived from the server's secret and the query: the site sees states
-    that are hidden but for a part in about 2^17, and any server with the secret can take the numbers away again.
+    that are hidden but for a part in about 2^22, and any server with the secret can take the numbers away again.
 
     Args:
         judge: with its trained weights.
@@ -38,11 +38,7 @@ class HeClstmServer:
         self._judge = Judge.of(judge.state_dict())
         self._secret = secret
         self.circuit = circuit_of(judge)
-
-    @property
-    def steps(self) -> int:
-        """Messages of a query each way."""
-        return 1 if self._judge.state is None else self._judge.frames
+        self.steps = steps_of(judge)
 
     def answer(
         self, keys: PublicKeys, query: str, step: int, packing_name: str, pieces: Sequence[bytes]

@@ -26,11 +26,11 @@ from shared.packing import Batch, Packing, Slots
 MOST_FRAMES = 14
 """Of a one_shot query: five levels, of 29 bits each. Six would leave 25 bits, and errors that change decisions."""
 
-REFRESH = Circuit(degree=8192, bits=(50, 31, 31, 31, 60), scale_bits=31)
-"""Three levels a frame. 19 bits above the scale are room for the blinding; were they more, and the first prime as large
-as the last one, rotations would add an error of 5e-4 to the logits, which now is below 2e-5."""
+REFRESH = Circuit(degree=8192, bits=(56, 32, 32, 32, 60), scale_bits=32)
+"""Three levels a frame. 24 bits above the scale are room for the blinding. The last prime has to be clearly larger than
+the first one: with 60 bits for both, rotations made errors of 8e-3 in logits, which now are below 2e-4."""
 
-BLINDING = 2.0**17
+BLINDING = 2.0**22
 """Numbers that blind are below it, in absolute value; states are within about 1."""
 
 
@@ -54,7 +54,12 @@ def circuit_of(judge: SequenceJudge) -> Circuit:
     return Circuit(8192, (scale + 7, *[scale] * levels, scale + 7), scale)
 
 
-SEVERAL = 1000
+def steps_of(judge: SequenceJudge) -> int:
+    """Messages of a query each way."""
+    return 1 if judge.state is None else len(judge.votes)
+
+
+SEVERAL = 700
 """Sequences from which on a batch is faster than slots."""
 
 

@@ -10,7 +10,7 @@ from shared.errors import Refused
 from shared.models.judge import Numbers
 from shared.models.sequences import SequenceJudge
 from shared.packing import Packing
-from shared.protocols.he_clstm import circuit_of, packing_of
+from shared.protocols.he_clstm import circuit_of, packing_of, steps_of
 from site_worker.encrypted.keys import SecretKeys
 from site_worker.queries import Query
 
@@ -27,11 +27,7 @@ class HeClstmSite:
         self._judge = judge
         self._keys = keys
         self.circuit = circuit_of(judge)
-
-    @property
-    def steps(self) -> int:
-        """Messages of a query each way."""
-        return 1 if self._judge.state is None else len(self._judge.votes)
+        self.steps = steps_of(judge)
 
     def pieces(self, query: Query) -> list[bytes]:
         """Ciphertexts of the query's present step."""

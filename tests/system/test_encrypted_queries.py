@@ -13,8 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from console.main import run
+from console.play_queries import play_queries
+from shared.config import RunConfig
+from shared.config_file import load
 from tests.services import RabbitNode
 
 FRAMES, SIDE, SEQUENCES = 3, 16, 60
@@ -130,6 +134,19 @@ def test_site_and_server_are_never_online_together(recurrent: bool, tmp_path: Pa
     folder = write_study(tmp_path / "film", recurrent)
     asked_in_turn(folder, recurrent)
     expect_no_secret(folder)
+
+
+@pytest.mark.timeout(300)
+def test_the_demo_asks_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_study(tmp_path / "film", recurrent=False)
+    trained(folder)
+    asked = play_queries(folder, load(folder / "run.toml", RunConfig), Console(width=200))
+    assert asked is not None
+    assert asked.sequences == SEQUENCES // 5
+    assert asked.auc == asked.plain_auc
+    assert 0 < asked.difference < 1e-4
+    assert asked.decisions == 0
+    assert capsys.readouterr().out.count("sites are offline; the server answered without a key") == 1
 
 
 @pytest.mark.rabbitmq

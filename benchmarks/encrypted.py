@@ -1,0 +1,243 @@
+"""What judging encrypted sequences costs, and how exact it is.
+
+    python -m benchmarks.encrypted [--quick] [--rounds N] [--json FILE]
+
+Sequences of 5 frames of 32 features, a judge of 16 units that was trained on the exclusive or of two events, both
+halves of he_clstm without a broker. Seconds are CPU seconds of the server in a process of its own with one thread:
+reading keys and ciphertexts, evaluation, blinding, writing. Every round has new keys, 4,096 new sequences in batch
+packing, and several ciphertexts of 64 in slot packing; the first of each is not counted, it encodes the weights.
+Two processes over one is of wall-clock time, with the site's work in it: it needs two cores that nobody else uses.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import replace
+from functools import partial
+from multiprocessing.connection import Connection
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+from benchmarks.common import Worker, scratch
+from benchmarks.figures import Figure, Results, arguments
+from server_worker.encrypted.arithmetic import Arithmetic
+from server_worker.encrypted.convolution import CIRCUIT, UNIT, convolved
+from server_worker.protocols.he_clstm import HeClstmServer
+from shared.ckks import PublicKeys
+from shared.models.judge import Numbers
+from shared.models.sequences import SequenceJudge
+from shared.protocols.he_clstm import circuit_of, packing_of
+from shared.worker import prepare_torch
+from site_worker.encrypted.keys import SecretKeys
+from site_worker.protocols.he_clstm import HeClstmSite
+from site_worker.queries import Query
+from tests.sequences import xor_of_events
+
+FRAMES, FEATURES, HIDDEN = 5, 32, 16
+SIDE, FILTERS, IMAGES = 28, 4, 4096
+
+FIGURES = [
+    Figure("slots_s", "refresh, slots: s per ciphertext of 64", 0.6, 1.0, lower_is_better=True),
+    Figure("slots_error", "  largest error of a logit, in thousandths", 1.0, 5.0, lower_is_better=True),
+    Figure("slots_keys_mb", "  public keys, MB"),
+    Figure("slots_kb", "  KB per sequence, all directions"),
+    Figure("batch_ms", "refresh, batch of 4096: ms per sequence", 2.0, 3.5, lower_is_better=True),
+    Figure("batch_error", "  largest error of a logit, in thousandths", 1.0, 5.0, lower_is_better=True),
+    Figure("batch_auc_loss", "  AUC plain - encrypted, in ten-thousandths", 1.0, 5.0, lower_is_better=True),
+    Figure("batch_flips", "  decisions that changed", 0.0, 0.0, lower_is_better=True),
+    Figure("batch_keys_mb", "  public keys, MB"),
+    Figure("batch_kb", "  KB per sequence, all directions", 18.0, 35.0, lower_is_better=True),
+    Figure("one_shot_ms", "one_shot, batch of 4096: ms per sequence", 2.0, 3.2, lower_is_better=True),
+    Figure("one_shot_error", "  largest error of a logit, in thousandths", 1.0, 5.0, lower_is_better=True),
+    Figure("one_shot_auc_below", "  AUC below that of refresh, in thousandths", 2.0, 9.0, lower_is_better=True),
+    Figure("one_shot_flips", "  decisions that changed", 0.0, 0.0, lower_is_better=True),
+    Figure("one_shot_kb", "  KB per sequence, all directions", 18.0, 35.0, lower_is_better=True),
+    Figure("two_over_one", "two processes over one, sequences per second", 1.8, 1.5),
+    Figure(
+        "convolution_ms", "convolution, 4 filters, 28 x 28, 4096 images: ms per image", 1.5, 2.5, lower_is_better=True
+    ),
+    Figure("convolution_error", "  largest error, in thousandths", 1.0, 5.0, lower_is_better=True),
+]
+
+
+def trained(recurrent: bool) -> SequenceJudge:
+    """On what logistic regression cannot tell; the same weights at every call."""
+    torch.manual_seed(1)
+    judge = SequenceJudge(FRAMES, FEATURES, HIDDEN, recurrent)
+    sequences, labels = xor_of_events(4000, FRAMES, FEATURES, seed=1)
+    optimizer = torch.optim.Adam(judge.parameters(), lr=0.01)
+    for _ in range(15):
+        for x, y in zip(sequences.split(200), labels.split(200), strict=True):
+            optimizer.zero_grad()
+            nn.functional.binary_cross_entropy_with_logits(judge(x)[:, 0], y).backward()
+            optimizer.step()
+    return judge.double()
+
+
+class Setting:
+    """Both halves with new keys, for one packing."""
+
+    def __init__(self, judge: SequenceJudge, packing: str) -> None:
+        circuit = circuit_of(judge)
+        with scratch() as folder:
+            rotations = packing_of(packing, circuit, judge).rotations
+            secret, self.public = SecretKeys.made(circuit, folder, rotations)
+        self.capacity = packing_of(packing, circuit, judge).capacity
+        self._packing, self._judge = packing, judge
+        self._site, self._server = HeClstmSite(judge, secret), HeClstmServer(judge, bytes(32))
+        self.queries, self.seconds, self.sent = 0, 0.0, 0
+
+    def judged(self, sequences: Numbers) -> Numbers:
+        """The logits of a query, all its messages one after the other; CPU seconds and bytes are counted."""
+        self.queries, self.seconds, self.sent = self.queries + 1, 0.0, 0
+        query = Query(
+            self.queries,
+            self.public.sha256,
+            self._packing,
+            ("",) * len(sequences),
+            sequences,
+            0,
+            False,
+            None,
+            None,
+            None,
+        )
+        for step in range(self._site.steps):
+            query = replace(query, step=step)
+            pieces = self._site.pieces(query)
+            began = time.process_time()
+            answer = self._server.answer(self.public, str(query.number), step, self._packing, pieces)
+            self.seconds += time.process_time() - began
+            self.sent += sum(map(len, [*pieces, *answer]))
+            if step < self._site.steps - 1:
+                query = replace(query, state=self._site.state(query, answer))
+        return self._site.logits(query, answer)
+
+
+def _drawn(n: int) -> tuple[torch.Tensor, Numbers]:
+    sequences, labels = xor_of_events(n, FRAMES, FEATURES, seed=time.time_ns() % 2**62)
+    return sequences.double(), labels.numpy()
+
+
+def judge(line: Connection, recurrent: bool, packing: str, queries: int) -> None:
+    """Says, over so many queries that are full: seconds of one, largest error, AUC, and the like."""
+    prepare_torch(1, "cpu")
+    network = trained(recurrent)
+    setting = Setting(network, packing)
+    setting.judged(_drawn(setting.capacity)[0].numpy())
+    seconds, found, plain, truth = [], [], [], []
+    for _ in range(queries):
+        sequences, labels = _drawn(setting.capacity)
+        found.append(setting.judged(sequences.numpy()))
+        seconds.append(setting.seconds)
+        with torch.no_grad():
+            plain.append(network(sequences)[:, 0].numpy())
+        truth.append(labels)
+    encrypted, clear, labels = map(np.concatenate, (found, plain, truth))
+    aucs = roc_auc_score(labels, clear), roc_auc_score(labels, encrypted)
+    line.send({
+        "seconds": statistics.median(seconds),
+        "error": 1000 * np.abs(encrypted - clear).max(),
+        "auc": aucs[0],
+        "auc_loss": 1e4 * (aucs[0] - aucs[1]),
+        "flips": float(((encrypted > 0) != (clear > 0)).sum()),
+        "keys_mb": len(setting.public.content) / 1e6,
+        "kb": setting.sent / setting.capacity / 1e3,
+        "ms": 1000 * statistics.median(seconds) / setting.capacity,
+    })  # fmt: skip
+
+
+def accuracy(rounds: int) -> dict[str, float]:
+    """Both settings and packings; `rounds` ciphertexts of slots for each of a batch."""
+    found = {}
+    for name, recurrent, packing, queries in [
+        ("slots", True, "slots", rounds), ("batch", True, "batch", 1), ("one_shot", False, "batch", 1),
+    ]:  # fmt: skip
+        with Worker(judge, recurrent, packing, queries) as worker:
+            found |= {f"{name}_{key}": value for key, value in worker.hear().items()}
+    found["slots_s"] = found["slots_seconds"]
+    found["one_shot_auc_below"] = 1000 * (found["batch_auc"] - found["one_shot_auc"])
+    return {figure.key: found[figure.key] for figure in FIGURES if figure.key in found}
+
+
+def repeat(line: Connection) -> None:
+    """Wall-clock seconds of three ciphertexts in slot packing, whenever it is asked."""
+    prepare_torch(1, "cpu")
+    setting = Setting(trained(True), "slots")
+    sequences = _drawn(setting.capacity)[0].numpy()
+    setting.judged(sequences)
+    line.send("ready")
+    while line.recv():
+        began = time.perf_counter()
+        for _ in range(3):
+            setting.judged(sequences)
+        line.send(time.perf_counter() - began)
+
+
+def two_processes() -> dict[str, float]:
+    """Beside one of them alone, before and after."""
+    with Worker(repeat) as one, Worker(repeat) as other:
+        workers = (one, other)
+        for worker in workers:
+            worker.hear()
+        alone = [one.ask(True)]
+        for worker in workers:
+            worker.say(True)
+        both = max(worker.hear() for worker in workers)
+        alone.append(one.ask(True))
+        for worker in workers:
+            worker.say(False)
+    return {"two_over_one": 2 * statistics.mean(alone) / both}
+
+
+def convolve(line: Connection, side: int) -> None:
+    """Says CPU milliseconds per image of 28 x 28, and the largest error."""
+    prepare_torch(1, "cpu")
+    generator = np.random.default_rng(1)
+    filters, bias = generator.normal(0, 0.3, (FILTERS, 3, 3)), generator.normal(0, 0.3, FILTERS)
+    images = generator.uniform(size=(IMAGES, side, side))
+    with scratch() as folder:
+        secret, public = SecretKeys.made(CIRCUIT, folder)
+    arithmetic, top = Arithmetic(CIRCUIT, PublicKeys(public.relin, b"")), CIRCUIT.top
+    pixels = [
+        [CIRCUIT.read(secret.encrypted(images[:, row, column], top), top) for column in range(side)]
+        for row in range(side)
+    ]
+    began = time.process_time()
+    outputs = convolved(arithmetic, filters, bias, pixels)
+    seconds = time.process_time() - began
+    tensors = (torch.from_numpy(one[:, None] if one.ndim == 3 else one) for one in (images, filters, bias))
+    clear = nn.functional.avg_pool2d(nn.functional.conv2d(*tensors).square(), 2).numpy()
+    error = max(
+        np.abs(UNIT**2 * secret.decrypted(one) - clear[:, number, row, column]).max()
+        for number, rows in enumerate(outputs)
+        for row, ciphertexts in enumerate(rows)
+        for column, one in enumerate(ciphertexts)
+    )
+    line.send((1000 * seconds / IMAGES * (SIDE - 2) ** 2 / (side - 2) ** 2, 1000 * error))
+
+
+def convolution(side: int) -> dict[str, float]:
+    """See `convolve`; smaller images are counted by their outputs."""
+    with Worker(convolve, side) as worker:
+        milliseconds, error = worker.hear()
+    return {"convolution_ms": milliseconds, "convolution_error": error}
+
+
+def main() -> None:
+    options = arguments(__doc__ or "", rounds=3).parse_args()
+    results = Results(FIGURES, options.patience, options.retries, None)
+    for number in range(2 if options.quick else options.rounds):
+        results.console.print(f"round {number + 1}:")
+        results.round("judging", partial(accuracy, 2 if options.quick else 16))
+        results.round("two processes", two_processes)
+        results.round("convolution", partial(convolution, 8 if options.quick else SIDE))
+    results.finish("Encrypted sequences", options.json)
+
+
+if __name__ == "__main__":
+    main()

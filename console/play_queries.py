@@ -1,0 +1,126 @@
+"""Plays encrypted queries for real: when a site is there, no server is, and the other way round.
+
+night   each site submits its held-out test patients, and leaves
+day     the server alone answers what is queued           as often as the model's queries need:
+night   each site alone collects                           once (one_shot), or once for each frame (refresh)
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from console.words import counted
+from server_worker.query_worker import QueryServerWorker
+from shared.config import RunConfig
+from shared.errors import NightsplitError
+from shared.message import SERVER
+from shared.metrics import measure
+from site_worker.predict import chosen, predict
+from site_worker.query_worker import QuerySiteWorker
+from site_worker.worker import SiteWorker
+
+IDLE_SECONDS = 1.0
+"""A worker leaves when nothing happened for so long."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What came of the queries of all sites.
+
+    Attributes:
+        sequences: how many.
+        auc: of the scores that came back.
+        plain_auc: of the same model in the clear.
+        difference: largest, between a logit and the one in the clear.
+        decisions: how many of the sequences are called otherwise than in the clear.
+    """
+
+    sequences: int
+    auc: float | None
+    plain_auc: float | None
+    difference: float
+    decisions: int
+
+
+def play_queries(work: Path, config: RunConfig, console: Console) -> Asked | None:
+    """Have every site's test patients judged encrypted, and compare; None when a worker failed.
+
+    Args:
+        work: folder of the finished run.
+        config: the run.
+        console: told what happens.
+    """
+    sites = config.run.sites
+    console.print("\nThe model is asked, encrypted: keys stay at the sites, the server never sees a number.")
+    steps = QuerySiteWorker(work / f"{sites[0]}.toml").steps
+    if not (_alone(work, [SERVER]) and _alone(work, sites, submit=True)):
+        return None
+    console.print(f"night 1, 22:00  server is offline; {counted(len(sites), 'site')} submitted their test patients")
+    for day in range(1, steps + 1):
+        began = time.monotonic()
+        if not _alone(work, [SERVER]):
+            return None
+        seconds = max(0.0, time.monotonic() - began - IDLE_SECONDS)
+        console.print(f"day {day},   08:00  sites are offline; the server answered without a key ({seconds:.0f} s)")
+        if not _alone(work, sites):
+            return None
+        there = "the sites decrypted their scores" if day == steps else "the sites decrypted and encrypted afresh"
+        console.print(f"night {day + 1}, 22:00  server is offline; {there}")
+    return _compared(work, config)
+
+
+def _alone(work: Path, names: Sequence[str], submit: bool = False) -> bool:
+    """Let these work until they have nothing more to do; whether none failed."""
+    context = get_context("forkserver")
+    workers = [context.Process(target=_worker, args=(name, work, submit)) for name in names]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return not any(worker.exitcode for worker in workers)
+
+
+def _worker(name: str, work: Path, submit: bool) -> None:
+    """What a worker's process runs: `nightsplit answer server.toml`, or `nightsplit query <name>.toml`."""
+    try:
+        if name == SERVER:
+            QueryServerWorker(work / "server.toml").work(IDLE_SECONDS)
+            return
+        site = QuerySiteWorker(work / f"{name}.toml")
+        if submit:
+            site.submit(None)
+        site.work(IDLE_SECONDS)
+    except NightsplitError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+
+
+def _compared(work: Path, config: RunConfig) -> Asked:
+    encrypted, plain, targets, patients = [], [], [], []
+    for name in config.run.sites:
+        site, scores = SiteWorker(work / f"{name}.toml"), io.StringIO()
+        QuerySiteWorker(work / f"{name}.toml").write_scores(scores)
+        scores.seek(0)
+        encrypted += [float(row["logit"]) for row in csv.DictReader(scores)]
+        plain += torch.logit(predict(site).figures[:, 0].double()).tolist()
+        dataset = chosen(site, None)
+        targets.append(dataset.targets)
+        patients += [f"{name}/{patient}" for patient in dataset.patients]
+    figures = [
+        measure(config.task, config.data, torch.tensor(logits)[:, None].float(), torch.cat(targets), tuple(patients))
+        for logits in (encrypted, plain)
+    ]
+    difference = np.abs(np.subtract(encrypted, plain))
+    decisions = int(np.sum((np.array(encrypted) > 0) != (np.array(plain) > 0)))
+    return Asked(len(encrypted), figures[0]["auc"], figures[1]["auc"], float(difference.max()), decisions)
