@@ -2,9 +2,10 @@
 
     gates = sum over diagonals d of W:  d * rotated(x, its place)          (baby steps of x, giant steps of sums)
 
-The functions are those of `batch`, with the levels they take; a row of ciphertexts is a single one. Only the first `hidden` dimensions of h and c mean something. What lies in the others comes of the
-wrong gates, and reaches nothing: the site packs anew what it reads, and a rotation for the votes stops before them.
-It tells of the weights all the same, so cover it before the site can decrypt it.
+The functions are those of `batch`, with the levels they take; a row of ciphertexts is a single one. Only the first
+`hidden` dimensions of h and c mean something. What lies in the others comes of the wrong gates, and reaches nothing:
+the site packs anew what it reads, and a rotation for the votes stops before them. It tells of the weights all the
+same, so cover it before the site can decrypt it.
 """
 
 from __future__ import annotations

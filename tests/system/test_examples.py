@@ -1,6 +1,7 @@
 """The examples: their files agree with each other, and the demo plays one for real."""
 
 import json
+import runpy
 import shutil
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from site_worker.worker import SiteWorker
 from tests.services import RabbitNode, RedisServer
 
 IN_ROUNDS = ["data_vectors", "dp_segmentation", "fedavg_transfer"]
-NAMES = sorted(["cholesterol", "heart", "lung_ct", "radiograph", *IN_ROUNDS])
+ENCRYPTED = "encrypted_sequences"
+NAMES = sorted(["cholesterol", "heart", "lung_ct", "radiograph", *IN_ROUNDS, ENCRYPTED])
 
 
 def test_every_example_is_tested() -> None:
@@ -47,7 +49,7 @@ def test_its_files_agree(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "protocol"),
-    [(name, protocol) for name in NAMES for protocol in (ROUNDS if name in IN_ROUNDS else PROTOCOLS)],
+    [(name, protocol) for name in NAMES for protocol in (ROUNDS if name in [*IN_ROUNDS, ENCRYPTED] else PROTOCOLS)],
 )
 def test_its_model_fits_its_task_in_every_system_of_its_shape(name: str, protocol: str) -> None:
     config = load(EXAMPLES / name / "run.toml", RunConfig)
@@ -63,6 +65,13 @@ def test_without_the_data_it_says_where_they_are(name: str, monkeypatch: pytest.
     for site in sites:
         with pytest.raises(DataError, match=r"E408 .*download .* https?://.*set NIGHTSPLIT_DATA"):
             SiteWorker(EXAMPLES / name / f"{site}.toml").load_parts()
+
+
+def test_without_the_data_nothing_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NIGHTSPLIT_DATA", raising=False)
+    with pytest.raises(DataError, match=r"E408 .*Task04_Hippocampus from http://medicaldecathlon.com.*NIGHTSPLIT_DATA"):
+        runpy.run_path(str(EXAMPLES / ENCRYPTED / "prepare.py"), run_name="__main__")
+    assert not (EXAMPLES / ENCRYPTED / "frames").exists()
 
 
 @pytest.mark.timeout(400)
