@@ -2,7 +2,8 @@
 # TORCH_INDEX names one more wheel index for torch alone, as in the Makefile. Without it pip takes the
 # default wheel, which on Linux brings CUDA (GB more); an index of CPU wheels makes the small image, and an
 # index for another version of CUDA the image for that.
-# EXTRAS names extras of pyproject.toml that a site needs, e.g. medical,privacy. A server needs none.
+# EXTRAS names extras of pyproject.toml that a site needs, e.g. medical,privacy. A server needs none but he, to answer
+# encrypted queries.
 FROM python:3.11-slim AS dependencies
 ARG TORCH_INDEX=
 RUN python -m venv /opt/nightsplit
