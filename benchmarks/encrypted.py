@@ -23,6 +23,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from benchmarks.common import Worker, scratch
+from benchmarks.events import xor_of_events
 from benchmarks.figures import Figure, Results, arguments
 from server_worker.encrypted.arithmetic import Arithmetic
 from server_worker.encrypted.convolution import CIRCUIT, UNIT, convolved
@@ -35,7 +36,6 @@ from shared.worker import prepare_torch
 from site_worker.encrypted.keys import SecretKeys
 from site_worker.protocols.he_clstm import HeClstmSite
 from site_worker.queries import Query
-from tests.sequences import xor_of_events
 
 FRAMES, FEATURES, HIDDEN = 5, 32, 16
 SIDE, FILTERS, IMAGES = 28, 4, 4096

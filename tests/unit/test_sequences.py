@@ -5,9 +5,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
+from benchmarks.events import xor_of_events
 from shared.models.judge import Judge
 from shared.models.sequences import FrameEncoder, SequenceJudge, clstm, plain_clstm
-from tests.sequences import xor_of_events
 
 
 def judge_of(frames: int, features: int, hidden: int, recurrent: bool) -> SequenceJudge:
