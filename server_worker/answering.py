@@ -22,7 +22,7 @@ from shared.ckks import PublicKeys
 from shared.dead_letter import bury
 from shared.errors import Refused
 from shared.message import SERVER, Header, Kind, Message
-from shared.protocols.query import CONTRACT, Parcels, chunks
+from shared.protocols.query import CONTRACT, KEYS_UNKNOWN, Parcels, chunks
 from shared.route import Route
 
 POLL_S = 0.5
@@ -55,6 +55,8 @@ class Answering:
         """Chunks of parcels that are not dealt with."""
         self._leaving: dict[str, Parcel] = {}
         """Messages that are not confirmed, and whose parcel they answer."""
+        self._given_up: set[Parcel] = set()
+        """Parcels of which a chunk was refused: the others are let go."""
         self._sent = 0
         self.answered = 0
         """Queries, each step counted."""
@@ -89,6 +91,9 @@ class Answering:
             if header.kind not in (Kind.KEYS, Kind.QUERY):
                 raise Refused(303, f"{header.kind} from {site} is not used here.", "run one version at both.")
             parcel = (site, header.kind, header.seq, header.version)
+            if parcel in self._given_up:
+                self._link.acknowledge(delivery)
+                return
             self._held[parcel].append(delivery)
             message = wire.decode(delivery.body, CONTRACT[header.kind], self._message_bytes)
             pieces = self._parcels[site].add(message)
@@ -126,6 +131,8 @@ class Answering:
         parcel = (site, kind, number, step)
         if delivery not in self._held[parcel]:
             self._held[parcel].append(delivery)
+        if refusal.number != KEYS_UNKNOWN:  # then the site sends it once more
+            self._given_up.add(parcel)
         name = f"dead/{delivery.message_id}/{self.refused}"
         self._leaving[name] = parcel
         bury(self._link, self._routes[site].dead, name, delivery, site, refusal)
@@ -167,5 +174,7 @@ class Answering:
             if path.name == sha256:  # compared, and not made a part of a path: it came with a message
                 return PublicKeys.of(path.read_bytes())
         raise Refused(
-            314, f"keys {sha256[:12]} of {site} are not here.", "none; the site sends them and the query again."
+            KEYS_UNKNOWN,
+            f"keys {sha256[:12]} of {site} are not here.",
+            "none; the site sends them and the query again.",
         )

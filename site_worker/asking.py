@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from broker.base import Confirmed, Delivery, Link
 from shared import wire
@@ -19,16 +19,15 @@ from shared.ckks import PublicKeys
 from shared.dead_letter import bury
 from shared.errors import Refused
 from shared.message import SERVER, Header, Kind, Message
-from shared.protocols.query import CONTRACT, Parcels, chunks
+from shared.protocols.query import CONTRACT, KEYS_UNKNOWN, Parcels, chunks
 from shared.route import Route
 from site_worker.protocols.he_clstm import HeClstmSite
-from site_worker.queries import Queries, Query
+from site_worker.queries import Place, Queries, Query
 
 POLL_S = 0.5
 """How long it waits for a message before it looks whether it should leave."""
 MOST_LEAVING = 2
 """Queries that are on their way to the broker at the same time: more would only fill the memory."""
-KEYS_UNKNOWN = 314
 _OF_KEYS = (0, 0)
 
 
@@ -69,7 +68,7 @@ class Asking:
         """
         last = time.monotonic()
         while not leave():
-            waiting = [query for query in self._queries.all() if query.is_open]
+            waiting = self._queries.open()
             if not waiting and not self._burying:
                 return True
             self._send_due(waiting)
@@ -86,14 +85,15 @@ class Asking:
 
     # -- what leaves -------------------------------------------------------------------------------
 
-    def _send_due(self, waiting: list[Query]) -> None:
-        for query in waiting:
-            if query.sent or self._leaving[query.number, query.step]:
+    def _send_due(self, waiting: Sequence[Place]) -> None:
+        for place in waiting:
+            if place.sent or self._leaving[place.number, place.step]:
                 continue
             if sum(map(bool, self._leaving.values())) >= MOST_LEAVING:
                 return
+            query = self._queries.get(place.number)
             if not self._queries.is_announced(query.keys) and not self._leaving[_OF_KEYS]:
-                header = Header(self._run, self._site, SERVER, Kind.KEYS, query.number)
+                header = Header(self._run, self._site, SERVER, Kind.KEYS, 1)
                 self._publish(_OF_KEYS, chunks(header, [self._public.relin, self._public.galois], self._message_bytes))
             header = Header(self._run, self._site, SERVER, Kind.QUERY, query.number, version=query.step)
             scalars = {"keys": query.keys, "packing": query.packing}
@@ -135,10 +135,10 @@ class Asking:
                 )
             if header.kind not in (Kind.ANSWER, Kind.UNANSWERED):
                 raise Refused(303, f"{header.kind} from the server is not used here.", "run one version at both.")
-            query = next((q for q in self._queries.all() if q.number == header.seq), None)
-            if query is None or not query.is_open or query.step != header.version:
+            if (header.seq, header.version) not in {(place.number, place.step) for place in self._queries.open()}:
                 self._link.acknowledge(delivery)  # a copy of what has been taken
                 return
+            query = self._queries.get(header.seq)
             message = wire.decode(delivery.body, CONTRACT[header.kind], self._message_bytes)
             self._held[header.seq, header.version].append(delivery)
             if header.kind is Kind.UNANSWERED:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,10 +55,13 @@ class Query:
     logits: Numbers | None
     refusal: str | None
 
-    @property
-    def is_open(self) -> bool:
-        """Whether an answer may come."""
-        return self.logits is None and self.refusal is None
+
+class Place(NamedTuple):
+    """Where an open query is; attributes as of `Query`."""
+
+    number: int
+    step: int
+    sent: bool
 
 
 class Queries:
@@ -90,10 +93,24 @@ class Queries:
             assert added.lastrowid is not None
             return added.lastrowid
 
-    def all(self) -> list[Query]:
-        """In the order of their numbers."""
+    def open(self) -> list[Place]:
+        """Queries to which an answer may come, in the order of their numbers."""
         with self._trouble():
-            return [_query(row) for row in self._rows.execute("SELECT * FROM query ORDER BY number").fetchall()]
+            rows = self._rows.execute(
+                "SELECT number, step, sent FROM query WHERE logits IS NULL AND refusal IS NULL ORDER BY number"
+            ).fetchall()
+        return [Place(number, step, bool(sent)) for number, step, sent in rows]
+
+    def get(self, number: int) -> Query:
+        """The query of that number, which there is."""
+        with self._trouble():
+            return _query(self._rows.execute("SELECT * FROM query WHERE number = ?", (number,)).fetchone())
+
+    def all(self) -> Iterator[Query]:
+        """All that were ever submitted, one after the other."""
+        with self._trouble():
+            numbers = self._rows.execute("SELECT number FROM query ORDER BY number").fetchall()
+        return (self.get(number) for (number,) in numbers)
 
     def is_announced(self, keys: str) -> bool:
         """Whether the broker has held these public keys for the server."""

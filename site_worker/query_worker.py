@@ -139,7 +139,7 @@ class QuerySiteWorker:
         """
         with own_folder(self.site.state_folder):
             queries = Queries(self.site.state_folder / "queries.db")
-            waiting = sum(query.is_open for query in queries.all())
+            waiting = len(queries.open())
             queries.close()
             if waiting:
                 raise StateError(
@@ -155,15 +155,17 @@ class QuerySiteWorker:
             How many queries are open, and how many were refused.
         """
         queries = Queries(self.site.state_folder / "queries.db")
-        found = queries.all()
-        queries.close()
+        refused = 0
         print("query,row,patient,logit,probability", file=file)
-        for query in found:
+        for query in queries.all():
+            refused += query.refusal is not None
             if query.logits is not None:
                 for row, (patient, logit) in enumerate(zip(query.patients, query.logits.tolist(), strict=True), 1):
                     probability = 1 / (1 + np.exp(-logit))
                     print(f"{query.number},{row},{patient},{logit:.6f},{probability:.6g}", file=file)
-        return sum(query.is_open for query in found), sum(query.refusal is not None for query in found)
+        waiting = len(queries.open())
+        queries.close()
+        return waiting, refused
 
     # -- inside ------------------------------------------------------------------------------------
 

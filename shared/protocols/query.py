@@ -30,6 +30,8 @@ HEADER_BYTES = 32 * 2**10
 """Of a message, left for its header."""
 MOST_CHUNKS = 64
 """Of a parcel."""
+KEYS_UNKNOWN = 314
+"""Number of the refusal after which a site sends its public keys, and the query, once more."""
 
 _CHUNK = {"content": TensorSpec(torch.uint8, ("bytes",)), "sizes": TensorSpec(torch.int64, ("pieces",))}
 _PLACE = {"chunk": int, "chunks": int, "sha256": str}

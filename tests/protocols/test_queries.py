@@ -162,13 +162,31 @@ def test_an_altered_query_is_refused_before_it_is_evaluated(service: Service) ->
     answering = service.answer()
     assert (answering.answered, answering.refused) == (0, 1)
     assert service.ask(), "there is nothing more to wait for"
-    (query,) = service.queries.all()
+    query = service.queries.get(1)
     assert query.logits is None
     assert "was altered on its way" in str(query.refusal)
     assert service.broker.depth(service.names.dead) == 1
     service.submit()
     service.settle()
-    assert service.queries.all()[1].logits is not None
+    assert service.queries.get(2).logits is not None
+
+
+def test_chunks_of_a_query_that_was_refused_are_let_go(service: Service) -> None:
+    """One of them makes no sense; those that come behind it would be waited for in vain."""
+    service.submit()
+    service.ask()
+    service.edit("up", lambda bodies: [*bodies[:-2], misplaced(bodies[-2]), bodies[-1]])
+    service.answer()
+    assert service.broker.depth(service.names.up) == 0
+    assert service.ask()
+    assert service.queries.get(1).refusal is not None
+
+
+def misplaced(body: bytes) -> bytes:
+    """A chunk that says it is another one, of which there are not so many."""
+    message = wire.decode(body, CONTRACT[Kind.QUERY], LIMIT)
+    changed = Message(message.header, message.tensors, {**message.scalars, "chunk": 60})
+    return b"".join(bytes(piece) for piece in wire.encode(changed, CONTRACT[Kind.QUERY], LIMIT))
 
 
 def test_an_altered_answer_is_refused(service: Service) -> None:
@@ -177,7 +195,7 @@ def test_an_altered_answer_is_refused(service: Service) -> None:
     service.answer()
     service.edit("down", lambda bodies: [*bodies[:-1], altered(bodies[-1])])
     assert service.ask()
-    (query,) = service.queries.all()
+    query = service.queries.get(1)
     assert "was altered on its way" in str(query.refusal)
     assert service.broker.depth(service.names.dead) == 1
 
@@ -199,8 +217,8 @@ def test_garbage_is_put_aside_and_the_next_query_answered(service: Service) -> N
 
 def test_what_fits_no_step_is_refused(service: Service) -> None:
     half, number = HeClstmServer(service.judge, b"s" * 32), service.submit()
-    pieces = service.half.pieces(service.queries.all()[0])
-    name = service.queries.all()[number - 1].packing
+    pieces = service.half.pieces(service.queries.get(number))
+    name = service.queries.get(number).packing
     for step, packing, sent in ((0, "spiral", pieces), (half.steps, name, pieces), (-1, name, pieces), (0, name, [])):
         with pytest.raises(Refused, match="304"):
             half.answer(service.public, "query", step, packing, sent)
