@@ -19,6 +19,7 @@ from console.main import run
 from console.play_queries import play_queries
 from shared.config import RunConfig
 from shared.config_file import load
+from shared.errors import TITLES
 from tests.services import RabbitNode
 
 FRAMES, SIDE, SEQUENCES = 3, 16, 60
@@ -217,3 +218,59 @@ def test_either_side_may_be_killed_at_any_moment(tmp_path: Path) -> None:
                 process.wait()
     assert kills == KILLS
     expect_plain_scores(folder)
+
+
+# -- what a user can get wrong ---------------------------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture[str], number: int, *arguments: str) -> str:
+    capsys.readouterr()
+    assert run(arguments) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith(f"E{number} {TITLES[number]}: "), err
+    assert "Traceback" not in out + err
+    return err
+
+
+def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_study(tmp_path / "film", recurrent=False)
+    north, server = str(folder / "north.toml"), str(folder / "server.toml")
+    assert "film has not finished" in refused(capsys, 605, "query", north, "--submit")
+    assert "film has not finished" in refused(capsys, 605, "answer", server)
+    (folder / "policy.toml").write_text("labels = true\n")
+    assert "queries = true" in refused(capsys, 108, "query", north, "--submit")
+    (folder / "policy.toml").write_text("labels = true\nqueries = true\n")
+    text = (folder / "run.toml").read_text()
+    (folder / "run.toml").write_text(
+        text.replace("sequences:clstm", "sequences:plain_clstm").replace(", recurrent = false }", " }")
+    )
+    assert "works on no ciphertexts" in refused(capsys, 105, "answer", server)
+    (folder / "run.toml").write_text(text.replace(f"frames = {FRAMES}", "frames = 15"))
+    assert "may have 14 frames, the model takes 15" in refused(capsys, 105, "query", north)
+
+
+def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are not changed under an open query; without the secret one nothing is sent."""
+    folder = write_study(tmp_path / "film", recurrent=False)
+    trained(folder)
+    by_itself(folder, "answer")
+    by_itself(folder, "query", "--submit", "--output", str(folder / "scores.csv"))
+    north, keys = str(folder / "north.toml"), folder / "state" / "north" / "keys"
+    before = (keys / "secret.key").read_bytes()
+    assert "1 queries" in refused(capsys, 512, "query", north, "--new-keys")
+    assert (keys / "secret.key").read_bytes() == before
+    (keys / "secret.key").rename(keys / "elsewhere")
+    refused(capsys, 511, "query", north)
+    (keys / "elsewhere").rename(keys / "secret.key")
+    by_itself(folder, "answer")
+    by_itself(folder, "query", "--output", str(folder / "scores.csv"))
+    by_itself(folder, "query", "--new-keys", "--submit", "--output", str(folder / "scores.csv"))
+    assert (keys / "secret.key").read_bytes() != before
+    assert (keys / "secret.key").stat().st_mode & 0o777 == 0o600
+    by_itself(folder, "answer")
+    by_itself(folder, "query", "--output", str(folder / "again.csv"))
+    with (folder / "again.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    first, second = ([row["probability"] for row in rows if row["query"] == number] for number in "12")
+    assert np.array(first, float) == pytest.approx(np.array(second, float), abs=1e-4)
+    assert len(first) == SEQUENCES // 5
