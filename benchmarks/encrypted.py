@@ -89,30 +89,31 @@ class Setting:
         self.capacity = packing_of(packing, circuit, judge).capacity
         self._packing, self._judge = packing, judge
         self._site, self._server = HeClstmSite(judge, secret), HeClstmServer(judge, bytes(32))
-        self.queries, self.seconds, self.sent = 0, 0.0, 0
+        self.queries, self.seconds, self.up, self.down, self.refreshed = 0, 0.0, 0, 0, 0
+
+    @property
+    def sent(self) -> int:
+        """Bytes of ciphertexts of the last query, both ways; `refreshed` are those between two of its frames."""
+        return self.up + self.down
 
     def judged(self, sequences: Numbers) -> Numbers:
         """The logits of a query, all its messages one after the other; CPU seconds and bytes are counted."""
-        self.queries, self.seconds, self.sent = self.queries + 1, 0.0, 0
+        self.queries, self.seconds, self.up, self.down, self.refreshed = self.queries + 1, 0.0, 0, 0, 0
+        patients = ("",) * len(sequences)
         query = Query(
-            self.queries,
-            self.public.sha256,
-            self._packing,
-            ("",) * len(sequences),
-            sequences,
-            0,
-            False,
-            None,
-            None,
-            None,
-        )
+            self.queries, self.public.sha256, self._packing, patients, sequences,
+            step=0, sent=False, state=None, logits=None, refusal=None,
+        )  # fmt: skip
+        answer: list[bytes] = []
         for step in range(self._site.steps):
             query = replace(query, step=step)
             pieces = self._site.pieces(query)
+            if answer:  # it goes up again, encrypted afresh, behind the features
+                self.refreshed = sum(map(len, [*answer, *pieces[-len(answer) :]]))
             began = time.process_time()
             answer = self._server.answer(self.public, str(query.number), step, self._packing, pieces)
             self.seconds += time.process_time() - began
-            self.sent += sum(map(len, [*pieces, *answer]))
+            self.up, self.down = self.up + sum(map(len, pieces)), self.down + sum(map(len, answer))
             if step < self._site.steps - 1:
                 query = replace(query, state=self._site.state(query, answer))
         return self._site.logits(query, answer)
