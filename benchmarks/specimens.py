@@ -16,7 +16,7 @@ from shared import wire
 from shared.config import Codec, RunConfig
 from shared.contract import Payload, TensorSpec
 from shared.message import FROM_SITES, SERVER, UNSEQUENCED, Header, Kind, Message, Scalar
-from shared.protocols import PROTOCOLS
+from shared.protocols import PROTOCOLS, query
 from shared.protocols.assembly import assemble_any
 
 LIMIT = 2**20
@@ -66,7 +66,7 @@ class Specimen:
 
 
 def specimens() -> list[Specimen]:
-    """One message per protocol, model, codec, compression and kind; what would be equal is there once."""
+    """One message per protocol, model, codec, compression and kind, and of each kind of query; equal ones once."""
     found: dict[bytes, Specimen] = {}
     for protocol in PROTOCOLS:
         for model in MODELS:
@@ -78,6 +78,10 @@ def specimens() -> list[Specimen]:
                         body = _message(config, contract[kind], kind)
                         name = f"{protocol}/{model}/{codec}{'+zstd' * zstd}/{kind}"
                         found.setdefault(body, Specimen(name, body, contract))
+    config = _config("split_labels", "mlp", "fp32", zstd=False)
+    for kind, payload in query.CONTRACT.items():
+        body = _message(config, payload, kind)
+        found[body] = Specimen(f"he_clstm/mlp/raw/{kind}", body, query.CONTRACT)
     return list(found.values())
 
 

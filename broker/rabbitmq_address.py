@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
-from urllib.parse import urlsplit
 
 import pika
 from pika import exceptions
@@ -25,13 +24,13 @@ def read_addresses(url: str, heartbeat: int, credentials: Credentials) -> list[A
         ConfigError: 113 when a file of `credentials` cannot be used.
     """
     try:
-        whole = urlsplit(url)
-        login, at, hosts = whole.netloc.rpartition("@")
+        # By hand: Python's urlsplit takes several hosts only as long as none is an IPv6 address.
+        scheme, _, rest = url.partition("://")
+        authority, slash, path = rest.partition("/")
+        login, at, hosts = authority.rpartition("@")
         if at and ":" not in login:
             login += ":"  # pika fails without a password, which may stand in a file
-        addresses = [
-            pika.URLParameters(whole._replace(netloc=f"{login}{at}{host}").geturl()) for host in hosts.split(",")
-        ]
+        addresses = [pika.URLParameters(f"{scheme}://{login}{at}{host}{slash}{path}") for host in hosts.split(",")]
     except Exception as error:  # whatever the parser stumbles over; its text may show a part of the password
         raise BrokerError(
             201,

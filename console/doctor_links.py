@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
-from urllib.parse import urlsplit
 
 from cryptography import x509
 
@@ -19,7 +18,7 @@ from console.files import WorkerFile
 from console.findings import Finding, size
 from console.keys.folders import BROKER_PORT, STORE_PORT
 from shared.config import SiteSection
-from shared.credentials import TLS_SCHEMES, places_of
+from shared.credentials import TLS_SCHEMES, places_of, scheme_of
 from shared.errors import BrokerError
 from shared.protocols.assembly import assemble_any, planned_message_bytes
 from shared.store import RunStore
@@ -45,7 +44,7 @@ def check_encryption(file: WorkerFile) -> Finding:
     file.credentials.tls()  # says what is wrong with a file
     found, ends = [], []
     for address in (file.worker.broker, file.worker.store):
-        scheme = urlsplit(address).scheme
+        scheme = scheme_of(address)
         if scheme in ("amqp", "redis"):
             found.append(f"{scheme} is plain, to this machine alone")
         for host, port in places_of(address) if scheme in TLS_SCHEMES else ():
@@ -83,7 +82,7 @@ def check_rights(file: WorkerFile) -> Finding:
     if not open_doors:
         return Finding("rights", f"tried {len(attempts)} forbidden things; all were refused")
     found = f"{len(open_doors)} of {len(attempts)} forbidden things are possible: {', '.join(open_doors)}"
-    if all(urlsplit(address).scheme not in TLS_SCHEMES for address in (file.worker.broker, file.worker.store)):
+    if all(scheme_of(address) not in TLS_SCHEMES for address in (file.worker.broker, file.worker.store)):
         return Finding("rights", found, "fine on one machine; for several, make users with nightsplit keys.")
     return Finding("rights", found, "give this user the rights that nightsplit keys writes.", failed=True)
 

@@ -18,7 +18,7 @@ from benchmarks.specimens import LIMIT, Specimen, rebuilt, specimens
 from shared import wire
 from shared.contract import Payload, TensorSpec
 from shared.message import Header, Kind, Message
-from shared.protocols import PROTOCOLS
+from shared.protocols import PROTOCOLS, QUERIES
 from shared.tensors import REMEDIES
 
 SEED = 3
@@ -40,7 +40,7 @@ def good() -> list[Specimen]:
 
 def test_specimens_are_every_kind_of_every_protocol(good: list[Specimen]) -> None:
     names = {specimen.name.split("/")[0] for specimen in good}
-    assert names == set(PROTOCOLS)
+    assert names == {*PROTOCOLS, *QUERIES}
     assert {Kind(specimen.name.split("/")[-1]) for specimen in good} == set(Kind)
     for specimen in good:
         payload = specimen.contract[wire.peek(specimen.body).kind]

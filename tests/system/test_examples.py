@@ -180,6 +180,6 @@ def test_the_demo_says_so_when_the_two_plays_end_otherwise(capsys: pytest.Captur
 def test_an_unknown_example_is_told_with_those_that_there_are() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"E110 .*cholesterol, data_vectors, dp_segmentation, fedavg_transfer, heart, lung_ct, radiograph",
+        match=r"E110 .*cholesterol, data_vectors, dp_segmentation, encrypted_sequences, fedavg_transfer, heart",
     ):
         run_demo(Path("examples/liver"), json=False)

@@ -89,7 +89,7 @@ def seen(
             for worker, port in ports.items():
                 if samples := scrape(port):
                     told[worker].append(samples)
-            if told["server"] and not told["broker"]:
+            if told["server"] and not any("rabbitmq_detailed_queue_messages" in samples for samples in told["queues"]):
                 told["broker"].append(scrape(node[1]))
                 told["queues"].append(scrape(node[1], "metrics/detailed?family=queue_coarse_metrics"))
             time.sleep(0.3)
