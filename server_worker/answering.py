@@ -174,7 +174,7 @@ class Answering:
             if path.name == sha256:  # compared, and not made a part of a path: it came with a message
                 return PublicKeys.of(path.read_bytes())
         raise Refused(
-            KEYS_UNKNOWN,
+            314,
             f"keys {sha256[:12]} of {site} are not here.",
             "none; the site sends them and the query again.",
         )
