@@ -6,13 +6,14 @@ Sequences of 5 frames of 32 features, a judge of 16 units that was trained on th
 halves of he_clstm without a broker. Seconds are CPU seconds of the server in a process of its own with one thread:
 reading keys and ciphertexts, evaluation, blinding, writing. Every round has new keys, 4,096 new sequences in batch
 packing, and several ciphertexts of 64 in slot packing; the first of each is not counted, it encodes the weights.
-Two processes over one is of wall-clock time, with the site's work in it: it needs two cores that nobody else uses.
+Two processes over one is of wall-clock time, with the server's own processes: it needs two cores that nobody else uses.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from concurrent.futures import wait
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -25,17 +26,18 @@ from torch import nn
 from benchmarks.common import Worker, scratch
 from benchmarks.events import xor_of_events
 from benchmarks.figures import Figure, Results, arguments
+from server_worker.computing import Evaluate, evaluating
 from server_worker.encrypted.arithmetic import Arithmetic
 from server_worker.encrypted.convolution import CIRCUIT, UNIT, convolved
 from server_worker.protocols.he_clstm import HeClstmServer
 from shared.ckks import PublicKeys
-from shared.models.judge import Numbers
+from shared.models.judge import Judge, Numbers
 from shared.models.sequences import SequenceJudge
 from shared.protocols.he_clstm import circuit_of, packing_of
 from shared.worker import prepare_torch
 from site_worker.encrypted.keys import SecretKeys
 from site_worker.protocols.he_clstm import HeClstmSite
-from site_worker.queries import Query
+from site_worker.queries import Origin, Query
 
 FRAMES, FEATURES, HIDDEN = 5, 32, 16
 SIDE, FILTERS, IMAGES = 28, 4, 4096
@@ -81,13 +83,14 @@ def trained(recurrent: bool) -> SequenceJudge:
 class Setting:
     """Both halves with new keys, for one packing."""
 
-    def __init__(self, judge: SequenceJudge, packing: str) -> None:
+    def __init__(self, network: SequenceJudge, packing: str) -> None:
+        judge = Judge.of(network.state_dict())
         circuit = circuit_of(judge)
         with scratch() as folder:
             rotations = packing_of(packing, circuit, judge).rotations
             secret, self.public = SecretKeys.made(circuit, folder, rotations)
         self.capacity = packing_of(packing, circuit, judge).capacity
-        self._packing, self._judge = packing, judge
+        self._packing = packing
         self._site, self._server = HeClstmSite(judge, secret), HeClstmServer(judge, bytes(32))
         self.queries, self.seconds, self.up, self.down, self.refreshed = 0, 0.0, 0, 0, 0
 
@@ -96,14 +99,22 @@ class Setting:
         """Bytes of ciphertexts of the last query, both ways; `refreshed` are those between two of its frames."""
         return self.up + self.down
 
+    def query(self, sequences: Numbers) -> Query:
+        """A query with these sequences."""
+        self.queries += 1
+        origins = tuple(Origin(1, row, "") for row in range(1, len(sequences) + 1))
+        return Query(
+            self.queries, self.public.sha256, self._packing, origins, sequences,
+            step=0, sent=False, state=None, blinding="", logits=None, refusal=None,
+        )  # fmt: skip
+
+    def first_pieces(self, sequences: Numbers) -> list[bytes]:
+        """What the site sends first."""
+        return self._site.pieces(self.query(sequences))
+
     def judged(self, sequences: Numbers) -> Numbers:
         """The logits of a query, all its messages one after the other; CPU seconds and bytes are counted."""
-        self.queries, self.seconds, self.up, self.down, self.refreshed = self.queries + 1, 0.0, 0, 0, 0
-        patients = ("",) * len(sequences)
-        query = Query(
-            self.queries, self.public.sha256, self._packing, patients, sequences,
-            step=0, sent=False, state=None, logits=None, refusal=None,
-        )  # fmt: skip
+        query, self.seconds, self.up, self.down, self.refreshed = self.query(sequences), 0.0, 0, 0, 0
         answer: list[bytes] = []
         for step in range(self._site.steps):
             query = replace(query, step=step)
@@ -165,34 +176,24 @@ def accuracy(rounds: int) -> dict[str, float]:
     return {figure.key: found[figure.key] for figure in FIGURES if figure.key in found}
 
 
-def repeat(line: Connection) -> None:
-    """Wall-clock seconds of three ciphertexts in slot packing, whenever it is asked."""
-    prepare_torch(1, "cpu")
-    setting = Setting(trained(True), "slots")
-    sequences = _drawn(setting.capacity)[0].numpy()
-    setting.judged(sequences)
-    line.send("ready")
-    while line.recv():
-        began = time.perf_counter()
-        for _ in range(3):
-            setting.judged(sequences)
-        line.send(time.perf_counter() - began)
-
-
 def two_processes() -> dict[str, float]:
-    """Beside one of them alone, before and after."""
-    with Worker(repeat) as one, Worker(repeat) as other:
-        workers = (one, other)
-        for worker in workers:
-            worker.hear()
-        alone = [one.ask(True)]
-        for worker in workers:
-            worker.say(True)
-        both = max(worker.hear() for worker in workers)
-        alone.append(one.ask(True))
-        for worker in workers:
-            worker.say(False)
-    return {"two_over_one": 2 * statistics.mean(alone) / both}
+    """The server's own processes, beside one of them alone, before and after."""
+    network, secret = trained(True), bytes(32)
+    setting, judge = Setting(network, "slots"), Judge.of(network.state_dict())
+    pieces = setting.first_pieces(_drawn(setting.capacity)[0].numpy())
+
+    def seconds(evaluate: Evaluate, queries: int) -> float:
+        began = time.perf_counter()
+        wait([evaluate(setting.public, "1", 0, "slots", pieces) for _ in range(queries)])
+        return time.perf_counter() - began
+
+    with evaluating(judge, secret, 1) as one, evaluating(judge, secret, 2) as two:
+        for evaluate in (one, two):
+            seconds(evaluate, 20)  # each process encodes the weights once
+        alone = [seconds(one, 40)]
+        both = seconds(two, 40)
+        alone.append(seconds(one, 40))
+    return {"two_over_one": statistics.mean(alone) / both}
 
 
 def convolve(line: Connection, side: int) -> None:

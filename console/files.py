@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from broker.base import Broker
 from broker.opening import open_broker
-from broker.topology import SiteQueues, site_queues
+from broker.topology import SiteQueues, query_queues, site_queues
 from shared.config import RunConfig, ServerConfig, ServerSection, SiteConfig, SiteSection, SourceSection
 from shared.config_file import load
 from shared.credentials import Credentials
@@ -84,6 +84,10 @@ class WorkerFile:
     def queues(self) -> dict[str, SiteQueues]:
         """The queues of `sites`."""
         return {site: site_queues(self.run.run.id, site, self.run.wire.queue_bytes) for site in self.sites}
+
+    def query_queues(self) -> dict[str, SiteQueues]:
+        """The queues of `sites` for queries to the finished run's model."""
+        return {site: query_queues(self.run.run.id, site, self.run.wire.queue_bytes) for site in self.sites}
 
 
 def read_worker_file(path: Path, overrides: Sequence[str] = ()) -> WorkerFile:

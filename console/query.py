@@ -48,9 +48,9 @@ def ask(
         with output.open("w", encoding="utf-8") as file:
             waiting, refused = worker.write_scores(file)
     if refused:
-        print(f"queries that were refused: {refused}; their sequences have to be submitted again", file=sys.stderr)
+        print(f"{counted(refused, 'sequence')} refused; to be submitted again", file=sys.stderr)
     if not finished:
-        print(f"queries that are not answered yet: {waiting}; start the same command again", file=sys.stderr)
+        print(f"{counted(waiting, 'sequence')} not answered yet; start the same command again", file=sys.stderr)
     return _left(stop)
 
 

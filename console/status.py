@@ -42,6 +42,12 @@ def show_status(file: WorkerFile, as_json: bool) -> None:
     for line in summary["workers"]:
         if line["passed_over"]:
             console.print(f"warning: {line['worker']} passed over a damaged checkpoint: {line['passed_over']}")
+    for site, waiting in summary["queries"].items():
+        if waiting["ask"] is not None:
+            console.print(
+                f"encrypted queries of {site}: {counted(waiting['ask'], 'message')} for the server, "
+                f"{waiting['answer']} for the site"
+            )
     if summary["broker"] is not None:
         console.print(summary["broker"])
 
@@ -57,7 +63,7 @@ def summarise(file: WorkerFile) -> dict[str, Any]:
         statuses = store.statuses([SERVER, *file.sites])
     finally:
         store.close()
-    depths, broker = _depths(file)
+    depths, queries, broker = _depths(file)
     absent = all(depth is None for site in depths.values() for depth in site.values())
     if not statuses and absent and broker is None:
         raise RunError(
@@ -74,22 +80,30 @@ def summarise(file: WorkerFile) -> dict[str, Any]:
         "sentence": _sentence(server, sum(line["queued"] or 0 for line in workers[1:])),
         "workers": workers,
         "at_broker": depths,
+        "queries": queries,
         "broker": broker,
     }
 
 
-def _depths(file: WorkerFile) -> tuple[dict[str, dict[str, int | None]], str | None]:
-    """Messages that wait in each site's queues, and why nothing is known of them."""
-    nothing: dict[str, dict[str, int | None]]
-    nothing = {site: {"up": None, "down": None, "dead": None} for site in file.sites}
+Depths = dict[str, dict[str, int | None]]
+
+
+def _depths(file: WorkerFile) -> tuple[Depths, Depths, str | None]:
+    """Messages that wait in each site's queues, those for queries apart; and why nothing is known of them."""
     try:
         broker = file.broker()
-        return {
+        run: Depths = {
             site: {name: broker.depth(getattr(queues, name)) for name in ("up", "down", "dead")}
             for site, queues in file.queues().items()
-        }, None
+        }
+        queries: Depths = {
+            site: {"ask": broker.depth(queues.up), "answer": broker.depth(queues.down)}
+            for site, queues in file.query_queues().items()
+        }
     except BrokerError as error:
-        return nothing, str(error)
+        unknown: Depths = {site: {"up": None, "down": None, "dead": None} for site in file.sites}
+        return unknown, {}, str(error)
+    return run, queries, None
 
 
 def _sentence(server: Status | None, queued: int) -> str:

@@ -1,6 +1,7 @@
 """A server of the Query shape: takes queries as they come, answers them, and keeps nothing but public keys.
 
-    chunks come in ──▶ a parcel is whole ──▶ answer published ──▶ answer confirmed ──▶ chunks acknowledged
+    chunks come in ──▶ parcel whole ──▶ evaluated ──▶ answer published ──▶ answer confirmed ──▶ chunks acknowledged
+                                     (several at once)
 
 Until the last step the broker has the query: a server that dies before it is answered by the next one. So any
 number of servers may stand by, and a second answer to the same query does no harm.
@@ -11,25 +12,32 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from concurrent.futures import BrokenExecutor, Future
 from pathlib import Path
 
 from broker.base import Confirmed, Delivery, Link
+from server_worker.computing import Evaluate
 from server_worker.encrypted.arithmetic import Arithmetic
-from server_worker.protocols.he_clstm import HeClstmServer
 from shared import wire
-from shared.checkpoint import force_to_disk
-from shared.ckks import PublicKeys
+from shared.ckks import Circuit, PublicKeys
 from shared.dead_letter import bury
-from shared.errors import Refused
+from shared.durable import write_durably
+from shared.errors import Refused, StateError
 from shared.message import SERVER, Header, Kind, Message
-from shared.protocols.query import CONTRACT, KEYS_UNKNOWN, Parcels, chunks
+from shared.protocols.query import BLINDED_ELSEWHERE, CONTRACT, KEYS_UNKNOWN, Parcels, chunks
 from shared.route import Route
 
 POLL_S = 0.5
 """How long it waits for a message before it looks whether it should leave."""
+SOON_S = 0.01
+"""How long before it looks for an evaluation that has ended."""
 
 Parcel = tuple[str, Kind, int, int]
 """Site, kind, number and step."""
+
+
+def _parcel(header: Header) -> Parcel:
+    return header.sender, header.kind, header.seq, header.version
 
 
 class Answering:
@@ -39,20 +47,25 @@ class Answering:
         run: id of the run whose model answers.
         link: consumes every site's queue of queries.
         routes: of the sites.
-        half: evaluates.
+        circuit: of the queries.
+        evaluate: begins the evaluation of a query.
+        blinding: names the secret that states are blinded with.
         keys: folder of the sites' public keys.
         message_bytes: largest message.
     """
 
     def __init__(
-        self, run: str, link: Link, routes: Mapping[str, Route], half: HeClstmServer, keys: Path, message_bytes: int
-    ) -> None:
-        self._run, self._link, self._routes, self._half = run, link, routes, half
-        self._keys, self._message_bytes = keys, message_bytes
+        self, run: str, link: Link, routes: Mapping[str, Route], circuit: Circuit, evaluate: Evaluate,
+        blinding: str, keys: Path, message_bytes: int,
+    ) -> None:  # fmt: skip
+        self._run, self._link, self._routes, self._circuit, self._evaluate = run, link, routes, circuit, evaluate
+        self._blinding, self._keys, self._message_bytes = blinding, keys, message_bytes
         self._senders = {route.incoming.name: site for site, route in routes.items()}
         self._parcels = {site: Parcels() for site in routes}
         self._held: defaultdict[Parcel, list[Delivery]] = defaultdict(list)
         """Chunks of parcels that are not dealt with."""
+        self._evaluations: dict[Future[list[bytes]], tuple[Header, Delivery]] = {}
+        """Each with its query, and the last chunk of it."""
         self._leaving: dict[str, Parcel] = {}
         """Messages that are not confirmed, and whose parcel they answer."""
         self._given_up: set[Parcel] = set()
@@ -63,15 +76,28 @@ class Answering:
         self.refused = 0
 
     def run(self, leave: Callable[[], bool], idle_seconds: float | None) -> None:
-        """Answer until `leave()` holds, or nothing came for `idle_seconds`."""
+        """Answer until `leave()` holds, or nothing came for `idle_seconds`.
+
+        Raises:
+            StateError: 509 a process that evaluates is gone.
+        """
+        try:
+            self._serve(leave, idle_seconds)
+        except BrokenExecutor:
+            raise StateError(
+                509, "one that evaluates queries has ended.", "start the same command again: no query is lost."
+            ) from None
+
+    def _serve(self, leave: Callable[[], bool], idle_seconds: float | None) -> None:
         last = time.monotonic()
         while not leave():
-            event = self._link.receive(POLL_S)
+            event = self._link.receive(SOON_S if self._evaluations else POLL_S)
             if isinstance(event, Delivery):
                 self._take(event)
             elif isinstance(event, Confirmed):
                 self._confirmed(event.message_id)
-            if event is not None or self._leaving:
+            self._answer()
+            if event is not None or self._leaving or self._evaluations:
                 last = time.monotonic()
             elif idle_seconds is not None and time.monotonic() - last > idle_seconds:
                 return
@@ -90,7 +116,7 @@ class Answering:
             header = found  # the site is told of its own messages alone
             if header.kind not in (Kind.KEYS, Kind.QUERY):
                 raise Refused(303, f"{header.kind} from {site} is not used here.", "run one version at both.")
-            parcel = (site, header.kind, header.seq, header.version)
+            parcel = _parcel(header)
             if parcel in self._given_up:
                 self._link.acknowledge(delivery)
                 return
@@ -98,24 +124,42 @@ class Answering:
             message = wire.decode(delivery.body, CONTRACT[header.kind], self._message_bytes)
             pieces = self._parcels[site].add(message)
             if pieces is not None:
-                self._deal_with(parcel, message, pieces)
+                self._begin(message, pieces, delivery)
         except Refused as refusal:
             self._refuse(site, header, delivery, refusal)
 
-    def _deal_with(self, parcel: Parcel, message: Message, pieces: list[bytes]) -> None:
-        site, kind, number, step = parcel
-        if kind is Kind.KEYS:
-            self._keep_keys(site, pieces)
-            self._acknowledge(parcel)
+    def _begin(self, message: Message, pieces: list[bytes], delivery: Delivery) -> None:
+        """Keep public keys, or begin with a query."""
+        header = message.header
+        if header.kind is Kind.KEYS:
+            self._keep_keys(header.sender, pieces)
+            self._acknowledge(_parcel(header))
             return
         sha256 = str(message.scalars["keys"])
-        keys = self._known(site, sha256)
-        query = f"{self._run}/{site}/{sha256}/{number}"
-        answer = self._half.answer(keys, query, step, str(message.scalars["packing"]), pieces)
-        header = Header(self._run, SERVER, site, Kind.ANSWER, number, reply_to=number, version=step)
-        for place, chunk in enumerate(chunks(header, answer, self._message_bytes)):
-            self._send(parcel, chunk, place)
-        self.answered += 1
+        keys = self._known(header.sender, sha256)
+        if header.version > 0 and message.scalars["blinding"] != self._blinding:
+            raise Refused(
+                315,
+                f"query {header.seq} of {header.sender} was begun by a server with another secret.",
+                "none; the site begins it again.",
+            )
+        query = f"{self._run}/{header.sender}/{sha256}/{header.seq}"
+        evaluation = self._evaluate(keys, query, header.version, str(message.scalars["packing"]), pieces)
+        self._evaluations[evaluation] = header, delivery
+
+    def _answer(self) -> None:
+        """Send what has been evaluated."""
+        for evaluation in [one for one in self._evaluations if one.done()]:
+            header, delivery = self._evaluations.pop(evaluation)
+            try:
+                pieces = evaluation.result()
+            except Refused as refusal:
+                self._refuse(header.sender, header, delivery, refusal)
+                continue
+            told = Header(self._run, SERVER, header.sender, Kind.ANSWER, header.seq, header.seq, header.version)
+            for place, chunk in enumerate(chunks(told, pieces, self._message_bytes, {"blinding": self._blinding})):
+                self._send(_parcel(header), chunk, place)
+            self.answered += 1
 
     def _send(self, parcel: Parcel, message: Message, place: int) -> None:
         self._sent += 1
@@ -127,17 +171,16 @@ class Answering:
     def _refuse(self, site: str, header: Header | None, delivery: Delivery, refusal: Refused) -> None:
         """Keep a copy of the chunk with the reason, and tell the site, if it is a query that can be named."""
         self.refused += 1
-        kind, number, step = (header.kind, header.seq, header.version) if header else (Kind.QUERY, 0, 0)
-        parcel = (site, kind, number, step)
+        parcel = _parcel(header) if header else (site, Kind.QUERY, 0, 0)
         if delivery not in self._held[parcel]:
             self._held[parcel].append(delivery)
-        if refusal.number != KEYS_UNKNOWN:  # then the site sends it once more
+        if refusal.number not in (KEYS_UNKNOWN, BLINDED_ELSEWHERE):  # then the site sends it once more
             self._given_up.add(parcel)
         name = f"dead/{delivery.message_id}/{self.refused}"
         self._leaving[name] = parcel
         bury(self._link, self._routes[site].dead, name, delivery, site, refusal)
-        if header is not None and kind is Kind.QUERY:
-            told = Header(self._run, SERVER, site, Kind.UNANSWERED, number, reply_to=number, version=step)
+        if header is not None and header.kind is Kind.QUERY:
+            told = Header(self._run, SERVER, site, Kind.UNANSWERED, header.seq, header.seq, header.version)
             self._send(parcel, Message(told, {}, {"number": refusal.number, "reason": str(refusal)}), 0)
 
     def _confirmed(self, name: str) -> None:
@@ -156,13 +199,10 @@ class Answering:
         if len(pieces) != 2:
             raise Refused(313, f"{len(pieces)} parts are no pair of keys.", "run the same version at both sides.")
         keys = PublicKeys(*pieces)
-        Arithmetic(self._half.circuit, keys)
+        Arithmetic(self._circuit, keys)
         folder = self._keys / site
         folder.mkdir(parents=True, exist_ok=True)
-        draft = folder / f".{keys.sha256}.draft"
-        draft.write_bytes(keys.content)
-        force_to_disk(draft)
-        draft.replace(folder / keys.sha256)
+        write_durably(folder / keys.sha256, keys.content)
 
     def _known(self, site: str, sha256: str) -> PublicKeys:
         """The keys of a site that have this name.

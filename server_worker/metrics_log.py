@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from shared.durable import write_durably
 from shared.effects import Record
 
 
@@ -25,9 +26,7 @@ class MetricsLog:
         self._path = folder / "metrics.jsonl"
         kept = [line for line in self._lines() if json.loads(line)["step"] <= resumed_step]
         self._may_come_again = {line for line in kept if json.loads(line)["step"] == resumed_step}
-        draft = self._path.with_suffix(".draft")
-        draft.write_text("".join(kept), encoding="utf-8")
-        draft.replace(self._path)
+        write_durably(self._path, "".join(kept).encode())
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 

@@ -2,59 +2,52 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
 from broker.opening import open_broker
 from broker.topology import query_queues
 from server_worker.answering import Answering
-from server_worker.protocols.he_clstm import HeClstmServer
-from shared.clock import Clock
+from server_worker.computing import evaluating
 from shared.config import ServerConfig
 from shared.config_file import load
-from shared.errors import RunError
+from shared.errors import StateError
 from shared.message import SERVER
-from shared.protocols.he_clstm import fill, judge_of, stages_of
+from shared.protocols.he_clstm import circuit_of, fill, judge_of, stages_of
 from shared.protocols.query import MOST_CHUNKS
 from shared.route import Route
+from shared.secret_file import make_secret_file, read_secret_file
 from shared.shift_worker import ShiftWorker
-from shared.worker import Facts, StopSignal, locked_folder, prepare_torch
+from shared.worker import StopSignal, locked_folder, prepare_torch
 
-SECRET_BYTES = 32
+WEIGHTS = ("top.safetensors", "model.safetensors")
+"""Of the last stage: after a split run, or after rounds."""
 
 
 class QueryServerWorker(ShiftWorker):
-    """One server process; others may work for the same run, with the same state folder.
+    """One server, which evaluates in `server.threads` processes; others may work for the same run.
+
+    With the same state folder they know the same keys, and may go on with each other's queries.
 
     Args:
         path: server.toml of the finished run.
-        overrides, clock, stop, observe: as for `ServerWorker`.
+        overrides, stop: as for `ServerWorker`.
+
+    Attributes:
+        answered: queries so far, each step counted.
 
     Raises:
         ConfigError: a file is wrong, or (105) the run's model cannot work on ciphertexts.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        overrides: Sequence[str] = (),
-        clock: Clock | None = None,
-        stop: StopSignal | None = None,
-        observe: Callable[[Facts], None] = lambda facts: None,
-    ) -> None:
+    def __init__(self, path: Path, overrides: Sequence[str] = (), stop: StopSignal | None = None) -> None:
         self.config = load(path, ServerConfig).server
-        super().__init__(path.parent, self.config, overrides, clock, stop, observe)
+        super().__init__(path.parent, self.config, overrides, None, stop, lambda facts: None)
         self._last = stages_of(self.run_config)[1]
-        self._answering: Answering | None = None
-
-    @property
-    def answered(self) -> int:
-        """Queries so far, each step counted."""
-        return 0 if self._answering is None else self._answering.answered
+        self.answered = 0
 
     def work(self, idle_seconds: float | None = None) -> None:
         """Answer in its shifts, until it is asked to stop.
@@ -65,22 +58,29 @@ class QueryServerWorker(ShiftWorker):
         Raises:
             NightsplitError: what the user has to know.
         """
-        prepare_torch(self.config.threads, "cpu")
-        fill(self._last, self._weights())
-        half = HeClstmServer(judge_of(self._last), self._secret())
-        config = self.run_config
-        broker = open_broker(self.config.broker, self.base, config.wire.message_bytes, self.credentials)
+        prepare_torch(1, "cpu")
+        fill(self._last, self.base / self.config.report, WEIGHTS)
+        judge, secret = judge_of(self._last), self._secret()
+        circuit, blinding = circuit_of(judge), hashlib.sha256(secret).hexdigest()
+        config, processes = self.run_config, self.config.threads
+        keys, limit = self.state_folder / "keys", config.wire.message_bytes
+        broker = open_broker(self.config.broker, self.base, limit, self.credentials)
         queues = {site: query_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites}
         broker.declare(queue for site in queues.values() for queue in site)
         routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in queues.items()}
+        incoming = [route.incoming for route in routes.values()]
         with self._own_name() as owner:
             while self.wait_for_shift():
-                with broker.link([route.incoming for route in routes.values()], 2 * MOST_CHUNKS, owner) as link:
+                with (
+                    evaluating(judge, secret, processes) as evaluate,
+                    broker.link(incoming, (processes + 1) * MOST_CHUNKS, owner) as link,
+                ):
                     self.state = "answering queries"
-                    self._answering = Answering(
-                        config.run.id, link, routes, half, self.state_folder / "keys", config.wire.message_bytes
-                    )
-                    self._answering.run(self.off_duty, idle_seconds)
+                    answering = Answering(config.run.id, link, routes, circuit, evaluate, blinding, keys, limit)
+                    try:
+                        answering.run(self.off_duty, idle_seconds)
+                    finally:
+                        self.answered += answering.answered
                 if idle_seconds is not None:
                     return
 
@@ -94,26 +94,15 @@ class QueryServerWorker(ShiftWorker):
                     yield f"{SERVER}:{folder.resolve()}"
                     return
 
-    def _weights(self) -> Path:
-        report = self.base / self.config.report
-        for name in ("top", "model"):
-            if (report / f"{name}.safetensors").exists():
-                return report / f"{name}.safetensors"
-        raise RunError(
-            605,
-            f"{report} has no trained model: {self.run_config.run.id} has not finished here.",
-            "let the run finish first: nightsplit server server.toml.",
-        )
-
     def _secret(self) -> bytes:
-        """What the blinding is derived from; made once, readable by its owner alone."""
+        """What the blinding is derived from; made once, for all processes that answer."""
         path = self.state_folder / "blinding.key"
         self.state_folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            make_secret_file(path)
         try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        except FileExistsError:
-            return path.read_bytes()
-        with os.fdopen(handle, "wb") as file:
-            file.write(secrets.token_bytes(SECRET_BYTES))
-            os.fsync(handle)
-        return path.read_bytes()
+            return read_secret_file(path)
+        except ValueError as error:
+            raise StateError(
+                511, f"{path} {error}.", f"chmod 600 {path}, or restore it, or delete it: queries then begin again."
+            ) from None

@@ -26,8 +26,8 @@ from typing import BinaryIO
 
 from broker.base import Delivery, Event, Link
 from broker.wrapped import WrappedLink
-from shared.checkpoint import force_to_disk
 from shared.config import RunConfig
+from shared.durable import force_to_disk
 from shared.errors import StateError
 
 FOLDER = "tape"

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
-from shared.checkpoint import force_to_disk
+from shared.durable import write_durably
 from shared.errors import ConfigError
 from shared.weights import weights_sha256
 
@@ -152,10 +152,7 @@ def write_artifact(path: Path, card: Card, tensors: Mapping[str, torch.Tensor]) 
     metadata = {_CARD: msgspec.json.encode(card, order="sorted").decode()}
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_bytes(content)
-    force_to_disk(draft)
-    draft.replace(path)
+    write_durably(path, content)
     return hashlib.sha256(content).hexdigest()
 
 

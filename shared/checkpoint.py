@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from shared import crash
+from shared.durable import force_to_disk
 from shared.errors import StateError
 from shared.store import Pointer
 
@@ -190,15 +190,6 @@ def _hash(content: bytes) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def force_to_disk(path: Path) -> None:
-    """Return when a file's content, or a folder's list of files, would outlive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write_failed(error: Exception, folder: Path, snapshot: Snapshot) -> StateError:

@@ -348,6 +348,8 @@ class ServerSection(WorkerSection, frozen=True, kw_only=True):
 
     Attributes:
         report: folder for the report and the metrics.
+
+    Encrypted queries are evaluated in `threads` processes, with a torch thread each.
     """
 
     report: str = "report"

@@ -56,6 +56,7 @@ TITLES: dict[int, str] = {
     312: "Batch gives values that are not finite",
     313: "Ciphertext or public key cannot be used",
     314: "Public keys are not known",
+    315: "Query was begun by another server",
     401: "Data file missing or unreadable",
     402: "Column is absent",
     403: "Value cannot be read",

@@ -1,7 +1,7 @@
 """A site of the Query shape: sends what was submitted, and collects what has been answered, whenever either can be.
 
-    submitted ──▶ sent ──▶ answered                            one_shot
-    submitted ──▶ sent ──▶ answered, next frame ──▶ sent ──▶ ... ──▶ answered      refresh
+    submitted ──▶ formed ──▶ sent ──▶ answered                                                one_shot
+    submitted ──▶ formed ──▶ sent ──▶ answered, next frame ──▶ sent ──▶ ... ──▶ answered      refresh
 
 Each arrow is a durable change in the site's own file before the broker is told. A site that dies in between does
 the step before once more: what it sends then is encrypted anew, and means the same; what it gets twice it drops.
@@ -19,7 +19,7 @@ from shared.ckks import PublicKeys
 from shared.dead_letter import bury
 from shared.errors import Refused
 from shared.message import SERVER, Header, Kind, Message
-from shared.protocols.query import CONTRACT, KEYS_UNKNOWN, Parcels, chunks
+from shared.protocols.query import BLINDED_ELSEWHERE, CONTRACT, KEYS_UNKNOWN, Parcels, chunks
 from shared.route import Route
 from site_worker.protocols.he_clstm import HeClstmSite
 from site_worker.queries import Place, Queries, Query
@@ -67,6 +67,7 @@ class Asking:
             Whether every query is answered or refused.
         """
         last = time.monotonic()
+        self._queries.form(self._public.sha256, self._half.packing_for)
         while not leave():
             waiting = self._queries.open()
             if not waiting and not self._burying:
@@ -96,7 +97,7 @@ class Asking:
                 header = Header(self._run, self._site, SERVER, Kind.KEYS, 1)
                 self._publish(_OF_KEYS, chunks(header, [self._public.relin, self._public.galois], self._message_bytes))
             header = Header(self._run, self._site, SERVER, Kind.QUERY, query.number, version=query.step)
-            scalars = {"keys": query.keys, "packing": query.packing}
+            scalars = {"keys": query.keys, "packing": query.packing, "blinding": query.blinding}
             messages = chunks(header, self._half.pieces(query), self._message_bytes, scalars)
             self._publish((query.number, query.step), messages)
 
@@ -147,7 +148,7 @@ class Asking:
                 pieces = self._parcels.add(message)
                 if pieces is None:
                     return
-                self._answered(query, pieces)
+                self._answered(query, pieces, str(message.scalars["blinding"]))
             for held in self._held.pop((header.seq, header.version)):
                 self._link.acknowledge(held)
         except Refused as refusal:
@@ -158,14 +159,16 @@ class Asking:
             self._burying[name] = delivery
             bury(self._link, self._route.dead, name, delivery, SERVER, refusal)
 
-    def _answered(self, query: Query, pieces: list[bytes]) -> None:
+    def _answered(self, query: Query, pieces: list[bytes], blinding: str) -> None:
         if query.step == self._half.steps - 1:
             self._queries.answered(query.number, self._half.logits(query, pieces))
         else:
-            self._queries.advance(query.number, query.step + 1, self._half.state(query, pieces))
+            self._queries.advance(query.number, query.step + 1, self._half.state(query, pieces), blinding)
 
     def _unanswered(self, query: Query, message: Message) -> None:
         if message.scalars["number"] == KEYS_UNKNOWN:
             self._queries.forgotten(query.keys)
+        elif message.scalars["number"] == BLINDED_ELSEWHERE:
+            self._queries.begin_again(query.number)
         else:
             self._queries.refused(query.number, str(message.scalars["reason"]))

@@ -1,10 +1,13 @@
-"""The queries of a site: what was submitted, how far each is, and the scores. Durable before all else."""
+"""The queries of a site: what was submitted, how far each is, and the scores. Durable before all else.
+
+submissions ──▶ wait ──▶ queries of the packing that suits all that wait ──▶ scores, by submission
+"""
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +20,30 @@ from shared.models.judge import Numbers
 from shared.sqlite import explain, open_database, transaction
 
 _SCHEMA = """
+CREATE TABLE IF NOT EXISTS submission (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, patients TEXT NOT NULL, shape TEXT NOT NULL, features BLOB NOT NULL
+);
 CREATE TABLE IF NOT EXISTS query (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, keys TEXT NOT NULL, packing TEXT NOT NULL, patients TEXT NOT NULL,
+    number INTEGER PRIMARY KEY AUTOINCREMENT, keys TEXT NOT NULL, packing TEXT NOT NULL, origins TEXT NOT NULL,
     shape TEXT NOT NULL, features BLOB NOT NULL, step INTEGER NOT NULL DEFAULT 0, sent INTEGER NOT NULL DEFAULT 0,
-    state BLOB, width INTEGER, logits BLOB, refusal TEXT
+    state BLOB, width INTEGER, blinding TEXT NOT NULL DEFAULT '', logits BLOB, refusal TEXT
 );
 CREATE TABLE IF NOT EXISTS announced (keys TEXT PRIMARY KEY);
 """
+
+
+class Origin(NamedTuple):
+    """Where a sequence comes from.
+
+    Attributes:
+        submission: 1, 2, 3... at this site.
+        row: within the submission, from 1.
+        patient: whom it belongs to.
+    """
+
+    submission: int
+    row: int
+    patient: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +54,13 @@ class Query:
         number: 1, 2, 3... at this site.
         keys: sha256 of the public keys that it was begun with.
         packing: of its ciphertexts.
-        patients: whom each sequence belongs to.
+        origins: of its sequences.
         features: float64 (n, frames, features).
         step: the one that is asked for or answered next, from 0.
         sent: whether the broker holds all of this step.
         state: blinded numbers that this step gives back to the server, float64 (capacity, 2 hidden + 1); None at
             the first step.
+        blinding: names what they are blinded with; empty at the first step.
         logits: float64 (n,), once they are there.
         refusal: why the server cannot answer it; None while it may.
     """
@@ -47,11 +68,12 @@ class Query:
     number: int
     keys: str
     packing: str
-    patients: tuple[str, ...]
+    origins: tuple[Origin, ...]
     features: Numbers
     step: int
     sent: bool
     state: Numbers | None
+    blinding: str
     logits: Numbers | None
     refusal: str | None
 
@@ -83,15 +105,46 @@ class Queries:
         """Release the file."""
         self._rows.close()
 
-    def submit(self, keys: str, packing: str, patients: Sequence[str], features: Numbers) -> int:
-        """Take a query in; returns its number."""
+    def submit(self, patients: Sequence[str], features: Numbers) -> None:
+        """Take sequences in, float64 (n, frames, features)."""
         with self._trouble(), transaction(self._rows):
-            added = self._rows.execute(
-                "INSERT INTO query (keys, packing, patients, shape, features) VALUES (?, ?, ?, ?, ?)",
-                (keys, packing, json.dumps(list(patients)), json.dumps(features.shape), features.tobytes()),
+            self._rows.execute(
+                "INSERT INTO submission (patients, shape, features) VALUES (?, ?, ?)",
+                (json.dumps(list(patients)), json.dumps(features.shape), features.tobytes()),
             )
-            assert added.lastrowid is not None
-            return added.lastrowid
+
+    def form(self, keys: str, packing_for: Callable[[int], tuple[str, int]]) -> None:
+        """Make queries of all sequences that wait.
+
+        Args:
+            keys: sha256 of the public keys that they will be encrypted for.
+            packing_for: the packing that suits so many sequences, and how many of them it takes at once.
+        """
+        with self._trouble(), transaction(self._rows):
+            waiting = self._rows.execute("SELECT * FROM submission ORDER BY number").fetchall()
+            if not waiting:
+                return
+            features = np.concatenate([_array(content, shape) for _, _, shape, content in waiting])
+            origins = [
+                Origin(number, row, patient)
+                for number, patients, _, _ in waiting
+                for row, patient in enumerate(json.loads(patients), 1)
+            ]
+            packing, capacity = packing_for(len(origins))
+            for first in range(0, len(origins), capacity):
+                part = features[first : first + capacity]
+                self._rows.execute(
+                    "INSERT INTO query (keys, packing, origins, shape, features) VALUES (?, ?, ?, ?, ?)",
+                    (keys, packing, json.dumps(origins[first : first + capacity]), json.dumps(part.shape),
+                     part.tobytes()),
+                )  # fmt: skip
+            self._rows.execute("DELETE FROM submission")
+
+    def unformed(self) -> int:
+        """Sequences that wait for `form`."""
+        with self._trouble():
+            rows = self._rows.execute("SELECT patients FROM submission").fetchall()
+        return sum(len(json.loads(patients)) for (patients,) in rows)
 
     def open(self) -> list[Place]:
         """Queries to which an answer may come, in the order of their numbers."""
@@ -107,7 +160,7 @@ class Queries:
             return _query(self._rows.execute("SELECT * FROM query WHERE number = ?", (number,)).fetchone())
 
     def all(self) -> Iterator[Query]:
-        """All that were ever submitted, one after the other."""
+        """All that were ever formed, one after the other."""
         with self._trouble():
             numbers = self._rows.execute("SELECT number FROM query ORDER BY number").fetchall()
         return (self.get(number) for (number,) in numbers)
@@ -133,9 +186,13 @@ class Queries:
         with self._trouble(), transaction(self._rows):
             self._rows.execute("UPDATE query SET sent = 1 WHERE number = ? AND step = ?", (number, step))
 
-    def advance(self, number: int, step: int, state: Numbers) -> None:
+    def advance(self, number: int, step: int, state: Numbers, blinding: str) -> None:
         """The next step may be sent."""
-        self._set(number, step=step, sent=False, state=state.tobytes(), width=state.shape[1])
+        self._set(number, step=step, sent=False, state=state.tobytes(), width=state.shape[1], blinding=blinding)
+
+    def begin_again(self, number: int) -> None:
+        """No server can go on with it."""
+        self._set(number, step=0, sent=False, state=None, blinding="")
 
     def answered(self, number: int, logits: Numbers) -> None:
         """The scores are there."""
@@ -161,17 +218,21 @@ class Queries:
 
 
 def _query(row: Sequence[Any]) -> Query:
-    number, keys, packing, patients, shape, features, step, sent, state, width, logits, refusal = row
-    n, frames, length = json.loads(shape)
+    number, keys, packing, origins, shape, features, step, sent, state, width, blinding, logits, refusal = row
     return Query(
         number,
         keys,
         packing,
-        tuple(json.loads(patients)),
-        np.frombuffer(features).reshape(n, frames, length),
+        tuple(Origin(*origin) for origin in json.loads(origins)),
+        _array(features, shape),
         step,
         bool(sent),
         None if state is None else np.frombuffer(state).reshape(-1, width),
+        blinding,
         None if logits is None else np.frombuffer(logits),
         refusal,
     )
+
+
+def _array(content: bytes, shape: str) -> Numbers:
+    return np.frombuffer(content).reshape(json.loads(shape))

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TextIO
 
-import numpy as np
 import torch
 
 from broker.opening import open_broker
 from broker.topology import query_queues
 from shared.ckks import PublicKeys
-from shared.errors import ConfigError, RunError, StateError
+from shared.durable import write_durably
+from shared.errors import ConfigError, StateError
 from shared.models.judge import Numbers
-from shared.packing import Slots
-from shared.protocols.he_clstm import circuit_of, fill, judge_of, packing_for, packing_of, stages_of, steps_of
+from shared.protocols.he_clstm import circuit_of, fill, judge_of, rotations_of, stages_of, steps_of
 from shared.protocols.query import MOST_CHUNKS
 from shared.route import Route
 from shared.worker import StopSignal, own_folder, prepare_torch
@@ -28,6 +29,8 @@ from site_worker.worker import SiteWorker
 
 PUBLIC = "public.keys"
 """Beside the secret one."""
+WEIGHTS = ("bottom.safetensors", "model.safetensors")
+"""Of the stages before the last: after a split run, or after rounds."""
 
 
 class QuerySiteWorker:
@@ -65,7 +68,7 @@ class QuerySiteWorker:
         return self.site.state_folder / "keys"
 
     def submit(self, data: Path | None) -> int:
-        """Take sequences in; nothing is sent yet.
+        """Take sequences in; nothing is sent or encrypted yet.
 
         Args:
             data: a file or folder that is read as [data] of site.toml says; None for the site's held-out test
@@ -79,20 +82,12 @@ class QuerySiteWorker:
             RunError: 605 the run has not finished here, 604 its model does not fit.
         """
         prepare_torch(self.site.config.threads, self.site.config.device)
-        fill(self._front, self._weights())
+        fill(self._front, self.site.model_folder, WEIGHTS)
         with own_folder(self.site.state_folder):
             dataset = chosen(self.site, data)
             features = self._features(dataset.inputs)
-            _, public = self._own_keys()
-            name = packing_for(len(features), self._judge)
-            capacity = packing_of(name, self.circuit, self._judge).capacity
-            queries = Queries(self.site.state_folder / "queries.db")
-            try:
-                for first in range(0, len(features), capacity):
-                    rows = slice(first, first + capacity)
-                    queries.submit(public.sha256, name, dataset.patients[rows], features[rows])
-            finally:
-                queries.close()
+            with closing(self._queries()) as queries:
+                queries.submit(dataset.patients, features)
         return len(features)
 
     def work(self, idle_seconds: float | None = None) -> bool:
@@ -109,26 +104,22 @@ class QuerySiteWorker:
         """
         site, run = self.site, self.site.run_config.run
         limit = site.run_config.wire.message_bytes
-        with own_folder(site.state_folder):
+        names = query_queues(run.id, site.config.name, site.run_config.wire.queue_bytes)
+        route = Route(outgoing=names.up, incoming=names.down, dead=names.dead)
+        with own_folder(site.state_folder), closing(self._queries()) as queries:
             secret, public = self._own_keys()
-            queries = Queries(site.state_folder / "queries.db")
-            names = query_queues(run.id, site.config.name, site.run_config.wire.queue_bytes)
-            route = Route(outgoing=names.up, incoming=names.down, dead=names.dead)
+            half = HeClstmSite(self._judge, secret)
             broker = open_broker(site.config.broker, site.base, limit, site.credentials)
-            try:
-                while site.wait_for_shift():
-                    link = site.link(broker, route, 2 * MOST_CHUNKS, idle_seconds)
-                    if link is None:
-                        return False
-                    with link:
-                        half = HeClstmSite(self._judge, secret)
-                        asking = Asking(run.id, site.config.name, link, route, half, public, queries, limit)
-                        if asking.run(site.off_duty, idle_seconds):
-                            return True
-                    if idle_seconds is not None:
-                        return False
-            finally:
-                queries.close()
+            while site.wait_for_shift():
+                link = site.link(broker, route, 2 * MOST_CHUNKS, idle_seconds)
+                if link is None:
+                    return False
+                with link:
+                    asking = Asking(run.id, site.config.name, link, route, half, public, queries, limit)
+                    if asking.run(site.off_duty, idle_seconds):
+                        return True
+                if idle_seconds is not None:
+                    return False
         return False
 
     def new_keys(self) -> None:
@@ -138,9 +129,8 @@ class QuerySiteWorker:
             StateError: 512 queries are open, whose answers only the present keys can read.
         """
         with own_folder(self.site.state_folder):
-            queries = Queries(self.site.state_folder / "queries.db")
-            waiting = len(queries.open())
-            queries.close()
+            with closing(self._queries()) as queries:
+                waiting = len(queries.open())
             if waiting:
                 raise StateError(
                     512, f"{waiting} queries are not answered yet.", "collect their scores first: nightsplit query."
@@ -149,22 +139,25 @@ class QuerySiteWorker:
                 (self._keys / name).unlink(missing_ok=True)
 
     def write_scores(self, file: TextIO) -> tuple[int, int]:
-        """CSV: query, row, patient, logit and probability, of all that was answered.
+        """CSV: submission, row, patient, logit and probability, of all that was answered.
 
         Returns:
-            How many queries are open, and how many were refused.
+            How many sequences are not answered yet, and how many were refused.
         """
-        queries = Queries(self.site.state_folder / "queries.db")
-        refused = 0
-        print("query,row,patient,logit,probability", file=file)
-        for query in queries.all():
-            refused += query.refusal is not None
-            if query.logits is not None:
-                for row, (patient, logit) in enumerate(zip(query.patients, query.logits.tolist(), strict=True), 1):
-                    probability = 1 / (1 + np.exp(-logit))
-                    print(f"{query.number},{row},{patient},{logit:.6f},{probability:.6g}", file=file)
-        waiting = len(queries.open())
-        queries.close()
+        scores = csv.writer(file, lineterminator="\n")
+        scores.writerow(["submission", "row", "patient", "logit", "probability"])
+        with closing(self._queries()) as queries:
+            waiting, refused = queries.unformed(), 0
+            for query in queries.all():
+                if query.refusal is not None:
+                    refused += len(query.origins)
+                    continue
+                if query.logits is None:
+                    waiting += len(query.origins)
+                    continue
+                probabilities = torch.sigmoid(torch.tensor(query.logits)).tolist()
+                for origin, logit, probability in zip(query.origins, query.logits, probabilities, strict=True):
+                    scores.writerow([*origin, f"{logit:.6f}", f"{probability:.6g}"])
         return waiting, refused
 
     # -- inside ------------------------------------------------------------------------------------
@@ -175,25 +168,13 @@ class QuerySiteWorker:
             rows = [self._front(part) for part in torch.split(inputs, ROWS_AT_A_TIME)]
         return torch.cat(rows).double().numpy()
 
-    def _weights(self) -> Path:
-        folder, run = self.site.model_folder, self.site.run_config.run
-        for name in ("bottom", "model"):
-            if (folder / f"{name}.safetensors").exists():
-                return folder / f"{name}.safetensors"
-        raise RunError(
-            605,
-            f"{folder} has no trained model: {run.id} has not finished at {self.site.config.name}.",
-            "let the run finish first: nightsplit site site.toml.",
-        )
+    def _queries(self) -> Queries:
+        return Queries(self.site.state_folder / "queries.db")
 
     def _own_keys(self) -> tuple[SecretKeys, PublicKeys]:
         path = self._keys / PUBLIC
         if path.exists():
             return SecretKeys.read(self.circuit, self._keys), PublicKeys.of(path.read_bytes())
-        slots = Slots(self.circuit.slots, self._judge.spatial.in_features, self._judge.temporal.in_features)
-        rotations = slots.rotations if self._judge.state is not None else ()
-        secret, public = SecretKeys.made(self.circuit, self._keys, rotations)
-        draft = path.with_suffix(".draft")
-        draft.write_bytes(public.content)
-        draft.replace(path)
+        secret, public = SecretKeys.made(self.circuit, self._keys, rotations_of(self.circuit, self._judge))
+        write_durably(path, public.content)
         return secret, public

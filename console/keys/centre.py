@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from broker.topology import NO_RIGHTS, PREFIX, SERVER_RIGHTS, Rights, site_rights
+from shared.durable import write_durably
 from shared.message import SERVER
 from shared.store_redis import SERVER_RULES, site_rules
 
@@ -100,8 +101,8 @@ class Centre:
             # A night's messages belong on the disk; without this they fill the memory first.
             "policies": [{**lazy, "definition": {"queue-mode": "lazy"}}],
         }
-        _replace(self._definitions, json.dumps(nobody, indent=2))
-        _replace(self._acl, "user default off\n")
+        write_durably(self._definitions, json.dumps(nobody, indent=2).encode())
+        write_durably(self._acl, b"user default off\n")
 
     def admit_admin(self, password: str) -> None:
         """Who looks after broker and store."""
@@ -144,16 +145,9 @@ class Centre:
         permission |= {"configure": rights.configure, "write": rights.write, "read": rights.read}
         told["users"] = [*(known for known in told["users"] if known["name"] != name), user]
         told["permissions"] = [*(known for known in told["permissions"] if known["user"] != name), permission]
-        _replace(self._definitions, json.dumps(told, indent=2))
+        write_durably(self._definitions, json.dumps(told, indent=2).encode())
 
     def _rule(self, name: str, rules: str) -> None:
         lines = self._acl.read_text(encoding="utf-8").splitlines()
         others = [line for line in lines if line.split()[1] != name]
-        _replace(self._acl, "\n".join([*others, f"user {name} {rules}", ""]))
-
-
-def _replace(path: Path, text: str) -> None:
-    """A reader finds the old file or the new one."""
-    draft = path.with_name(f"{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+        write_durably(self._acl, "\n".join([*others, f"user {name} {rules}", ""]).encode())

@@ -18,13 +18,8 @@ from shared.ckks import Ciphertext
 from shared.models.judge import Judge
 
 
-def levels(frames: int) -> int:
-    """Levels that a sequence takes: one for the gates, and the depth of the products."""
-    return 1 + _depth(1, frames + 1, frames)
-
-
 def logits(arithmetic: Arithmetic, judge: Judge, frames: Sequence[Sequence[Ciphertext]]) -> Ciphertext:
-    """The logits, `levels` below the features.
+    """The logits, `one_shot_levels` below the features.
 
     Args:
         arithmetic: of the site.
@@ -44,7 +39,7 @@ def logits(arithmetic: Arithmetic, judge: Judge, frames: Sequence[Sequence[Ciphe
 
 
 class Products:
-    """The evidence of one unit, or of all units in slots of their own.
+    """The evidence of one unit.
 
     Args:
         arithmetic: of the site.

@@ -83,7 +83,7 @@ def _matrix(circuit: Circuit, judge: Judge, last: bool) -> tuple[list[list[Plain
     packing = Slots(circuit.slots, judge.features, judge.hidden)
     weight = np.ones((4, judge.hidden, 1))
     if last:
-        weight[2, :, 0] = judge.temporal * (1.0 if judge.state is None else judge.votes[-1])
+        weight[2, :, 0] = judge.temporal * judge.votes[-1]
 
     def by_dimension(rows: Numbers) -> Numbers:
         """(4 hidden, n) -> (dimensions, n)."""
@@ -99,9 +99,8 @@ def _matrix(circuit: Circuit, judge: Judge, last: bool) -> tuple[list[list[Plain
             found.append(circuit.encode(_spread(packing, diagonal), circuit.top))
         return found
 
-    encoded = [diagonals(judge.inputs, packing.period)]
-    if judge.state is not None:
-        encoded.append(diagonals(judge.state, packing.units))
+    assert judge.state is not None, "gates see h"
+    encoded = [diagonals(judge.inputs, packing.period), diagonals(judge.state, packing.units)]
     return encoded, _spread(packing, by_dimension(judge.bias)[:, 0])
 
 

@@ -13,7 +13,6 @@ from server_worker.encrypted.batch import State
 from shared.ckks import Ciphertext, PublicKeys, written
 from shared.errors import Refused
 from shared.models.judge import Judge, Numbers
-from shared.models.sequences import SequenceJudge
 from shared.packing import Packing
 from shared.protocols.he_clstm import BLINDING, circuit_of, packing_of, steps_of
 
@@ -33,9 +32,8 @@ class HeClstmServer:
         ConfigError: 105 as `circuit_of`.
     """
 
-    def __init__(self, judge: SequenceJudge, secret: bytes) -> None:
-        self._shape = judge
-        self._judge = Judge.of(judge.state_dict())
+    def __init__(self, judge: Judge, secret: bytes) -> None:
+        self._judge = judge
         self._secret = secret
         self.circuit = circuit_of(judge)
         self.steps = steps_of(judge)
@@ -59,7 +57,7 @@ class HeClstmServer:
         Raises:
             Refused: 304 there is no such step or packing, 313 ciphertexts or keys cannot be used.
         """
-        packing = packing_of(packing_name, self.circuit, self._shape)
+        packing = packing_of(packing_name, self.circuit, self._judge)
         arithmetic = Arithmetic(self.circuit, keys, packing.rotations)
         if not 0 <= step < self.steps:
             raise Refused(304, f"there is no step {step} of {self.steps}.", "run the same version at both sides.")

@@ -11,6 +11,7 @@ A system of the Query shape. It asks a model that is there: the one of a finishe
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,7 @@ from shared.ckks import Circuit
 from shared.config import RunConfig
 from shared.errors import ConfigError, Refused, RunError
 from shared.models.cutting import make
+from shared.models.judge import Judge
 from shared.models.sequences import SequenceJudge
 from shared.packing import Batch, Packing, Slots
 
@@ -34,7 +36,7 @@ BLINDING = 2.0**22
 """Numbers that blind are below it, in absolute value; states are within about 1."""
 
 
-def circuit_of(judge: SequenceJudge) -> Circuit:
+def circuit_of(judge: Judge) -> Circuit:
     """The circuit for queries to a model: 128 bits of security, ring of degree 8192, of which 218 bits may be primes.
 
     Raises:
@@ -42,28 +44,32 @@ def circuit_of(judge: SequenceJudge) -> Circuit:
     """
     if judge.state is not None:
         return REFRESH
-    frames = len(judge.votes)
-    if frames > MOST_FRAMES:
+    if judge.frames > MOST_FRAMES:
         raise ConfigError(
             105,
-            f"a one_shot query may have {MOST_FRAMES} frames, the model takes {frames}.",
+            f"a one_shot query may have {MOST_FRAMES} frames, the model takes {judge.frames}.",
             "train with recurrent = true, whose queries go to the server frame by frame.",
         )
-    levels = 1 + (frames + 1).bit_length()
+    levels = one_shot_levels(judge.frames)
     scale = 204 // (levels + 2)
     return Circuit(8192, (scale + 7, *[scale] * levels, scale + 7), scale)
 
 
-def steps_of(judge: SequenceJudge) -> int:
+def one_shot_levels(frames: int) -> int:
+    """What a one_shot query takes: a level for the gates, and the depth of the tree of products over time."""
+    return 1 + (frames + 1).bit_length()
+
+
+def steps_of(judge: Judge) -> int:
     """Messages of a query each way."""
-    return 1 if judge.state is None else len(judge.votes)
+    return 1 if judge.state is None else judge.frames
 
 
 SEVERAL = 700
 """Sequences from which on a batch is faster than slots."""
 
 
-def packing_of(name: str, circuit: Circuit, judge: SequenceJudge) -> Packing:
+def packing_of(name: str, circuit: Circuit, judge: Judge) -> Packing:
     """The packing that a query names.
 
     Raises:
@@ -72,11 +78,16 @@ def packing_of(name: str, circuit: Circuit, judge: SequenceJudge) -> Packing:
     if name == "batch":
         return Batch(circuit.slots)
     if name == "slots" and judge.state is not None:
-        return Slots(circuit.slots, judge.spatial.in_features, judge.temporal.in_features)
+        return Slots(circuit.slots, judge.features, judge.hidden)
     raise Refused(304, f"packing {name!r} is unknown here.", "run the same version at both sides.")
 
 
-def packing_for(sequences: int, judge: SequenceJudge) -> str:
+def rotations_of(circuit: Circuit, judge: Judge) -> tuple[int, ...]:
+    """Steps by which a server rotates what a site encrypts, whatever the packing."""
+    return () if judge.state is None else packing_of("slots", circuit, judge).rotations
+
+
+def packing_for(sequences: int, judge: Judge) -> str:
     """The packing that suits so many sequences."""
     return "slots" if judge.state is not None and sequences < SEVERAL else "batch"
 
@@ -98,19 +109,28 @@ def stages_of(config: RunConfig) -> tuple[nn.Sequential, nn.Sequential]:
     return nn.Sequential(OrderedDict(stages[:-1])), nn.Sequential(OrderedDict(stages[-1:]))
 
 
-def judge_of(last: nn.Sequential) -> SequenceJudge:
-    """The judge in its part."""
+def judge_of(last: nn.Sequential) -> Judge:
+    """The judge in its part, with the weights that it has there."""
     (judge,) = last.children()
-    assert isinstance(judge, SequenceJudge)
-    return judge
+    return Judge.of(judge.state_dict())
 
 
-def fill(part: nn.Module, path: Path) -> None:
-    """Load the trained weights of a part, from a file with them or with those of the whole model.
+def fill(part: nn.Module, folder: Path, names: Sequence[str]) -> None:
+    """Load the trained weights of a part.
+
+    Args:
+        part: of the run's model.
+        folder: where the finished run has written its model.
+        names: of files that hold the part's weights, perhaps among others; the first that is there is read.
 
     Raises:
-        RunError: 604 they are not in the file, or are others.
+        RunError: 605 there is none, 604 the weights are not in it, or are others.
     """
+    path = next((folder / name for name in names if (folder / name).exists()), None)
+    if path is None:
+        raise RunError(
+            605, f"{folder} has no trained model: the run has not finished here.", "let the run finish first."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             part.load_state_dict({name: file.get_tensor(name) for name in part.state_dict()})

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -32,19 +32,22 @@ MOST_CHUNKS = 64
 """Of a parcel."""
 KEYS_UNKNOWN = 314
 """Number of the refusal after which a site sends its public keys, and the query, once more."""
+BLINDED_ELSEWHERE = 315
+"""Number of the refusal after which a site begins the query once more."""
 
 _CHUNK = {"content": TensorSpec(torch.uint8, ("bytes",)), "sizes": TensorSpec(torch.int64, ("pieces",))}
 _PLACE = {"chunk": int, "chunks": int, "sha256": str}
 
 CONTRACT: Mapping[Kind, Payload] = {
     Kind.KEYS: Payload(_CHUNK, _PLACE),
-    Kind.QUERY: Payload(_CHUNK, {**_PLACE, "keys": str, "packing": str}),
-    Kind.ANSWER: Payload(_CHUNK, _PLACE),
+    Kind.QUERY: Payload(_CHUNK, {**_PLACE, "keys": str, "packing": str, "blinding": str}),
+    Kind.ANSWER: Payload(_CHUNK, {**_PLACE, "blinding": str}),
     Kind.UNANSWERED: Payload(scalars={"number": int, "reason": str}),
 }
-"""Payload of each kind. `seq` in their headers is the number of the query, `version` the step of its evaluation."""
+"""Payload of each kind. `seq` in their headers is the number of the query, `version` the step of its evaluation.
 
-Key = TypeVar("Key")
+`blinding` names what the state in an answer is blinded with; the query with the next step names it, too.
+"""
 
 
 def chunks(
@@ -87,7 +90,7 @@ class Parcels:
             raise Refused(304, f"chunk {chunk} of {number} is impossible.", "run the same version at both sides.")
         name = (header.kind, header.seq, header.version)
         parts = self._parts.setdefault(name, {})
-        if any(known.scalars["sha256"] != scalars["sha256"] for known in parts.values()):
+        if any(known.scalars[same] != scalars[same] for known in parts.values() for same in ("sha256", "chunks")):
             parts.clear()  # its sender has died meanwhile, and has encrypted it anew
         parts[chunk] = message
         if len(parts) < number:
@@ -97,5 +100,4 @@ class Parcels:
         sizes = message.tensors["sizes"].tolist()
         if hashlib.sha256(content).hexdigest() != scalars["sha256"] or min(sizes) < 0 or sum(sizes) != len(content):
             raise Refused(304, f"{header.message_id} was altered on its way.", "submit it again.")
-        ends = [sum(sizes[: n + 1]) for n in range(len(sizes))]
-        return [content[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+        return [content[end - size : end] for end, size in zip(accumulate(sizes), sizes, strict=True)]

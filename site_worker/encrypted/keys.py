@@ -11,6 +11,7 @@ import tenseal.sealapi as seal
 from numpy.typing import NDArray
 
 from shared.ckks import Ciphertext, Circuit, PublicKeys, written
+from shared.durable import force_to_disk
 from shared.errors import StateError
 
 SECRET = "secret.key"
@@ -45,7 +46,9 @@ class SecretKeys:
         os.close(os.open(draft, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))  # before there is a secret in it
         secret = generator.secret_key()
         secret.save(str(draft))
+        force_to_disk(draft)
         draft.replace(folder / SECRET)
+        force_to_disk(folder)  # what is encrypted from now on cannot be read without it
         galois = written(generator.create_galois_keys(circuit.elements(rotations))) if rotations else b""
         return cls(circuit, secret), PublicKeys(written(generator.create_relin_keys()), galois)
 

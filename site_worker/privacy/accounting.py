@@ -64,6 +64,7 @@ def epsilon_of(uses: Iterable[Use], delta: float) -> Spent:
     return Spent(float(losses.get_epsilon_for_delta(delta)), float(accountant.get_epsilon(delta)))
 
 
+@lru_cache(maxsize=256)
 def noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
     """The smallest noise, to 0.1 %, with which `steps` cost one record no more than `epsilon` at `delta`.
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
-import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,8 +18,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
 from shared.errors import RunError
+from shared.secret_file import make_secret_file, read_secret_file
 
-_BYTES = 32
 _BLOCK = 2**18
 """Normals that are made at a time: memory stays small for large models."""
 _SUMMED = 4
@@ -74,40 +72,21 @@ def read_secret(path: Path) -> Secret:
         RunError: 612 others may read it, or it is no secret.
         OSError: it cannot be read.
     """
-    if path.stat().st_mode & 0o077:
-        raise RunError(612, f"{path} may be read by other users.", f"chmod 600 {path}: only the site may read it.")
-    key = path.read_bytes()
-    if len(key) != _BYTES:
+    try:
+        return Secret(read_secret_file(path))
+    except ValueError as error:
         raise RunError(
-            612, f"{path} has {len(key)} bytes in place of {_BYTES}.", "restore it from a backup, with its ledger."
-        )
-    return Secret(key)
+            612, f"{path} {error}.", f"chmod 600 {path}, or restore it from a backup, with its ledger."
+        ) from None
 
 
 def make_secret(path: Path) -> Secret:
-    """A new secret, durable in `path` with mode 0600: whole, or not at all.
+    """A new secret in `path`.
 
     Raises:
-        FileExistsError: there is one.
-        OSError: it cannot be written.
+        OSError: as `make_secret_file`.
     """
-    secret = Secret(secrets.token_bytes(_BYTES))
-    draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(secret.key)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(draft, path)
-    finally:
-        draft.unlink()
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    return secret
+    return Secret(make_secret_file(path))
 
 
 class _Keystream:

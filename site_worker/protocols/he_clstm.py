@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from shared.errors import Refused
-from shared.models.judge import Numbers
-from shared.models.sequences import SequenceJudge
+from shared.models.judge import Judge, Numbers
 from shared.packing import Packing
-from shared.protocols.he_clstm import circuit_of, packing_of, steps_of
+from shared.protocols.he_clstm import circuit_of, packing_for, packing_of, steps_of
 from site_worker.encrypted.keys import SecretKeys
 from site_worker.queries import Query
 
@@ -23,11 +22,16 @@ class HeClstmSite:
         keys: of the site.
     """
 
-    def __init__(self, judge: SequenceJudge, keys: SecretKeys) -> None:
+    def __init__(self, judge: Judge, keys: SecretKeys) -> None:
         self._judge = judge
         self._keys = keys
         self.circuit = circuit_of(judge)
         self.steps = steps_of(judge)
+
+    def packing_for(self, sequences: int) -> tuple[str, int]:
+        """The packing that suits so many sequences, and how many of them it takes at once."""
+        name = packing_for(sequences, self._judge)
+        return name, packing_of(name, self.circuit, self._judge).capacity
 
     def pieces(self, query: Query) -> list[bytes]:
         """Ciphertexts of the query's present step."""
@@ -37,7 +41,7 @@ class HeClstmSite:
         sent = [self._keys.encrypted(vector, top) for vector in vectors]
         if query.state is None:
             return sent
-        h, c, votes = np.split(query.state, [self._judge.temporal.in_features, 2 * self._judge.temporal.in_features], 1)
+        h, c, votes = np.split(query.state, [self._judge.hidden, 2 * self._judge.hidden], 1)
         sent += [self._keys.encrypted(vector, top) for vector in packing.state(h)]
         sent += [self._keys.encrypted(vector, top - 1) for vector in packing.state(c)]
         return [*sent, self._keys.encrypted(packing.votes(votes[:, 0]), top - 1)]
@@ -55,7 +59,7 @@ class HeClstmSite:
         vectors = self._decrypted(pieces)
         hidden = (len(vectors) - 1) // 2
         everybody = packing.capacity
-        if len(vectors) != 2 * len(packing.state(np.zeros((0, self._judge.temporal.in_features)))) + 1:
+        if len(vectors) != 2 * len(packing.state(np.zeros((0, self._judge.hidden)))) + 1:
             raise Refused(304, f"an answer has {len(pieces)} ciphertexts.", "run the same version at both sides.")
         h, c = (packing.read_state(part, everybody) for part in (vectors[:hidden], vectors[hidden:-1]))
         return np.concatenate([h, c, packing.read_votes(vectors[-1], everybody)[:, None]], axis=1)

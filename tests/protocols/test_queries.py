@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +15,14 @@ from broker.base import Delivery
 from broker.memory import MemoryBroker
 from broker.topology import query_queues
 from server_worker.answering import Answering
+from server_worker.computing import Evaluate
 from server_worker.protocols.he_clstm import HeClstmServer
 from shared import wire
-from shared.errors import Refused
+from shared.errors import Refused, StateError
 from shared.message import SERVER, Header, Kind, Message
+from shared.models.judge import Judge, Numbers
 from shared.models.sequences import SequenceJudge
-from shared.packing import Slots
-from shared.protocols.he_clstm import circuit_of, packing_for
+from shared.protocols.he_clstm import circuit_of, rotations_of
 from shared.protocols.query import CONTRACT, HEADER_BYTES, MOST_CHUNKS, Parcels, chunks
 from shared.route import Route
 from site_worker.asking import Asking
@@ -37,10 +40,10 @@ class Service:
 
     def __init__(self, folder: Path, recurrent: bool = True) -> None:
         torch.manual_seed(2)
-        self.judge = SequenceJudge(FRAMES, FEATURES, HIDDEN, recurrent).double()
-        circuit = circuit_of(self.judge)
-        rotations = Slots(circuit.slots, FEATURES, HIDDEN).rotations if recurrent else ()
-        secret, self.public = SecretKeys.made(circuit, folder / "site", rotations)
+        self.network = SequenceJudge(FRAMES, FEATURES, HIDDEN, recurrent).double()
+        self.judge = Judge.of(self.network.state_dict())
+        self.circuit = circuit_of(self.judge)
+        secret, self.public = SecretKeys.made(self.circuit, folder / "site", rotations_of(self.circuit, self.judge))
         self.queries = Queries(folder / "queries.db")
         self.half = HeClstmSite(self.judge, secret)
         self.broker, self.names = MemoryBroker(), query_queues("film", "north", 2**30)
@@ -49,16 +52,19 @@ class Service:
         self.features = np.tanh(np.random.default_rng(1).normal(size=(3, FRAMES, FEATURES)))
 
     def submit(self) -> int:
-        packing = packing_for(len(self.features), self.judge)
-        return self.queries.submit(self.public.sha256, packing, ["a", "b", "c"], self.features)
+        """The number of the query that these sequences are."""
+        self.queries.submit(["a", "b", "c"], self.features)
+        self.queries.form(self.public.sha256, self.half.packing_for)
+        return self.queries.open()[-1].number
 
-    def answer(self) -> Answering:
-        """The server alone, until nothing comes."""
+    def answer(self, evaluate: Evaluate | None = None, secret: bytes = b"s" * 32) -> Answering:
+        """The server alone, until nothing comes; it evaluates in threads of this process."""
         names = self.names
-        with self.broker.link([names.up], 2 * MOST_CHUNKS, SERVER) as link:
+        with ThreadPoolExecutor(2) as pool, self.broker.link([names.up], 2 * MOST_CHUNKS, SERVER) as link:
             route = {"north": Route(outgoing=names.down, incoming=names.up, dead=names.dead)}
-            half = HeClstmServer(self.judge, b"s" * 32)
-            answering = Answering("film", link, route, half, self.keys, LIMIT)
+            in_threads = partial(pool.submit, HeClstmServer(self.judge, secret).answer)
+            evaluate, blinding = evaluate or in_threads, secret.hex()
+            answering = Answering("film", link, route, self.circuit, evaluate, blinding, self.keys, LIMIT)
             answering.run(lambda: False, 0.05)
         return answering
 
@@ -77,10 +83,14 @@ class Service:
             self.answer()
         raise AssertionError("queries stay open")
 
+    def expected(self) -> Numbers:
+        with torch.no_grad():
+            scores: Numbers = self.network(torch.tensor(self.features))[:, 0].numpy()
+        return scores
+
     def expect_scores(self) -> None:
         """Each query has the scores of the judge in the clear."""
-        with torch.no_grad():
-            expected = self.judge(torch.tensor(self.features))[:, 0].numpy()
+        expected = self.expected()
         for query in self.queries.all():
             assert query.logits is not None
             np.testing.assert_allclose(query.logits, expected, atol=1e-4)
@@ -118,6 +128,33 @@ def test_queries_in_chunks_are_answered(service: Service) -> None:
     assert service.broker.depth(service.names.down) == 0
 
 
+def test_what_waits_is_asked_together(service: Service) -> None:
+    """As one query, in the packing that suits the sum; scores come by submission."""
+    for _ in range(3):
+        service.queries.submit(["a", "b,c", "d"], service.features)
+    assert service.queries.unformed() == 9
+    service.settle()
+    (query,) = service.queries.all()
+    assert service.queries.unformed() == 0
+    assert [tuple(origin) for origin in query.origins[2:5]] == [(1, 3, "d"), (2, 1, "a"), (2, 2, "b,c")]
+    assert query.logits is not None
+    np.testing.assert_allclose(query.logits, np.tile(service.expected(), 3), atol=1e-4)
+
+
+def test_the_packing_follows_what_waits(service: Service) -> None:
+    """Few sequences go in slots, where the model allows it; many in batches."""
+    many = np.tile(service.features, (250, 1, 1))
+    service.queries.submit(["p"] * len(service.features), service.features)
+    service.queries.form(service.public.sha256, service.half.packing_for)
+    for _ in range(2):
+        service.queries.submit(["p"] * len(many), many)
+    service.queries.form(service.public.sha256, service.half.packing_for)
+    recurrent = service.judge.state is not None
+    assert [(query.packing, len(query.origins)) for query in service.queries.all()] == [
+        ("slots" if recurrent else "batch", 3), ("batch", 1500),
+    ]  # fmt: skip
+
+
 def test_copies_change_nothing(service: Service) -> None:
     service.submit()
     service.ask()
@@ -146,6 +183,23 @@ def test_keys_that_the_server_has_lost_are_sent_again(service: Service) -> None:
     service.submit()
     service.settle()
     service.expect_scores()
+
+
+def test_a_server_with_another_secret_lets_queries_begin_again(service: Service) -> None:
+    """It could compute, and what came of it would mean nothing."""
+    service.submit()
+    service.ask()
+    service.answer()
+    service.ask()
+    other = service.answer(secret=b"t" * 32)
+    recurrent = service.judge.state is not None
+    assert (other.answered, other.refused) == ((0, 1) if recurrent else (0, 0))
+    for _ in range(FRAMES):
+        service.ask()
+        service.answer(secret=b"t" * 32)
+    assert service.ask()
+    service.expect_scores()
+    assert service.broker.depth(service.names.dead) == int(recurrent)
 
 
 def altered(body: bytes) -> bytes:
@@ -225,6 +279,21 @@ def test_what_fits_no_step_is_refused(service: Service) -> None:
     assert len(half.answer(service.public, "query", 0, name, pieces)) == (3 if half.steps > 1 else 1)
 
 
+def test_a_query_stays_when_the_process_that_evaluates_it_dies(service: Service) -> None:
+    def evaluate(*given: object) -> Future[list[bytes]]:
+        evaluation: Future[list[bytes]] = Future()
+        evaluation.set_exception(BrokenExecutor())
+        return evaluation
+
+    service.submit()
+    service.ask()
+    with pytest.raises(StateError) as caught:
+        service.answer(evaluate)
+    assert caught.value.number == 509
+    service.settle()
+    service.expect_scores()
+
+
 # -- parcels ---------------------------------------------------------------------------------------
 
 HEADER = Header("film", "north", SERVER, Kind.ANSWER, 1)
@@ -242,6 +311,13 @@ def test_a_parcel_comes_out_as_it_went_in(pieces: list[bytes]) -> None:
             assert found is None
             found = parcels.add(message)
         assert found == pieces
+
+
+def test_chunks_of_other_lengths_replace_those_that_were_there() -> None:
+    """The sender was started again with another size of messages."""
+    parcels, pieces = Parcels(), [b"abc" * 10]
+    assert parcels.add(messages(pieces)[2]) is None
+    assert [parcels.add(message) for message in messages(pieces, HEADER_BYTES + 15)] == [None, pieces]
 
 
 def test_a_parcel_that_is_sent_anew_replaces_the_first_part_of_the_old_one() -> None:

@@ -15,8 +15,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from console.files import read_worker_file
 from console.main import run
 from console.play_queries import play_queries
+from console.status import summarise
 from shared.config import RunConfig
 from shared.config_file import load
 from shared.errors import TITLES
@@ -163,6 +165,7 @@ def asked_in_turn(folder: Path, recurrent: bool) -> None:
     output = str(folder / "scores.csv")
     by_itself(folder, "query", "--submit", "--output", output)
     assert scores(folder / "scores.csv", "logit") == {}
+    assert summarise(read_worker_file(folder / "server.toml"))["queries"]["north"] == {"ask": 2, "answer": 0}
     for _ in range(FRAMES if recurrent else 1):
         by_itself(folder, "answer")
         by_itself(folder, "query", "--output", output)
@@ -235,8 +238,8 @@ def refused(capsys: pytest.CaptureFixture[str], number: int, *arguments: str) ->
 def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_study(tmp_path / "film", recurrent=False)
     north, server = str(folder / "north.toml"), str(folder / "server.toml")
-    assert "film has not finished" in refused(capsys, 605, "query", north, "--submit")
-    assert "film has not finished" in refused(capsys, 605, "answer", server)
+    assert "the run has not finished here" in refused(capsys, 605, "query", north, "--submit")
+    assert "the run has not finished here" in refused(capsys, 605, "answer", server)
     (folder / "policy.toml").write_text("labels = true\n")
     assert "queries = true" in refused(capsys, 108, "query", north, "--submit")
     (folder / "policy.toml").write_text("labels = true\nqueries = true\n")
@@ -255,6 +258,9 @@ def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained(folder)
     by_itself(folder, "answer")
     by_itself(folder, "query", "--submit", "--output", str(folder / "scores.csv"))
+    capsys.readouterr()
+    assert run(["status", str(folder / "server.toml")]) == 0
+    assert "encrypted queries of north: 2 messages for the server, 0 for the site" in capsys.readouterr().out
     north, keys = str(folder / "north.toml"), folder / "state" / "north" / "keys"
     before = (keys / "secret.key").read_bytes()
     assert "1 queries" in refused(capsys, 512, "query", north, "--new-keys")
@@ -271,6 +277,6 @@ def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     by_itself(folder, "query", "--output", str(folder / "again.csv"))
     with (folder / "again.csv").open() as file:
         rows = list(csv.DictReader(file))
-    first, second = ([row["probability"] for row in rows if row["query"] == number] for number in "12")
+    first, second = ([row["probability"] for row in rows if row["submission"] == number] for number in "12")
     assert np.array(first, float) == pytest.approx(np.array(second, float), abs=1e-4)
     assert len(first) == SEQUENCES // 5

@@ -1,0 +1,101 @@
+"""Processes that evaluate queries: what they compute, and how they end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor
+from multiprocessing import active_children
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from server_worker.computing import evaluating
+from server_worker.protocols.he_clstm import HeClstmServer
+from shared.errors import Refused
+from shared.models.judge import Judge
+from shared.models.sequences import SequenceJudge
+from shared.packing import Batch
+from shared.protocols.he_clstm import circuit_of
+from site_worker.encrypted.keys import SecretKeys
+
+SECRET = b"s" * 32
+
+
+def judge() -> Judge:
+    torch.manual_seed(1)
+    return Judge.of(SequenceJudge(2, 2, 1, recurrent=False).state_dict())
+
+
+def eventually(holds: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 30
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return holds()
+
+
+def test_processes_give_what_one_gives(tmp_path: Path) -> None:
+    circuit = circuit_of(judge())
+    secret, public = SecretKeys.made(circuit, tmp_path)
+    frames = [Batch(circuit.slots).frame(np.full((2, 2), number / 10)) for number in range(2)]
+    pieces = [secret.encrypted(vector, circuit.top) for frame in frames for vector in frame]
+    (expected,) = HeClstmServer(judge(), SECRET).answer(public, "q", 0, "batch", pieces)
+    with evaluating(judge(), SECRET, 2) as evaluate:
+        answers = [evaluate(public, "q", 0, "batch", pieces) for _ in range(4)]
+        refused = evaluate(public, "q", 7, "batch", pieces)
+        assert len(active_children()) == 2
+        for answer in answers:
+            (found,) = answer.result()
+            numbers = [secret.decrypted(circuit.read_any(one))[:2] for one in (found, expected)]
+            assert numbers[0] == pytest.approx(numbers[1], abs=1e-9)
+        with pytest.raises(Refused) as caught:
+            refused.result()
+        assert caught.value.number == 304
+    assert not active_children()
+
+
+def test_a_process_that_is_killed_is_noticed(tmp_path: Path) -> None:
+    _, public = SecretKeys.made(circuit_of(judge()), tmp_path)
+    with evaluating(judge(), SECRET, 1) as evaluate:
+        with pytest.raises(Refused):
+            evaluate(public, "q", 0, "batch", []).result()
+        (process,) = active_children()
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGTERM)
+        with pytest.raises(Refused):  # a signal to the whole group does not end it
+            evaluate(public, "q", 0, "batch", []).result()
+        os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(BrokenExecutor):
+            evaluate(public, "q", 0, "batch", []).result()
+
+
+SERVER = """
+from multiprocessing import active_children
+from server_worker.computing import evaluating
+from shared.ckks import PublicKeys
+from shared.errors import Refused
+from tests.unit.test_computing import SECRET, judge
+if __name__ == "__main__":
+    with evaluating(judge(), SECRET, 1) as evaluate:
+        try:
+            evaluate(PublicKeys(b"", b""), "q", 0, "batch", []).result()
+        except Refused:
+            print(active_children()[0].pid, flush=True)
+        input()
+"""
+
+
+def test_none_outlives_its_server(tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(SERVER)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(tmp_path / "server.py")]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        process = Path("/proc") / server.stdout.readline().decode().strip()
+        assert process.exists()
+        server.kill()
+        assert eventually(lambda: not process.exists())
