@@ -47,7 +47,7 @@ class Cost(NamedTuple):
         refresh: MB down and up between two frames; 0 where there is none.
         keys: MB of public keys.
         memory: MB that both halves added to the process at most.
-        error: largest of a logit.
+        error, mean_error: of a logit, the largest and the mean of absolute ones.
     """
 
     sequences: int
@@ -58,6 +58,7 @@ class Cost(NamedTuple):
     keys: float
     memory: float
     error: float
+    mean_error: float
 
 
 def measure(line: Connection, frames: int, recurrent: bool, packing: str) -> None:
@@ -72,11 +73,11 @@ def measure(line: Connection, frames: int, recurrent: bool, packing: str) -> Non
         found = setting.judged(features.numpy())
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with torch.no_grad():
-        error = float(np.abs(found - judge(features)[:, 0].numpy()).max())
+        errors = np.abs(found - judge(features)[:, 0].numpy())
     line.send(
         Cost(
             setting.capacity, setting.seconds, setting.up / 1e6, setting.down / 1e6, setting.refreshed / 1e6,
-            len(setting.public.content) / 1e6, (peak - before) / MiB, error,
+            len(setting.public.content) / 1e6, (peak - before) / MiB, errors.max(), errors.mean(),
         )
     )  # fmt: skip
 
@@ -84,13 +85,14 @@ def measure(line: Connection, frames: int, recurrent: bool, packing: str) -> Non
 def table(costs: dict[str, dict[int, Cost]]) -> list[str]:
     """Lines of Markdown."""
     columns = ["setting", "frames", "sequences", "s", "ms a sequence", "MB in", "MB out", "MB a refresh", "MB of keys"]
-    lines = [f"| {' | '.join([*columns, 'MB of memory', 'largest error'])} |", "| --- " + "| ---: " * 10 + "|"]
+    lines = [f"| {' | '.join([*columns, 'MB of memory', 'largest error', 'mean error'])} |"]
+    lines.append("| --- " + "| ---: " * 11 + "|")
     for name, by_length in costs.items():
         for frames, cost in by_length.items():
             lines.append(
                 f"| {name} | {frames} | {cost.sequences} | {cost.seconds:.2f} "
                 f"| {1000 * cost.seconds / cost.sequences:.2f} | {cost.up:.1f} | {cost.down:.2f} | {cost.refresh:.1f} "
-                f"| {cost.keys:.2f} | {cost.memory:.0f} | {cost.error:.0e} |"
+                f"| {cost.keys:.2f} | {cost.memory:.0f} | {cost.error:.0e} | {cost.mean_error:.0e} |"
             )
     return lines
 
