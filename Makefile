@@ -14,7 +14,7 @@ TORCH_INDEX ?=
 ARGS ?=
 
 # Tests wait for processes and clocks half of the time, so two files run side by side.
-SIDE_BY_SIDE := -n 2 --dist loadfile
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup services demo test check format bench clean

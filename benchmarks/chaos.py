@@ -37,6 +37,7 @@ from benchmarks.oracle import Outcome, outcome_of
 from shared import crash
 from shared.protocols import ROUNDS
 from shared.stores import open_store
+from tests.processes import Fresh, Process
 from tests.services import RabbitNode, RedisServer
 from tests.workers import SHARES, Hospital
 
@@ -62,6 +63,7 @@ class Campaign:
         points: crash points that restarted workers die at, in turn, besides the blind kills.
         epochs: of the run; 0 for as many as the schedule needs.
         noticings: how often to measure when `nightsplit status` notices a death.
+        begin: how workers begin.
     """
 
     kills: int
@@ -73,6 +75,7 @@ class Campaign:
     points: Sequence[crash.Point] = ()
     epochs: int = 0
     noticings: int = 0
+    begin: type[Process | Fresh] = Fresh
 
     @property
     def strikes(self) -> list[Strike]:
@@ -94,7 +97,9 @@ def undisturbed(campaign: Campaign, folder: Path, journal: Sequence[str] = ()) -
         folder: where it goes.
         journal: the order of another run, to be followed.
     """
-    hospital = Hospital(folder, protocol=campaign.protocol, epochs=campaign.needed_epochs, order=campaign.order)
+    hospital = Hospital(
+        folder, protocol=campaign.protocol, epochs=campaign.needed_epochs, order=campaign.order, begin=campaign.begin
+    )
     with closing(open_store("sqlite:run.db", RUN, folder)) as store:
         for position, sender in enumerate(journal, 1):
             store.journal(position, sender)
@@ -134,8 +139,9 @@ def carry_out(
                 numbered.start()
                 stack.callback(numbered.abandon)
         hospital = Hospital(
-            folder / "run", protocol=campaign.protocol, epochs=campaign.needed_epochs, order=campaign.order, **addresses
-        )
+            folder / "run", protocol=campaign.protocol, epochs=campaign.needed_epochs, order=campaign.order,
+            begin=campaign.begin, **addresses,
+        )  # fmt: skip
         stack.enter_context(closing(hospital))
         nemesis = Nemesis(
             hospital, campaign.strikes, campaign.kills, campaign.seed, campaign.points, node, campaign.noticings, tell

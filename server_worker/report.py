@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from safetensors.torch import save_file
 
 from server_worker.protocols import AnyServer
@@ -17,9 +16,6 @@ from shared.config import RunConfig
 from shared.metrics import HEADLINE
 from shared.protocols import ROUNDS
 from shared.weights import weights_sha256
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 
 def write_report(folder: Path, config: RunConfig, role: AnyServer, heard: Mapping[str, str | None]) -> dict[str, Any]:
@@ -138,9 +134,12 @@ def _cell(value: float | None) -> str:
 
 def _draw(path: Path, config: RunConfig, history: list[Mapping[str, Any]]) -> None:
     """Loss and headline figure over epochs, every site and overall, on what was not trained on."""
+    from matplotlib.figure import Figure  # takes a part of a worker's start to load, and is needed at the end alone
+
     part = "validation" if config.data.validation else "test"
     names = ("loss", HEADLINE[config.task.kind])
-    figure, axes = pyplot.subplots(1, len(names), figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, len(names))
     for axis, name in zip(axes, names, strict=True):
         for site in [*config.run.sites, "overall"]:
             entries = [(e["epoch"], (e["sites"] | {"overall": e["overall"]}).get(site, {})) for e in history]
@@ -155,4 +154,3 @@ def _draw(path: Path, config: RunConfig, history: list[Mapping[str, Any]]) -> No
         axis.set_ylabel(f"{name} ({part})")
     axes[-1].legend()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)

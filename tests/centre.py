@@ -94,8 +94,8 @@ class Centre:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.redis.stop()
-        self.node.stop()
+        self.redis.kill()
+        self.node.kill()
 
     def credentials(self, worker: str) -> Credentials:
         """Of a worker."""

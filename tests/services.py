@@ -111,7 +111,7 @@ class Service:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop()
+        self.kill()  # nobody needs what it holds, and an orderly end of RabbitMQ takes seconds
         atexit.unregister(self.kill)
 
 

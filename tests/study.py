@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
+import shutil
+import tempfile
 from pathlib import Path
-from typing import Any
 
 from broker.embedded import EmbeddedBroker
 from broker.topology import site_queues
+from tests.processes import Fresh, Process
 
 SITES = ("north", "south")
 
-_begun: list[subprocess.Popen[str]] = []
+_begun: list[Process | Fresh] = []
 
 RUN = """
 [run]
@@ -104,17 +103,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def begin(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Start `nightsplit` in the study's folder, as a process of its own."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "console", *arguments],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def begin(folder: Path, *arguments: str, kind: type[Process | Fresh] = Process) -> Process | Fresh:
+    """Start `nightsplit` in the study's folder, as a process of its own; `kind` says how it begins."""
+    output = Path(tempfile.mkdtemp())
+    process = kind([*arguments], folder, output / "out", output / "err", {"OMP_NUM_THREADS": "1"})
     _begun.append(process)
     return process
 
@@ -124,12 +116,14 @@ def end_all() -> None:
     while _begun:
         process = _begun.pop()
         process.kill()
-        process.communicate()
+        process.wait()
+        shutil.rmtree(process.out.parent)
 
 
-def end(process: subprocess.Popen[Any], code: int = 0, timeout: float = 100.0) -> tuple[str, str]:
+def end(process: Process | Fresh, code: int = 0, timeout: float = 100.0) -> tuple[str, str]:
     """What a process wrote; it has to end by itself with this exit code, and without a traceback."""
-    out, err = process.communicate(timeout=timeout)
-    assert process.returncode == code, f"{process.args} ended with {process.returncode}:\n{out}{err}"
+    ended = process.wait(timeout)
+    out, err = process.out.read_text(), process.err.read_text()
+    assert ended == code, f"{process.args} ended with {ended}:\n{out}{err}"
     assert "Traceback" not in out + err
     return out, err

@@ -7,13 +7,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
+import tempfile
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shared.protocols import ROUNDS
+from tests.processes import Fresh, Process
 
 RUN = """
 [run]
@@ -65,17 +66,19 @@ class Hospital:
         broker, store: addresses for server.toml and site.toml; {worker} stands for the worker's name.
         files: more lines for these, with {worker}.
         protocol, epochs, order, sites: of run.toml; rounds are as many as epochs.
+        begin: how a worker begins.
     """
 
     def __init__(
         self, folder: Path, broker: str = "embedded:broker", store: str = "sqlite:run.db",
         protocol: str = "split_labels", epochs: int = 20, order: str = "strict", files: str = "",
-        sites: Sequence[str] = tuple(SHARES),
+        sites: Sequence[str] = tuple(SHARES), begin: type[Process | Fresh] = Process,
     ) -> None:  # fmt: skip
         from sklearn.datasets import load_diabetes  # takes seconds, and only here is it needed
 
         self.folder = folder
-        self.processes: dict[str, subprocess.Popen[str]] = {}
+        self.processes: dict[str, Process | Fresh] = {}
+        self._begin = begin
         folder.mkdir(parents=True)
         panel = load_diabetes(scaled=False, as_frame=True).data.set_axis(COLUMNS, axis=1)
         panel.to_csv(folder / "lipids.csv", index=False)
@@ -90,24 +93,24 @@ class Hospital:
             text = worker.format(kind="site", name=f'name = "{site}"\n', worker=site)
             (folder / f"{site}.toml").write_text(text + DATA.format(first=first, last=last))
 
-    def start(self, worker: str, *arguments: str, environment: Mapping[str, str] = {}) -> subprocess.Popen[str]:
-        """Start a worker the way a user does, in the background; `environment` is added to ours."""
+    def start(self, worker: str, *arguments: str, environment: Mapping[str, str] = {}) -> Process | Fresh:
+        """Start a worker in the background; `environment` is added to ours."""
         verb = "server" if worker == "server" else "site"
-        log = (self.folder / f"{worker}.log").open("a")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "console", verb, f"{worker}.toml", *arguments],
-            cwd=self.folder, stdout=log, stderr=log, text=True, env={**os.environ, **environment},
-        )  # fmt: skip
-        log.close()
+        log = self.folder / f"{worker}.log"
+        process = self._begin([verb, f"{worker}.toml", *arguments], self.folder, log, log, environment)
         self.processes[worker] = process
         return process
 
     def call(self, *arguments: str, timeout: float = 100) -> subprocess.CompletedProcess[str]:
         """Run a verb to its end."""
-        return subprocess.run(
-            [sys.executable, "-m", "console", *arguments],
-            cwd=self.folder, capture_output=True, text=True, timeout=timeout,
-        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as place:
+            out, err = Path(place) / "out", Path(place) / "err"
+            process = Process([*arguments], self.folder, out, err)
+            try:
+                code = process.wait(timeout)
+            finally:
+                process.kill()
+            return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
 
     def kill(self, worker: str) -> None:
         """SIGKILL, and nothing gentler."""

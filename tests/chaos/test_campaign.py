@@ -10,6 +10,7 @@ from benchmarks.nemesis import schedule
 from benchmarks.oracle import count
 from shared.crash import POINTS
 from shared.message import SERVER
+from tests.processes import Process
 from tests.workers import SHARES
 
 EPOCHS = 50
@@ -17,7 +18,7 @@ EMBEDDED, RABBITMQ, FAIR = POINTS[:3], POINTS[3:6], POINTS[6:]
 
 
 def campaign(**settings):
-    return Campaign(kills=8, seed=6, epochs=EPOCHS, **settings)
+    return Campaign(kills=8, seed=6, epochs=EPOCHS, begin=Process, **settings)
 
 
 def reached(result, points):
@@ -57,7 +58,8 @@ def test_embedded_in_fair_order_equals_the_replay_of_its_journal(tmp_path):
 
 @pytest.mark.timeout(300)
 def test_rounds_over_rabbitmq(tmp_path):
-    result = carry_out(Campaign(kills=5, seed=3, broker="rabbitmq", protocol="fedavg_transfer"), tmp_path)
+    settings = {"broker": "rabbitmq", "protocol": "fedavg_transfer", "begin": Process}
+    result = carry_out(Campaign(kills=5, seed=3, **settings), tmp_path)
     assert passed(result), result
     assert result["kills"] >= 5, result
 

@@ -109,6 +109,20 @@ def queues(url: str) -> Iterator[SiteQueues]:
     RabbitBroker(url).delete(queues)
 
 
+@pytest.fixture
+def broker(url: str, queues: SiteQueues) -> RabbitBroker:
+    """It has the queues."""
+    broker = RabbitBroker(url)
+    broker.declare(queues)
+    return broker
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a channel owes is waited for two seconds, in place of a minute."""
+    monkeypatch.setattr(rabbitmq_connection, "FORGOTTEN_S", 2.0)
+
+
 def next_of(link: Link, *kinds: type) -> object:
     """The next event of certain kinds, whatever comes before it."""
     while True:
@@ -118,9 +132,7 @@ def next_of(link: Link, *kinds: type) -> object:
             return event
 
 
-def test_hosts_are_tried_in_turn(url: str, queues: SiteQueues) -> None:
-    broker = RabbitBroker(url)
-    broker.declare(queues)
+def test_hosts_are_tried_in_turn(broker: RabbitBroker, queues: SiteQueues) -> None:
     with broker.link([queues.up], 1, "both") as link:
         link.publish(queues.up, "m", [b"x"])
         assert next_of(link, Confirmed, Delivery)
@@ -128,10 +140,8 @@ def test_hosts_are_tried_in_turn(url: str, queues: SiteQueues) -> None:
     assert broker.depth(queues.up) == 1
 
 
-def test_a_queue_that_a_cluster_does_not_know_for_a_while(url: str, queues: SiteQueues) -> None:
+def test_a_queue_that_a_cluster_does_not_know_for_a_while(broker: RabbitBroker, queues: SiteQueues) -> None:
     """Unroutable messages are offered again until there is a way, and a consumer comes back, too."""
-    broker = RabbitBroker(url)
-    broker.declare(queues)
     with broker.link([queues.down], 1, "site") as link:
         broker.delete([queues.up, queues.down])
         link.publish(queues.up, "m", [b"x"])
@@ -148,11 +158,9 @@ def test_a_queue_that_a_cluster_does_not_know_for_a_while(url: str, queues: Site
 
 
 def test_a_queue_that_a_cluster_does_not_know_for_long(
-    url: str, queues: SiteQueues, monkeypatch: pytest.MonkeyPatch
+    broker: RabbitBroker, queues: SiteQueues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rabbitmq_connection, "MISSING_S", 2.0)
-    broker = RabbitBroker(url)
-    broker.declare(queues)
     with broker.link([], 1, "site") as link:
         broker.delete([queues.up])
         link.publish(queues.up, "m", [b"x"])
@@ -160,13 +168,9 @@ def test_a_queue_that_a_cluster_does_not_know_for_long(
             next_of(link, Confirmed)
 
 
-def test_a_channel_that_a_cluster_has_forgotten(
-    url: str, queues: SiteQueues, rabbitmq: RabbitNode, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("impatient")
+def test_a_channel_that_a_cluster_has_forgotten(broker: RabbitBroker, queues: SiteQueues, rabbitmq: RabbitNode) -> None:
     """Its process at the broker stands still, and the heartbeats go on: both connections begin anew."""
-    monkeypatch.setattr(rabbitmq_connection, "FORGOTTEN_S", 2.0)
-    broker = RabbitBroker(url)
-    broker.declare(queues)
     with broker.link([queues.up], 1, "server") as link:
         link.publish(queues.up, "1", [b"x"])
         assert next_of(link, Confirmed, Delivery)
@@ -183,15 +187,13 @@ def test_a_channel_that_a_cluster_has_forgotten(
             link.acknowledge(delivery)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_consumer_that_a_cluster_has_forgotten(
-    url: str, queues: SiteQueues, rabbitmq: RabbitNode, monkeypatch: pytest.MonkeyPatch
+    broker: RabbitBroker, queues: SiteQueues, rabbitmq: RabbitNode
 ) -> None:
     """The queue takes its consumer for one whose node is away, though there was never a `nodeup` to come."""
-    monkeypatch.setattr(rabbitmq_connection, "FORGOTTEN_S", 2.0)
-    broker = RabbitBroker(url)
-    broker.declare(queues)
     with broker.link([queues.up], 1, "server") as link:
-        vhost = RabbitBroker(url)._addresses[0].virtual_host
+        vhost = broker._addresses[0].virtual_host
         leader = f"{{'{vhost}_{queues.up.name}', node()}}"
         away = f"ra:process_command({leader}, {{down, Channel, noconnection}})"
         rabbitmq.ctl("eval", f"[{away} || Channel <- rabbit_channel:list()].")
@@ -204,12 +206,10 @@ def test_a_consumer_that_a_cluster_has_forgotten(
 
 
 def test_a_quiet_cluster_is_left_alone(
-    url: str, queues: SiteQueues, rabbitmq: RabbitNode, monkeypatch: pytest.MonkeyPatch
+    broker: RabbitBroker, queues: SiteQueues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing to say, or a full prefetch, is no silence: no message is delivered twice."""
     monkeypatch.setattr(rabbitmq_connection, "FORGOTTEN_S", 0.5)
-    broker = RabbitBroker(url)
-    broker.declare(queues)
     with broker.link([queues.up], 1, "server") as link:
         while link.receive(2.0) is not None:
             pass  # the first host is away

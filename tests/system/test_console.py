@@ -17,6 +17,7 @@ from console.main import run
 from console.progress import Progress
 from console.words import counted, duration, screen, server_offline
 from shared.errors import NightsplitError
+from tests.processes import Fresh
 from tests.services import wait_until
 from tests.study import SITES, begin, change, end, end_all, queued, write_study
 
@@ -230,12 +231,15 @@ def test_ctrl_c_and_the_same_command_again(tmp_path):
     assert run(["open", str(tmp_path / "server.toml")]) == 0
     stopped = "stopped; start the same command again to go on\n"
 
-    north = begin(tmp_path, "site", "north.toml")
+    north = begin(tmp_path, "site", "north.toml", kind=Fresh)
     wait_until(lambda: queued(tmp_path, "north") == 4, 90, "two greetings and two batches")
     north.send_signal(signal.SIGTERM)
     assert end(north, 0)[1] == stopped
 
-    north, server = begin(tmp_path, "site", "north.toml"), begin(tmp_path, "server", "server.toml")
+    north, server = (
+        begin(tmp_path, name, f"{worker}.toml", kind=Fresh)
+        for name, worker in (("site", "north"), ("server", "server"))
+    )
     metrics = tmp_path / "report" / "metrics.jsonl"
     wait_until(lambda: metrics.stat().st_size > 0, 90, "some training")
     server.send_signal(signal.SIGINT)

@@ -1,14 +1,12 @@
-"""The embedded broker under processes that are killed, stopped or in each other's way, and on a full disk."""
+"""The embedded broker under processes that are killed, stopped, or in each other's way."""
 
 from __future__ import annotations
 
 import fcntl
 import multiprocessing
 import os
-import random
 import signal
 import sqlite3
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -18,15 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from broker import embedded_folder
-from broker.base import Confirmed, Delivery, Link, Queue, Recovered, Trouble
+from broker.base import Confirmed, Queue, Recovered, Trouble
 from broker.embedded import EmbeddedBroker
 from shared.errors import BrokerError
+from tests.embedded import LARGE, UP, body, files, ids, rows, store, take
 from tests.services import wait_until
 
-UP = Queue("night.north.up", "night.north", "up", None, "dead")
 OTHER = Queue("night.south.up", "night.south", "up", None, "dead")
-LARGE = 200_000
 LEASE_SECONDS = 1.5
 
 Spawn = Callable[..., tuple[SpawnProcess, Connection]]
@@ -66,11 +62,6 @@ def spawn() -> Iterator[Spawn]:
         connection.close()
 
 
-def body(number: int) -> bytes:
-    """Small and large in turn, so that a half written one could not go unnoticed."""
-    return random.Random(number).randbytes(LARGE if number % 3 == 2 else 1000)
-
-
 def publish(connection: Connection, folder: Path, queue: Queue, count: int) -> None:
     """Publish messages 0, 1, 2..., eight at a time, and tell the id of each that is confirmed."""
     with EmbeddedBroker(folder).link([], 8, f"publisher of {queue.name}") as link:
@@ -107,40 +98,6 @@ def consume(connection: Connection, folder: Path, owner: str, count: int, acknow
 def declare(connection: Connection, folder: Path) -> None:
     EmbeddedBroker(folder).declare([UP, OTHER])
     connection.send("declared")
-
-
-def take(link: Link, count: int) -> list[Delivery]:
-    """The next `count` deliveries; nothing else may happen."""
-    taken: list[Delivery] = []
-    while len(taken) < count:
-        event = link.receive(20)
-        assert isinstance(event, Delivery), event
-        taken.append(event)
-    return taken
-
-
-def store(broker: EmbeddedBroker, count: int) -> None:
-    """Publish messages 0, 1, 2... and wait for their confirms."""
-    with broker.link([], 8, "publisher") as link:
-        for number in range(count):
-            link.publish(UP, str(number), [body(number)])
-        for number in range(count):
-            assert link.receive(20) == Confirmed(str(number))
-
-
-def ids(deliveries: list[Delivery]) -> list[int]:
-    return [int(delivery.message_id) for delivery in deliveries]
-
-
-def rows(folder: Path) -> int:
-    """Messages on disk, acknowledged by nobody."""
-    with closing(sqlite3.connect(folder / "broker.sqlite")) as database:
-        count: int = database.execute("SELECT count(*) FROM message").fetchone()[0]
-        return count
-
-
-def files(folder: Path) -> int:
-    return sum(1 for _ in (folder / "bodies").iterdir())
 
 
 @pytest.mark.parametrize("confirms", [1, 20, 75])
@@ -351,93 +308,6 @@ def test_waiting_messages_do_not_count_those_handed_out(folder: Path) -> None:
     assert [event.message_id for event in events if isinstance(event, Confirmed)] == list("01234")
     assert events.count(Recovered()) == 1
     assert events.count(Trouble(f"queue {small.name} is full")) == 1
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 100 MB that only this test fills."""
-    if os.geteuid() != 0:
-        pytest.skip("filling a disk needs a small file system, and mounting one needs root")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(disk)], capture_output=True, text=True
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"filling a disk needs a small file system, and mount says: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
-def fill(disk: Path, leave_bytes: int) -> Path:
-    ballast = disk / "ballast"
-    with ballast.open("wb", buffering=0) as file:
-        try:
-            while os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize > leave_bytes:
-                file.write(bytes(4096))
-        except OSError:
-            pass
-    return ballast
-
-
-@pytest.mark.parametrize("reserve", [embedded_folder.RESERVE_BYTES, 0], ids=["reserve", "to the last byte"])
-@pytest.mark.parametrize("size", [1000, LARGE], ids=["rows", "files"])
-def test_a_full_disk_loses_nothing_and_sending_goes_on_when_there_is_room(
-    reserve: int, size: int, small_disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(embedded_folder, "RESERVE_BYTES", reserve)
-    broker = EmbeddedBroker(small_disk / "broker")
-    broker.declare([UP])
-    store(broker, 3)
-    with broker.link([], 8, "site") as site, broker.link([UP], 100, "server") as server:
-        ballast = fill(small_disk, reserve // 2)
-        for number in range(3, 10):
-            site.publish(UP, str(number), [random.Random(number).randbytes(size)])
-        trouble = site.receive(10)
-        assert isinstance(trouble, Trouble)
-        assert trouble.reason.startswith("disk is full")
-        assert site.receive(0.5) is None, "told once"
-        assert site.unconfirmed == frozenset("3456789")
-        deliveries = take(server, 3)
-        ballast.unlink()
-        assert [site.receive(10) for _ in range(8)] == [*(Confirmed(n) for n in "3456789"), Recovered()]
-        deliveries += take_past_trouble(server, 7)
-        assert ids(deliveries) == list(range(10))
-        assert deliveries[-1].body == random.Random(9).randbytes(size)
-        for delivery in deliveries:
-            server.acknowledge(delivery)
-        wait_until(lambda: files(small_disk / "broker") == 0, 10, "acknowledgements to be written")
-
-
-def take_past_trouble(link: Link, count: int) -> list[Delivery]:
-    """As `take`; the consumer may have met the full disk too, when it renewed its lease."""
-    taken: list[Delivery] = []
-    while len(taken) < count:
-        event = link.receive(20)
-        assert event is not None
-        if isinstance(event, Delivery):
-            taken.append(event)
-    return taken
-
-
-def test_a_consumer_can_make_room_on_a_disk_that_messages_filled(
-    small_disk: Path,
-) -> None:
-    broker = EmbeddedBroker(small_disk / "broker")
-    broker.declare([UP])
-    with broker.link([], 8, "site") as site:
-        for number in range(90):
-            site.publish(UP, str(number), [bytes(10**6)])
-        confirmed = 0
-        while isinstance(event := site.receive(10), Confirmed):
-            confirmed += 1
-        assert isinstance(event, Trouble)
-        assert 0 < confirmed < 90
-        with broker.link([UP], 8, "server") as server:
-            for number in range(90):
-                (delivery,) = take(server, 1)
-                assert delivery.message_id == str(number)
-                server.acknowledge(delivery)
 
 
 @pytest.mark.parametrize("obstacle", ["file", "garbage"])

@@ -109,7 +109,7 @@ order = "strict"
 [round]
 rounds = 3
 [privacy]
-epsilon = 100.0
+epsilon = 8.0
 delta = 1e-3
 clip = 1.0
 [model]

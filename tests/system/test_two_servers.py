@@ -3,13 +3,12 @@
 import json
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from contextlib import closing
 
 import pytest
 
+from tests.processes import Process
 from tests.workers import SHARES, Hospital
 
 EPOCHS = 40
@@ -17,17 +16,14 @@ EPOCHS = 40
 
 
 def start_server(hospital, log):
-    with (hospital.folder / log).open("a") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", "console", "server", "server.toml"],
-            cwd=hospital.folder, stdout=output, stderr=output,
-        )  # fmt: skip
+    return Process(["server", "server.toml"], hospital.folder, hospital.folder / log, hospital.folder / log)
 
 
 def wait_for_line(hospital, log, text):
     """Wait until a worker has said so."""
     deadline = time.monotonic() + 60
-    while text not in (hospital.folder / log).read_text():
+    said = hospital.folder / log
+    while not said.exists() or text not in said.read_text():
         assert time.monotonic() < deadline, hospital.logs()
         time.sleep(0.05)
 

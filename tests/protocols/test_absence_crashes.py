@@ -1,0 +1,114 @@
+"""The decision to go on without a site, and a server that dies before it, within it and behind it."""
+
+import pytest
+
+from shared.message import SERVER
+from shared.turns import LEAVES, Turns
+from tests.protocols.night import SYSTEMS, Night, tiny_config
+from tests.protocols.ward import QUORUM, SECONDS, Ward, decided, ward_config
+
+
+class Killed(Exception):
+    """Stands for SIGKILL at an exact place."""
+
+
+@pytest.mark.parametrize(("protocol", "bottoms", "window"), SYSTEMS)
+def test_the_server_may_die_between_any_two_steps_around_the_decision(protocol, bottoms, window, tmp_path):
+    config, goes = ward_config(protocol, bottoms, window), {"south": 3}
+    calm = Ward(config, tmp_path / "calm", goes)
+    names, steps = (SERVER, *config.run.sites), 0
+    while not decided(calm):
+        calm.turn(names[steps % 4])
+        steps += 1
+    calm.calmly()
+    for offset in range(-1, 4):
+        ward = Ward(config, tmp_path / f"killed{offset}", goes)
+        for number in range(steps + 40):
+            if number == steps - 1 + 4 * offset and SERVER in ward.engines:
+                ward.kill(SERVER)
+            ward.turn(names[number % 4])
+        assert ward.calmly().outcome() == calm.outcome(), f"killed {offset} steps of the server from the decision"
+        assert ward.journal().count("-south") == 1
+
+
+def test_silence_goes_on_where_the_last_server_left_off(tmp_path):
+    """None of them lives for as long as absence_hours."""
+    ward = Ward(ward_config(), tmp_path, {"south": 3})
+    for number in range(600):
+        if number % 36 == 0 and SERVER in ward.engines:
+            ward.kill(SERVER)
+        ward.turn((*ward.config.run.sites, SERVER)[number % 4], 3)
+    assert QUORUM["absence_hours"] * 3600 > 36 * SECONDS
+    assert list(ward.server.left_out) == ["south"]
+
+
+@pytest.mark.parametrize("place", ["before the record", "behind the record", "publish 0", "publish 1", "publish 2"])
+@pytest.mark.parametrize("bottoms", ["independent", "averaged"])
+def test_the_server_may_die_within_the_decision(place, bottoms, tmp_path):
+    """An effect of the decision left, or half of them, or none: the successor comes to the same end."""
+    config, goes = ward_config(bottoms=bottoms, window=3, evaluate_every=2), {"south": 5}
+    calm = Ward(config, tmp_path / "calm", goes).calmly()
+    ward = Ward(config, tmp_path / "killed", goes)
+    journal, state = ward.store.journal, {"armed": True}
+
+    def dying(position, sender):
+        if not (sender.startswith(LEAVES) and state.pop("armed", False)):
+            return journal(position, sender)
+        if place == "before the record":
+            raise Killed
+        entry = journal(position, sender)
+        if place == "behind the record":
+            raise Killed
+        left = int(place.split()[1])
+        link, publish = ward.links[SERVER], ward.links[SERVER].publish
+
+        def counted(*args):
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+            publish(*args)
+
+        link.publish = counted
+        return entry
+
+    ward.store.journal = dying
+    killed = 0
+    for number in range(5000):
+        if ward.over:
+            break
+        try:
+            ward.turn((SERVER, *config.run.sites)[number % 4], 3)
+        except Killed:
+            killed += 1
+            ward.kill(SERVER)
+            ward.store.put_status(SERVER, {})  # a successor that knows nothing of the silence
+    assert killed == 1
+    assert ward.outcome() == calm.outcome()
+    assert ward.journal().count("-south") == 1
+
+
+class Chooser:
+    journalled = True
+
+    def choose(self, ready):
+        return min(ready, default=None)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("north", "-north"), ("-north", "north")], ids=["applied first", "left out first"]
+)
+def test_two_servers_make_one_decision(first, second, tmp_path):
+    """One has the site's message in its hands, the other finds the site absent: who writes first is followed."""
+    night = Night(tiny_config(), tmp_path)
+    store = night.store
+    zombie = Turns(Chooser(), store, lambda: LEAVES + "north")
+    successor = Turns(Chooser(), store, lambda: LEAVES + "north")
+    sees = {"north": {"north"}, "-north": set()}
+    assert zombie.choose(1, sees[first]) == first
+    if second == "north":
+        assert successor.choose(1, {"north"}) == "-north"
+    else:
+        assert successor.choose(1, set()) is None, "it waits for the message that the other one has applied"
+        assert successor.choose(1, {"north"}) == "north"
+    assert store.journalled(1) == first

@@ -1,0 +1,227 @@
+"""Dead letters that are replayed: the run ends as if they had never been refused, over every broker."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from itertools import count
+
+import msgspec
+import pika
+import pytest
+
+from broker.base import Broker, Delivery
+from broker.embedded_link import EmbeddedLink
+from broker.rabbitmq import RabbitBroker
+from broker.rabbitmq_link import RabbitLink
+from console.dead_letters import FEW, replay_letters
+from shared import wire
+from shared.crash import EXIT_CODE
+from shared.errors import NightsplitError
+from shared.message import SERVER
+from tests.dead_letters import BROKERS, contents, depth, file_of, letters, listed, open_broker, put, sites_far_ahead
+from tests.protocols.night import Night, tiny_config
+from tests.protocols.test_poison import POISON, header
+from tests.services import wait_until
+
+
+@pytest.fixture(params=BROKERS)
+def broker(request, tmp_path) -> Broker:
+    return open_broker(request, tmp_path)
+
+
+@pytest.fixture
+def night(broker, tmp_path) -> Night:
+    return sites_far_ahead(broker, tmp_path)
+
+
+def start_all(night: Night) -> None:
+    for worker in (SERVER, *night.config.run.sites):
+        night.start(worker).start()
+
+
+def finish(night: Night) -> None:
+    deadline = time.monotonic() + 90
+    while night.engines:
+        assert time.monotonic() < deadline, {name: engine.marks for name, engine in night.engines.items()}
+        for name, engine in list(night.engines.items()):
+            engine.step(0.0)
+            if engine.finished:
+                engine.leave()
+                night.kill(name)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory) -> str:
+    """What `night` ends with when nobody disturbs it."""
+    night = Night(tiny_config(("north", "south"), epochs=2, window=1000), tmp_path_factory.mktemp("calm"))
+    night.together()
+    return night.fingerprint()
+
+
+def sent_all(night: Night) -> int:
+    """The run is open and the sites have sent all they have; how many messages that is."""
+    night.work(SERVER, 0.1)
+    for site in night.config.run.sites:
+        night.work(site)
+    return sum(night.broker.depth(queues.up) for queues in night.queues.values())
+
+
+def test_what_another_version_refused_is_replayed_and_the_run_ends_bit_identical(night, calm, capsys, monkeypatch):
+    sent = sent_all(night)
+    with monkeypatch.context() as another:
+        another.setattr(wire, "WIRE_VERSION", 2)
+        engine = night.start(SERVER)
+        engine._interval = 0.05  # it has nothing to do but to save, so that what was refused is acknowledged
+        engine.start()
+        counts = engine.progress.counts
+        wait_until(lambda: not engine.step(0.1) and counts["refused"] == sent, 60, "every message to be refused")
+        wait_until(lambda: not engine.step(0.1) and not (engine._dirty or engine._applied.sealed), 30, "checkpoints")
+        night.kill(SERVER)
+    for queues in night.queues.values():
+        depth(night, queues.up, 0)
+    found = listed(file_of(night), capsys)
+    assert [letter["number"] for letter in found] == [302] * sent
+
+    replay_letters(file_of(night, "north"), None)
+    replay_letters(file_of(night), [letter["id"] for letter in listed(file_of(night), capsys)])
+    assert listed(file_of(night), capsys) == []
+    start_all(night)
+    finish(night)
+    assert night.fingerprint() == calm
+    assert night.roles[SERVER].refusals == {}
+
+
+def first_batch(night: Night) -> tuple[int, Delivery]:
+    """Place in the queue, and the message that the server waits for first."""
+    up = night.queues["north"].up
+    for place, delivery in enumerate(contents(night, up, night.broker.depth(up))):
+        if wire.peek(delivery.body).seq == 1:
+            return place, delivery
+    raise AssertionError("no first batch")
+
+
+def test_one_letter_is_replayed_behind_a_backlog_larger_than_the_prefetch(night, calm, capsys):
+    sent_all(night)
+    up, dead = night.queues["north"].up, night.queues["north"].dead
+    place, batch = first_batch(night)
+    with night.broker.link([up], 64, "thief") as link:
+        taken = []
+        while len(taken) <= place:
+            if isinstance(event := link.receive(5.0), Delivery):
+                taken.append(event)
+        put(night, dead, (f"dead/{batch.message_id}/1", batch.body, {"queue": up.name, "number": "302"}))
+        link.acknowledge(taken[place])
+    start_all(night)
+    until = time.monotonic() + 1.0
+    while time.monotonic() < until:
+        for engine in night.engines.values():
+            engine.step(0.0)
+    assert night.roles[SERVER].applied == {"north": 0, "south": 0}, "nothing was missing"
+
+    (letter,) = listed(file_of(night), capsys)
+    assert letter["message_id"] == batch.message_id
+    replay_letters(file_of(night), [letter["id"]])
+    finish(night)
+    assert night.fingerprint() == calm
+
+
+@pytest.mark.rabbitmq
+def test_what_the_broker_itself_moved_is_replayed(rabbitmq, calm, tmp_path, capsys):
+    """A limit in a broker's policy makes dead letters without our headers."""
+    url = rabbitmq.vhost()
+    config = tiny_config(("north", "south"), epochs=2, window=1000)
+    night = Night(config, tmp_path, RabbitBroker(url), prefetch=8)
+    sent_all(night)
+    up = night.queues["north"].up
+    waiting = night.broker.depth(up)
+    with pika.BlockingConnection(pika.URLParameters(url)) as connection:
+        channel = connection.channel()
+        channel.basic_qos(prefetch_count=1)
+        for number, (method, _, _) in enumerate(channel.consume(up.name), 1):
+            channel.basic_reject(method.delivery_tag, requeue=False)
+            if number == waiting:
+                break
+    depth(night, night.queues["north"].dead, waiting)
+    found = listed(file_of(night), capsys)
+    assert {(letter["reason"], letter["queue"], letter["number"]) for letter in found} == {("rejected", up.name, None)}
+    replay_letters(file_of(night), None)
+    start_all(night)
+    finish(night)
+    assert night.fingerprint() == calm
+
+
+def test_a_counted_letter_that_is_replayed_is_a_duplicate(broker, tmp_path, capsys):
+    """As the help says: refusing counts as applying."""
+    night = Night(tiny_config(("north",), epochs=1, window=1), tmp_path, broker)
+    start_all(night)
+    while night.roles[SERVER].applied["north"] < 2:
+        for engine in night.engines.values():
+            engine.step(0.01)
+    q = night.roles["north"].next_seq
+    put(night, night.queues["north"].up, ("poison", POISON["a tensor of another name"][0](header(q)), {}))
+    finish(night)
+    (letter,) = listed(file_of(night), capsys)
+    assert (letter["number"], night.roles[SERVER].refusals) == (304, {"north": 1})
+    age = datetime.now(UTC) - datetime.fromisoformat(letter["time"])
+    assert timedelta(0) <= age < timedelta(minutes=5)
+
+    replay_letters(file_of(night), [letter["id"]])
+    engine = night.start(SERVER)
+    engine.start()
+    wait_until(lambda: engine.step(0.1) and engine.progress.counts["duplicates"] > 0, 30, "a duplicate")
+    assert night.roles[SERVER].refusals == {"north": 1}
+    night.kill(SERVER)
+    assert listed(file_of(night), capsys) == []
+
+
+def test_a_full_queue_is_an_error_and_loses_nothing(broker, tmp_path, capsys):
+    config = tiny_config(("north",))
+    small = msgspec.structs.replace(config, wire=msgspec.structs.replace(config.wire, queue_bytes=150_000))
+    night = Night(small, tmp_path, broker)
+    put(night, night.queues["north"].dead, *letters(night, 12))
+    with pytest.raises(NightsplitError, match=r"E209 .*is full"):
+        replay_letters(file_of(night), None)
+    up = contents(night, night.queues["north"].up, night.broker.depth(night.queues["north"].up))
+    dead = contents(night, night.queues["north"].dead, night.broker.depth(night.queues["north"].dead))
+    dead = [letter for letter in dead if letter.message_id.startswith("dead/")]
+    assert {letter.body for letter in (*up, *dead)} == {body for _, body, _ in letters(night, 12)}
+    assert up
+    assert dead
+
+
+def die_in_the_middle(method: str, act: Callable[[], None]) -> None:
+    """Carry out `act` in a process that ends without a word when a link's `method` is called for the 7th time."""
+    child = os.fork()
+    if child == 0:
+        calls = count(1)
+
+        def dying(original: Callable[..., None]) -> Callable[..., None]:
+            return lambda *arguments: os._exit(EXIT_CODE) if next(calls) == 7 else original(*arguments)
+
+        for kind in (EmbeddedLink, RabbitLink):
+            setattr(kind, method, dying(getattr(kind, method)))
+        act()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == EXIT_CODE
+
+
+@pytest.mark.parametrize("broker", BROKERS[1:], indirect=True)
+@pytest.mark.parametrize("method", ["publish", "acknowledge"])
+def test_a_command_that_is_killed_loses_nothing(night, method, capsys):
+    up, dead, number = night.queues["north"].up, night.queues["north"].dead, 40
+    put(night, dead, *letters(night, number))
+    die_in_the_middle(method, lambda: replay_letters(file_of(night), None))
+    replayed = [message.message_id for message in contents(night, up, night.broker.depth(up))]
+    left = [letter["message_id"] for letter in listed(file_of(night), capsys)]  # waits for the dead one's lease
+    everything = [f"night/north/server/smashed/{n}" for n in range(number)]
+    assert left == everything[-len(left) :]
+    assert replayed == everything[: len(replayed)]
+    assert number - FEW <= len(left) <= number
+    assert len(left) + len(replayed) >= number
+
+    replay_letters(file_of(night), None)
+    assert listed(file_of(night), capsys) == []
+    depth(night, up, len(replayed) + len(left))
