@@ -122,7 +122,8 @@ class Setting:
             if answer:  # it goes up again, encrypted afresh, behind the features
                 self.refreshed = sum(map(len, [*answer, *pieces[-len(answer) :]]))
             began = time.process_time()
-            answer = self._server.answer(self.public, str(query.number), step, self._packing, pieces)
+            before, after = (f"{query.number}/{at}" for at in (step - 1, step))
+            answer = self._server.answer(self.public, step, self._packing, pieces, before, after)
             self.seconds += time.process_time() - began
             self.up, self.down = self.up + sum(map(len, pieces)), self.down + sum(map(len, answer))
             if step < self._site.steps - 1:
@@ -184,7 +185,7 @@ def two_processes() -> dict[str, float]:
 
     def seconds(evaluate: Evaluate, queries: int) -> float:
         began = time.perf_counter()
-        wait([evaluate(setting.public, "1", 0, "slots", pieces) for _ in range(queries)])
+        wait([evaluate(setting.public, 0, "slots", pieces, "", "1") for _ in range(queries)])
         return time.perf_counter() - began
 
     with evaluating(judge, secret, 1) as one, evaluating(judge, secret, 2) as two:

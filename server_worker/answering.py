@@ -9,11 +9,13 @@ number of servers may stand by, and a second answer to the same query does no ha
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor, Future
 from pathlib import Path
+from typing import NamedTuple
 
 from broker.base import Confirmed, Delivery, Link
 from server_worker.computing import Evaluate
@@ -40,6 +42,14 @@ def _parcel(header: Header) -> Parcel:
     return header.sender, header.kind, header.seq, header.version
 
 
+class _Evaluation(NamedTuple):
+    """Of a query, by its header and the last of its chunks; `blinding` is that of its answer."""
+
+    header: Header
+    delivery: Delivery
+    blinding: str
+
+
 class Answering:
     """The loop of one server process.
 
@@ -49,23 +59,22 @@ class Answering:
         routes: of the sites.
         circuit: of the queries.
         evaluate: begins the evaluation of a query.
-        blinding: names the secret that states are blinded with.
+        secret_name: names the secret that states are blinded with.
         keys: folder of the sites' public keys.
         message_bytes: largest message.
     """
 
     def __init__(
         self, run: str, link: Link, routes: Mapping[str, Route], circuit: Circuit, evaluate: Evaluate,
-        blinding: str, keys: Path, message_bytes: int,
+        secret_name: str, keys: Path, message_bytes: int,
     ) -> None:  # fmt: skip
         self._run, self._link, self._routes, self._circuit, self._evaluate = run, link, routes, circuit, evaluate
-        self._blinding, self._keys, self._message_bytes = blinding, keys, message_bytes
+        self._secret_name, self._keys, self._message_bytes = secret_name, keys, message_bytes
         self._senders = {route.incoming.name: site for site, route in routes.items()}
         self._parcels = {site: Parcels() for site in routes}
         self._held: defaultdict[Parcel, list[Delivery]] = defaultdict(list)
         """Chunks of parcels that are not dealt with."""
-        self._evaluations: dict[Future[list[bytes]], tuple[Header, Delivery]] = {}
-        """Each with its query, and the last chunk of it."""
+        self._evaluations: dict[Future[list[bytes]], _Evaluation] = {}
         self._leaving: dict[str, Parcel] = {}
         """Messages that are not confirmed, and whose parcel they answer."""
         self._given_up: set[Parcel] = set()
@@ -135,29 +144,28 @@ class Answering:
             self._keep_keys(header.sender, pieces)
             self._acknowledge(_parcel(header))
             return
-        sha256 = str(message.scalars["keys"])
-        keys = self._known(header.sender, sha256)
-        if header.version > 0 and message.scalars["blinding"] != self._blinding:
+        keys = self._known(header.sender, str(message.scalars["keys"]))
+        before, after = str(message.scalars["blinding"]), f"{self._secret_name}/{secrets.token_hex(16)}"
+        if header.version > 0 and before.partition("/")[0] != self._secret_name:
             raise Refused(
                 315,
                 f"query {header.seq} of {header.sender} was begun by a server with another secret.",
                 "none; the site begins it again.",
             )
-        query = f"{self._run}/{header.sender}/{sha256}/{header.seq}"
-        evaluation = self._evaluate(keys, query, header.version, str(message.scalars["packing"]), pieces)
-        self._evaluations[evaluation] = header, delivery
+        evaluation = self._evaluate(keys, header.version, str(message.scalars["packing"]), pieces, before, after)
+        self._evaluations[evaluation] = _Evaluation(header, delivery, after)
 
     def _answer(self) -> None:
         """Send what has been evaluated."""
         for evaluation in [one for one in self._evaluations if one.done()]:
-            header, delivery = self._evaluations.pop(evaluation)
+            header, delivery, blinding = self._evaluations.pop(evaluation)
             try:
                 pieces = evaluation.result()
             except Refused as refusal:
                 self._refuse(header.sender, header, delivery, refusal)
                 continue
             told = Header(self._run, SERVER, header.sender, Kind.ANSWER, header.seq, header.seq, header.version)
-            for place, chunk in enumerate(chunks(told, pieces, self._message_bytes, {"blinding": self._blinding})):
+            for place, chunk in enumerate(chunks(told, pieces, self._message_bytes, {"blinding": blinding})):
                 self._send(_parcel(header), chunk, place)
             self.answered += 1
 

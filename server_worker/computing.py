@@ -15,7 +15,7 @@ from shared.ckks import PublicKeys
 from shared.models.judge import Judge
 from shared.worker import prepare_torch
 
-Evaluate = Callable[[PublicKeys, str, int, str, Sequence[bytes]], "Future[list[bytes]]"]
+Evaluate = Callable[[PublicKeys, int, str, Sequence[bytes], str, str], "Future[list[bytes]]"]
 """`HeClstmServer.answer`, begun."""
 
 
@@ -29,8 +29,10 @@ def evaluating(judge: Judge, secret: bytes, processes: int) -> Iterator[Evaluate
     """
     pool = ProcessPoolExecutor(processes, get_context("forkserver"), _begin, (judge, secret))
 
-    def evaluate(keys: PublicKeys, query: str, step: int, packing: str, pieces: Sequence[bytes]) -> Future[list[bytes]]:
-        return pool.submit(_answer, keys, query, step, packing, pieces)
+    def evaluate(
+        keys: PublicKeys, step: int, packing: str, pieces: Sequence[bytes], before: str, after: str
+    ) -> Future[list[bytes]]:
+        return pool.submit(_answer, keys, step, packing, pieces, before, after)
 
     try:
         yield evaluate
@@ -59,5 +61,5 @@ def _end_with_the_server() -> None:
     os._exit(1)
 
 
-def _answer(keys: PublicKeys, query: str, step: int, packing: str, pieces: Sequence[bytes]) -> list[bytes]:
-    return _half.answer(keys, query, step, packing, pieces)
+def _answer(keys: PublicKeys, step: int, packing: str, pieces: Sequence[bytes], before: str, after: str) -> list[bytes]:
+    return _half.answer(keys, step, packing, pieces, before, after)

@@ -61,7 +61,7 @@ class QueryServerWorker(ShiftWorker):
         prepare_torch(1, "cpu")
         fill(self._last, self.base / self.config.report, WEIGHTS)
         judge, secret = judge_of(self._last), self._secret()
-        circuit, blinding = circuit_of(judge), hashlib.sha256(secret).hexdigest()
+        circuit, secret_name = circuit_of(judge), hashlib.sha256(secret).hexdigest()
         config, processes = self.run_config, self.config.threads
         keys, limit = self.state_folder / "keys", config.wire.message_bytes
         broker = open_broker(self.config.broker, self.base, limit, self.credentials)
@@ -76,7 +76,7 @@ class QueryServerWorker(ShiftWorker):
                     broker.link(incoming, (processes + 1) * MOST_CHUNKS, owner) as link,
                 ):
                     self.state = "answering queries"
-                    answering = Answering(config.run.id, link, routes, circuit, evaluate, blinding, keys, limit)
+                    answering = Answering(config.run.id, link, routes, circuit, evaluate, secret_name, keys, limit)
                     try:
                         answering.run(self.off_duty, idle_seconds)
                     finally:

@@ -21,8 +21,9 @@ class HeClstmServer:
     """Answers one query after the other, and remembers none.
 
     h, c and votes go back to the site between two frames, which encrypts them afresh. Before, a number is added to
-    every slot, uniform within `BLINDING` and derived from the server's secret and the query: the site sees states
-    that are hidden but for a part in about 2^22, and any server with the secret can take the numbers away again.
+    every slot, uniform within `BLINDING` and derived from the server's secret and a nonce: the site sees states that
+    are hidden but for a part in about 2^22. It sends the nonce back with them, so any server with the secret can take
+    the numbers away again. Each answer has a nonce of its own: a site that asks twice cannot subtract the answers.
 
     Args:
         judge: with its trained weights.
@@ -39,17 +40,18 @@ class HeClstmServer:
         self.steps = steps_of(judge)
 
     def answer(
-        self, keys: PublicKeys, query: str, step: int, packing_name: str, pieces: Sequence[bytes]
+        self, keys: PublicKeys, step: int, packing_name: str, pieces: Sequence[bytes], before: str, after: str
     ) -> list[bytes]:
         """Evaluate a step of a query.
 
         Args:
             keys: of the site.
-            query: names it; another query of another site or key never has the same.
             step: from 0.
             packing_name: as `packing_of` takes it.
             pieces: ciphertexts: the features of the frame (one_shot: of all frames); from the second frame on
                 also h, c and votes as the last answer had them.
+            before: nonce of that answer; empty at the first step.
+            after: a new nonce.
 
         Returns:
             Ciphertexts: h, c and votes, blinded; at the last step the logits.
@@ -65,15 +67,15 @@ class HeClstmServer:
             features = self._read(pieces, [len(packing.frame(self._nothing))] * self._judge.frames)
             return [written(one_shot.logits(arithmetic, self._judge, features))]
         method = batch if packing_name == "batch" else slots
-        frame, before = self._taken(arithmetic, packing, query, step, pieces)
+        frame, state = self._taken(arithmetic, packing, step, pieces, before)
         if step == self.steps - 1:
-            logits = method.last_step(arithmetic, self._judge, frame, before)
-            (numbers,) = self._blinding(query, step, 1)  # other slots than those of the logits tell of the weights
+            logits = method.last_step(arithmetic, self._judge, frame, state)
+            (numbers,) = self._blinding(after, 1)  # other slots than those of the logits tell of the weights
             shown = packing.votes(packing.read_logits(numbers, packing.capacity))
             return [written(arithmetic.plus(logits, (numbers - shown).tolist()))]
-        state = method.step(arithmetic, self._judge, step, frame, before)
+        state = method.step(arithmetic, self._judge, step, frame, state)
         every = [arithmetic.bottom(part) for part in (*state.h, *state.c, state.votes)]
-        blinding = self._blinding(query, step, len(every))
+        blinding = self._blinding(after, len(every))
         return [written(arithmetic.plus(part, numbers.tolist())) for part, numbers in zip(every, blinding, strict=True)]
 
     @property
@@ -81,14 +83,14 @@ class HeClstmServer:
         return np.zeros((0, self._judge.features))
 
     def _taken(
-        self, arithmetic: Arithmetic, packing: Packing, query: str, step: int, pieces: Sequence[bytes]
+        self, arithmetic: Arithmetic, packing: Packing, step: int, pieces: Sequence[bytes], nonce: str
     ) -> tuple[list[Ciphertext], State | None]:
         """The features of a frame, and what came of the frame before with the blinding taken away."""
         top, hidden = self.circuit.top, len(packing.state(np.zeros((0, self._judge.hidden))))
         features = len(packing.frame(self._nothing))
         if step == 0:
             return self._read(pieces, [features])[0], None
-        numbers = self._blinding(query, step - 1, 2 * hidden + 1)
+        numbers = self._blinding(nonce, 2 * hidden + 1)
         frame, h, c, (votes,) = self._read(pieces, [features, hidden, hidden, 1], [top, top, top - 1, top - 1])
         everybody = packing.capacity
         for row, blinded in ((h, numbers[:hidden]), (c, numbers[hidden:-1])):
@@ -109,8 +111,8 @@ class HeClstmServer:
             for length, level in zip(lengths, levels or [self.circuit.top] * len(lengths), strict=True)
         ]
 
-    def _blinding(self, query: str, step: int, count: int) -> list[Numbers]:
+    def _blinding(self, nonce: str, count: int) -> list[Numbers]:
         """Numbers for so many ciphertexts, a number for each slot."""
-        seed = self._secret + f"{query}/{step}".encode()
+        seed = self._secret + nonce.encode()
         drawn = np.frombuffer(hashlib.shake_256(seed).digest(8 * count * self.circuit.slots), dtype="<u8")
         return list((drawn * (2 * BLINDING / 2.0**64) - BLINDING).reshape(count, self.circuit.slots))

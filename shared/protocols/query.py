@@ -46,7 +46,8 @@ CONTRACT: Mapping[Kind, Payload] = {
 }
 """Payload of each kind. `seq` in their headers is the number of the query, `version` the step of its evaluation.
 
-`blinding` names what the state in an answer is blinded with; the query with the next step names it, too.
+`blinding` names what the state in an answer is blinded with (name of the server's secret/nonce of the answer); the
+query with the next step names it, too.
 """
 
 

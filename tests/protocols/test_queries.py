@@ -63,8 +63,8 @@ class Service:
         with ThreadPoolExecutor(2) as pool, self.broker.link([names.up], 2 * MOST_CHUNKS, SERVER) as link:
             route = {"north": Route(outgoing=names.down, incoming=names.up, dead=names.dead)}
             in_threads = partial(pool.submit, HeClstmServer(self.judge, secret).answer)
-            evaluate, blinding = evaluate or in_threads, secret.hex()
-            answering = Answering("film", link, route, self.circuit, evaluate, blinding, self.keys, LIMIT)
+            evaluate, name = evaluate or in_threads, secret.hex()
+            answering = Answering("film", link, route, self.circuit, evaluate, name, self.keys, LIMIT)
             answering.run(lambda: False, 0.05)
         return answering
 
@@ -202,6 +202,32 @@ def test_a_server_with_another_secret_lets_queries_begin_again(service: Service)
     assert service.broker.depth(service.names.dead) == int(recurrent)
 
 
+def test_answers_to_the_same_query_are_blinded_with_other_numbers(service: Service) -> None:
+    """A site that asks twice with other frames could otherwise subtract, and see how the state changed."""
+    service.submit()
+    service.ask()
+    service.edit("up", lambda bodies: [*bodies, *bodies[-2:]])
+    service.answer()
+    states: list[Numbers] = []
+    query = service.queries.get(1)
+
+    def kept(bodies: list[bytes]) -> list[bytes]:
+        parcels = Parcels()
+        for body in bodies:
+            pieces = parcels.add(wire.decode(body, CONTRACT[Kind.ANSWER], LIMIT))
+            if pieces is not None and service.judge.state is not None:
+                states.append(service.half.state(query, pieces))
+        return bodies
+
+    service.edit("down", kept)
+    if service.judge.state is not None:
+        first, second = states
+        assert np.abs(first - second).min() > 1e-3, "no number is the same"
+        assert np.abs(first - second).mean() > 1e5
+    service.settle()
+    service.expect_scores()
+
+
 def altered(body: bytes) -> bytes:
     """With another bit in its last tensor byte."""
     changed = bytearray(body)
@@ -275,8 +301,8 @@ def test_what_fits_no_step_is_refused(service: Service) -> None:
     name = service.queries.get(number).packing
     for step, packing, sent in ((0, "spiral", pieces), (half.steps, name, pieces), (-1, name, pieces), (0, name, [])):
         with pytest.raises(Refused, match="304"):
-            half.answer(service.public, "query", step, packing, sent)
-    assert len(half.answer(service.public, "query", 0, name, pieces)) == (3 if half.steps > 1 else 1)
+            half.answer(service.public, step, packing, sent, "", "n")
+    assert len(half.answer(service.public, 0, name, pieces, "", "n")) == (3 if half.steps > 1 else 1)
 
 
 def test_a_query_stays_when_the_process_that_evaluates_it_dies(service: Service) -> None:

@@ -43,10 +43,10 @@ def test_processes_give_what_one_gives(tmp_path: Path) -> None:
     secret, public = SecretKeys.made(circuit, tmp_path)
     frames = [Batch(circuit.slots).frame(np.full((2, 2), number / 10)) for number in range(2)]
     pieces = [secret.encrypted(vector, circuit.top) for frame in frames for vector in frame]
-    (expected,) = HeClstmServer(judge(), SECRET).answer(public, "q", 0, "batch", pieces)
+    (expected,) = HeClstmServer(judge(), SECRET).answer(public, 0, "batch", pieces, "", "n")
     with evaluating(judge(), SECRET, 2) as evaluate:
-        answers = [evaluate(public, "q", 0, "batch", pieces) for _ in range(4)]
-        refused = evaluate(public, "q", 7, "batch", pieces)
+        answers = [evaluate(public, 0, "batch", pieces, "", "n") for _ in range(4)]
+        refused = evaluate(public, 7, "batch", pieces, "", "n")
         assert len(active_children()) == 2
         for answer in answers:
             (found,) = answer.result()
@@ -62,15 +62,15 @@ def test_a_process_that_is_killed_is_noticed(tmp_path: Path) -> None:
     _, public = SecretKeys.made(circuit_of(judge()), tmp_path)
     with evaluating(judge(), SECRET, 1) as evaluate:
         with pytest.raises(Refused):
-            evaluate(public, "q", 0, "batch", []).result()
+            evaluate(public, 0, "batch", [], "", "n").result()
         (process,) = active_children()
         assert process.pid is not None
         os.kill(process.pid, signal.SIGTERM)
         with pytest.raises(Refused):  # a signal to the whole group does not end it
-            evaluate(public, "q", 0, "batch", []).result()
+            evaluate(public, 0, "batch", [], "", "n").result()
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(BrokenExecutor):
-            evaluate(public, "q", 0, "batch", []).result()
+            evaluate(public, 0, "batch", [], "", "n").result()
 
 
 SERVER = """
@@ -82,7 +82,7 @@ from tests.unit.test_computing import SECRET, judge
 if __name__ == "__main__":
     with evaluating(judge(), SECRET, 1) as evaluate:
         try:
-            evaluate(PublicKeys(b"", b""), "q", 0, "batch", []).result()
+            evaluate(PublicKeys(b"", b""), 0, "batch", [], "", "n").result()
         except Refused:
             print(active_children()[0].pid, flush=True)
         input()
