@@ -278,7 +278,7 @@ class Nemesis:
         """Let the run go on until then; workers that die at their crash point are started again."""
         moved = time.monotonic()
         while not condition():
-            if self._over():
+            if self._over() and not condition():  # it may be its end that is waited for
                 raise Failed(f"the run ended at step {self._watch.step}, before its schedule")
             revived = [worker for worker in WORKERS if self._revive(worker)]
             if self._look() or revived:

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -24,22 +23,14 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from benchmarks.events import xor_of_events
-from shared.config import DataSection, RunConfig, RunSection, SourceSection, TaskSection
-from shared.config import ModelSection as Model
+from benchmarks import sequences_hippocampus
+from benchmarks.encrypted import Setting
+from benchmarks.sequences_hippocampus import PLACES, AreaEncoder, hippocampus, pretrained
+from benchmarks.sequences_material import FRAMES, SIDE, Material, lung_ct, xor
 from shared.models.sequences import SequenceJudge, clstm, plain_clstm
 from site_worker.data.augment import augment
-from site_worker.data.dataset import Dataset, Parts
-from site_worker.data.pixels import resized
-from site_worker.data.scaling import scale
-from site_worker.data.source import load_dataset, read_parts
-from site_worker.data.split import shuffled
+from site_worker.data.dataset import Dataset
 
-FRAMES, SIDE = 5, 32
-TEST = 0.3
-"""Share of the patients; the schedule was fixed beforehand, so that nobody is needed for validation."""
-PLACES = 7
-"""Training sequences of a volume: each of its frames is taken at so many places of its part."""
 SPECIFICITY = 0.9
 WEIGHTS = (1.0, 2.0, 4.0)
 """Of the ill in the loss."""
@@ -48,8 +39,6 @@ ALL_OR_NOTHING = 30.0
 
 Case = Literal["hippocampus", "lung CT figures", "XOR of two events"]
 Figures = dict[str, float]
-Simple = Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
-"""Features of training and test sequences for a logistic regression, by name."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,7 +47,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         case: what is judged.
         network: "polynomial" and "one_shot" are `SequenceJudge` with and without gates that see h.
-        without: what is left out: the state is not asked, the frames' features are not, votes are equal.
+        without: what is left out: the state is not asked, the frames' features are not, votes are equal; for
+            hippocampus also the masks: the encoder learns from the labels of whole sequences.
         weight: of the ill in the loss.
         seed: gives other test patients, first weights and order.
         quick: a single pass.
@@ -66,10 +56,15 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     case: Case = "hippocampus"
     network: Literal["plain", "polynomial", "one_shot"] = "polynomial"
-    without: Literal["LSTM", "weighted unit", "voting"] | None = None
+    without: Literal["LSTM", "weighted unit", "voting", "masks"] | None = None
     weight: float = 1.0
     seed: int = 1
     quick: bool = False
+
+    @property
+    def features_only(self) -> bool:
+        """The encoder has learned before, or there is none: a judge alone is trained."""
+        return self.case == "XOR of two events" or (self.case == "hippocampus" and self.without != "masks")
 
 
 @dataclass(frozen=True)
@@ -84,22 +79,16 @@ class Schedule:
 
 
 SCHEDULES: Mapping[Case, Schedule] = {
-    "hippocampus": Schedule(passes=20, rate=2e-3, decay=0.1, batch=64, augment=("flip", "shift", "contrast")),
+    "hippocampus": Schedule(passes=30, rate=5e-3, decay=0.1, batch=64),
     "lung CT figures": Schedule(passes=30, rate=2e-3, decay=0.1, batch=32, augment=("flip", "shift", "contrast")),
     "XOR of two events": Schedule(passes=60, rate=3e-3, decay=0.0, batch=128),
 }
+WITHOUT_MASKS = Schedule(passes=16, rate=2e-3, decay=0.1, batch=32, augment=("shift", "contrast"))
 
 
-@dataclass(frozen=True, eq=False)
-class Material:
-    """Scaled sequences of training and test patients, and what needs no network to be known of them."""
-
-    train: Dataset
-    test: Dataset
-    simple: Simple
-
-
-# ── data ────────────────────────────────────────────────────────────────────────────────────────
+def schedule_of(job: Job) -> Schedule:
+    """How the networks of a job are trained."""
+    return WITHOUT_MASKS if job.without == "masks" else SCHEDULES[job.case]
 
 
 @lru_cache(maxsize=3)
@@ -109,107 +98,7 @@ def material(case: Case, seed: int) -> Material:
     Raises:
         NightsplitError: the data set is not here.
     """
-    return {"hippocampus": _hippocampus, "lung CT figures": _figures, "XOR of two events": _xor}[case](seed)
-
-
-@dataclass(frozen=True, eq=False)
-class Volume:
-    """Slices (n, side, side), how much of each is hippocampus by the expert's mask (n,), in mm^3, and the extents
-    of what was scanned, in mm.
-    """
-
-    slices: torch.Tensor
-    areas: torch.Tensor
-    extents: tuple[int, int]
-
-    def frames(self, place: float) -> list[int]:
-        """The slices at a place of each part, 0 to 1; 0.5 is what `data.frames` takes."""
-        return [int((i + place) * len(self.slices) / FRAMES) for i in range(FRAMES)]
-
-    @property
-    def simple(self) -> list[float]:
-        """Mean intensity, number of slices and extents: what a label should not follow from."""
-        return [self.slices.mean().item(), len(self.slices), *self.extents, len(self.slices) * math.prod(self.extents)]
-
-
-def _hippocampus(seed: int) -> Material:
-    volumes = _volumes()
-    names = shuffled(volumes, seed)
-    test, train = names[: round(TEST * len(names))], names[round(TEST * len(names)) :]
-    median = float(np.median([volumes[name].areas.sum() for name in train]))
-
-    def sequences(chosen: list[str], places: list[float]) -> Dataset:
-        rows = [(volumes[name], name, place) for name in chosen for place in places]
-        large = torch.tensor([float(volume.areas.sum() > median) for volume, _, _ in rows])
-        inputs = torch.stack([volume.slices[volume.frames(place)] for volume, _, place in rows])
-        return Dataset(inputs, large, tuple(name for _, name, _ in rows))
-
-    def simple(features: Callable[[Volume], list[float]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        few, many = (np.array([features(volumes[name]) for name in chosen]) for chosen in (test, train))
-        return many, few
-
-    def expert(volume: Volume) -> list[float]:
-        return [volume.areas[volume.frames(0.5)].sum().item()]
-
-    train_set = sequences(train, [(place + 0.5) / PLACES for place in range(PLACES)])
-    parts = scale(Parts(train_set, train_set.select([]), sequences(test, [0.5])), DataSection())
-    return Material(
-        parts.train,
-        parts.test,
-        {
-            "mean intensity, number of slices": simple(lambda volume: volume.simple[:2]),
-            "the same and the extents of the scan": simple(lambda volume: volume.simple),
-            f"area in the {FRAMES} frames by the expert's mask": simple(expert),
-            "the same times the number of slices": simple(lambda v: [expert(v)[0] * len(v.slices)]),
-        },
-    )
-
-
-def _volumes() -> dict[str, Volume]:
-    source = SourceSection(
-        source="arrays", path="$NIGHTSPLIT_DATA/hippocampus_msd/hippocampus_2d.npz", masks="masks", patient="volume"
-    )
-    whole = load_dataset(source, DataSection(image_size=64), TaskSection(kind="segmentation"), Path())
-    patients = np.array(whole.patients)
-    volumes = {}
-    for name in dict.fromkeys(whole.patients):
-        rows = torch.from_numpy(np.flatnonzero(patients == name))
-        images = whole.inputs[rows]
-        seen = images.amax(0)[0] > 0
-        extents = int(seen.any(1).sum()), int(seen.any(0).sum())
-        volumes[name] = Volume(resized(images, SIDE).squeeze(1), whole.targets[rows].sum((1, 2)), extents)
-    return volumes
-
-
-def _figures(seed: int) -> Material:
-    source = SourceSection(
-        source="images", path="$NIGHTSPLIT_DATA/covid_ct", index="index.csv", label="label_covid", patient="group"
-    )
-    run = RunConfig(
-        run=RunSection(id="sequences", protocol="fedavg_transfer", sites=["all"], seed=seed),
-        model=Model(factory="shared.models.sequences:clstm"),
-        task=TaskSection(kind="binary"),
-        data=DataSection(image_size=SIDE, frames=FRAMES, classes=["0", "1"], validation=0.0, test=TEST),
-    )
-    parts = read_parts(source, run, Path())
-
-    def simple(dataset: Dataset) -> NDArray[np.float64]:
-        changes = [sum(not torch.equal(one, other) for one, other in pairwise(sequence)) for sequence in dataset.inputs]
-        return np.column_stack([dataset.inputs.mean((1, 2, 3)).numpy(), changes])
-
-    known = {"mean intensity, number of different images": (simple(parts.train), simple(parts.test))}
-    parts = scale(parts, run.data)
-    return Material(parts.train, parts.test, known)
-
-
-def _xor(seed: int) -> Material:
-    def draw(number: int) -> Dataset:
-        inputs, targets = xor_of_events(4096, FRAMES, 32, number)
-        return Dataset(inputs, targets, tuple(map(str, range(len(inputs)))))
-
-    train, test = draw(2 * seed), draw(2 * seed + 1)
-    flat = train.inputs.flatten(1).double().numpy(), test.inputs.flatten(1).double().numpy()
-    return Material(train, test, {"all features of all frames": flat})
+    return {"hippocampus": hippocampus, "lung CT figures": lung_ct, "XOR of two events": xor}[case](seed)
 
 
 # ── networks ────────────────────────────────────────────────────────────────────────────────────
@@ -218,14 +107,19 @@ def _xor(seed: int) -> Material:
 def network(job: Job) -> nn.Sequential:
     """Untrained; what an ablation leaves out is fixed and not trained."""
     torch.manual_seed(job.seed)
+    frames, features = FRAMES, 32
+    if job.case == "hippocampus":
+        frames, features = sequences_hippocampus.FRAMES, AreaEncoder.FEATURES
     if job.network == "plain":
-        model = plain_clstm(FRAMES, SIDE)
+        model = plain_clstm(frames, SIDE, features=features)
     else:
-        model = clstm(FRAMES, SIDE, recurrent=job.network == "polynomial")
-    if job.case == "XOR of two events":
-        model.encoder = nn.Identity()  # its sequences are features already
+        model = clstm(frames, SIDE, features=features, recurrent=job.network == "polynomial")
+    if job.features_only:
+        model.encoder = nn.Identity()
+    elif job.case == "hippocampus":
+        model.encoder = AreaEncoder()
     judge = model.judge
-    if job.without is not None:
+    if job.without in ("LSTM", "weighted unit", "voting"):
         assert isinstance(judge, SequenceJudge)
         fixed, value = {
             "LSTM": (judge.mixture, ALL_OR_NOTHING),
@@ -236,10 +130,9 @@ def network(job: Job) -> nn.Sequential:
     return model
 
 
-def train(job: Job) -> nn.Sequential:
-    """A network, trained on the training sequences."""
-    data, schedule = material(job.case, job.seed).train, SCHEDULES[job.case]
-    model = network(job)
+def train(job: Job, data: Dataset) -> nn.Sequential:
+    """A network, trained on the sequences that it is to see: images, or features."""
+    model, schedule = network(job), schedule_of(job)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, schedule.rate, weight_decay=schedule.decay)
     passes = 1 if job.quick else schedule.passes
@@ -271,37 +164,93 @@ class Study:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._encoded = lru_cache(maxsize=3)(self._encode)
         folder.mkdir(parents=True, exist_ok=True)
+
+    def material(self, job: Job) -> Material:
+        """What the networks of a job see: images, or the features that an encoder has made of them."""
+        if job.case == "hippocampus" and job.features_only:
+            return self._encoded(job.seed, job.quick)
+        return material(job.case, job.seed)
 
     def figures(self, job: Job) -> Figures:
         """On the test sequences."""
-        path = self._path(job, ".json")
-        if not path.exists():
-            model, test = self.trained(job), material(job.case, job.seed).test
+
+        def found() -> Figures:
+            model, test = self.trained(job), self.material(job).test
             with torch.no_grad():
                 logits = model(test.inputs).squeeze(1)
-            found = judged(test.targets.numpy(), logits.double().numpy())
-            draft = path.with_suffix(".draft")
-            draft.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            draft.replace(path)
-        known: Figures = json.loads(path.read_text(encoding="utf-8"))
-        return known
+            return judged(test.targets.numpy(), logits.double().numpy())
+
+        return self._kept(self._path(job, ".json"), found)
+
+    def encrypted(self, job: Job, packing: str) -> Figures:
+        """The test features judged as `he_clstm` does it, with a new pair of keys; a quick job asks one ciphertext."""
+
+        def found() -> Figures:
+            judge, test = self.trained(job).judge, self.material(job).test
+            assert isinstance(judge, SequenceJudge)
+            setting = Setting(judge.double(), packing)
+            asked = min(len(test), setting.capacity) if job.quick else len(test)
+            sequences, truth = test.inputs[:asked].double(), test.targets[:asked].numpy()
+            with torch.no_grad():
+                plain = judge(sequences).squeeze(1).numpy()
+            secret = np.concatenate([setting.judged(part.numpy()) for part in sequences.split(setting.capacity)])
+            return {
+                "sequences": len(truth),
+                "auc": float(roc_auc_score(truth, secret)),
+                "auc above plain": float(roc_auc_score(truth, secret) - roc_auc_score(truth, plain)),
+                "flipped": int(((secret > 0) != (plain > 0)).sum()),
+                "error": float(np.abs(secret - plain).max()),
+            }
+
+        return self._kept(self._path(job, f"-{packing}.json"), found)
 
     def trained(self, job: Job) -> nn.Sequential:
         """The network of a job."""
         path = self._path(job, ".safetensors")
         if not path.exists():
-            draft = path.with_suffix(".draft")
-            save_file(train(job).state_dict(), draft)
-            draft.replace(path)
+            _write(path, train(job, self.material(job).train))
         model = network(job)
         model.load_state_dict(load_file(path))
         return model.eval()
 
+    def _encode(self, seed: int, quick: bool) -> Material:
+        """The hippocampus as features, and how much of it the encoder found."""
+        digest = hashlib.sha256(f"{seed} {quick} {sequences_hippocampus.SCHEDULE}".encode()).hexdigest()
+        path = self._folder / f"hippocampus-encoder-{seed}-{digest[:8]}.safetensors"
+        if not path.exists():
+            _write(path, pretrained(seed, quick))
+        encoder, images = AreaEncoder(), material("hippocampus", seed)
+        encoder.load_state_dict(load_file(path))
+        with torch.no_grad():
+            train, test = (
+                Dataset(torch.cat([encoder(some) for some in of.inputs.split(64)]), of.targets, of.patients)
+                for of in (images.train, images.test)
+            )
+        areas = [of.inputs[:, :, :1].atanh().sum(1).double().numpy() for of in (train, test)]
+        name = f"area in the {sequences_hippocampus.FRAMES} frames by the encoder"
+        return Material(train, test, {**images.simple, name: (areas[0][1 :: len(PLACES)], areas[1])})
+
     def _path(self, job: Job, suffix: str) -> Path:
-        digest = hashlib.sha256(f"{job} {SCHEDULES[job.case]}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{job} {schedule_of(job)}".encode()).hexdigest()
         words = [job.case, job.network, *(["without", job.without] if job.without else []), str(job.seed), digest[:8]]
         return self._folder / ("-".join(words).replace(" ", "-").lower() + suffix)
+
+    @staticmethod
+    def _kept(path: Path, found: Callable[[], Figures]) -> Figures:
+        if not path.exists():
+            draft = path.with_suffix(".draft")
+            draft.write_text(json.dumps(found(), indent=1) + "\n", encoding="utf-8")
+            draft.replace(path)
+        known: Figures = json.loads(path.read_text(encoding="utf-8"))
+        return known
+
+
+def _write(path: Path, model: nn.Module) -> None:
+    draft = path.with_suffix(".draft")
+    save_file(model.state_dict(), draft)
+    draft.replace(path)
 
 
 def judged(truth: NDArray[np.float32], scores: NDArray[np.float64]) -> Figures:
@@ -322,12 +271,11 @@ def judged(truth: NDArray[np.float32], scores: NDArray[np.float64]) -> Figures:
     return found
 
 
-def regression(case: Case, seed: int) -> dict[str, Figures]:
+def regression(known: Material) -> dict[str, Figures]:
     """Logistic regressions on simple features, by what they see."""
-    known = material(case, seed)
-    truth = known.train.targets.numpy()[:: PLACES if case == "hippocampus" else 1]
     found = {}
     for name, (many, few) in known.simple.items():
+        truth = known.train.targets.numpy()[:: len(known.train) // len(many)]
         model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(many, truth)
         found[name] = judged(known.test.targets.numpy(), model.decision_function(few))
     return found

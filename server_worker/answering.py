@@ -13,7 +13,7 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from concurrent.futures import BrokenExecutor, Future
+from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from shared import wire
 from shared.ckks import Circuit, PublicKeys
 from shared.dead_letter import bury
 from shared.durable import write_durably
-from shared.errors import Refused, StateError
+from shared.errors import Refused
 from shared.message import SERVER, Header, Kind, Message
 from shared.protocols.query import BLINDED_ELSEWHERE, CONTRACT, KEYS_UNKNOWN, Parcels, chunks
 from shared.route import Route
@@ -90,14 +90,6 @@ class Answering:
         Raises:
             StateError: 509 a process that evaluates is gone.
         """
-        try:
-            self._serve(leave, idle_seconds)
-        except BrokenExecutor:
-            raise StateError(
-                509, "one that evaluates queries has ended.", "start the same command again: no query is lost."
-            ) from None
-
-    def _serve(self, leave: Callable[[], bool], idle_seconds: float | None) -> None:
         last = time.monotonic()
         while not leave():
             event = self._link.receive(SOON_S if self._evaluations else POLL_S)

@@ -1,17 +1,22 @@
-"""Processes that evaluate queries side by side. SEAL holds Python's lock, so threads would wait for each other."""
+"""Processes that evaluate queries side by side. SEAL holds Python's lock, so threads would wait for each other.
+
+thread ──▶ its process ──▶ thread         a line for each: when a process dies, its line breaks, and nothing waits
+"""
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import get_context, parent_process
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
 
 from server_worker.protocols.he_clstm import HeClstmServer
 from shared.ckks import PublicKeys
+from shared.errors import Refused, StateError
 from shared.models.judge import Judge
 from shared.worker import prepare_torch
 
@@ -23,43 +28,70 @@ Evaluate = Callable[[PublicKeys, int, str, Sequence[bytes], str, str], "Future[l
 def evaluating(judge: Judge, secret: bytes, processes: int) -> Iterator[Evaluate]:
     """Evaluate in so many processes while the block runs; what it has begun by its end is finished, and dropped.
 
+    What is begun raises, besides what `HeClstmServer.answer` does, StateError: 509 its process is gone.
+
     Args:
         judge, secret: as for `HeClstmServer`.
         processes: at most so many, each started when it is needed.
     """
-    pool = ProcessPoolExecutor(processes, get_context("forkserver"), _begin, (judge, secret))
+    own, started = threading.local(), list[_Process]()
 
-    def evaluate(
-        keys: PublicKeys, step: int, packing: str, pieces: Sequence[bytes], before: str, after: str
-    ) -> Future[list[bytes]]:
-        return pool.submit(_answer, keys, step, packing, pieces, before, after)
+    def begin() -> None:
+        own.process = _Process(judge, secret)
+        started.append(own.process)
 
+    def answer(*given: Any) -> list[bytes]:
+        process: _Process = own.process
+        return process.answer(*given)
+
+    threads = ThreadPoolExecutor(processes, initializer=begin)
     try:
-        yield evaluate
+        yield lambda *given: threads.submit(answer, *given)
     finally:
-        pool.shutdown(cancel_futures=True)
+        threads.shutdown(cancel_futures=True)
+        for process in started:
+            process.end()
 
 
-_half: HeClstmServer
-"""Of this process."""
+class _Process:
+    """A `HeClstmServer` elsewhere."""
+
+    def __init__(self, judge: Judge, secret: bytes) -> None:
+        context = get_context("forkserver")
+        self._line, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs, judge, secret))
+        self._process.start()
+        theirs.close()
+
+    def answer(self, *given: Any) -> list[bytes]:
+        """As `HeClstmServer.answer`."""
+        try:
+            self._line.send(given)
+            found: list[bytes] | Refused = self._line.recv()
+        except (EOFError, OSError):
+            raise StateError(
+                509, "one that evaluates queries has ended.", "start the same command again: no query is lost."
+            ) from None
+        if isinstance(found, Refused):
+            raise found
+        return found
+
+    def end(self) -> None:
+        self._line.close()
+        self._process.join()
 
 
-def _begin(judge: Judge, secret: bytes) -> None:
-    global _half
+def _work(line: Connection, judge: Judge, secret: bytes) -> None:
+    """Until the line ends, as it does when the server dies."""
     prepare_torch(1, "cpu")
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to every process: the server decides
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_the_server, daemon=True).start()
-    _half = HeClstmServer(judge, secret)
-
-
-def _end_with_the_server() -> None:
-    """However that one ends; otherwise a killed server would leave processes behind that wait for ever."""
-    server = parent_process()
-    assert server is not None
-    server.join()
-    os._exit(1)
-
-
-def _answer(keys: PublicKeys, step: int, packing: str, pieces: Sequence[bytes], before: str, after: str) -> list[bytes]:
-    return _half.answer(keys, step, packing, pieces, before, after)
+    half = HeClstmServer(judge, secret)
+    with suppress(EOFError, OSError):
+        while True:
+            given = line.recv()
+            try:
+                found: list[bytes] | Refused = half.answer(*given)
+            except Refused as refusal:
+                found = refusal
+            line.send(found)

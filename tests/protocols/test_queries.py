@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -308,7 +308,7 @@ def test_what_fits_no_step_is_refused(service: Service) -> None:
 def test_a_query_stays_when_the_process_that_evaluates_it_dies(service: Service) -> None:
     def evaluate(*given: object) -> Future[list[bytes]]:
         evaluation: Future[list[bytes]] = Future()
-        evaluation.set_exception(BrokenExecutor())
+        evaluation.set_exception(StateError(509, "it died.", "start again."))
         return evaluation
 
     service.submit()

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import BrokenExecutor
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 
 from server_worker.computing import evaluating
 from server_worker.protocols.he_clstm import HeClstmServer
-from shared.errors import Refused
+from shared.errors import Refused, StateError
 from shared.models.judge import Judge
 from shared.models.sequences import SequenceJudge
 from shared.packing import Batch
@@ -47,7 +46,6 @@ def test_processes_give_what_one_gives(tmp_path: Path) -> None:
     with evaluating(judge(), SECRET, 2) as evaluate:
         answers = [evaluate(public, 0, "batch", pieces, "", "n") for _ in range(4)]
         refused = evaluate(public, 7, "batch", pieces, "", "n")
-        assert len(active_children()) == 2
         for answer in answers:
             (found,) = answer.result()
             numbers = [secret.decrypted(circuit.read_any(one))[:2] for one in (found, expected)]
@@ -55,6 +53,7 @@ def test_processes_give_what_one_gives(tmp_path: Path) -> None:
         with pytest.raises(Refused) as caught:
             refused.result()
         assert caught.value.number == 304
+        assert len(active_children()) == 2
     assert not active_children()
 
 
@@ -68,16 +67,20 @@ def test_a_process_that_is_killed_is_noticed(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGTERM)
         with pytest.raises(Refused):  # a signal to the whole group does not end it
             evaluate(public, 0, "batch", [], "", "n").result()
+        os.kill(process.pid, signal.SIGSTOP)
+        waiting = evaluate(public, 0, "batch", [bytes(2**24)], "", "n")  # more than a pipe takes
         os.kill(process.pid, signal.SIGKILL)
-        with pytest.raises(BrokenExecutor):
-            evaluate(public, 0, "batch", [], "", "n").result()
+        for evaluation in (waiting, evaluate(public, 0, "batch", [], "", "n")):
+            with pytest.raises(StateError) as caught:
+                evaluation.result()
+            assert caught.value.number == 509
 
 
 SERVER = """
 from multiprocessing import active_children
 from server_worker.computing import evaluating
 from shared.ckks import PublicKeys
-from shared.errors import Refused
+from shared.errors import Refused, StateError
 from tests.unit.test_computing import SECRET, judge
 if __name__ == "__main__":
     with evaluating(judge(), SECRET, 1) as evaluate:
