@@ -178,7 +178,7 @@ def accuracy(rounds: int) -> dict[str, float]:
 
 
 def two_processes() -> dict[str, float]:
-    """The server's own processes, beside one of them alone, before and after."""
+    """The server's own processes, beside one of them alone, before and after; they count as others' programs."""
     network, secret = trained(True), bytes(32)
     setting, judge = Setting(network, "slots"), Judge.of(network.state_dict())
     pieces = setting.first_pieces(_drawn(setting.capacity)[0].numpy())
@@ -190,7 +190,7 @@ def two_processes() -> dict[str, float]:
 
     with evaluating(judge, secret, 1) as one, evaluating(judge, secret, 2) as two:
         for evaluate in (one, two):
-            seconds(evaluate, 20)  # each process encodes the weights once
+            seconds(evaluate, 120)  # until each process has come up, and has encoded the weights
         alone = [seconds(one, 40)]
         both = seconds(two, 40)
         alone.append(seconds(one, 40))
