@@ -70,7 +70,7 @@ def write_study(folder: Path, recurrent: bool, broker: str = "embedded:broker") 
                 image[4 * frame : 4 * frame + 4, 4:12] = 250
             name = f"{sequence}-{frame}.png"
             Image.fromarray(image).save(folder / "frames" / name)
-            lines.append(f"{name},{sequence % 2},p{sequence},{frame}")
+            lines.append(f'{name},{sequence % 2},"Doe, {sequence}",{frame}')
     (folder / "frames" / "index.csv").write_text("\n".join(lines) + "\n")
     text = RUN.format(frames=FRAMES, side=SIDE, recurrent=str(recurrent).lower())
     (folder / "run.toml").write_text(text)

@@ -149,6 +149,10 @@ def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (keys / "secret.key").read_bytes() == before
     (keys / "secret.key").rename(keys / "elsewhere")
     refused(capsys, 511, "query", north)
+    blinding = folder / "state" / "server" / "blinding.key"
+    blinding.chmod(0o640)
+    assert "may be read by other users" in refused(capsys, 511, "answer", str(folder / "server.toml"))
+    blinding.chmod(0o600)
     (keys / "elsewhere").rename(keys / "secret.key")
     by_itself(folder, "answer")
     by_itself(folder, "query", "--output", str(folder / "scores.csv"))
