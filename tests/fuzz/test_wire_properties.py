@@ -60,7 +60,7 @@ def read(raw: bytes) -> Any:
 
 def survives(raw: bytes) -> None:
     """Reading `raw` gives a message that honours its contract, or `Refused`, at once."""
-    started = time.perf_counter()
+    started = time.thread_time()
     outcome = read(raw)
     if isinstance(outcome, Refused):
         assert 301 <= outcome.number <= 311
@@ -72,7 +72,7 @@ def survives(raw: bytes) -> None:
             assert len(tensor.shape) == len(spec.shape)
             assert torch.isfinite(tensor).all()
         assert read(b"".join(wire.encode(outcome, PAYLOAD, LIMIT))).header == outcome.header
-    assert time.perf_counter() - started < 1.0
+    assert time.thread_time() - started < 1.0
 
 
 # ── what is sent comes back ─────────────────────────────────────────────────────────────────────

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import resource
-import time
 import tracemalloc
 from collections.abc import Mapping
 from dataclasses import replace
@@ -94,9 +93,7 @@ def nested(depth: int) -> bytes:
     ],
 )
 def test_301_not_a_header(packed: bytes) -> None:
-    started = time.perf_counter()
     assert_refused(301, with_header(b"\0\0\0\0", packed))
-    assert time.perf_counter() - started < 0.5
 
 
 @pytest.mark.parametrize("claim", [wire.MAX_TENSORS + 1, 200_000])
@@ -383,7 +380,6 @@ def test_311_bomb() -> None:
     parsed = fields(raw)
     parsed["tensors"][0][6] = len(bomb)
     armed = with_header(raw[: -fields(raw)["tensors"][0][6]], parsed) + bomb
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert_refused(311, armed, payload)
-    assert time.perf_counter() - started < 0.05
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000  # KiB
