@@ -40,13 +40,29 @@ class ClusterNode(RabbitNode):
         assert self._process is not None
         os.killpg(self._process.pid, number)
 
-    def cut_off(self, peers: list[str]) -> None:
-        """Let it lose its connections to the others, and neither side make new ones; clients still reach it."""
-        self.ctl("eval", f"[begin erlang:set_cookie(N, cut), erlang:disconnect_node(N) end || N <- {_atoms(peers)}].")
+    def make_ready_to_cut_off(self, peers: list[str]) -> None:
+        """What `cut_off` has to ask of the node, which takes seconds."""
+        cut = f"begin erlang:set_cookie(N, cut), erlang:disconnect_node(N) end || N <- {_atoms(peers)}"
+        self.ctl(
+            "eval",
+            f"Wait = fun Again() -> filelib:is_file('{self._fuse}') orelse begin timer:sleep(20), Again() end end, "
+            f"spawn(fun() -> Wait(), [{cut}] end).",
+        )
+
+    def cut_off(self) -> None:
+        """Let it lose its connections to the others at once, and neither side make new ones; clients still reach it.
+
+        Sooner or later it pauses, as it is in the minority, and no longer answers.
+        """
+        self._fuse.touch()
 
     def join_again(self, peers: list[str]) -> None:
         """End `cut_off`."""
         self.ctl("eval", f"[erlang:set_cookie(N, erlang:get_cookie()) || N <- {_atoms(peers)}].")
+
+    @property
+    def _fuse(self) -> Path:
+        return self.folder / "fuse"
 
 
 def _atoms(names: list[str]) -> str:
