@@ -13,7 +13,8 @@ TORCH_INDEX ?=
 # Options for pytest: make test ARGS="-x tests/unit"
 ARGS ?=
 
-# Tests wait for processes and clocks half of the time, so two files run side by side.
+# Tests wait for processes and clocks half of the time, so two files run side by side; in the order of their names,
+# which has slow ones at the beginning, and not one of them alone at the end.
 SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help

@@ -58,6 +58,7 @@ class ClusterNode(RabbitNode):
 
     def join_again(self, peers: list[str]) -> None:
         """End `cut_off`."""
+        self._fuse.unlink()
         self.ctl("eval", f"[erlang:set_cookie(N, erlang:get_cookie()) || N <- {_atoms(peers)}].")
 
     @property
@@ -98,12 +99,11 @@ class Cluster:
 
     def wait_until_whole(self) -> None:
         """Wait until each node sees all others."""
-
-        sees_all = f"length(rpc:call(N, rabbit_nodes, all_running, [], 5000)) =:= {NODES}"
-        asked = f"[catch {sees_all} || N <- {_atoms([node.name for node in self.nodes])}]."
+        sees_all = f"(catch length(rpc:call(N, rabbit_nodes, all_running, [], 5000))) =:= {NODES}"
+        asked = f"lists:all(fun(N) -> {sees_all} end, {_atoms([node.name for node in self.nodes])})."
 
         def whole() -> bool:
-            return self._anyone().ctl("eval", asked).strip() == "[true,true,true]"
+            return self._anyone().ctl("eval", asked).strip() == "true"
 
         wait_until(whole, 60, "the nodes to see each other")
 

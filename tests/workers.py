@@ -66,7 +66,7 @@ class Hospital:
         broker, store: addresses for server.toml and site.toml; {worker} stands for the worker's name.
         files: more lines for these, with {worker}.
         protocol, epochs, order, sites: of run.toml; rounds are as many as epochs.
-        begin: how a worker begins.
+        begin: how workers and other verbs begin.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Hospital:
         """Run a verb to its end."""
         with tempfile.TemporaryDirectory() as place:
             out, err = Path(place) / "out", Path(place) / "err"
-            process = Process([*arguments], self.folder, out, err)
+            process = self._begin([*arguments], self.folder, out, err)
             try:
                 code = process.wait(timeout)
             finally:

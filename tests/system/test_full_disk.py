@@ -84,9 +84,7 @@ def take_past_trouble(link: Link, count: int) -> list[Delivery]:
     return taken
 
 
-def test_a_consumer_can_make_room_on_a_disk_that_messages_filled(
-    small_disk: Path,
-) -> None:
+def test_a_consumer_can_make_room_on_a_disk_that_messages_filled(small_disk: Path) -> None:
     broker = EmbeddedBroker(small_disk / "broker")
     broker.declare([UP])
     with broker.link([], 8, "site") as site:
