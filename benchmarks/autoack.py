@@ -27,7 +27,7 @@ from pathlib import Path
 from benchmarks.autoack_loop import STOP
 from benchmarks.common import scratch
 from benchmarks.nemesis import SITES, WORKERS, schedule
-from shared.message import SERVER
+from nightsplit.shared.message import SERVER
 from tests.services import RabbitNode
 from tests.workers import Hospital
 

@@ -8,13 +8,21 @@ from typing import Literal
 import torch
 from torch import nn
 
-from broker.topology import SiteQueues, site_queues
-from shared.config import Codec, ModelSection, OptimizerSection, RunConfig, RunSection, TaskSection, WireSection
-from shared.contract import Payload
-from shared.message import Kind
-from shared.models.cutting import Halves, build, output_shapes
-from shared.protocols.stream import payloads
-from site_worker.data.dataset import Dataset, Parts
+from nightsplit.broker.topology import SiteQueues, site_queues
+from nightsplit.shared.config import (
+    Codec,
+    ModelSection,
+    OptimizerSection,
+    RunConfig,
+    RunSection,
+    TaskSection,
+    WireSection,
+)
+from nightsplit.shared.contract import Payload
+from nightsplit.shared.message import Kind
+from nightsplit.shared.models.cutting import Halves, build, output_shapes
+from nightsplit.shared.protocols.stream import payloads
+from nightsplit.site_worker.data.dataset import Dataset, Parts
 
 SITE = "north"
 BATCHES_PER_EPOCH = 16

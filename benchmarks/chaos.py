@@ -34,9 +34,9 @@ from benchmarks.common import scratch
 from benchmarks.nemesis import WORKERS, Nemesis, Strike, percentile_95, schedule, torch_import_seconds
 from benchmarks.numbered import Numbered
 from benchmarks.oracle import Outcome, outcome_of
-from shared import crash
-from shared.protocols import ROUNDS
-from shared.stores import open_store
+from nightsplit.shared import crash
+from nightsplit.shared.protocols import ROUNDS
+from nightsplit.shared.stores import open_store
 from tests.processes import Fresh, Process
 from tests.services import RabbitNode, RedisServer
 from tests.workers import SHARES, Hospital

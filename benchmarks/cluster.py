@@ -22,10 +22,10 @@ from rich.console import Console
 from benchmarks.common import MiB, Place, scratch
 from benchmarks.numbered import QUEUE_BYTES, Numbered
 from benchmarks.transport import SIZES, through
-from broker.base import Queue
-from broker.rabbitmq import RabbitBroker
-from broker.topology import site_queues
-from console.words import columns
+from nightsplit.broker.base import Queue
+from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.broker.topology import site_queues
+from nightsplit.console.words import columns
 from tests.cluster import Cluster, ClusterNode, cluster
 
 WATCH_S = 40.0

@@ -13,18 +13,18 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import Worker
-from broker.rabbitmq import RabbitBroker
-from broker.topology import site_queues
-from shared.authority import Alone
-from shared.checkpoint import Checkpoints
-from shared.config import RunConfig
-from shared.config_file import load
-from shared.engine import Engine
-from shared.message import SERVER
-from shared.route import Route
-from shared.worker import prefetch_for, prepare_torch
-from site_worker.data.dataset import Dataset, Parts
-from site_worker.protocols import make_site
+from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.broker.topology import site_queues
+from nightsplit.shared.authority import Alone
+from nightsplit.shared.checkpoint import Checkpoints
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.config_file import load
+from nightsplit.shared.engine import Engine
+from nightsplit.shared.message import SERVER
+from nightsplit.shared.route import Route
+from nightsplit.shared.worker import prefetch_for, prepare_torch
+from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.protocols import make_site
 
 INPUTS, WIDTH, BATCH = 16, 64, 32
 MESSAGE_BYTES = BATCH * (2 * WIDTH + 4)
@@ -41,7 +41,7 @@ window = 1000000
 epochs = 1
 batch_size = {batch}
 [model]
-factory = "shared.models.networks:mlp"
+factory = "nightsplit.models:mlp"
 settings = {{inputs = {inputs}, hidden = [{width}, 32], outputs = 1}}
 [task]
 kind = "binary"

@@ -9,8 +9,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from site_worker.data.dataset import Dataset, Parts
-from site_worker.data.split import shuffled
+from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.split import shuffled
 
 FEWEST = 8
 """Training patients of a site; shares that leave a site less are drawn again, as by Li et al., ICDE 2022."""

@@ -26,18 +26,18 @@ from torch import nn
 from benchmarks.common import Worker, scratch
 from benchmarks.events import xor_of_events
 from benchmarks.figures import Figure, Results, arguments
-from server_worker.computing import Evaluate, evaluating
-from server_worker.encrypted.arithmetic import Arithmetic
-from server_worker.encrypted.convolution import CIRCUIT, UNIT, convolved
-from server_worker.protocols.he_clstm import HeClstmServer
-from shared.ckks import PublicKeys
-from shared.models.judge import Judge, Numbers
-from shared.models.sequences import SequenceJudge
-from shared.protocols.he_clstm import circuit_of, packing_of
-from shared.worker import prepare_torch
-from site_worker.encrypted.keys import SecretKeys
-from site_worker.protocols.he_clstm import HeClstmSite
-from site_worker.queries import Origin, Query
+from nightsplit.server_worker.computing import Evaluate, evaluating
+from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
+from nightsplit.server_worker.encrypted.convolution import CIRCUIT, UNIT, convolved
+from nightsplit.server_worker.protocols.he_clstm import HeClstmServer
+from nightsplit.shared.ckks import PublicKeys
+from nightsplit.shared.models.judge import Judge, Numbers
+from nightsplit.shared.models.sequences import SequenceJudge
+from nightsplit.shared.protocols.he_clstm import circuit_of, packing_of
+from nightsplit.shared.worker import prepare_torch
+from nightsplit.site_worker.encrypted.keys import SecretKeys
+from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
+from nightsplit.site_worker.queries import Origin, Query
 
 FRAMES, FEATURES, HIDDEN = 5, 32, 16
 SIDE, FILTERS, IMAGES = 28, 4, 4096

@@ -21,8 +21,8 @@ import torch
 from benchmarks.common import MiB, Worker, resident_bytes
 from benchmarks.encrypted import FEATURES, HIDDEN, Setting
 from benchmarks.results import PAGE, write_section
-from shared.models.sequences import SequenceJudge
-from shared.worker import prepare_torch
+from nightsplit.shared.models.sequences import SequenceJudge
+from nightsplit.shared.worker import prepare_torch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

@@ -38,8 +38,8 @@ from benchmarks.federated_study import (
     Study,
 )
 from benchmarks.results import spread, write_section
-from console.words import counted
-from shared.errors import NightsplitError
+from nightsplit.console.words import counted
+from nightsplit.shared.errors import NightsplitError
 
 BEGIN = "<!-- figures: written by benchmarks/federated.py -->"
 SEEDS = 3

@@ -18,17 +18,17 @@ from msgspec.structs import replace
 
 from benchmarks.divisions import DIVISIONS, IID, divide, keep
 from benchmarks.simulate import simulate
-from console.baselines import alone, centralized, judge
-from console.pretrain import pretrain
-from server_worker.protocols.data_vectors import DataVectorsServer
-from shared.artifact import Artifact, read_artifact
-from shared.config import DataSection, RunConfig, SiteConfig
-from shared.config_file import load
-from shared.protocols.assembly import assemble_rounds
-from site_worker.data.dataset import Parts
-from site_worker.data.scaling import scale
-from site_worker.data.source import read_parts
-from site_worker.trainer import Trainer
+from nightsplit.console.baselines import alone, centralized, judge
+from nightsplit.console.pretrain import pretrain
+from nightsplit.server_worker.protocols.data_vectors import DataVectorsServer
+from nightsplit.shared.artifact import Artifact, read_artifact
+from nightsplit.shared.config import DataSection, RunConfig, SiteConfig
+from nightsplit.shared.config_file import load
+from nightsplit.shared.protocols.assembly import assemble_rounds
+from nightsplit.site_worker.data.dataset import Parts
+from nightsplit.site_worker.data.scaling import scale
+from nightsplit.site_worker.data.source import read_parts
+from nightsplit.site_worker.trainer import Trainer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SITES = ["north", "south", "east"]

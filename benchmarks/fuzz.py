@@ -28,11 +28,11 @@ import torch
 from benchmarks.common import MiB, resident_bytes
 from benchmarks.mutants import mutant
 from benchmarks.specimens import LIMIT, Specimen, specimens
-from shared import wire
-from shared.contract import Payload
-from shared.errors import Refused
-from shared.message import Kind, Message
-from shared.worker import prepare_torch
+from nightsplit.shared import wire
+from nightsplit.shared.contract import Payload
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.message import Kind, Message
+from nightsplit.shared.worker import prepare_torch
 
 HANG_MS = 50.0
 GROWTH_MB = 64.0

@@ -28,14 +28,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from server_worker.audit.inversion import Attacker, invert
-from server_worker.audit.similarity import psnr, ssim
-from shared.config import ModelSection, OptimizerSection, PrivacySection, RunConfig, RunSection, TaskSection
-from shared.models.segmentation import unet
-from site_worker.privacy.accounting import noise_for
-from site_worker.privacy.secret import Secret
-from site_worker.privacy.trainer import PrivateTrainer
-from site_worker.trainer import Trainer
+from nightsplit.server_worker.audit.inversion import Attacker, invert
+from nightsplit.server_worker.audit.similarity import psnr, ssim
+from nightsplit.shared.config import ModelSection, OptimizerSection, PrivacySection, RunConfig, RunSection, TaskSection
+from nightsplit.shared.models.segmentation import unet
+from nightsplit.site_worker.privacy.accounting import noise_for
+from nightsplit.site_worker.privacy.secret import Secret
+from nightsplit.site_worker.privacy.trainer import PrivateTrainer
+from nightsplit.site_worker.trainer import Trainer
 
 PRIVACY = PrivacySection(epsilon=8.0, delta=1.9e-4, clip=0.2)
 RECORDS, BATCH, STEPS = 2360, 128, 120
@@ -46,7 +46,7 @@ HELD_BACK = 40
 """Volumes that are attacked or not used; the mean image is of the others."""
 CONFIG = RunConfig(
     run=RunSection(id="inversion", protocol="fedavg_dp_seg", sites=["victim"]),
-    model=ModelSection(factory="shared.models.segmentation:unet"),
+    model=ModelSection(factory="nightsplit.models:unet"),
     task=TaskSection(kind="segmentation"),
     optimizer=OptimizerSection(name="sgd", lr=0.1),
 )

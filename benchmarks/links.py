@@ -28,12 +28,12 @@ from rich.console import Console
 from benchmarks.common import scratch
 from benchmarks.simulate import simulate
 from benchmarks.study import EXAMPLES
-from console.words import columns
-from shared.config import Codec, RunConfig, SiteConfig, WireSection
-from shared.config_file import load
-from shared.worker import prepare_torch
-from site_worker.data.scaling import scale
-from site_worker.data.source import read_parts
+from nightsplit.console.words import columns
+from nightsplit.shared.config import Codec, RunConfig, SiteConfig, WireSection
+from nightsplit.shared.config_file import load
+from nightsplit.shared.worker import prepare_torch
+from nightsplit.site_worker.data.scaling import scale
+from nightsplit.site_worker.data.source import read_parts
 from tests.links import Line
 from tests.services import RabbitNode
 from tests.workers import Hospital
@@ -73,7 +73,7 @@ def night(folder: Path, node: RabbitNode, wire: tuple[Codec, bool], share: float
         workers = []
         for verb, worker in (("server", "server"), ("site", "north")):
             log = stack.enter_context((folder / f"{worker}.log").open("w"))
-            command = [sys.executable, "-m", "console", verb, f"{worker}.toml"]
+            command = [sys.executable, "-m", "nightsplit", verb, f"{worker}.toml"]
             workers.append(subprocess.Popen(command, cwd=folder, stdout=log, stderr=log))
             stack.callback(_end, workers[-1])
         metrics = folder / "report" / "metrics.jsonl"

@@ -22,8 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from shared import crash
-from shared.message import SERVER
+from nightsplit.shared import crash
+from nightsplit.shared.message import SERVER
 from tests.services import RabbitNode
 from tests.workers import SHARES, Hospital
 

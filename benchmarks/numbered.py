@@ -6,9 +6,9 @@ import random
 import threading
 import time
 
-from broker.base import Confirmed, Delivery, Queue
-from broker.rabbitmq import RabbitBroker
-from broker.topology import site_queues
+from nightsplit.broker.base import Confirmed, Delivery, Queue
+from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.broker.topology import site_queues
 
 QUEUE_BYTES = 2**30
 AHEAD = 64

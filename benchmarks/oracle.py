@@ -15,8 +15,8 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from shared.message import SERVER
-from shared.protocols import ROUNDS
+from nightsplit.shared.message import SERVER
+from nightsplit.shared.protocols import ROUNDS
 from tests.workers import SHARES, Hospital
 
 BATCH_SIZE = 16

@@ -8,9 +8,9 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from shared.config import RunConfig
-from shared.protocols.assembly import assemble_rounds
-from site_worker.data.dataset import Parts
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.protocols.assembly import assemble_rounds
+from nightsplit.site_worker.data.dataset import Parts
 
 COLOURS = ("white", "tab:cyan", "tab:orange")
 """Of the truth, and of two models."""

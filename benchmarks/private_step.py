@@ -17,17 +17,17 @@ from opacus.grad_sample import GradSampleModule
 from torch import nn
 
 from benchmarks.figures import Figure, Results, arguments
-from shared.config import ModelSection, PrivacySection, RunConfig, RunSection, TaskSection
-from shared.models.segmentation import monet, unet
-from shared.worker import prepare_torch
-from site_worker.privacy.hooks import Hooked
-from site_worker.privacy.secret import Secret
-from site_worker.privacy.trainer import PrivateTrainer
-from site_worker.trainer import Trainer
+from nightsplit.shared.config import ModelSection, PrivacySection, RunConfig, RunSection, TaskSection
+from nightsplit.shared.models.segmentation import monet, unet
+from nightsplit.shared.worker import prepare_torch
+from nightsplit.site_worker.privacy.hooks import Hooked
+from nightsplit.site_worker.privacy.secret import Secret
+from nightsplit.site_worker.privacy.trainer import PrivateTrainer
+from nightsplit.site_worker.trainer import Trainer
 
 CONFIG = RunConfig(
     run=RunSection(id="steps", protocol="fedavg_dp_seg", sites=["one"]),
-    model=ModelSection(factory="shared.models.segmentation:unet"),
+    model=ModelSection(factory="nightsplit.models:unet"),
     task=TaskSection(kind="segmentation"),
 )
 CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {

@@ -21,9 +21,9 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.study import AS_IS, CASES, RATIOS, SITES, SWEPT, Case, Job, carry_out, jobs, sites_of, systems
-from console.words import counted
-from shared.errors import NightsplitError
-from shared.metrics import Metrics
+from nightsplit.console.words import counted
+from nightsplit.shared.errors import NightsplitError
+from nightsplit.shared.metrics import Metrics
 
 PROCESSES = 2
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"

@@ -24,14 +24,14 @@ from torch import nn
 
 from benchmarks.common import MiB, Place, Worker, fresh_name, queues_of, rabbitmq, resident_bytes, scratch
 from benchmarks.figures import Figure, Results, arguments
-from broker.base import Broker, Delivery, Event, Link, Queue
-from broker.topology import SiteQueues, site_queues
-from broker.wrapped import WrappedLink
-from server_worker.aggregation import WeightedMean
-from server_worker.protocols import make_server
-from shared.authority import Alone
-from shared.checkpoint import Checkpoints
-from shared.config import (
+from nightsplit.broker.base import Broker, Delivery, Event, Link, Queue
+from nightsplit.broker.topology import SiteQueues, site_queues
+from nightsplit.broker.wrapped import WrappedLink
+from nightsplit.server_worker.aggregation import WeightedMean
+from nightsplit.server_worker.protocols import make_server
+from nightsplit.shared.authority import Alone
+from nightsplit.shared.checkpoint import Checkpoints
+from nightsplit.shared.config import (
     DataSection,
     ModelSection,
     OptimizerSection,
@@ -41,12 +41,12 @@ from shared.config import (
     TaskSection,
     WireSection,
 )
-from shared.engine import Engine
-from shared.message import SERVER
-from shared.route import Route
-from shared.worker import prefetch_for, prepare_torch
-from site_worker.data.dataset import Dataset, Parts
-from site_worker.protocols import make_site
+from nightsplit.shared.engine import Engine
+from nightsplit.shared.message import SERVER
+from nightsplit.shared.route import Route
+from nightsplit.shared.worker import prefetch_for, prepare_torch
+from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.protocols import make_site
 
 SITES = ("north", "south", "east", "west")
 WIDTH = 1408

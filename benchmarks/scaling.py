@@ -42,7 +42,7 @@ def nightsplit(verb: str, folder: Path) -> subprocess.Popen[bytes]:
     """A verb on server.toml, as a user starts it."""
     with (folder / "server.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "console", verb, "server.toml"], cwd=folder, stdout=log, stderr=log,
+            [sys.executable, "-m", "nightsplit", verb, "server.toml"], cwd=folder, stdout=log, stderr=log,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         )  # fmt: skip
 

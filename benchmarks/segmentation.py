@@ -31,8 +31,8 @@ from safetensors.torch import load_file, save_file
 from benchmarks.outlines import draw
 from benchmarks.private_step import trainers_of
 from benchmarks.simulate import simulate
-from console.baselines import Judgement, alone, centralized, judge
-from shared.config import (
+from nightsplit.console.baselines import Judgement, alone, centralized, judge
+from nightsplit.shared.config import (
     DataSection,
     ModelSection,
     OptimizerSection,
@@ -43,13 +43,13 @@ from shared.config import (
     SourceSection,
     TaskSection,
 )
-from shared.errors import NightsplitError
-from shared.metrics import measure
-from shared.models.segmentation import unet
-from shared.worker import prepare_torch
-from site_worker.data.dataset import Dataset, Parts
-from site_worker.data.source import read_parts
-from site_worker.privacy.accounting import Use, epsilon_of, noise_for, patient_epsilon
+from nightsplit.shared.errors import NightsplitError
+from nightsplit.shared.metrics import measure
+from nightsplit.shared.models.segmentation import unet
+from nightsplit.shared.worker import prepare_torch
+from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.source import read_parts
+from nightsplit.site_worker.privacy.accounting import Use, epsilon_of, noise_for, patient_epsilon
 
 SITES = ("north", "south", "east")
 PUBLIC, VOLUMES = 20, 260
@@ -105,7 +105,7 @@ class Row:
                 batch_size=schedule.batch,
                 evaluate_every=max(1, schedule.rounds // 5),
             ),
-            model=ModelSection(factory="shared.models.segmentation:unet"),
+            model=ModelSection(factory="nightsplit.models:unet"),
             task=TaskSection(kind="segmentation"),
             optimizer=OptimizerSection(lr=schedule.lr),
             round=RoundSection(rounds=schedule.rounds, local_batches=schedule.local_batches, decay="cosine"),

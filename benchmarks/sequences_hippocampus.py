@@ -15,12 +15,12 @@ from torch import nn
 from torch.nn.functional import adaptive_avg_pool1d, binary_cross_entropy_with_logits, pad
 
 from benchmarks.sequences_material import TEST, Material
-from shared.config import DataSection, SourceSection, TaskSection
-from shared.models.segmentation import unet
-from site_worker.data.augment import augment
-from site_worker.data.dataset import Dataset
-from site_worker.data.source import load_dataset
-from site_worker.data.split import shuffled
+from nightsplit.shared.config import DataSection, SourceSection, TaskSection
+from nightsplit.shared.models.segmentation import unet
+from nightsplit.site_worker.data.augment import augment
+from nightsplit.site_worker.data.dataset import Dataset
+from nightsplit.site_worker.data.source import load_dataset
+from nightsplit.site_worker.data.split import shuffled
 
 FRAMES, SIDE, PITCH = 12, 48, 2
 """Slices of a volume, around its middle; mm of a frame's side, one pixel each; mm from frame to frame."""

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.events import xor_of_events
-from shared.config import DataSection, ModelSection, RunConfig, RunSection, SourceSection, TaskSection
-from site_worker.data.dataset import Dataset
-from site_worker.data.scaling import scale
-from site_worker.data.source import read_parts
+from nightsplit.shared.config import DataSection, ModelSection, RunConfig, RunSection, SourceSection, TaskSection
+from nightsplit.site_worker.data.dataset import Dataset
+from nightsplit.site_worker.data.scaling import scale
+from nightsplit.site_worker.data.source import read_parts
 
 FRAMES, SIDE = 5, 32
 TEST = 0.3
@@ -48,7 +48,7 @@ def lung_ct(seed: int) -> Material:
     )
     run = RunConfig(
         run=RunSection(id="sequences", protocol="fedavg_transfer", sites=["all"], seed=seed),
-        model=ModelSection(factory="shared.models.sequences:clstm"),
+        model=ModelSection(factory="nightsplit.models:clstm"),
         task=TaskSection(kind="binary"),
         data=DataSection(image_size=SIDE, frames=FRAMES, classes=["0", "1"], validation=0.0, test=TEST),
     )

@@ -27,9 +27,9 @@ from benchmarks import sequences_hippocampus
 from benchmarks.encrypted import Setting
 from benchmarks.sequences_hippocampus import PLACES, AreaEncoder, hippocampus, pretrained
 from benchmarks.sequences_material import FRAMES, SIDE, Material, lung_ct, xor
-from shared.models.sequences import SequenceJudge, clstm, plain_clstm
-from site_worker.data.augment import augment
-from site_worker.data.dataset import Dataset
+from nightsplit.shared.models.sequences import SequenceJudge, clstm, plain_clstm
+from nightsplit.site_worker.data.augment import augment
+from nightsplit.site_worker.data.dataset import Dataset
 
 SPECIFICITY = 0.9
 WEIGHTS = (1.0, 2.0, 4.0)

@@ -15,21 +15,21 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from broker.memory import MemoryBroker
-from broker.topology import site_queues
-from console.baselines import Judgement, judge
-from server_worker.protocols import AnyServer, make_server
-from shared.authority import Alone
-from shared.checkpoint import Checkpoints
-from shared.config import RunConfig
-from shared.engine import Engine
-from shared.message import SERVER
-from shared.protocols.assembly import assemble_any
-from shared.roles import Role
-from shared.route import Route
-from site_worker.data.dataset import Parts
-from site_worker.protocols import make_site
-from site_worker.protocols.base import SiteRole
+from nightsplit.broker.memory import MemoryBroker
+from nightsplit.broker.topology import site_queues
+from nightsplit.console.baselines import Judgement, judge
+from nightsplit.server_worker.protocols import AnyServer, make_server
+from nightsplit.shared.authority import Alone
+from nightsplit.shared.checkpoint import Checkpoints
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.engine import Engine
+from nightsplit.shared.message import SERVER
+from nightsplit.shared.protocols.assembly import assemble_any
+from nightsplit.shared.roles import Role
+from nightsplit.shared.route import Route
+from nightsplit.site_worker.data.dataset import Parts
+from nightsplit.site_worker.protocols import make_site
+from nightsplit.site_worker.protocols.base import SiteRole
 
 PREFETCH = 512
 """A checkpoint follows every quarter of it. Fewer would cost memory: what none contains is kept."""

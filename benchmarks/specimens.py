@@ -12,12 +12,12 @@ import msgpack  # type: ignore[import-untyped]
 import msgspec
 import torch
 
-from shared import wire
-from shared.config import Codec, RunConfig
-from shared.contract import Payload, TensorSpec
-from shared.message import FROM_SITES, SERVER, UNSEQUENCED, Header, Kind, Message, Scalar
-from shared.protocols import PROTOCOLS, query
-from shared.protocols.assembly import assemble_any
+from nightsplit.shared import wire
+from nightsplit.shared.config import Codec, RunConfig
+from nightsplit.shared.contract import Payload, TensorSpec
+from nightsplit.shared.message import FROM_SITES, SERVER, UNSEQUENCED, Header, Kind, Message, Scalar
+from nightsplit.shared.protocols import PROTOCOLS, query
+from nightsplit.shared.protocols.assembly import assemble_any
 
 LIMIT = 2**20
 """Largest message, as `wire.message_bytes` would say."""
@@ -93,7 +93,7 @@ def _config(protocol: str, model: str, codec: str, zstd: bool) -> RunConfig:
                 "id": "fuzz", "protocol": protocol, "sites": ["north"], "batch_size": ROWS, "bottoms": "averaged",
                 "export_top": True,
             },
-            "model": {"factory": f"shared.models.networks:{model}", **MODELS[model]},
+            "model": {"factory": f"nightsplit.models:{model}", **MODELS[model]},
             "task": task,
             "data": {"features": ["a", "b", "c"]} if model == "mlp" else {"image_size": 8},
             "wire": {"smashed": codec, "gradient": codec, "zstd": zstd, "message_bytes": LIMIT},

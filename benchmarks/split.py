@@ -21,29 +21,29 @@ from torch import nn
 
 from benchmarks.cases import SITE, Case
 from benchmarks.common import MiB, Place, cpu_seconds, resident_bytes
-from broker.base import Link, Queue
-from broker.topology import SiteQueues
-from server_worker.lease import Lease
-from server_worker.protocols.split_labels import SplitLabelsServer
-from server_worker.top import Top
-from shared import wire
-from shared.authority import Alone
-from shared.checkpoint import Checkpoints
-from shared.config import RunConfig
-from shared.contract import Payload
-from shared.effects import Record
-from shared.engine import Engine
-from shared.message import SERVER, Kind
-from shared.protocols.assembly import planned_message_bytes
-from shared.roles import Role
-from shared.route import Route
-from shared.stores import open_store
-from shared.tasks import loss_of
-from shared.training import make_optimizer
-from shared.worker import prefetch_for, prepare_torch
-from site_worker.bottom import Bottom
-from site_worker.feed import Feed
-from site_worker.protocols.split_labels import SplitLabelsSite
+from nightsplit.broker.base import Link, Queue
+from nightsplit.broker.topology import SiteQueues
+from nightsplit.server_worker.lease import Lease
+from nightsplit.server_worker.protocols.split_labels import SplitLabelsServer
+from nightsplit.server_worker.top import Top
+from nightsplit.shared import wire
+from nightsplit.shared.authority import Alone
+from nightsplit.shared.checkpoint import Checkpoints
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.contract import Payload
+from nightsplit.shared.effects import Record
+from nightsplit.shared.engine import Engine
+from nightsplit.shared.message import SERVER, Kind
+from nightsplit.shared.protocols.assembly import planned_message_bytes
+from nightsplit.shared.roles import Role
+from nightsplit.shared.route import Route
+from nightsplit.shared.stores import open_store
+from nightsplit.shared.tasks import loss_of
+from nightsplit.shared.training import make_optimizer
+from nightsplit.shared.worker import prefetch_for, prepare_torch
+from nightsplit.site_worker.bottom import Bottom
+from nightsplit.site_worker.feed import Feed
+from nightsplit.site_worker.protocols.split_labels import SplitLabelsSite
 
 # ── the two workers ─────────────────────────────────────────────────────────────────────────────
 

@@ -19,13 +19,13 @@ import torch
 from msgspec.structs import replace
 
 from benchmarks.simulate import simulate
-from console.baselines import Judgement, alone, centralized
-from shared.config import RunConfig, SiteConfig, SourceSection
-from shared.config_file import load
-from shared.metrics import Metrics
-from site_worker.data.dataset import Parts
-from site_worker.data.scaling import scale
-from site_worker.data.source import read_parts
+from nightsplit.console.baselines import Judgement, alone, centralized
+from nightsplit.shared.config import RunConfig, SiteConfig, SourceSection
+from nightsplit.shared.config_file import load
+from nightsplit.shared.metrics import Metrics
+from nightsplit.site_worker.data.dataset import Parts
+from nightsplit.site_worker.data.scaling import scale
+from nightsplit.site_worker.data.source import read_parts
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 AS_IS = "as in the example"

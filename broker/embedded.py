@@ -14,10 +14,10 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from broker.base import Broker, Link, Queue
-from broker.embedded_folder import Folder
-from broker.embedded_link import EmbeddedLink
-from shared.sqlite import broker_errors, transaction
+from nightsplit.broker.base import Broker, Link, Queue
+from nightsplit.broker.embedded_folder import Folder
+from nightsplit.broker.embedded_link import EmbeddedLink
+from nightsplit.shared.sqlite import broker_errors, transaction
 
 
 class EmbeddedBroker(Broker):

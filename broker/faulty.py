@@ -28,8 +28,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from heapq import heappop, heappush
 
-from broker.base import Broker, Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
-from broker.wrapped import WrappedLink
+from nightsplit.broker.base import Broker, Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
+from nightsplit.broker.wrapped import WrappedLink
 
 MOST_COPIES = 3
 """Of a message that is duplicated, at one publishing."""

@@ -7,8 +7,8 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
-from broker.base import Broker, Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
-from shared.errors import BrokerError
+from nightsplit.broker.base import Broker, Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
+from nightsplit.shared.errors import BrokerError
 
 
 class _Stored:

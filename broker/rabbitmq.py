@@ -1,4 +1,4 @@
-"""RabbitMQ. `broker.rabbitmq_link` is the left column below; `rabbitmq_publishing` and `rabbitmq_consuming` the right.
+"""RabbitMQ. `rabbitmq_link` is the left column below; `rabbitmq_publishing` and `rabbitmq_consuming` the right.
 
     the worker's thread                       the link's I/O thread (one pika loop)
     ───────────────────                       ─────────────────────────────────────
@@ -19,15 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from broker.base import Broker, Link, Queue
-from broker.rabbitmq_address import connected, read_addresses
-from broker.rabbitmq_connection import ChannelRefused, IOLoop, tune_process
-from broker.rabbitmq_consuming import Consuming
-from broker.rabbitmq_link import Inbox, RabbitLink
-from broker.rabbitmq_publishing import Publishing
-from broker.rabbitmq_terms import arguments, disagreement
-from shared.credentials import NOBODY, Credentials
-from shared.errors import BrokerError
+from nightsplit.broker.base import Broker, Link, Queue
+from nightsplit.broker.rabbitmq_address import connected, read_addresses
+from nightsplit.broker.rabbitmq_connection import ChannelRefused, IOLoop, tune_process
+from nightsplit.broker.rabbitmq_consuming import Consuming
+from nightsplit.broker.rabbitmq_link import Inbox, RabbitLink
+from nightsplit.broker.rabbitmq_publishing import Publishing
+from nightsplit.broker.rabbitmq_terms import arguments, disagreement
+from nightsplit.shared.credentials import NOBODY, Credentials
+from nightsplit.shared.errors import BrokerError
 
 FIRST_CONNECTION_S = 10.0
 """An address that did not answer for so long is probably wrong; one that once did is tried for ever."""

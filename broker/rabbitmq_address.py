@@ -10,10 +10,10 @@ from typing import Any
 import pika
 from pika import exceptions
 
-from broker.outbox import Pauses
-from broker.rabbitmq_terms import lasting, unreachable
-from shared.credentials import Credentials
-from shared.errors import BrokerError
+from nightsplit.broker.outbox import Pauses
+from nightsplit.broker.rabbitmq_terms import lasting, unreachable
+from nightsplit.shared.credentials import Credentials
+from nightsplit.shared.errors import BrokerError
 
 
 def read_addresses(url: str, heartbeat: int, credentials: Credentials) -> list[Any]:

@@ -1,6 +1,6 @@
 """A connection to RabbitMQ that comes back by itself; what `rabbitmq_publishing` and `rabbitmq_consuming` share.
 
-It belongs to a link's I/O thread; see the drawing in `broker.rabbitmq`.
+It belongs to a link's I/O thread; see the drawing in `nightsplit.broker.rabbitmq`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pika import exceptions
 from pika.adapters.select_connection import IOLoop, SelectConnection
 from pika.adapters.utils import io_services_utils
 
-from broker.outbox import Pauses
-from broker.rabbitmq_link import Inbox
-from broker.rabbitmq_terms import lasting, line_down, unreachable
-from shared.errors import BrokerError
+from nightsplit.broker.outbox import Pauses
+from nightsplit.broker.rabbitmq_link import Inbox
+from nightsplit.broker.rabbitmq_terms import lasting, line_down, unreachable
+from nightsplit.shared.errors import BrokerError
 
 __all__ = ["ChannelRefused", "Connection", "IOLoop", "tune_process"]
 

@@ -1,4 +1,4 @@
-"""The worker's side of a link to RabbitMQ; see the drawing in `broker.rabbitmq`."""
+"""The worker's side of a link to RabbitMQ; see the drawing in `nightsplit.broker.rabbitmq`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from broker.base import Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
-from broker.outbox import Message
-from shared.errors import BrokerError
+from nightsplit.broker.base import Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
+from nightsplit.broker.outbox import Message
+from nightsplit.shared.errors import BrokerError
 
 if TYPE_CHECKING:
-    from broker.rabbitmq_consuming import Consuming
-    from broker.rabbitmq_publishing import Publishing
+    from nightsplit.broker.rabbitmq_consuming import Consuming
+    from nightsplit.broker.rabbitmq_publishing import Publishing
 
 GOODBYE_S = 1.0
 """How long a closing link waits for the broker to take leave."""

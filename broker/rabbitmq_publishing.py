@@ -1,4 +1,4 @@
-"""The half of a link to RabbitMQ that publishes; see the drawing in `broker.rabbitmq`."""
+"""The half of a link to RabbitMQ that publishes; see the drawing in `nightsplit.broker.rabbitmq`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import pika
 
-from broker.base import Confirmed, Queue
-from broker.outbox import Message, Outbox
-from broker.rabbitmq_connection import ChannelRefused, Connection
-from broker.rabbitmq_link import Inbox
+from nightsplit.broker.base import Confirmed, Queue
+from nightsplit.broker.outbox import Message, Outbox
+from nightsplit.broker.rabbitmq_connection import ChannelRefused, Connection
+from nightsplit.broker.rabbitmq_link import Inbox
 
 
 class Publishing(Connection):

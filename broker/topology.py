@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from broker.base import Queue
+from nightsplit.broker.base import Queue
 
 PREFIX = "nightsplit"
 

@@ -16,20 +16,20 @@ import torch
 from msgspec.structs import replace
 from torch import nn
 
-from server_worker.evaluation import Evaluation
-from server_worker.top import Top
-from shared.config import RunConfig
-from shared.metrics import Metrics, measure, overall
-from shared.models.cutting import build
-from shared.protocols import ROUNDS
-from shared.protocols.assembly import assemble_rounds
-from shared.protocols.plan import Step
-from shared.protocols.round import Work, is_judged
-from shared.tasks import standardise
-from site_worker.data.dataset import Dataset, Parts
-from site_worker.feed import Feed
-from site_worker.round_feed import RoundFeed
-from site_worker.trainer import Trainer
+from nightsplit.server_worker.evaluation import Evaluation
+from nightsplit.server_worker.top import Top
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.metrics import Metrics, measure, overall
+from nightsplit.shared.models.cutting import build
+from nightsplit.shared.protocols import ROUNDS
+from nightsplit.shared.protocols.assembly import assemble_rounds
+from nightsplit.shared.protocols.plan import Step
+from nightsplit.shared.protocols.round import Work, is_judged
+from nightsplit.shared.tasks import standardise
+from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.feed import Feed
+from nightsplit.site_worker.round_feed import RoundFeed
+from nightsplit.site_worker.trainer import Trainer
 
 
 @dataclass(frozen=True)

@@ -25,21 +25,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from console.baselines import alone, centralized
-from console.play import Play, warm_up
-from console.query import check_encryption
-from console.words import columns, counted, screen
-from shared.config import RunConfig
-from shared.config_file import load
-from shared.errors import ConfigError
-from shared.message import SERVER
-from shared.metrics import Metrics
-from shared.protocols import ROUNDS
-from shared.worker import prepare_torch
-from site_worker.data.dataset import Parts
-from site_worker.worker import SiteWorker
+import nightsplit
+from nightsplit.console.baselines import alone, centralized
+from nightsplit.console.play import Play, warm_up
+from nightsplit.console.query import check_encryption
+from nightsplit.console.words import columns, counted, screen
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.config_file import load
+from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.message import SERVER
+from nightsplit.shared.metrics import Metrics
+from nightsplit.shared.protocols import ROUNDS
+from nightsplit.shared.worker import prepare_torch
+from nightsplit.site_worker.data.dataset import Parts
+from nightsplit.site_worker.worker import SiteWorker
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(nightsplit.__file__).parent / "examples"
 FIGURES: Mapping[str, tuple[str, ...]] = {
     "binary": ("auc", "balanced_accuracy"),
     "multiclass": ("auc", "balanced_accuracy"),
@@ -129,7 +130,7 @@ def _ask(work: Path, config: RunConfig, console: Console) -> dict[str, Any] | No
     if not SiteWorker(work / f"{config.run.sites[0]}.toml").policy.queries:
         return {}
     check_encryption()
-    from console.play_queries import play_queries  # its library is an extra
+    from nightsplit.console.play_queries import play_queries  # its library is an extra
 
     asked = play_queries(work, config, console)
     if asked is None:

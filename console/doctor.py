@@ -14,22 +14,22 @@ from pathlib import Path
 
 import torch
 
-from broker.base import Broker
-from console.doctor_links import checks_of_lines
-from console.files import WorkerFile, read_worker_file
-from console.findings import Finding, size
-from console.words import columns, duration, screen
-from shared.clock import SystemClock
-from shared.config import PolicyConfig, ServerSection, SiteSection
-from shared.config_file import load
-from shared.errors import TITLES, NightsplitError, RunError
-from shared.message import SERVER
-from shared.protocols.assembly import assemble_any, planned_message_bytes
-from shared.shift import Shift
-from shared.worker import prepare_torch
-from site_worker.data.dataset import Dataset
-from site_worker.data.source import read_parts
-from site_worker.policy import check_policy
+from nightsplit.broker.base import Broker
+from nightsplit.console.doctor_links import checks_of_lines
+from nightsplit.console.files import WorkerFile, read_worker_file
+from nightsplit.console.findings import Finding, size
+from nightsplit.console.words import columns, duration, screen
+from nightsplit.shared.clock import SystemClock
+from nightsplit.shared.config import PolicyConfig, ServerSection, SiteSection
+from nightsplit.shared.config_file import load
+from nightsplit.shared.errors import TITLES, NightsplitError, RunError
+from nightsplit.shared.message import SERVER
+from nightsplit.shared.protocols.assembly import assemble_any, planned_message_bytes
+from nightsplit.shared.shift import Shift
+from nightsplit.shared.worker import prepare_torch
+from nightsplit.site_worker.data.dataset import Dataset
+from nightsplit.site_worker.data.source import read_parts
+from nightsplit.site_worker.policy import check_policy
 
 RABBITMQ_MESSAGE_BYTES = 16 * 2**20
 """What RabbitMQ 4 takes unless max_message_size was raised; no client can ask for it."""

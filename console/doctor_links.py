@@ -12,16 +12,16 @@ from functools import partial
 
 from cryptography import x509
 
-from broker.rabbitmq_probe import Probe
-from broker.topology import PREFIX, site_queues
-from console.files import WorkerFile
-from console.findings import Finding, size
-from console.keys.folders import BROKER_PORT, STORE_PORT
-from shared.config import SiteSection
-from shared.credentials import TLS_SCHEMES, places_of, scheme_of
-from shared.errors import BrokerError
-from shared.protocols.assembly import assemble_any, planned_message_bytes
-from shared.store import RunStore
+from nightsplit.broker.rabbitmq_probe import Probe
+from nightsplit.broker.topology import PREFIX, site_queues
+from nightsplit.console.files import WorkerFile
+from nightsplit.console.findings import Finding, size
+from nightsplit.console.keys.folders import BROKER_PORT, STORE_PORT
+from nightsplit.shared.config import SiteSection
+from nightsplit.shared.credentials import TLS_SCHEMES, places_of, scheme_of
+from nightsplit.shared.errors import BrokerError
+from nightsplit.shared.protocols.assembly import assemble_any, planned_message_bytes
+from nightsplit.shared.store import RunStore
 
 PATIENCE_S = 5.0
 EXPIRES_SOON_DAYS = 30

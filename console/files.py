@@ -9,15 +9,15 @@ from typing import Any
 
 from msgspec import Struct
 
-from broker.base import Broker
-from broker.opening import open_broker
-from broker.topology import SiteQueues, query_queues, site_queues
-from shared.config import RunConfig, ServerConfig, ServerSection, SiteConfig, SiteSection, SourceSection
-from shared.config_file import load
-from shared.credentials import Credentials
-from shared.errors import ConfigError
-from shared.store import RunStore
-from shared.stores import open_store
+from nightsplit.broker.base import Broker
+from nightsplit.broker.opening import open_broker
+from nightsplit.broker.topology import SiteQueues, query_queues, site_queues
+from nightsplit.shared.config import RunConfig, ServerConfig, ServerSection, SiteConfig, SiteSection, SourceSection
+from nightsplit.shared.config_file import load
+from nightsplit.shared.credentials import Credentials
+from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.store import RunStore
+from nightsplit.shared.stores import open_store
 
 
 class _Tables(Struct):
@@ -94,7 +94,7 @@ def read_worker_file(path: Path, overrides: Sequence[str] = ()) -> WorkerFile:
     """Read a worker's file and its run.toml.
 
     Raises:
-        ConfigError: 101-103, see `shared.config_file.load`.
+        ConfigError: 101-103, see `nightsplit.shared.config_file.load`.
     """
     tables = load(path, _Tables)
     if tables.server is None and tables.site is None:

@@ -14,11 +14,11 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from shared.errors import TITLES, DataError, NightsplitError, StateError
-from shared.log import LOG, event
+from nightsplit.shared.errors import TITLES, DataError, NightsplitError, StateError
+from nightsplit.shared.log import LOG, event
 
 if TYPE_CHECKING:
-    from shared.worker import Facts
+    from nightsplit.shared.worker import Facts
 
 PROGRESS_SECONDS = 30.0
 """How often the counts are written."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from server_worker.vectors import BASE, FOLDER, merge, read_vector
-from shared.errors import ConfigError
-from shared.weights import weights_sha256
+from nightsplit.server_worker.vectors import BASE, FOLDER, merge, read_vector
+from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.weights import weights_sha256
 
 
 def run_merge(report: Path, output: Path, added: Sequence[Path], left_out: Sequence[str], scale: float | None) -> int:

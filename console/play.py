@@ -27,15 +27,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from console.words import counted, server_offline
-from server_worker.worker import ServerWorker
-from shared.checkpoint import Checkpoints
-from shared.errors import NightsplitError
-from shared.message import SERVER
-from shared.protocols import ROUNDS
-from shared.store import RunStore
-from shared.worker import StopSignal
-from site_worker.worker import SiteWorker
+from nightsplit.console.words import counted, server_offline
+from nightsplit.server_worker.worker import ServerWorker
+from nightsplit.shared.checkpoint import Checkpoints
+from nightsplit.shared.errors import NightsplitError
+from nightsplit.shared.message import SERVER
+from nightsplit.shared.protocols import ROUNDS
+from nightsplit.shared.store import RunStore
+from nightsplit.shared.worker import StopSignal
+from nightsplit.site_worker.worker import SiteWorker
 
 NIGHTS = 2
 """Nights and days apart, before everybody is online together."""

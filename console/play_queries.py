@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from console.words import counted
-from server_worker.query_worker import QueryServerWorker
-from shared.config import RunConfig
-from shared.errors import NightsplitError
-from shared.message import SERVER
-from shared.metrics import measure
-from site_worker.predict import chosen, predict
-from site_worker.query_worker import QuerySiteWorker
-from site_worker.worker import SiteWorker
+from nightsplit.console.words import counted
+from nightsplit.server_worker.query_worker import QueryServerWorker
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.errors import NightsplitError
+from nightsplit.shared.message import SERVER
+from nightsplit.shared.metrics import measure
+from nightsplit.site_worker.predict import chosen, predict
+from nightsplit.site_worker.query_worker import QuerySiteWorker
+from nightsplit.site_worker.worker import SiteWorker
 
 IDLE_SECONDS = 1.0
 """A worker leaves when nothing happened for so long."""

@@ -17,9 +17,9 @@ import torch
 from msgspec import Struct
 from msgspec.structs import replace
 
-from console.words import screen
-from shared.artifact import Card, SourceCard, write_artifact
-from shared.config import (
+from nightsplit.console.words import screen
+from nightsplit.shared.artifact import Card, SourceCard, write_artifact
+from nightsplit.shared.config import (
     DataSection,
     ModelSection,
     Name,
@@ -32,17 +32,17 @@ from shared.config import (
     SourceSection,
     TaskSection,
 )
-from shared.config_file import load
-from shared.errors import ConfigError
-from shared.metrics import Metrics, measure
-from shared.protocols.assembly import assemble_rounds
-from shared.protocols.round import Work
-from shared.weights import weights_sha256
-from site_worker.data.dataset import Dataset, Parts
-from site_worker.data.scaling import scale
-from site_worker.data.source import read_parts
-from site_worker.round_feed import RoundFeed
-from site_worker.trainer import Trainer
+from nightsplit.shared.config_file import load
+from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.metrics import Metrics, measure
+from nightsplit.shared.protocols.assembly import assemble_rounds
+from nightsplit.shared.protocols.round import Work
+from nightsplit.shared.weights import weights_sha256
+from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.scaling import scale
+from nightsplit.site_worker.data.source import read_parts
+from nightsplit.site_worker.round_feed import RoundFeed
+from nightsplit.site_worker.trainer import Trainer
 
 
 class PretrainSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from console.files import WorkerFile
-from console.words import columns, counted, screen
-from shared.config import PolicyConfig, SiteSection
-from shared.config_file import load
-from shared.errors import ConfigError
-from site_worker.privacy import check_installed
+from nightsplit.console.files import WorkerFile
+from nightsplit.console.words import columns, counted, screen
+from nightsplit.shared.config import PolicyConfig, SiteSection
+from nightsplit.shared.config_file import load
+from nightsplit.shared.errors import ConfigError
+from nightsplit.site_worker.privacy import check_installed
 
 if TYPE_CHECKING:
-    from site_worker.privacy.ledger import Total
+    from nightsplit.site_worker.privacy.ledger import Total
 
 ALL = "all runs"
 FIGURES = ("records", "rate", "sigma", "steps", "delta", "epsilon", "epsilon RDP", "patient's records", "patient")
@@ -65,7 +65,7 @@ def summarise(file: WorkerFile) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     check_installed()
-    from site_worker.privacy.ledger import Ledger
+    from nightsplit.site_worker.privacy.ledger import Ledger
 
     if not path.exists() and not path.with_suffix(".key").exists():
         return {"runs": [], "total": None}

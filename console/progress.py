@@ -14,9 +14,9 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from console.words import counted, duration, server_offline
-from shared.message import SERVER
-from shared.worker import Facts
+from nightsplit.console.words import counted, duration, server_offline
+from nightsplit.shared.message import SERVER
+from nightsplit.shared.worker import Facts
 
 PLAIN_SECONDS = 30.0
 """How often a plain line is written while nothing changes."""

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from console.main import INTERRUPTED, STOPPED
-from console.words import counted
-from shared.errors import RunError
-from shared.worker import StopSignal
+from nightsplit.console.main import INTERRUPTED, STOPPED
+from nightsplit.console.words import counted
+from nightsplit.shared.errors import RunError
+from nightsplit.shared.worker import StopSignal
 
 
 def ask(
@@ -30,7 +30,7 @@ def ask(
         new_keys: forget the pair of keys first.
     """
     check_encryption()
-    from site_worker.query_worker import QuerySiteWorker
+    from nightsplit.site_worker.query_worker import QuerySiteWorker
 
     stop = StopSignal()
     stop.install()
@@ -57,7 +57,7 @@ def ask(
 def answer(path: Path, overrides: Sequence[str], idle_seconds: float | None) -> int:
     """Answer queries until asked to stop; returns the exit code."""
     check_encryption()
-    from server_worker.query_worker import QueryServerWorker
+    from nightsplit.server_worker.query_worker import QueryServerWorker
 
     stop = StopSignal()
     stop.install()

@@ -18,23 +18,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from broker.base import Confirmed, Delivery, Event, Link, Queue
-from broker.topology import site_queues
-from console.files import WorkerFile
-from console.words import counted, screen
-from server_worker.protocols import AnyServer, make_server
-from server_worker.tape import FOLDER, recorded
-from shared import wire
-from shared.authority import Alone
-from shared.checkpoint import Checkpoints
-from shared.config import RunConfig, ServerSection
-from shared.effects import Record
-from shared.engine import Engine
-from shared.errors import ConfigError, Refused, StateError
-from shared.route import Route
-from shared.store import RunStore
-from shared.weights import weights_sha256
-from shared.worker import prepare_torch
+from nightsplit.broker.base import Confirmed, Delivery, Event, Link, Queue
+from nightsplit.broker.topology import site_queues
+from nightsplit.console.files import WorkerFile
+from nightsplit.console.words import counted, screen
+from nightsplit.server_worker.protocols import AnyServer, make_server
+from nightsplit.server_worker.tape import FOLDER, recorded
+from nightsplit.shared import wire
+from nightsplit.shared.authority import Alone
+from nightsplit.shared.checkpoint import Checkpoints
+from nightsplit.shared.config import RunConfig, ServerSection
+from nightsplit.shared.effects import Record
+from nightsplit.shared.engine import Engine
+from nightsplit.shared.errors import ConfigError, Refused, StateError
+from nightsplit.shared.route import Route
+from nightsplit.shared.store import RunStore
+from nightsplit.shared.weights import weights_sha256
+from nightsplit.shared.worker import prepare_torch
 
 
 def show_replay(file: WorkerFile, until: int | None, as_json: bool) -> bool:

@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from console.files import WorkerFile
-from console.words import columns, counted, duration, screen, server_offline
-from shared.errors import BrokerError, RunError
-from shared.message import SERVER
-from shared.store import Status
+from nightsplit.console.files import WorkerFile
+from nightsplit.console.words import columns, counted, duration, screen, server_offline
+from nightsplit.shared.errors import BrokerError, RunError
+from nightsplit.shared.message import SERVER
+from nightsplit.shared.store import Status
 
 COUNTS = ("sent", "confirmed", "answered", "applied", "queued", "refused", "duplicates")
 GIVEN = ("batches", "samples", "share", "left_out_at")

@@ -10,16 +10,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from console import json_log
-from console.main import INTERRUPTED, STOPPED
-from console.progress import Progress
-from console.words import screen
-from server_worker.ddp import is_helper
-from server_worker.worker import ServerWorker
-from shared.log import event
-from shared.message import SERVER
-from shared.worker import Facts, StopSignal
-from site_worker.worker import SiteWorker
+from nightsplit.console import json_log
+from nightsplit.console.main import INTERRUPTED, STOPPED
+from nightsplit.console.progress import Progress
+from nightsplit.console.words import screen
+from nightsplit.server_worker.ddp import is_helper
+from nightsplit.server_worker.worker import ServerWorker
+from nightsplit.shared.log import event
+from nightsplit.shared.message import SERVER
+from nightsplit.shared.worker import Facts, StopSignal
+from nightsplit.site_worker.worker import SiteWorker
 
 
 def open_run(path: Path, overrides: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from shared.errors import StateError
+from nightsplit.shared.errors import StateError
 
 Row = tuple[str, int, int]
 """A stored sample: site, item, row."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from shared.config import RoundSection
+from nightsplit.shared.config import RoundSection
 
 
 class Aggregation(ABC):

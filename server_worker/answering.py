@@ -17,17 +17,17 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
-from broker.base import Confirmed, Delivery, Link
-from server_worker.computing import Evaluate
-from server_worker.encrypted.arithmetic import Arithmetic
-from shared import wire
-from shared.ckks import Circuit, PublicKeys
-from shared.dead_letter import bury
-from shared.durable import write_durably
-from shared.errors import Refused
-from shared.message import SERVER, Header, Kind, Message
-from shared.protocols.query import BLINDED_ELSEWHERE, CONTRACT, KEYS_UNKNOWN, Parcels, chunks
-from shared.route import Route
+from nightsplit.broker.base import Confirmed, Delivery, Link
+from nightsplit.server_worker.computing import Evaluate
+from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
+from nightsplit.shared import wire
+from nightsplit.shared.ckks import Circuit, PublicKeys
+from nightsplit.shared.dead_letter import bury
+from nightsplit.shared.durable import write_durably
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.message import SERVER, Header, Kind, Message
+from nightsplit.shared.protocols.query import BLINDED_ELSEWHERE, CONTRACT, KEYS_UNKNOWN, Parcels, chunks
+from nightsplit.shared.route import Route
 
 POLL_S = 0.5
 """How long it waits for a message before it looks whether it should leave."""

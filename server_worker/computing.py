@@ -14,11 +14,11 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
-from server_worker.protocols.he_clstm import HeClstmServer
-from shared.ckks import PublicKeys
-from shared.errors import Refused, StateError
-from shared.models.judge import Judge
-from shared.worker import prepare_torch
+from nightsplit.server_worker.protocols.he_clstm import HeClstmServer
+from nightsplit.shared.ckks import PublicKeys
+from nightsplit.shared.errors import Refused, StateError
+from nightsplit.shared.models.judge import Judge
+from nightsplit.shared.worker import prepare_torch
 
 Evaluate = Callable[[PublicKeys, int, str, Sequence[bytes], str, str], "Future[list[bytes]]"]
 """`HeClstmServer.answer`, begun."""

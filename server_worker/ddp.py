@@ -1,6 +1,6 @@
 """One top, trained by several processes on stored activations (DistributedDataParallel, Li et al., VLDB 2020).
 
-    torchrun --standalone --nproc-per-node 2 -m console server server.toml
+    torchrun --standalone --nproc-per-node 2 -m nightsplit server server.toml
 
     rank 0    the server worker: it alone consumes, stores, chooses rows, evaluates, saves and publishes
     others    helpers: they read the same activation store, and compute
@@ -31,12 +31,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
-from server_worker.activation_store import ActivationStore, Row
-from server_worker.top import StoredTop, buffers_of, refuse_unless_finite
-from shared.config import OptimizerSection, TaskSection
-from shared.errors import ConfigError, Refused, StateError
-from shared.seeds import seeded
-from shared.tasks import loss_of
+from nightsplit.server_worker.activation_store import ActivationStore, Row
+from nightsplit.server_worker.top import StoredTop, buffers_of, refuse_unless_finite
+from nightsplit.shared.config import OptimizerSection, TaskSection
+from nightsplit.shared.errors import ConfigError, Refused, StateError
+from nightsplit.shared.seeds import seeded
+from nightsplit.shared.tasks import loss_of
 
 STATE, STEP, LEAVE = range(3)
 """What rank 0 says to the helpers."""

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from shared.errors import StateError
-from shared.store import Pointer, RunStore
+from nightsplit.shared.errors import StateError
+from nightsplit.shared.store import Pointer, RunStore
 
 TTL_SECONDS = 15.0
 
@@ -25,7 +25,7 @@ def owner_of(folder: Path, alone: bool) -> str:
 
 
 class Lease:
-    """The right to act as the run's server; what `shared.authority.Authority` asks for.
+    """The right to act as the run's server; what `nightsplit.shared.authority.Authority` asks for.
 
     Args:
         store: used from the worker's thread.

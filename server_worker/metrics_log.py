@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from shared.durable import write_durably
-from shared.effects import Record
+from nightsplit.shared.durable import write_durably
+from nightsplit.shared.effects import Record
 
 
 class MetricsLog:

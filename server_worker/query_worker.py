@@ -8,20 +8,20 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-from broker.opening import open_broker
-from broker.topology import query_queues
-from server_worker.answering import Answering
-from server_worker.computing import evaluating
-from shared.config import ServerConfig
-from shared.config_file import load
-from shared.errors import StateError
-from shared.message import SERVER
-from shared.protocols.he_clstm import circuit_of, fill, judge_of, stages_of
-from shared.protocols.query import MOST_CHUNKS
-from shared.route import Route
-from shared.secret_file import make_secret_file, read_secret_file
-from shared.shift_worker import ShiftWorker
-from shared.worker import StopSignal, locked_folder, prepare_torch
+from nightsplit.broker.opening import open_broker
+from nightsplit.broker.topology import query_queues
+from nightsplit.server_worker.answering import Answering
+from nightsplit.server_worker.computing import evaluating
+from nightsplit.shared.config import ServerConfig
+from nightsplit.shared.config_file import load
+from nightsplit.shared.errors import StateError
+from nightsplit.shared.message import SERVER
+from nightsplit.shared.protocols.he_clstm import circuit_of, fill, judge_of, stages_of
+from nightsplit.shared.protocols.query import MOST_CHUNKS
+from nightsplit.shared.route import Route
+from nightsplit.shared.secret_file import make_secret_file, read_secret_file
+from nightsplit.shared.shift_worker import ShiftWorker
+from nightsplit.shared.worker import StopSignal, locked_folder, prepare_torch
 
 WEIGHTS = ("top.safetensors", "model.safetensors")
 """Of the last stage: after a split run, or after rounds."""

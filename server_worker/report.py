@@ -9,13 +9,13 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from server_worker.protocols import AnyServer
-from server_worker.protocols.data_vectors import DataVectorsServer
-from server_worker.vectors import publish
-from shared.config import RunConfig
-from shared.metrics import HEADLINE
-from shared.protocols import ROUNDS
-from shared.weights import weights_sha256
+from nightsplit.server_worker.protocols import AnyServer
+from nightsplit.server_worker.protocols.data_vectors import DataVectorsServer
+from nightsplit.server_worker.vectors import publish
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.metrics import HEADLINE
+from nightsplit.shared.protocols import ROUNDS
+from nightsplit.shared.weights import weights_sha256
 
 
 def write_report(folder: Path, config: RunConfig, role: AnyServer, heard: Mapping[str, str | None]) -> dict[str, Any]:

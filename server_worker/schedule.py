@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
 
-from shared.protocols.stream import UpSequence
+from nightsplit.shared.protocols.stream import UpSequence
 
 
 class Schedule(ABC):

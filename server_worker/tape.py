@@ -24,11 +24,11 @@ from pathlib import Path
 from struct import Struct
 from typing import BinaryIO
 
-from broker.base import Delivery, Event, Link
-from broker.wrapped import WrappedLink
-from shared.config import RunConfig
-from shared.durable import force_to_disk
-from shared.errors import StateError
+from nightsplit.broker.base import Delivery, Event, Link
+from nightsplit.broker.wrapped import WrappedLink
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.durable import force_to_disk
+from nightsplit.shared.errors import StateError
 
 FOLDER = "tape"
 """In the server's state folder."""

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from server_worker.activation_store import ActivationStore, Row
-from shared.checkpoint import flatten, under
-from shared.config import OptimizerSection, TaskSection
-from shared.errors import Refused
-from shared.seeds import seeded
-from shared.tasks import loss_of
-from shared.tensors import is_finite
-from shared.training import make_optimizer, optimizer_tensors, restore_optimizer
+from nightsplit.server_worker.activation_store import ActivationStore, Row
+from nightsplit.shared.checkpoint import flatten, under
+from nightsplit.shared.config import OptimizerSection, TaskSection
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.seeds import seeded
+from nightsplit.shared.tasks import loss_of
+from nightsplit.shared.tensors import is_finite
+from nightsplit.shared.training import make_optimizer, optimizer_tensors, restore_optimizer
 
 
 class Top:

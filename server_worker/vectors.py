@@ -19,10 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from server_worker.protocols.data_vectors import DataVectorsServer, added
-from shared.errors import ConfigError
-from shared.models.whole import Layout
-from shared.weights import weights_sha256
+from nightsplit.server_worker.protocols.data_vectors import DataVectorsServer, added
+from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.models.whole import Layout
+from nightsplit.shared.weights import weights_sha256
 
 FOLDER = "vectors"
 """In the report folder."""

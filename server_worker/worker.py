@@ -7,32 +7,32 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from broker.opening import open_broker
-from broker.topology import site_queues
-from server_worker.attendance import Attendance
-from server_worker.ddp import DividedTop, Group, device_of_rank, joined_group
-from server_worker.deadline import Deadline
-from server_worker.lease import Lease, owner_of
-from server_worker.metrics_log import MetricsLog
-from server_worker.protocols import AnyServer, make_server
-from server_worker.protocols.split_frozen import SplitFrozenServer
-from server_worker.report import write_report
-from server_worker.tape import taped
-from shared.checkpoint import Checkpoints
-from shared.clock import Clock
-from shared.config import ServerConfig
-from shared.config_file import load
-from shared.effects import Record
-from shared.engine import Engine
-from shared.errors import StateError
-from shared.log import event
-from shared.message import SERVER, Kind, Scalar
-from shared.protocols.assembly import planned_message_bytes
-from shared.route import Route
-from shared.shift_worker import ShiftWorker
-from shared.store import RunStore, Status
-from shared.turns import CLOSES, LEAVES
-from shared.worker import (
+from nightsplit.broker.opening import open_broker
+from nightsplit.broker.topology import site_queues
+from nightsplit.server_worker.attendance import Attendance
+from nightsplit.server_worker.ddp import DividedTop, Group, device_of_rank, joined_group
+from nightsplit.server_worker.deadline import Deadline
+from nightsplit.server_worker.lease import Lease, owner_of
+from nightsplit.server_worker.metrics_log import MetricsLog
+from nightsplit.server_worker.protocols import AnyServer, make_server
+from nightsplit.server_worker.protocols.split_frozen import SplitFrozenServer
+from nightsplit.server_worker.report import write_report
+from nightsplit.server_worker.tape import taped
+from nightsplit.shared.checkpoint import Checkpoints
+from nightsplit.shared.clock import Clock
+from nightsplit.shared.config import ServerConfig
+from nightsplit.shared.config_file import load
+from nightsplit.shared.effects import Record
+from nightsplit.shared.engine import Engine
+from nightsplit.shared.errors import StateError
+from nightsplit.shared.log import event
+from nightsplit.shared.message import SERVER, Kind, Scalar
+from nightsplit.shared.protocols.assembly import planned_message_bytes
+from nightsplit.shared.route import Route
+from nightsplit.shared.shift_worker import ShiftWorker
+from nightsplit.shared.store import RunStore, Status
+from nightsplit.shared.turns import CLOSES, LEAVES
+from nightsplit.shared.worker import (
     Facts,
     Heartbeat,
     StopSignal,
@@ -53,7 +53,7 @@ class ServerWorker(ShiftWorker):
 
     Args:
         path: its server.toml.
-        overrides: "run.key=value" for run.toml (as `shared.config_file.load`).
+        overrides: "run.key=value" for run.toml (as `nightsplit.shared.config_file.load`).
         clock: tells when its shift is.
         stop: asked between steps.
         observe: shown the worker's facts every second.

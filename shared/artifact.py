@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
-from shared.durable import write_durably
-from shared.errors import ConfigError
-from shared.weights import weights_sha256
+from nightsplit.shared.durable import write_durably
+from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.weights import weights_sha256
 
 _CARD = "card"
 
@@ -39,7 +39,7 @@ class SourceCard(Struct, frozen=True, kw_only=True):
         classes: labels in the order of the model's outputs.
         samples: number of samples that were trained on.
         held_out: number of samples that the figures were measured on.
-        figures: on held-out samples, as `shared.metrics.measure` gives them.
+        figures: on held-out samples, as `nightsplit.shared.metrics.measure` gives them.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Card(Struct, frozen=True, kw_only=True):
         epochs: passes over the sources.
         seed: of weights, order and augmentation.
         date: day on which it was written, UTC, as 2026-01-31.
-        weights_sha256: of the weights alone, see `shared.weights`; two trainings that agree agree in it.
+        weights_sha256: of the weights alone, see `nightsplit.shared.weights`; two trainings that agree agree in it.
     """
 
     name: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from shared.store import Pointer
+from nightsplit.shared.store import Pointer
 
 
 class Authority(Protocol):

@@ -25,10 +25,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from shared import crash
-from shared.durable import force_to_disk
-from shared.errors import StateError
-from shared.store import Pointer
+from nightsplit.shared import crash
+from nightsplit.shared.durable import force_to_disk
+from nightsplit.shared.errors import StateError
+from nightsplit.shared.store import Pointer
 
 TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
 

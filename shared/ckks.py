@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 import tenseal.sealapi as seal
 
-from shared.errors import Refused
+from nightsplit.shared.errors import Refused
 
 Ciphertext: TypeAlias = Any  # seal.Ciphertext, which has no types
 Plaintext: TypeAlias = Any  # seal.Plaintext, likewise

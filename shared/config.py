@@ -1,6 +1,6 @@
 """The files a user writes, as frozen objects: run.toml, site.toml, server.toml, policy.toml.
 
-`shared.config_file` reads them. All participants of a run hold the same run.toml; its `contract` is
+`nightsplit.shared.config_file` reads them. All participants of a run hold the same run.toml; its `contract` is
 what they compare.
 """
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from shared.credentials import Credentials
+from nightsplit.shared.credentials import Credentials
 
 Positive = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
@@ -31,7 +31,7 @@ class RunSection(_Section, frozen=True, kw_only=True):
 
     Attributes:
         id: name of the run; part of every queue name.
-        protocol: one of `shared.protocols.PROTOCOLS`.
+        protocol: one of `nightsplit.shared.protocols.PROTOCOLS`.
         sites: names of the sites that take part.
         seed: every random choice of the run derives from it.
         order: "strict", a fixed function of site and seq, or "fair", weighted round robin over what arrived.

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Struct
 
-from shared.config import RoundSection, RunConfig
-from shared.errors import ConfigError
-from shared.message import SERVER
-from shared.protocols import PROTOCOLS, ROUNDS
+from nightsplit.shared.config import RoundSection, RunConfig
+from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.message import SERVER
+from nightsplit.shared.protocols import PROTOCOLS, ROUNDS
 
 T = TypeVar("T", bound=Struct)
 

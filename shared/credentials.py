@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.errors import ConfigError
+from nightsplit.shared.errors import ConfigError
 
 TLS_SCHEMES = ("amqps", "rediss")
 

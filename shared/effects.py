@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from shared.message import Kind, Scalar
+from nightsplit.shared.message import Kind, Scalar
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Send:
     """Publish a message. The engine adds run, sender and fence.
 
-    Attributes as in `shared.message.Header` and `Message`.
+    Attributes as in `nightsplit.shared.message.Header` and `Message`.
     """
 
     receiver: str

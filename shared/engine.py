@@ -19,19 +19,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-from broker.base import Confirmed, Delivery, Link, Recovered, Trouble
-from shared import crash, wire
-from shared.authority import Authority
-from shared.checkpoint import Checkpoints, Snapshot
-from shared.custody import Applied, Pending, Sent
-from shared.dead_letter import bury
-from shared.effects import Effect, Finish, Record, Send
-from shared.errors import Refused, StateError
-from shared.message import FROM_SITES, SERVER, UNSEQUENCED, Header, Message
-from shared.progress import Progress
-from shared.roles import Role
-from shared.route import Route
-from shared.turns import CLOSES, LEAVES, Turns
+from nightsplit.broker.base import Confirmed, Delivery, Link, Recovered, Trouble
+from nightsplit.shared import crash, wire
+from nightsplit.shared.authority import Authority
+from nightsplit.shared.checkpoint import Checkpoints, Snapshot
+from nightsplit.shared.custody import Applied, Pending, Sent
+from nightsplit.shared.dead_letter import bury
+from nightsplit.shared.effects import Effect, Finish, Record, Send
+from nightsplit.shared.errors import Refused, StateError
+from nightsplit.shared.message import FROM_SITES, SERVER, UNSEQUENCED, Header, Message
+from nightsplit.shared.progress import Progress
+from nightsplit.shared.roles import Role
+from nightsplit.shared.route import Route
+from nightsplit.shared.turns import CLOSES, LEAVES, Turns
 
 
 class Engine:

@@ -14,8 +14,8 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 from prometheus_client.registry import Collector
 
-from shared.credentials import Credentials, is_loopback
-from shared.errors import ConfigError
+from nightsplit.shared.credentials import Credentials, is_loopback
+from nightsplit.shared.errors import ConfigError
 
 
 @contextmanager

@@ -18,7 +18,7 @@ Scalar = bool | int | float | str
 
 
 class Kind(StrEnum):
-    """What a message is. `shared.protocols` says which payload each kind carries."""
+    """What a message is. `nightsplit.shared.protocols` says which payload each kind carries."""
 
     MANIFEST = "manifest"  # server -> site: the run as opened; first in every down queue
     HELLO = "hello"  # site -> server: the site's plan and contract

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from shared.config import DataSection, TaskSection
-from shared.tasks import loss_of
+from nightsplit.shared.config import DataSection, TaskSection
+from nightsplit.shared.tasks import loss_of
 
 Metrics = dict[str, float | None]
 """`samples`, `loss`, and the task's figures; None where one is undefined (AUC of a single class)."""

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from shared.models.judge import Numbers
+from nightsplit.shared.models.judge import Numbers
 
 
 class Packing(Protocol):

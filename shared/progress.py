@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from logging import WARNING
 
-from shared.errors import Refused
-from shared.log import event
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.log import event
 
 
 @dataclass(slots=True)

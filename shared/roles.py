@@ -3,7 +3,7 @@
 A role opens no socket, file or clock, and starts no thread: it takes messages and returns
 effects, so a test compares lists of effects and needs no mock. Everything it must remember is in
 its snapshot. The shapes of a role (design.md section 6) are base classes beside the systems:
-`site_worker.protocols.stream` and `server_worker.protocols.stream`.
+`nightsplit.site_worker.protocols.stream` and `nightsplit.server_worker.protocols.stream`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Set
 from typing import ClassVar
 
-from shared.checkpoint import Snapshot
-from shared.contract import Payload
-from shared.effects import Effect
-from shared.errors import Refused
-from shared.message import Header, Kind, Message
+from nightsplit.shared.checkpoint import Snapshot
+from nightsplit.shared.contract import Payload
+from nightsplit.shared.effects import Effect
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.message import Header, Kind, Message
 
 
 class Role(ABC):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from broker.base import Queue
+from nightsplit.broker.base import Queue
 
 
 @dataclass(frozen=True, slots=True)

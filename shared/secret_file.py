@@ -6,7 +6,7 @@ import os
 import secrets
 from pathlib import Path
 
-from shared.durable import force_to_disk
+from nightsplit.shared.durable import force_to_disk
 
 BYTES = 32
 

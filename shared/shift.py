@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, time, timedelta
 from zoneinfo import ZoneInfo
 
-from shared.errors import ConfigError
+from nightsplit.shared.errors import ConfigError
 
 _TEXT = re.compile(r"\s*(\d{1,2}):(\d{2})\s*-\s*(\d{1,2}):(\d{2})\s+(\S+)\s*")
 _REMEDY = 'write for example shift = "22:00-06:00 Europe/Berlin"; leave the key out to work at all hours.'

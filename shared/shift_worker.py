@@ -7,18 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shared.clock import Clock, SystemClock
-from shared.config import RunConfig, WorkerSection
-from shared.config_file import load
-from shared.log import event, phase_of
-from shared.progress import Progress
-from shared.shift import Shift
-from shared.store import RunStore
-from shared.stores import open_store
-from shared.worker import Facts, StopSignal
+from nightsplit.shared.clock import Clock, SystemClock
+from nightsplit.shared.config import RunConfig, WorkerSection
+from nightsplit.shared.config_file import load
+from nightsplit.shared.log import event, phase_of
+from nightsplit.shared.progress import Progress
+from nightsplit.shared.shift import Shift
+from nightsplit.shared.store import RunStore
+from nightsplit.shared.stores import open_store
+from nightsplit.shared.worker import Facts, StopSignal
 
 if TYPE_CHECKING:
-    from shared.telemetry import Telemetry
+    from nightsplit.shared.telemetry import Telemetry
 
 
 class ShiftWorker:
@@ -27,7 +27,7 @@ class ShiftWorker:
     Args:
         base: folder of the worker's file; relative paths start there.
         config: the worker's section.
-        overrides: "section.key=value" for run.toml (as `shared.config_file.load`).
+        overrides: "section.key=value" for run.toml (as `nightsplit.shared.config_file.load`).
         clock: tells when the shift is.
         stop: asked between steps.
         observe: shown the worker's facts every second.
@@ -78,8 +78,8 @@ class ShiftWorker:
         if self._metrics_address is None:
             yield
             return
-        from shared.exposition import served  # loaded by those who want it
-        from shared.telemetry import Telemetry
+        from nightsplit.shared.exposition import served  # loaded by those who want it
+        from nightsplit.shared.telemetry import Telemetry
 
         self._telemetry = Telemetry(self.run_config.run.id, worker, sites)
         with served(self._telemetry, self._metrics_address, self.credentials):

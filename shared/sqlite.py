@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shared.errors import BrokerError
+from nightsplit.shared.errors import BrokerError
 
 BUSY_SECONDS = 5.0
 """How long a transaction waits for the transactions of others before it fails as locked."""

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from shared.message import Scalar
+from nightsplit.shared.message import Scalar
 
 SILENT_SECONDS = 10.0
 """A worker speaks every second; one that was silent for so long is not there."""

@@ -6,8 +6,8 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 
-from shared.message import Scalar
-from shared.store import Pointer, RunStore, Status
+from nightsplit.shared.message import Scalar
+from nightsplit.shared.store import Pointer, RunStore, Status
 
 
 class MemoryStore(RunStore):

@@ -19,10 +19,10 @@ import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
-from shared.credentials import NOBODY, Credentials
-from shared.errors import BrokerError, ConfigError
-from shared.message import SERVER, Scalar
-from shared.store import Pointer, RunStore, Status
+from nightsplit.shared.credentials import NOBODY, Credentials
+from nightsplit.shared.errors import BrokerError, ConfigError
+from nightsplit.shared.message import SERVER, Scalar
+from nightsplit.shared.store import Pointer, RunStore, Status
 
 TIMEOUT_SECONDS = 5.0
 

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from shared.message import Scalar
-from shared.sqlite import broker_errors, open_database, transaction
-from shared.store import Pointer, RunStore, Status
+from nightsplit.shared.message import Scalar
+from nightsplit.shared.sqlite import broker_errors, open_database, transaction
+from nightsplit.shared.store import Pointer, RunStore, Status
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS status (

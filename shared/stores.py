@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shared.credentials import NOBODY, Credentials, expect_private
-from shared.errors import ConfigError
-from shared.store import RunStore
-from shared.store_redis import RedisStore
-from shared.store_sqlite import SqliteStore
+from nightsplit.shared.credentials import NOBODY, Credentials, expect_private
+from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.store import RunStore
+from nightsplit.shared.store_redis import RedisStore
+from nightsplit.shared.store_sqlite import SqliteStore
 
 
 def open_store(address: str, run: str, base: Path, credentials: Credentials = NOBODY) -> RunStore:

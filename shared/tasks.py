@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from shared.config import DataSection, TaskSection
+from nightsplit.shared.config import DataSection, TaskSection
 
 
 def loss_of(task: TaskSection, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,9 @@ from typing import NamedTuple
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from shared.log import PHASES, phase_of
-from shared.message import Scalar
-from shared.worker import Facts
+from nightsplit.shared.log import PHASES, phase_of
+from nightsplit.shared.message import Scalar
+from nightsplit.shared.worker import Facts
 
 
 class _Told(NamedTuple):

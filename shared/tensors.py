@@ -24,8 +24,8 @@ from typing import get_args
 import torch
 import zstandard
 
-from shared.contract import Codec
-from shared.errors import Refused
+from nightsplit.shared.contract import Codec
+from nightsplit.shared.errors import Refused
 
 if sys.byteorder != "little":
     raise ImportError("nightsplit puts tensors on the wire as they lie in memory: little-endian")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Set
 
-from shared.authority import Authority
-from shared.roles import Role
+from nightsplit.shared.authority import Authority
+from nightsplit.shared.roles import Role
 
 LEAVES = "-"
 """Before a name in the journal: at this position the run began to go on without that sender."""

@@ -21,11 +21,11 @@ from typing import Any, get_args
 import msgpack  # type: ignore[import-untyped]
 import torch
 
-from shared import tensors
-from shared.contract import Codec, Payload, TensorSpec
-from shared.errors import Refused
-from shared.message import WIRE_VERSION, Header, Kind, Message, Scalar
-from shared.tensors import DTYPES, Entry, refusal
+from nightsplit.shared import tensors
+from nightsplit.shared.contract import Codec, Payload, TensorSpec
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.message import WIRE_VERSION, Header, Kind, Message, Scalar
+from nightsplit.shared.tensors import DTYPES, Entry, refusal
 
 ALIGNMENT = 64
 MAX_HEADER = 256 * 1024

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from shared.errors import BrokerError, ConfigError, NightsplitError, StateError
-from shared.log import event
-from shared.message import Scalar
-from shared.store import RunStore
+from nightsplit.shared.errors import BrokerError, ConfigError, NightsplitError, StateError
+from nightsplit.shared.log import event
+from nightsplit.shared.message import Scalar
+from nightsplit.shared.store import RunStore
 
 PREFETCH_BYTES = 128 * 2**20
 """What a worker may hold of one queue."""

@@ -13,16 +13,16 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
-from broker.base import Confirmed, Delivery, Link
-from shared import wire
-from shared.ckks import PublicKeys
-from shared.dead_letter import bury
-from shared.errors import Refused
-from shared.message import SERVER, Header, Kind, Message
-from shared.protocols.query import BLINDED_ELSEWHERE, CONTRACT, KEYS_UNKNOWN, Parcels, chunks
-from shared.route import Route
-from site_worker.protocols.he_clstm import HeClstmSite
-from site_worker.queries import Place, Queries, Query
+from nightsplit.broker.base import Confirmed, Delivery, Link
+from nightsplit.shared import wire
+from nightsplit.shared.ckks import PublicKeys
+from nightsplit.shared.dead_letter import bury
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.message import SERVER, Header, Kind, Message
+from nightsplit.shared.protocols.query import BLINDED_ELSEWHERE, CONTRACT, KEYS_UNKNOWN, Parcels, chunks
+from nightsplit.shared.route import Route
+from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
+from nightsplit.site_worker.queries import Place, Queries, Query
 
 POLL_S = 0.5
 """How long it waits for a message before it looks whether it should leave."""

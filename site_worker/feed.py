@@ -6,12 +6,12 @@ from functools import lru_cache
 
 import torch
 
-from shared.config import RunConfig
-from shared.protocols.plan import Plan, Step
-from shared.seeds import seed_for
-from shared.tasks import standardise
-from site_worker.data.augment import augment
-from site_worker.data.dataset import Dataset, Parts
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.protocols.plan import Plan, Step
+from nightsplit.shared.seeds import seed_for
+from nightsplit.shared.tasks import standardise
+from nightsplit.site_worker.data.augment import augment
+from nightsplit.site_worker.data.dataset import Dataset, Parts
 
 
 class Feed:

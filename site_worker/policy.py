@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shared.config import PolicyConfig, RunConfig
-from shared.errors import ConfigError
-from shared.protocols import ROUNDS
+from nightsplit.shared.config import PolicyConfig, RunConfig
+from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.protocols import ROUNDS
 
 SENDS_LABELS = frozenset({"split_labels", "split_frozen"})
 STORES_ACTIVATIONS = frozenset({"split_frozen"})

@@ -14,16 +14,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from shared.config import DataSection, TaskSection
-from shared.errors import RunError
-from shared.metrics import Metrics, measure
-from shared.protocols.assembly import assemble_any
-from shared.tasks import standardise
-from shared.worker import prepare_torch
-from site_worker.data.dataset import Dataset
-from site_worker.data.scaling import Scaling, scale
-from site_worker.data.source import load_dataset, read_parts
-from site_worker.worker import SiteWorker
+from nightsplit.shared.config import DataSection, TaskSection
+from nightsplit.shared.errors import RunError
+from nightsplit.shared.metrics import Metrics, measure
+from nightsplit.shared.protocols.assembly import assemble_any
+from nightsplit.shared.tasks import standardise
+from nightsplit.shared.worker import prepare_torch
+from nightsplit.site_worker.data.dataset import Dataset
+from nightsplit.site_worker.data.scaling import Scaling, scale
+from nightsplit.site_worker.data.source import load_dataset, read_parts
+from nightsplit.site_worker.worker import SiteWorker
 
 ROWS_AT_A_TIME = 256
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shared.errors import StateError
-from shared.models.judge import Numbers
-from shared.sqlite import explain, open_database, transaction
+from nightsplit.shared.errors import StateError
+from nightsplit.shared.models.judge import Numbers
+from nightsplit.shared.sqlite import explain, open_database, transaction
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS submission (

@@ -10,22 +10,22 @@ from typing import TextIO
 
 import torch
 
-from broker.opening import open_broker
-from broker.topology import query_queues
-from shared.ckks import PublicKeys
-from shared.durable import write_durably
-from shared.errors import ConfigError, StateError
-from shared.models.judge import Numbers
-from shared.protocols.he_clstm import circuit_of, fill, judge_of, rotations_of, stages_of, steps_of
-from shared.protocols.query import MOST_CHUNKS
-from shared.route import Route
-from shared.worker import StopSignal, own_folder, prepare_torch
-from site_worker.asking import Asking
-from site_worker.encrypted.keys import SECRET, SecretKeys
-from site_worker.predict import ROWS_AT_A_TIME, chosen
-from site_worker.protocols.he_clstm import HeClstmSite
-from site_worker.queries import Queries
-from site_worker.worker import SiteWorker
+from nightsplit.broker.opening import open_broker
+from nightsplit.broker.topology import query_queues
+from nightsplit.shared.ckks import PublicKeys
+from nightsplit.shared.durable import write_durably
+from nightsplit.shared.errors import ConfigError, StateError
+from nightsplit.shared.models.judge import Numbers
+from nightsplit.shared.protocols.he_clstm import circuit_of, fill, judge_of, rotations_of, stages_of, steps_of
+from nightsplit.shared.protocols.query import MOST_CHUNKS
+from nightsplit.shared.route import Route
+from nightsplit.shared.worker import StopSignal, own_folder, prepare_torch
+from nightsplit.site_worker.asking import Asking
+from nightsplit.site_worker.encrypted.keys import SECRET, SecretKeys
+from nightsplit.site_worker.predict import ROWS_AT_A_TIME, chosen
+from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
+from nightsplit.site_worker.queries import Queries
+from nightsplit.site_worker.worker import SiteWorker
 
 PUBLIC = "public.keys"
 """Beside the secret one."""

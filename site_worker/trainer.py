@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from shared.checkpoint import flatten, under
-from shared.config import RunConfig
-from shared.errors import RunError
-from shared.models.whole import frozen_weights
-from shared.seeds import seeded
-from shared.tasks import loss_of
-from shared.training import make_optimizer, optimizer_tensors, restore_optimizer
+from nightsplit.shared.checkpoint import flatten, under
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.errors import RunError
+from nightsplit.shared.models.whole import frozen_weights
+from nightsplit.shared.seeds import seeded
+from nightsplit.shared.tasks import loss_of
+from nightsplit.shared.training import make_optimizer, optimizer_tensors, restore_optimizer
 
 ROWS_AT_A_TIME = 256
 

@@ -9,23 +9,23 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from broker.base import Broker, Link
-from broker.opening import open_broker
-from broker.topology import site_queues
-from shared.authority import Alone
-from shared.checkpoint import Checkpoints
-from shared.clock import Clock
-from shared.config import PolicyConfig, SiteConfig
-from shared.config_file import load
-from shared.effects import Record
-from shared.engine import Engine
-from shared.errors import BrokerError, RunError
-from shared.message import SERVER, Kind
-from shared.protocols.assembly import planned_message_bytes
-from shared.route import Route
-from shared.shift_worker import ShiftWorker
-from shared.store import RunStore, Status
-from shared.worker import (
+from nightsplit.broker.base import Broker, Link
+from nightsplit.broker.opening import open_broker
+from nightsplit.broker.topology import site_queues
+from nightsplit.shared.authority import Alone
+from nightsplit.shared.checkpoint import Checkpoints
+from nightsplit.shared.clock import Clock
+from nightsplit.shared.config import PolicyConfig, SiteConfig
+from nightsplit.shared.config_file import load
+from nightsplit.shared.effects import Record
+from nightsplit.shared.engine import Engine
+from nightsplit.shared.errors import BrokerError, RunError
+from nightsplit.shared.message import SERVER, Kind
+from nightsplit.shared.protocols.assembly import planned_message_bytes
+from nightsplit.shared.route import Route
+from nightsplit.shared.shift_worker import ShiftWorker
+from nightsplit.shared.store import RunStore, Status
+from nightsplit.shared.worker import (
     Facts,
     Heartbeat,
     StopSignal,
@@ -33,12 +33,12 @@ from shared.worker import (
     prefetch_for,
     prepare_torch,
 )
-from site_worker.data.dataset import Parts
-from site_worker.data.scaling import scale
-from site_worker.data.source import read_parts
-from site_worker.policy import check_policy
-from site_worker.protocols import make_site
-from site_worker.protocols.base import SiteRole
+from nightsplit.site_worker.data.dataset import Parts
+from nightsplit.site_worker.data.scaling import scale
+from nightsplit.site_worker.data.source import read_parts
+from nightsplit.site_worker.policy import check_policy
+from nightsplit.site_worker.protocols import make_site
+from nightsplit.site_worker.protocols.base import SiteRole
 
 _DOWN = (Kind.CUT_GRADIENT, Kind.HEAD_INPUT, Kind.AVERAGE, Kind.MODEL)
 """Kinds that may be large on their way to a site."""
@@ -49,7 +49,7 @@ class SiteWorker(ShiftWorker):
 
     Args:
         path: its site.toml.
-        overrides: "run.key=value" for run.toml (as `shared.config_file.load`).
+        overrides: "run.key=value" for run.toml (as `nightsplit.shared.config_file.load`).
         clock: tells when its shift is.
         stop: asked between steps.
         observe: shown the worker's facts every second.

@@ -9,9 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from console.keys.folders import Addresses, Keys
-from console.keys.live import administrator
-from shared.credentials import Credentials
+from nightsplit.console.keys.folders import Addresses, Keys
+from nightsplit.console.keys.live import administrator
+from nightsplit.shared.credentials import Credentials
 from tests.services import RabbitNode, RedisServer, free_port
 from tests.workers import SHARES, Hospital
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from broker.base import Broker, Delivery, Queue
-from broker.embedded import EmbeddedBroker
-from broker.memory import MemoryBroker
-from broker.rabbitmq import RabbitBroker
-from console.dead_letters import list_letters
-from console.files import WorkerFile
-from shared.config import ServerSection, SiteSection
+from nightsplit.broker.base import Broker, Delivery, Queue
+from nightsplit.broker.embedded import EmbeddedBroker
+from nightsplit.broker.memory import MemoryBroker
+from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.console.dead_letters import list_letters
+from nightsplit.console.files import WorkerFile
+from nightsplit.shared.config import ServerSection, SiteSection
 from tests.protocols.night import Night, tiny_config
 from tests.services import wait_until
 

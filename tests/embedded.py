@@ -7,8 +7,8 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from broker.base import Confirmed, Delivery, Link, Queue
-from broker.embedded import EmbeddedBroker
+from nightsplit.broker.base import Confirmed, Delivery, Link, Queue
+from nightsplit.broker.embedded import EmbeddedBroker
 
 UP = Queue("night.north.up", "night.north", "up", None, "dead")
 LARGE = 200_000

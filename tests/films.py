@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from console.main import run
+from nightsplit.console.main import run
 from tests.processes import Process
 
 FRAMES, SIDE, SEQUENCES = 3, 16, 60
@@ -28,7 +28,7 @@ batch_size = 8
 export_top = true
 
 [model]
-factory = "shared.models.sequences:clstm"
+factory = "nightsplit.models:clstm"
 settings = {{ frames = {frames}, side = {side}, width = 4, features = 3, hidden = 2, recurrent = {recurrent} }}
 cut = 1
 

@@ -1,4 +1,4 @@
-"""Processes of `python -m console` that begin with the libraries loaded, and with nothing of ours.
+"""Processes of `python -m nightsplit` that begin with the libraries loaded, and with nothing of ours.
 
 Python and its libraries take seconds of a core to load, far more than a small run takes. So one process that
 has loaded them waits, and each worker is a fork of it: a process of its own, with its own folder, environment,
@@ -87,7 +87,7 @@ class Fresh(subprocess.Popen[bytes]):
         self.out, self.err = out, err
         with out.open("ab") as out_file, err.open("ab") as err_file:
             super().__init__(
-                [sys.executable, "-m", "console", *arguments], cwd=folder, env={**os.environ, **environment},
+                [sys.executable, "-m", "nightsplit", *arguments], cwd=folder, env={**os.environ, **environment},
                 stdin=subprocess.DEVNULL, stdout=out_file, stderr=err_file,
             )  # fmt: skip
 
@@ -101,4 +101,4 @@ def _run(arguments: list[str], folder: Path, out: Path, err: Path, environment: 
     os.environ.clear()
     os.environ.update(environment)
     sys.argv[1:] = arguments
-    runpy.run_module("console", run_name="__main__", alter_sys=True)
+    runpy.run_module("nightsplit", run_name="__main__", alter_sys=True)

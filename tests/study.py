@@ -7,8 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from broker.embedded import EmbeddedBroker
-from broker.topology import site_queues
+from nightsplit.broker.embedded import EmbeddedBroker
+from nightsplit.broker.topology import site_queues
 from tests.processes import Fresh, Process
 
 SITES = ("north", "south")
@@ -27,7 +27,7 @@ batch_size = 8
 export_top = true
 
 [model]
-factory = "shared.models.networks:mlp"
+factory = "nightsplit.models:mlp"
 settings = { inputs = 3, hidden = [8, 4], outputs = 1 }
 cut = 1
 

@@ -9,10 +9,10 @@ import msgpack
 import pytest
 import torch
 
-from shared import wire
-from shared.contract import Payload, TensorSpec
-from shared.errors import Refused
-from shared.message import Header, Kind, Message, Scalar
+from nightsplit.shared import wire
+from nightsplit.shared.contract import Payload, TensorSpec
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.message import Header, Kind, Message, Scalar
 
 MIB = 2**20
 F32 = torch.float32

@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from shared.protocols import ROUNDS
+from nightsplit.shared.protocols import ROUNDS
 from tests.processes import Fresh, Process
 
 RUN = """
@@ -28,7 +28,7 @@ batch_size = 16
 seed = 5
 export_top = true
 [model]
-factory = "shared.models.networks:mlp"
+factory = "nightsplit.models:mlp"
 settings = {{inputs = 6, hidden = [32, 16], outputs = 1, dropout = 0.1}}
 cut = 1
 head_cut = 2

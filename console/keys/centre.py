@@ -13,10 +13,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from broker.topology import NO_RIGHTS, PREFIX, SERVER_RIGHTS, Rights, site_rights
-from shared.durable import write_durably
-from shared.message import SERVER
-from shared.store_redis import SERVER_RULES, site_rules
+from nightsplit.broker.topology import NO_RIGHTS, PREFIX, SERVER_RIGHTS, Rights, site_rights
+from nightsplit.shared.durable import write_durably
+from nightsplit.shared.message import SERVER
+from nightsplit.shared.store_redis import SERVER_RULES, site_rules
 
 ADMIN = "admin"
 VHOST = PREFIX

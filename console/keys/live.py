@@ -11,9 +11,9 @@ from typing import Any
 
 import redis
 
-from console.keys.centre import ADMIN, Centre
-from shared.credentials import Credentials
-from shared.errors import BrokerError
+from nightsplit.console.keys.centre import ADMIN, Centre
+from nightsplit.shared.credentials import Credentials
+from nightsplit.shared.errors import BrokerError
 
 PATIENCE_S = 10.0
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from console.keys.folders import BROKER_PORT, MANAGEMENT_PORT, STORE_PORT, Addresses, Keys, with_port
-from shared.errors import BrokerError
+from nightsplit.console.keys.folders import BROKER_PORT, MANAGEMENT_PORT, STORE_PORT, Addresses, Keys, with_port
+from nightsplit.shared.errors import BrokerError
 
 
 def init(folder: Path, broker: str, store: str, management: str | None) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from site_worker.data.source import locate
+from nightsplit.site_worker.data.source import locate
 
 FRAMES, PLACES = 5, 5
 

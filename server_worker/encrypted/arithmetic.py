@@ -8,7 +8,7 @@ import numpy as np
 import tenseal.sealapi as seal
 from numpy.typing import ArrayLike
 
-from shared.ckks import Ciphertext, Circuit, Plaintext, PublicKeys
+from nightsplit.shared.ckks import Ciphertext, Circuit, Plaintext, PublicKeys
 
 
 class Arithmetic:

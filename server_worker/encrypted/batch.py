@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from server_worker.encrypted.arithmetic import Arithmetic
-from shared.ckks import Ciphertext
-from shared.models.judge import Judge, Numbers
+from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
+from nightsplit.shared.ckks import Ciphertext
+from nightsplit.shared.models.judge import Judge, Numbers
 
 Row = Sequence[Ciphertext]
 

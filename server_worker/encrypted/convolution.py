@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from server_worker.encrypted.arithmetic import Arithmetic
-from shared.ckks import Ciphertext, Circuit, Plaintext
-from shared.models.judge import Numbers
+from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
+from nightsplit.shared.ckks import Ciphertext, Circuit, Plaintext
+from nightsplit.shared.models.judge import Numbers
 
 Grid = Sequence[Sequence[Ciphertext]]
 

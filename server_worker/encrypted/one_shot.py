@@ -13,9 +13,9 @@ from functools import cache, partial
 
 import numpy as np
 
-from server_worker.encrypted.arithmetic import Arithmetic
-from shared.ckks import Ciphertext
-from shared.models.judge import Judge
+from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
+from nightsplit.shared.ckks import Ciphertext
+from nightsplit.shared.models.judge import Judge
 
 
 def logits(arithmetic: Arithmetic, judge: Judge, frames: Sequence[Sequence[Ciphertext]]) -> Ciphertext:

@@ -15,11 +15,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from server_worker.encrypted.arithmetic import Arithmetic
-from server_worker.encrypted.batch import State
-from shared.ckks import Ciphertext, Circuit, Plaintext
-from shared.models.judge import Judge, Numbers
-from shared.packing import Slots
+from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
+from nightsplit.server_worker.encrypted.batch import State
+from nightsplit.shared.ckks import Ciphertext, Circuit, Plaintext
+from nightsplit.shared.models.judge import Judge, Numbers
+from nightsplit.shared.packing import Slots
 
 ORDER = (0, 3, 1, 2)
 """i, g, f, o: a rotation by `units` brings the next of them to the first dimensions."""

@@ -5,20 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from server_worker.activation_store import ActivationStore
-from server_worker.ddp import DividedTop, Group
-from server_worker.protocols.base import ServerRole
-from server_worker.protocols.data_vectors import DataVectorsServer
-from server_worker.protocols.fedavg_dp_seg import FedavgDpSegServer
-from server_worker.protocols.fedavg_transfer import FedavgTransferServer
-from server_worker.protocols.split_frozen import SplitFrozenServer
-from server_worker.protocols.split_labels import SplitLabelsServer
-from server_worker.protocols.split_u import SplitUServer
-from server_worker.top import Middle, StoredTop, Top
-from shared.config import RunConfig
-from shared.errors import ConfigError
-from shared.protocols import ROUNDS
-from shared.protocols.assembly import assemble, assemble_rounds
+from nightsplit.server_worker.activation_store import ActivationStore
+from nightsplit.server_worker.ddp import DividedTop, Group
+from nightsplit.server_worker.protocols.base import ServerRole
+from nightsplit.server_worker.protocols.data_vectors import DataVectorsServer
+from nightsplit.server_worker.protocols.fedavg_dp_seg import FedavgDpSegServer
+from nightsplit.server_worker.protocols.fedavg_transfer import FedavgTransferServer
+from nightsplit.server_worker.protocols.split_frozen import SplitFrozenServer
+from nightsplit.server_worker.protocols.split_labels import SplitLabelsServer
+from nightsplit.server_worker.protocols.split_u import SplitUServer
+from nightsplit.server_worker.top import Middle, StoredTop, Top
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.protocols import ROUNDS
+from nightsplit.shared.protocols.assembly import assemble, assemble_rounds
 
 AnyServer = ServerRole[Any]
 OF_ROUNDS = {

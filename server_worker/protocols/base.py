@@ -9,15 +9,15 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from server_worker.evaluation import Evaluation
-from shared.checkpoint import Snapshot, flatten, under
-from shared.config import RunConfig
-from shared.contract import Payload
-from shared.effects import Effect, Record, Send
-from shared.errors import Refused
-from shared.message import SERVER, Kind, Message, Scalar
-from shared.protocols.agreement import ANY, check_contract
-from shared.roles import Role
+from nightsplit.server_worker.evaluation import Evaluation
+from nightsplit.shared.checkpoint import Snapshot, flatten, under
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.contract import Payload
+from nightsplit.shared.effects import Effect, Record, Send
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.message import SERVER, Kind, Message, Scalar
+from nightsplit.shared.protocols.agreement import ANY, check_contract
+from nightsplit.shared.roles import Role
 
 
 class Samples(NamedTuple):

@@ -14,15 +14,15 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from server_worker.evaluation import SiteMetrics, parse_site_metrics
-from server_worker.protocols.round import RoundServer
-from shared.checkpoint import Snapshot, flatten, under
-from shared.config import RunConfig
-from shared.effects import Effect
-from shared.errors import Refused
-from shared.message import Message
-from shared.protocols.assembly import Rounds
-from shared.protocols.data_vectors import SCALES
+from nightsplit.server_worker.evaluation import SiteMetrics, parse_site_metrics
+from nightsplit.server_worker.protocols.round import RoundServer
+from nightsplit.shared.checkpoint import Snapshot, flatten, under
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.effects import Effect
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.message import Message
+from nightsplit.shared.protocols.assembly import Rounds
+from nightsplit.shared.protocols.data_vectors import SCALES
 
 
 class DataVectorsServer(RoundServer):

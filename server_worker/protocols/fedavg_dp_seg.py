@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server_worker.protocols.fedavg_transfer import FedavgTransferServer
+from nightsplit.server_worker.protocols.fedavg_transfer import FedavgTransferServer
 
 
 class FedavgDpSegServer(FedavgTransferServer):

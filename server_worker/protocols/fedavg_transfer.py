@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from server_worker.aggregation import make_aggregation
-from server_worker.protocols.round import RoundServer
-from shared.checkpoint import Snapshot, flatten, under
-from shared.config import RunConfig
-from shared.protocols.assembly import Rounds
+from nightsplit.server_worker.aggregation import make_aggregation
+from nightsplit.server_worker.protocols.round import RoundServer
+from nightsplit.shared.checkpoint import Snapshot, flatten, under
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.protocols.assembly import Rounds
 
 
 class FedavgTransferServer(RoundServer):

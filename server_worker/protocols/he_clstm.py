@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from server_worker.encrypted import batch, one_shot, slots
-from server_worker.encrypted.arithmetic import Arithmetic
-from server_worker.encrypted.batch import State
-from shared.ckks import Ciphertext, PublicKeys, written
-from shared.errors import Refused
-from shared.models.judge import Judge, Numbers
-from shared.packing import Packing
-from shared.protocols.he_clstm import BLINDING, circuit_of, packing_of, steps_of
+from nightsplit.server_worker.encrypted import batch, one_shot, slots
+from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
+from nightsplit.server_worker.encrypted.batch import State
+from nightsplit.shared.ckks import Ciphertext, PublicKeys, written
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.models.judge import Judge, Numbers
+from nightsplit.shared.packing import Packing
+from nightsplit.shared.protocols.he_clstm import BLINDING, circuit_of, packing_of, steps_of
 
 
 class HeClstmServer:

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from server_worker.evaluation import SiteMetrics, parse_site_metrics
-from server_worker.protocols.base import Samples, ServerRole
-from shared.checkpoint import Snapshot, flatten, under
-from shared.config import RunConfig
-from shared.effects import Effect, Finish, Record, Send
-from shared.errors import Refused
-from shared.message import Header, Kind, Message
-from shared.protocols.assembly import Rounds
-from shared.protocols.round import RoundSequence, Work, check_slice, is_judged
+from nightsplit.server_worker.evaluation import SiteMetrics, parse_site_metrics
+from nightsplit.server_worker.protocols.base import Samples, ServerRole
+from nightsplit.shared.checkpoint import Snapshot, flatten, under
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.effects import Effect, Finish, Record, Send
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.message import Header, Kind, Message
+from nightsplit.shared.protocols.assembly import Rounds
+from nightsplit.shared.protocols.round import RoundSequence, Work, check_slice, is_judged
 
 MOST_SAMPLES = 1_000_000_000
 """Of a site. Nothing is held per sample; more are a mistake."""

@@ -11,18 +11,18 @@ from collections.abc import Mapping
 
 import torch
 
-from server_worker.activation_store import Row
-from server_worker.protocols.stream import StreamServer
-from server_worker.schedule import Fair
-from server_worker.top import StoredTop
-from shared.checkpoint import Snapshot
-from shared.config import RunConfig
-from shared.contract import Payload
-from shared.effects import Effect, Record
-from shared.errors import Refused
-from shared.message import Header, Kind, Message
-from shared.protocols.plan import Item, Step
-from shared.seeds import seed_for
+from nightsplit.server_worker.activation_store import Row
+from nightsplit.server_worker.protocols.stream import StreamServer
+from nightsplit.server_worker.schedule import Fair
+from nightsplit.server_worker.top import StoredTop
+from nightsplit.shared.checkpoint import Snapshot
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.contract import Payload
+from nightsplit.shared.effects import Effect, Record
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.message import Header, Kind, Message
+from nightsplit.shared.protocols.plan import Item, Step
+from nightsplit.shared.seeds import seed_for
 
 
 class SplitFrozenServer(StreamServer):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from server_worker.protocols.stream import StreamServer
-from shared.effects import Effect
-from shared.message import Kind, Message
-from shared.protocols.plan import Item, Step
-from shared.seeds import seed_for
+from nightsplit.server_worker.protocols.stream import StreamServer
+from nightsplit.shared.effects import Effect
+from nightsplit.shared.message import Kind, Message
+from nightsplit.shared.protocols.plan import Item, Step
+from nightsplit.shared.seeds import seed_for
 
 
 class SplitLabelsServer(StreamServer):

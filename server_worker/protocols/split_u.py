@@ -15,17 +15,17 @@ from collections.abc import Mapping
 
 import torch
 
-from server_worker.evaluation import parse_site_metrics
-from server_worker.protocols.stream import StreamServer
-from server_worker.top import Middle
-from shared.checkpoint import Snapshot, flatten, under
-from shared.config import RunConfig
-from shared.contract import Payload
-from shared.effects import Effect
-from shared.errors import Refused
-from shared.message import Header, Kind, Message
-from shared.protocols.plan import Item, Step
-from shared.seeds import seed_for
+from nightsplit.server_worker.evaluation import parse_site_metrics
+from nightsplit.server_worker.protocols.stream import StreamServer
+from nightsplit.server_worker.top import Middle
+from nightsplit.shared.checkpoint import Snapshot, flatten, under
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.contract import Payload
+from nightsplit.shared.effects import Effect
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.message import Header, Kind, Message
+from nightsplit.shared.protocols.plan import Item, Step
+from nightsplit.shared.seeds import seed_for
 
 
 class SplitUServer(StreamServer):

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from server_worker.protocols.base import Samples, ServerRole
-from server_worker.schedule import SCHEDULES
-from server_worker.top import Top
-from shared.checkpoint import Snapshot, flatten, under
-from shared.config import RunConfig
-from shared.contract import Payload
-from shared.effects import Effect, Finish, Record, Send
-from shared.errors import Refused
-from shared.message import Header, Kind, Message, Scalar
-from shared.protocols.plan import Item, Plan, Step
-from shared.protocols.stream import UpSequence, check_rows, weights
+from nightsplit.server_worker.protocols.base import Samples, ServerRole
+from nightsplit.server_worker.schedule import SCHEDULES
+from nightsplit.server_worker.top import Top
+from nightsplit.shared.checkpoint import Snapshot, flatten, under
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.contract import Payload
+from nightsplit.shared.effects import Effect, Finish, Record, Send
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.message import Header, Kind, Message, Scalar
+from nightsplit.shared.protocols.plan import Item, Plan, Step
+from nightsplit.shared.protocols.stream import UpSequence, check_rows, weights
 
 MOST_ITEMS = 10_000_000
 """Of a site's plan: it is held in memory, and a hello must not make the server run out of that."""
@@ -32,7 +32,7 @@ class StreamServer(ServerRole[UpSequence]):
     Args:
         config: the run.
         top: the server's layers.
-        contract: payload of each kind (`shared.protocols.stream.payloads`).
+        contract: payload of each kind (`nightsplit.shared.protocols.stream.payloads`).
     """
 
     exports = "top"

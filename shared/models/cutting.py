@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from shared.config import ModelSection
-from shared.errors import ConfigError
-from shared.seeds import seed_for, seeded
+from nightsplit.shared.config import ModelSection
+from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.seeds import seed_for, seeded
 
 Shape = tuple[int, ...]
 
@@ -105,7 +105,7 @@ def build(model: ModelSection, seed: int, *, with_head: bool) -> Halves:
         104,
         f"{model.factory} returned {type(made).__name__}, which is neither a plain nn.Sequential nor Halves.",
         "let it return nn.Sequential(...) of its stages, or "
-        "shared.models.cutting.Halves(bottom=..., top=...) if it is no chain.",
+        "nightsplit.models.Halves(bottom=..., top=...) if it is no chain.",
     )
 
 
@@ -186,7 +186,7 @@ def _find(name: str) -> Callable[..., Any]:
         raise ConfigError(
             104,
             f'model.factory = "{name}" is not of the form "package.module:function".',
-            'write for example model.factory = "shared.models.networks:mlp".',
+            'write for example model.factory = "nightsplit.models:mlp".',
         )
     try:
         module = importlib.import_module(module_name)

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from shared.artifact import read_artifact
-from shared.config import RunConfig
-from shared.errors import ConfigError
-from shared.models.cutting import Halves, make
+from nightsplit.shared.artifact import read_artifact
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.models.cutting import Halves, make
 
 MEAN, VARIANCE = ".running_mean", ".running_var"
 """Ends of the names of a normalization's running statistics (`torch.nn.modules.batchnorm`)."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from shared.config import RunConfig
-from shared.contract import Payload
-from shared.errors import RunError
-from shared.message import Kind
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.contract import Payload
+from nightsplit.shared.errors import RunError
+from nightsplit.shared.message import Kind
 
 ANY = ""
 """In a rejection: it holds for every incarnation of the site."""

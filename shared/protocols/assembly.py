@@ -9,15 +9,15 @@ from pathlib import Path
 
 from torch import nn
 
-from shared.config import RunConfig
-from shared.contract import Payload
-from shared.errors import BrokerError, ConfigError
-from shared.message import Kind
-from shared.models.cutting import Halves, build, flow_shapes, output_shapes
-from shared.models.whole import Layout, build_whole
-from shared.protocols import ROUNDS, data_vectors
-from shared.protocols.round import CONTRACT, HEADER_BYTES, elements
-from shared.protocols.stream import payloads
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.contract import Payload
+from nightsplit.shared.errors import BrokerError, ConfigError
+from nightsplit.shared.message import Kind
+from nightsplit.shared.models.cutting import Halves, build, flow_shapes, output_shapes
+from nightsplit.shared.models.whole import Layout, build_whole
+from nightsplit.shared.protocols import ROUNDS, data_vectors
+from nightsplit.shared.protocols.round import CONTRACT, HEADER_BYTES, elements
+from nightsplit.shared.protocols.stream import payloads
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-from shared.contract import Payload, TensorSpec
-from shared.message import Kind
-from shared.models.whole import Layout
-from shared.protocols import round as rounds
+from nightsplit.shared.contract import Payload, TensorSpec
+from nightsplit.shared.message import Kind
+from nightsplit.shared.models.whole import Layout
+from nightsplit.shared.protocols import round as rounds
 
 SCALES = tuple(tenths / 10 for tenths in range(1, 11))
 """Factors of the sum of vectors that sites judge."""

@@ -17,13 +17,13 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from shared.ckks import Circuit
-from shared.config import RunConfig
-from shared.errors import ConfigError, Refused, RunError
-from shared.models.cutting import make
-from shared.models.judge import Judge
-from shared.models.sequences import SequenceJudge
-from shared.packing import Batch, Packing, Slots
+from nightsplit.shared.ckks import Circuit
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.errors import ConfigError, Refused, RunError
+from nightsplit.shared.models.cutting import make
+from nightsplit.shared.models.judge import Judge
+from nightsplit.shared.models.sequences import SequenceJudge
+from nightsplit.shared.packing import Batch, Packing, Slots
 
 MOST_FRAMES = 14
 """Of a one_shot query: five levels, of 29 bits each. Six would leave 25 bits, and errors that change decisions."""
@@ -104,7 +104,7 @@ def stages_of(config: RunConfig) -> tuple[nn.Sequential, nn.Sequential]:
         raise ConfigError(
             105,
             f"model.factory {config.model.factory}: its last stage works on no ciphertexts.",
-            "train a model that ends with a SequenceJudge, as shared.models.sequences:clstm does.",
+            "train a model that ends with a SequenceJudge, as nightsplit.models:clstm does.",
         )
     return nn.Sequential(OrderedDict(stages[:-1])), nn.Sequential(OrderedDict(stages[-1:]))
 

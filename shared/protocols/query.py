@@ -5,8 +5,8 @@
      ├── QUERY 1 (in chunks) ─────────────────────▶   computes, and remembers nothing
      ◀── ANSWER 1 (in chunks), or UNANSWERED 1 ────┤   acknowledges the query when the answer is confirmed
 
-A site numbers its queries, and keeps what it needs for an answer in a file of its own (`site_worker.queries`). The
-server has no state but the keys: after a crash the broker delivers the query again, and it is answered again. The
+A site numbers its queries, and keeps what it needs for an answer in a file of its own
+(`nightsplit.site_worker.queries`). The server has no state but the keys: after a crash the broker delivers the query again, and it is answered again. The
 site takes the first answer and drops a second one. So a query has its effect exactly once, whoever dies.
 
 A parcel is what belongs together: all ciphertexts of a query, say. It travels in chunks below the broker's limit;
@@ -22,9 +22,9 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from shared.contract import Payload, TensorSpec
-from shared.errors import Refused
-from shared.message import Header, Kind, Message, Scalar
+from nightsplit.shared.contract import Payload, TensorSpec
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.message import Header, Kind, Message, Scalar
 
 HEADER_BYTES = 32 * 2**10
 """Of a message, left for its header."""

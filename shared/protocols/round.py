@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 import torch
 
-from shared.config import RunConfig
-from shared.contract import Payload, TensorSpec
-from shared.errors import Refused
-from shared.message import Kind, Message
-from shared.models.whole import Layout
-from shared.protocols.agreement import AGREEMENT, VERDICT
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.contract import Payload, TensorSpec
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.message import Kind, Message
+from nightsplit.shared.models.whole import Layout
+from nightsplit.shared.protocols.agreement import AGREEMENT, VERDICT
 
 HEADER_BYTES = 32 * 2**10
 """Of a message, left for its header; figures of held-out patients are in it."""

@@ -18,12 +18,12 @@ from typing import Literal
 import torch
 from torch import nn
 
-from shared.config import RunConfig
-from shared.contract import Payload, TensorSpec
-from shared.errors import Refused
-from shared.message import Kind, Message
-from shared.protocols.agreement import AGREEMENT, VERDICT
-from shared.protocols.plan import Place, Plan
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.contract import Payload, TensorSpec
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.message import Kind, Message
+from nightsplit.shared.protocols.agreement import AGREEMENT, VERDICT
+from nightsplit.shared.protocols.plan import Place, Plan
 
 
 def payloads(

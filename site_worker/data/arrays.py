@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shared.config import DataSection, SourceSection
-from shared.errors import DataError
-from site_worker.data.pixels import Array, masked, resized
-from site_worker.data.rows import Rows, absent
+from nightsplit.shared.config import DataSection, SourceSection
+from nightsplit.shared.errors import DataError
+from nightsplit.site_worker.data.pixels import Array, masked, resized
+from nightsplit.site_worker.data.rows import Rows, absent
 
 _LUMINANCE = torch.tensor([0.299, 0.587, 0.114])  # of red, green, blue (ITU-R BT.601, as Pillow's "L")
 

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 
-from shared.errors import DataError
+from nightsplit.shared.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)

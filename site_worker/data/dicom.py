@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shared.config import DataSection, SourceSection
-from shared.errors import DataError
-from site_worker.data.dicom_file import Frame, is_dicom, read_frames, read_pixels
-from site_worker.data.listing import Listing, files_below, list_files
-from site_worker.data.pixels import Window, levelled, percentile_window, resized, stacked, window_of
-from site_worker.data.rows import Rows
+from nightsplit.shared.config import DataSection, SourceSection
+from nightsplit.shared.errors import DataError
+from nightsplit.site_worker.data.dicom_file import Frame, is_dicom, read_frames, read_pixels
+from nightsplit.site_worker.data.listing import Listing, files_below, list_files
+from nightsplit.site_worker.data.pixels import Window, levelled, percentile_window, resized, stacked, window_of
+from nightsplit.site_worker.data.rows import Rows
 
 Entry = tuple[int, Frame]
 """Number of a listed file or folder, and an image in it."""

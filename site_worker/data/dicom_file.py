@@ -22,8 +22,8 @@ from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID
 
-from shared.errors import DataError
-from site_worker.data.pixels import Array, Window
+from nightsplit.shared.errors import DataError
+from nightsplit.site_worker.data.pixels import Array, Window
 
 _LOG = logging.getLogger("pydicom")
 _LOG.disabled = True  # what it says itself

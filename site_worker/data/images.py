@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from shared.config import DataSection, SourceSection
-from shared.errors import DataError
-from site_worker.data.listing import list_files
-from site_worker.data.pixels import stacked
-from site_worker.data.rows import Rows
-from site_worker.data.sequences import indexed
+from nightsplit.shared.config import DataSection, SourceSection
+from nightsplit.shared.errors import DataError
+from nightsplit.site_worker.data.listing import list_files
+from nightsplit.site_worker.data.pixels import stacked
+from nightsplit.site_worker.data.rows import Rows
+from nightsplit.site_worker.data.sequences import indexed
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".webp"})
 

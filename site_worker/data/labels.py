@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
-from shared.config import DataSection, TaskSection
-from shared.errors import ConfigError, DataError
-from site_worker.data.rows import Rows, numbers, plain
+from nightsplit.shared.config import DataSection, TaskSection
+from nightsplit.shared.errors import ConfigError, DataError
+from nightsplit.site_worker.data.rows import Rows, numbers, plain
 
 
 def class_numbers(data: DataSection, task: TaskSection) -> dict[str, int]:

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from shared.config import SourceSection
-from shared.errors import DataError
-from site_worker.data.rows import absent, plain
-from site_worker.data.table import read_cells
+from nightsplit.shared.config import SourceSection
+from nightsplit.shared.errors import DataError
+from nightsplit.site_worker.data.rows import absent, plain
+from nightsplit.site_worker.data.table import read_cells
 
 
 @dataclass(frozen=True)

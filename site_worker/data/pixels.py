@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from shared.config import DataSection
-from shared.errors import DataError
+from nightsplit.shared.config import DataSection
+from nightsplit.shared.errors import DataError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Window = tuple[float, float]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from shared.errors import DataError
+from nightsplit.shared.errors import DataError
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _EXACT_DIGITS = 15  # what a float64 holds; longer numbers (identifiers) compare as text

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from shared.config import DataSection
-from shared.errors import ConfigError
-from site_worker.data.dataset import Dataset, Parts
+from nightsplit.shared.config import DataSection
+from nightsplit.shared.errors import ConfigError
+from nightsplit.site_worker.data.dataset import Dataset, Parts
 
 
 @dataclass(frozen=True, eq=False)

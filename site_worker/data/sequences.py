@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from shared.errors import ConfigError, DataError
-from site_worker.data.rows import Rows, numbers
+from nightsplit.shared.errors import ConfigError, DataError
+from nightsplit.site_worker.data.rows import Rows, numbers
 
 
 def indexed(rows: Rows) -> Mapping[str, Sequence[int]]:

@@ -12,17 +12,17 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from shared.config import DataSection, RunConfig, SourceSection, TaskSection
-from shared.errors import ConfigError, DataError
-from site_worker.data.arrays import open_arrays
-from site_worker.data.dataset import Dataset, Parts
-from site_worker.data.images import open_images
-from site_worker.data.labels import class_numbers, read_targets
-from site_worker.data.public import how_to_get
-from site_worker.data.rows import Rows, plain
-from site_worker.data.sequences import framed
-from site_worker.data.split import shuffled, split
-from site_worker.data.table import open_table
+from nightsplit.shared.config import DataSection, RunConfig, SourceSection, TaskSection
+from nightsplit.shared.errors import ConfigError, DataError
+from nightsplit.site_worker.data.arrays import open_arrays
+from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.images import open_images
+from nightsplit.site_worker.data.labels import class_numbers, read_targets
+from nightsplit.site_worker.data.public import how_to_get
+from nightsplit.site_worker.data.rows import Rows, plain
+from nightsplit.site_worker.data.sequences import framed
+from nightsplit.site_worker.data.split import shuffled, split
+from nightsplit.site_worker.data.table import open_table
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 
@@ -116,8 +116,8 @@ def _open(path: Path, source: SourceSection, data: DataSection, task: TaskSectio
     if source.source == "images":
         return open_images(path, source, data, classes)
     try:
-        from site_worker.data.dicom import open_dicom
-        from site_worker.data.volumes import open_volumes
+        from nightsplit.site_worker.data.dicom import open_dicom
+        from nightsplit.site_worker.data.volumes import open_volumes
     except ImportError as error:
         raise DataError(
             401,

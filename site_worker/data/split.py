@@ -11,9 +11,9 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from shared.config import TaskSection
-from shared.errors import DataError
-from site_worker.data.dataset import Dataset, Parts
+from nightsplit.shared.config import TaskSection
+from nightsplit.shared.errors import DataError
+from nightsplit.site_worker.data.dataset import Dataset, Parts
 
 
 def shuffled(patients: Iterable[str], seed: int | str) -> list[str]:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from shared.config import DataSection, SourceSection
-from shared.errors import ConfigError, DataError
-from site_worker.data.rows import Rows, numbers
+from nightsplit.shared.config import DataSection, SourceSection
+from nightsplit.shared.errors import ConfigError, DataError
+from nightsplit.site_worker.data.rows import Rows, numbers
 
 
 def open_table(path: Path, source: SourceSection, data: DataSection) -> Rows:

@@ -21,11 +21,11 @@ import torch
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from nibabel.spatialimages import SpatialImage
 
-from shared.config import DataSection, SourceSection
-from shared.errors import DataError
-from site_worker.data.listing import list_files
-from site_worker.data.pixels import Array, levelled, masked, percentile_window, resized, stacked, window_of
-from site_worker.data.rows import Rows
+from nightsplit.shared.config import DataSection, SourceSection
+from nightsplit.shared.errors import DataError
+from nightsplit.site_worker.data.listing import list_files
+from nightsplit.site_worker.data.pixels import Array, levelled, masked, percentile_window, resized, stacked, window_of
+from nightsplit.site_worker.data.rows import Rows
 
 _DICOM_AXES = axcodes2ornt(("L", "P", "S"))
 

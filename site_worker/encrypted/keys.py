@@ -10,9 +10,9 @@ import numpy as np
 import tenseal.sealapi as seal
 from numpy.typing import NDArray
 
-from shared.ckks import Ciphertext, Circuit, PublicKeys, written
-from shared.durable import force_to_disk
-from shared.errors import StateError
+from nightsplit.shared.ckks import Ciphertext, Circuit, PublicKeys, written
+from nightsplit.shared.durable import force_to_disk
+from nightsplit.shared.errors import StateError
 
 SECRET = "secret.key"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from importlib.util import find_spec
 
-from shared.errors import RunError
+from nightsplit.shared.errors import RunError
 
 # Opacus calls logging.basicConfig when it is imported, which does nothing where the root has a handler:
 # our log would be printed a second time.

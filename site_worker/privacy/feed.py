@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from shared.config import RunConfig
-from site_worker.data.dataset import Parts
-from site_worker.privacy.secret import Secret
-from site_worker.round_feed import RoundFeed
+from nightsplit.shared.config import RunConfig
+from nightsplit.site_worker.data.dataset import Parts
+from nightsplit.site_worker.privacy.secret import Secret
+from nightsplit.site_worker.round_feed import RoundFeed
 
 
 class PrivateFeed(RoundFeed):

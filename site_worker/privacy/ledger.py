@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shared.errors import RunError
-from shared.sqlite import explain, open_database, transaction
-from site_worker.privacy.accounting import Spent, Use, epsilon_of, patient_epsilon
-from site_worker.privacy.secret import Secret, make_secret, read_secret
+from nightsplit.shared.errors import RunError
+from nightsplit.shared.sqlite import explain, open_database, transaction
+from nightsplit.site_worker.privacy.accounting import Spent, Use, epsilon_of, patient_epsilon
+from nightsplit.site_worker.privacy.secret import Secret, make_secret, read_secret
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS owner (proof BLOB NOT NULL);

@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 from torch import nn
 
-from shared.config import PrivacySection, RunConfig
-from shared.protocols.round import Work
-from site_worker.data.dataset import Parts
-from site_worker.privacy.accounting import Spent, Use, noise_for
-from site_worker.privacy.feed import PrivateFeed
-from site_worker.privacy.ledger import Ledger
-from site_worker.privacy.trainer import PrivateTrainer
+from nightsplit.shared.config import PrivacySection, RunConfig
+from nightsplit.shared.protocols.round import Work
+from nightsplit.site_worker.data.dataset import Parts
+from nightsplit.site_worker.privacy.accounting import Spent, Use, noise_for
+from nightsplit.site_worker.privacy.feed import PrivateFeed
+from nightsplit.site_worker.privacy.ledger import Ledger
+from nightsplit.site_worker.privacy.trainer import PrivateTrainer
 
 
 class Account:

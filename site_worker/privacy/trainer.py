@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.func import vmap
 
-from shared.config import PrivacySection, RunConfig
-from shared.errors import RunError
-from shared.seeds import seeded
-from shared.tasks import loss_of
-from site_worker.privacy.hooks import Hooked, has_rule
-from site_worker.privacy.secret import Secret
-from site_worker.trainer import Trainer
+from nightsplit.shared.config import PrivacySection, RunConfig
+from nightsplit.shared.errors import RunError
+from nightsplit.shared.seeds import seeded
+from nightsplit.shared.tasks import loss_of
+from nightsplit.site_worker.privacy.hooks import Hooked, has_rule
+from nightsplit.site_worker.privacy.secret import Secret
+from nightsplit.site_worker.trainer import Trainer
 
 
 class PrivateTrainer(Trainer):

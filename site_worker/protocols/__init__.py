@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shared.config import RunConfig
-from shared.protocols import ROUNDS
-from shared.protocols.assembly import assemble, assemble_rounds
-from site_worker.bottom import Bottom
-from site_worker.data.dataset import Parts
-from site_worker.feed import Feed
-from site_worker.privacy import check_installed
-from site_worker.protocols.base import SiteRole
-from site_worker.protocols.data_vectors import DataVectorsSite
-from site_worker.protocols.fedavg_dp_seg import FedavgDpSegSite
-from site_worker.protocols.fedavg_transfer import FedavgTransferSite
-from site_worker.protocols.split_frozen import SplitFrozenSite
-from site_worker.protocols.split_labels import SplitLabelsSite
-from site_worker.protocols.split_u import SplitUSite
-from site_worker.round_feed import RoundFeed
-from site_worker.trainer import Trainer
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.protocols import ROUNDS
+from nightsplit.shared.protocols.assembly import assemble, assemble_rounds
+from nightsplit.site_worker.bottom import Bottom
+from nightsplit.site_worker.data.dataset import Parts
+from nightsplit.site_worker.feed import Feed
+from nightsplit.site_worker.privacy import check_installed
+from nightsplit.site_worker.protocols.base import SiteRole
+from nightsplit.site_worker.protocols.data_vectors import DataVectorsSite
+from nightsplit.site_worker.protocols.fedavg_dp_seg import FedavgDpSegSite
+from nightsplit.site_worker.protocols.fedavg_transfer import FedavgTransferSite
+from nightsplit.site_worker.protocols.split_frozen import SplitFrozenSite
+from nightsplit.site_worker.protocols.split_labels import SplitLabelsSite
+from nightsplit.site_worker.protocols.split_u import SplitUSite
+from nightsplit.site_worker.round_feed import RoundFeed
+from nightsplit.site_worker.trainer import Trainer
 
 OF_ROUNDS = {"fedavg_transfer": FedavgTransferSite, "fedavg_dp_seg": FedavgDpSegSite, "data_vectors": DataVectorsSite}
 WITHOUT_HEAD = {"split_labels": SplitLabelsSite, "split_frozen": SplitFrozenSite}
@@ -51,7 +51,7 @@ def make_site(
         if config.privacy is not None:
             assert ledger is not None, "a private run needs a ledger"
             check_installed()
-            from site_worker.privacy.site import take_part  # its libraries are an extra, and take seconds
+            from nightsplit.site_worker.privacy.site import take_part  # its libraries are an extra, and take seconds
 
             private = take_part(config, config.privacy, name, parts, rounds.module, device, ledger, max_epsilon)
             return half(name, config, rounds, private.trainer, private.feed, incarnation, private.account)

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shared.checkpoint import Snapshot
-from shared.config import RunConfig
-from shared.contract import Payload
-from shared.effects import Effect, Finish, Send
-from shared.errors import TITLES, Refused, RunError
-from shared.message import SERVER, Kind, Message
-from shared.protocols.agreement import ANY, check_contract
-from shared.roles import Role
+from nightsplit.shared.checkpoint import Snapshot
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.contract import Payload
+from nightsplit.shared.effects import Effect, Finish, Send
+from nightsplit.shared.errors import TITLES, Refused, RunError
+from nightsplit.shared.message import SERVER, Kind, Message
+from nightsplit.shared.protocols.agreement import ANY, check_contract
+from nightsplit.shared.roles import Role
 
 if TYPE_CHECKING:
-    from site_worker.privacy.site import Account
+    from nightsplit.site_worker.privacy.site import Account
 
 
 class SiteRole(Role):

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 import torch
 
-from shared.checkpoint import Snapshot
-from shared.protocols.data_vectors import SCALES
-from site_worker.protocols.round import RoundSite
+from nightsplit.shared.checkpoint import Snapshot
+from nightsplit.shared.protocols.data_vectors import SCALES
+from nightsplit.site_worker.protocols.round import RoundSite
 
 
 class DataVectorsSite(RoundSite):

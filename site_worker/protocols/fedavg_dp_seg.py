@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from site_worker.protocols.fedavg_transfer import FedavgTransferSite
+from nightsplit.site_worker.protocols.fedavg_transfer import FedavgTransferSite
 
 
 class FedavgDpSegSite(FedavgTransferSite):

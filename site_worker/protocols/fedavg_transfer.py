@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from site_worker.protocols.round import RoundSite
+from nightsplit.site_worker.protocols.round import RoundSite
 
 
 class FedavgTransferSite(RoundSite):

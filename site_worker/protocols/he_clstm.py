@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shared.errors import Refused
-from shared.models.judge import Judge, Numbers
-from shared.packing import Packing
-from shared.protocols.he_clstm import circuit_of, packing_for, packing_of, steps_of
-from site_worker.encrypted.keys import SecretKeys
-from site_worker.queries import Query
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.models.judge import Judge, Numbers
+from nightsplit.shared.packing import Packing
+from nightsplit.shared.protocols.he_clstm import circuit_of, packing_for, packing_of, steps_of
+from nightsplit.site_worker.encrypted.keys import SecretKeys
+from nightsplit.site_worker.queries import Query
 
 
 class HeClstmSite:

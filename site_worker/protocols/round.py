@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shared.checkpoint import Snapshot, flatten, under
-from shared.config import RunConfig
-from shared.effects import Effect, Finish, Record, Send
-from shared.errors import Refused, RunError
-from shared.message import SERVER, Header, Kind, Message
-from shared.metrics import measure
-from shared.protocols.assembly import Rounds
-from shared.protocols.round import RoundSequence, Work, check_slice, is_judged
-from site_worker.protocols.base import SiteRole
-from site_worker.round_feed import RoundFeed
-from site_worker.trainer import Trainer
+from nightsplit.shared.checkpoint import Snapshot, flatten, under
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.effects import Effect, Finish, Record, Send
+from nightsplit.shared.errors import Refused, RunError
+from nightsplit.shared.message import SERVER, Header, Kind, Message
+from nightsplit.shared.metrics import measure
+from nightsplit.shared.protocols.assembly import Rounds
+from nightsplit.shared.protocols.round import RoundSequence, Work, check_slice, is_judged
+from nightsplit.site_worker.protocols.base import SiteRole
+from nightsplit.site_worker.round_feed import RoundFeed
+from nightsplit.site_worker.trainer import Trainer
 
 if TYPE_CHECKING:
-    from site_worker.privacy.site import Account
+    from nightsplit.site_worker.privacy.site import Account
 
 
 class RoundSite(SiteRole):

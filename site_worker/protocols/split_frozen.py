@@ -6,7 +6,7 @@ to go. Nothing comes back but the news that the run has finished.
 
 from __future__ import annotations
 
-from site_worker.protocols.split_labels import SplitLabelsSite
+from nightsplit.site_worker.protocols.split_labels import SplitLabelsSite
 
 
 class SplitFrozenSite(SplitLabelsSite):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from shared.effects import Send
-from shared.message import Kind, Message
-from shared.protocols.plan import Item
-from site_worker.protocols.stream import StreamSite
+from nightsplit.shared.effects import Send
+from nightsplit.shared.message import Kind, Message
+from nightsplit.shared.protocols.plan import Item
+from nightsplit.site_worker.protocols.stream import StreamSite
 
 
 class SplitLabelsSite(StreamSite):

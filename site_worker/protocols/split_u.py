@@ -8,19 +8,19 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from shared.checkpoint import Snapshot, flatten, under
-from shared.config import RunConfig
-from shared.contract import Payload
-from shared.effects import Send
-from shared.message import Kind, Message
-from shared.metrics import measure
-from shared.protocols.plan import Item, Step
-from shared.seeds import seeded
-from shared.tasks import loss_of
-from shared.training import make_optimizer, optimizer_tensors, restore_optimizer
-from site_worker.bottom import Bottom
-from site_worker.feed import Feed
-from site_worker.protocols.stream import StreamSite
+from nightsplit.shared.checkpoint import Snapshot, flatten, under
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.contract import Payload
+from nightsplit.shared.effects import Send
+from nightsplit.shared.message import Kind, Message
+from nightsplit.shared.metrics import measure
+from nightsplit.shared.protocols.plan import Item, Step
+from nightsplit.shared.seeds import seeded
+from nightsplit.shared.tasks import loss_of
+from nightsplit.shared.training import make_optimizer, optimizer_tensors, restore_optimizer
+from nightsplit.site_worker.bottom import Bottom
+from nightsplit.site_worker.feed import Feed
+from nightsplit.site_worker.protocols.stream import StreamSite
 
 
 class SplitUSite(StreamSite):

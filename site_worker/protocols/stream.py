@@ -7,18 +7,18 @@ from collections.abc import Mapping
 
 import torch
 
-from shared.checkpoint import Snapshot, flatten, under
-from shared.config import RunConfig
-from shared.contract import Payload
-from shared.effects import Effect, Finish, Send
-from shared.errors import Refused, RunError
-from shared.message import SERVER, Header, Kind, Message
-from shared.protocols.plan import Item, Step
-from shared.protocols.stream import UpSequence, check_rows, weights
-from shared.tensors import is_finite
-from site_worker.bottom import Bottom
-from site_worker.feed import Feed
-from site_worker.protocols.base import SiteRole
+from nightsplit.shared.checkpoint import Snapshot, flatten, under
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.contract import Payload
+from nightsplit.shared.effects import Effect, Finish, Send
+from nightsplit.shared.errors import Refused, RunError
+from nightsplit.shared.message import SERVER, Header, Kind, Message
+from nightsplit.shared.protocols.plan import Item, Step
+from nightsplit.shared.protocols.stream import UpSequence, check_rows, weights
+from nightsplit.shared.tensors import is_finite
+from nightsplit.site_worker.bottom import Bottom
+from nightsplit.site_worker.feed import Feed
+from nightsplit.site_worker.protocols.base import SiteRole
 
 
 class StreamSite(SiteRole):
@@ -29,7 +29,7 @@ class StreamSite(SiteRole):
         config: the run, as the site's own run.toml has it.
         bottom: the site's layers.
         feed: the site's batches.
-        contract: payload of each kind (`shared.protocols.stream.payloads`).
+        contract: payload of each kind (`nightsplit.shared.protocols.stream.payloads`).
         incarnation: of this process; a rejection of an earlier one is ignored.
     """
 

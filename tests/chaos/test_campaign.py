@@ -8,8 +8,8 @@ import pytest
 from benchmarks.chaos import Campaign, carry_out, passed, undisturbed
 from benchmarks.nemesis import schedule
 from benchmarks.oracle import count
-from shared.crash import POINTS
-from shared.message import SERVER
+from nightsplit.shared.crash import POINTS
+from nightsplit.shared.message import SERVER
 from tests.processes import Process
 from tests.workers import SHARES
 

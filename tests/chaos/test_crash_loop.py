@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from console.files import read_worker_file
-from console.main import run
-from server_worker.worker import ServerWorker
-from shared.crash import EXIT_CODE, VARIABLE
-from shared.message import SERVER
-from site_worker.worker import SiteWorker
+from nightsplit.console.files import read_worker_file
+from nightsplit.console.main import run
+from nightsplit.server_worker.worker import ServerWorker
+from nightsplit.shared.crash import EXIT_CODE, VARIABLE
+from nightsplit.shared.message import SERVER
+from nightsplit.site_worker.worker import SiteWorker
 from tests.protocols.test_poison import POISON, header
 from tests.services import wait_until
 from tests.study import change
@@ -26,8 +26,9 @@ from tests.workers import Hospital
 SITES = ("north", "south", "east")
 CRASH_LOOP = """
 import json, os
-import server_worker.worker, console.work, torch._dynamo  # what takes the time of a start, once for all of them
-from console.main import run
+# what takes the time of a start, once for all of them:
+import nightsplit.server_worker.worker, nightsplit.console.work, torch._dynamo
+from nightsplit.console.main import run
 
 codes = []
 for _ in range(25):

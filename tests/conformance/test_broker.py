@@ -1,4 +1,4 @@
-"""One suite for every broker: what `broker.base` promises, and nothing that only one of them does."""
+"""One suite for every broker: what `nightsplit.broker.base` promises, and nothing that only one of them does."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from broker.base import Broker, Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
-from broker.faulty import Faults, FaultyBroker
-from broker.memory import MemoryBroker
-from broker.rabbitmq import RabbitBroker
-from broker.topology import SiteQueues, site_queues
-from shared.errors import BrokerError
+from nightsplit.broker.base import Broker, Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
+from nightsplit.broker.faulty import Faults, FaultyBroker
+from nightsplit.broker.memory import MemoryBroker
+from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.broker.topology import SiteQueues, site_queues
+from nightsplit.shared.errors import BrokerError
 
 PATIENCE_S = 10.0
 LIMIT = 2**20
@@ -32,7 +32,7 @@ def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Broker]:
         elif request.param == "rabbitmq":
             yield RabbitBroker(request.getfixturevalue("rabbitmq").vhost())
         else:
-            from broker.embedded import EmbeddedBroker
+            from nightsplit.broker.embedded import EmbeddedBroker
 
             embedded = EmbeddedBroker(tmp_path / "broker")
             cleanup.callback(getattr(embedded, "close", lambda: None))

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import redis
 
-from shared.errors import BrokerError, ConfigError
-from shared.store import Pointer, RunStore
-from shared.store_memory import MemoryStore
-from shared.store_redis import RedisStore
-from shared.store_sqlite import SqliteStore
-from shared.stores import open_store
+from nightsplit.shared.errors import BrokerError, ConfigError
+from nightsplit.shared.store import Pointer, RunStore
+from nightsplit.shared.store_memory import MemoryStore
+from nightsplit.shared.store_redis import RedisStore
+from nightsplit.shared.store_sqlite import SqliteStore
+from nightsplit.shared.stores import open_store
 from tests.services import RedisServer, free_port
 
 Open = Callable[[], RunStore]

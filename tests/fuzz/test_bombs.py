@@ -30,10 +30,10 @@ import zstandard
 from benchmarks.common import MiB
 from benchmarks.fuzz import Growth, read
 from benchmarks.specimens import LIMIT, MARK, Specimen, rebuilt, specimens
-from shared import wire
-from shared.contract import Payload, TensorSpec
-from shared.errors import Refused
-from shared.message import Message
+from nightsplit.shared import wire
+from nightsplit.shared.contract import Payload, TensorSpec
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.message import Message
 
 LONG = wire.MAX_HEADER - 1000
 """Bytes that surely fit into a header beside everything else."""

@@ -12,23 +12,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from broker.memory import MemoryBroker
-from broker.topology import site_queues
-from server_worker.protocols import make_server
-from server_worker.protocols.base import ServerRole
-from shared import wire
-from shared.checkpoint import Checkpoints
-from shared.config import RunConfig
-from shared.contract import Payload
-from shared.engine import Engine
-from shared.errors import Refused, RunError
-from shared.message import SERVER, UNSEQUENCED, Header, Kind, Message, Scalar
-from shared.protocols import PROTOCOLS
-from shared.protocols.assembly import assemble_any
-from shared.route import Route
-from shared.store_memory import MemoryStore
-from site_worker.protocols import make_site
-from site_worker.protocols.base import SiteRole
+from nightsplit.broker.memory import MemoryBroker
+from nightsplit.broker.topology import site_queues
+from nightsplit.server_worker.protocols import make_server
+from nightsplit.server_worker.protocols.base import ServerRole
+from nightsplit.shared import wire
+from nightsplit.shared.checkpoint import Checkpoints
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.contract import Payload
+from nightsplit.shared.engine import Engine
+from nightsplit.shared.errors import Refused, RunError
+from nightsplit.shared.message import SERVER, UNSEQUENCED, Header, Kind, Message, Scalar
+from nightsplit.shared.protocols import PROTOCOLS
+from nightsplit.shared.protocols.assembly import assemble_any
+from nightsplit.shared.route import Route
+from nightsplit.shared.store_memory import MemoryStore
+from nightsplit.site_worker.protocols import make_site
+from nightsplit.site_worker.protocols.base import SiteRole
 from tests.protocols.night import Authority, Night, tiny_config, tiny_parts
 
 LIMIT = 2**20

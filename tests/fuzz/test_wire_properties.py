@@ -10,11 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shared import wire
-from shared.contract import Codec, Payload, TensorSpec
-from shared.errors import Refused
-from shared.message import Header, Kind, Message
-from shared.tensors import DTYPES
+from nightsplit.shared import wire
+from nightsplit.shared.contract import Codec, Payload, TensorSpec
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.message import Header, Kind, Message
+from nightsplit.shared.tensors import DTYPES
 
 MIB = 2**20
 LIMIT = 64 * 1024

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from broker.base import Broker
-from broker.memory import MemoryBroker
-from broker.topology import SiteQueues, site_queues
-from server_worker.protocols import make_server
-from server_worker.protocols.base import ServerRole
-from shared.checkpoint import Checkpoints
-from shared.config import (
+from nightsplit.broker.base import Broker
+from nightsplit.broker.memory import MemoryBroker
+from nightsplit.broker.topology import SiteQueues, site_queues
+from nightsplit.server_worker.protocols import make_server
+from nightsplit.server_worker.protocols.base import ServerRole
+from nightsplit.shared.checkpoint import Checkpoints
+from nightsplit.shared.config import (
     DataSection,
     ModelSection,
     OptimizerSection,
@@ -26,18 +26,18 @@ from shared.config import (
     TaskSection,
     WireSection,
 )
-from shared.engine import Engine
-from shared.message import SERVER
-from shared.protocols import ROUNDS
-from shared.route import Route
-from shared.store import RunStore
-from shared.store_memory import MemoryStore
-from shared.turns import LEAVES
-from site_worker.data.dataset import Dataset, Parts
-from site_worker.protocols import make_site
-from site_worker.protocols.base import SiteRole
-from site_worker.protocols.data_vectors import DataVectorsSite
-from site_worker.protocols.round import RoundSite
+from nightsplit.shared.engine import Engine
+from nightsplit.shared.message import SERVER
+from nightsplit.shared.protocols import ROUNDS
+from nightsplit.shared.route import Route
+from nightsplit.shared.store import RunStore
+from nightsplit.shared.store_memory import MemoryStore
+from nightsplit.shared.turns import LEAVES
+from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.protocols import make_site
+from nightsplit.site_worker.protocols.base import SiteRole
+from nightsplit.site_worker.protocols.data_vectors import DataVectorsSite
+from nightsplit.site_worker.protocols.round import RoundSite
 
 SYSTEMS = [
     ("split_labels", "independent", 4),

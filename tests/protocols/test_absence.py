@@ -4,12 +4,12 @@ from datetime import datetime
 
 import pytest
 
-from console.status import _sentence
-from server_worker.report import write_report
-from shared.message import SERVER
-from shared.protocols.plan import Step
-from shared.store import Status
-from shared.turns import LEAVES
+from nightsplit.console.status import _sentence
+from nightsplit.server_worker.report import write_report
+from nightsplit.shared.message import SERVER
+from nightsplit.shared.protocols.plan import Step
+from nightsplit.shared.store import Status
+from nightsplit.shared.turns import LEAVES
 from tests.protocols.night import SYSTEMS
 from tests.protocols.ward import Ward, replace_run, replayed, ward_config
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from shared.message import SERVER
-from shared.turns import LEAVES, Turns
+from nightsplit.shared.message import SERVER
+from nightsplit.shared.turns import LEAVES, Turns
 from tests.protocols.night import SYSTEMS, Night, tiny_config
 from tests.protocols.ward import QUORUM, SECONDS, Ward, decided, ward_config
 

@@ -9,8 +9,8 @@ import shutil
 
 import pytest
 
-from shared.errors import RunError
-from shared.message import SERVER
+from nightsplit.shared.errors import RunError
+from nightsplit.shared.message import SERVER
 from tests.protocols.night import Night, tiny_config
 
 

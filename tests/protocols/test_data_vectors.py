@@ -3,11 +3,11 @@
 import torch
 from safetensors.torch import load_file
 
-from console.main import run
-from server_worker.vectors import publish
-from shared.message import SERVER
-from shared.metrics import standing
-from shared.protocols.data_vectors import SCALES
+from nightsplit.console.main import run
+from nightsplit.server_worker.vectors import publish
+from nightsplit.shared.message import SERVER
+from nightsplit.shared.metrics import standing
+from nightsplit.shared.protocols.data_vectors import SCALES
 from tests.protocols.night import Night, tiny_rounds
 from tests.protocols.test_rounds import SITES, begun, rest
 

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from broker.embedded import EmbeddedBroker
-from broker.rabbitmq import RabbitBroker
-from shared.message import SERVER
-from shared.protocols.plan import Step
-from shared.seeds import seed_for, seeded
-from shared.tasks import loss_of
-from shared.training import make_optimizer
-from site_worker.bottom import Bottom
-from site_worker.feed import Feed
+from nightsplit.broker.embedded import EmbeddedBroker
+from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.shared.message import SERVER
+from nightsplit.shared.protocols.plan import Step
+from nightsplit.shared.seeds import seed_for, seeded
+from nightsplit.shared.tasks import loss_of
+from nightsplit.shared.training import make_optimizer
+from nightsplit.site_worker.bottom import Bottom
+from nightsplit.site_worker.feed import Feed
 from tests.protocols.night import Night, tiny_config, tiny_factory, tiny_parts
 
 

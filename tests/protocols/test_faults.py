@@ -1,6 +1,6 @@
 """Every system over bad lines: duplicates, another order, silences, lost confirms, lost connections.
 
-The brokers are real and in this process; `broker.faulty` lies between them and the workers.
+The brokers are real and in this process; `nightsplit.broker.faulty` lies between them and the workers.
 """
 
 import itertools
@@ -8,14 +8,14 @@ from collections import Counter
 
 import pytest
 
-from broker.base import Confirmed, Delivery, Recovered, Trouble
-from broker.embedded import EmbeddedBroker
-from broker.faulty import Faults, FaultyBroker
-from broker.memory import MemoryBroker
-from broker.rabbitmq import RabbitBroker
-from broker.topology import site_queues
-from shared.message import SERVER
-from shared.protocols import PROTOCOLS
+from nightsplit.broker.base import Confirmed, Delivery, Recovered, Trouble
+from nightsplit.broker.embedded import EmbeddedBroker
+from nightsplit.broker.faulty import Faults, FaultyBroker
+from nightsplit.broker.memory import MemoryBroker
+from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.broker.topology import site_queues
+from nightsplit.shared.message import SERVER
+from nightsplit.shared.protocols import PROTOCOLS
 from tests.protocols.night import Night, tiny_config
 from tests.protocols.test_crashes import SYSTEMS, shaken
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 import zstandard
 
-from broker.rabbitmq import RabbitBroker
-from shared import wire
-from shared.config import RunConfig
-from shared.contract import Payload, TensorSpec
-from shared.message import SERVER, Header, Kind, Message
+from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.shared import wire
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.contract import Payload, TensorSpec
+from nightsplit.shared.message import SERVER, Header, Kind, Message
 from tests.protocols.night import Night, tiny_config
 
 F32 = torch.float32

@@ -11,24 +11,24 @@ import numpy as np
 import pytest
 import torch
 
-from broker.base import Delivery
-from broker.memory import MemoryBroker
-from broker.topology import query_queues
-from server_worker.answering import Answering
-from server_worker.computing import Evaluate
-from server_worker.protocols.he_clstm import HeClstmServer
-from shared import wire
-from shared.errors import Refused, StateError
-from shared.message import SERVER, Header, Kind, Message
-from shared.models.judge import Judge, Numbers
-from shared.models.sequences import SequenceJudge
-from shared.protocols.he_clstm import circuit_of, rotations_of
-from shared.protocols.query import CONTRACT, HEADER_BYTES, MOST_CHUNKS, Parcels, chunks
-from shared.route import Route
-from site_worker.asking import Asking
-from site_worker.encrypted.keys import SecretKeys
-from site_worker.protocols.he_clstm import HeClstmSite
-from site_worker.queries import Queries
+from nightsplit.broker.base import Delivery
+from nightsplit.broker.memory import MemoryBroker
+from nightsplit.broker.topology import query_queues
+from nightsplit.server_worker.answering import Answering
+from nightsplit.server_worker.computing import Evaluate
+from nightsplit.server_worker.protocols.he_clstm import HeClstmServer
+from nightsplit.shared import wire
+from nightsplit.shared.errors import Refused, StateError
+from nightsplit.shared.message import SERVER, Header, Kind, Message
+from nightsplit.shared.models.judge import Judge, Numbers
+from nightsplit.shared.models.sequences import SequenceJudge
+from nightsplit.shared.protocols.he_clstm import circuit_of, rotations_of
+from nightsplit.shared.protocols.query import CONTRACT, HEADER_BYTES, MOST_CHUNKS, Parcels, chunks
+from nightsplit.shared.route import Route
+from nightsplit.site_worker.asking import Asking
+from nightsplit.site_worker.encrypted.keys import SecretKeys
+from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
+from nightsplit.site_worker.queries import Queries
 
 FRAMES, FEATURES, HIDDEN = 2, 2, 1
 LIMIT = HEADER_BYTES + 100_000

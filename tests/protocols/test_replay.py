@@ -6,17 +6,17 @@ import random
 import pytest
 import torch
 
-from broker.memory import MemoryBroker
-from console.replay import Replay
-from server_worker.tape import FOLDER, Tape, TapedLink
-from shared import wire
-from shared.contract import Payload, TensorSpec
-from shared.effects import Record
-from shared.errors import StateError
-from shared.message import SERVER, Header, Kind, Message
-from shared.protocols import PROTOCOLS
-from shared.store_memory import MemoryStore
-from shared.weights import weights_sha256
+from nightsplit.broker.memory import MemoryBroker
+from nightsplit.console.replay import Replay
+from nightsplit.server_worker.tape import FOLDER, Tape, TapedLink
+from nightsplit.shared import wire
+from nightsplit.shared.contract import Payload, TensorSpec
+from nightsplit.shared.effects import Record
+from nightsplit.shared.errors import StateError
+from nightsplit.shared.message import SERVER, Header, Kind, Message
+from nightsplit.shared.protocols import PROTOCOLS
+from nightsplit.shared.store_memory import MemoryStore
+from nightsplit.shared.weights import weights_sha256
 from tests.protocols.night import SYSTEMS, Night, tiny_config
 from tests.protocols.test_crashes import shaken
 

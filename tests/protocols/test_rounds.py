@@ -7,10 +7,10 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from server_worker.aggregation import TrimmedMean, WeightedMean
-from shared.message import SERVER, Kind
-from shared.protocols.assembly import assemble_rounds
-from shared.turns import CLOSES
+from nightsplit.server_worker.aggregation import TrimmedMean, WeightedMean
+from nightsplit.shared.message import SERVER, Kind
+from nightsplit.shared.protocols.assembly import assemble_rounds
+from nightsplit.shared.turns import CLOSES
 from tests.protocols.night import Night, tiny_parts, tiny_rounds
 from tests.protocols.test_crashes import shaken
 from tests.protocols.test_faults import replayed

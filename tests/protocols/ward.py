@@ -5,10 +5,10 @@ import random
 
 import msgspec
 
-from server_worker.attendance import Attendance
-from shared.errors import RunError
-from shared.message import SERVER
-from shared.turns import LEAVES
+from nightsplit.server_worker.attendance import Attendance
+from nightsplit.shared.errors import RunError
+from nightsplit.shared.message import SERVER
+from nightsplit.shared.turns import LEAVES
 from tests.protocols.night import Night, tiny_config
 
 QUORUM = {"quorum": 2, "absence_hours": 0.2}

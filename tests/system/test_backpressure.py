@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from console.files import read_worker_file
-from console.status import summarise
+from nightsplit.console.files import read_worker_file
+from nightsplit.console.status import summarise
 from tests.services import RabbitNode, wait_until
 from tests.study import change
 from tests.workers import Hospital

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from console.main import run
-from shared.errors import TITLES
-from shared.worker import own_folder
+from nightsplit.console.main import run
+from nightsplit.shared.errors import TITLES
+from nightsplit.shared.worker import own_folder
 from tests.services import RabbitNode, free_port
 from tests.study import change, contents, queued, write_study
 
@@ -91,7 +91,7 @@ def one_class(folder: Path) -> None:
         (103, "run.window: expected int, got str", edit("run.toml", "window = 1000", 'window = "wide"')),
         (103, "run.window: expected int >= 1", edit("run.toml", "window = 1000", "window = 0")),
         (103, "'split_x' is unknown", edit("run.toml", "split_labels", "split_x")),
-        (104, "module ward.models cannot be imported", edit("run.toml", "shared.models.networks", "ward.models")),
+        (104, "module ward.models cannot be imported", edit("run.toml", "nightsplit.models", "ward.models")),
         (104, "does not take model.settings", edit("run.toml", "inputs = 3", "columns = 3")),
         (105, "with model.cut = 3: nothing is left for the top", edit("run.toml", "cut = 1", "cut = 3")),
         (106, "begins when it ends", edit("south.toml", "[site]", '[site]\nshift = "22:00-22:00 UTC"')),
@@ -146,7 +146,7 @@ def test_a_file_of_the_other_side(study, capsys):
 
 
 def test_the_broker_cannot_be_reached(study, capsys, monkeypatch):
-    monkeypatch.setattr("broker.rabbitmq.FIRST_CONNECTION_S", 0.5)
+    monkeypatch.setattr("nightsplit.broker.rabbitmq.FIRST_CONNECTION_S", 0.5)
     secret = f"amqp://ward:secret@127.0.0.1:{free_port()}/%2F"
     change(study / "server.toml", "embedded:broker", secret)
     assert "secret" not in refused(study, capsys, 201, "server", "server.toml")

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.numbered import Numbered
-from broker import rabbitmq_connection
-from broker.base import Confirmed, Delivery, Link, Trouble
-from broker.rabbitmq import RabbitBroker
-from broker.rabbitmq_address import read_addresses
-from broker.rabbitmq_terms import arguments
-from broker.topology import SiteQueues, site_queues
-from shared.config import WireSection
-from shared.credentials import NOBODY
-from shared.errors import BrokerError
+from nightsplit.broker import rabbitmq_connection
+from nightsplit.broker.base import Confirmed, Delivery, Link, Trouble
+from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.broker.rabbitmq_address import read_addresses
+from nightsplit.broker.rabbitmq_terms import arguments
+from nightsplit.broker.topology import SiteQueues, site_queues
+from nightsplit.shared.config import WireSection
+from nightsplit.shared.credentials import NOBODY
+from nightsplit.shared.errors import BrokerError
 from tests.cluster import ClusterNode, cluster
 from tests.services import RabbitNode, RedisServer, free_port, wait_until
 from tests.workers import Hospital

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from console.main import run
-from console.progress import Progress
-from console.words import counted, duration, screen, server_offline
-from shared.errors import NightsplitError
+from nightsplit.console.main import run
+from nightsplit.console.progress import Progress
+from nightsplit.console.words import counted, duration, screen, server_offline
+from nightsplit.shared.errors import NightsplitError
 from tests.processes import Fresh
 from tests.services import wait_until
 from tests.study import SITES, begin, change, end, end_all, queued, write_study
@@ -51,7 +51,8 @@ def status(folder: Path, name: str, capsys) -> dict:
 
 def test_help_is_there_at_once_and_says_what_the_verbs_do():
     code = (
-        "import sys, console.main as m\ntry: m.run(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+        "import sys, nightsplit.console.main as m\n"
+        "try: m.run(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.endswith("False\n"), "--help loads torch"
@@ -132,9 +133,9 @@ def check_predictions(study, capsys, tmp_path):
 
 
 def test_a_silent_worker_is_offline_and_its_last_words_are_kept(study, capsys):
-    from console.files import read_worker_file
-    from console.status import summarise
-    from shared.store import Status
+    from nightsplit.console.files import read_worker_file
+    from nightsplit.console.status import summarise
+    from nightsplit.shared.store import Status
 
     file = read_worker_file(study / "server.toml")
 
@@ -257,7 +258,7 @@ def test_an_unknown_error_becomes_a_file_and_a_line(tmp_path, monkeypatch, capsy
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("console.status.show_status", broken)
+    monkeypatch.setattr("nightsplit.console.status.show_status", broken)
     assert run(["status", "server.toml"]) == 70
     out, err = capsys.readouterr()
     (log,) = tmp_path.glob("nightsplit-crash-*.log")
@@ -279,7 +280,7 @@ def test_a_full_disk_and_an_early_ctrl_c_have_their_sentences(tmp_path, monkeypa
         def fail(*_: object, raised: BaseException = raised) -> None:
             raise raised
 
-        monkeypatch.setattr("console.status.show_status", fail)
+        monkeypatch.setattr("nightsplit.console.status.show_status", fail)
         assert run(["status", str(tmp_path / "server.toml")]) == code
         assert said in capsys.readouterr().err
 

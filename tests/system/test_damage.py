@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from console.files import read_worker_file
-from console.status import summarise
-from shared.checkpoint import MANIFEST, TENSORS
-from shared.store_sqlite import SqliteStore
+from nightsplit.console.files import read_worker_file
+from nightsplit.console.status import summarise
+from nightsplit.shared.checkpoint import MANIFEST, TENSORS
+from nightsplit.shared.store_sqlite import SqliteStore
 from tests.services import wait_until
 from tests.study import change
 from tests.workers import Hospital

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from server_worker.activation_store import ActivationStore
-from server_worker.ddp import DividedTop, Group, Share
-from shared.config import OptimizerSection, TaskSection
-from shared.errors import ConfigError, Refused
-from shared.seeds import seeded
+from nightsplit.server_worker.activation_store import ActivationStore
+from nightsplit.server_worker.ddp import DividedTop, Group, Share
+from nightsplit.shared.config import OptimizerSection, TaskSection
+from nightsplit.shared.errors import ConfigError, Refused
+from nightsplit.shared.seeds import seeded
 from tests.services import free_port
 from tests.workers import SHARES, Hospital
 

@@ -12,15 +12,15 @@ import msgspec
 import pika
 import pytest
 
-from broker.base import Broker, Delivery
-from broker.embedded_link import EmbeddedLink
-from broker.rabbitmq import RabbitBroker
-from broker.rabbitmq_link import RabbitLink
-from console.dead_letters import FEW, replay_letters
-from shared import wire
-from shared.crash import EXIT_CODE
-from shared.errors import NightsplitError
-from shared.message import SERVER
+from nightsplit.broker.base import Broker, Delivery
+from nightsplit.broker.embedded_link import EmbeddedLink
+from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.broker.rabbitmq_link import RabbitLink
+from nightsplit.console.dead_letters import FEW, replay_letters
+from nightsplit.shared import wire
+from nightsplit.shared.crash import EXIT_CODE
+from nightsplit.shared.errors import NightsplitError
+from nightsplit.shared.message import SERVER
 from tests.dead_letters import BROKERS, contents, depth, file_of, letters, listed, open_broker, put, sites_far_ahead
 from tests.protocols.night import Night, tiny_config
 from tests.protocols.test_poison import POISON, header

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from broker.base import Confirmed, Queue, Recovered, Trouble
-from broker.embedded import EmbeddedBroker
-from shared.errors import BrokerError
+from nightsplit.broker.base import Confirmed, Queue, Recovered, Trouble
+from nightsplit.broker.embedded import EmbeddedBroker
+from nightsplit.shared.errors import BrokerError
 from tests.embedded import LARGE, UP, body, files, ids, rows, store, take
 from tests.services import wait_until
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from console.files import read_worker_file
-from console.main import run
-from console.play_queries import play_queries
-from console.status import summarise
-from shared.config import RunConfig
-from shared.config_file import load
-from shared.errors import TITLES
+from nightsplit.console.files import read_worker_file
+from nightsplit.console.main import run
+from nightsplit.console.play_queries import play_queries
+from nightsplit.console.status import summarise
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.config_file import load
+from nightsplit.shared.errors import TITLES
 from tests.films import (
     FRAMES,
     SEQUENCES,

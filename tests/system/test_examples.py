@@ -9,17 +9,17 @@ import pytest
 from msgspec.structs import replace
 
 from benchmarks.simulate import simulate
-from console.baselines import centralized
-from console.demo import EXAMPLES, run_demo, tell_difference
-from console.words import screen
-from server_worker.worker import ServerWorker
-from shared.config import PolicyConfig, RunConfig
-from shared.config_file import load
-from shared.errors import ConfigError, DataError
-from shared.protocols import PROTOCOLS, ROUNDS
-from shared.protocols.assembly import assemble_any
-from shared.weights import weights_sha256
-from site_worker.worker import SiteWorker
+from nightsplit.console.baselines import centralized
+from nightsplit.console.demo import EXAMPLES, run_demo, tell_difference
+from nightsplit.console.words import screen
+from nightsplit.server_worker.worker import ServerWorker
+from nightsplit.shared.config import PolicyConfig, RunConfig
+from nightsplit.shared.config_file import load
+from nightsplit.shared.errors import ConfigError, DataError
+from nightsplit.shared.protocols import PROTOCOLS, ROUNDS
+from nightsplit.shared.protocols.assembly import assemble_any
+from nightsplit.shared.weights import weights_sha256
+from nightsplit.site_worker.worker import SiteWorker
 from tests.services import RabbitNode, RedisServer
 
 IN_ROUNDS = ["data_vectors", "dp_segmentation", "fedavg_transfer"]
@@ -113,7 +113,7 @@ epsilon = 8.0
 delta = 1e-3
 clip = 1.0
 [model]
-factory = "shared.models.networks:mlp"
+factory = "nightsplit.models:mlp"
 settings = { inputs = 3, hidden = [16], outputs = 1 }
 [task]
 kind = "regression"

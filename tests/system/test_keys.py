@@ -9,15 +9,15 @@ from contextlib import closing
 import pika
 import pytest
 
-from broker.rabbitmq_address import read_addresses
-from console.keys.centre import ADMIN
-from console.keys.live import administrator
-from console.main import run
-from shared import wire
-from shared.config import PolicyConfig, ServerConfig, SiteConfig
-from shared.config_file import load
-from shared.contract import Payload
-from shared.message import SERVER, Header, Kind, Message
+from nightsplit.broker.rabbitmq_address import read_addresses
+from nightsplit.console.keys.centre import ADMIN
+from nightsplit.console.keys.live import administrator
+from nightsplit.console.main import run
+from nightsplit.shared import wire
+from nightsplit.shared.config import PolicyConfig, ServerConfig, SiteConfig
+from nightsplit.shared.config_file import load
+from nightsplit.shared.contract import Payload
+from nightsplit.shared.message import SERVER, Header, Kind, Message
 from tests.centre import SITES, Centre
 from tests.services import wait_until
 from tests.workers import Hospital

@@ -5,11 +5,11 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from broker.embedded import EmbeddedBroker
-from broker.topology import site_queues
-from server_worker.worker import ServerWorker
-from shared.clock import ManualClock
-from site_worker.worker import SiteWorker
+from nightsplit.broker.embedded import EmbeddedBroker
+from nightsplit.broker.topology import site_queues
+from nightsplit.server_worker.worker import ServerWorker
+from nightsplit.shared.clock import ManualClock
+from nightsplit.site_worker.worker import SiteWorker
 from tests.workers import Hospital
 
 BERLIN = ZoneInfo("Europe/Berlin")

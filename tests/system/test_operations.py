@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from broker.embedded import EmbeddedBroker
-from broker.topology import site_queues
+from nightsplit.broker.embedded import EmbeddedBroker
+from nightsplit.broker.topology import site_queues
 from tests.services import RabbitNode, RedisServer, free_port, wait_until
 from tests.study import begin, change, end, end_all, write_study
 from tests.workers import Hospital

@@ -29,7 +29,7 @@ batch_size = 4
 tape = true
 export_top = true
 [model]
-factory = "shared.models.networks:small_cnn"
+factory = "nightsplit.models:small_cnn"
 settings = { width = 4 }
 cut = 1
 [task]

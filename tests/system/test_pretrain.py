@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from console.main import run
-from shared.artifact import read_artifact
-from shared.config import ModelSection
-from shared.models.cutting import make
+from nightsplit.console.main import run
+from nightsplit.shared.artifact import read_artifact
+from nightsplit.shared.config import ModelSection
+from nightsplit.shared.models.cutting import make
 
 PRETRAIN = """
 [pretrain]
@@ -22,7 +22,7 @@ epochs = 6
 batch_size = 16
 
 [model]
-factory = "shared.models.networks:small_cnn"
+factory = "nightsplit.models:small_cnn"
 settings = { width = 4, outputs = 5 }
 
 [optimizer]

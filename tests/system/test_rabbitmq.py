@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from broker import rabbitmq, rabbitmq_address, rabbitmq_connection
-from broker.base import Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
-from broker.rabbitmq import RabbitBroker
-from broker.topology import SiteQueues, site_queues
-from shared.errors import BrokerError
+from nightsplit.broker import rabbitmq, rabbitmq_address, rabbitmq_connection
+from nightsplit.broker.base import Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
+from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.broker.topology import SiteQueues, site_queues
+from nightsplit.shared.errors import BrokerError
 from tests.services import RabbitNode, free_port, wait_until
 
 pytestmark = pytest.mark.rabbitmq

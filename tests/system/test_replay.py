@@ -7,11 +7,11 @@ from contextlib import suppress
 
 import pytest
 
-from broker.base import Delivery
-from console.main import run
-from server_worker.tape import FOLDER, Tape, recorded
-from shared.errors import ConfigError, StateError
-from site_worker.worker import SiteWorker
+from nightsplit.broker.base import Delivery
+from nightsplit.console.main import run
+from nightsplit.server_worker.tape import FOLDER, Tape, recorded
+from nightsplit.shared.errors import ConfigError, StateError
+from nightsplit.site_worker.worker import SiteWorker
 from tests.study import change, write_study
 from tests.workers import Hospital
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.message import SERVER, Scalar
-from shared.stores import open_store
+from nightsplit.shared.message import SERVER, Scalar
+from nightsplit.shared.stores import open_store
 from tests.workers import Hospital
 
 

@@ -17,10 +17,10 @@ import pika
 import pytest
 import redis
 
-from broker.rabbitmq import RabbitBroker
-from broker.rabbitmq_address import read_addresses
-from broker.topology import site_queues
-from shared.store_redis import RedisStore
+from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.broker.rabbitmq_address import read_addresses
+from nightsplit.broker.topology import site_queues
+from nightsplit.shared.store_redis import RedisStore
 from tests.centre import SITES, Centre
 
 pytestmark = [pytest.mark.rabbitmq, pytest.mark.redis]

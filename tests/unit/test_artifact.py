@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shared.artifact import Artifact, Card, SourceCard, read_artifact, write_artifact
-from shared.errors import ConfigError
-from shared.models.networks import ct_cnn
-from shared.weights import weights_sha256
+from nightsplit.shared.artifact import Artifact, Card, SourceCard, read_artifact, write_artifact
+from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.models.networks import ct_cnn
+from nightsplit.shared.weights import weights_sha256
 
 BLOCKS = ("block1", "block2", "block3", "block4")
 
@@ -23,7 +23,7 @@ def card_of(tensors: dict[str, torch.Tensor]) -> Card:
     )
     return Card(
         name="modalities",
-        factory="shared.models.networks:ct_cnn",
+        factory="nightsplit.models:ct_cnn",
         settings={"width": 4, "side": 16, "outputs": 3},
         head="output",
         input_shape=[1, 16, 16],

@@ -4,9 +4,9 @@ from datetime import UTC, datetime
 
 import pytest
 
-from server_worker.attendance import LONGEST_LOOK, Attendance
-from shared.message import SERVER
-from shared.store import Status
+from nightsplit.server_worker.attendance import LONGEST_LOOK, Attendance
+from nightsplit.shared.message import SERVER
+from nightsplit.shared.store import Status
 from tests.protocols.night import tiny_config
 
 

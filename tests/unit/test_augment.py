@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from site_worker.data.augment import augment
+from nightsplit.site_worker.data.augment import augment
 
 ALL = ["flip", "shift", "rotate", "zoom", "contrast"]
 

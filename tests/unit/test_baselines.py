@@ -7,9 +7,9 @@ import torch
 from msgspec.structs import replace
 
 from benchmarks.simulate import simulate
-from console.baselines import Judgement, alone, centralized, judge
-from shared.config import RunConfig
-from site_worker.data.dataset import Parts
+from nightsplit.console.baselines import Judgement, alone, centralized, judge
+from nightsplit.shared.config import RunConfig
+from nightsplit.site_worker.data.dataset import Parts
 from tests.protocols.night import tiny_config, tiny_parts, tiny_rounds
 
 SITES = ("north", "south")

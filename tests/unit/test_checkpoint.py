@@ -7,9 +7,9 @@ import subprocess
 import pytest
 import torch
 
-from shared.checkpoint import MANIFEST, TENSORS, Checkpoints, Snapshot
-from shared.errors import StateError
-from shared.store import Pointer
+from nightsplit.shared.checkpoint import MANIFEST, TENSORS, Checkpoints, Snapshot
+from nightsplit.shared.errors import StateError
+from nightsplit.shared.store import Pointer
 
 
 def snapshot(value):

@@ -13,11 +13,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server_worker.encrypted.arithmetic import Arithmetic
-from shared.ckks import Circuit, PublicKeys, written
-from shared.errors import Refused, StateError
-from shared.models.judge import Numbers
-from site_worker.encrypted.keys import SecretKeys
+from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
+from nightsplit.shared.ckks import Circuit, PublicKeys, written
+from nightsplit.shared.errors import Refused, StateError
+from nightsplit.shared.models.judge import Numbers
+from nightsplit.site_worker.encrypted.keys import SecretKeys
 
 # ── what is refused ─────────────────────────────────────────────────────────────────────────────
 

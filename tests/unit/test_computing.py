@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from server_worker.computing import evaluating
-from server_worker.protocols.he_clstm import HeClstmServer
-from shared.errors import Refused, StateError
-from shared.models.judge import Judge
-from shared.models.sequences import SequenceJudge
-from shared.packing import Batch
-from shared.protocols.he_clstm import circuit_of
-from site_worker.encrypted.keys import SecretKeys
+from nightsplit.server_worker.computing import evaluating
+from nightsplit.server_worker.protocols.he_clstm import HeClstmServer
+from nightsplit.shared.errors import Refused, StateError
+from nightsplit.shared.models.judge import Judge
+from nightsplit.shared.models.sequences import SequenceJudge
+from nightsplit.shared.packing import Batch
+from nightsplit.shared.protocols.he_clstm import circuit_of
+from nightsplit.site_worker.encrypted.keys import SecretKeys
 
 SECRET = b"s" * 32
 
@@ -78,9 +78,9 @@ def test_a_process_that_is_killed_is_noticed(tmp_path: Path) -> None:
 
 SERVER = """
 from multiprocessing import active_children
-from server_worker.computing import evaluating
-from shared.ckks import PublicKeys
-from shared.errors import Refused, StateError
+from nightsplit.server_worker.computing import evaluating
+from nightsplit.shared.ckks import PublicKeys
+from nightsplit.shared.errors import Refused, StateError
 from tests.unit.test_computing import SECRET, judge
 if __name__ == "__main__":
     with evaluating(judge(), SECRET, 1) as evaluate:

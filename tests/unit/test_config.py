@@ -2,9 +2,9 @@
 
 import pytest
 
-from shared.config import RunConfig
-from shared.config_file import load
-from shared.errors import ConfigError
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.config_file import load
+from nightsplit.shared.errors import ConfigError
 
 RUN = """
 [run]
@@ -12,7 +12,7 @@ id = "a"
 protocol = "split_labels"
 sites = ["north", "south"]
 [model]
-factory = "shared.models.networks:mlp"
+factory = "nightsplit.models:mlp"
 [task]
 kind = "binary"
 [data]

@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from console.pretrain import PretrainSection, PublicSource
-from shared.config import (
+from nightsplit.console.pretrain import PretrainSection, PublicSource
+from nightsplit.shared.config import (
     DataSection,
     ModelSection,
     OptimizerSection,

@@ -2,9 +2,9 @@ import ssl
 
 import pytest
 
-from console.keys.authority import Authority
-from shared.credentials import Credentials, expect_private, places_of
-from shared.errors import ConfigError
+from nightsplit.console.keys.authority import Authority
+from nightsplit.shared.credentials import Credentials, expect_private, places_of
+from nightsplit.shared.errors import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from shared.config import ModelSection
-from shared.errors import ConfigError
-from shared.models.cutting import Halves, Shapes, build, output_shapes
-from shared.models.networks import ct_cnn, mlp, small_cnn
-from shared.seeds import seed_for, seeded
+from nightsplit.shared.config import ModelSection
+from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.models.cutting import Halves, Shapes, build, output_shapes
+from nightsplit.shared.models.networks import ct_cnn, mlp, small_cnn
+from nightsplit.shared.seeds import seed_for, seeded
 
-SMALL = "shared.models.networks:small_cnn"
+SMALL = "nightsplit.models:small_cnn"
 MLP = {"inputs": 4, "hidden": [8, 6], "outputs": 2}
 
 Write = Callable[[str], str]
@@ -26,7 +26,7 @@ def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     monkeypatch.delitem(sys.modules, name, raising=False)
 
     def write(body: str) -> str:
-        lines = ["from torch import nn", "from shared.models.cutting import Halves", "def make(width=4):"]
+        lines = ["from torch import nn", "from nightsplit.models import Halves", "def make(width=4):"]
         (tmp_path / f"{name}.py").write_text("\n".join([*lines, *(f"    {line}" for line in body.splitlines())]))
         return f"{name}:make"
 
@@ -49,7 +49,7 @@ def refused(model: ModelSection, number: int, *, with_head: bool = False) -> Con
 def test_parts_compose_to_the_whole_bit_for_bit(
     network: Callable[..., nn.Sequential], settings: dict[str, object], inputs: tuple[int, ...]
 ) -> None:
-    spec = f"shared.models.networks:{network.__name__}"
+    spec = f"nightsplit.models:{network.__name__}"
     stages = len(network(**settings))
     x = torch.randn(3, *inputs)
     with seeded(seed_for(3, "model")):
@@ -115,7 +115,7 @@ def test_a_repeated_stage_stays_repeated(factory: Write) -> None:
 # ------------------------------------------------------------------------------------------- E104
 
 
-@pytest.mark.parametrize("name", ["mlp", "shared.models.networks", "a/b.py:make", ":make", "a:b:c", "a:"])
+@pytest.mark.parametrize("name", ["mlp", "nightsplit.models", "a/b.py:make", ":make", "a:b:c", "a:"])
 def test_a_name_of_another_form(name: str) -> None:
     assert "package.module:function" in refused(ModelSection(factory=name), 104).sentence
 
@@ -144,7 +144,7 @@ def test_a_module_that_fails(factory: Write, tmp_path: Path, text: str, said: st
 
 
 def test_a_misspelt_function_gets_a_line_to_paste() -> None:
-    error = refused(ModelSection(factory="shared.models.networks:smal_cnn"), 104)
+    error = refused(ModelSection(factory="nightsplit.models:smal_cnn"), 104)
     assert error.remedy == f'set model.factory = "{SMALL}".'
 
 

@@ -17,10 +17,10 @@ from pydicom import dcmread, dcmwrite
 from pydicom.dataset import Dataset as Header
 from pydicom.sequence import Sequence
 
-from shared.config import DataSection, SourceSection, TaskSection
-from shared.errors import DataError
-from site_worker.data.dataset import Dataset
-from site_worker.data.source import load_dataset
+from nightsplit.shared.config import DataSection, SourceSection, TaskSection
+from nightsplit.shared.errors import DataError
+from nightsplit.site_worker.data.dataset import Dataset
+from nightsplit.site_worker.data.source import load_dataset
 from tests.dicom_files import write_dicom
 
 BINARY = TaskSection(kind="binary")
@@ -299,7 +299,7 @@ def pydicom_element(keyword: str, value: Any) -> bytes:
 
 
 def test_the_package_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "site_worker.data.dicom", None)
+    monkeypatch.setitem(sys.modules, "nightsplit.site_worker.data.dicom", None)
     assert "pip install nightsplit[medical]" in refusal(401, tmp_path)
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.config import DataSection, SourceSection, TaskSection
-from site_worker.data.dataset import Dataset
-from site_worker.data.source import load_dataset
+from nightsplit.shared.config import DataSection, SourceSection, TaskSection
+from nightsplit.site_worker.data.dataset import Dataset
+from nightsplit.site_worker.data.source import load_dataset
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8").partition("## BreaKHis")[2]
 FRAMES = 3

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from shared.config import DataSection, SourceSection, TaskSection
-from shared.errors import DataError
-from site_worker.data.dataset import Dataset
-from site_worker.data.scaling import scale
-from site_worker.data.source import load_dataset
-from site_worker.data.split import split
+from nightsplit.shared.config import DataSection, SourceSection, TaskSection
+from nightsplit.shared.errors import DataError
+from nightsplit.site_worker.data.dataset import Dataset
+from nightsplit.site_worker.data.scaling import scale
+from nightsplit.site_worker.data.source import load_dataset
+from nightsplit.site_worker.data.split import split
 
 SEGMENTATION = TaskSection(kind="segmentation")
 SLICES, VOLUMES = 4, 10

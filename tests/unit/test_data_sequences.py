@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from shared.config import DataSection, SourceSection, TaskSection
-from shared.errors import ConfigError, DataError
-from site_worker.data.dataset import Dataset
-from site_worker.data.scaling import scale
-from site_worker.data.sequences import spaced
-from site_worker.data.source import load_dataset
-from site_worker.data.split import split
+from nightsplit.shared.config import DataSection, SourceSection, TaskSection
+from nightsplit.shared.errors import ConfigError, DataError
+from nightsplit.site_worker.data.dataset import Dataset
+from nightsplit.site_worker.data.scaling import scale
+from nightsplit.site_worker.data.sequences import spaced
+from nightsplit.site_worker.data.source import load_dataset
+from nightsplit.site_worker.data.split import split
 
 BINARY = TaskSection(kind="binary")
 INDEX = """file,ill,who,sequence,frame

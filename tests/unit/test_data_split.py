@@ -3,10 +3,10 @@ import random
 import pytest
 import torch
 
-from shared.config import TaskSection
-from shared.errors import DataError
-from site_worker.data.dataset import Dataset, Parts
-from site_worker.data.split import shuffled, split
+from nightsplit.shared.config import TaskSection
+from nightsplit.shared.errors import DataError
+from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.split import shuffled, split
 
 BINARY, REGRESSION = TaskSection(kind="binary"), TaskSection(kind="regression")
 MULTICLASS = TaskSection(kind="multiclass", classes=3)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from sklearn.datasets import load_diabetes
 
-from shared.config import DataSection, SourceSection, TaskSection
-from shared.errors import ConfigError, DataError
-from site_worker.data.dataset import Dataset
-from site_worker.data.scaling import Scaling, scale
-from site_worker.data.source import load_dataset
-from site_worker.data.split import split
+from nightsplit.shared.config import DataSection, SourceSection, TaskSection
+from nightsplit.shared.errors import ConfigError, DataError
+from nightsplit.site_worker.data.dataset import Dataset
+from nightsplit.site_worker.data.scaling import Scaling, scale
+from nightsplit.site_worker.data.source import load_dataset
+from nightsplit.site_worker.data.split import split
 
 BINARY, REGRESSION = TaskSection(kind="binary"), TaskSection(kind="regression")
 TABLE = """age,chol,place,num

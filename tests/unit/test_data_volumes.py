@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from shared.config import DataSection, SourceSection, TaskSection
-from shared.errors import ConfigError, DataError
-from site_worker.data.dataset import Dataset
-from site_worker.data.source import load_dataset
+from nightsplit.shared.config import DataSection, SourceSection, TaskSection
+from nightsplit.shared.errors import ConfigError, DataError
+from nightsplit.site_worker.data.dataset import Dataset
+from nightsplit.site_worker.data.source import load_dataset
 
 SEGMENTATION = TaskSection(kind="segmentation")
 BINARY = TaskSection(kind="binary")

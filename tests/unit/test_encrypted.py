@@ -11,16 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server_worker.encrypted import batch, one_shot, slots
-from server_worker.encrypted.arithmetic import Arithmetic
-from server_worker.encrypted.batch import State
-from server_worker.encrypted.convolution import CIRCUIT, UNIT, convolved
-from shared.ckks import Ciphertext, Circuit, written
-from shared.models.judge import Judge, Numbers
-from shared.models.sequences import SequenceJudge
-from shared.packing import Batch, Packing, Slots
-from shared.protocols.he_clstm import one_shot_levels
-from site_worker.encrypted.keys import SecretKeys
+from nightsplit.server_worker.encrypted import batch, one_shot, slots
+from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
+from nightsplit.server_worker.encrypted.batch import State
+from nightsplit.server_worker.encrypted.convolution import CIRCUIT, UNIT, convolved
+from nightsplit.shared.ckks import Ciphertext, Circuit, written
+from nightsplit.shared.models.judge import Judge, Numbers
+from nightsplit.shared.models.sequences import SequenceJudge
+from nightsplit.shared.packing import Batch, Packing, Slots
+from nightsplit.shared.protocols.he_clstm import one_shot_levels
+from nightsplit.site_worker.encrypted.keys import SecretKeys
 
 REFRESH = Circuit(8192, (50, 34, 34, 34, 60), 34)
 SHORT = Circuit(8192, (38, 33, 33, 33, 33, 48), 33)

@@ -2,18 +2,18 @@
 
 import pytest
 
-from broker.base import Confirmed
-from broker.memory import MemoryBroker
-from broker.topology import site_queues
-from shared import wire
-from shared.checkpoint import Checkpoints, Snapshot
-from shared.contract import Payload
-from shared.effects import Finish, Record, Send
-from shared.engine import Engine
-from shared.errors import Refused, StateError
-from shared.message import SERVER, Header, Kind, Message
-from shared.roles import Role
-from shared.route import Route
+from nightsplit.broker.base import Confirmed
+from nightsplit.broker.memory import MemoryBroker
+from nightsplit.broker.topology import site_queues
+from nightsplit.shared import wire
+from nightsplit.shared.checkpoint import Checkpoints, Snapshot
+from nightsplit.shared.contract import Payload
+from nightsplit.shared.effects import Finish, Record, Send
+from nightsplit.shared.engine import Engine
+from nightsplit.shared.errors import Refused, StateError
+from nightsplit.shared.message import SERVER, Header, Kind, Message
+from nightsplit.shared.roles import Role
+from nightsplit.shared.route import Route
 from tests.protocols.night import Authority
 
 QUEUES = {site: site_queues("run", site, 10_000) for site in ("a", "b")}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from shared import errors
-from shared.errors import TITLES, NightsplitError
+from nightsplit.shared import errors
+from nightsplit.shared.errors import TITLES, NightsplitError
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "errors"

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from server_worker.evaluation import Evaluation, parse_site_metrics
-from shared.protocols.plan import Step
+from nightsplit.server_worker.evaluation import Evaluation, parse_site_metrics
+from nightsplit.shared.protocols.plan import Step
 from tests.protocols.night import tiny_config
 
 

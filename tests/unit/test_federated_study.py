@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import federated, results
 from benchmarks.divisions import DIVISIONS, IID, divide, keep
-from site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.dataset import Dataset, Parts
 
 SITES = ["north", "south", "east"]
 needs_data = pytest.mark.skipif(

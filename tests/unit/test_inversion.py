@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from server_worker.audit.inversion import Attacker, Inversion, invert
-from server_worker.audit.similarity import psnr, ssim
-from shared.config import TaskSection
-from shared.models.segmentation import unet
-from shared.tasks import loss_of
+from nightsplit.server_worker.audit.inversion import Attacker, Inversion, invert
+from nightsplit.server_worker.audit.similarity import psnr, ssim
+from nightsplit.shared.config import TaskSection
+from nightsplit.shared.models.segmentation import unet
+from nightsplit.shared.tasks import loss_of
 
 
 def test_psnr() -> None:

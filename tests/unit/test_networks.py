@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from shared.models.networks import ct_cnn, mlp, small_cnn
-from shared.models.segmentation import monet, unet
+from nightsplit.shared.models.networks import ct_cnn, mlp, small_cnn
+from nightsplit.shared.models.segmentation import monet, unet
 
 CASES = [
     (mlp(13, [32, 16], 1, dropout=0.1), (13,), (32,), 1),

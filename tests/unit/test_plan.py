@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.protocols.plan import Item, Plan, Step
-from shared.protocols.stream import UpSequence
+from nightsplit.shared.protocols.plan import Item, Plan, Step
+from nightsplit.shared.protocols.stream import UpSequence
 
 PLANS = st.builds(
     Plan,

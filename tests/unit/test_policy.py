@@ -4,9 +4,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from shared.config import PolicyConfig, PrivacySection, RunConfig
-from shared.errors import ConfigError
-from site_worker.policy import check_policy
+from nightsplit.shared.config import PolicyConfig, PrivacySection, RunConfig
+from nightsplit.shared.errors import ConfigError
+from nightsplit.site_worker.policy import check_policy
 
 FILE = Path("mercy/policy.toml")
 OPEN = PolicyConfig(labels=True, stored_activations=True, bottom_weights=True)

@@ -5,7 +5,7 @@ from math import exp
 import pytest
 from dp_accounting.pld import privacy_loss_distribution as pld
 
-from site_worker.privacy.accounting import Spent, Use, epsilon_of, noise_for, patient_epsilon
+from nightsplit.site_worker.privacy.accounting import Spent, Use, epsilon_of, noise_for, patient_epsilon
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from console.main import run
-from site_worker.privacy.accounting import Use, epsilon_of, patient_epsilon
-from site_worker.privacy.ledger import Ledger
+from nightsplit.console.main import run
+from nightsplit.site_worker.privacy.accounting import Use, epsilon_of, patient_epsilon
+from nightsplit.site_worker.privacy.ledger import Ledger
 
 USE = Use(0.05, 1.0, 60)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import RunError
-from site_worker.privacy.accounting import Use, epsilon_of, patient_epsilon
-from site_worker.privacy.ledger import Entry, Ledger
+from nightsplit.shared.errors import RunError
+from nightsplit.site_worker.privacy.accounting import Use, epsilon_of, patient_epsilon
+from nightsplit.site_worker.privacy.ledger import Entry, Ledger
 
 ROOT = Path(__file__).parents[2]
 USE = Use(0.05, 1.0, 100)

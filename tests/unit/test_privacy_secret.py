@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy import stats
 
-from shared.errors import RunError
-from site_worker.privacy.secret import Secret, make_secret, read_secret
+from nightsplit.shared.errors import RunError
+from nightsplit.site_worker.privacy.secret import Secret, make_secret, read_secret
 
 SECRET = Secret(bytes(range(32)))
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.config import ModelSection, PrivacySection, RoundSection, RunConfig, RunSection, TaskSection
-from shared.errors import RunError
-from shared.models.networks import mlp
-from site_worker import privacy
-from site_worker.data.dataset import Dataset, Parts
-from site_worker.privacy.accounting import epsilon_of
-from site_worker.privacy.site import PrivatePart, take_part
+from nightsplit.shared.config import ModelSection, PrivacySection, RoundSection, RunConfig, RunSection, TaskSection
+from nightsplit.shared.errors import RunError
+from nightsplit.shared.models.networks import mlp
+from nightsplit.site_worker import privacy
+from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.privacy.accounting import epsilon_of
+from nightsplit.site_worker.privacy.site import PrivatePart, take_part
 
 PRIVACY = PrivacySection(epsilon=2.0, delta=1e-3, clip=1.0)
 CONFIG = RunConfig(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared.config import (
+from nightsplit.shared.config import (
     ModelSection,
     OptimizerSection,
     PrivacySection,
@@ -19,15 +19,15 @@ from shared.config import (
     RunSection,
     TaskSection,
 )
-from shared.errors import RunError
-from shared.models.networks import ct_cnn, mlp
-from shared.models.segmentation import monet, unet
-from shared.tasks import loss_of
-from site_worker.data.dataset import Dataset, Parts
-from site_worker.privacy.feed import PrivateFeed
-from site_worker.privacy.secret import Secret
-from site_worker.privacy.trainer import PrivateTrainer
-from site_worker.trainer import Trainer
+from nightsplit.shared.errors import RunError
+from nightsplit.shared.models.networks import ct_cnn, mlp
+from nightsplit.shared.models.segmentation import monet, unet
+from nightsplit.shared.tasks import loss_of
+from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.privacy.feed import PrivateFeed
+from nightsplit.site_worker.privacy.secret import Secret
+from nightsplit.site_worker.privacy.trainer import PrivateTrainer
+from nightsplit.site_worker.trainer import Trainer
 
 SECRET = Secret(bytes(range(32)))
 N = 6

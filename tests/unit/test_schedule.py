@@ -2,9 +2,9 @@
 
 import random
 
-from server_worker.schedule import Fair, Strict
-from shared.protocols.plan import Plan
-from shared.protocols.stream import UpSequence
+from nightsplit.server_worker.schedule import Fair, Strict
+from nightsplit.shared.protocols.plan import Plan
+from nightsplit.shared.protocols.stream import UpSequence
 
 SIZES = {"large": 60, "middle": 30, "small": 6}
 PLANS = {site: UpSequence(Plan(n, n // 3, n // 3, 3, 4, 1, None, 2), has_head=False) for site, n in SIZES.items()}

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import segmentation
 from benchmarks.segmentation import BEGIN, END, SITES, mean_mask, read_volumes
-from site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.dataset import Dataset, Parts
 
 CHOSEN = ["public volumes alone", "centralized", "FedAvg", "DP, epsilon 8"]
 

@@ -6,8 +6,8 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from benchmarks.events import xor_of_events
-from shared.models.judge import Judge
-from shared.models.sequences import FrameEncoder, SequenceJudge, clstm, plain_clstm
+from nightsplit.shared.models.judge import Judge
+from nightsplit.shared.models.sequences import FrameEncoder, SequenceJudge, clstm, plain_clstm
 
 
 def judge_of(frames: int, features: int, hidden: int, recurrent: bool) -> SequenceJudge:

@@ -14,7 +14,7 @@ from benchmarks import results, sequences, sequences_hippocampus, sequences_stud
 from benchmarks.sequences_hippocampus import PLACES, AreaEncoder, Volume
 from benchmarks.sequences_material import Material, xor
 from benchmarks.sequences_study import Job, Study, judged, material, network
-from shared.models.sequences import SequenceJudge
+from nightsplit.shared.models.sequences import SequenceJudge
 
 
 @pytest.fixture

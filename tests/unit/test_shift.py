@@ -3,8 +3,8 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from shared.errors import ConfigError
-from shared.shift import Shift
+from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.shift import Shift
 
 BERLIN = ZoneInfo("Europe/Berlin")
 

@@ -1,7 +1,7 @@
 """The house rules that no type checker knows: who may import whom, what is never called, how long a file is.
 
-console -> site_worker, server_worker -> shared -> broker.base       site_worker X server_worker
-broker  -> shared.errors and shared.sqlite alone                     pika: broker/rabbitmq*.py alone
+console -> site_worker, server_worker -> shared -> nightsplit.broker.base       site_worker X server_worker
+broker  -> nightsplit.shared.errors and shared.sqlite alone                     pika: broker/rabbitmq*.py alone
 """
 
 import ast
@@ -13,17 +13,17 @@ import msgspec
 import pytest
 import torch
 
-from server_worker.protocols import make_server
-from shared.config import RunConfig
-from shared.protocols import PROTOCOLS, QUERIES
-from site_worker.data.dataset import Dataset, Parts
-from site_worker.protocols import make_site
+from nightsplit.server_worker.protocols import make_server
+from nightsplit.shared.config import RunConfig
+from nightsplit.shared.protocols import PROTOCOLS, QUERIES
+from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.protocols import make_site
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("broker", "shared", "site_worker", "server_worker", "console")
 ALLOWED = {
-    "broker": {"broker", "shared.credentials", "shared.errors", "shared.sqlite"},
-    "shared": {"shared", "broker.base"},
+    "broker": {"broker", "nightsplit.shared.credentials", "nightsplit.shared.errors", "shared.sqlite"},
+    "shared": {"shared", "nightsplit.broker.base"},
     "site_worker": {"site_worker", "shared", "broker"},
     "server_worker": {"server_worker", "shared", "broker"},
     "console": set(PACKAGES),
@@ -105,9 +105,11 @@ def test_no_file_tells_two_stories(path: Path) -> None:
 
 
 def test_the_rules_see_what_they_forbid() -> None:
-    tree = ast.parse("import pickle\nfrom server_worker.top import Top\ndef f():\n    from pika import spec\n")
-    assert list(imports_of(tree)) == ["pickle", "server_worker.top.Top", "pika.spec"]
-    assert not any(is_within("server_worker.top.Top", allowed) for allowed in ALLOWED["site_worker"])
+    tree = ast.parse(
+        "import pickle\nfrom nightsplit.server_worker.top import Top\ndef f():\n    from pika import spec\n"
+    )
+    assert list(imports_of(tree)) == ["pickle", "nightsplit.server_worker.top.Top", "pika.spec"]
+    assert not any(is_within("nightsplit.server_worker.top.Top", allowed) for allowed in ALLOWED["site_worker"])
     assert not any(is_within("broker.base_two", allowed) for allowed in ALLOWED["shared"])
 
 
@@ -116,7 +118,7 @@ def config_of(protocol: str) -> RunConfig:
         {
             "run": {"id": "house", "protocol": protocol, "sites": ["mercy"], "batch_size": 2},
             "model": {
-                "factory": "shared.models.networks:mlp",
+                "factory": "nightsplit.models:mlp",
                 "settings": {"inputs": 3, "hidden": [4, 4], "outputs": 1},
                 "cut": 1,
                 "head_cut": 2,
@@ -133,8 +135,8 @@ def test_every_system_has_both_halves(protocol: str, tmp_path: Path) -> None:
     few = Dataset(torch.zeros(4, 3), torch.zeros(4), ("a", "b", "c", "d"))
     site = make_site("mercy", config_of(protocol), Parts(few, few, few), "one", tmp_path)
     server = make_server(config_of(protocol), tmp_path, tmp_path)
-    assert type(site).__module__ == f"site_worker.protocols.{protocol}"
-    assert type(server).__module__ == f"server_worker.protocols.{protocol}"
+    assert type(site).__module__ == f"nightsplit.site_worker.protocols.{protocol}"
+    assert type(server).__module__ == f"nightsplit.server_worker.protocols.{protocol}"
 
 
 @pytest.mark.parametrize("side", ["site_worker", "server_worker"])

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from console.keys.authority import Authority
-from shared.credentials import NOBODY, Credentials
-from shared.errors import ConfigError
-from shared.exposition import served
-from shared.log import PHASES, phase_of
-from shared.telemetry import Telemetry
+from nightsplit.console.keys.authority import Authority
+from nightsplit.shared.credentials import NOBODY, Credentials
+from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.exposition import served
+from nightsplit.shared.log import PHASES, phase_of
+from nightsplit.shared.telemetry import Telemetry
 from tests.services import free_port
 
 SERVER_FACTS = {

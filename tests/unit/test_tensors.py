@@ -14,10 +14,10 @@ import pytest
 import torch
 import zstandard
 
-from shared import tensors
-from shared.contract import Codec
-from shared.errors import Refused
-from shared.tensors import DTYPES, Entry, decode, encode, is_finite
+from nightsplit.shared import tensors
+from nightsplit.shared.contract import Codec
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.tensors import DTYPES, Entry, decode, encode, is_finite
 
 LOSSY: tuple[Codec, ...] = ("fp16", "bf16", "int8")
 ERROR = {"fp16": 2**-11, "bf16": 2**-8}
@@ -262,7 +262,7 @@ def test_311_a_frame_that_lies_about_its_size() -> None:
 
 def test_a_codec_without_encoder_fails_the_import() -> None:
     program = (
-        "import typing, shared.contract as c\n"
+        "import typing, nightsplit.shared.contract as c\n"
         "c.Codec = typing.Literal['raw', 'fp32', 'fp16', 'bf16', 'int8', 'fp8']\n"
         "import shared.tensors\n"
     )

@@ -14,10 +14,10 @@ import pytest
 import torch
 import zstandard
 
-from shared import wire
-from shared.contract import Payload, TensorSpec
-from shared.errors import Refused
-from shared.message import Message, Scalar
+from nightsplit.shared import wire
+from nightsplit.shared.contract import Payload, TensorSpec
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.message import Message, Scalar
 from tests.wire_bodies import (
     F32,
     HEADER,

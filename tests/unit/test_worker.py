@@ -6,16 +6,16 @@ import time
 import pytest
 import torch
 
-from server_worker.activation_store import ActivationStore
-from server_worker.lease import Lease
-from server_worker.metrics_log import MetricsLog
-from shared.contract import Payload, TensorSpec
-from shared.effects import Record
-from shared.errors import ConfigError, StateError
-from shared.message import Kind
-from shared.protocols.assembly import planned_message_bytes
-from shared.store_memory import MemoryStore
-from shared.worker import Heartbeat, own_folder, prefetch_for, prepare_torch
+from nightsplit.server_worker.activation_store import ActivationStore
+from nightsplit.server_worker.lease import Lease
+from nightsplit.server_worker.metrics_log import MetricsLog
+from nightsplit.shared.contract import Payload, TensorSpec
+from nightsplit.shared.effects import Record
+from nightsplit.shared.errors import ConfigError, StateError
+from nightsplit.shared.message import Kind
+from nightsplit.shared.protocols.assembly import planned_message_bytes
+from nightsplit.shared.store_memory import MemoryStore
+from nightsplit.shared.worker import Heartbeat, own_folder, prefetch_for, prepare_torch
 from tests.protocols.night import tiny_config
 
 
