@@ -22,10 +22,10 @@ from rich.console import Console
 from benchmarks.common import MiB, Place, scratch
 from benchmarks.numbered import QUEUE_BYTES, Numbered
 from benchmarks.transport import SIZES, through
-from nightsplit.broker.base import Queue
-from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import site_queues
 from nightsplit.console.words import columns
+from nightsplit.shared.transport import Queue
 from tests.cluster import Cluster, ClusterNode, cluster
 
 WATCH_S = 40.0

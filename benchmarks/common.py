@@ -15,8 +15,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from nightsplit.broker.base import Broker, Queue
-from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.broker.rabbitmq.broker import RabbitBroker
+from nightsplit.shared.transport import Broker, Queue
 from tests.services import RabbitNode
 
 MiB = 2**20

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import Worker
-from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import site_queues
 from nightsplit.shared.authority import Alone
 from nightsplit.shared.checkpoint import Checkpoints
@@ -21,7 +21,7 @@ from nightsplit.shared.config import RunConfig
 from nightsplit.shared.config_file import load
 from nightsplit.shared.engine import Engine
 from nightsplit.shared.message import SERVER
-from nightsplit.shared.route import Route
+from nightsplit.shared.transport import Route
 from nightsplit.shared.worker import prefetch_for, prepare_torch
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 from nightsplit.site_worker.protocols import make_site

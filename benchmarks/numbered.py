@@ -6,9 +6,9 @@ import random
 import threading
 import time
 
-from nightsplit.broker.base import Confirmed, Delivery, Queue
-from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import site_queues
+from nightsplit.shared.transport import Confirmed, Delivery, Queue
 
 QUEUE_BYTES = 2**30
 AHEAD = 64

@@ -24,9 +24,8 @@ from torch import nn
 
 from benchmarks.common import MiB, Place, Worker, fresh_name, queues_of, rabbitmq, resident_bytes, scratch
 from benchmarks.figures import Figure, Results, arguments
-from nightsplit.broker.base import Broker, Delivery, Event, Link, Queue
+from nightsplit.broker.proxy import WrappedLink
 from nightsplit.broker.topology import SiteQueues, site_queues
-from nightsplit.broker.wrapped import WrappedLink
 from nightsplit.server_worker.aggregation import WeightedMean
 from nightsplit.server_worker.protocols import make_server
 from nightsplit.shared.authority import Alone
@@ -43,7 +42,7 @@ from nightsplit.shared.config import (
 )
 from nightsplit.shared.engine import Engine
 from nightsplit.shared.message import SERVER
-from nightsplit.shared.route import Route
+from nightsplit.shared.transport import Broker, Delivery, Event, Link, Queue, Route
 from nightsplit.shared.worker import prefetch_for, prepare_torch
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 from nightsplit.site_worker.protocols import make_site

@@ -26,7 +26,7 @@ from nightsplit.shared.engine import Engine
 from nightsplit.shared.message import SERVER
 from nightsplit.shared.protocols.assembly import assemble_any
 from nightsplit.shared.roles import Role
-from nightsplit.shared.route import Route
+from nightsplit.shared.transport import Route
 from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.protocols.base import SiteRole

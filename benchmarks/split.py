@@ -21,7 +21,6 @@ from torch import nn
 
 from benchmarks.cases import SITE, Case
 from benchmarks.common import MiB, Place, cpu_seconds, resident_bytes
-from nightsplit.broker.base import Link, Queue
 from nightsplit.broker.topology import SiteQueues
 from nightsplit.server_worker.lease import Lease
 from nightsplit.server_worker.protocols.split_labels import SplitLabelsServer
@@ -36,10 +35,10 @@ from nightsplit.shared.engine import Engine
 from nightsplit.shared.message import SERVER, Kind
 from nightsplit.shared.protocols.assembly import planned_message_bytes
 from nightsplit.shared.roles import Role
-from nightsplit.shared.route import Route
 from nightsplit.shared.stores import open_store
 from nightsplit.shared.tasks import loss_of
 from nightsplit.shared.training import make_optimizer
+from nightsplit.shared.transport import Link, Queue, Route
 from nightsplit.shared.worker import prefetch_for, prepare_torch
 from nightsplit.site_worker.bottom import Bottom
 from nightsplit.site_worker.feed import Feed

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from benchmarks.common import MiB, Place, Worker, cpu_seconds, fresh_name, queues_of, rabbitmq, scratch
 from benchmarks.figures import Figure, Results, arguments
-from nightsplit.broker.base import Broker, Confirmed, Delivery, Link, Queue
-from nightsplit.broker.embedded import EmbeddedBroker
+from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.broker.topology import site_queues
+from nightsplit.shared.transport import Broker, Confirmed, Delivery, Link, Queue
 from nightsplit.shared.worker import prepare_torch
 
 SIZES = {"64kb": 64 * 2**10, "1mb": MiB, "4mb": 4 * MiB}

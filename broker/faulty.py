@@ -28,8 +28,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from heapq import heappop, heappush
 
-from nightsplit.broker.base import Broker, Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
-from nightsplit.broker.wrapped import WrappedLink
+from nightsplit.broker.proxy import WrappedLink
+from nightsplit.shared.transport import Broker, Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
 
 MOST_COPIES = 3
 """Of a message that is duplicated, at one publishing."""

@@ -7,8 +7,8 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
-from nightsplit.broker.base import Broker, Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
 from nightsplit.shared.errors import BrokerError
+from nightsplit.shared.transport import Broker, Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
 
 
 class _Stored:

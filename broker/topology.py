@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nightsplit.broker.base import Queue
+from nightsplit.shared.transport import Queue
 
 PREFIX = "nightsplit"
 

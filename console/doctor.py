@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from nightsplit.broker.base import Broker
 from nightsplit.console.doctor_links import checks_of_lines
 from nightsplit.console.files import WorkerFile, read_worker_file
 from nightsplit.console.findings import Finding, size
@@ -26,6 +25,7 @@ from nightsplit.shared.errors import TITLES, NightsplitError, RunError
 from nightsplit.shared.message import SERVER
 from nightsplit.shared.protocols.assembly import assemble_any, planned_message_bytes
 from nightsplit.shared.shift import Shift
+from nightsplit.shared.transport import Broker
 from nightsplit.shared.worker import prepare_torch
 from nightsplit.site_worker.data.dataset import Dataset
 from nightsplit.site_worker.data.source import read_parts

@@ -12,7 +12,7 @@ from functools import partial
 
 from cryptography import x509
 
-from nightsplit.broker.rabbitmq_probe import Probe
+from nightsplit.broker.rabbitmq.probe import Probe
 from nightsplit.broker.topology import PREFIX, site_queues
 from nightsplit.console.files import WorkerFile
 from nightsplit.console.findings import Finding, size

@@ -9,8 +9,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from nightsplit.broker.base import Broker
-from nightsplit.broker.opening import open_broker
+from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import SiteQueues, query_queues, site_queues
 from nightsplit.shared.config import RunConfig, ServerConfig, ServerSection, SiteConfig, SiteSection, SourceSection
 from nightsplit.shared.config_file import load
@@ -18,6 +17,7 @@ from nightsplit.shared.credentials import Credentials
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.store import RunStore
 from nightsplit.shared.stores import open_store
+from nightsplit.shared.transport import Broker
 
 
 class _Tables(Struct):

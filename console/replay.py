@@ -18,7 +18,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from nightsplit.broker.base import Confirmed, Delivery, Event, Link, Queue
 from nightsplit.broker.topology import site_queues
 from nightsplit.console.files import WorkerFile
 from nightsplit.console.words import counted, screen
@@ -31,8 +30,8 @@ from nightsplit.shared.config import RunConfig, ServerSection
 from nightsplit.shared.effects import Record
 from nightsplit.shared.engine import Engine
 from nightsplit.shared.errors import ConfigError, Refused, StateError
-from nightsplit.shared.route import Route
 from nightsplit.shared.store import RunStore
+from nightsplit.shared.transport import Confirmed, Delivery, Event, Link, Queue, Route
 from nightsplit.shared.weights import weights_sha256
 from nightsplit.shared.worker import prepare_torch
 

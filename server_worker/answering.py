@@ -17,7 +17,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
-from nightsplit.broker.base import Confirmed, Delivery, Link
 from nightsplit.server_worker.computing import Evaluate
 from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
 from nightsplit.shared import wire
@@ -27,7 +26,7 @@ from nightsplit.shared.durable import write_durably
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.message import SERVER, Header, Kind, Message
 from nightsplit.shared.protocols.query import BLINDED_ELSEWHERE, CONTRACT, KEYS_UNKNOWN, Parcels, chunks
-from nightsplit.shared.route import Route
+from nightsplit.shared.transport import Confirmed, Delivery, Link, Route
 
 POLL_S = 0.5
 """How long it waits for a message before it looks whether it should leave."""

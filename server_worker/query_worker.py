@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-from nightsplit.broker.opening import open_broker
+from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import query_queues
 from nightsplit.server_worker.answering import Answering
 from nightsplit.server_worker.computing import evaluating
@@ -18,9 +18,9 @@ from nightsplit.shared.errors import StateError
 from nightsplit.shared.message import SERVER
 from nightsplit.shared.protocols.he_clstm import circuit_of, fill, judge_of, stages_of
 from nightsplit.shared.protocols.query import MOST_CHUNKS
-from nightsplit.shared.route import Route
 from nightsplit.shared.secret_file import make_secret_file, read_secret_file
 from nightsplit.shared.shift_worker import ShiftWorker
+from nightsplit.shared.transport import Route
 from nightsplit.shared.worker import StopSignal, locked_folder, prepare_torch
 
 WEIGHTS = ("top.safetensors", "model.safetensors")

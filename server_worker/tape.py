@@ -24,11 +24,11 @@ from pathlib import Path
 from struct import Struct
 from typing import BinaryIO
 
-from nightsplit.broker.base import Delivery, Event, Link
-from nightsplit.broker.wrapped import WrappedLink
+from nightsplit.broker.proxy import WrappedLink
 from nightsplit.shared.config import RunConfig
 from nightsplit.shared.durable import force_to_disk
 from nightsplit.shared.errors import StateError
+from nightsplit.shared.transport import Delivery, Event, Link
 
 FOLDER = "tape"
 """In the server's state folder."""

@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from nightsplit.broker.opening import open_broker
+from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import site_queues
 from nightsplit.server_worker.attendance import Attendance
 from nightsplit.server_worker.ddp import DividedTop, Group, device_of_rank, joined_group
@@ -28,9 +28,9 @@ from nightsplit.shared.errors import StateError
 from nightsplit.shared.log import event
 from nightsplit.shared.message import SERVER, Kind, Scalar
 from nightsplit.shared.protocols.assembly import planned_message_bytes
-from nightsplit.shared.route import Route
 from nightsplit.shared.shift_worker import ShiftWorker
 from nightsplit.shared.store import RunStore, Status
+from nightsplit.shared.transport import Route
 from nightsplit.shared.turns import CLOSES, LEAVES
 from nightsplit.shared.worker import (
     Facts,

@@ -6,8 +6,8 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from nightsplit.broker.base import Delivery
 from nightsplit.shared.checkpoint import Snapshot
+from nightsplit.shared.transport import Delivery
 
 
 @dataclass(slots=True)

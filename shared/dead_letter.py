@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from nightsplit.broker.base import Delivery, Link, Queue
 from nightsplit.shared.errors import Refused
+from nightsplit.shared.transport import Delivery, Link, Queue
 
 
 def bury(link: Link, queue: Queue, name: str, delivery: Delivery, sender: str, refusal: Refused) -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-from nightsplit.broker.base import Confirmed, Delivery, Link, Recovered, Trouble
 from nightsplit.shared import crash, wire
 from nightsplit.shared.authority import Authority
 from nightsplit.shared.checkpoint import Checkpoints, Snapshot
@@ -30,7 +29,7 @@ from nightsplit.shared.errors import Refused, StateError
 from nightsplit.shared.message import FROM_SITES, SERVER, UNSEQUENCED, Header, Message
 from nightsplit.shared.progress import Progress
 from nightsplit.shared.roles import Role
-from nightsplit.shared.route import Route
+from nightsplit.shared.transport import Confirmed, Delivery, Link, Recovered, Route, Trouble
 from nightsplit.shared.turns import CLOSES, LEAVES, Turns
 
 

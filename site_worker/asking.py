@@ -13,14 +13,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
-from nightsplit.broker.base import Confirmed, Delivery, Link
 from nightsplit.shared import wire
 from nightsplit.shared.ckks import PublicKeys
 from nightsplit.shared.dead_letter import bury
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.message import SERVER, Header, Kind, Message
 from nightsplit.shared.protocols.query import BLINDED_ELSEWHERE, CONTRACT, KEYS_UNKNOWN, Parcels, chunks
-from nightsplit.shared.route import Route
+from nightsplit.shared.transport import Confirmed, Delivery, Link, Route
 from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
 from nightsplit.site_worker.queries import Place, Queries, Query
 

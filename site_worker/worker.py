@@ -9,8 +9,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from nightsplit.broker.base import Broker, Link
-from nightsplit.broker.opening import open_broker
+from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import site_queues
 from nightsplit.shared.authority import Alone
 from nightsplit.shared.checkpoint import Checkpoints
@@ -22,9 +21,9 @@ from nightsplit.shared.engine import Engine
 from nightsplit.shared.errors import BrokerError, RunError
 from nightsplit.shared.message import SERVER, Kind
 from nightsplit.shared.protocols.assembly import planned_message_bytes
-from nightsplit.shared.route import Route
 from nightsplit.shared.shift_worker import ShiftWorker
 from nightsplit.shared.store import RunStore, Status
+from nightsplit.shared.transport import Broker, Link, Route
 from nightsplit.shared.worker import (
     Facts,
     Heartbeat,

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from nightsplit.broker.base import Broker, Delivery, Queue
-from nightsplit.broker.embedded import EmbeddedBroker
+from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.broker.memory import MemoryBroker
-from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.console.dead_letters import list_letters
 from nightsplit.console.files import WorkerFile
 from nightsplit.shared.config import ServerSection, SiteSection
+from nightsplit.shared.transport import Broker, Delivery, Queue
 from tests.protocols.night import Night, tiny_config
 from tests.services import wait_until
 

@@ -7,8 +7,8 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from nightsplit.broker.base import Confirmed, Delivery, Link, Queue
-from nightsplit.broker.embedded import EmbeddedBroker
+from nightsplit.broker.embedded.broker import EmbeddedBroker
+from nightsplit.shared.transport import Confirmed, Delivery, Link, Queue
 
 UP = Queue("night.north.up", "night.north", "up", None, "dead")
 LARGE = 200_000

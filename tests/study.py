@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from nightsplit.broker.embedded import EmbeddedBroker
+from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.broker.topology import site_queues
 from tests.processes import Fresh, Process
 

@@ -1,4 +1,4 @@
-"""One suite for every broker: what `nightsplit.broker.base` promises, and nothing that only one of them does."""
+"""One suite for every broker: what `nightsplit.shared.transport` promises, and nothing that only one of them does."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from nightsplit.broker.base import Broker, Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
 from nightsplit.broker.faulty import Faults, FaultyBroker
 from nightsplit.broker.memory import MemoryBroker
-from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.shared.errors import BrokerError
+from nightsplit.shared.transport import Broker, Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
 
 PATIENCE_S = 10.0
 LIMIT = 2**20
@@ -32,7 +32,7 @@ def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Broker]:
         elif request.param == "rabbitmq":
             yield RabbitBroker(request.getfixturevalue("rabbitmq").vhost())
         else:
-            from nightsplit.broker.embedded import EmbeddedBroker
+            from nightsplit.broker.embedded.broker import EmbeddedBroker
 
             embedded = EmbeddedBroker(tmp_path / "broker")
             cleanup.callback(getattr(embedded, "close", lambda: None))

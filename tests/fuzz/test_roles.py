@@ -25,8 +25,8 @@ from nightsplit.shared.errors import Refused, RunError
 from nightsplit.shared.message import SERVER, UNSEQUENCED, Header, Kind, Message, Scalar
 from nightsplit.shared.protocols import PROTOCOLS
 from nightsplit.shared.protocols.assembly import assemble_any
-from nightsplit.shared.route import Route
 from nightsplit.shared.store_memory import MemoryStore
+from nightsplit.shared.transport import Route
 from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.protocols.base import SiteRole
 from tests.protocols.night import Authority, Night, tiny_config, tiny_parts

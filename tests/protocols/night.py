@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from nightsplit.broker.base import Broker
 from nightsplit.broker.memory import MemoryBroker
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.server_worker.protocols import make_server
@@ -29,9 +28,9 @@ from nightsplit.shared.config import (
 from nightsplit.shared.engine import Engine
 from nightsplit.shared.message import SERVER
 from nightsplit.shared.protocols import ROUNDS
-from nightsplit.shared.route import Route
 from nightsplit.shared.store import RunStore
 from nightsplit.shared.store_memory import MemoryStore
+from nightsplit.shared.transport import Broker, Route
 from nightsplit.shared.turns import LEAVES
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 from nightsplit.site_worker.protocols import make_site

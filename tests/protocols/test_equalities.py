@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nightsplit.broker.embedded import EmbeddedBroker
-from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.broker.embedded.broker import EmbeddedBroker
+from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.shared.message import SERVER
 from nightsplit.shared.protocols.plan import Step
 from nightsplit.shared.seeds import seed_for, seeded

@@ -8,14 +8,14 @@ from collections import Counter
 
 import pytest
 
-from nightsplit.broker.base import Confirmed, Delivery, Recovered, Trouble
-from nightsplit.broker.embedded import EmbeddedBroker
+from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.broker.faulty import Faults, FaultyBroker
 from nightsplit.broker.memory import MemoryBroker
-from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import site_queues
 from nightsplit.shared.message import SERVER
 from nightsplit.shared.protocols import PROTOCOLS
+from nightsplit.shared.transport import Confirmed, Delivery, Recovered, Trouble
 from tests.protocols.night import Night, tiny_config
 from tests.protocols.test_crashes import SYSTEMS, shaken
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import zstandard
 
-from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.shared import wire
 from nightsplit.shared.config import RunConfig
 from nightsplit.shared.contract import Payload, TensorSpec

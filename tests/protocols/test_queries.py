@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from nightsplit.broker.base import Delivery
 from nightsplit.broker.memory import MemoryBroker
 from nightsplit.broker.topology import query_queues
 from nightsplit.server_worker.answering import Answering
@@ -24,7 +23,7 @@ from nightsplit.shared.models.judge import Judge, Numbers
 from nightsplit.shared.models.sequences import SequenceJudge
 from nightsplit.shared.protocols.he_clstm import circuit_of, rotations_of
 from nightsplit.shared.protocols.query import CONTRACT, HEADER_BYTES, MOST_CHUNKS, Parcels, chunks
-from nightsplit.shared.route import Route
+from nightsplit.shared.transport import Delivery, Route
 from nightsplit.site_worker.asking import Asking
 from nightsplit.site_worker.encrypted.keys import SecretKeys
 from nightsplit.site_worker.protocols.he_clstm import HeClstmSite

@@ -146,7 +146,7 @@ def test_a_file_of_the_other_side(study, capsys):
 
 
 def test_the_broker_cannot_be_reached(study, capsys, monkeypatch):
-    monkeypatch.setattr("nightsplit.broker.rabbitmq.FIRST_CONNECTION_S", 0.5)
+    monkeypatch.setattr("nightsplit.broker.rabbitmq.broker.FIRST_CONNECTION_S", 0.5)
     secret = f"amqp://ward:secret@127.0.0.1:{free_port()}/%2F"
     change(study / "server.toml", "embedded:broker", secret)
     assert "secret" not in refused(study, capsys, 201, "server", "server.toml")

@@ -23,14 +23,14 @@ from zoneinfo import ZoneInfo
 import pytest
 from rich.console import Console
 
-from nightsplit.broker import rabbitmq
-from nightsplit.broker.base import Confirmed, Delivery, Link, Queue
-from nightsplit.broker.base import Event as LinkEvent
-from nightsplit.broker.outbox import Pauses
-from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.broker.rabbitmq import broker as rabbitmq
+from nightsplit.broker.rabbitmq.broker import RabbitBroker
+from nightsplit.broker.rabbitmq.outbox import Pauses
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.console.progress import Progress
 from nightsplit.shared.clock import Clock, ManualClock
+from nightsplit.shared.transport import Confirmed, Delivery, Link, Queue
+from nightsplit.shared.transport import Event as LinkEvent
 from nightsplit.shared.worker import Facts, StopSignal
 from nightsplit.site_worker.worker import SiteWorker
 from tests.links import Direction, Line
@@ -170,7 +170,7 @@ def test_an_outage_of_two_and_a_half_hours_over_the_end_of_a_shift(
     site = hospital.folder / "north.toml"
     site.write_text(site.read_text().replace("[data]", 'shift = "22:00-06:00 Europe/Berlin"\n[data]'))
     clock = ManualClock(datetime(2026, 3, 3, 4, 30, tzinfo=BERLIN))
-    monkeypatch.setattr("nightsplit.broker.rabbitmq.FIRST_CONNECTION_S", 1.0)
+    monkeypatch.setattr("nightsplit.broker.rabbitmq.broker.FIRST_CONNECTION_S", 1.0)
     breaks = Event()
     look = RabbitBroker.depth
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.numbered import Numbered
-from nightsplit.broker import rabbitmq_connection
-from nightsplit.broker.base import Confirmed, Delivery, Link, Trouble
-from nightsplit.broker.rabbitmq import RabbitBroker
-from nightsplit.broker.rabbitmq_address import read_addresses
-from nightsplit.broker.rabbitmq_terms import arguments
+from nightsplit.broker.rabbitmq import connection as rabbitmq_connection
+from nightsplit.broker.rabbitmq.address import read_addresses
+from nightsplit.broker.rabbitmq.broker import RabbitBroker
+from nightsplit.broker.rabbitmq.errors import arguments
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.shared.config import WireSection
 from nightsplit.shared.credentials import NOBODY
 from nightsplit.shared.errors import BrokerError
+from nightsplit.shared.transport import Confirmed, Delivery, Link, Trouble
 from tests.cluster import ClusterNode, cluster
 from tests.services import RabbitNode, RedisServer, free_port, wait_until
 from tests.workers import Hospital

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from nightsplit.broker.base import Broker, Delivery
 from nightsplit.console import dead_letters
 from nightsplit.console.dead_letters import discard_letters, list_letters, replay_letters, show_letter
 from nightsplit.shared.errors import NightsplitError
+from nightsplit.shared.transport import Broker, Delivery
 from tests.dead_letters import BROKERS, contents, depth, file_of, letters, listed, open_broker, put, sites_far_ahead
 from tests.protocols.night import Night
 from tests.protocols.test_poison import POISON, header

@@ -12,15 +12,15 @@ import msgspec
 import pika
 import pytest
 
-from nightsplit.broker.base import Broker, Delivery
-from nightsplit.broker.embedded_link import EmbeddedLink
-from nightsplit.broker.rabbitmq import RabbitBroker
-from nightsplit.broker.rabbitmq_link import RabbitLink
+from nightsplit.broker.embedded.link import EmbeddedLink
+from nightsplit.broker.rabbitmq.broker import RabbitBroker
+from nightsplit.broker.rabbitmq.link import RabbitLink
 from nightsplit.console.dead_letters import FEW, replay_letters
 from nightsplit.shared import wire
 from nightsplit.shared.crash import EXIT_CODE
 from nightsplit.shared.errors import NightsplitError
 from nightsplit.shared.message import SERVER
+from nightsplit.shared.transport import Broker, Delivery
 from tests.dead_letters import BROKERS, contents, depth, file_of, letters, listed, open_broker, put, sites_far_ahead
 from tests.protocols.night import Night, tiny_config
 from tests.protocols.test_poison import POISON, header

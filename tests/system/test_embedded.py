@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from nightsplit.broker.base import Confirmed, Queue, Recovered, Trouble
-from nightsplit.broker.embedded import EmbeddedBroker
+from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.shared.errors import BrokerError
+from nightsplit.shared.transport import Confirmed, Queue, Recovered, Trouble
 from tests.embedded import LARGE, UP, body, files, ids, rows, store, take
 from tests.services import wait_until
 

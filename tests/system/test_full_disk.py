@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from nightsplit.broker import embedded_folder
-from nightsplit.broker.base import Confirmed, Delivery, Link, Recovered, Trouble
-from nightsplit.broker.embedded import EmbeddedBroker
+from nightsplit.broker.embedded import storage as embedded_folder
+from nightsplit.broker.embedded.broker import EmbeddedBroker
+from nightsplit.shared.transport import Confirmed, Delivery, Link, Recovered, Trouble
 from tests.embedded import LARGE, UP, files, ids, store, take
 from tests.services import wait_until
 

@@ -9,7 +9,7 @@ from contextlib import closing
 import pika
 import pytest
 
-from nightsplit.broker.rabbitmq_address import read_addresses
+from nightsplit.broker.rabbitmq.address import read_addresses
 from nightsplit.console.keys.centre import ADMIN
 from nightsplit.console.keys.live import administrator
 from nightsplit.console.main import run

@@ -5,7 +5,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from nightsplit.broker.embedded import EmbeddedBroker
+from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.broker.topology import site_queues
 from nightsplit.server_worker.worker import ServerWorker
 from nightsplit.shared.clock import ManualClock

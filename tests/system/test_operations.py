@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nightsplit.broker.embedded import EmbeddedBroker
+from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.broker.topology import site_queues
 from tests.services import RabbitNode, RedisServer, free_port, wait_until
 from tests.study import begin, change, end, end_all, write_study

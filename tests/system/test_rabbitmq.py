@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from nightsplit.broker import rabbitmq, rabbitmq_address, rabbitmq_connection
-from nightsplit.broker.base import Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
-from nightsplit.broker.rabbitmq import RabbitBroker
+from nightsplit.broker.rabbitmq import address as rabbitmq_address
+from nightsplit.broker.rabbitmq import broker as rabbitmq
+from nightsplit.broker.rabbitmq import connection as rabbitmq_connection
+from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.shared.errors import BrokerError
+from nightsplit.shared.transport import Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
 from tests.services import RabbitNode, free_port, wait_until
 
 pytestmark = pytest.mark.rabbitmq

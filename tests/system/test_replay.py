@@ -7,10 +7,10 @@ from contextlib import suppress
 
 import pytest
 
-from nightsplit.broker.base import Delivery
 from nightsplit.console.main import run
 from nightsplit.server_worker.tape import FOLDER, Tape, recorded
 from nightsplit.shared.errors import ConfigError, StateError
+from nightsplit.shared.transport import Delivery
 from nightsplit.site_worker.worker import SiteWorker
 from tests.study import change, write_study
 from tests.workers import Hospital

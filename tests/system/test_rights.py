@@ -17,8 +17,8 @@ import pika
 import pytest
 import redis
 
-from nightsplit.broker.rabbitmq import RabbitBroker
-from nightsplit.broker.rabbitmq_address import read_addresses
+from nightsplit.broker.rabbitmq.address import read_addresses
+from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import site_queues
 from nightsplit.shared.store_redis import RedisStore
 from tests.centre import SITES, Centre

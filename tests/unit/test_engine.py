@@ -2,7 +2,6 @@
 
 import pytest
 
-from nightsplit.broker.base import Confirmed
 from nightsplit.broker.memory import MemoryBroker
 from nightsplit.broker.topology import site_queues
 from nightsplit.shared import wire
@@ -13,7 +12,7 @@ from nightsplit.shared.engine import Engine
 from nightsplit.shared.errors import Refused, StateError
 from nightsplit.shared.message import SERVER, Header, Kind, Message
 from nightsplit.shared.roles import Role
-from nightsplit.shared.route import Route
+from nightsplit.shared.transport import Confirmed, Route
 from tests.protocols.night import Authority
 
 QUEUES = {site: site_queues("run", site, 10_000) for site in ("a", "b")}

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nightsplit.broker.base import Recovered, Trouble
 from nightsplit.console import json_log
 from nightsplit.shared import wire
 from nightsplit.shared.contract import Payload, TensorSpec
 from nightsplit.shared.errors import BrokerError, DataError, StateError
 from nightsplit.shared.log import event
 from nightsplit.shared.message import SERVER, Header, Kind, Message
+from nightsplit.shared.transport import Recovered, Trouble
 from tests.protocols.night import Night, tiny_config
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from nightsplit.broker.base import Queue
-from nightsplit.broker.outbox import Message, Outbox
+from nightsplit.broker.rabbitmq.outbox import Message, Outbox
+from nightsplit.shared.transport import Queue
 
 
 def outbox_with(count: int, queue: str = "q") -> tuple[Outbox, list[Message]]:

@@ -1,6 +1,6 @@
 """The house rules that no type checker knows: who may import whom, what is never called, how long a file is.
 
-console -> site_worker, server_worker -> shared -> nightsplit.broker.base       site_worker X server_worker
+console -> site_worker, server_worker -> shared -> nightsplit.shared.transport       site_worker X server_worker
 broker  -> nightsplit.shared.errors and shared.sqlite alone                     pika: broker/rabbitmq*.py alone
 """
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("broker", "shared", "site_worker", "server_worker", "console")
 ALLOWED = {
     "broker": {"broker", "nightsplit.shared.credentials", "nightsplit.shared.errors", "shared.sqlite"},
-    "shared": {"shared", "nightsplit.broker.base"},
+    "shared": {"shared", "nightsplit.shared.transport"},
     "site_worker": {"site_worker", "shared", "broker"},
     "server_worker": {"server_worker", "shared", "broker"},
     "console": set(PACKAGES),

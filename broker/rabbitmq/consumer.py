@@ -1,4 +1,4 @@
-"""The half of a link to RabbitMQ that consumes; see the drawing in `nightsplit.broker.rabbitmq`."""
+"""The half of a link to RabbitMQ that consumes; see the drawing in `nightsplit.broker.rabbitmq.broker`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from nightsplit.broker.base import Delivery, Queue
-from nightsplit.broker.rabbitmq_connection import Connection
-from nightsplit.broker.rabbitmq_link import Inbox
+from nightsplit.broker.rabbitmq.connection import Connection
+from nightsplit.broker.rabbitmq.inbox import Inbox
+from nightsplit.shared.transport import Delivery, Queue
 
 
 class Consuming(Connection):

@@ -1,4 +1,4 @@
-"""RabbitMQ. `rabbitmq_link` is the left column below; `rabbitmq_publishing` and `rabbitmq_consuming` the right.
+"""RabbitMQ. `link` is the left column below; `publisher` and `consumer` are the right one.
 
     the worker's thread                       the link's I/O thread (one pika loop)
     ───────────────────                       ─────────────────────────────────────
@@ -19,15 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from nightsplit.broker.base import Broker, Link, Queue
-from nightsplit.broker.rabbitmq_address import connected, read_addresses
-from nightsplit.broker.rabbitmq_connection import ChannelRefused, IOLoop, tune_process
-from nightsplit.broker.rabbitmq_consuming import Consuming
-from nightsplit.broker.rabbitmq_link import Inbox, RabbitLink
-from nightsplit.broker.rabbitmq_publishing import Publishing
-from nightsplit.broker.rabbitmq_terms import arguments, disagreement
+from nightsplit.broker.rabbitmq.address import connected, read_addresses
+from nightsplit.broker.rabbitmq.connection import ChannelRefused, IOLoop, tune_process
+from nightsplit.broker.rabbitmq.consumer import Consuming
+from nightsplit.broker.rabbitmq.errors import arguments, disagreement
+from nightsplit.broker.rabbitmq.inbox import Inbox
+from nightsplit.broker.rabbitmq.link import RabbitLink
+from nightsplit.broker.rabbitmq.publisher import Publishing
 from nightsplit.shared.credentials import NOBODY, Credentials
 from nightsplit.shared.errors import BrokerError
+from nightsplit.shared.transport import Broker, Link, Queue
 
 FIRST_CONNECTION_S = 10.0
 """An address that did not answer for so long is probably wrong; one that once did is tried for ever."""

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from nightsplit.broker.base import Broker, Link, Queue
-from nightsplit.broker.embedded_folder import Folder
-from nightsplit.broker.embedded_link import EmbeddedLink
+from nightsplit.broker.embedded.link import EmbeddedLink
+from nightsplit.broker.embedded.storage import Folder
 from nightsplit.shared.sqlite import broker_errors, transaction
+from nightsplit.shared.transport import Broker, Link, Queue
 
 
 class EmbeddedBroker(Broker):

@@ -20,9 +20,9 @@ import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from nightsplit.broker.base import Queue
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.sqlite import explain, is_full, open_database
+from nightsplit.shared.transport import Queue
 
 RESERVE_BYTES = 64 * 2**20
 """Room on the disk that messages may not use: acknowledging, which frees room, takes some itself."""

@@ -26,10 +26,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 
-from nightsplit.broker.base import Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
-from nightsplit.broker.embedded_folder import Folder, NewRow
+from nightsplit.broker.embedded.storage import Folder, NewRow
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.sqlite import broker_errors, explain, is_locked, transaction
+from nightsplit.shared.transport import Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
 
 INLINE_BYTES = 64 * 2**10
 """Bodies up to this size lie in their row; a larger one would be written twice, to the log and the table."""

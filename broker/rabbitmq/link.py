@@ -1,4 +1,4 @@
-"""The worker's side of a link to RabbitMQ; see the drawing in `nightsplit.broker.rabbitmq`."""
+"""The worker's side of a link to RabbitMQ; see the drawing in `nightsplit.broker.rabbitmq.broker`."""
 
 from __future__ import annotations
 
@@ -6,51 +6,18 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from queue import Empty
+from typing import Any
 
-from nightsplit.broker.base import Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
-from nightsplit.broker.outbox import Message
+from nightsplit.broker.rabbitmq.consumer import Consuming
+from nightsplit.broker.rabbitmq.inbox import Inbox
+from nightsplit.broker.rabbitmq.outbox import Message
+from nightsplit.broker.rabbitmq.publisher import Publishing
 from nightsplit.shared.errors import BrokerError
-
-if TYPE_CHECKING:
-    from nightsplit.broker.rabbitmq_consuming import Consuming
-    from nightsplit.broker.rabbitmq_publishing import Publishing
+from nightsplit.shared.transport import Confirmed, Delivery, Event, Link, Queue
 
 GOODBYE_S = 1.0
 """How long a closing link waits for the broker to take leave."""
-
-
-class Inbox:
-    """What the I/O thread has for the worker: events, and the error that no retry can mend."""
-
-    def __init__(self) -> None:
-        self.events: SimpleQueue[Event | None] = SimpleQueue()
-        self._failure: BrokerError | None = None
-        self._troubles: set[str] = set()
-
-    def fail(self, error: BrokerError) -> None:
-        """Let every later call of the worker raise `error`."""
-        self._failure = self._failure or error
-        self.events.put(None)  # wakes a worker that waits
-
-    def raise_failure(self) -> None:
-        """Raise the error, if there is one."""
-        if self._failure is not None:
-            raise self._failure.with_traceback(None)
-
-    def trouble(self, cause: str, reason: str) -> None:
-        """Report a cause of trouble, once until it is over."""
-        if cause not in self._troubles:
-            self._troubles.add(cause)
-            self.events.put(Trouble(reason))
-
-    def over(self, cause: str) -> None:
-        """Take a cause back; `Recovered` follows when it was the last."""
-        if cause in self._troubles:
-            self._troubles.remove(cause)
-            if not self._troubles:
-                self.events.put(Recovered())
 
 
 class RabbitLink(Link):

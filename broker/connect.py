@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nightsplit.broker.base import Broker
-from nightsplit.broker.embedded import EmbeddedBroker
+from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.shared.credentials import NOBODY, Credentials, expect_private
 from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.transport import Broker
 
 
 def open_broker(address: str, base: Path, max_message_bytes: int, credentials: Credentials = NOBODY) -> Broker:
@@ -28,7 +28,7 @@ def open_broker(address: str, base: Path, max_message_bytes: int, credentials: C
         return EmbeddedBroker(base / rest, max_message_bytes)
     if scheme in ("amqp", "amqps"):
         # Imported here, since the embedded broker works where pika is not wanted.
-        from nightsplit.broker.rabbitmq import RabbitBroker
+        from nightsplit.broker.rabbitmq.broker import RabbitBroker
 
         expect_private(address)
         return RabbitBroker(address, max_message_bytes, credentials=credentials)

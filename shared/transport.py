@@ -43,6 +43,15 @@ class Queue:
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """Where messages to one peer go, and where messages from it come from."""
+
+    outgoing: Queue
+    incoming: Queue
+    dead: Queue
+
+
+@dataclass(frozen=True, slots=True)
 class Delivery:
     """A message handed to the worker. It stays at the broker until it is acknowledged.
 

@@ -1,6 +1,6 @@
-"""A connection to RabbitMQ that comes back by itself; what `rabbitmq_publishing` and `rabbitmq_consuming` share.
+"""A connection to RabbitMQ that comes back by itself; what `publisher` and `consumer` share.
 
-It belongs to a link's I/O thread; see the drawing in `nightsplit.broker.rabbitmq`.
+It belongs to a link's I/O thread; see the drawing in `nightsplit.broker.rabbitmq.broker`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pika import exceptions
 from pika.adapters.select_connection import IOLoop, SelectConnection
 from pika.adapters.utils import io_services_utils
 
-from nightsplit.broker.outbox import Pauses
-from nightsplit.broker.rabbitmq_link import Inbox
-from nightsplit.broker.rabbitmq_terms import lasting, line_down, unreachable
+from nightsplit.broker.rabbitmq.errors import lasting, line_down, unreachable
+from nightsplit.broker.rabbitmq.inbox import Inbox
+from nightsplit.broker.rabbitmq.outbox import Pauses
 from nightsplit.shared.errors import BrokerError
 
 __all__ = ["ChannelRefused", "Connection", "IOLoop", "tune_process"]

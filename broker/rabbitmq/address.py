@@ -10,8 +10,8 @@ from typing import Any
 import pika
 from pika import exceptions
 
-from nightsplit.broker.outbox import Pauses
-from nightsplit.broker.rabbitmq_terms import lasting, unreachable
+from nightsplit.broker.rabbitmq.errors import lasting, unreachable
+from nightsplit.broker.rabbitmq.outbox import Pauses
 from nightsplit.shared.credentials import Credentials
 from nightsplit.shared.errors import BrokerError
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from nightsplit.broker.base import Queue
 from nightsplit.shared.errors import BrokerError
+from nightsplit.shared.transport import Queue
 
 NO_DELIVERY_LIMIT = 2**31 - 1
 """For a quorum queue, as good as none. Its own word for none, -1, is unknown to RabbitMQ 3, and lets

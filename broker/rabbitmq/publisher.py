@@ -1,4 +1,4 @@
-"""The half of a link to RabbitMQ that publishes; see the drawing in `nightsplit.broker.rabbitmq`."""
+"""The half of a link to RabbitMQ that publishes; see the drawing in `nightsplit.broker.rabbitmq.broker`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import pika
 
-from nightsplit.broker.base import Confirmed, Queue
-from nightsplit.broker.outbox import Message, Outbox
-from nightsplit.broker.rabbitmq_connection import ChannelRefused, Connection
-from nightsplit.broker.rabbitmq_link import Inbox
+from nightsplit.broker.rabbitmq.connection import ChannelRefused, Connection
+from nightsplit.broker.rabbitmq.inbox import Inbox
+from nightsplit.broker.rabbitmq.outbox import Message, Outbox
+from nightsplit.shared.transport import Confirmed, Queue
 
 
 class Publishing(Connection):

@@ -8,11 +8,11 @@ from typing import Any
 import pika
 from pika import exceptions
 
-from nightsplit.broker.base import Queue
-from nightsplit.broker.rabbitmq_address import connected, read_addresses
-from nightsplit.broker.rabbitmq_terms import lasting
+from nightsplit.broker.rabbitmq.address import connected, read_addresses
+from nightsplit.broker.rabbitmq.errors import lasting
 from nightsplit.shared.credentials import Credentials
 from nightsplit.shared.errors import BrokerError
+from nightsplit.shared.transport import Queue
 
 PATIENCE_S = 10.0
 BLOCKED_S = 5.0
@@ -26,7 +26,7 @@ class Probe:
     """One user at one broker.
 
     Args:
-        url: as `nightsplit.broker.rabbitmq.RabbitBroker` takes it.
+        url: as `nightsplit.broker.rabbitmq.broker.RabbitBroker` takes it.
         credentials: as there.
 
     Raises:

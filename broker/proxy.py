@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from nightsplit.broker.base import Delivery, Event, Link, Queue
+from nightsplit.shared.transport import Delivery, Event, Link, Queue
 
 
 class WrappedLink(Link):

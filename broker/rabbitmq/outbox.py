@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-from nightsplit.broker.base import Queue
+from nightsplit.shared.transport import Queue
 
 
 class Pauses(Iterator[float]):

@@ -1,0 +1,1 @@
+"""A broker for one host, in a folder: SQLite and files."""
