@@ -27,7 +27,7 @@ from pathlib import Path
 from benchmarks.autoack_loop import STOP
 from benchmarks.common import scratch
 from benchmarks.nemesis import SITES, WORKERS, schedule
-from nightsplit.shared.message import SERVER
+from nightsplit.shared.wire.message import SERVER
 from tests.services import RabbitNode
 from tests.workers import Hospital
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nightsplit.broker.topology import SiteQueues, site_queues
-from nightsplit.shared.config import (
+from nightsplit.shared.config.run import (
     Codec,
     ModelSection,
     OptimizerSection,
@@ -18,10 +18,10 @@ from nightsplit.shared.config import (
     TaskSection,
     WireSection,
 )
-from nightsplit.shared.contract import Payload
-from nightsplit.shared.message import Kind
-from nightsplit.shared.models.cutting import Halves, build, output_shapes
+from nightsplit.shared.models.partition import Halves, build, output_shapes
 from nightsplit.shared.protocols.stream import payloads
+from nightsplit.shared.wire.message import Kind
+from nightsplit.shared.wire.schema import Payload
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 
 SITE = "north"

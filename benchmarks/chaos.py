@@ -34,9 +34,9 @@ from benchmarks.common import scratch
 from benchmarks.nemesis import WORKERS, Nemesis, Strike, percentile_95, schedule, torch_import_seconds
 from benchmarks.numbered import Numbered
 from benchmarks.oracle import Outcome, outcome_of
-from nightsplit.shared import crash
+from nightsplit.shared import crash_points
 from nightsplit.shared.protocols import ROUNDS
-from nightsplit.shared.stores import open_store
+from nightsplit.shared.run_store.connect import open_store
 from tests.processes import Fresh, Process
 from tests.services import RabbitNode, RedisServer
 from tests.workers import SHARES, Hospital
@@ -72,7 +72,7 @@ class Campaign:
     broker: Literal["rabbitmq", "embedded"] = "embedded"
     protocol: str = "split_labels"
     order: Literal["strict", "fair"] = "strict"
-    points: Sequence[crash.Point] = ()
+    points: Sequence[crash_points.Point] = ()
     epochs: int = 0
     noticings: int = 0
     begin: type[Process | Fresh] = Fresh
@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         broker=chosen.broker,
         protocol=chosen.protocol,
         order=chosen.order,
-        points=crash.POINTS if chosen.points else (),
+        points=crash_points.POINTS if chosen.points else (),
         noticings=NOTICINGS if chosen.kills and not chosen.quick else 0,
     )
     with scratch() as folder:

@@ -15,14 +15,14 @@ import torch
 from benchmarks.common import Worker
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import site_queues
-from nightsplit.shared.authority import Alone
-from nightsplit.shared.checkpoint import Checkpoints
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.config_file import load
-from nightsplit.shared.engine import Engine
-from nightsplit.shared.message import SERVER
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.engine.engine import Engine
+from nightsplit.shared.engine.fencing import Alone
+from nightsplit.shared.protocols.load import load
+from nightsplit.shared.runtime.process import prefetch_for, prepare_torch
+from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.transport import Route
-from nightsplit.shared.worker import prefetch_for, prepare_torch
+from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 from nightsplit.site_worker.protocols import make_site
 

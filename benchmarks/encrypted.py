@@ -30,11 +30,11 @@ from nightsplit.server_worker.computing import Evaluate, evaluating
 from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
 from nightsplit.server_worker.encrypted.convolution import CIRCUIT, UNIT, convolved
 from nightsplit.server_worker.protocols.he_clstm import HeClstmServer
-from nightsplit.shared.ckks import PublicKeys
-from nightsplit.shared.models.judge import Judge, Numbers
+from nightsplit.shared.he.ckks import PublicKeys
+from nightsplit.shared.he.weights import Judge, Numbers
 from nightsplit.shared.models.sequences import SequenceJudge
 from nightsplit.shared.protocols.he_clstm import circuit_of, packing_of
-from nightsplit.shared.worker import prepare_torch
+from nightsplit.shared.runtime.process import prepare_torch
 from nightsplit.site_worker.encrypted.keys import SecretKeys
 from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
 from nightsplit.site_worker.queries import Origin, Query

@@ -22,7 +22,7 @@ from benchmarks.common import MiB, Worker, resident_bytes
 from benchmarks.encrypted import FEATURES, HIDDEN, Setting
 from benchmarks.results import PAGE, write_section
 from nightsplit.shared.models.sequences import SequenceJudge
-from nightsplit.shared.worker import prepare_torch
+from nightsplit.shared.runtime.process import prepare_torch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

@@ -21,10 +21,11 @@ from benchmarks.simulate import simulate
 from nightsplit.console.baselines import alone, centralized, judge
 from nightsplit.console.pretrain import pretrain
 from nightsplit.server_worker.protocols.data_vectors import DataVectorsServer
-from nightsplit.shared.artifact import Artifact, read_artifact
-from nightsplit.shared.config import DataSection, RunConfig, SiteConfig
-from nightsplit.shared.config_file import load
-from nightsplit.shared.protocols.assembly import assemble_rounds
+from nightsplit.shared.config.run import DataSection, RunConfig
+from nightsplit.shared.models.artifact import Artifact, read_artifact
+from nightsplit.shared.protocols.build import assemble_rounds
+from nightsplit.shared.protocols.load import load
+from nightsplit.site_worker.config import SiteConfig
 from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.data.scaling import scale
 from nightsplit.site_worker.data.source import read_parts

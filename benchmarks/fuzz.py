@@ -28,11 +28,11 @@ import torch
 from benchmarks.common import MiB, resident_bytes
 from benchmarks.mutants import mutant
 from benchmarks.specimens import LIMIT, Specimen, specimens
-from nightsplit.shared import wire
-from nightsplit.shared.contract import Payload
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.message import Kind, Message
-from nightsplit.shared.worker import prepare_torch
+from nightsplit.shared.runtime.process import prepare_torch
+from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire.message import Kind, Message
+from nightsplit.shared.wire.schema import Payload
 
 HANG_MS = 50.0
 GROWTH_MB = 64.0

@@ -30,7 +30,14 @@ from torch import nn
 
 from nightsplit.server_worker.audit.inversion import Attacker, invert
 from nightsplit.server_worker.audit.similarity import psnr, ssim
-from nightsplit.shared.config import ModelSection, OptimizerSection, PrivacySection, RunConfig, RunSection, TaskSection
+from nightsplit.shared.config.run import (
+    ModelSection,
+    OptimizerSection,
+    PrivacySection,
+    RunConfig,
+    RunSection,
+    TaskSection,
+)
 from nightsplit.shared.models.segmentation import unet
 from nightsplit.site_worker.privacy.accounting import noise_for
 from nightsplit.site_worker.privacy.secret import Secret

@@ -29,9 +29,10 @@ from benchmarks.common import scratch
 from benchmarks.simulate import simulate
 from benchmarks.study import EXAMPLES
 from nightsplit.console.words import columns
-from nightsplit.shared.config import Codec, RunConfig, SiteConfig, WireSection
-from nightsplit.shared.config_file import load
-from nightsplit.shared.worker import prepare_torch
+from nightsplit.shared.config.run import Codec, RunConfig, WireSection
+from nightsplit.shared.protocols.load import load
+from nightsplit.shared.runtime.process import prepare_torch
+from nightsplit.site_worker.config import SiteConfig
 from nightsplit.site_worker.data.scaling import scale
 from nightsplit.site_worker.data.source import read_parts
 from tests.links import Line

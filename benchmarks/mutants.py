@@ -17,10 +17,11 @@ import msgpack  # type: ignore[import-untyped]
 import zstandard
 
 from benchmarks.specimens import MARK, Specimen, rebuilt
-from nightsplit.shared import contract, wire
-from nightsplit.shared.config import Codec
-from nightsplit.shared.message import SERVER, Kind
-from nightsplit.shared.tensors import DTYPES
+from nightsplit.shared.config.run import Codec
+from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire import schema as contract
+from nightsplit.shared.wire.codecs import DTYPES
+from nightsplit.shared.wire.message import SERVER, Kind
 
 NUMBERS = (
     *(0, 1, -1, 2, 7, 63, 64, 65, 127, 128, 255, 256, 4095, 4096, 4097, 65535, 65536, 2**20, 2**31 - 1, 2**31),

@@ -22,8 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from nightsplit.shared import crash
-from nightsplit.shared.message import SERVER
+from nightsplit.shared import crash_points
+from nightsplit.shared.wire.message import SERVER
 from tests.services import RabbitNode
 from tests.workers import SHARES, Hospital
 
@@ -165,7 +165,7 @@ class Nemesis:
     strikes: Sequence[Strike]
     enough: int
     seed: int
-    points: Sequence[crash.Point] = ()
+    points: Sequence[crash_points.Point] = ()
     node: RabbitNode | None = None
     noticings: int = 0
     tell: Callable[[str], None] = lambda line: None
@@ -179,7 +179,7 @@ class Nemesis:
         self._dice = random.Random(self.seed)
         self._watch = Watch(self.hospital.folder / "report" / "metrics.jsonl")
         self._turn = {"server": list(self.points), "site": list(self.points)}
-        self._armed: dict[str, crash.Point] = {}
+        self._armed: dict[str, crash_points.Point] = {}
         self._awaited: dict[str, float] = {}
         """Workers not seen at work since they were started, and when that was."""
         self._server_file: int | None = None
@@ -221,13 +221,13 @@ class Nemesis:
             self._armed[worker] = point
             # A checkpoint is written every few hundred messages, all else happens to each of them.
             number = self._dice.randint(1, 2 if "rename" in point or "checkpoint" in point else 100)
-            environment[crash.VARIABLE] = f"{point}:{number}"
+            environment[crash_points.VARIABLE] = f"{point}:{number}"
         if worker == SERVER:
             self._server_file, self._server_back = self._watch.file, math.inf
         self.hospital.start(worker, environment=environment)
         self._awaited[worker] = time.monotonic()
 
-    def _next_point(self, kind: str) -> crash.Point | None:
+    def _next_point(self, kind: str) -> crash_points.Point | None:
         """The one at which fewest died so far; when there were enough kills, only one at which nobody did."""
         point = min(self._turn[kind], key=lambda point: self.died_at[kind, point], default=None)
         if point is None or (self.kills >= self.enough and self.died_at[kind, point]):
@@ -266,7 +266,7 @@ class Nemesis:
         code = self.hospital.processes[worker].poll()
         if code in (None, 0):
             return False
-        if code != crash.EXIT_CODE or worker not in self._armed:
+        if code != crash_points.EXIT_CODE or worker not in self._armed:
             raise Failed(f"{worker} ended with {code}:\n{self.hospital.logs()}")
         self.kills += 1
         point = self._armed.pop(worker)

@@ -15,8 +15,8 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from nightsplit.shared.message import SERVER
 from nightsplit.shared.protocols import ROUNDS
+from nightsplit.shared.wire.message import SERVER
 from tests.workers import SHARES, Hospital
 
 BATCH_SIZE = 16

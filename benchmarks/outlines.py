@@ -8,8 +8,8 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.protocols.assembly import assemble_rounds
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.protocols.build import assemble_rounds
 from nightsplit.site_worker.data.dataset import Parts
 
 COLOURS = ("white", "tab:cyan", "tab:orange")

@@ -17,9 +17,9 @@ from opacus.grad_sample import GradSampleModule
 from torch import nn
 
 from benchmarks.figures import Figure, Results, arguments
-from nightsplit.shared.config import ModelSection, PrivacySection, RunConfig, RunSection, TaskSection
+from nightsplit.shared.config.run import ModelSection, PrivacySection, RunConfig, RunSection, TaskSection
 from nightsplit.shared.models.segmentation import monet, unet
-from nightsplit.shared.worker import prepare_torch
+from nightsplit.shared.runtime.process import prepare_torch
 from nightsplit.site_worker.privacy.hooks import Hooked
 from nightsplit.site_worker.privacy.secret import Secret
 from nightsplit.site_worker.privacy.trainer import PrivateTrainer

@@ -23,7 +23,7 @@ from rich.console import Console
 from benchmarks.study import AS_IS, CASES, RATIOS, SITES, SWEPT, Case, Job, carry_out, jobs, sites_of, systems
 from nightsplit.console.words import counted
 from nightsplit.shared.errors import NightsplitError
-from nightsplit.shared.metrics import Metrics
+from nightsplit.shared.learning.metrics import Metrics
 
 PROCESSES = 2
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"

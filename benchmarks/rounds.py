@@ -28,9 +28,7 @@ from nightsplit.broker.proxy import WrappedLink
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.server_worker.aggregation import WeightedMean
 from nightsplit.server_worker.protocols import make_server
-from nightsplit.shared.authority import Alone
-from nightsplit.shared.checkpoint import Checkpoints
-from nightsplit.shared.config import (
+from nightsplit.shared.config.run import (
     DataSection,
     ModelSection,
     OptimizerSection,
@@ -40,10 +38,12 @@ from nightsplit.shared.config import (
     TaskSection,
     WireSection,
 )
-from nightsplit.shared.engine import Engine
-from nightsplit.shared.message import SERVER
+from nightsplit.shared.engine.engine import Engine
+from nightsplit.shared.engine.fencing import Alone
+from nightsplit.shared.runtime.process import prefetch_for, prepare_torch
+from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.transport import Broker, Delivery, Event, Link, Queue, Route
-from nightsplit.shared.worker import prefetch_for, prepare_torch
+from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 from nightsplit.site_worker.protocols import make_site
 

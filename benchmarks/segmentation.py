@@ -32,7 +32,7 @@ from benchmarks.outlines import draw
 from benchmarks.private_step import trainers_of
 from benchmarks.simulate import simulate
 from nightsplit.console.baselines import Judgement, alone, centralized, judge
-from nightsplit.shared.config import (
+from nightsplit.shared.config.run import (
     DataSection,
     ModelSection,
     OptimizerSection,
@@ -40,13 +40,13 @@ from nightsplit.shared.config import (
     RoundSection,
     RunConfig,
     RunSection,
-    SourceSection,
     TaskSection,
 )
 from nightsplit.shared.errors import NightsplitError
-from nightsplit.shared.metrics import measure
+from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.models.segmentation import unet
-from nightsplit.shared.worker import prepare_torch
+from nightsplit.shared.runtime.process import prepare_torch
+from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 from nightsplit.site_worker.data.source import read_parts
 from nightsplit.site_worker.privacy.accounting import Use, epsilon_of, noise_for, patient_epsilon

@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn.functional import adaptive_avg_pool1d, binary_cross_entropy_with_logits, pad
 
 from benchmarks.sequences_material import TEST, Material
-from nightsplit.shared.config import DataSection, SourceSection, TaskSection
+from nightsplit.shared.config.run import DataSection, TaskSection
 from nightsplit.shared.models.segmentation import unet
+from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.augment import augment
 from nightsplit.site_worker.data.dataset import Dataset
 from nightsplit.site_worker.data.source import load_dataset

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.events import xor_of_events
-from nightsplit.shared.config import DataSection, ModelSection, RunConfig, RunSection, SourceSection, TaskSection
+from nightsplit.shared.config.run import DataSection, ModelSection, RunConfig, RunSection, TaskSection
+from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.dataset import Dataset
 from nightsplit.site_worker.data.scaling import scale
 from nightsplit.site_worker.data.source import read_parts

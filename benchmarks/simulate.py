@@ -19,14 +19,14 @@ from nightsplit.broker.memory import MemoryBroker
 from nightsplit.broker.topology import site_queues
 from nightsplit.console.baselines import Judgement, judge
 from nightsplit.server_worker.protocols import AnyServer, make_server
-from nightsplit.shared.authority import Alone
-from nightsplit.shared.checkpoint import Checkpoints
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.engine import Engine
-from nightsplit.shared.message import SERVER
-from nightsplit.shared.protocols.assembly import assemble_any
-from nightsplit.shared.roles import Role
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.engine.engine import Engine
+from nightsplit.shared.engine.fencing import Alone
+from nightsplit.shared.engine.role import Role
+from nightsplit.shared.protocols.build import assemble_any
+from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.transport import Route
+from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.protocols.base import SiteRole

@@ -12,12 +12,12 @@ import msgpack  # type: ignore[import-untyped]
 import msgspec
 import torch
 
-from nightsplit.shared import wire
-from nightsplit.shared.config import Codec, RunConfig
-from nightsplit.shared.contract import Payload, TensorSpec
-from nightsplit.shared.message import FROM_SITES, SERVER, UNSEQUENCED, Header, Kind, Message, Scalar
+from nightsplit.shared.config.run import Codec, RunConfig
 from nightsplit.shared.protocols import PROTOCOLS, query
-from nightsplit.shared.protocols.assembly import assemble_any
+from nightsplit.shared.protocols.build import assemble_any
+from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire.message import FROM_SITES, SERVER, UNSEQUENCED, Header, Kind, Message, Scalar
+from nightsplit.shared.wire.schema import Payload, TensorSpec
 
 LIMIT = 2**20
 """Largest message, as `wire.message_bytes` would say."""

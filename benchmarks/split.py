@@ -25,21 +25,21 @@ from nightsplit.broker.topology import SiteQueues
 from nightsplit.server_worker.lease import Lease
 from nightsplit.server_worker.protocols.split_labels import SplitLabelsServer
 from nightsplit.server_worker.top import Top
-from nightsplit.shared import wire
-from nightsplit.shared.authority import Alone
-from nightsplit.shared.checkpoint import Checkpoints
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.contract import Payload
-from nightsplit.shared.effects import Record
-from nightsplit.shared.engine import Engine
-from nightsplit.shared.message import SERVER, Kind
-from nightsplit.shared.protocols.assembly import planned_message_bytes
-from nightsplit.shared.roles import Role
-from nightsplit.shared.stores import open_store
-from nightsplit.shared.tasks import loss_of
-from nightsplit.shared.training import make_optimizer
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.engine.effects import Record
+from nightsplit.shared.engine.engine import Engine
+from nightsplit.shared.engine.fencing import Alone
+from nightsplit.shared.engine.role import Role
+from nightsplit.shared.learning.losses import loss_of
+from nightsplit.shared.learning.optimizers import make_optimizer
+from nightsplit.shared.protocols.build import planned_message_bytes
+from nightsplit.shared.run_store.connect import open_store
+from nightsplit.shared.runtime.process import prefetch_for, prepare_torch
+from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.transport import Link, Queue, Route
-from nightsplit.shared.worker import prefetch_for, prepare_torch
+from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire.message import SERVER, Kind
+from nightsplit.shared.wire.schema import Payload
 from nightsplit.site_worker.bottom import Bottom
 from nightsplit.site_worker.feed import Feed
 from nightsplit.site_worker.protocols.split_labels import SplitLabelsSite

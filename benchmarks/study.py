@@ -20,9 +20,10 @@ from msgspec.structs import replace
 
 from benchmarks.simulate import simulate
 from nightsplit.console.baselines import Judgement, alone, centralized
-from nightsplit.shared.config import RunConfig, SiteConfig, SourceSection
-from nightsplit.shared.config_file import load
-from nightsplit.shared.metrics import Metrics
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.learning.metrics import Metrics
+from nightsplit.shared.protocols.load import load
+from nightsplit.site_worker.config import SiteConfig, SourceSection
 from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.data.scaling import scale
 from nightsplit.site_worker.data.source import read_parts

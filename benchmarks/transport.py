@@ -21,8 +21,8 @@ from benchmarks.common import MiB, Place, Worker, cpu_seconds, fresh_name, queue
 from benchmarks.figures import Figure, Results, arguments
 from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.broker.topology import site_queues
+from nightsplit.shared.runtime.process import prepare_torch
 from nightsplit.shared.transport import Broker, Confirmed, Delivery, Link, Queue
-from nightsplit.shared.worker import prepare_torch
 
 SIZES = {"64kb": 64 * 2**10, "1mb": MiB, "4mb": 4 * MiB}
 WINDOW = 16

@@ -18,14 +18,14 @@ from torch import nn
 
 from nightsplit.server_worker.evaluation import Evaluation
 from nightsplit.server_worker.top import Top
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.metrics import Metrics, measure, overall
-from nightsplit.shared.models.cutting import build
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.learning.losses import standardise
+from nightsplit.shared.learning.metrics import Metrics, measure, overall
+from nightsplit.shared.models.partition import build
 from nightsplit.shared.protocols import ROUNDS
-from nightsplit.shared.protocols.assembly import assemble_rounds
+from nightsplit.shared.protocols.build import assemble_rounds
 from nightsplit.shared.protocols.plan import Step
-from nightsplit.shared.protocols.round import Work, is_judged
-from nightsplit.shared.tasks import standardise
+from nightsplit.shared.protocols.rounds import Work, is_judged
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 from nightsplit.site_worker.feed import Feed
 from nightsplit.site_worker.round_feed import RoundFeed

@@ -29,9 +29,9 @@ from dataclasses import asdict, dataclass, replace
 from nightsplit.broker.topology import SiteQueues
 from nightsplit.console.files import WorkerFile
 from nightsplit.console.words import columns, counted, screen
-from nightsplit.shared import wire
 from nightsplit.shared.errors import BrokerError, Refused, RunError
 from nightsplit.shared.transport import Confirmed, Delivery, Link, Trouble
+from nightsplit.shared.wire import format as wire
 
 PATIENCE_S = 30.0
 """How long nothing at all may arrive; an embedded queue is free 10 s after its consumer died."""

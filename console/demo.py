@@ -30,13 +30,13 @@ from nightsplit.console.baselines import alone, centralized
 from nightsplit.console.play import Play, warm_up
 from nightsplit.console.query import check_encryption
 from nightsplit.console.words import columns, counted, screen
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.config_file import load
+from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import ConfigError
-from nightsplit.shared.message import SERVER
-from nightsplit.shared.metrics import Metrics
+from nightsplit.shared.learning.metrics import Metrics
 from nightsplit.shared.protocols import ROUNDS
-from nightsplit.shared.worker import prepare_torch
+from nightsplit.shared.protocols.load import load
+from nightsplit.shared.runtime.process import prepare_torch
+from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.worker import SiteWorker
 

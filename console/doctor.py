@@ -18,15 +18,16 @@ from nightsplit.console.doctor_links import checks_of_lines
 from nightsplit.console.files import WorkerFile, read_worker_file
 from nightsplit.console.findings import Finding, size
 from nightsplit.console.words import columns, duration, screen
+from nightsplit.server_worker.config import ServerSection
 from nightsplit.shared.clock import SystemClock
-from nightsplit.shared.config import PolicyConfig, ServerSection, SiteSection
-from nightsplit.shared.config_file import load
 from nightsplit.shared.errors import TITLES, NightsplitError, RunError
-from nightsplit.shared.message import SERVER
-from nightsplit.shared.protocols.assembly import assemble_any, planned_message_bytes
-from nightsplit.shared.shift import Shift
+from nightsplit.shared.protocols.build import assemble_any, planned_message_bytes
+from nightsplit.shared.protocols.load import load
+from nightsplit.shared.runtime.process import prepare_torch
+from nightsplit.shared.runtime.shift import Shift
 from nightsplit.shared.transport import Broker
-from nightsplit.shared.worker import prepare_torch
+from nightsplit.shared.wire.message import SERVER
+from nightsplit.site_worker.config import PolicyConfig, SiteSection
 from nightsplit.site_worker.data.dataset import Dataset
 from nightsplit.site_worker.data.source import read_parts
 from nightsplit.site_worker.policy import check_policy

@@ -17,11 +17,11 @@ from nightsplit.broker.topology import PREFIX, site_queues
 from nightsplit.console.files import WorkerFile
 from nightsplit.console.findings import Finding, size
 from nightsplit.console.keys.folders import BROKER_PORT, STORE_PORT
-from nightsplit.shared.config import SiteSection
 from nightsplit.shared.credentials import TLS_SCHEMES, places_of, scheme_of
 from nightsplit.shared.errors import BrokerError
-from nightsplit.shared.protocols.assembly import assemble_any, planned_message_bytes
-from nightsplit.shared.store import RunStore
+from nightsplit.shared.protocols.build import assemble_any, planned_message_bytes
+from nightsplit.shared.run_store.base import RunStore
+from nightsplit.site_worker.config import SiteSection
 
 PATIENCE_S = 5.0
 EXPIRES_SOON_DAYS = 30

@@ -11,13 +11,15 @@ from msgspec import Struct
 
 from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import SiteQueues, query_queues, site_queues
-from nightsplit.shared.config import RunConfig, ServerConfig, ServerSection, SiteConfig, SiteSection, SourceSection
-from nightsplit.shared.config_file import load
+from nightsplit.server_worker.config import ServerConfig, ServerSection
+from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.credentials import Credentials
 from nightsplit.shared.errors import ConfigError
-from nightsplit.shared.store import RunStore
-from nightsplit.shared.stores import open_store
+from nightsplit.shared.protocols.load import load
+from nightsplit.shared.run_store.base import RunStore
+from nightsplit.shared.run_store.connect import open_store
 from nightsplit.shared.transport import Broker
+from nightsplit.site_worker.config import SiteConfig, SiteSection, SourceSection
 
 
 class _Tables(Struct):
@@ -94,7 +96,7 @@ def read_worker_file(path: Path, overrides: Sequence[str] = ()) -> WorkerFile:
     """Read a worker's file and its run.toml.
 
     Raises:
-        ConfigError: 101-103, see `nightsplit.shared.config_file.load`.
+        ConfigError: 101-103, see `nightsplit.shared.protocols.load.load`.
     """
     tables = load(path, _Tables)
     if tables.server is None and tables.site is None:

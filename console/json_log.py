@@ -18,7 +18,7 @@ from nightsplit.shared.errors import TITLES, DataError, NightsplitError, StateEr
 from nightsplit.shared.log import LOG, event
 
 if TYPE_CHECKING:
-    from nightsplit.shared.worker import Facts
+    from nightsplit.shared.runtime.heartbeat import Facts
 
 PROGRESS_SECONDS = 30.0
 """How often the counts are written."""

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from nightsplit.server_worker.vectors import BASE, FOLDER, merge, read_vector
 from nightsplit.shared.errors import ConfigError
-from nightsplit.shared.weights import weights_sha256
+from nightsplit.shared.models.hashing import weights_sha256
 
 
 def run_merge(report: Path, output: Path, added: Sequence[Path], left_out: Sequence[str], scale: float | None) -> int:

@@ -29,12 +29,12 @@ from rich.progress import Progress
 
 from nightsplit.console.words import counted, server_offline
 from nightsplit.server_worker.worker import ServerWorker
-from nightsplit.shared.checkpoint import Checkpoints
 from nightsplit.shared.errors import NightsplitError
-from nightsplit.shared.message import SERVER
 from nightsplit.shared.protocols import ROUNDS
-from nightsplit.shared.store import RunStore
-from nightsplit.shared.worker import StopSignal
+from nightsplit.shared.run_store.base import RunStore
+from nightsplit.shared.runtime.process import StopSignal
+from nightsplit.shared.storage.checkpoint import Checkpoints
+from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.worker import SiteWorker
 
 NIGHTS = 2

@@ -22,10 +22,10 @@ from rich.console import Console
 
 from nightsplit.console.words import counted
 from nightsplit.server_worker.query_worker import QueryServerWorker
-from nightsplit.shared.config import RunConfig
+from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import NightsplitError
-from nightsplit.shared.message import SERVER
-from nightsplit.shared.metrics import measure
+from nightsplit.shared.learning.metrics import measure
+from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.predict import chosen, predict
 from nightsplit.site_worker.query_worker import QuerySiteWorker
 from nightsplit.site_worker.worker import SiteWorker

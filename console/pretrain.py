@@ -18,26 +18,24 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from nightsplit.console.words import screen
-from nightsplit.shared.artifact import Card, SourceCard, write_artifact
-from nightsplit.shared.config import (
+from nightsplit.shared.config.run import (
     DataSection,
     ModelSection,
-    Name,
-    Natural,
     OptimizerSection,
-    Positive,
     RoundSection,
     RunConfig,
     RunSection,
-    SourceSection,
     TaskSection,
 )
-from nightsplit.shared.config_file import load
+from nightsplit.shared.config.section import Name, Natural, Positive
 from nightsplit.shared.errors import ConfigError
-from nightsplit.shared.metrics import Metrics, measure
-from nightsplit.shared.protocols.assembly import assemble_rounds
-from nightsplit.shared.protocols.round import Work
-from nightsplit.shared.weights import weights_sha256
+from nightsplit.shared.learning.metrics import Metrics, measure
+from nightsplit.shared.models.artifact import Card, SourceCard, write_artifact
+from nightsplit.shared.models.hashing import weights_sha256
+from nightsplit.shared.protocols.build import assemble_rounds
+from nightsplit.shared.protocols.load import load
+from nightsplit.shared.protocols.rounds import Work
+from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 from nightsplit.site_worker.data.scaling import scale
 from nightsplit.site_worker.data.source import read_parts

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from nightsplit.console.files import WorkerFile
 from nightsplit.console.words import columns, counted, screen
-from nightsplit.shared.config import PolicyConfig, SiteSection
-from nightsplit.shared.config_file import load
 from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.protocols.load import load
+from nightsplit.site_worker.config import PolicyConfig, SiteSection
 from nightsplit.site_worker.privacy import check_installed
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from nightsplit.console.words import counted, duration, server_offline
-from nightsplit.shared.message import SERVER
-from nightsplit.shared.worker import Facts
+from nightsplit.shared.runtime.heartbeat import Facts
+from nightsplit.shared.wire.message import SERVER
 
 PLAIN_SECONDS = 30.0
 """How often a plain line is written while nothing changes."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from nightsplit.console.main import INTERRUPTED, STOPPED
 from nightsplit.console.words import counted
 from nightsplit.shared.errors import RunError
-from nightsplit.shared.worker import StopSignal
+from nightsplit.shared.runtime.process import StopSignal
 
 
 def ask(

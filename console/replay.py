@@ -21,19 +21,20 @@ from typing import Any
 from nightsplit.broker.topology import site_queues
 from nightsplit.console.files import WorkerFile
 from nightsplit.console.words import counted, screen
+from nightsplit.server_worker.config import ServerSection
 from nightsplit.server_worker.protocols import AnyServer, make_server
 from nightsplit.server_worker.tape import FOLDER, recorded
-from nightsplit.shared import wire
-from nightsplit.shared.authority import Alone
-from nightsplit.shared.checkpoint import Checkpoints
-from nightsplit.shared.config import RunConfig, ServerSection
-from nightsplit.shared.effects import Record
-from nightsplit.shared.engine import Engine
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.engine.effects import Record
+from nightsplit.shared.engine.engine import Engine
+from nightsplit.shared.engine.fencing import Alone
 from nightsplit.shared.errors import ConfigError, Refused, StateError
-from nightsplit.shared.store import RunStore
+from nightsplit.shared.models.hashing import weights_sha256
+from nightsplit.shared.run_store.base import RunStore
+from nightsplit.shared.runtime.process import prepare_torch
+from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.transport import Confirmed, Delivery, Event, Link, Queue, Route
-from nightsplit.shared.weights import weights_sha256
-from nightsplit.shared.worker import prepare_torch
+from nightsplit.shared.wire import format as wire
 
 
 def show_replay(file: WorkerFile, until: int | None, as_json: bool) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 from nightsplit.console.files import WorkerFile
 from nightsplit.console.words import columns, counted, duration, screen, server_offline
 from nightsplit.shared.errors import BrokerError, RunError
-from nightsplit.shared.message import SERVER
-from nightsplit.shared.store import Status
+from nightsplit.shared.run_store.base import Status
+from nightsplit.shared.wire.message import SERVER
 
 COUNTS = ("sent", "confirmed", "answered", "applied", "queued", "refused", "duplicates")
 GIVEN = ("batches", "samples", "share", "left_out_at")

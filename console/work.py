@@ -17,8 +17,9 @@ from nightsplit.console.words import screen
 from nightsplit.server_worker.ddp import is_helper
 from nightsplit.server_worker.worker import ServerWorker
 from nightsplit.shared.log import event
-from nightsplit.shared.message import SERVER
-from nightsplit.shared.worker import Facts, StopSignal
+from nightsplit.shared.runtime.heartbeat import Facts
+from nightsplit.shared.runtime.process import StopSignal
+from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.worker import SiteWorker
 
 

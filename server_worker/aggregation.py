@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from nightsplit.shared.config import RoundSection
+from nightsplit.shared.config.run import RoundSection
 
 
 class Aggregation(ABC):

@@ -19,14 +19,14 @@ from typing import NamedTuple
 
 from nightsplit.server_worker.computing import Evaluate
 from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
-from nightsplit.shared import wire
-from nightsplit.shared.ckks import Circuit, PublicKeys
-from nightsplit.shared.dead_letter import bury
-from nightsplit.shared.durable import write_durably
+from nightsplit.shared.engine.dead_letter import bury
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.message import SERVER, Header, Kind, Message
+from nightsplit.shared.he.ckks import Circuit, PublicKeys
 from nightsplit.shared.protocols.query import BLINDED_ELSEWHERE, CONTRACT, KEYS_UNKNOWN, Parcels, chunks
+from nightsplit.shared.storage.files import write_durably
 from nightsplit.shared.transport import Confirmed, Delivery, Link, Route
+from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 
 POLL_S = 0.5
 """How long it waits for a message before it looks whether it should leave."""

@@ -6,7 +6,7 @@ the server's own monotonic clock: hours in which the run waited for others, or t
 asleep, or cut off from the broker or the run store do not count, and no clock of another machine is
 ever read. Silence goes on where the last server left off.
 
-This is the rule and not the decision: that is an entry of the order journal (`nightsplit.shared.turns`).
+This is the rule and not the decision: that is an entry of the order journal (`nightsplit.shared.engine.order`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.message import SERVER, Scalar
-from nightsplit.shared.store import Status
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.run_store.base import Status
+from nightsplit.shared.wire.message import SERVER, Scalar
 
 LONGEST_LOOK = 60.0
 """Seconds between two looks that count; a server that slept for longer did not listen."""

@@ -15,10 +15,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from nightsplit.server_worker.protocols.he_clstm import HeClstmServer
-from nightsplit.shared.ckks import PublicKeys
 from nightsplit.shared.errors import Refused, StateError
-from nightsplit.shared.models.judge import Judge
-from nightsplit.shared.worker import prepare_torch
+from nightsplit.shared.he.ckks import PublicKeys
+from nightsplit.shared.he.weights import Judge
+from nightsplit.shared.runtime.process import prepare_torch
 
 Evaluate = Callable[[PublicKeys, int, str, Sequence[bytes], str, str], "Future[list[bytes]]"]
 """`HeClstmServer.answer`, begun."""

@@ -33,10 +33,10 @@ from torch.overrides import TorchFunctionMode
 
 from nightsplit.server_worker.activation_store import ActivationStore, Row
 from nightsplit.server_worker.top import StoredTop, buffers_of, refuse_unless_finite
-from nightsplit.shared.config import OptimizerSection, TaskSection
+from nightsplit.shared.config.run import OptimizerSection, TaskSection
 from nightsplit.shared.errors import ConfigError, Refused, StateError
-from nightsplit.shared.seeds import seeded
-from nightsplit.shared.tasks import loss_of
+from nightsplit.shared.learning.losses import loss_of
+from nightsplit.shared.learning.seeds import seeded
 
 STATE, STEP, LEAVE = range(3)
 """What rank 0 says to the helpers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 
-from nightsplit.shared.message import Scalar
+from nightsplit.shared.wire.message import Scalar
 
 
 class Deadline:

@@ -1,7 +1,7 @@
 """What held-out patients of all sites say about the model, epoch by epoch, and when to stop.
 
 An epoch is judged when every site that takes part has evaluated it. The best epoch is the one with the best headline
-figure on the validation patients of all sites (`nightsplit.shared.metrics.standing`); test figures are only
+figure on the validation patients of all sites (`nightsplit.shared.learning.metrics.standing`); test figures are only
 reported, never used to choose.
 """
 
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.metrics import Metrics, measure, overall, standing
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.learning.metrics import Metrics, measure, overall, standing
 from nightsplit.shared.protocols.plan import Step
 
 PARTS = (Step.VALIDATION, Step.TEST)

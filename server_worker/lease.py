@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nightsplit.shared.errors import StateError
-from nightsplit.shared.store import Pointer, RunStore
+from nightsplit.shared.run_store.base import RunStore
+from nightsplit.shared.storage.checkpoint import Pointer
 
 TTL_SECONDS = 15.0
 
@@ -25,7 +26,7 @@ def owner_of(folder: Path, alone: bool) -> str:
 
 
 class Lease:
-    """The right to act as the run's server; what `nightsplit.shared.authority.Authority` asks for.
+    """The right to act as the run's server; what `nightsplit.shared.engine.fencing.Authority` asks for.
 
     Args:
         store: used from the worker's thread.

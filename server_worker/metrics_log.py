@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from nightsplit.shared.durable import write_durably
-from nightsplit.shared.effects import Record
+from nightsplit.shared.engine.effects import Record
+from nightsplit.shared.storage.files import write_durably
 
 
 class MetricsLog:

@@ -12,16 +12,16 @@ from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import query_queues
 from nightsplit.server_worker.answering import Answering
 from nightsplit.server_worker.computing import evaluating
-from nightsplit.shared.config import ServerConfig
-from nightsplit.shared.config_file import load
+from nightsplit.server_worker.config import ServerConfig
 from nightsplit.shared.errors import StateError
-from nightsplit.shared.message import SERVER
 from nightsplit.shared.protocols.he_clstm import circuit_of, fill, judge_of, stages_of
+from nightsplit.shared.protocols.load import load
 from nightsplit.shared.protocols.query import MOST_CHUNKS
-from nightsplit.shared.secret_file import make_secret_file, read_secret_file
-from nightsplit.shared.shift_worker import ShiftWorker
+from nightsplit.shared.runtime.process import StopSignal, locked_folder, prepare_torch
+from nightsplit.shared.runtime.worker import ShiftWorker
+from nightsplit.shared.storage.files import make_secret_file, read_secret_file
 from nightsplit.shared.transport import Route
-from nightsplit.shared.worker import StopSignal, locked_folder, prepare_torch
+from nightsplit.shared.wire.message import SERVER
 
 WEIGHTS = ("top.safetensors", "model.safetensors")
 """Of the last stage: after a split run, or after rounds."""

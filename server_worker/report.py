@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from nightsplit.server_worker.protocols import AnyServer
 from nightsplit.server_worker.protocols.data_vectors import DataVectorsServer
 from nightsplit.server_worker.vectors import publish
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.metrics import HEADLINE
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.learning.metrics import HEADLINE
+from nightsplit.shared.models.hashing import weights_sha256
 from nightsplit.shared.protocols import ROUNDS
-from nightsplit.shared.weights import weights_sha256
 
 
 def write_report(folder: Path, config: RunConfig, role: AnyServer, heard: Mapping[str, str | None]) -> dict[str, Any]:

@@ -25,9 +25,9 @@ from struct import Struct
 from typing import BinaryIO
 
 from nightsplit.broker.proxy import WrappedLink
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.durable import force_to_disk
+from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import StateError
+from nightsplit.shared.storage.files import force_to_disk
 from nightsplit.shared.transport import Delivery, Event, Link
 
 FOLDER = "tape"

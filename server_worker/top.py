@@ -9,13 +9,13 @@ from torch import nn
 from torch.func import functional_call
 
 from nightsplit.server_worker.activation_store import ActivationStore, Row
-from nightsplit.shared.checkpoint import flatten, under
-from nightsplit.shared.config import OptimizerSection, TaskSection
+from nightsplit.shared.config.run import OptimizerSection, TaskSection
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.seeds import seeded
-from nightsplit.shared.tasks import loss_of
-from nightsplit.shared.tensors import is_finite
-from nightsplit.shared.training import make_optimizer, optimizer_tensors, restore_optimizer
+from nightsplit.shared.learning.losses import loss_of
+from nightsplit.shared.learning.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
+from nightsplit.shared.learning.seeds import seeded
+from nightsplit.shared.storage.checkpoint import flatten, under
+from nightsplit.shared.wire.codecs import is_finite
 
 
 class Top:

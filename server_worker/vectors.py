@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 
 from nightsplit.server_worker.protocols.data_vectors import DataVectorsServer, added
 from nightsplit.shared.errors import ConfigError
-from nightsplit.shared.models.whole import Layout
-from nightsplit.shared.weights import weights_sha256
+from nightsplit.shared.models.hashing import weights_sha256
+from nightsplit.shared.models.layout import Layout
 
 FOLDER = "vectors"
 """In the report folder."""

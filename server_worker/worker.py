@@ -10,6 +10,7 @@ from typing import Any
 from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import site_queues
 from nightsplit.server_worker.attendance import Attendance
+from nightsplit.server_worker.config import ServerConfig
 from nightsplit.server_worker.ddp import DividedTop, Group, device_of_rank, joined_group
 from nightsplit.server_worker.deadline import Deadline
 from nightsplit.server_worker.lease import Lease, owner_of
@@ -18,28 +19,21 @@ from nightsplit.server_worker.protocols import AnyServer, make_server
 from nightsplit.server_worker.protocols.split_frozen import SplitFrozenServer
 from nightsplit.server_worker.report import write_report
 from nightsplit.server_worker.tape import taped
-from nightsplit.shared.checkpoint import Checkpoints
 from nightsplit.shared.clock import Clock
-from nightsplit.shared.config import ServerConfig
-from nightsplit.shared.config_file import load
-from nightsplit.shared.effects import Record
-from nightsplit.shared.engine import Engine
+from nightsplit.shared.engine.effects import Record
+from nightsplit.shared.engine.engine import Engine
+from nightsplit.shared.engine.order import CLOSES, LEAVES
 from nightsplit.shared.errors import StateError
 from nightsplit.shared.log import event
-from nightsplit.shared.message import SERVER, Kind, Scalar
-from nightsplit.shared.protocols.assembly import planned_message_bytes
-from nightsplit.shared.shift_worker import ShiftWorker
-from nightsplit.shared.store import RunStore, Status
+from nightsplit.shared.protocols.build import planned_message_bytes
+from nightsplit.shared.protocols.load import load
+from nightsplit.shared.run_store.base import RunStore, Status
+from nightsplit.shared.runtime.heartbeat import Facts, Heartbeat
+from nightsplit.shared.runtime.process import StopSignal, locked_folder, prefetch_for, prepare_torch
+from nightsplit.shared.runtime.worker import ShiftWorker
+from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.transport import Route
-from nightsplit.shared.turns import CLOSES, LEAVES
-from nightsplit.shared.worker import (
-    Facts,
-    Heartbeat,
-    StopSignal,
-    locked_folder,
-    prefetch_for,
-    prepare_torch,
-)
+from nightsplit.shared.wire.message import SERVER, Kind, Scalar
 
 TOGETHER = "all"
 """In place of a site's name, where a training batch has samples of several."""
@@ -53,7 +47,7 @@ class ServerWorker(ShiftWorker):
 
     Args:
         path: its server.toml.
-        overrides: "run.key=value" for run.toml (as `nightsplit.shared.config_file.load`).
+        overrides: "run.key=value" for run.toml (as `nightsplit.shared.protocols.load.load`).
         clock: tells when its shift is.
         stop: asked between steps.
         observe: shown the worker's facts every second.

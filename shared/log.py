@@ -12,7 +12,7 @@ import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nightsplit.shared.message import Scalar
+    from nightsplit.shared.wire.message import Scalar
 
 LOG = logging.getLogger("nightsplit")
 LOG.addHandler(logging.NullHandler())  # without it Python writes warnings to stderr, between the plain lines

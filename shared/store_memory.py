@@ -6,8 +6,9 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 
-from nightsplit.shared.message import Scalar
-from nightsplit.shared.store import Pointer, RunStore, Status
+from nightsplit.shared.run_store.base import RunStore, Status
+from nightsplit.shared.storage.checkpoint import Pointer
+from nightsplit.shared.wire.message import Scalar
 
 
 class MemoryStore(RunStore):

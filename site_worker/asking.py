@@ -13,13 +13,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
-from nightsplit.shared import wire
-from nightsplit.shared.ckks import PublicKeys
-from nightsplit.shared.dead_letter import bury
+from nightsplit.shared.engine.dead_letter import bury
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.message import SERVER, Header, Kind, Message
+from nightsplit.shared.he.ckks import PublicKeys
 from nightsplit.shared.protocols.query import BLINDED_ELSEWHERE, CONTRACT, KEYS_UNKNOWN, Parcels, chunks
 from nightsplit.shared.transport import Confirmed, Delivery, Link, Route
+from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
 from nightsplit.site_worker.queries import Place, Queries, Query
 

@@ -22,10 +22,10 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from nightsplit.shared.checkpoint import flatten, under
-from nightsplit.shared.config import OptimizerSection
-from nightsplit.shared.seeds import seeded
-from nightsplit.shared.training import make_optimizer, optimizer_tensors, restore_optimizer
+from nightsplit.shared.config.run import OptimizerSection
+from nightsplit.shared.learning.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
+from nightsplit.shared.learning.seeds import seeded
+from nightsplit.shared.storage.checkpoint import flatten, under
 
 GRAPHS = 8
 """Forwards whose graph is kept. A longer window is answered hours later, by a recomputation."""

@@ -6,10 +6,10 @@ from functools import lru_cache
 
 import torch
 
-from nightsplit.shared.config import RunConfig
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.learning.losses import standardise
+from nightsplit.shared.learning.seeds import seed_for
 from nightsplit.shared.protocols.plan import Plan, Step
-from nightsplit.shared.seeds import seed_for
-from nightsplit.shared.tasks import standardise
 from nightsplit.site_worker.data.augment import augment
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 

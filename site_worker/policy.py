@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nightsplit.shared.config import PolicyConfig, RunConfig
+from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.protocols import ROUNDS
+from nightsplit.site_worker.config import PolicyConfig
 
 SENDS_LABELS = frozenset({"split_labels", "split_frozen"})
 STORES_ACTIVATIONS = frozenset({"split_frozen"})

@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from nightsplit.shared.config import DataSection, TaskSection
+from nightsplit.shared.config.run import DataSection, TaskSection
 from nightsplit.shared.errors import RunError
-from nightsplit.shared.metrics import Metrics, measure
-from nightsplit.shared.protocols.assembly import assemble_any
-from nightsplit.shared.tasks import standardise
-from nightsplit.shared.worker import prepare_torch
+from nightsplit.shared.learning.losses import standardise
+from nightsplit.shared.learning.metrics import Metrics, measure
+from nightsplit.shared.protocols.build import assemble_any
+from nightsplit.shared.runtime.process import prepare_torch
 from nightsplit.site_worker.data.dataset import Dataset
 from nightsplit.site_worker.data.scaling import Scaling, scale
 from nightsplit.site_worker.data.source import load_dataset, read_parts

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nightsplit.shared.errors import StateError
-from nightsplit.shared.models.judge import Numbers
-from nightsplit.shared.sqlite import explain, open_database, transaction
+from nightsplit.shared.he.weights import Numbers
+from nightsplit.shared.storage.sqlite import explain, open_database, transaction
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS submission (

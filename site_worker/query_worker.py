@@ -12,14 +12,14 @@ import torch
 
 from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import query_queues
-from nightsplit.shared.ckks import PublicKeys
-from nightsplit.shared.durable import write_durably
 from nightsplit.shared.errors import ConfigError, StateError
-from nightsplit.shared.models.judge import Numbers
+from nightsplit.shared.he.ckks import PublicKeys
+from nightsplit.shared.he.weights import Numbers
 from nightsplit.shared.protocols.he_clstm import circuit_of, fill, judge_of, rotations_of, stages_of, steps_of
 from nightsplit.shared.protocols.query import MOST_CHUNKS
+from nightsplit.shared.runtime.process import StopSignal, own_folder, prepare_torch
+from nightsplit.shared.storage.files import write_durably
 from nightsplit.shared.transport import Route
-from nightsplit.shared.worker import StopSignal, own_folder, prepare_torch
 from nightsplit.site_worker.asking import Asking
 from nightsplit.site_worker.encrypted.keys import SECRET, SecretKeys
 from nightsplit.site_worker.predict import ROWS_AT_A_TIME, chosen

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from nightsplit.shared.checkpoint import flatten, under
-from nightsplit.shared.config import RunConfig
+from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import RunError
-from nightsplit.shared.models.whole import frozen_weights
-from nightsplit.shared.seeds import seeded
-from nightsplit.shared.tasks import loss_of
-from nightsplit.shared.training import make_optimizer, optimizer_tensors, restore_optimizer
+from nightsplit.shared.learning.losses import loss_of
+from nightsplit.shared.learning.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
+from nightsplit.shared.learning.seeds import seeded
+from nightsplit.shared.models.layout import frozen_weights
+from nightsplit.shared.storage.checkpoint import flatten, under
 
 ROWS_AT_A_TIME = 256
 

@@ -11,27 +11,21 @@ from safetensors.torch import save_file
 
 from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import site_queues
-from nightsplit.shared.authority import Alone
-from nightsplit.shared.checkpoint import Checkpoints
 from nightsplit.shared.clock import Clock
-from nightsplit.shared.config import PolicyConfig, SiteConfig
-from nightsplit.shared.config_file import load
-from nightsplit.shared.effects import Record
-from nightsplit.shared.engine import Engine
+from nightsplit.shared.engine.effects import Record
+from nightsplit.shared.engine.engine import Engine
+from nightsplit.shared.engine.fencing import Alone
 from nightsplit.shared.errors import BrokerError, RunError
-from nightsplit.shared.message import SERVER, Kind
-from nightsplit.shared.protocols.assembly import planned_message_bytes
-from nightsplit.shared.shift_worker import ShiftWorker
-from nightsplit.shared.store import RunStore, Status
+from nightsplit.shared.protocols.build import planned_message_bytes
+from nightsplit.shared.protocols.load import load
+from nightsplit.shared.run_store.base import RunStore, Status
+from nightsplit.shared.runtime.heartbeat import Facts, Heartbeat
+from nightsplit.shared.runtime.process import StopSignal, own_folder, prefetch_for, prepare_torch
+from nightsplit.shared.runtime.worker import ShiftWorker
+from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.transport import Broker, Link, Route
-from nightsplit.shared.worker import (
-    Facts,
-    Heartbeat,
-    StopSignal,
-    own_folder,
-    prefetch_for,
-    prepare_torch,
-)
+from nightsplit.shared.wire.message import SERVER, Kind
+from nightsplit.site_worker.config import PolicyConfig, SiteConfig
 from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.data.scaling import scale
 from nightsplit.site_worker.data.source import read_parts
@@ -48,7 +42,7 @@ class SiteWorker(ShiftWorker):
 
     Args:
         path: its site.toml.
-        overrides: "run.key=value" for run.toml (as `nightsplit.shared.config_file.load`).
+        overrides: "run.key=value" for run.toml (as `nightsplit.shared.protocols.load.load`).
         clock: tells when its shift is.
         stop: asked between steps.
         observe: shown the worker's facts every second.

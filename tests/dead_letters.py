@@ -13,8 +13,9 @@ from nightsplit.broker.memory import MemoryBroker
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.console.dead_letters import list_letters
 from nightsplit.console.files import WorkerFile
-from nightsplit.shared.config import ServerSection, SiteSection
+from nightsplit.server_worker.config import ServerSection
 from nightsplit.shared.transport import Broker, Delivery, Queue
+from nightsplit.site_worker.config import SiteSection
 from tests.protocols.night import Night, tiny_config
 from tests.services import wait_until
 

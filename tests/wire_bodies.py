@@ -9,10 +9,10 @@ import msgpack
 import pytest
 import torch
 
-from nightsplit.shared import wire
-from nightsplit.shared.contract import Payload, TensorSpec
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.message import Header, Kind, Message, Scalar
+from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire.message import Header, Kind, Message, Scalar
+from nightsplit.shared.wire.schema import Payload, TensorSpec
 
 MIB = 2**20
 F32 = torch.float32

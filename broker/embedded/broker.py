@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nightsplit.broker.embedded.link import EmbeddedLink
 from nightsplit.broker.embedded.storage import Folder
-from nightsplit.shared.sqlite import broker_errors, transaction
+from nightsplit.shared.storage.sqlite import broker_errors, transaction
 from nightsplit.shared.transport import Broker, Link, Queue
 
 

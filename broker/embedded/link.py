@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from nightsplit.broker.embedded.storage import Folder, NewRow
 from nightsplit.shared.errors import BrokerError
-from nightsplit.shared.sqlite import broker_errors, explain, is_locked, transaction
+from nightsplit.shared.storage.sqlite import broker_errors, explain, is_locked, transaction
 from nightsplit.shared.transport import Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
 
 INLINE_BYTES = 64 * 2**10

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from nightsplit.shared.errors import BrokerError
-from nightsplit.shared.sqlite import explain, is_full, open_database
+from nightsplit.shared.storage.sqlite import explain, is_full, open_database
 from nightsplit.shared.transport import Queue
 
 RESERVE_BYTES = 64 * 2**20

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from nightsplit.broker.topology import NO_RIGHTS, PREFIX, SERVER_RIGHTS, Rights, site_rights
-from nightsplit.shared.durable import write_durably
-from nightsplit.shared.message import SERVER
-from nightsplit.shared.store_redis import SERVER_RULES, site_rules
+from nightsplit.shared.run_store.redis import SERVER_RULES, site_rules
+from nightsplit.shared.storage.files import write_durably
+from nightsplit.shared.wire.message import SERVER
 
 ADMIN = "admin"
 VHOST = PREFIX

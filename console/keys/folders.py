@@ -13,9 +13,9 @@ from nightsplit.console.keys.authority import Authority, new_password, write_pri
 from nightsplit.console.keys.centre import ADMIN, VHOST, Centre
 from nightsplit.console.keys.live import Live, administrator
 from nightsplit.console.keys.texts import POLICY_TOML, SERVER_TOML, SITE_README, SITE_TOML
-from nightsplit.shared.config_file import load
 from nightsplit.shared.errors import ConfigError
-from nightsplit.shared.message import SERVER
+from nightsplit.shared.protocols.load import load
+from nightsplit.shared.wire.message import SERVER
 
 BROKER_PORT, MANAGEMENT_PORT, STORE_PORT = 5671, 15671, 6379
 RESERVED = {SERVER, ADMIN, "default"}

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nightsplit.shared.config import TaskSection
-from nightsplit.shared.tasks import loss_of
+from nightsplit.shared.config.run import TaskSection
+from nightsplit.shared.learning.losses import loss_of
 
 MATCHED = 0.05
 """Cosine distance below which an image explains a gradient."""

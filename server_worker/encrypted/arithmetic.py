@@ -8,7 +8,7 @@ import numpy as np
 import tenseal.sealapi as seal
 from numpy.typing import ArrayLike
 
-from nightsplit.shared.ckks import Ciphertext, Circuit, Plaintext, PublicKeys
+from nightsplit.shared.he.ckks import Ciphertext, Circuit, Plaintext, PublicKeys
 
 
 class Arithmetic:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
-from nightsplit.shared.ckks import Ciphertext
-from nightsplit.shared.models.judge import Judge, Numbers
+from nightsplit.shared.he.ckks import Ciphertext
+from nightsplit.shared.he.weights import Judge, Numbers
 
 Row = Sequence[Ciphertext]
 

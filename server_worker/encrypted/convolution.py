@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
-from nightsplit.shared.ckks import Ciphertext, Circuit, Plaintext
-from nightsplit.shared.models.judge import Numbers
+from nightsplit.shared.he.ckks import Ciphertext, Circuit, Plaintext
+from nightsplit.shared.he.weights import Numbers
 
 Grid = Sequence[Sequence[Ciphertext]]
 

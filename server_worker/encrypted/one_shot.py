@@ -14,8 +14,8 @@ from functools import cache, partial
 import numpy as np
 
 from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
-from nightsplit.shared.ckks import Ciphertext
-from nightsplit.shared.models.judge import Judge
+from nightsplit.shared.he.ckks import Ciphertext
+from nightsplit.shared.he.weights import Judge
 
 
 def logits(arithmetic: Arithmetic, judge: Judge, frames: Sequence[Sequence[Ciphertext]]) -> Ciphertext:

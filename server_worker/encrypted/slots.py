@@ -17,9 +17,9 @@ import numpy as np
 
 from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
 from nightsplit.server_worker.encrypted.batch import State
-from nightsplit.shared.ckks import Ciphertext, Circuit, Plaintext
-from nightsplit.shared.models.judge import Judge, Numbers
-from nightsplit.shared.packing import Slots
+from nightsplit.shared.he.ckks import Ciphertext, Circuit, Plaintext
+from nightsplit.shared.he.packing import Slots
+from nightsplit.shared.he.weights import Judge, Numbers
 
 ORDER = (0, 3, 1, 2)
 """i, g, f, o: a rotation by `units` brings the next of them to the first dimensions."""

@@ -15,10 +15,10 @@ from nightsplit.server_worker.protocols.split_frozen import SplitFrozenServer
 from nightsplit.server_worker.protocols.split_labels import SplitLabelsServer
 from nightsplit.server_worker.protocols.split_u import SplitUServer
 from nightsplit.server_worker.top import Middle, StoredTop, Top
-from nightsplit.shared.config import RunConfig
+from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.protocols import ROUNDS
-from nightsplit.shared.protocols.assembly import assemble, assemble_rounds
+from nightsplit.shared.protocols.build import assemble, assemble_rounds
 
 AnyServer = ServerRole[Any]
 OF_ROUNDS = {

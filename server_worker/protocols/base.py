@@ -10,14 +10,14 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 import torch
 
 from nightsplit.server_worker.evaluation import Evaluation
-from nightsplit.shared.checkpoint import Snapshot, flatten, under
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.contract import Payload
-from nightsplit.shared.effects import Effect, Record, Send
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.engine.effects import Effect, Record, Send
+from nightsplit.shared.engine.role import Role
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.message import SERVER, Kind, Message, Scalar
-from nightsplit.shared.protocols.agreement import ANY, check_contract
-from nightsplit.shared.roles import Role
+from nightsplit.shared.protocols.handshake import ANY, check_contract
+from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
+from nightsplit.shared.wire.message import SERVER, Kind, Message, Scalar
+from nightsplit.shared.wire.schema import Payload
 
 
 class Samples(NamedTuple):

@@ -16,13 +16,13 @@ import torch
 
 from nightsplit.server_worker.evaluation import SiteMetrics, parse_site_metrics
 from nightsplit.server_worker.protocols.round import RoundServer
-from nightsplit.shared.checkpoint import Snapshot, flatten, under
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.effects import Effect
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.engine.effects import Effect
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.message import Message
-from nightsplit.shared.protocols.assembly import Rounds
+from nightsplit.shared.protocols.build import Rounds
 from nightsplit.shared.protocols.data_vectors import SCALES
+from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
+from nightsplit.shared.wire.message import Message
 
 
 class DataVectorsServer(RoundServer):

@@ -8,9 +8,9 @@ import torch
 
 from nightsplit.server_worker.aggregation import make_aggregation
 from nightsplit.server_worker.protocols.round import RoundServer
-from nightsplit.shared.checkpoint import Snapshot, flatten, under
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.protocols.assembly import Rounds
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.protocols.build import Rounds
+from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 
 
 class FedavgTransferServer(RoundServer):

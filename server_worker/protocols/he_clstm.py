@@ -10,10 +10,10 @@ import numpy as np
 from nightsplit.server_worker.encrypted import batch, one_shot, slots
 from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
 from nightsplit.server_worker.encrypted.batch import State
-from nightsplit.shared.ckks import Ciphertext, PublicKeys, written
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.models.judge import Judge, Numbers
-from nightsplit.shared.packing import Packing
+from nightsplit.shared.he.ckks import Ciphertext, PublicKeys, written
+from nightsplit.shared.he.packing import Packing
+from nightsplit.shared.he.weights import Judge, Numbers
 from nightsplit.shared.protocols.he_clstm import BLINDING, circuit_of, packing_of, steps_of
 
 

@@ -11,13 +11,13 @@ import torch
 
 from nightsplit.server_worker.evaluation import SiteMetrics, parse_site_metrics
 from nightsplit.server_worker.protocols.base import Samples, ServerRole
-from nightsplit.shared.checkpoint import Snapshot, flatten, under
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.effects import Effect, Finish, Record, Send
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.engine.effects import Effect, Finish, Record, Send
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.message import Header, Kind, Message
-from nightsplit.shared.protocols.assembly import Rounds
-from nightsplit.shared.protocols.round import RoundSequence, Work, check_slice, is_judged
+from nightsplit.shared.protocols.build import Rounds
+from nightsplit.shared.protocols.rounds import RoundSequence, Work, check_slice, is_judged
+from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
+from nightsplit.shared.wire.message import Header, Kind, Message
 
 MOST_SAMPLES = 1_000_000_000
 """Of a site. Nothing is held per sample; more are a mistake."""

@@ -15,14 +15,14 @@ from nightsplit.server_worker.activation_store import Row
 from nightsplit.server_worker.protocols.stream import StreamServer
 from nightsplit.server_worker.schedule import Fair
 from nightsplit.server_worker.top import StoredTop
-from nightsplit.shared.checkpoint import Snapshot
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.contract import Payload
-from nightsplit.shared.effects import Effect, Record
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.engine.effects import Effect, Record
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.message import Header, Kind, Message
+from nightsplit.shared.learning.seeds import seed_for
 from nightsplit.shared.protocols.plan import Item, Step
-from nightsplit.shared.seeds import seed_for
+from nightsplit.shared.storage.checkpoint import Snapshot
+from nightsplit.shared.wire.message import Header, Kind, Message
+from nightsplit.shared.wire.schema import Payload
 
 
 class SplitFrozenServer(StreamServer):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from nightsplit.server_worker.protocols.stream import StreamServer
-from nightsplit.shared.effects import Effect
-from nightsplit.shared.message import Kind, Message
+from nightsplit.shared.engine.effects import Effect
+from nightsplit.shared.learning.seeds import seed_for
 from nightsplit.shared.protocols.plan import Item, Step
-from nightsplit.shared.seeds import seed_for
+from nightsplit.shared.wire.message import Kind, Message
 
 
 class SplitLabelsServer(StreamServer):

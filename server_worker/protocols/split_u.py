@@ -18,14 +18,14 @@ import torch
 from nightsplit.server_worker.evaluation import parse_site_metrics
 from nightsplit.server_worker.protocols.stream import StreamServer
 from nightsplit.server_worker.top import Middle
-from nightsplit.shared.checkpoint import Snapshot, flatten, under
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.contract import Payload
-from nightsplit.shared.effects import Effect
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.engine.effects import Effect
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.message import Header, Kind, Message
+from nightsplit.shared.learning.seeds import seed_for
 from nightsplit.shared.protocols.plan import Item, Step
-from nightsplit.shared.seeds import seed_for
+from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
+from nightsplit.shared.wire.message import Header, Kind, Message
+from nightsplit.shared.wire.schema import Payload
 
 
 class SplitUServer(StreamServer):

@@ -13,14 +13,14 @@ import torch
 from nightsplit.server_worker.protocols.base import Samples, ServerRole
 from nightsplit.server_worker.schedule import SCHEDULES
 from nightsplit.server_worker.top import Top
-from nightsplit.shared.checkpoint import Snapshot, flatten, under
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.contract import Payload
-from nightsplit.shared.effects import Effect, Finish, Record, Send
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.engine.effects import Effect, Finish, Record, Send
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.message import Header, Kind, Message, Scalar
 from nightsplit.shared.protocols.plan import Item, Plan, Step
 from nightsplit.shared.protocols.stream import UpSequence, check_rows, weights
+from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
+from nightsplit.shared.wire.message import Header, Kind, Message, Scalar
+from nightsplit.shared.wire.schema import Payload
 
 MOST_ITEMS = 10_000_000
 """Of a site's plan: it is held in memory, and a hello must not make the server run out of that."""

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-from nightsplit.shared.contract import Payload, TensorSpec
-from nightsplit.shared.message import Kind
-from nightsplit.shared.models.whole import Layout
-from nightsplit.shared.protocols import round as rounds
+from nightsplit.shared.models.layout import Layout
+from nightsplit.shared.protocols import rounds
+from nightsplit.shared.wire.message import Kind
+from nightsplit.shared.wire.schema import Payload, TensorSpec
 
 SCALES = tuple(tenths / 10 for tenths in range(1, 11))
 """Factors of the sum of vectors that sites judge."""

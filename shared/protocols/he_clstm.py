@@ -17,13 +17,13 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from nightsplit.shared.ckks import Circuit
-from nightsplit.shared.config import RunConfig
+from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import ConfigError, Refused, RunError
-from nightsplit.shared.models.cutting import make
-from nightsplit.shared.models.judge import Judge
+from nightsplit.shared.he.ckks import Circuit
+from nightsplit.shared.he.packing import Batch, Packing, Slots
+from nightsplit.shared.he.weights import Judge
+from nightsplit.shared.models.partition import make
 from nightsplit.shared.models.sequences import SequenceJudge
-from nightsplit.shared.packing import Batch, Packing, Slots
 
 MOST_FRAMES = 14
 """Of a one_shot query: five levels, of 29 bits each. Six would leave 25 bits, and errors that change decisions."""

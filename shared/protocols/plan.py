@@ -19,7 +19,7 @@ from enum import StrEnum
 from fractions import Fraction
 from functools import cached_property
 
-from nightsplit.shared.config import RunConfig
+from nightsplit.shared.config.run import RunConfig
 
 
 class Step(StrEnum):

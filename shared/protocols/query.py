@@ -23,9 +23,9 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from nightsplit.shared.contract import Payload, TensorSpec
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.message import Header, Kind, Message, Scalar
+from nightsplit.shared.wire.message import Header, Kind, Message, Scalar
+from nightsplit.shared.wire.schema import Payload, TensorSpec
 
 HEADER_BYTES = 32 * 2**10
 """Of a message, left for its header."""

@@ -18,12 +18,12 @@ from typing import Literal
 import torch
 from torch import nn
 
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.contract import Payload, TensorSpec
+from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.message import Kind, Message
-from nightsplit.shared.protocols.agreement import AGREEMENT, VERDICT
+from nightsplit.shared.protocols.handshake import AGREEMENT, VERDICT
 from nightsplit.shared.protocols.plan import Place, Plan
+from nightsplit.shared.wire.message import Kind, Message
+from nightsplit.shared.wire.schema import Payload, TensorSpec
 
 
 def payloads(

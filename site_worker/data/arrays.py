@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nightsplit.shared.config import DataSection, SourceSection
+from nightsplit.shared.config.run import DataSection
 from nightsplit.shared.errors import DataError
+from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.pixels import Array, masked, resized
 from nightsplit.site_worker.data.rows import Rows, absent
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nightsplit.shared.config import DataSection, SourceSection
+from nightsplit.shared.config.run import DataSection
 from nightsplit.shared.errors import DataError
+from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.listing import list_files
 from nightsplit.site_worker.data.pixels import stacked
 from nightsplit.site_worker.data.rows import Rows

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nightsplit.shared.config import DataSection, TaskSection
+from nightsplit.shared.config.run import DataSection, TaskSection
 from nightsplit.shared.errors import ConfigError, DataError
 from nightsplit.site_worker.data.rows import Rows, numbers, plain
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from nightsplit.shared.config import SourceSection
 from nightsplit.shared.errors import DataError
+from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.rows import absent, plain
 from nightsplit.site_worker.data.table import read_cells
 

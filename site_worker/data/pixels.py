@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from nightsplit.shared.config import DataSection
+from nightsplit.shared.config.run import DataSection
 from nightsplit.shared.errors import DataError
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nightsplit.shared.config import DataSection
+from nightsplit.shared.config.run import DataSection
 from nightsplit.shared.errors import ConfigError
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 

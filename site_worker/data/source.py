@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from nightsplit.shared.config import DataSection, RunConfig, SourceSection, TaskSection
+from nightsplit.shared.config.run import DataSection, RunConfig, TaskSection
 from nightsplit.shared.errors import ConfigError, DataError
+from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.arrays import open_arrays
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 from nightsplit.site_worker.data.images import open_images

@@ -11,7 +11,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from nightsplit.shared.config import TaskSection
+from nightsplit.shared.config.run import TaskSection
 from nightsplit.shared.errors import DataError
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 

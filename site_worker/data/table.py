@@ -10,8 +10,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from nightsplit.shared.config import DataSection, SourceSection
+from nightsplit.shared.config.run import DataSection
 from nightsplit.shared.errors import ConfigError, DataError
+from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.rows import Rows, numbers
 
 

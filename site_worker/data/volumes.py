@@ -21,8 +21,9 @@ import torch
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from nibabel.spatialimages import SpatialImage
 
-from nightsplit.shared.config import DataSection, SourceSection
+from nightsplit.shared.config.run import DataSection
 from nightsplit.shared.errors import DataError
+from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.listing import list_files
 from nightsplit.site_worker.data.pixels import Array, levelled, masked, percentile_window, resized, stacked, window_of
 from nightsplit.site_worker.data.rows import Rows

@@ -10,9 +10,9 @@ import numpy as np
 import tenseal.sealapi as seal
 from numpy.typing import NDArray
 
-from nightsplit.shared.ckks import Ciphertext, Circuit, PublicKeys, written
-from nightsplit.shared.durable import force_to_disk
 from nightsplit.shared.errors import StateError
+from nightsplit.shared.he.ckks import Ciphertext, Circuit, PublicKeys, written
+from nightsplit.shared.storage.files import force_to_disk
 
 SECRET = "secret.key"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nightsplit.shared.config import RunConfig
+from nightsplit.shared.config.run import RunConfig
 from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.privacy.secret import Secret
 from nightsplit.site_worker.round_feed import RoundFeed

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nightsplit.shared.errors import RunError
-from nightsplit.shared.sqlite import explain, open_database, transaction
+from nightsplit.shared.storage.sqlite import explain, open_database, transaction
 from nightsplit.site_worker.privacy.accounting import Spent, Use, epsilon_of, patient_epsilon
 from nightsplit.site_worker.privacy.secret import Secret, make_secret, read_secret
 

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
 from nightsplit.shared.errors import RunError
-from nightsplit.shared.secret_file import make_secret_file, read_secret_file
+from nightsplit.shared.storage.files import make_secret_file, read_secret_file
 
 _BLOCK = 2**18
 """Normals that are made at a time: memory stays small for large models."""

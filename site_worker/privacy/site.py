@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from nightsplit.shared.config import PrivacySection, RunConfig
-from nightsplit.shared.protocols.round import Work
+from nightsplit.shared.config.run import PrivacySection, RunConfig
+from nightsplit.shared.protocols.rounds import Work
 from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.privacy.accounting import Spent, Use, noise_for
 from nightsplit.site_worker.privacy.feed import PrivateFeed

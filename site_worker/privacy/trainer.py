@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.func import vmap
 
-from nightsplit.shared.config import PrivacySection, RunConfig
+from nightsplit.shared.config.run import PrivacySection, RunConfig
 from nightsplit.shared.errors import RunError
-from nightsplit.shared.seeds import seeded
-from nightsplit.shared.tasks import loss_of
+from nightsplit.shared.learning.losses import loss_of
+from nightsplit.shared.learning.seeds import seeded
 from nightsplit.site_worker.privacy.hooks import Hooked, has_rule
 from nightsplit.site_worker.privacy.secret import Secret
 from nightsplit.site_worker.trainer import Trainer

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nightsplit.shared.config import RunConfig
+from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.protocols import ROUNDS
-from nightsplit.shared.protocols.assembly import assemble, assemble_rounds
+from nightsplit.shared.protocols.build import assemble, assemble_rounds
 from nightsplit.site_worker.bottom import Bottom
 from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.feed import Feed

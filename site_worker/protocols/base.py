@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nightsplit.shared.checkpoint import Snapshot
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.contract import Payload
-from nightsplit.shared.effects import Effect, Finish, Send
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.engine.effects import Effect, Finish, Send
+from nightsplit.shared.engine.role import Role
 from nightsplit.shared.errors import TITLES, Refused, RunError
-from nightsplit.shared.message import SERVER, Kind, Message
-from nightsplit.shared.protocols.agreement import ANY, check_contract
-from nightsplit.shared.roles import Role
+from nightsplit.shared.protocols.handshake import ANY, check_contract
+from nightsplit.shared.storage.checkpoint import Snapshot
+from nightsplit.shared.wire.message import SERVER, Kind, Message
+from nightsplit.shared.wire.schema import Payload
 
 if TYPE_CHECKING:
     from nightsplit.site_worker.privacy.site import Account

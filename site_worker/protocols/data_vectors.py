@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from nightsplit.shared.checkpoint import Snapshot
 from nightsplit.shared.protocols.data_vectors import SCALES
+from nightsplit.shared.storage.checkpoint import Snapshot
 from nightsplit.site_worker.protocols.round import RoundSite
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.models.judge import Judge, Numbers
-from nightsplit.shared.packing import Packing
+from nightsplit.shared.he.packing import Packing
+from nightsplit.shared.he.weights import Judge, Numbers
 from nightsplit.shared.protocols.he_clstm import circuit_of, packing_for, packing_of, steps_of
 from nightsplit.site_worker.encrypted.keys import SecretKeys
 from nightsplit.site_worker.queries import Query

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nightsplit.shared.checkpoint import Snapshot, flatten, under
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.effects import Effect, Finish, Record, Send
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.engine.effects import Effect, Finish, Record, Send
 from nightsplit.shared.errors import Refused, RunError
-from nightsplit.shared.message import SERVER, Header, Kind, Message
-from nightsplit.shared.metrics import measure
-from nightsplit.shared.protocols.assembly import Rounds
-from nightsplit.shared.protocols.round import RoundSequence, Work, check_slice, is_judged
+from nightsplit.shared.learning.metrics import measure
+from nightsplit.shared.protocols.build import Rounds
+from nightsplit.shared.protocols.rounds import RoundSequence, Work, check_slice, is_judged
+from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
+from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.site_worker.protocols.base import SiteRole
 from nightsplit.site_worker.round_feed import RoundFeed
 from nightsplit.site_worker.trainer import Trainer

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from nightsplit.shared.effects import Send
-from nightsplit.shared.message import Kind, Message
+from nightsplit.shared.engine.effects import Send
 from nightsplit.shared.protocols.plan import Item
+from nightsplit.shared.wire.message import Kind, Message
 from nightsplit.site_worker.protocols.stream import StreamSite
 
 

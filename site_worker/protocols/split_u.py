@@ -8,16 +8,16 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from nightsplit.shared.checkpoint import Snapshot, flatten, under
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.contract import Payload
-from nightsplit.shared.effects import Send
-from nightsplit.shared.message import Kind, Message
-from nightsplit.shared.metrics import measure
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.engine.effects import Send
+from nightsplit.shared.learning.losses import loss_of
+from nightsplit.shared.learning.metrics import measure
+from nightsplit.shared.learning.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
+from nightsplit.shared.learning.seeds import seeded
 from nightsplit.shared.protocols.plan import Item, Step
-from nightsplit.shared.seeds import seeded
-from nightsplit.shared.tasks import loss_of
-from nightsplit.shared.training import make_optimizer, optimizer_tensors, restore_optimizer
+from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
+from nightsplit.shared.wire.message import Kind, Message
+from nightsplit.shared.wire.schema import Payload
 from nightsplit.site_worker.bottom import Bottom
 from nightsplit.site_worker.feed import Feed
 from nightsplit.site_worker.protocols.stream import StreamSite

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 
 import torch
 
-from nightsplit.shared.checkpoint import Snapshot, flatten, under
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.contract import Payload
-from nightsplit.shared.effects import Effect, Finish, Send
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.engine.effects import Effect, Finish, Send
 from nightsplit.shared.errors import Refused, RunError
-from nightsplit.shared.message import SERVER, Header, Kind, Message
 from nightsplit.shared.protocols.plan import Item, Step
 from nightsplit.shared.protocols.stream import UpSequence, check_rows, weights
-from nightsplit.shared.tensors import is_finite
+from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
+from nightsplit.shared.wire.codecs import is_finite
+from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
+from nightsplit.shared.wire.schema import Payload
 from nightsplit.site_worker.bottom import Bottom
 from nightsplit.site_worker.feed import Feed
 from nightsplit.site_worker.protocols.base import SiteRole

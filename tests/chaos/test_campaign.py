@@ -8,8 +8,8 @@ import pytest
 from benchmarks.chaos import Campaign, carry_out, passed, undisturbed
 from benchmarks.nemesis import schedule
 from benchmarks.oracle import count
-from nightsplit.shared.crash import POINTS
-from nightsplit.shared.message import SERVER
+from nightsplit.shared.crash_points import POINTS
+from nightsplit.shared.wire.message import SERVER
 from tests.processes import Process
 from tests.workers import SHARES
 

@@ -15,8 +15,8 @@ import pytest
 from nightsplit.console.files import read_worker_file
 from nightsplit.console.main import run
 from nightsplit.server_worker.worker import ServerWorker
-from nightsplit.shared.crash import EXIT_CODE, VARIABLE
-from nightsplit.shared.message import SERVER
+from nightsplit.shared.crash_points import EXIT_CODE, VARIABLE
+from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.worker import SiteWorker
 from tests.protocols.test_poison import POISON, header
 from tests.services import wait_until

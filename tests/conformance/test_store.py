@@ -13,11 +13,12 @@ import pytest
 import redis
 
 from nightsplit.shared.errors import BrokerError, ConfigError
-from nightsplit.shared.store import Pointer, RunStore
+from nightsplit.shared.run_store.base import RunStore
+from nightsplit.shared.run_store.connect import open_store
+from nightsplit.shared.run_store.redis import RedisStore
+from nightsplit.shared.run_store.sqlite import SqliteStore
+from nightsplit.shared.storage.checkpoint import Pointer
 from nightsplit.shared.store_memory import MemoryStore
-from nightsplit.shared.store_redis import RedisStore
-from nightsplit.shared.store_sqlite import SqliteStore
-from nightsplit.shared.stores import open_store
 from tests.services import RedisServer, free_port
 
 Open = Callable[[], RunStore]

@@ -30,10 +30,10 @@ import zstandard
 from benchmarks.common import MiB
 from benchmarks.fuzz import Growth, read
 from benchmarks.specimens import LIMIT, MARK, Specimen, rebuilt, specimens
-from nightsplit.shared import wire
-from nightsplit.shared.contract import Payload, TensorSpec
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.message import Message
+from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire.message import Message
+from nightsplit.shared.wire.schema import Payload, TensorSpec
 
 LONG = wire.MAX_HEADER - 1000
 """Bytes that surely fit into a header beside everything else."""

@@ -15,11 +15,11 @@ from benchmarks import fuzz
 from benchmarks.fuzz import GROWTH_MB, HANG_MS, Campaign, Growth, InvalidError, check, read, replay, save
 from benchmarks.mutants import MUTATIONS, mutant
 from benchmarks.specimens import LIMIT, Specimen, rebuilt, specimens
-from nightsplit.shared import wire
-from nightsplit.shared.contract import Payload, TensorSpec
-from nightsplit.shared.message import Header, Kind, Message
 from nightsplit.shared.protocols import PROTOCOLS, QUERIES
-from nightsplit.shared.tensors import REMEDIES
+from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire.codecs import REMEDIES
+from nightsplit.shared.wire.message import Header, Kind, Message
+from nightsplit.shared.wire.schema import Payload, TensorSpec
 
 SEED = 3
 MUTANTS = 100_000

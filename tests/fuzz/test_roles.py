@@ -16,17 +16,17 @@ from nightsplit.broker.memory import MemoryBroker
 from nightsplit.broker.topology import site_queues
 from nightsplit.server_worker.protocols import make_server
 from nightsplit.server_worker.protocols.base import ServerRole
-from nightsplit.shared import wire
-from nightsplit.shared.checkpoint import Checkpoints
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.contract import Payload
-from nightsplit.shared.engine import Engine
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.engine.engine import Engine
 from nightsplit.shared.errors import Refused, RunError
-from nightsplit.shared.message import SERVER, UNSEQUENCED, Header, Kind, Message, Scalar
 from nightsplit.shared.protocols import PROTOCOLS
-from nightsplit.shared.protocols.assembly import assemble_any
+from nightsplit.shared.protocols.build import assemble_any
+from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.store_memory import MemoryStore
 from nightsplit.shared.transport import Route
+from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire.message import SERVER, UNSEQUENCED, Header, Kind, Message, Scalar
+from nightsplit.shared.wire.schema import Payload
 from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.protocols.base import SiteRole
 from tests.protocols.night import Authority, Night, tiny_config, tiny_parts

@@ -10,11 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nightsplit.shared import wire
-from nightsplit.shared.contract import Codec, Payload, TensorSpec
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.message import Header, Kind, Message
-from nightsplit.shared.tensors import DTYPES
+from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire.codecs import DTYPES
+from nightsplit.shared.wire.message import Header, Kind, Message
+from nightsplit.shared.wire.schema import Codec, Payload, TensorSpec
 
 MIB = 2**20
 LIMIT = 64 * 1024

@@ -13,8 +13,7 @@ from nightsplit.broker.memory import MemoryBroker
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.server_worker.protocols import make_server
 from nightsplit.server_worker.protocols.base import ServerRole
-from nightsplit.shared.checkpoint import Checkpoints
-from nightsplit.shared.config import (
+from nightsplit.shared.config.run import (
     DataSection,
     ModelSection,
     OptimizerSection,
@@ -25,13 +24,14 @@ from nightsplit.shared.config import (
     TaskSection,
     WireSection,
 )
-from nightsplit.shared.engine import Engine
-from nightsplit.shared.message import SERVER
+from nightsplit.shared.engine.engine import Engine
+from nightsplit.shared.engine.order import LEAVES
 from nightsplit.shared.protocols import ROUNDS
-from nightsplit.shared.store import RunStore
+from nightsplit.shared.run_store.base import RunStore
+from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.store_memory import MemoryStore
 from nightsplit.shared.transport import Broker, Route
-from nightsplit.shared.turns import LEAVES
+from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.protocols.base import SiteRole

@@ -6,10 +6,10 @@ import pytest
 
 from nightsplit.console.status import _sentence
 from nightsplit.server_worker.report import write_report
-from nightsplit.shared.message import SERVER
+from nightsplit.shared.engine.order import LEAVES
 from nightsplit.shared.protocols.plan import Step
-from nightsplit.shared.store import Status
-from nightsplit.shared.turns import LEAVES
+from nightsplit.shared.run_store.base import Status
+from nightsplit.shared.wire.message import SERVER
 from tests.protocols.night import SYSTEMS
 from tests.protocols.ward import Ward, replace_run, replayed, ward_config
 

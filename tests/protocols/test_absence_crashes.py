@@ -2,8 +2,8 @@
 
 import pytest
 
-from nightsplit.shared.message import SERVER
-from nightsplit.shared.turns import LEAVES, Turns
+from nightsplit.shared.engine.order import LEAVES, Turns
+from nightsplit.shared.wire.message import SERVER
 from tests.protocols.night import SYSTEMS, Night, tiny_config
 from tests.protocols.ward import QUORUM, SECONDS, Ward, decided, ward_config
 

@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from nightsplit.shared.errors import RunError
-from nightsplit.shared.message import SERVER
+from nightsplit.shared.wire.message import SERVER
 from tests.protocols.night import Night, tiny_config
 
 

@@ -5,9 +5,9 @@ from safetensors.torch import load_file
 
 from nightsplit.console.main import run
 from nightsplit.server_worker.vectors import publish
-from nightsplit.shared.message import SERVER
-from nightsplit.shared.metrics import standing
+from nightsplit.shared.learning.metrics import standing
 from nightsplit.shared.protocols.data_vectors import SCALES
+from nightsplit.shared.wire.message import SERVER
 from tests.protocols.night import Night, tiny_rounds
 from tests.protocols.test_rounds import SITES, begun, rest
 

@@ -5,11 +5,11 @@ import torch
 
 from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
-from nightsplit.shared.message import SERVER
+from nightsplit.shared.learning.losses import loss_of
+from nightsplit.shared.learning.optimizers import make_optimizer
+from nightsplit.shared.learning.seeds import seed_for, seeded
 from nightsplit.shared.protocols.plan import Step
-from nightsplit.shared.seeds import seed_for, seeded
-from nightsplit.shared.tasks import loss_of
-from nightsplit.shared.training import make_optimizer
+from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.bottom import Bottom
 from nightsplit.site_worker.feed import Feed
 from tests.protocols.night import Night, tiny_config, tiny_factory, tiny_parts

@@ -13,9 +13,9 @@ from nightsplit.broker.faulty import Faults, FaultyBroker
 from nightsplit.broker.memory import MemoryBroker
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import site_queues
-from nightsplit.shared.message import SERVER
 from nightsplit.shared.protocols import PROTOCOLS
 from nightsplit.shared.transport import Confirmed, Delivery, Recovered, Trouble
+from nightsplit.shared.wire.message import SERVER
 from tests.protocols.night import Night, tiny_config
 from tests.protocols.test_crashes import SYSTEMS, shaken
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nightsplit.shared.message import SERVER
+from nightsplit.shared.wire.message import SERVER
 from tests.protocols.ward import Ward, decided, replace_run, ward_config
 
 # -- late return -----------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ import torch
 import zstandard
 
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
-from nightsplit.shared import wire
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.contract import Payload, TensorSpec
-from nightsplit.shared.message import SERVER, Header, Kind, Message
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
+from nightsplit.shared.wire.schema import Payload, TensorSpec
 from tests.protocols.night import Night, tiny_config
 
 F32 = torch.float32

@@ -16,14 +16,14 @@ from nightsplit.broker.topology import query_queues
 from nightsplit.server_worker.answering import Answering
 from nightsplit.server_worker.computing import Evaluate
 from nightsplit.server_worker.protocols.he_clstm import HeClstmServer
-from nightsplit.shared import wire
 from nightsplit.shared.errors import Refused, StateError
-from nightsplit.shared.message import SERVER, Header, Kind, Message
-from nightsplit.shared.models.judge import Judge, Numbers
+from nightsplit.shared.he.weights import Judge, Numbers
 from nightsplit.shared.models.sequences import SequenceJudge
 from nightsplit.shared.protocols.he_clstm import circuit_of, rotations_of
 from nightsplit.shared.protocols.query import CONTRACT, HEADER_BYTES, MOST_CHUNKS, Parcels, chunks
 from nightsplit.shared.transport import Delivery, Route
+from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.site_worker.asking import Asking
 from nightsplit.site_worker.encrypted.keys import SecretKeys
 from nightsplit.site_worker.protocols.he_clstm import HeClstmSite

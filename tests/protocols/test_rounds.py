@@ -8,9 +8,9 @@ import torch
 from msgspec.structs import replace
 
 from nightsplit.server_worker.aggregation import TrimmedMean, WeightedMean
-from nightsplit.shared.message import SERVER, Kind
-from nightsplit.shared.protocols.assembly import assemble_rounds
-from nightsplit.shared.turns import CLOSES
+from nightsplit.shared.engine.order import CLOSES
+from nightsplit.shared.protocols.build import assemble_rounds
+from nightsplit.shared.wire.message import SERVER, Kind
 from tests.protocols.night import Night, tiny_parts, tiny_rounds
 from tests.protocols.test_crashes import shaken
 from tests.protocols.test_faults import replayed

@@ -6,9 +6,9 @@ import random
 import msgspec
 
 from nightsplit.server_worker.attendance import Attendance
+from nightsplit.shared.engine.order import LEAVES
 from nightsplit.shared.errors import RunError
-from nightsplit.shared.message import SERVER
-from nightsplit.shared.turns import LEAVES
+from nightsplit.shared.wire.message import SERVER
 from tests.protocols.night import Night, tiny_config
 
 QUORUM = {"quorum": 2, "absence_hours": 0.2}

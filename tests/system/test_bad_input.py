@@ -11,7 +11,7 @@ import pytest
 
 from nightsplit.console.main import run
 from nightsplit.shared.errors import TITLES
-from nightsplit.shared.worker import own_folder
+from nightsplit.shared.runtime.process import own_folder
 from tests.services import RabbitNode, free_port
 from tests.study import change, contents, queued, write_study
 

@@ -14,7 +14,7 @@ from nightsplit.broker.rabbitmq.address import read_addresses
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.rabbitmq.errors import arguments
 from nightsplit.broker.topology import SiteQueues, site_queues
-from nightsplit.shared.config import WireSection
+from nightsplit.shared.config.run import WireSection
 from nightsplit.shared.credentials import NOBODY
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Confirmed, Delivery, Link, Trouble

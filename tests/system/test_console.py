@@ -135,7 +135,7 @@ def check_predictions(study, capsys, tmp_path):
 def test_a_silent_worker_is_offline_and_its_last_words_are_kept(study, capsys):
     from nightsplit.console.files import read_worker_file
     from nightsplit.console.status import summarise
-    from nightsplit.shared.store import Status
+    from nightsplit.shared.run_store.base import Status
 
     file = read_worker_file(study / "server.toml")
 

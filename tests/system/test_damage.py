@@ -15,8 +15,8 @@ import pytest
 
 from nightsplit.console.files import read_worker_file
 from nightsplit.console.status import summarise
-from nightsplit.shared.checkpoint import MANIFEST, TENSORS
-from nightsplit.shared.store_sqlite import SqliteStore
+from nightsplit.shared.run_store.sqlite import SqliteStore
+from nightsplit.shared.storage.checkpoint import MANIFEST, TENSORS
 from tests.services import wait_until
 from tests.study import change
 from tests.workers import Hospital

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from nightsplit.server_worker.activation_store import ActivationStore
 from nightsplit.server_worker.ddp import DividedTop, Group, Share
-from nightsplit.shared.config import OptimizerSection, TaskSection
+from nightsplit.shared.config.run import OptimizerSection, TaskSection
 from nightsplit.shared.errors import ConfigError, Refused
-from nightsplit.shared.seeds import seeded
+from nightsplit.shared.learning.seeds import seeded
 from tests.services import free_port
 from tests.workers import SHARES, Hospital
 

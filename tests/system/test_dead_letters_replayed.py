@@ -16,11 +16,11 @@ from nightsplit.broker.embedded.link import EmbeddedLink
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.rabbitmq.link import RabbitLink
 from nightsplit.console.dead_letters import FEW, replay_letters
-from nightsplit.shared import wire
-from nightsplit.shared.crash import EXIT_CODE
+from nightsplit.shared.crash_points import EXIT_CODE
 from nightsplit.shared.errors import NightsplitError
-from nightsplit.shared.message import SERVER
 from nightsplit.shared.transport import Broker, Delivery
+from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire.message import SERVER
 from tests.dead_letters import BROKERS, contents, depth, file_of, letters, listed, open_broker, put, sites_far_ahead
 from tests.protocols.night import Night, tiny_config
 from tests.protocols.test_poison import POISON, header

@@ -15,9 +15,9 @@ from nightsplit.console.files import read_worker_file
 from nightsplit.console.main import run
 from nightsplit.console.play_queries import play_queries
 from nightsplit.console.status import summarise
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.config_file import load
+from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import TITLES
+from nightsplit.shared.protocols.load import load
 from tests.films import (
     FRAMES,
     SEQUENCES,

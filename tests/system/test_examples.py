@@ -13,12 +13,13 @@ from nightsplit.console.baselines import centralized
 from nightsplit.console.demo import EXAMPLES, run_demo, tell_difference
 from nightsplit.console.words import screen
 from nightsplit.server_worker.worker import ServerWorker
-from nightsplit.shared.config import PolicyConfig, RunConfig
-from nightsplit.shared.config_file import load
+from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import ConfigError, DataError
+from nightsplit.shared.models.hashing import weights_sha256
 from nightsplit.shared.protocols import PROTOCOLS, ROUNDS
-from nightsplit.shared.protocols.assembly import assemble_any
-from nightsplit.shared.weights import weights_sha256
+from nightsplit.shared.protocols.build import assemble_any
+from nightsplit.shared.protocols.load import load
+from nightsplit.site_worker.config import PolicyConfig
 from nightsplit.site_worker.worker import SiteWorker
 from tests.services import RabbitNode, RedisServer
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nightsplit.shared.message import SERVER
 from nightsplit.shared.protocols import ROUNDS
+from nightsplit.shared.wire.message import SERVER
 from tests.protocols.night import Night, tiny_config
 from tests.protocols.test_crashes import shaken
 

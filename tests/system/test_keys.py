@@ -13,11 +13,12 @@ from nightsplit.broker.rabbitmq.address import read_addresses
 from nightsplit.console.keys.centre import ADMIN
 from nightsplit.console.keys.live import administrator
 from nightsplit.console.main import run
-from nightsplit.shared import wire
-from nightsplit.shared.config import PolicyConfig, ServerConfig, SiteConfig
-from nightsplit.shared.config_file import load
-from nightsplit.shared.contract import Payload
-from nightsplit.shared.message import SERVER, Header, Kind, Message
+from nightsplit.server_worker.config import ServerConfig
+from nightsplit.shared.protocols.load import load
+from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
+from nightsplit.shared.wire.schema import Payload
+from nightsplit.site_worker.config import PolicyConfig, SiteConfig
 from tests.centre import SITES, Centre
 from tests.services import wait_until
 from tests.workers import Hospital

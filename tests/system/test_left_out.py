@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from nightsplit.shared.message import SERVER
+from nightsplit.shared.wire.message import SERVER
 from tests.workers import Hospital
 
 

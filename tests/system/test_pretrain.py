@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from nightsplit.console.main import run
-from nightsplit.shared.artifact import read_artifact
-from nightsplit.shared.config import ModelSection
-from nightsplit.shared.models.cutting import make
+from nightsplit.shared.config.run import ModelSection
+from nightsplit.shared.models.artifact import read_artifact
+from nightsplit.shared.models.partition import make
 
 PRETRAIN = """
 [pretrain]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nightsplit.shared.message import SERVER, Scalar
-from nightsplit.shared.stores import open_store
+from nightsplit.shared.run_store.connect import open_store
+from nightsplit.shared.wire.message import SERVER, Scalar
 from tests.workers import Hospital
 
 

@@ -20,7 +20,7 @@ import redis
 from nightsplit.broker.rabbitmq.address import read_addresses
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import site_queues
-from nightsplit.shared.store_redis import RedisStore
+from nightsplit.shared.run_store.redis import RedisStore
 from tests.centre import SITES, Centre
 
 pytestmark = [pytest.mark.rabbitmq, pytest.mark.redis]

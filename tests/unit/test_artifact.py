@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nightsplit.shared.artifact import Artifact, Card, SourceCard, read_artifact, write_artifact
 from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.models.artifact import Artifact, Card, SourceCard, read_artifact, write_artifact
+from nightsplit.shared.models.hashing import weights_sha256
 from nightsplit.shared.models.networks import ct_cnn
-from nightsplit.shared.weights import weights_sha256
 
 BLOCKS = ("block1", "block2", "block3", "block4")
 

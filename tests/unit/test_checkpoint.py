@@ -7,9 +7,8 @@ import subprocess
 import pytest
 import torch
 
-from nightsplit.shared.checkpoint import MANIFEST, TENSORS, Checkpoints, Snapshot
 from nightsplit.shared.errors import StateError
-from nightsplit.shared.store import Pointer
+from nightsplit.shared.storage.checkpoint import MANIFEST, TENSORS, Checkpoints, Pointer, Snapshot
 
 
 def snapshot(value):

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
-from nightsplit.shared.ckks import Circuit, PublicKeys, written
 from nightsplit.shared.errors import Refused, StateError
-from nightsplit.shared.models.judge import Numbers
+from nightsplit.shared.he.ckks import Circuit, PublicKeys, written
+from nightsplit.shared.he.weights import Numbers
 from nightsplit.site_worker.encrypted.keys import SecretKeys
 
 # ── what is refused ─────────────────────────────────────────────────────────────────────────────

@@ -16,9 +16,9 @@ import torch
 from nightsplit.server_worker.computing import evaluating
 from nightsplit.server_worker.protocols.he_clstm import HeClstmServer
 from nightsplit.shared.errors import Refused, StateError
-from nightsplit.shared.models.judge import Judge
+from nightsplit.shared.he.packing import Batch
+from nightsplit.shared.he.weights import Judge
 from nightsplit.shared.models.sequences import SequenceJudge
-from nightsplit.shared.packing import Batch
 from nightsplit.shared.protocols.he_clstm import circuit_of
 from nightsplit.site_worker.encrypted.keys import SecretKeys
 
@@ -79,7 +79,7 @@ def test_a_process_that_is_killed_is_noticed(tmp_path: Path) -> None:
 SERVER = """
 from multiprocessing import active_children
 from nightsplit.server_worker.computing import evaluating
-from nightsplit.shared.ckks import PublicKeys
+from nightsplit.shared.he.ckks import PublicKeys
 from nightsplit.shared.errors import Refused, StateError
 from tests.unit.test_computing import SECRET, judge
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 import pytest
 
-from nightsplit.shared.config import RunConfig
-from nightsplit.shared.config_file import load
+from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.protocols.load import load
 
 RUN = """
 [run]

@@ -8,20 +8,18 @@ import msgspec
 import pytest
 
 from nightsplit.console.pretrain import PretrainSection, PublicSource
-from nightsplit.shared.config import (
+from nightsplit.server_worker.config import ServerSection
+from nightsplit.shared.config.run import (
     DataSection,
     ModelSection,
     OptimizerSection,
-    PolicyConfig,
     PrivacySection,
     RoundSection,
     RunSection,
-    ServerSection,
-    SiteSection,
-    SourceSection,
     TaskSection,
     WireSection,
 )
+from nightsplit.site_worker.config import PolicyConfig, SiteSection, SourceSection
 
 PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
 SECTIONS = {

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from nightsplit.shared.config import ModelSection
+from nightsplit.shared.config.run import ModelSection
 from nightsplit.shared.errors import ConfigError
-from nightsplit.shared.models.cutting import Halves, Shapes, build, output_shapes
+from nightsplit.shared.learning.seeds import seed_for, seeded
 from nightsplit.shared.models.networks import ct_cnn, mlp, small_cnn
-from nightsplit.shared.seeds import seed_for, seeded
+from nightsplit.shared.models.partition import Halves, Shapes, build, output_shapes
 
 SMALL = "nightsplit.models:small_cnn"
 MLP = {"inputs": 4, "hidden": [8, 6], "outputs": 2}

@@ -17,8 +17,9 @@ from pydicom import dcmread, dcmwrite
 from pydicom.dataset import Dataset as Header
 from pydicom.sequence import Sequence
 
-from nightsplit.shared.config import DataSection, SourceSection, TaskSection
+from nightsplit.shared.config.run import DataSection, TaskSection
 from nightsplit.shared.errors import DataError
+from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.dataset import Dataset
 from nightsplit.site_worker.data.source import load_dataset
 from tests.dicom_files import write_dicom

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nightsplit.shared.config import DataSection, SourceSection, TaskSection
+from nightsplit.shared.config.run import DataSection, TaskSection
+from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.dataset import Dataset
 from nightsplit.site_worker.data.source import load_dataset
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from nightsplit.shared.config import DataSection, SourceSection, TaskSection
+from nightsplit.shared.config.run import DataSection, TaskSection
 from nightsplit.shared.errors import DataError
+from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.dataset import Dataset
 from nightsplit.site_worker.data.scaling import scale
 from nightsplit.site_worker.data.source import load_dataset

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from nightsplit.shared.config import DataSection, SourceSection, TaskSection
+from nightsplit.shared.config.run import DataSection, TaskSection
 from nightsplit.shared.errors import ConfigError, DataError
+from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.dataset import Dataset
 from nightsplit.site_worker.data.scaling import scale
 from nightsplit.site_worker.data.sequences import spaced

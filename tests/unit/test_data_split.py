@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 
-from nightsplit.shared.config import TaskSection
+from nightsplit.shared.config.run import TaskSection
 from nightsplit.shared.errors import DataError
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 from nightsplit.site_worker.data.split import shuffled, split

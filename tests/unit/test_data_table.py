@@ -9,8 +9,9 @@ import pytest
 import torch
 from sklearn.datasets import load_diabetes
 
-from nightsplit.shared.config import DataSection, SourceSection, TaskSection
+from nightsplit.shared.config.run import DataSection, TaskSection
 from nightsplit.shared.errors import ConfigError, DataError
+from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.dataset import Dataset
 from nightsplit.site_worker.data.scaling import Scaling, scale
 from nightsplit.site_worker.data.source import load_dataset

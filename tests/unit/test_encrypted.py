@@ -15,10 +15,10 @@ from nightsplit.server_worker.encrypted import batch, one_shot, slots
 from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
 from nightsplit.server_worker.encrypted.batch import State
 from nightsplit.server_worker.encrypted.convolution import CIRCUIT, UNIT, convolved
-from nightsplit.shared.ckks import Ciphertext, Circuit, written
-from nightsplit.shared.models.judge import Judge, Numbers
+from nightsplit.shared.he.ckks import Ciphertext, Circuit, written
+from nightsplit.shared.he.packing import Batch, Packing, Slots
+from nightsplit.shared.he.weights import Judge, Numbers
 from nightsplit.shared.models.sequences import SequenceJudge
-from nightsplit.shared.packing import Batch, Packing, Slots
 from nightsplit.shared.protocols.he_clstm import one_shot_levels
 from nightsplit.site_worker.encrypted.keys import SecretKeys
 

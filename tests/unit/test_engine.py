@@ -4,15 +4,15 @@ import pytest
 
 from nightsplit.broker.memory import MemoryBroker
 from nightsplit.broker.topology import site_queues
-from nightsplit.shared import wire
-from nightsplit.shared.checkpoint import Checkpoints, Snapshot
-from nightsplit.shared.contract import Payload
-from nightsplit.shared.effects import Finish, Record, Send
-from nightsplit.shared.engine import Engine
+from nightsplit.shared.engine.effects import Finish, Record, Send
+from nightsplit.shared.engine.engine import Engine
+from nightsplit.shared.engine.role import Role
 from nightsplit.shared.errors import Refused, StateError
-from nightsplit.shared.message import SERVER, Header, Kind, Message
-from nightsplit.shared.roles import Role
+from nightsplit.shared.storage.checkpoint import Checkpoints, Snapshot
 from nightsplit.shared.transport import Confirmed, Route
+from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
+from nightsplit.shared.wire.schema import Payload
 from tests.protocols.night import Authority
 
 QUEUES = {site: site_queues("run", site, 10_000) for site in ("a", "b")}

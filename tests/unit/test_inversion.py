@@ -8,9 +8,9 @@ from torch import nn
 
 from nightsplit.server_worker.audit.inversion import Attacker, Inversion, invert
 from nightsplit.server_worker.audit.similarity import psnr, ssim
-from nightsplit.shared.config import TaskSection
+from nightsplit.shared.config.run import TaskSection
+from nightsplit.shared.learning.losses import loss_of
 from nightsplit.shared.models.segmentation import unet
-from nightsplit.shared.tasks import loss_of
 
 
 def test_psnr() -> None:

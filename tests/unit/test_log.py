@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from nightsplit.console import json_log
-from nightsplit.shared import wire
-from nightsplit.shared.contract import Payload, TensorSpec
 from nightsplit.shared.errors import BrokerError, DataError, StateError
 from nightsplit.shared.log import event
-from nightsplit.shared.message import SERVER, Header, Kind, Message
 from nightsplit.shared.transport import Recovered, Trouble
+from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
+from nightsplit.shared.wire.schema import Payload, TensorSpec
 from tests.protocols.night import Night, tiny_config
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nightsplit.shared.config import DataSection, TaskSection
-from nightsplit.shared.metrics import measure, overall
+from nightsplit.shared.config.run import DataSection, TaskSection
+from nightsplit.shared.learning.metrics import measure, overall
 
 DATA = DataSection(features=["a"], target_mean=100.0, target_spread=10.0)
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nightsplit.shared.packing import Batch, Packing, Slots
+from nightsplit.shared.he.packing import Batch, Packing, Slots
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 12), st.sampled_from([1024, 2048, 4096]), st.integers(0, 2**32))
 

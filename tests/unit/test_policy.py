@@ -4,8 +4,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from nightsplit.shared.config import PolicyConfig, PrivacySection, RunConfig
+from nightsplit.shared.config.run import PrivacySection, RunConfig
 from nightsplit.shared.errors import ConfigError
+from nightsplit.site_worker.config import PolicyConfig
 from nightsplit.site_worker.policy import check_policy
 
 FILE = Path("mercy/policy.toml")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nightsplit.shared.config import ModelSection, PrivacySection, RoundSection, RunConfig, RunSection, TaskSection
+from nightsplit.shared.config.run import ModelSection, PrivacySection, RoundSection, RunConfig, RunSection, TaskSection
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.models.networks import mlp
 from nightsplit.site_worker import privacy

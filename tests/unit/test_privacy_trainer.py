@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from nightsplit.shared.config import (
+from nightsplit.shared.config.run import (
     ModelSection,
     OptimizerSection,
     PrivacySection,
@@ -20,9 +20,9 @@ from nightsplit.shared.config import (
     TaskSection,
 )
 from nightsplit.shared.errors import RunError
+from nightsplit.shared.learning.losses import loss_of
 from nightsplit.shared.models.networks import ct_cnn, mlp
 from nightsplit.shared.models.segmentation import monet, unet
-from nightsplit.shared.tasks import loss_of
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 from nightsplit.site_worker.privacy.feed import PrivateFeed
 from nightsplit.site_worker.privacy.secret import Secret

@@ -6,7 +6,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from benchmarks.events import xor_of_events
-from nightsplit.shared.models.judge import Judge
+from nightsplit.shared.he.weights import Judge
 from nightsplit.shared.models.sequences import FrameEncoder, SequenceJudge, clstm, plain_clstm
 
 

@@ -4,7 +4,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from nightsplit.shared.errors import ConfigError
-from nightsplit.shared.shift import Shift
+from nightsplit.shared.runtime.shift import Shift
 
 BERLIN = ZoneInfo("Europe/Berlin")
 

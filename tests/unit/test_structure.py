@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nightsplit.server_worker.protocols import make_server
-from nightsplit.shared.config import RunConfig
+from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.protocols import PROTOCOLS, QUERIES
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 from nightsplit.site_worker.protocols import make_site

@@ -15,9 +15,9 @@ from prometheus_client import CollectorRegistry
 from nightsplit.console.keys.authority import Authority
 from nightsplit.shared.credentials import NOBODY, Credentials
 from nightsplit.shared.errors import ConfigError
-from nightsplit.shared.exposition import served
 from nightsplit.shared.log import PHASES, phase_of
-from nightsplit.shared.telemetry import Telemetry
+from nightsplit.shared.runtime.metrics import Telemetry
+from nightsplit.shared.runtime.metrics_server import served
 from tests.services import free_port
 
 SERVER_FACTS = {

@@ -14,10 +14,10 @@ import pytest
 import torch
 import zstandard
 
-from nightsplit.shared import tensors
-from nightsplit.shared.contract import Codec
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.tensors import DTYPES, Entry, decode, encode, is_finite
+from nightsplit.shared.wire import codecs as tensors
+from nightsplit.shared.wire.codecs import DTYPES, Entry, decode, encode, is_finite
+from nightsplit.shared.wire.schema import Codec
 
 LOSSY: tuple[Codec, ...] = ("fp16", "bf16", "int8")
 ERROR = {"fp16": 2**-11, "bf16": 2**-8}
@@ -262,7 +262,7 @@ def test_311_a_frame_that_lies_about_its_size() -> None:
 
 def test_a_codec_without_encoder_fails_the_import() -> None:
     program = (
-        "import typing, nightsplit.shared.contract as c\n"
+        "import typing, nightsplit.shared.wire.schema as c\n"
         "c.Codec = typing.Literal['raw', 'fp32', 'fp16', 'bf16', 'int8', 'fp8']\n"
         "import shared.tensors\n"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nightsplit.shared.weights import weights_sha256
+from nightsplit.shared.models.hashing import weights_sha256
 
 
 def test_it_sees_every_bit_and_every_name() -> None:

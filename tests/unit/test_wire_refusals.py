@@ -14,10 +14,10 @@ import pytest
 import torch
 import zstandard
 
-from nightsplit.shared import wire
-from nightsplit.shared.contract import Payload, TensorSpec
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.message import Message, Scalar
+from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire.message import Message, Scalar
+from nightsplit.shared.wire.schema import Payload, TensorSpec
 from tests.wire_bodies import (
     F32,
     HEADER,

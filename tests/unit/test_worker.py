@@ -9,13 +9,14 @@ import torch
 from nightsplit.server_worker.activation_store import ActivationStore
 from nightsplit.server_worker.lease import Lease
 from nightsplit.server_worker.metrics_log import MetricsLog
-from nightsplit.shared.contract import Payload, TensorSpec
-from nightsplit.shared.effects import Record
+from nightsplit.shared.engine.effects import Record
 from nightsplit.shared.errors import ConfigError, StateError
-from nightsplit.shared.message import Kind
-from nightsplit.shared.protocols.assembly import planned_message_bytes
+from nightsplit.shared.protocols.build import planned_message_bytes
+from nightsplit.shared.runtime.heartbeat import Heartbeat
+from nightsplit.shared.runtime.process import own_folder, prefetch_for, prepare_torch
 from nightsplit.shared.store_memory import MemoryStore
-from nightsplit.shared.worker import Heartbeat, own_folder, prefetch_for, prepare_torch
+from nightsplit.shared.wire.message import Kind
+from nightsplit.shared.wire.schema import Payload, TensorSpec
 from tests.protocols.night import tiny_config
 
 

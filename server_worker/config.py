@@ -1,0 +1,24 @@
+"""server.toml, as a frozen object."""
+
+from __future__ import annotations
+
+from nightsplit.shared.config.section import Section
+from nightsplit.shared.config.worker import WorkerSection
+
+
+class ServerSection(WorkerSection, frozen=True, kw_only=True):
+    """[server]: the holder of the remaining layers.
+
+    Attributes:
+        report: folder for the report and the metrics.
+
+    Encrypted queries are evaluated in `threads` processes, with a torch thread each.
+    """
+
+    report: str = "report"
+
+
+class ServerConfig(Section, frozen=True, kw_only=True):
+    """server.toml."""
+
+    server: ServerSection

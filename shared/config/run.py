@@ -1,0 +1,242 @@
+"""run.toml, as frozen objects. All participants of a run hold the same one; its `contract` is what they compare."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from nightsplit.shared.config.section import Name, Natural, Positive, Section, Share
+
+Codec = Literal["fp32", "fp16", "bf16", "int8"]
+
+
+class RunSection(Section, frozen=True, kw_only=True):
+    """[run]: what is trained, by whom, in which order.
+
+    Attributes:
+        id: name of the run; part of every queue name.
+        protocol: one of `nightsplit.shared.protocols.PROTOCOLS`.
+        sites: names of the sites that take part.
+        seed: every random choice of the run derives from it.
+        order: "strict", a fixed function of site and seq, or "fair", weighted round robin over what arrived.
+        window: smashed batches a site may have unanswered; 1 is synchronous training.
+        epochs: passes over each site's training data (split_frozen: over the stored activations).
+        batch_size: samples per smashed batch.
+        evaluate_every: epochs between evaluations on held-out patients.
+        patience: evaluations without improvement before the run stops early; 0 never stops early.
+        bottoms: "independent", or "averaged" over sites every `average_every` training batches.
+        export_top: send the server's half of the best model to the sites at the end.
+        quorum: sites that must stay; the run goes on without others that fall silent. None: all must stay.
+        absence_hours: how long a site that the run waits for may be silent before it is left out.
+        tape: the server keeps every message that it receives, for `nightsplit replay`.
+    """
+
+    id: Name
+    protocol: str
+    sites: Annotated[list[Name], Meta(min_length=1)]
+    seed: Natural = 0
+    order: Literal["strict", "fair"] = "fair"
+    window: Positive = 4
+    epochs: Positive = 10
+    batch_size: Positive = 32
+    evaluate_every: Positive = 1
+    patience: Natural = 0
+    bottoms: Literal["independent", "averaged"] = "independent"
+    average_every: Positive = 8
+    export_top: bool = False
+    quorum: Positive | None = None
+    absence_hours: Annotated[float, Meta(gt=0)] = 72.0
+    tape: bool = False
+
+    @property
+    def may_leave_out(self) -> bool:
+        """Whether the run may go on without a site."""
+        return self.quorum is not None and self.quorum < len(self.sites)
+
+
+class ModelSection(Section, frozen=True, kw_only=True):
+    """[model]: a factory and where its model is cut.
+
+    Attributes:
+        factory: "package.module:function"; called with `settings`, returns `nn.Sequential` or `Halves`.
+        settings: keyword arguments of the factory.
+        initial: a published model file whose weights the run begins with, beside run.toml; None for fresh ones.
+        initial_sha256: its hash, where `initial` is given.
+        cut: modules [0, cut) of the Sequential stay at the site.
+        head_cut: split_u only: modules [head_cut, end) return to the site.
+    """
+
+    factory: str
+    settings: dict[str, Any] = msgspec.field(default_factory=dict)
+    initial: str | None = None
+    initial_sha256: str | None = None
+    cut: Positive = 1
+    head_cut: Positive | None = None
+
+
+class RoundSection(Section, frozen=True, kw_only=True):
+    """[round]: how models of the sites become one; for the systems that exchange weights.
+
+    Attributes:
+        rounds: how often the server combines what the sites report.
+        local_epochs: passes over its training data that a site makes for a report.
+        local_batches: training batches for a report, in place of `local_epochs`.
+        close: when the server combines: "all" sites that take part have reported; "quorum": `reports` of
+            them have, late ones count in the next round; "buffered": `reports` updates have come, and a
+            site goes on at once (FedBuff).
+        reports: for "quorum" and "buffered".
+        deadline_hours: with "quorum", how long a round that has its quorum waits for the others.
+        combine: "mean" weighted by training samples, "trimmed_mean" or "median" per coordinate.
+        trim: share that "trimmed_mean" leaves out at each end.
+        statistics: running statistics of BatchNorm are "pooled" over sites, or stay "local".
+        freeze: modules that keep their weights, by dotted name; they are not sent.
+        decay: of the learning rate over the run, "none" or "cosine" to zero.
+    """
+
+    rounds: Positive = 10
+    local_epochs: Positive = 1
+    local_batches: Positive | None = None
+    close: Literal["all", "quorum", "buffered"] = "all"
+    reports: Positive | None = None
+    deadline_hours: Annotated[float, Meta(ge=0)] = 0.0
+    combine: Literal["mean", "trimmed_mean", "median"] = "mean"
+    trim: Annotated[float, Meta(ge=0.0, lt=0.5)] = 0.2
+    statistics: Literal["pooled", "local"] = "pooled"
+    freeze: list[str] = msgspec.field(default_factory=list)
+    decay: Literal["none", "cosine"] = "none"
+
+
+class TaskSection(Section, frozen=True, kw_only=True):
+    """[task]: what is predicted. `classes` is used by multiclass alone.
+
+    The model ends in 1 output for binary (a logit) and regression, in `classes` logits for multiclass,
+    and in one logit per pixel, (1, height, width), for segmentation.
+    """
+
+    kind: Literal["binary", "multiclass", "regression", "segmentation"]
+    classes: Annotated[int, Meta(ge=2)] = 2
+
+    @property
+    def outputs(self) -> int:
+        """Width of the model's last layer."""
+        return self.classes if self.kind == "multiclass" else 1
+
+
+class OptimizerSection(Section, frozen=True, kw_only=True):
+    """[optimizer]: the same for every part of the model; each part keeps its own state."""
+
+    name: Literal["sgd", "adam", "adamw"] = "adam"
+    lr: Annotated[float, Meta(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
+    momentum: Share = 0.0
+
+
+class PrivacySection(Section, frozen=True, kw_only=True):
+    """[privacy]: differential privacy of what each site sends, for the systems that exchange weights.
+
+    A site computes its own noise from these and its number of records, and adds it before anything leaves.
+
+    Attributes:
+        epsilon: of one record over the whole run, at each site.
+        delta: likewise; below 1 / records.
+        clip: L2 norm to which each record's gradient is clipped.
+        secure: draw the noise from a cryptographic stream.
+    """
+
+    epsilon: Annotated[float, Meta(gt=0)]
+    delta: Annotated[float, Meta(gt=0, lt=1)]
+    clip: Annotated[float, Meta(gt=0)]
+    secure: bool = False
+
+
+class WireSection(Section, frozen=True, kw_only=True):
+    """[wire]: how tensors travel, and how large things may grow.
+
+    Attributes:
+        smashed: codec of activations.
+        gradient: codec of gradients.
+        zstd: compress bodies (slow links and big backlogs; costs about 400 MB/s per core).
+        message_bytes: largest message; RabbitMQ 4 refuses more than 16 MiB unless configured.
+        queue_bytes: what a site's up queue may hold before the site waits.
+    """
+
+    smashed: Codec = "fp16"
+    gradient: Codec = "fp16"
+    zstd: bool = False
+    message_bytes: Positive = 16 * 2**20
+    queue_bytes: Positive = 4 * 2**30
+
+
+class DataSection(Section, frozen=True, kw_only=True):
+    """[data]: what all sites agree on about their data.
+
+    Attributes:
+        features: table columns in order, the same at every site; images and arrays ignore it.
+        scaling: "site" fits mean and spread on each site's training patients, "run" uses `mean` and
+            `spread`, "none" leaves values as they are.
+        mean, spread: one figure per feature, for scaling = "run".
+        image_size: side in pixels to which images are resized.
+        frames: a sample is a sequence of so many images, evenly spaced over a volume, a DICOM series or a
+            sequence of images. None: a sample is one image.
+        window: DICOM and volumes: intensities from centre - width / 2 to centre + width / 2 become 0 to 1, the
+            name of a usual CT window or [centre, width]. None: the DICOM file's own window, else percentiles.
+        classes: labels as the files write them, in the order of the model's outputs. Binary: [negative, positive].
+            Segmentation has none.
+        target_mean, target_spread: regression only: targets are trained on as (target - mean) / spread and
+            reported in their own unit.
+        validation, test: share of each site's patients held out for early stopping and for the report.
+        augment: applied to training images, in this order.
+    """
+
+    features: list[str] = msgspec.field(default_factory=list)
+    scaling: Literal["site", "run", "none"] = "site"
+    mean: list[float] = msgspec.field(default_factory=list)
+    spread: list[float] = msgspec.field(default_factory=list)
+    image_size: Positive | None = None
+    frames: Positive | None = None
+    window: Literal["lung", "mediastinum", "abdomen", "liver", "bone", "brain"] | tuple[float, float] | None = None
+    classes: list[str] = msgspec.field(default_factory=list)
+    target_mean: float = 0.0
+    target_spread: Annotated[float, Meta(gt=0)] = 1.0
+    validation: Share = 0.15
+    test: Share = 0.2
+    augment: list[Literal["flip", "shift", "rotate", "zoom", "contrast"]] = msgspec.field(default_factory=list)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one sample: (features,) of a table, (1, size, size) of a grey image, (frames, size, size)."""
+        if self.image_size is not None:
+            return (self.frames or 1, self.image_size, self.image_size)
+        return (len(self.features),)
+
+
+class RunConfig(Section, frozen=True, kw_only=True):
+    """run.toml, the same at every participant."""
+
+    run: RunSection
+    model: ModelSection
+    task: TaskSection
+    optimizer: OptimizerSection = msgspec.field(default_factory=OptimizerSection)
+    round: RoundSection = msgspec.field(default_factory=RoundSection)
+    privacy: PrivacySection | None = None
+    wire: WireSection = msgspec.field(default_factory=WireSection)
+    data: DataSection = msgspec.field(default_factory=DataSection)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of what the model says about one sample."""
+        if self.task.kind == "segmentation":
+            return (1, *self.data.input_shape[1:])
+        return (self.task.outputs,)
+
+    def canonical(self) -> str:
+        """The whole configuration as one line of JSON with sorted keys, defaults included."""
+        return msgspec.json.encode(self, order="sorted").decode()
+
+    @property
+    def contract(self) -> str:
+        """sha256 of `canonical`: participants whose contracts differ do not work together."""
+        return hashlib.sha256(self.canonical().encode()).hexdigest()

@@ -1,0 +1,50 @@
+"""The section that site.toml and server.toml have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta
+
+from nightsplit.shared.config.section import Positive, Section
+from nightsplit.shared.credentials import Credentials
+
+
+class WorkerSection(Section, frozen=True, kw_only=True):
+    """What every worker needs. Paths are relative to the file they stand in.
+
+    Attributes:
+        run: path of the run.toml.
+        broker: "amqps://user@host:5671/vhost", "amqp://..." on this machine, or "embedded:folder".
+        store: "rediss://user@host:6379/0", "redis://..." on this machine, or "sqlite:file".
+        ca: certificate of the authority that broker and store are verified by; None for the system's.
+        certificate, key: this worker's own, for broker and store.
+        password: a file with the password for broker and store.
+        state: folder for checkpoints; belongs to this worker alone.
+        metrics: "host:port" where Prometheus may ask how the worker is; None to open no port.
+        shift: hours of work, e.g. "22:00-06:00 Europe/Berlin"; None for always.
+        threads: torch threads.
+        device: "cpu", "cuda" or "cuda:N".
+    """
+
+    run: str = "run.toml"
+    broker: str
+    store: str
+    ca: str | None = None
+    certificate: str | None = None
+    key: str | None = None
+    password: str | None = None
+    state: str = "state"
+    metrics: Annotated[str, Meta(pattern=r":\d+$")] | None = None
+    shift: str | None = None
+    threads: Positive = 1
+    device: str = "cpu"
+
+    def credentials(self, base: Path) -> Credentials:
+        """Its files of certificates and password; relative ones belong to the folder `base`."""
+
+        def path(name: str | None) -> Path | None:
+            return None if name is None else base / name
+
+        return Credentials(path(self.ca), path(self.certificate), path(self.key), path(self.password))

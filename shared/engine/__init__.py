@@ -1,0 +1,1 @@
+"""The machinery that runs a role, and makes it exactly-once in effect."""

@@ -1,0 +1,195 @@
+"""Which number lies in which slot of a ciphertext: known to the site that encrypts and the server that computes.
+
+                 a ciphertext for each        a slot for each                    rotations    best for
+    Batch        feature, unit                sequence                           none         hundreds of sequences
+    Slots        frame, state                 (dimension, sequence)              a few        some dozen
+
+What a site decrypts from a state may be packed and encrypted again as it is. Both steps are linear: whoever adds
+numbers r to all slots before takes `packing.state(packing.read_state(r, packing.capacity))` away afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from nightsplit.shared.he.weights import Numbers
+
+
+class Packing(Protocol):
+    """Numbers of sequences to slot vectors, each float64 (slots,) and for one ciphertext, and back.
+
+    What is packed has n <= `capacity` sequences; ValueError otherwise. Slots of absent sequences are 0.
+    """
+
+    @property
+    def capacity(self) -> int:
+        """Sequences that fit."""
+
+    @property
+    def rotations(self) -> tuple[int, ...]:
+        """Steps by which the server rotates; it needs a Galois key for each."""
+
+    def frame(self, numbers: Numbers) -> list[Numbers]:
+        """Features of one frame, (n, features)."""
+
+    def state(self, numbers: Numbers) -> list[Numbers]:
+        """h or c, (n, hidden)."""
+
+    def votes(self, numbers: Numbers) -> Numbers:
+        """The logits so far, (n,); or the logits, where `read_logits` would find them."""
+
+    def read_state(self, vectors: Sequence[Numbers], n: int) -> Numbers:
+        """h or c of the first n sequences, (n, hidden)."""
+
+    def read_votes(self, vector: Numbers, n: int) -> Numbers:
+        """The logits so far, (n,)."""
+
+    def read_logits(self, vector: Numbers, n: int) -> Numbers:
+        """The logits, (n,)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A sequence in each slot.
+
+    Attributes:
+        slots: of a ciphertext.
+    """
+
+    slots: int
+
+    @property
+    def capacity(self) -> int:
+        """See `Packing`."""
+        return self.slots
+
+    @property
+    def rotations(self) -> tuple[int, ...]:
+        """See `Packing`."""
+        return ()
+
+    def frame(self, numbers: Numbers) -> list[Numbers]:
+        """See `Packing`."""
+        return [self.votes(column) for column in numbers.T]
+
+    def state(self, numbers: Numbers) -> list[Numbers]:
+        """See `Packing`."""
+        return self.frame(numbers)
+
+    def votes(self, numbers: Numbers) -> Numbers:
+        """See `Packing`."""
+        return _padded(numbers, self.slots)
+
+    def read_state(self, vectors: Sequence[Numbers], n: int) -> Numbers:
+        """See `Packing`."""
+        return np.stack([vector[:n] for vector in vectors], axis=1)
+
+    def read_votes(self, vector: Numbers, n: int) -> Numbers:
+        """See `Packing`."""
+        return vector[:n]
+
+    def read_logits(self, vector: Numbers, n: int) -> Numbers:
+        """See `Packing`."""
+        return vector[:n]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Slot = dimension * capacity + sequence, so that a rotation by `capacity` moves every number one dimension down.
+
+    Features and units are repeated until all dimensions are full: a matrix of few columns then needs few
+    diagonals (Halevi and Shoup, CRYPTO 2014). The four gates of a unit lie `units` dimensions apart.
+
+    Attributes:
+        slots: of a ciphertext, a power of two.
+        features: of a frame.
+        hidden: units of the LSTM.
+    """
+
+    slots: int
+    features: int
+    hidden: int
+
+    def __post_init__(self) -> None:
+        if self.dimensions > self.slots:
+            raise ValueError(f"{self.dimensions} dimensions do not fit into {self.slots} slots")
+
+    @property
+    def period(self) -> int:
+        """After so many dimensions the features are repeated: a power of two."""
+        return _power_of_two(self.features)
+
+    @property
+    def units(self) -> int:
+        """After so many dimensions the units are repeated: a power of two."""
+        return max(_power_of_two(self.hidden), _power_of_two(self.features) // 4, 1)
+
+    @property
+    def dimensions(self) -> int:
+        """Of a ciphertext: a place for each gate of each unit, and for each feature."""
+        return 4 * self.units
+
+    @property
+    def capacity(self) -> int:
+        """See `Packing`."""
+        return self.slots // self.dimensions
+
+    @property
+    def small(self) -> int:
+        """Dimensions of a giant step; baby steps go one by one, and about as often."""
+        columns = max(self.period, self.units)
+        return int(2 ** ((columns.bit_length() - 1) // 2))
+
+    @property
+    def rotations(self) -> tuple[int, ...]:
+        """See `Packing`: baby step, giant step, and from gate to gate."""
+        return tuple(step * self.capacity for step in sorted({1, self.small, self.units}))
+
+    def frame(self, numbers: Numbers) -> list[Numbers]:
+        """See `Packing`."""
+        return [self._repeated(numbers, self.period)]
+
+    def state(self, numbers: Numbers) -> list[Numbers]:
+        """See `Packing`."""
+        return [self._repeated(numbers, self.units)]
+
+    def votes(self, numbers: Numbers) -> Numbers:
+        """See `Packing`."""
+        return _padded(_padded(numbers, self.capacity), self.slots)
+
+    def read_state(self, vectors: Sequence[Numbers], n: int) -> Numbers:
+        """See `Packing`; what lies in other dimensions than those of the units is of no use."""
+        (vector,) = vectors
+        return self._by_dimension(vector)[: self.hidden, :n].T
+
+    def read_votes(self, vector: Numbers, n: int) -> Numbers:
+        """See `Packing`; the parts of the sum lie in all dimensions."""
+        votes: Numbers = self._by_dimension(vector).sum(0)[:n]
+        return votes
+
+    def read_logits(self, vector: Numbers, n: int) -> Numbers:
+        """See `Packing`; only the first dimension has them."""
+        return vector[:n]
+
+    def _repeated(self, numbers: Numbers, period: int) -> Numbers:
+        once = np.zeros((period, self.capacity))
+        for row, column in zip(once, numbers.T, strict=False):
+            row[:] = _padded(column, self.capacity)
+        return np.tile(once, (self.dimensions // period, 1)).ravel()
+
+    def _by_dimension(self, vector: Numbers) -> Numbers:
+        return vector.reshape(self.dimensions, self.capacity)
+
+
+def _padded(numbers: Numbers, length: int) -> Numbers:
+    if len(numbers) > length:
+        raise ValueError(f"{len(numbers)} sequences, and room for {length}")
+    return np.pad(numbers, (0, length - len(numbers)))
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()

@@ -1,0 +1,1 @@
+"""Losses, optimizers, figures of a model, seeds."""

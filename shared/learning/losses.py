@@ -1,0 +1,57 @@
+"""What a task asks a model to minimise."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from nightsplit.shared.config.run import DataSection, TaskSection
+
+
+def loss_of(task: TaskSection, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean loss of a batch.
+
+    Args:
+        task: what is predicted.
+        outputs: (batch, task.outputs) float32: logits, or standardised predictions; (batch, 1, height, width)
+            logits for segmentation.
+        targets: (batch,) float32 0/1 (binary) or standardised values (regression), int64 (multiclass);
+            (batch, height, width) float32 0/1 (segmentation).
+
+    Returns:
+        Scalar: binary cross entropy, cross entropy, mean squared error, or `segmentation_loss`.
+    """
+    if task.kind == "binary":
+        return functional.binary_cross_entropy_with_logits(outputs.squeeze(1), targets)
+    if task.kind == "multiclass":
+        return functional.cross_entropy(outputs, targets)
+    if task.kind == "segmentation":
+        return segmentation_loss(outputs.squeeze(1), targets)
+    return functional.mse_loss(outputs.squeeze(1), targets)
+
+
+def standardise(task: TaskSection, data: DataSection, targets: torch.Tensor) -> torch.Tensor:
+    """Targets as a model is trained on them: of regression (target - mean) / spread, others as they are."""
+    return (targets - data.target_mean) / data.target_spread if task.kind == "regression" else targets
+
+
+SMOOTH = 10.0
+"""Pixels added to both sides of the Dice fraction: an empty slice that is predicted empty is right."""
+FOREGROUND = 10.0
+"""Weight of a foreground pixel in the cross entropy; organs fill few of the pixels."""
+
+
+def segmentation_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Soft Dice (Milletari et al., 3DV 2016, with p in place of p^2) plus cross entropy, per image, then the mean.
+
+    Per image, and not over the batch, so that the loss of a batch is the mean of its records' losses.
+
+    Args:
+        logits, masks: (batch, height, width) float32, masks 0/1.
+    """
+    p = torch.sigmoid(logits)
+    both, either = (p * masks).sum((1, 2)), (p + masks).sum((1, 2))
+    dice = 1 - (2 * both + SMOOTH) / (either + SMOOTH)
+    weight = logits.new_tensor(FOREGROUND)
+    entropy = functional.binary_cross_entropy_with_logits(logits, masks, pos_weight=weight, reduction="none")
+    return (dice + entropy.mean((1, 2))).mean()

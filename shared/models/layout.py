@@ -1,0 +1,150 @@
+"""The whole model of a run whose participants exchange weights, and which of its weights travel."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.models.artifact import read_artifact
+from nightsplit.shared.models.partition import Halves, make
+
+MEAN, VARIANCE = ".running_mean", ".running_var"
+"""Ends of the names of a normalization's running statistics (`torch.nn.modules.batchnorm`)."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Floating-point weights as one vector, so that a model of any size travels in slices.
+
+        weight | bias | weight | bias | running mean | running second moment | ...
+        ├─────── slice 1 ───────┼─────────── slice 2 ───────────┼── slice 3 ──┤
+
+    A running variance travels as the second moment, variance + mean^2: then any weighted mean of
+    vectors holds the variance of the pooled samples (law of total variance).
+
+    Attributes:
+        shapes: of the weights that travel, by name.
+        most: elements of a slice.
+        buffers: which of them are measured and not trained.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    most: int
+    buffers: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, module: nn.Module, config: RunConfig, most: int) -> Layout:
+        """What travels in a run: weights of modules that are not frozen, buffers where they are pooled.
+
+        Raises:
+            ConfigError: 105 a weight is no float32, or nothing is left to train.
+        """
+        frozen = frozen_weights(module, config.round.freeze)
+        trained = {name for name, _ in module.named_parameters()} - frozen
+        kept = set() if config.round.statistics == "local" else set(dict(module.named_buffers())) - frozen
+        shapes = {}
+        for name, tensor in module.state_dict().items():
+            if name not in trained | kept or not tensor.is_floating_point():
+                continue
+            if tensor.dtype != torch.float32:
+                raise ConfigError(105, f"{name} of the model is {tensor.dtype}.", "build the model in float32.")
+            shapes[name] = tuple(tensor.shape)
+        if not trained & shapes.keys():
+            raise ConfigError(105, "round.freeze leaves nothing to train.", "freeze fewer modules.")
+        return cls(shapes, most, frozenset(kept & shapes.keys()))
+
+    @cached_property
+    def _bounds(self) -> list[int]:
+        sizes = [prod(shape) for shape in self.shapes.values()]
+        return [sum(sizes[:n]) for n in range(len(sizes) + 1)]
+
+    @property
+    def length(self) -> int:
+        """Elements of the vector."""
+        return self._bounds[-1]
+
+    @property
+    def slices(self) -> int:
+        """How many slices it travels in."""
+        return -(-self.length // self.most)
+
+    def slice(self, number: int) -> slice:
+        """Where slice `number` is in the vector, 1 <= number <= slices."""
+        return slice((number - 1) * self.most, min(number * self.most, self.length))
+
+    @cached_property
+    def statistics(self) -> torch.Tensor:
+        """bool (length,): elements of buffers."""
+        marks = [torch.full((prod(shape),), name in self.buffers) for name, shape in self.shapes.items()]
+        return torch.cat(marks)
+
+    def vector(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """float32 (length,) on the CPU, of weights by name."""
+        return torch.cat([self._encoded(name, weights).detach().cpu().reshape(-1) for name in self.shapes])
+
+    def weights(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Weights by name, of a vector (length,)."""
+        views = {
+            name: vector[first:last].view(shape)
+            for (name, shape), (first, last) in zip(self.shapes.items(), pairwise(self._bounds), strict=True)
+        }
+        return dict(self._decoded(views))
+
+    def _encoded(self, name: str, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if name.endswith(VARIANCE):
+            return weights[name] + weights[name.removesuffix(VARIANCE) + MEAN] ** 2
+        return weights[name]
+
+    def _decoded(self, views: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, view in views.items():
+            if name.endswith(VARIANCE):
+                yield name, (view - views[name.removesuffix(VARIANCE) + MEAN] ** 2).clamp(min=0)
+            else:
+                yield name, view.clone()
+
+
+def build_whole(config: RunConfig, base: Path) -> nn.Module:
+    """Make the model of a run, uncut, with the weights that the run begins with.
+
+    Args:
+        config: the run. `model.cut` is not looked at.
+        base: folder of run.toml, where `model.initial` is.
+
+    Raises:
+        ConfigError: 104 the factory cannot be used; 115-117 as `read_artifact` and `Artifact.load_into`.
+    """
+    module = make(config.model, config.run.seed)
+    if isinstance(module, Halves):
+        module = nn.Sequential(OrderedDict(module.parts))
+    if not isinstance(module, nn.Module):
+        raise ConfigError(
+            104, f"{config.model.factory} returned {type(module).__name__}.", "let it return a torch.nn.Module."
+        )
+    if config.model.initial is not None:
+        read_artifact(base / config.model.initial, config.model.initial_sha256).load_into(module)
+    return module
+
+
+def frozen_weights(module: nn.Module, freeze: list[str]) -> set[str]:
+    """Names of parameters and buffers that belong to frozen modules.
+
+    Raises:
+        ConfigError: 105 there is no such module.
+    """
+    modules = dict(module.named_modules())
+    for name in freeze:
+        if name not in modules:
+            raise ConfigError(
+                105, f"round.freeze names {name!r}; the model has {', '.join(n for n in modules if n)}.", "correct it."
+            )
+    return {w for w in module.state_dict() if any(w.startswith(f"{name}.") for name in freeze)}

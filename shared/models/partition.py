@@ -1,0 +1,325 @@
+"""Making the user's model and cutting it: bottom for the site, top for the server, head for a U-shape.
+
+                    cut                        head_cut (split_u only)
+    stages  0 .. cut-1 | cut .. head_cut-1 | head_cut .. end
+            bottom     | top               | head
+            site       | server            | site again
+
+Everything that can be wrong with a cut is found here, before a patient's data is touched, and the
+error says which cut would do (as in torchgpipe's `split_module`).
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import importlib
+import inspect
+import itertools
+import math
+import sys
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from nightsplit.shared.config.run import ModelSection
+from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.learning.seeds import seed_for, seeded
+
+Shape = tuple[int, ...]
+
+# Directories whose frames say nothing about the user's mistake.
+_NOT_THE_USERS = (str(Path(torch.__file__).parent), "<frozen ", __file__)
+
+# What a part without weights would amount to.
+_IDLE = {
+    "bottom": "the site would send its data as they are",
+    "top": "the server would have nothing to train",
+    "head": "the site would have nothing to train on its labels",
+}
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A model in parts; the whole is `head(top(bottom(x)))`, or `top(bottom(x))` without a head.
+
+    Attributes:
+        bottom: from the data to the cut; stays at the site.
+        top: from the cut to the output, or to the head's input; at the server.
+        head: from the top's output to the prediction, at the site; None unless the run is a split_u.
+    """
+
+    bottom: nn.Module
+    top: nn.Module
+    head: nn.Module | None = None
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The parts by name, in the order of the forward pass."""
+        parts = {"bottom": self.bottom, "top": self.top}
+        return parts if self.head is None else {**parts, "head": self.head}
+
+
+class Shapes(NamedTuple):
+    """What flows between the parts for one sample: lengths without the batch dimension."""
+
+    cut: Shape
+    head_input: Shape | None
+    output: Shape
+
+
+def build(model: ModelSection, seed: int, *, with_head: bool) -> Halves:
+    """Make the model of a run and cut it.
+
+    Every participant builds the whole model and keeps its part: the factory runs with torch's CPU
+    generator at a seed that only depends on `seed`, so that all start from the same weights. A factory
+    that draws from another generator (numpy, random) must seed it itself.
+
+    Args:
+        model: the factory, its settings and where to cut. The factory is imported from the Python path
+            or the current directory. The parts of an `nn.Sequential` keep the names of its stages, so
+            their state dicts together are the whole model's.
+        seed: the run's seed.
+        with_head: the run is a split_u; otherwise `model.head_cut` is not looked at.
+
+    Raises:
+        ConfigError: 104 the factory cannot be imported or called, or returns neither a plain
+            `nn.Sequential` nor `Halves`; 105 the model cannot be cut there: a part is empty or holds no
+            weights, two parts share weights, or the head is missing.
+    """
+    made = make(model, seed)
+    if isinstance(made, Halves):
+        return _checked(model, made, with_head=with_head)
+    # A subclass with its own forward is no chain of stages: cutting it would change what it computes.
+    if isinstance(made, nn.Sequential) and type(made).forward is nn.Sequential.forward:
+        return _cut(model, made, with_head=with_head)
+    raise ConfigError(
+        104,
+        f"{model.factory} returned {type(made).__name__}, which is neither a plain nn.Sequential nor Halves.",
+        "let it return nn.Sequential(...) of its stages, or "
+        "nightsplit.models.Halves(bottom=..., top=...) if it is no chain.",
+    )
+
+
+def output_shapes(halves: Halves, input_shape: Shape) -> Shapes:
+    """The shapes at the cut, at the head and at the end, for float32 data of `input_shape`.
+
+    A dry forward of zeros through a copy in eval mode: weights, buffers, modes and generators of the
+    model stay as they are.
+
+    Args:
+        halves: the model.
+        input_shape: shape of one sample, without the batch dimension.
+
+    Raises:
+        ConfigError: 104 a part does not take what comes before it; 105 a part returns no tensor with
+            one row per sample, so there is nothing to send.
+    """
+    shapes = flow_shapes(halves.parts, input_shape)
+    last = shapes["top"]
+    return Shapes(shapes["bottom"], last if "head" in shapes else None, shapes.get("head", last))
+
+
+def flow_shapes(parts: Mapping[str, nn.Module], input_shape: Shape) -> dict[str, Shape]:
+    """What each of the parts returns for one sample, in a chain; as `output_shapes`."""
+    shapes: dict[str, Shape] = {}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        flow = torch.zeros(2, *input_shape)  # two samples, to see whether the batch dimension is kept
+        for name, part in parts.items():
+            received = tuple(flow.shape[1:])
+            try:
+                flow = copy.deepcopy(part).cpu().eval()(flow)
+            except Exception as error:
+                raise ConfigError(
+                    104,
+                    f"the {name} does not take a sample of shape {received}: {_described(error)}.",
+                    "make model.settings fit the data: its features, or its channels and image size.",
+                ) from error
+            if not isinstance(flow, Tensor) or flow.ndim == 0 or flow.shape[0] != 2:
+                what = f"shape {tuple(flow.shape)}" if isinstance(flow, Tensor) else type(flow).__name__
+                raise ConfigError(
+                    105,
+                    f"for 2 samples the {name} returns {what}, not a tensor with 2 rows.",
+                    "cut where the model passes on one tensor whose first dimension is the batch.",
+                )
+            shapes[name] = tuple(flow.shape[1:])
+    return shapes
+
+
+def make(model: ModelSection, seed: int) -> Any:
+    """What the factory returns, with torch's CPU generator at a seed that depends on `seed` alone; 104 as `build`."""
+    with _current_directory_on_path():
+        factory = _find(model.factory)
+        try:
+            inspect.signature(factory).bind(**model.settings)
+        except TypeError as error:
+            raise ConfigError(
+                104,
+                f"{model.factory} does not take model.settings: {error}{_defined(factory)}.",
+                f"set model.settings to its arguments {_arguments(factory)}.",
+            ) from error
+        except ValueError:
+            pass  # a factory written in C has no signature: the call itself will tell
+        try:
+            with seeded(seed_for(seed, "model")):
+                return factory(**model.settings)
+        except Exception as error:
+            raise ConfigError(
+                104,
+                f"{model.factory} failed: {_described(error)}.",
+                "correct model.settings, or the factory at that line.",
+            ) from error
+
+
+def _find(name: str) -> Callable[..., Any]:
+    """The factory called "package.module:function"."""
+    module_name, _, function = name.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), function)):
+        raise ConfigError(
+            104,
+            f'model.factory = "{name}" is not of the form "package.module:function".',
+            'write for example model.factory = "nightsplit.models:mlp".',
+        )
+    try:
+        module = importlib.import_module(module_name)
+    # A script without a main guard may call sys.exit, which would end the worker without a word.
+    except (Exception, SystemExit) as error:
+        raise ConfigError(
+            104,
+            f"module {module_name} cannot be imported: {_described(error)}.",
+            f"correct model.factory or that module, or start in its folder instead of {Path.cwd()}.",
+        ) from error
+    factory = getattr(module, function, None)
+    if callable(factory):
+        return factory  # type: ignore[no-any-return]
+    own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module_name]
+    near = difflib.get_close_matches(function, own, n=1, cutoff=0.0)
+    remedy = f'set model.factory = "{module_name}:{near[0]}".' if near else "define it, or name another module."
+    raise ConfigError(104, f"{module_name} ({module.__file__}) has no function {function}.", remedy)
+
+
+@contextmanager
+def _current_directory_on_path() -> Iterator[None]:
+    """Last on the path, so that a file beside the user hides no installed module."""
+    here = str(Path.cwd())
+    if here in sys.path:
+        yield
+        return
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def _described(error: BaseException) -> str:
+    """Type, message, file and line of an exception from the user's code."""
+    message = " ".join(str(error).split()).rstrip(".") or "no message"
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [frame for frame in frames if not frame.filename.startswith(_NOT_THE_USERS)]
+    frame = (users or frames)[-1]
+    return f"{type(error).__name__}: {message} ({frame.filename}, line {frame.lineno})"
+
+
+def _arguments(factory: Callable[..., Any]) -> str:
+    signature = inspect.signature(factory).replace(return_annotation=inspect.Signature.empty)
+    return str(signature).replace("'", "")  # annotations are quoted under `from __future__ import annotations`
+
+
+def _defined(factory: Callable[..., Any]) -> str:
+    try:
+        return f" ({inspect.getsourcefile(factory)}, line {inspect.getsourcelines(factory)[1]})"
+    except (OSError, TypeError):
+        return ""
+
+
+def _cut(model: ModelSection, whole: nn.Sequential, *, with_head: bool) -> Halves:
+    # Not named_children(): it leaves out a stage that occurs twice.
+    stages = list(whole._modules.items())
+
+    def parts(*cuts: int) -> dict[str, nn.Module]:
+        bounds = itertools.pairwise((0, *cuts, len(stages)))
+        names = ("bottom", "top", "head")
+        return {
+            name: nn.Sequential(OrderedDict(stages[first:last]))
+            for name, (first, last) in zip(names, bounds, strict=False)
+        }
+
+    asked = {"model.cut": model.cut}
+    if with_head:
+        asked["model.head_cut"] = model.head_cut or len(stages)
+    unset = with_head and model.head_cut is None
+    trouble = "the run needs a head and that is not set" if unset else _trouble(parts(*asked.values()))
+    if trouble is None:
+        return Halves(**parts(*asked.values()))
+
+    possible = itertools.combinations(range(1, len(stages)), len(asked))
+    cuts = [cuts for cuts in possible if _trouble(parts(*cuts)) is None]
+    remedy = "give every part a stage with weights that no other part uses."
+    if cuts:
+        nearest = min(cuts, key=lambda cuts: math.dist(cuts, asked.values()))
+        settings = " and ".join(f"{key} = {value}" for key, value in zip(asked, nearest, strict=True))
+        remedy = f"set {settings}: {_drawn(stages, nearest)}."
+    setting = ", ".join(f"{key} = {value}" for key, value in asked.items())
+    raise ConfigError(105, f"{model.factory} with {setting}: {trouble}.", remedy)
+
+
+def _drawn(stages: Sequence[tuple[str, nn.Module]], cuts: tuple[int, ...]) -> str:
+    """'0 conv, 1 relu | 2 linear': the stages with their index, a bar at every cut."""
+    text = ""
+    for index, (name, stage) in enumerate(stages):
+        text += " | " if index in cuts else ", " if index else ""
+        text += f"{index} {type(stage).__name__ if name.isdigit() else name}"
+    return text
+
+
+def _checked(model: ModelSection, halves: Halves, *, with_head: bool) -> Halves:
+    """What a factory cut itself, if the run can use it."""
+    parts: Mapping[str, object] = halves.parts
+    for name, part in parts.items():
+        if not isinstance(part, nn.Module):
+            what = f"{model.factory} returned Halves whose {name} is of type {type(part).__name__}."
+            raise ConfigError(104, what, "let every part be an nn.Module.")
+    if with_head and halves.head is None:
+        trouble: str | None = "the run needs a head, but the Halves have none"
+    elif halves.head is not None and not with_head:
+        trouble = "the Halves have a head, but only split_u has a place for it"
+    else:
+        trouble = _trouble(halves.parts)
+    if trouble is None:
+        return halves
+    wanted = "Halves(bottom=..., top=..., head=...)" if with_head else "Halves(bottom=..., top=...)"
+    raise ConfigError(
+        105,
+        f"{model.factory}: {trouble}.",
+        f"let it return {wanted}, each part with weights that no other part uses.",
+    )
+
+
+def _trouble(parts: Mapping[str, nn.Module]) -> str | None:
+    """Why these parts cannot be trained apart from each other; None if they can."""
+    owners: dict[int, tuple[str, str]] = {}
+    for part, module in parts.items():
+        if isinstance(module, nn.Sequential) and not len(module):
+            return f"nothing is left for the {part}"
+        if next(module.parameters(), None) is None:
+            return f"the {part} has no weights, so {_IDLE[part]}"
+        for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+            if is_lazy(tensor):
+                return f"{name} of the {part} is lazy: it would not start alike at every participant"
+            # The storage, because a view of another part's weights is shared too.
+            storage = tensor.untyped_storage().data_ptr()
+            owner, first = owners.setdefault(storage, (part, name)) if storage else (part, name)
+            if owner != part:
+                return f"{owner} and {part} share weights ({first} and {name})"
+    return None

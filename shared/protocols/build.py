@@ -1,0 +1,137 @@
+"""From run.toml to the modules of a run and the contract between participants; the same at every one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from torch import nn
+
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.errors import BrokerError, ConfigError
+from nightsplit.shared.models.layout import Layout, build_whole
+from nightsplit.shared.models.partition import Halves, build, flow_shapes, output_shapes
+from nightsplit.shared.protocols import ROUNDS, data_vectors
+from nightsplit.shared.protocols.rounds import CONTRACT, HEADER_BYTES, elements
+from nightsplit.shared.protocols.stream import payloads
+from nightsplit.shared.wire.message import Kind
+from nightsplit.shared.wire.schema import Payload
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A model in halves, for systems that exchange activations.
+
+    Attributes:
+        halves: freshly initialised modules, equal at every participant.
+        contract: payload of each kind of message.
+    """
+
+    halves: Halves
+    contract: Mapping[Kind, Payload]
+
+    @property
+    def parts(self) -> Mapping[str, nn.Module]:
+        """The modules by name, in the order of the forward pass."""
+        return self.halves.parts
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """A whole model, for systems that exchange its weights.
+
+    Attributes:
+        module: the model as the run begins, equal at every participant.
+        layout: which of its weights travel, and how.
+        contract: payload of each kind of message.
+    """
+
+    module: nn.Module
+    layout: Layout
+    contract: Mapping[Kind, Payload]
+
+    @property
+    def parts(self) -> Mapping[str, nn.Module]:
+        """See `Assembly`."""
+        return {"model": self.module}
+
+
+def assemble(config: RunConfig) -> Assembly:
+    """Build the model, cut it, and derive the contract.
+
+    Raises:
+        ConfigError: 104, 105 as `build`; 105 when the last layer does not fit the task.
+        BrokerError: 203 a planned message exceeds wire.message_bytes.
+    """
+    halves = build(config.model, config.run.seed, with_head=config.run.protocol == "split_u")
+    cut, head, outputs = output_shapes(halves, config.data.input_shape)
+    _check_outputs(config, outputs)
+    contract = payloads(config, cut, head, halves.bottom, halves.top)
+    planned = planned_message_bytes(config, contract)
+    if planned > config.wire.message_bytes:
+        raise BrokerError(
+            203,
+            f"a message of this run needs {planned / 2**20:.1f} MiB, wire.message_bytes allows "
+            f"{config.wire.message_bytes / 2**20:.1f} MiB.",
+            "lower run.batch_size, choose a smaller codec, switch run.export_top off, or raise wire.message_bytes "
+            "and the broker's own limit.",
+        )
+    return Assembly(halves, contract)
+
+
+def assemble_rounds(config: RunConfig, base: Path) -> Rounds:
+    """Make the model of a run of rounds, uncut.
+
+    Args:
+        config: the run.
+        base: folder of run.toml, where `model.initial` is.
+
+    Raises:
+        ConfigError: 104 the factory cannot be used, 105 the last layer does not fit the task or nothing is
+            trained, 115-117 the initial weights cannot be used.
+        BrokerError: 203 wire.message_bytes leaves no room for weights.
+    """
+    if config.wire.message_bytes < 2 * HEADER_BYTES:
+        raise BrokerError(
+            203,
+            f"wire.message_bytes is {config.wire.message_bytes}; a message of weights needs {2 * HEADER_BYTES}.",
+            "raise wire.message_bytes; larger messages mean fewer of them.",
+        )
+    module = build_whole(config, base)
+    _check_outputs(config, flow_shapes({"model": module}, config.data.input_shape)["model"])
+    layout = Layout.of(module, config, most=elements(config))
+    of_vectors = config.run.protocol == "data_vectors"
+    return Rounds(module, layout, data_vectors.contract(layout) if of_vectors else CONTRACT)
+
+
+def assemble_any(config: RunConfig, base: Path) -> Assembly | Rounds:
+    """What the run's system needs; arguments and errors as above."""
+    return assemble_rounds(config, base) if config.run.protocol in ROUNDS else assemble(config)
+
+
+def planned_message_bytes(config: RunConfig, contract: Mapping[Kind, Payload]) -> int:
+    """Size of the largest message of a run, without compression and header."""
+    lengths = {"batch": config.run.batch_size, "slice": elements(config)}
+    widths = {"raw": None, "fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+
+    def size(payload: Payload) -> int:
+        return sum(
+            prod(lengths[n] if isinstance(n, str) else n for n in spec.shape)
+            * (widths[spec.codec] or spec.dtype.itemsize)
+            for spec in payload.tensors.values()
+        )
+
+    return max(size(payload) for payload in contract.values())
+
+
+def _check_outputs(config: RunConfig, found: tuple[int, ...]) -> None:
+    expected = config.output_shape
+    if found != expected:
+        raise ConfigError(
+            105,
+            f"the model ends in shape {found} per sample, {config.task.kind} needs {expected}.",
+            f"let the last layer have {expected[0]} output{'s' * (expected[0] > 1)}"
+            f"{' for each pixel' if len(expected) > 1 else ''}.",
+        )

@@ -1,0 +1,121 @@
+"""The contract of the Round systems: sites train, and report what changed; the server combines, and answers.
+
+    site     UPDATE 1 ...... UPDATE n          REPORT
+                 │     ▲         │     ▲          │     ▲
+                 ▼     │         ▼     │          ▼     │
+    server       MODEL 1         MODEL n (final)        FINISH
+
+Every participant makes the first model itself, so a site can train before a server is there. Update
+u of a site is what changed in its weights since the model that answered update u - 1; it is answered
+by one model, so what a site sends depends on nothing but the sequence of models that it got. Update,
+model and farewell each travel in the slices of a `Layout`; a slice is a message in sequence, hence
+applied exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.models.layout import Layout
+from nightsplit.shared.protocols.handshake import AGREEMENT, VERDICT
+from nightsplit.shared.wire.message import Kind, Message
+from nightsplit.shared.wire.schema import Payload, TensorSpec
+
+HEADER_BYTES = 32 * 2**10
+"""Of a message, left for its header; figures of held-out patients are in it."""
+
+LARGEST = 1e20
+"""Of a weight, or of what changed in one."""
+
+_SLICE = {"values": TensorSpec(torch.float32, ("slice",))}
+
+CONTRACT: Mapping[Kind, Payload] = {
+    **AGREEMENT,
+    Kind.UPDATE: Payload(_SLICE, {"metrics": str}),
+    Kind.MODEL: Payload(_SLICE, {"final": bool, **VERDICT}),
+    Kind.REPORT: Payload(scalars={"metrics": str}),
+    Kind.FINISH: Payload(_SLICE, {"summary": str, **VERDICT}),
+}
+"""Payload of each kind of message. `version` in their headers is the model's: how often the server had combined."""
+
+
+def elements(config: RunConfig) -> int:
+    """Most elements of a slice."""
+    return (config.wire.message_bytes - HEADER_BYTES) // 4
+
+
+class Work(NamedTuple):
+    """What a site does for an update.
+
+    Attributes:
+        batches: training batches.
+        samples: samples in them, together.
+    """
+
+    batches: int
+    samples: int
+
+    @classmethod
+    def of(cls, config: RunConfig, train: int) -> Work:
+        """Of a site with `train` training samples."""
+        if config.round.local_batches is not None:
+            return cls(config.round.local_batches, config.round.local_batches * min(config.run.batch_size, train))
+        return cls(config.round.local_epochs * -(-train // config.run.batch_size), config.round.local_epochs * train)
+
+
+def is_judged(config: RunConfig, version: int) -> bool:
+    """Whether sites judge a model that is not the final one; the final one always is."""
+    return version > 0 and version % config.run.evaluate_every == 0
+
+
+@dataclass(frozen=True)
+class RoundSequence:
+    """What a site sends: its updates in slices, and a report behind them.
+
+    Attributes:
+        train: its training samples.
+        updates: how many updates at most.
+        slices: of an update.
+    """
+
+    train: int
+    updates: int
+    slices: int
+
+    @property
+    def last(self) -> int:
+        """Number of the last message."""
+        return self.updates * self.slices + 1
+
+    def at(self, seq: int) -> tuple[int, int]:
+        """Update and slice, both from 1, of a site's message `seq`, or of the server's that answers it."""
+        update, number = divmod(seq - 1, self.slices)
+        return update + 1, number + 1
+
+
+def check_slice(message: Message, layout: Layout, number: int) -> torch.Tensor:
+    """The values of slice `number`, as many as the layout says.
+
+    Raises:
+        Refused: 306 they are not; 307 one is so large that sums of such would not be finite.
+    """
+    values = message.tensors["values"]
+    expected = layout.slice(number)
+    if len(values) != expected.stop - expected.start:
+        raise Refused(
+            306,
+            f"{message.header.message_id} has {len(values)} values, slice {number} has "
+            f"{expected.stop - expected.start}.",
+            "run the same version of nightsplit, and the same model, at both sides.",
+        )
+    if values.abs().max() > LARGEST:
+        raise Refused(
+            307, f"{message.header.message_id} has values beyond {LARGEST:g}.", "look at that site's training."
+        )
+    return values

@@ -1,0 +1,38 @@
+"""The run store that an address names. `MemoryStore` has none: its users share the object."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nightsplit.shared.credentials import NOBODY, Credentials, expect_private
+from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.run_store.base import RunStore
+from nightsplit.shared.run_store.redis import RedisStore
+from nightsplit.shared.run_store.sqlite import SqliteStore
+
+
+def open_store(address: str, run: str, base: Path, credentials: Credentials = NOBODY) -> RunStore:
+    """Open the store of `run` at "sqlite:file", "redis://..." or "rediss://...".
+
+    Args:
+        address: as in site.toml and server.toml.
+        run: id of the run.
+        base: folder to which a relative file belongs.
+        credentials: for Redis.
+
+    Raises:
+        ConfigError: 107 for any other address, 111 for a plain line to another machine, 113 for a file
+            of `credentials`.
+        BrokerError: 207 when the store cannot be reached.
+    """
+    scheme, _, rest = address.partition(":")
+    if scheme == "sqlite" and rest:
+        return SqliteStore(base / rest, run)
+    if scheme in ("redis", "rediss"):
+        expect_private(address)
+        return RedisStore(address, run, credentials)
+    raise ConfigError(
+        107,
+        f'the store\'s address has the unknown scheme "{scheme}".',
+        'write "sqlite:file" for one host, or "rediss://user@host:6379/0".',
+    )

@@ -1,0 +1,223 @@
+"""The run store in Redis, for servers on several hosts. Each change is one script, so it is atomic.
+
+Redis must run with `appendonly yes`. With `appendfsync everysec` what a method returned survives the
+death of any process, the Redis server's included, but not a host that crashes within the second;
+the journal and the pointer of a run that must survive that too need `appendfsync always`. All times
+are the Redis server's own, so clocks of workers may differ.
+"""
+
+from __future__ import annotations
+
+import json
+import ssl
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import SplitResult, urlsplit
+
+import redis
+from redis.backoff import ExponentialBackoff
+from redis.retry import Retry
+
+from nightsplit.shared.credentials import NOBODY, Credentials
+from nightsplit.shared.errors import BrokerError, ConfigError
+from nightsplit.shared.run_store.base import RunStore, Status
+from nightsplit.shared.storage.checkpoint import Pointer
+from nightsplit.shared.wire.message import SERVER, Scalar
+
+TIMEOUT_SECONDS = 5.0
+
+NOW = "local t = redis.call('TIME') local now = t[1] * 1000 + math.floor(t[2] / 1000) "
+
+# KEYS: lease, a hash of fence, owner, expires (milliseconds). ARGV: owner, ttl in milliseconds.
+ACQUIRE = (
+    NOW
+    + """
+local lease = redis.call('HMGET', KEYS[1], 'owner', 'expires')
+if lease[1] and lease[1] ~= ARGV[1] and now < tonumber(lease[2]) then return false end
+redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'expires', now + ARGV[2])
+return redis.call('HINCRBY', KEYS[1], 'fence', 1)
+"""
+)
+
+# ARGV: owner, fence, ttl in milliseconds.
+RENEW = (
+    NOW
+    + """
+local lease = redis.call('HMGET', KEYS[1], 'owner', 'fence')
+if lease[1] ~= ARGV[1] or lease[2] ~= ARGV[2] then return 0 end
+redis.call('HSET', KEYS[1], 'expires', now + ARGV[3])
+return 1
+"""
+)
+
+# ARGV: owner, fence. The fence stays, since the next one must be larger.
+RELEASE = """
+local lease = redis.call('HMGET', KEYS[1], 'owner', 'fence')
+if lease[1] == ARGV[1] and lease[2] == ARGV[2] then redis.call('HDEL', KEYS[1], 'owner') end
+"""
+
+# KEYS: lease, pointer. ARGV: fence, counter, sha256.
+MOVE = """
+if tonumber(redis.call('HGET', KEYS[1], 'fence') or 0) > tonumber(ARGV[1]) then return 0 end
+redis.call('HSET', KEYS[2], 'fence', ARGV[1], 'counter', ARGV[2], 'sha256', ARGV[3])
+return 1
+"""
+
+# KEYS: journal. ARGV: position, sender.
+JOURNAL = """
+redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])
+return redis.call('HGET', KEYS[1], ARGV[1])
+"""
+
+# KEYS: the worker's status. ARGV: facts.
+PUT_STATUS = NOW + "redis.call('SET', KEYS[1], cjson.encode({now, ARGV[1]}))"
+
+T = TypeVar("T")
+
+
+SERVER_RULES = "~nightsplit:* +@all -@admin -@dangerous"
+"""What an ACL of Redis lets the server do: all with the keys of runs, nothing with Redis itself."""
+
+
+def site_rules(site: str) -> str:
+    """What an ACL of Redis lets a site do: say how it is itself, and read how the server is, in every run."""
+    own, server = (f"nightsplit:{{*}}:status:{worker}" for worker in (site, SERVER))
+    return f"%RW~{own} %R~{server} -@all +ping +evalsha +script|load +time +set +mget"
+
+
+class RedisStore(RunStore):
+    """State of `run` at `url` ("redis://[[user]:password@]host[:port][/database]", or rediss: for TLS).
+
+    Raises:
+        ConfigError: 107 when `url` is not an address of Redis, 113 a file of `credentials` cannot be used.
+        BrokerError: 207 when the server cannot be reached or refuses the login.
+    """
+
+    def __init__(self, url: str, run: str, credentials: Credentials = NOBODY) -> None:
+        try:
+            address = urlsplit(url)
+            self._place = f"{address.scheme}://{address.hostname}:{address.port or 6379}"  # without the password
+            self._redis = redis.Redis.from_url(
+                url,
+                **_login(address, credentials),
+                decode_responses=True,
+                socket_timeout=TIMEOUT_SECONDS,
+                socket_connect_timeout=TIMEOUT_SECONDS,
+                retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=3),
+            )
+        except ValueError:  # Its text may hold the password.
+            raise ConfigError(
+                107, "the store's address is not one of Redis.", 'write "redis://user:password@host:6379/0".'
+            ) from None
+        # Braces keep the keys of a run on one node of a Redis cluster, as scripts require.
+        self._prefix = f"nightsplit:{{{run}}}"
+        self._lease, self._pointer, self._journal = (
+            f"{self._prefix}:{name}" for name in ("lease", "pointer", "journal")
+        )
+        try:
+            self._ask(self._redis.ping)
+        except BrokerError:
+            self.close()
+            raise
+
+    def put_status(self, worker: str, facts: Mapping[str, Scalar | None]) -> None:
+        """See `RunStore`."""
+        self._run(PUT_STATUS, [self._status(worker)], json.dumps(dict(facts)))
+
+    def statuses(self, workers: Iterable[str]) -> dict[str, Status]:
+        """See `RunStore`."""
+        wanted = list(workers)
+        # No script: to Redis a script wants to write whatever it names, and a site may only read the server's.
+        found = self._ask(lambda: self._redis.mget([self._status(worker) for worker in wanted]))
+        now = self.now()
+        statuses = {}
+        for worker, entry in zip(wanted, found, strict=True):
+            if entry is not None:
+                written, facts = json.loads(entry)
+                statuses[worker] = Status(worker, json.loads(facts), max(0.0, now - written / 1000))
+        return statuses
+
+    def now(self) -> float:
+        """See `RunStore`."""
+        seconds, microseconds = self._ask(self._redis.time)
+        return float(seconds + microseconds / 1e6)
+
+    def acquire_lease(self, owner: str, ttl_seconds: float) -> int | None:
+        """See `RunStore`."""
+        fence = self._run(ACQUIRE, [self._lease], owner, round(ttl_seconds * 1000))
+        return None if fence is None else int(fence)
+
+    def renew_lease(self, owner: str, fence: int, ttl_seconds: float) -> bool:
+        """See `RunStore`."""
+        return bool(self._run(RENEW, [self._lease], owner, fence, round(ttl_seconds * 1000)))
+
+    def release_lease(self, owner: str, fence: int) -> None:
+        """See `RunStore`."""
+        self._run(RELEASE, [self._lease], owner, fence)
+
+    def pointer(self) -> Pointer | None:
+        """See `RunStore`."""
+        found = self._ask(lambda: self._redis.hgetall(self._pointer))
+        return Pointer(int(found["fence"]), int(found["counter"]), str(found["sha256"])) if found else None
+
+    def move_pointer(self, pointer: Pointer) -> bool:
+        """See `RunStore`."""
+        keys = [self._lease, self._pointer]
+        return bool(self._run(MOVE, keys, pointer.fence, pointer.counter, pointer.sha256))
+
+    def journal(self, position: int, sender: str) -> str:
+        """See `RunStore`; how durable it is depends on `appendfsync`."""
+        return str(self._run(JOURNAL, [self._journal], position, sender))
+
+    def journalled(self, position: int) -> str | None:
+        """See `RunStore`."""
+        sender = self._ask(lambda: self._redis.hget(self._journal, str(position)))
+        return None if sender is None else str(sender)
+
+    def close(self) -> None:
+        """See `RunStore`."""
+        self._redis.close()
+
+    def _status(self, worker: str) -> str:
+        """A key of its own for each worker, since Redis gives rights by key."""
+        return f"{self._prefix}:status:{worker}"
+
+    def _run(self, script: str, keys: list[str], *arguments: str | int) -> Any:
+        return self._ask(lambda: self._redis.register_script(script)(keys, arguments))
+
+    def _ask(self, command: Callable[[], T]) -> T:
+        try:
+            return command()
+        except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
+            raise BrokerError(
+                207,
+                f"{self._place} refuses: {str(error).rstrip('.')}.",
+                "check user and password, and that the address names this worker's own user.",
+            ) from None
+        except redis.RedisError as error:
+            raise BrokerError(
+                207, f"{self._place}: {error}.", "start Redis, or check the address of the store and the network."
+            ) from None
+
+
+def _login(address: SplitResult, credentials: Credentials) -> dict[str, Any]:
+    """What redis-py wants to know of `credentials` for this address."""
+    settings: dict[str, Any] = {}
+    if (secret := credentials.secret()) is not None:
+        settings["password"] = secret
+    if address.scheme == "rediss":
+        credentials.tls()  # says what is wrong with a file; redis-py would only say so when it connects
+        settings |= {
+            "ssl_cert_reqs": "required",
+            "ssl_check_hostname": True,
+            "ssl_min_version": ssl.TLSVersion.TLSv1_2,
+            "ssl_ca_certs": _text(credentials.ca),
+            "ssl_certfile": _text(credentials.certificate),
+            "ssl_keyfile": _text(credentials.key),
+        }
+    return settings
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

@@ -1,0 +1,159 @@
+"""The run store in a file, for the processes of one host. What it returned survives a power cut.
+
+Leases run on the monotonic clock, which the processes of a host share, so that setting the wall
+clock takes no lease away; one that reaches further ahead than it can last is from before a reboot.
+Ages of statuses are read off the wall clock, since they have to make sense after a reboot.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from nightsplit.shared.run_store.base import RunStore, Status
+from nightsplit.shared.storage.checkpoint import Pointer
+from nightsplit.shared.storage.sqlite import broker_errors, open_database, transaction
+from nightsplit.shared.wire.message import Scalar
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS status (
+    run TEXT NOT NULL, worker TEXT NOT NULL, facts TEXT NOT NULL, written REAL NOT NULL, -- wall clock
+    PRIMARY KEY (run, worker)
+);
+CREATE TABLE IF NOT EXISTS lease (
+    run TEXT PRIMARY KEY, fence INTEGER NOT NULL, owner TEXT, expires REAL NOT NULL -- monotonic seconds
+);
+CREATE TABLE IF NOT EXISTS pointer (
+    run TEXT PRIMARY KEY, fence INTEGER NOT NULL, counter INTEGER NOT NULL, sha256 TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS journal (
+    run TEXT NOT NULL, position INTEGER NOT NULL, sender TEXT NOT NULL, PRIMARY KEY (run, position)
+);
+"""
+
+
+class SqliteStore(RunStore):
+    """State of `run` in the file `path`, which may hold other runs too. On a local disk only.
+
+    Raises:
+        BrokerError: 207 when the file cannot be used.
+    """
+
+    def __init__(self, path: Path, run: str) -> None:
+        self._path = path
+        self._run = run
+        self._lock = threading.Lock()
+        with broker_errors(207, path):
+            self._rows = open_database(path, SCHEMA)
+
+    def put_status(self, worker: str, facts: Mapping[str, Scalar | None]) -> None:
+        """See `RunStore`."""
+        with self._writing() as rows:
+            rows.execute(
+                "REPLACE INTO status VALUES (?, ?, ?, ?)",
+                (self._run, worker, json.dumps(dict(facts)), time.time()),
+            )
+
+    def statuses(self, workers: Iterable[str]) -> dict[str, Status]:
+        """See `RunStore`."""
+        wanted = set(workers)
+        with self._reading() as rows:
+            found = rows.execute("SELECT worker, facts, written FROM status WHERE run = ?", (self._run,)).fetchall()
+        now = time.time()
+        return {
+            worker: Status(worker, json.loads(facts), max(0.0, now - written))
+            for worker, facts, written in found
+            if worker in wanted
+        }
+
+    def now(self) -> float:
+        """See `RunStore`."""
+        return time.time()
+
+    def acquire_lease(self, owner: str, ttl_seconds: float) -> int | None:
+        """See `RunStore`."""
+        with self._writing() as rows:
+            now = time.monotonic()
+            fence, holder, expires = rows.execute(
+                "SELECT fence, owner, expires FROM lease WHERE run = ?", (self._run,)
+            ).fetchone() or (0, None, 0.0)
+            if holder not in (None, owner) and now < expires <= now + ttl_seconds:
+                return None
+            rows.execute("REPLACE INTO lease VALUES (?, ?, ?, ?)", (self._run, fence + 1, owner, now + ttl_seconds))
+            return int(fence) + 1
+
+    def renew_lease(self, owner: str, fence: int, ttl_seconds: float) -> bool:
+        """See `RunStore`."""
+        with self._writing() as rows:
+            renewed = rows.execute(
+                "UPDATE lease SET expires = ? WHERE run = ? AND owner = ? AND fence = ?",
+                (time.monotonic() + ttl_seconds, self._run, owner, fence),
+            )
+            return renewed.rowcount == 1
+
+    def release_lease(self, owner: str, fence: int) -> None:
+        """See `RunStore`."""
+        with self._writing() as rows:
+            rows.execute(
+                "UPDATE lease SET owner = NULL WHERE run = ? AND owner = ? AND fence = ?",
+                (self._run, owner, fence),
+            )
+
+    def pointer(self) -> Pointer | None:
+        """See `RunStore`."""
+        with self._reading() as rows:
+            found = rows.execute("SELECT fence, counter, sha256 FROM pointer WHERE run = ?", (self._run,)).fetchone()
+        return None if found is None else Pointer(*found)
+
+    def move_pointer(self, pointer: Pointer) -> bool:
+        """See `RunStore`."""
+        with self._writing() as rows:
+            moved = rows.execute(
+                "REPLACE INTO pointer SELECT :run, :fence, :counter, :sha256"
+                " WHERE NOT EXISTS (SELECT 1 FROM lease WHERE run = :run AND fence > :fence)",
+                {
+                    "run": self._run,
+                    "fence": pointer.fence,
+                    "counter": pointer.counter,
+                    "sha256": pointer.sha256,
+                },
+            )
+            return moved.rowcount == 1
+
+    def journal(self, position: int, sender: str) -> str:
+        """See `RunStore`."""
+        with self._writing() as rows:
+            rows.execute("INSERT OR IGNORE INTO journal VALUES (?, ?, ?)", (self._run, position, sender))
+            filled = self._journalled(rows, position)
+            assert filled is not None
+            return filled
+
+    def journalled(self, position: int) -> str | None:
+        """See `RunStore`."""
+        with self._reading() as rows:
+            return self._journalled(rows, position)
+
+    def close(self) -> None:
+        """See `RunStore`."""
+        self._rows.close()
+
+    def _journalled(self, rows: sqlite3.Connection, position: int) -> str | None:
+        found = rows.execute(
+            "SELECT sender FROM journal WHERE run = ? AND position = ?", (self._run, position)
+        ).fetchone()
+        return None if found is None else str(found[0])
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, broker_errors(207, self._path):
+            yield self._rows
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with self._reading(), transaction(self._rows):
+            yield self._rows

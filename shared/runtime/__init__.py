@@ -1,0 +1,1 @@
+"""A worker as a process: its shift, heartbeat, signals and metrics."""

@@ -1,0 +1,92 @@
+"""The files of a hospital, as frozen objects: site.toml and policy.toml."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from nightsplit.shared.config.section import Name, Positive, Section
+from nightsplit.shared.config.worker import WorkerSection
+
+
+class SourceSection(Section, frozen=True, kw_only=True):
+    """[data] of site.toml: where this site's data is, and how to read it.
+
+    Attributes:
+        source: "table" (CSV, Parquet), "images" (a folder), "arrays" (.npz), "volumes" (a folder of NIfTI
+            files), "dicom" (a folder).
+        path: file or folder; `$NAME` is read from the environment; relative to the site.toml.
+        label: table or index column, or array name, with the label.
+        patient: column or array that says which patient a row belongs to; rows of a patient are
+            never divided. None: every row is a patient.
+        index: a CSV in the folder of images, volumes or DICOM files, with a `file` column. None: labels
+            are folder names.
+        images: arrays only: name of the array with the images.
+        masks: segmentation: folder of the masks, relative to that of the volumes, or name of the array.
+        foreground: segmentation: values of a mask that count as foreground; none: all above 0.
+        axis: volumes only: slices lie across it: 0 sagittal, 1 coronal, 2 axial.
+        where: rows to keep, by exact value of a column ({"column": ["value", ...]}).
+        missing: values that mean "not measured", besides empty; by column, or "*" for all.
+        share: [first, last) part of the patients, in [0, 1], for sites cut out of one file.
+    """
+
+    source: Literal["table", "images", "arrays", "volumes", "dicom"]
+    path: str
+    label: str = "label"
+    patient: str | None = None
+    index: str | None = None
+    images: str = "images"
+    masks: str | None = None
+    foreground: list[int] = msgspec.field(default_factory=list)
+    axis: Literal[0, 1, 2] = 2
+    where: dict[str, list[str]] = msgspec.field(default_factory=dict)
+    missing: dict[str, list[str]] = msgspec.field(default_factory=dict)
+    share: tuple[float, float] = (0.0, 1.0)
+
+
+class SiteSection(WorkerSection, frozen=True, kw_only=True):
+    """[site]: a hospital's worker.
+
+    Attributes:
+        name: the site's name in run.sites.
+        policy: path of the hospital's policy.toml.
+        ledger: path of the file that counts the privacy spent by all runs on this site's data.
+    """
+
+    name: Name
+    policy: str = "policy.toml"
+    ledger: str = "ledger.db"
+
+
+class SiteConfig(Section, frozen=True, kw_only=True):
+    """site.toml."""
+
+    site: SiteSection
+    data: SourceSection
+
+
+class PolicyConfig(Section, frozen=True, kw_only=True):
+    """policy.toml: what may leave this hospital. No run can weaken it.
+
+    Attributes:
+        labels: labels of training and held-out patients may be sent with their activations.
+        stored_activations: the server may keep activations and train on them again.
+        bottom_weights: weights of the site's layers may be sent for averaging.
+        model_weights: what training here changes in the whole model may be sent.
+        tape: the server may keep every message that it receives.
+        queries: sequences may be sent encrypted, to be judged; only this site can decrypt them.
+        min_batch: smallest number of samples a message may hold.
+        max_epsilon: most that all runs together may spend on a record; a run without [privacy] is then refused.
+            None: no limit.
+    """
+
+    labels: bool = False
+    stored_activations: bool = False
+    bottom_weights: bool = False
+    model_weights: bool = False
+    tape: bool = False
+    queries: bool = False
+    min_batch: Positive = 1
+    max_epsilon: Annotated[float, Meta(gt=0)] | None = None
