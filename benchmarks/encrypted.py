@@ -35,9 +35,9 @@ from nightsplit.shared.he.weights import Judge, Numbers
 from nightsplit.shared.models.sequences import SequenceJudge
 from nightsplit.shared.protocols.he_clstm import circuit_of, packing_of
 from nightsplit.shared.runtime.process import prepare_torch
-from nightsplit.site_worker.encrypted.keys import SecretKeys
 from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
-from nightsplit.site_worker.queries import Origin, Query
+from nightsplit.site_worker.query.keys import SecretKeys
+from nightsplit.site_worker.query.store import Origin, Query
 
 FRAMES, FEATURES, HIDDEN = 5, 32, 16
 SIDE, FILTERS, IMAGES = 28, 4, 4096

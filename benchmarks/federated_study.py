@@ -29,7 +29,7 @@ from nightsplit.site_worker.config import SiteConfig
 from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.data.scaling import scale
 from nightsplit.site_worker.data.source import read_parts
-from nightsplit.site_worker.trainer import Trainer
+from nightsplit.site_worker.rounds.trainer import Trainer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SITES = ["north", "south", "east"]

@@ -42,7 +42,7 @@ from nightsplit.shared.models.segmentation import unet
 from nightsplit.site_worker.privacy.accounting import noise_for
 from nightsplit.site_worker.privacy.secret import Secret
 from nightsplit.site_worker.privacy.trainer import PrivateTrainer
-from nightsplit.site_worker.trainer import Trainer
+from nightsplit.site_worker.rounds.trainer import Trainer
 
 PRIVACY = PrivacySection(epsilon=8.0, delta=1.9e-4, clip=0.2)
 RECORDS, BATCH, STEPS = 2360, 128, 120

@@ -23,7 +23,7 @@ from nightsplit.shared.runtime.process import prepare_torch
 from nightsplit.site_worker.privacy.hooks import Hooked
 from nightsplit.site_worker.privacy.secret import Secret
 from nightsplit.site_worker.privacy.trainer import PrivateTrainer
-from nightsplit.site_worker.trainer import Trainer
+from nightsplit.site_worker.rounds.trainer import Trainer
 
 CONFIG = RunConfig(
     run=RunSection(id="steps", protocol="fedavg_dp_seg", sites=["one"]),

@@ -29,7 +29,7 @@ from nightsplit.shared.transport import Route
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.protocols import make_site
-from nightsplit.site_worker.protocols.base import SiteRole
+from nightsplit.site_worker.role import SiteRole
 
 PREFETCH = 512
 """A checkpoint follows every quarter of it. Fewer would cost memory: what none contains is kept."""

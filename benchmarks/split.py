@@ -40,9 +40,9 @@ from nightsplit.shared.transport import Link, Queue, Route
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Kind
 from nightsplit.shared.wire.schema import Payload
-from nightsplit.site_worker.bottom import Bottom
-from nightsplit.site_worker.feed import Feed
 from nightsplit.site_worker.protocols.split_labels import SplitLabelsSite
+from nightsplit.site_worker.stream.batches import Feed
+from nightsplit.site_worker.stream.bottom import Bottom
 
 # ── the two workers ─────────────────────────────────────────────────────────────────────────────
 

@@ -27,9 +27,9 @@ from nightsplit.shared.protocols.build import assemble_rounds
 from nightsplit.shared.protocols.plan import Step
 from nightsplit.shared.protocols.rounds import Work, is_judged
 from nightsplit.site_worker.data.dataset import Dataset, Parts
-from nightsplit.site_worker.feed import Feed
-from nightsplit.site_worker.round_feed import RoundFeed
-from nightsplit.site_worker.trainer import Trainer
+from nightsplit.site_worker.rounds.batches import RoundFeed
+from nightsplit.site_worker.rounds.trainer import Trainer
+from nightsplit.site_worker.stream.batches import Feed
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 from nightsplit.site_worker.data.scaling import scale
 from nightsplit.site_worker.data.source import read_parts
-from nightsplit.site_worker.round_feed import RoundFeed
-from nightsplit.site_worker.trainer import Trainer
+from nightsplit.site_worker.rounds.batches import RoundFeed
+from nightsplit.site_worker.rounds.trainer import Trainer
 
 
 class PretrainSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

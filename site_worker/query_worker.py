@@ -20,11 +20,11 @@ from nightsplit.shared.protocols.query import MOST_CHUNKS
 from nightsplit.shared.runtime.process import StopSignal, own_folder, prepare_torch
 from nightsplit.shared.storage.files import write_durably
 from nightsplit.shared.transport import Route
-from nightsplit.site_worker.asking import Asking
-from nightsplit.site_worker.encrypted.keys import SECRET, SecretKeys
 from nightsplit.site_worker.predict import ROWS_AT_A_TIME, chosen
 from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
-from nightsplit.site_worker.queries import Queries
+from nightsplit.site_worker.query.client import Asking
+from nightsplit.site_worker.query.keys import SECRET, SecretKeys
+from nightsplit.site_worker.query.store import Queries
 from nightsplit.site_worker.worker import SiteWorker
 
 PUBLIC = "public.keys"

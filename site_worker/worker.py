@@ -31,7 +31,7 @@ from nightsplit.site_worker.data.scaling import scale
 from nightsplit.site_worker.data.source import read_parts
 from nightsplit.site_worker.policy import check_policy
 from nightsplit.site_worker.protocols import make_site
-from nightsplit.site_worker.protocols.base import SiteRole
+from nightsplit.site_worker.role import SiteRole
 
 _DOWN = (Kind.CUT_GRADIENT, Kind.HEAD_INPUT, Kind.AVERAGE, Kind.MODEL)
 """Kinds that may be large on their way to a site."""

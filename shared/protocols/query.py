@@ -6,7 +6,7 @@
      ◀── ANSWER 1 (in chunks), or UNANSWERED 1 ────┤   acknowledges the query when the answer is confirmed
 
 A site numbers its queries, and keeps what it needs for an answer in a file of its own
-(`nightsplit.site_worker.queries`). The server has no state but the keys: after a crash the broker delivers the query
+(`nightsplit.site_worker.query.store`). The server has no state but the keys: after a crash the broker delivers the query
 again, and it is answered again. The site takes the first answer and drops a second one. So a query has its effect
 exactly once, whoever dies.
 

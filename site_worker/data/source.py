@@ -15,15 +15,15 @@ from pathlib import Path
 from nightsplit.shared.config.run import DataSection, RunConfig, TaskSection
 from nightsplit.shared.errors import ConfigError, DataError
 from nightsplit.site_worker.config import SourceSection
-from nightsplit.site_worker.data.arrays import open_arrays
 from nightsplit.site_worker.data.dataset import Dataset, Parts
-from nightsplit.site_worker.data.images import open_images
 from nightsplit.site_worker.data.labels import class_numbers, read_targets
 from nightsplit.site_worker.data.public import how_to_get
+from nightsplit.site_worker.data.readers.arrays import open_arrays
+from nightsplit.site_worker.data.readers.images import open_images
+from nightsplit.site_worker.data.readers.table import open_table
 from nightsplit.site_worker.data.rows import Rows, plain
 from nightsplit.site_worker.data.sequences import framed
 from nightsplit.site_worker.data.split import shuffled, split
-from nightsplit.site_worker.data.table import open_table
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 
@@ -117,8 +117,8 @@ def _open(path: Path, source: SourceSection, data: DataSection, task: TaskSectio
     if source.source == "images":
         return open_images(path, source, data, classes)
     try:
-        from nightsplit.site_worker.data.dicom import open_dicom
-        from nightsplit.site_worker.data.volumes import open_volumes
+        from nightsplit.site_worker.data.readers.dicom import open_dicom
+        from nightsplit.site_worker.data.readers.volumes import open_volumes
     except ImportError as error:
         raise DataError(
             401,

@@ -11,7 +11,7 @@ from nightsplit.shared.config.run import PrivacySection, RunConfig
 from nightsplit.shared.protocols.rounds import Work
 from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.privacy.accounting import Spent, Use, noise_for
-from nightsplit.site_worker.privacy.feed import PrivateFeed
+from nightsplit.site_worker.privacy.batches import PrivateFeed
 from nightsplit.site_worker.privacy.ledger import Ledger
 from nightsplit.site_worker.privacy.trainer import PrivateTrainer
 

@@ -14,7 +14,7 @@ from nightsplit.shared.learning.losses import loss_of
 from nightsplit.shared.learning.seeds import seeded
 from nightsplit.site_worker.privacy.hooks import Hooked, has_rule
 from nightsplit.site_worker.privacy.secret import Secret
-from nightsplit.site_worker.trainer import Trainer
+from nightsplit.site_worker.rounds.trainer import Trainer
 
 
 class PrivateTrainer(Trainer):

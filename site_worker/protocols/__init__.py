@@ -7,19 +7,19 @@ from pathlib import Path
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.protocols import ROUNDS
 from nightsplit.shared.protocols.build import assemble, assemble_rounds
-from nightsplit.site_worker.bottom import Bottom
 from nightsplit.site_worker.data.dataset import Parts
-from nightsplit.site_worker.feed import Feed
 from nightsplit.site_worker.privacy import check_installed
-from nightsplit.site_worker.protocols.base import SiteRole
 from nightsplit.site_worker.protocols.data_vectors import DataVectorsSite
 from nightsplit.site_worker.protocols.fedavg_dp_seg import FedavgDpSegSite
 from nightsplit.site_worker.protocols.fedavg_transfer import FedavgTransferSite
 from nightsplit.site_worker.protocols.split_frozen import SplitFrozenSite
 from nightsplit.site_worker.protocols.split_labels import SplitLabelsSite
 from nightsplit.site_worker.protocols.split_u import SplitUSite
-from nightsplit.site_worker.round_feed import RoundFeed
-from nightsplit.site_worker.trainer import Trainer
+from nightsplit.site_worker.role import SiteRole
+from nightsplit.site_worker.rounds.batches import RoundFeed
+from nightsplit.site_worker.rounds.trainer import Trainer
+from nightsplit.site_worker.stream.batches import Feed
+from nightsplit.site_worker.stream.bottom import Bottom
 
 OF_ROUNDS = {"fedavg_transfer": FedavgTransferSite, "fedavg_dp_seg": FedavgDpSegSite, "data_vectors": DataVectorsSite}
 WITHOUT_HEAD = {"split_labels": SplitLabelsSite, "split_frozen": SplitFrozenSite}

@@ -9,7 +9,7 @@ import torch
 
 from nightsplit.shared.protocols.data_vectors import SCALES
 from nightsplit.shared.storage.checkpoint import Snapshot
-from nightsplit.site_worker.protocols.round import RoundSite
+from nightsplit.site_worker.rounds.role import RoundSite
 
 
 class DataVectorsSite(RoundSite):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nightsplit.site_worker.protocols.round import RoundSite
+from nightsplit.site_worker.rounds.role import RoundSite
 
 
 class FedavgTransferSite(RoundSite):

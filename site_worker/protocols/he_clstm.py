@@ -10,8 +10,8 @@ from nightsplit.shared.errors import Refused
 from nightsplit.shared.he.packing import Packing
 from nightsplit.shared.he.weights import Judge, Numbers
 from nightsplit.shared.protocols.he_clstm import circuit_of, packing_for, packing_of, steps_of
-from nightsplit.site_worker.encrypted.keys import SecretKeys
-from nightsplit.site_worker.queries import Query
+from nightsplit.site_worker.query.keys import SecretKeys
+from nightsplit.site_worker.query.store import Query
 
 
 class HeClstmSite:

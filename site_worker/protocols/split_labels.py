@@ -5,7 +5,7 @@ from __future__ import annotations
 from nightsplit.shared.engine.effects import Send
 from nightsplit.shared.protocols.plan import Item
 from nightsplit.shared.wire.message import Kind, Message
-from nightsplit.site_worker.protocols.stream import StreamSite
+from nightsplit.site_worker.stream.role import StreamSite
 
 
 class SplitLabelsSite(StreamSite):

@@ -18,9 +18,9 @@ from nightsplit.shared.protocols.plan import Item, Step
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Kind, Message
 from nightsplit.shared.wire.schema import Payload
-from nightsplit.site_worker.bottom import Bottom
-from nightsplit.site_worker.feed import Feed
-from nightsplit.site_worker.protocols.stream import StreamSite
+from nightsplit.site_worker.stream.batches import Feed
+from nightsplit.site_worker.stream.bottom import Bottom
+from nightsplit.site_worker.stream.role import StreamSite
 
 
 class SplitUSite(StreamSite):

@@ -28,7 +28,7 @@ from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, UNSEQUENCED, Header, Kind, Message, Scalar
 from nightsplit.shared.wire.schema import Payload
 from nightsplit.site_worker.protocols import make_site
-from nightsplit.site_worker.protocols.base import SiteRole
+from nightsplit.site_worker.role import SiteRole
 from tests.protocols.night import Authority, Night, tiny_config, tiny_parts
 
 LIMIT = 2**20

@@ -34,9 +34,9 @@ from nightsplit.shared.transport import Broker, Route
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 from nightsplit.site_worker.protocols import make_site
-from nightsplit.site_worker.protocols.base import SiteRole
 from nightsplit.site_worker.protocols.data_vectors import DataVectorsSite
-from nightsplit.site_worker.protocols.round import RoundSite
+from nightsplit.site_worker.role import SiteRole
+from nightsplit.site_worker.rounds.role import RoundSite
 
 SYSTEMS = [
     ("split_labels", "independent", 4),

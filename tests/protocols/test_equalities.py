@@ -10,8 +10,8 @@ from nightsplit.shared.learning.optimizers import make_optimizer
 from nightsplit.shared.learning.seeds import seed_for, seeded
 from nightsplit.shared.protocols.plan import Step
 from nightsplit.shared.wire.message import SERVER
-from nightsplit.site_worker.bottom import Bottom
-from nightsplit.site_worker.feed import Feed
+from nightsplit.site_worker.stream.batches import Feed
+from nightsplit.site_worker.stream.bottom import Bottom
 from tests.protocols.night import Night, tiny_config, tiny_factory, tiny_parts
 
 

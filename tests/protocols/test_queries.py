@@ -24,10 +24,10 @@ from nightsplit.shared.protocols.query import CONTRACT, HEADER_BYTES, MOST_CHUNK
 from nightsplit.shared.transport import Delivery, Route
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
-from nightsplit.site_worker.asking import Asking
-from nightsplit.site_worker.encrypted.keys import SecretKeys
 from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
-from nightsplit.site_worker.queries import Queries
+from nightsplit.site_worker.query.client import Asking
+from nightsplit.site_worker.query.keys import SecretKeys
+from nightsplit.site_worker.query.store import Queries
 
 FRAMES, FEATURES, HIDDEN = 2, 2, 1
 LIMIT = HEADER_BYTES + 100_000

@@ -17,7 +17,7 @@ from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
 from nightsplit.shared.errors import Refused, StateError
 from nightsplit.shared.he.ckks import Circuit, PublicKeys, written
 from nightsplit.shared.he.weights import Numbers
-from nightsplit.site_worker.encrypted.keys import SecretKeys
+from nightsplit.site_worker.query.keys import SecretKeys
 
 # ── what is refused ─────────────────────────────────────────────────────────────────────────────
 

@@ -20,7 +20,7 @@ from nightsplit.shared.he.packing import Batch
 from nightsplit.shared.he.weights import Judge
 from nightsplit.shared.models.sequences import SequenceJudge
 from nightsplit.shared.protocols.he_clstm import circuit_of
-from nightsplit.site_worker.encrypted.keys import SecretKeys
+from nightsplit.site_worker.query.keys import SecretKeys
 
 SECRET = b"s" * 32
 

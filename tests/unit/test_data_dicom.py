@@ -300,7 +300,7 @@ def pydicom_element(keyword: str, value: Any) -> bytes:
 
 
 def test_the_package_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nightsplit.site_worker.data.dicom", None)
+    monkeypatch.setitem(sys.modules, "nightsplit.site_worker.data.readers.dicom", None)
     assert "pip install nightsplit[medical]" in refusal(401, tmp_path)
 
 

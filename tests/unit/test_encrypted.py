@@ -20,7 +20,7 @@ from nightsplit.shared.he.packing import Batch, Packing, Slots
 from nightsplit.shared.he.weights import Judge, Numbers
 from nightsplit.shared.models.sequences import SequenceJudge
 from nightsplit.shared.protocols.he_clstm import one_shot_levels
-from nightsplit.site_worker.encrypted.keys import SecretKeys
+from nightsplit.site_worker.query.keys import SecretKeys
 
 REFRESH = Circuit(8192, (50, 34, 34, 34, 60), 34)
 SHORT = Circuit(8192, (38, 33, 33, 33, 33, 48), 33)

@@ -24,10 +24,10 @@ from nightsplit.shared.learning.losses import loss_of
 from nightsplit.shared.models.networks import ct_cnn, mlp
 from nightsplit.shared.models.segmentation import monet, unet
 from nightsplit.site_worker.data.dataset import Dataset, Parts
-from nightsplit.site_worker.privacy.feed import PrivateFeed
+from nightsplit.site_worker.privacy.batches import PrivateFeed
 from nightsplit.site_worker.privacy.secret import Secret
 from nightsplit.site_worker.privacy.trainer import PrivateTrainer
-from nightsplit.site_worker.trainer import Trainer
+from nightsplit.site_worker.rounds.trainer import Trainer
 
 SECRET = Secret(bytes(range(32)))
 N = 6

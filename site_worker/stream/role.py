@@ -16,9 +16,9 @@ from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.codecs import is_finite
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.shared.wire.schema import Payload
-from nightsplit.site_worker.bottom import Bottom
-from nightsplit.site_worker.feed import Feed
-from nightsplit.site_worker.protocols.base import SiteRole
+from nightsplit.site_worker.role import SiteRole
+from nightsplit.site_worker.stream.batches import Feed
+from nightsplit.site_worker.stream.bottom import Bottom
 
 
 class StreamSite(SiteRole):

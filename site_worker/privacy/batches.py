@@ -7,7 +7,7 @@ import torch
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.privacy.secret import Secret
-from nightsplit.site_worker.round_feed import RoundFeed
+from nightsplit.site_worker.rounds.batches import RoundFeed
 
 
 class PrivateFeed(RoundFeed):

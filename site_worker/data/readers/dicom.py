@@ -16,9 +16,9 @@ import torch
 from nightsplit.shared.config.run import DataSection
 from nightsplit.shared.errors import DataError
 from nightsplit.site_worker.config import SourceSection
-from nightsplit.site_worker.data.dicom_file import Frame, is_dicom, read_frames, read_pixels
 from nightsplit.site_worker.data.listing import Listing, files_below, list_files
 from nightsplit.site_worker.data.pixels import Window, levelled, percentile_window, resized, stacked, window_of
+from nightsplit.site_worker.data.readers.dicom_file import Frame, is_dicom, read_frames, read_pixels
 from nightsplit.site_worker.data.rows import Rows
 
 Entry = tuple[int, Frame]

@@ -21,7 +21,7 @@ from nightsplit.shared.transport import Confirmed, Delivery, Link, Route
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
-from nightsplit.site_worker.queries import Place, Queries, Query
+from nightsplit.site_worker.query.store import Place, Queries, Query
 
 POLL_S = 0.5
 """How long it waits for a message before it looks whether it should leave."""

@@ -16,9 +16,9 @@ from nightsplit.shared.protocols.build import Rounds
 from nightsplit.shared.protocols.rounds import RoundSequence, Work, check_slice, is_judged
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
-from nightsplit.site_worker.protocols.base import SiteRole
-from nightsplit.site_worker.round_feed import RoundFeed
-from nightsplit.site_worker.trainer import Trainer
+from nightsplit.site_worker.role import SiteRole
+from nightsplit.site_worker.rounds.batches import RoundFeed
+from nightsplit.site_worker.rounds.trainer import Trainer
 
 if TYPE_CHECKING:
     from nightsplit.site_worker.privacy.site import Account

@@ -1,1 +1,0 @@
-"""Sequences leave the site encrypted: its keys, and what it sends and reads with them."""
