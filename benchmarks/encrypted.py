@@ -26,10 +26,10 @@ from torch import nn
 from benchmarks.common import Worker, scratch
 from benchmarks.events import xor_of_events
 from benchmarks.figures import Figure, Results, arguments
-from nightsplit.server_worker.computing import Evaluate, evaluating
-from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
-from nightsplit.server_worker.encrypted.convolution import CIRCUIT, UNIT, convolved
+from benchmarks.speed.convolution import CIRCUIT, UNIT, convolved
+from nightsplit.server_worker.he.arithmetic import Arithmetic
 from nightsplit.server_worker.protocols.he_clstm import HeClstmServer
+from nightsplit.server_worker.query.pool import Evaluate, evaluating
 from nightsplit.shared.he.ckks import PublicKeys
 from nightsplit.shared.he.weights import Judge, Numbers
 from nightsplit.shared.models.sequences import SequenceJudge

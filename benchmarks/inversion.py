@@ -3,7 +3,7 @@
     python -m benchmarks.inversion [--patients N] [--iterations N] [--folder FOLDER]
 
 Hippocampus MRI slices of $NIGHTSPLIT_DATA. The site makes one step on one image, by its own trainers, with and
-without differential privacy; the attacker (server_worker/audit/inversion.py) gets the update. One image is the
+without differential privacy; the attacker (benchmarks/accuracy/inversion_attack.py) gets the update. One image is the
 worst case that the privacy accounting speaks of: an attacker who knows all other records of a batch takes their
 gradients away, and is left with this one and all of the noise.
 
@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from nightsplit.server_worker.audit.inversion import Attacker, invert
-from nightsplit.server_worker.audit.similarity import psnr, ssim
+from benchmarks.accuracy.inversion_attack import Attacker, invert
+from benchmarks.accuracy.similarity import psnr, ssim
 from nightsplit.shared.config.run import (
     ModelSection,
     OptimizerSection,

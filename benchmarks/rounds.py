@@ -26,8 +26,8 @@ from benchmarks.common import MiB, Place, Worker, fresh_name, queues_of, rabbitm
 from benchmarks.figures import Figure, Results, arguments
 from nightsplit.broker.proxy import WrappedLink
 from nightsplit.broker.topology import SiteQueues, site_queues
-from nightsplit.server_worker.aggregation import WeightedMean
 from nightsplit.server_worker.protocols import make_server
+from nightsplit.server_worker.rounds.aggregation import WeightedMean
 from nightsplit.shared.config.run import (
     DataSection,
     ModelSection,

@@ -24,7 +24,7 @@ from benchmarks.common import MiB, Place, cpu_seconds, resident_bytes
 from nightsplit.broker.topology import SiteQueues
 from nightsplit.server_worker.lease import Lease
 from nightsplit.server_worker.protocols.split_labels import SplitLabelsServer
-from nightsplit.server_worker.top import Top
+from nightsplit.server_worker.stream.top import Top
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Record
 from nightsplit.shared.engine.engine import Engine

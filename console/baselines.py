@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from torch import nn
 
 from nightsplit.server_worker.evaluation import Evaluation
-from nightsplit.server_worker.top import Top
+from nightsplit.server_worker.stream.top import Top
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.learning.losses import standardise
 from nightsplit.shared.learning.metrics import Metrics, measure, overall

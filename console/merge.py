@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from nightsplit.server_worker.vectors import BASE, FOLDER, merge, read_vector
+from nightsplit.server_worker.published_vectors import BASE, FOLDER, merge, read_vector
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.models.hashing import weights_sha256
 

@@ -14,7 +14,7 @@ from nightsplit.console import json_log
 from nightsplit.console.main import INTERRUPTED, STOPPED
 from nightsplit.console.progress import Progress
 from nightsplit.console.words import screen
-from nightsplit.server_worker.ddp import is_helper
+from nightsplit.server_worker.stream.ddp import is_helper
 from nightsplit.server_worker.worker import ServerWorker
 from nightsplit.shared.log import event
 from nightsplit.shared.runtime.heartbeat import Facts

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import query_queues
-from nightsplit.server_worker.answering import Answering
-from nightsplit.server_worker.computing import evaluating
 from nightsplit.server_worker.config import ServerConfig
+from nightsplit.server_worker.query.pool import evaluating
+from nightsplit.server_worker.query.server import Answering
 from nightsplit.shared.errors import StateError
 from nightsplit.shared.protocols.he_clstm import circuit_of, fill, judge_of, stages_of
 from nightsplit.shared.protocols.load import load

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from nightsplit.server_worker.protocols import AnyServer
 from nightsplit.server_worker.protocols.data_vectors import DataVectorsServer
-from nightsplit.server_worker.vectors import publish
+from nightsplit.server_worker.published_vectors import publish
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.learning.metrics import HEADLINE
 from nightsplit.shared.models.hashing import weights_sha256

@@ -9,15 +9,15 @@ from typing import Any
 
 from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import site_queues
-from nightsplit.server_worker.attendance import Attendance
 from nightsplit.server_worker.config import ServerConfig
-from nightsplit.server_worker.ddp import DividedTop, Group, device_of_rank, joined_group
-from nightsplit.server_worker.deadline import Deadline
 from nightsplit.server_worker.lease import Lease, owner_of
 from nightsplit.server_worker.metrics_log import MetricsLog
+from nightsplit.server_worker.presence import Attendance
 from nightsplit.server_worker.protocols import AnyServer, make_server
 from nightsplit.server_worker.protocols.split_frozen import SplitFrozenServer
 from nightsplit.server_worker.report import write_report
+from nightsplit.server_worker.rounds.deadline import Deadline
+from nightsplit.server_worker.stream.ddp import DividedTop, Group, device_of_rank, joined_group
 from nightsplit.server_worker.tape import taped
 from nightsplit.shared.clock import Clock
 from nightsplit.shared.engine.effects import Record

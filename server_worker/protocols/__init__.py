@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nightsplit.server_worker.activation_store import ActivationStore
-from nightsplit.server_worker.ddp import DividedTop, Group
-from nightsplit.server_worker.protocols.base import ServerRole
 from nightsplit.server_worker.protocols.data_vectors import DataVectorsServer
 from nightsplit.server_worker.protocols.fedavg_dp_seg import FedavgDpSegServer
 from nightsplit.server_worker.protocols.fedavg_transfer import FedavgTransferServer
 from nightsplit.server_worker.protocols.split_frozen import SplitFrozenServer
 from nightsplit.server_worker.protocols.split_labels import SplitLabelsServer
 from nightsplit.server_worker.protocols.split_u import SplitUServer
-from nightsplit.server_worker.top import Middle, StoredTop, Top
+from nightsplit.server_worker.role import ServerRole
+from nightsplit.server_worker.stream.activation_store import ActivationStore
+from nightsplit.server_worker.stream.ddp import DividedTop, Group
+from nightsplit.server_worker.stream.top import Middle, StoredTop, Top
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.protocols import ROUNDS

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from nightsplit.server_worker.evaluation import SiteMetrics, parse_site_metrics
-from nightsplit.server_worker.protocols.round import RoundServer
+from nightsplit.server_worker.rounds.role import RoundServer
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect
 from nightsplit.shared.errors import Refused

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from nightsplit.server_worker.aggregation import make_aggregation
-from nightsplit.server_worker.protocols.round import RoundServer
+from nightsplit.server_worker.rounds.aggregation import make_aggregation
+from nightsplit.server_worker.rounds.role import RoundServer
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.protocols.build import Rounds
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under

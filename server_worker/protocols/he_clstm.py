@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nightsplit.server_worker.encrypted import batch, one_shot, slots
-from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
-from nightsplit.server_worker.encrypted.batch import State
+from nightsplit.server_worker.he import batch, one_shot, slots
+from nightsplit.server_worker.he.arithmetic import Arithmetic
+from nightsplit.server_worker.he.batch import State
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.he.ckks import Ciphertext, PublicKeys, written
 from nightsplit.shared.he.packing import Packing

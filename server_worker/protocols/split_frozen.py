@@ -11,10 +11,10 @@ from collections.abc import Mapping
 
 import torch
 
-from nightsplit.server_worker.activation_store import Row
-from nightsplit.server_worker.protocols.stream import StreamServer
-from nightsplit.server_worker.schedule import Fair
-from nightsplit.server_worker.top import StoredTop
+from nightsplit.server_worker.stream.activation_store import Row
+from nightsplit.server_worker.stream.role import StreamServer
+from nightsplit.server_worker.stream.schedule import Fair
+from nightsplit.server_worker.stream.top import StoredTop
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Record
 from nightsplit.shared.errors import Refused

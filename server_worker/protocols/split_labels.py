@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nightsplit.server_worker.protocols.stream import StreamServer
+from nightsplit.server_worker.stream.role import StreamServer
 from nightsplit.shared.engine.effects import Effect
 from nightsplit.shared.learning.seeds import seed_for
 from nightsplit.shared.protocols.plan import Item, Step

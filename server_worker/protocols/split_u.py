@@ -16,8 +16,8 @@ from collections.abc import Mapping
 import torch
 
 from nightsplit.server_worker.evaluation import parse_site_metrics
-from nightsplit.server_worker.protocols.stream import StreamServer
-from nightsplit.server_worker.top import Middle
+from nightsplit.server_worker.stream.role import StreamServer
+from nightsplit.server_worker.stream.top import Middle
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect
 from nightsplit.shared.errors import Refused

@@ -12,7 +12,7 @@ import torch
 from nightsplit.broker.memory import MemoryBroker
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.server_worker.protocols import make_server
-from nightsplit.server_worker.protocols.base import ServerRole
+from nightsplit.server_worker.role import ServerRole
 from nightsplit.shared.config.run import (
     DataSection,
     ModelSection,

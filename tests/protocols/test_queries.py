@@ -13,9 +13,9 @@ import torch
 
 from nightsplit.broker.memory import MemoryBroker
 from nightsplit.broker.topology import query_queues
-from nightsplit.server_worker.answering import Answering
-from nightsplit.server_worker.computing import Evaluate
 from nightsplit.server_worker.protocols.he_clstm import HeClstmServer
+from nightsplit.server_worker.query.pool import Evaluate
+from nightsplit.server_worker.query.server import Answering
 from nightsplit.shared.errors import Refused, StateError
 from nightsplit.shared.he.weights import Judge, Numbers
 from nightsplit.shared.models.sequences import SequenceJudge

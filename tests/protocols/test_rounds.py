@@ -7,7 +7,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from nightsplit.server_worker.aggregation import TrimmedMean, WeightedMean
+from nightsplit.server_worker.rounds.aggregation import TrimmedMean, WeightedMean
 from nightsplit.shared.engine.order import CLOSES
 from nightsplit.shared.protocols.build import assemble_rounds
 from nightsplit.shared.wire.message import SERVER, Kind

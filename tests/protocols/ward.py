@@ -5,7 +5,7 @@ import random
 
 import msgspec
 
-from nightsplit.server_worker.attendance import Attendance
+from nightsplit.server_worker.presence import Attendance
 from nightsplit.shared.engine.order import LEAVES
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.wire.message import SERVER

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nightsplit.server_worker.activation_store import ActivationStore
-from nightsplit.server_worker.ddp import DividedTop, Group, Share
+from nightsplit.server_worker.stream.activation_store import ActivationStore
+from nightsplit.server_worker.stream.ddp import DividedTop, Group, Share
 from nightsplit.shared.config.run import OptimizerSection, TaskSection
 from nightsplit.shared.errors import ConfigError, Refused
 from nightsplit.shared.learning.seeds import seeded

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from nightsplit.server_worker.attendance import LONGEST_LOOK, Attendance
+from nightsplit.server_worker.presence import LONGEST_LOOK, Attendance
 from nightsplit.shared.run_store.base import Status
 from nightsplit.shared.wire.message import SERVER
 from tests.protocols.night import tiny_config

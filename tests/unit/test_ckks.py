@@ -13,7 +13,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
+from nightsplit.server_worker.he.arithmetic import Arithmetic
 from nightsplit.shared.errors import Refused, StateError
 from nightsplit.shared.he.ckks import Circuit, PublicKeys, written
 from nightsplit.shared.he.weights import Numbers

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from nightsplit.server_worker.computing import evaluating
 from nightsplit.server_worker.protocols.he_clstm import HeClstmServer
+from nightsplit.server_worker.query.pool import evaluating
 from nightsplit.shared.errors import Refused, StateError
 from nightsplit.shared.he.packing import Batch
 from nightsplit.shared.he.weights import Judge
@@ -78,7 +78,7 @@ def test_a_process_that_is_killed_is_noticed(tmp_path: Path) -> None:
 
 SERVER = """
 from multiprocessing import active_children
-from nightsplit.server_worker.computing import evaluating
+from nightsplit.server_worker.query.pool import evaluating
 from nightsplit.shared.he.ckks import PublicKeys
 from nightsplit.shared.errors import Refused, StateError
 from tests.unit.test_computing import SECRET, judge

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
-from nightsplit.server_worker.deadline import Deadline
+from nightsplit.server_worker.rounds.deadline import Deadline
 
 
 class Clock:

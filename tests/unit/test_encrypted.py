@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nightsplit.server_worker.encrypted import batch, one_shot, slots
-from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
-from nightsplit.server_worker.encrypted.batch import State
-from nightsplit.server_worker.encrypted.convolution import CIRCUIT, UNIT, convolved
+from benchmarks.speed.convolution import CIRCUIT, UNIT, convolved
+from nightsplit.server_worker.he import batch, one_shot, slots
+from nightsplit.server_worker.he.arithmetic import Arithmetic
+from nightsplit.server_worker.he.batch import State
 from nightsplit.shared.he.ckks import Ciphertext, Circuit, written
 from nightsplit.shared.he.packing import Batch, Packing, Slots
 from nightsplit.shared.he.weights import Judge, Numbers

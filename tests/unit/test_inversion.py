@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from nightsplit.server_worker.audit.inversion import Attacker, Inversion, invert
-from nightsplit.server_worker.audit.similarity import psnr, ssim
+from benchmarks.accuracy.inversion_attack import Attacker, Inversion, invert
+from benchmarks.accuracy.similarity import psnr, ssim
 from nightsplit.shared.config.run import TaskSection
 from nightsplit.shared.learning.losses import loss_of
 from nightsplit.shared.models.segmentation import unet

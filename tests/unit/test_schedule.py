@@ -2,7 +2,7 @@
 
 import random
 
-from nightsplit.server_worker.schedule import Fair, Strict
+from nightsplit.server_worker.stream.schedule import Fair, Strict
 from nightsplit.shared.protocols.plan import Plan
 from nightsplit.shared.protocols.stream import UpSequence
 

@@ -106,10 +106,10 @@ def test_no_file_tells_two_stories(path: Path) -> None:
 
 def test_the_rules_see_what_they_forbid() -> None:
     tree = ast.parse(
-        "import pickle\nfrom nightsplit.server_worker.top import Top\ndef f():\n    from pika import spec\n"
+        "import pickle\nfrom nightsplit.server_worker.stream.top import Top\ndef f():\n    from pika import spec\n"
     )
-    assert list(imports_of(tree)) == ["pickle", "nightsplit.server_worker.top.Top", "pika.spec"]
-    assert not any(is_within("nightsplit.server_worker.top.Top", allowed) for allowed in ALLOWED["site_worker"])
+    assert list(imports_of(tree)) == ["pickle", "nightsplit.server_worker.stream.top.Top", "pika.spec"]
+    assert not any(is_within("nightsplit.server_worker.stream.top.Top", allowed) for allowed in ALLOWED["site_worker"])
     assert not any(is_within("broker.base_two", allowed) for allowed in ALLOWED["shared"])
 
 

@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 
-from nightsplit.server_worker.activation_store import ActivationStore
 from nightsplit.server_worker.lease import Lease
 from nightsplit.server_worker.metrics_log import MetricsLog
+from nightsplit.server_worker.stream.activation_store import ActivationStore
 from nightsplit.shared.engine.effects import Record
 from nightsplit.shared.errors import ConfigError, StateError
 from nightsplit.shared.protocols.build import planned_message_bytes

@@ -13,7 +13,7 @@ from functools import cache, partial
 
 import numpy as np
 
-from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
+from nightsplit.server_worker.he.arithmetic import Arithmetic
 from nightsplit.shared.he.ckks import Ciphertext
 from nightsplit.shared.he.weights import Judge
 

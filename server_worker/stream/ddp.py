@@ -31,8 +31,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
-from nightsplit.server_worker.activation_store import ActivationStore, Row
-from nightsplit.server_worker.top import StoredTop, buffers_of, refuse_unless_finite
+from nightsplit.server_worker.stream.activation_store import ActivationStore, Row
+from nightsplit.server_worker.stream.top import StoredTop, buffers_of, refuse_unless_finite
 from nightsplit.shared.config.run import OptimizerSection, TaskSection
 from nightsplit.shared.errors import ConfigError, Refused, StateError
 from nightsplit.shared.learning.losses import loss_of

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
+from nightsplit.server_worker.he.arithmetic import Arithmetic
 from nightsplit.shared.he.ckks import Ciphertext, Circuit, Plaintext
 from nightsplit.shared.he.weights import Numbers
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
+from nightsplit.server_worker.he.arithmetic import Arithmetic
 from nightsplit.shared.he.ckks import Ciphertext
 from nightsplit.shared.he.weights import Judge, Numbers
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from nightsplit.server_worker.protocols.base import Samples, ServerRole
-from nightsplit.server_worker.schedule import SCHEDULES
-from nightsplit.server_worker.top import Top
+from nightsplit.server_worker.role import Samples, ServerRole
+from nightsplit.server_worker.stream.schedule import SCHEDULES
+from nightsplit.server_worker.stream.top import Top
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Record, Send
 from nightsplit.shared.errors import Refused

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nightsplit.server_worker.evaluation import SiteMetrics, parse_site_metrics
-from nightsplit.server_worker.protocols.base import Samples, ServerRole
+from nightsplit.server_worker.role import Samples, ServerRole
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Record, Send
 from nightsplit.shared.errors import Refused

@@ -17,8 +17,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
-from nightsplit.server_worker.computing import Evaluate
-from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
+from nightsplit.server_worker.he.arithmetic import Arithmetic
+from nightsplit.server_worker.query.pool import Evaluate
 from nightsplit.shared.engine.dead_letter import bury
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.he.ckks import Circuit, PublicKeys

@@ -15,8 +15,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from nightsplit.server_worker.encrypted.arithmetic import Arithmetic
-from nightsplit.server_worker.encrypted.batch import State
+from nightsplit.server_worker.he.arithmetic import Arithmetic
+from nightsplit.server_worker.he.batch import State
 from nightsplit.shared.he.ckks import Ciphertext, Circuit, Plaintext
 from nightsplit.shared.he.packing import Slots
 from nightsplit.shared.he.weights import Judge, Numbers

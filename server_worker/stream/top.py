@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from nightsplit.server_worker.activation_store import ActivationStore, Row
+from nightsplit.server_worker.stream.activation_store import ActivationStore, Row
 from nightsplit.shared.config.run import OptimizerSection, TaskSection
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.learning.losses import loss_of

@@ -1,1 +1,0 @@
-"""Attacks on what a server sees, to measure what it tells about a patient. Run them on data that you may show."""

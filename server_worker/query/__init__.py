@@ -1,0 +1,1 @@
+"""The server's side of the Query shape: takes queries as they come, and keeps public keys alone."""

@@ -1,0 +1,1 @@
+"""The server's side of the Round shape: combines what sites trained."""
