@@ -24,7 +24,7 @@ from benchmarks.numbered import QUEUE_BYTES, Numbered
 from benchmarks.transport import SIZES, through
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import site_queues
-from nightsplit.console.words import columns
+from nightsplit.console.ui.text import columns
 from nightsplit.shared.transport import Queue
 from tests.cluster import Cluster, ClusterNode, cluster
 

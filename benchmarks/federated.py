@@ -38,7 +38,7 @@ from benchmarks.federated_study import (
     Study,
 )
 from benchmarks.results import spread, write_section
-from nightsplit.console.words import counted
+from nightsplit.console.ui.text import counted
 from nightsplit.shared.errors import NightsplitError
 
 BEGIN = "<!-- figures: written by benchmarks/federated.py -->"

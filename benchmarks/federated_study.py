@@ -18,8 +18,8 @@ from msgspec.structs import replace
 
 from benchmarks.divisions import DIVISIONS, IID, divide, keep
 from benchmarks.simulate import simulate
-from nightsplit.console.baselines import alone, centralized, judge
-from nightsplit.console.pretrain import pretrain
+from nightsplit.console.commands.pretrain import pretrain
+from nightsplit.console.demo.baselines import alone, centralized, judge
 from nightsplit.server_worker.protocols.data_vectors import DataVectorsServer
 from nightsplit.shared.config.run import DataSection, RunConfig
 from nightsplit.shared.models.artifact import Artifact, read_artifact

@@ -28,7 +28,7 @@ from rich.console import Console
 from benchmarks.common import scratch
 from benchmarks.simulate import simulate
 from benchmarks.study import EXAMPLES
-from nightsplit.console.words import columns
+from nightsplit.console.ui.text import columns
 from nightsplit.shared.config.run import Codec, RunConfig, WireSection
 from nightsplit.shared.protocols.load import load
 from nightsplit.shared.runtime.process import prepare_torch

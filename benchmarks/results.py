@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.study import AS_IS, CASES, RATIOS, SITES, SWEPT, Case, Job, carry_out, jobs, sites_of, systems
-from nightsplit.console.words import counted
+from nightsplit.console.ui.text import counted
 from nightsplit.shared.errors import NightsplitError
 from nightsplit.shared.learning.metrics import Metrics
 

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.outlines import draw
 from benchmarks.private_step import trainers_of
 from benchmarks.simulate import simulate
-from nightsplit.console.baselines import Judgement, alone, centralized, judge
+from nightsplit.console.demo.baselines import Judgement, alone, centralized, judge
 from nightsplit.shared.config.run import (
     DataSection,
     ModelSection,

@@ -29,7 +29,7 @@ from benchmarks.sequences_hippocampus import PITCH, PLACES
 from benchmarks.sequences_hippocampus import SIDE as EXTENT
 from benchmarks.sequences_material import FRAMES, SIDE, TEST
 from benchmarks.sequences_study import SPECIFICITY, WEIGHTS, Case, Figures, Job, Study, regression
-from nightsplit.console.words import counted
+from nightsplit.console.ui.text import counted
 from nightsplit.shared.errors import NightsplitError
 
 BEGIN = "<!-- figures: written by benchmarks/sequences.py -->"

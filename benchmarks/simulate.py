@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from nightsplit.broker.memory import MemoryBroker
 from nightsplit.broker.topology import site_queues
-from nightsplit.console.baselines import Judgement, judge
+from nightsplit.console.demo.baselines import Judgement, judge
 from nightsplit.server_worker.protocols import AnyServer, make_server
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.engine import Engine

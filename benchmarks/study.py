@@ -19,7 +19,7 @@ import torch
 from msgspec.structs import replace
 
 from benchmarks.simulate import simulate
-from nightsplit.console.baselines import Judgement, alone, centralized
+from nightsplit.console.demo.baselines import Judgement, alone, centralized
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.learning.metrics import Metrics
 from nightsplit.shared.protocols.load import load

@@ -2,6 +2,6 @@
 
 import sys
 
-from nightsplit.console.main import main
+from nightsplit.console.cli import main
 
 sys.exit(main())

@@ -1,6 +1,6 @@
 """The workers' log: named events with facts, through Python's own `logging`.
 
-Nothing is written unless a handler is added to `LOG`; `nightsplit.console.json_log` adds one.
+Nothing is written unless a handler is added to `LOG`; `nightsplit.console.ui.json_log` adds one.
 
 An event carries names of workers, numbers and our own words. It never carries a patient's value, the
 name of a data file, or anything out of a message's body.

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from nightsplit.console.keys.folders import Addresses, Keys
-from nightsplit.console.keys.live import administrator
+from nightsplit.console.keys.admin import administrator
+from nightsplit.console.keys.bundle import Addresses, Keys
 from nightsplit.shared.credentials import Credentials
 from tests.services import RabbitNode, RedisServer, free_port
 from tests.workers import SHARES, Hospital

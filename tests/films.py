@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nightsplit.console.main import run
+from nightsplit.console.cli import run
 from tests.processes import Process
 
 FRAMES, SIDE, SEQUENCES = 3, 16, 60

@@ -6,8 +6,8 @@
      ◀── ANSWER 1 (in chunks), or UNANSWERED 1 ────┤   acknowledges the query when the answer is confirmed
 
 A site numbers its queries, and keeps what it needs for an answer in a file of its own
-(`nightsplit.site_worker.query.store`). The server has no state but the keys: after a crash the broker delivers the query
-again, and it is answered again. The site takes the first answer and drops a second one. So a query has its effect
+(`nightsplit.site_worker.query.store`). The server has no state but the keys: after a crash the broker delivers the
+query again, and it is answered again. The site takes the first answer and drops a second one. So a query has its effect
 exactly once, whoever dies.
 
 A parcel is what belongs together: all ciphertexts of a query, say. It travels in chunks below the broker's limit;

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from nightsplit.console.files import read_worker_file
-from nightsplit.console.main import run
+from nightsplit.console.cli import run
+from nightsplit.console.worker_file import read_worker_file
 from nightsplit.server_worker.worker import ServerWorker
 from nightsplit.shared.crash_points import EXIT_CODE, VARIABLE
 from nightsplit.shared.wire.message import SERVER
@@ -27,8 +27,8 @@ SITES = ("north", "south", "east")
 CRASH_LOOP = """
 import json, os
 # what takes the time of a start, once for all of them:
-import nightsplit.server_worker.worker, nightsplit.console.work, torch._dynamo
-from nightsplit.console.main import run
+import nightsplit.server_worker.worker, nightsplit.console.commands.work, torch._dynamo
+from nightsplit.console.cli import run
 
 codes = []
 for _ in range(25):

@@ -4,7 +4,7 @@ from datetime import datetime
 
 import pytest
 
-from nightsplit.console.status import _sentence
+from nightsplit.console.commands.status import _sentence
 from nightsplit.server_worker.report import write_report
 from nightsplit.shared.engine.order import LEAVES
 from nightsplit.shared.protocols.plan import Step

@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import load_file
 
-from nightsplit.console.main import run
+from nightsplit.console.cli import run
 from nightsplit.server_worker.published_vectors import publish
 from nightsplit.shared.learning.metrics import standing
 from nightsplit.shared.protocols.data_vectors import SCALES

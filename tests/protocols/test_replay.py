@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nightsplit.broker.memory import MemoryBroker
-from nightsplit.console.replay import Replay
+from nightsplit.console.commands.replay import Replay
 from nightsplit.server_worker.tape import FOLDER, Tape, TapedLink
 from nightsplit.shared.engine.effects import Record
 from nightsplit.shared.errors import StateError

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from nightsplit.console.files import read_worker_file
-from nightsplit.console.status import summarise
+from nightsplit.console.commands.status import summarise
+from nightsplit.console.worker_file import read_worker_file
 from tests.services import RabbitNode, wait_until
 from tests.study import change
 from tests.workers import Hospital

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nightsplit.console.main import run
+from nightsplit.console.cli import run
 from nightsplit.shared.errors import TITLES
 from nightsplit.shared.runtime.process import own_folder
 from tests.services import RabbitNode, free_port

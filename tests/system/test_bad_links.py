@@ -27,7 +27,7 @@ from nightsplit.broker.rabbitmq import broker as rabbitmq
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.rabbitmq.outbox import Pauses
 from nightsplit.broker.topology import SiteQueues, site_queues
-from nightsplit.console.progress import Progress
+from nightsplit.console.ui.progress import Progress
 from nightsplit.shared.clock import Clock, ManualClock
 from nightsplit.shared.runtime.heartbeat import Facts
 from nightsplit.shared.runtime.process import StopSignal

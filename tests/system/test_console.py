@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from nightsplit.console.main import run
-from nightsplit.console.progress import Progress
-from nightsplit.console.words import counted, duration, screen, server_offline
+from nightsplit.console.cli import run
+from nightsplit.console.ui.progress import Progress
+from nightsplit.console.ui.text import counted, duration, screen, server_offline
 from nightsplit.shared.errors import NightsplitError
 from tests.processes import Fresh
 from tests.services import wait_until
@@ -51,7 +51,7 @@ def status(folder: Path, name: str, capsys) -> dict:
 
 def test_help_is_there_at_once_and_says_what_the_verbs_do():
     code = (
-        "import sys, nightsplit.console.main as m\n"
+        "import sys, nightsplit.console.cli as m\n"
         "try: m.run(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -133,8 +133,8 @@ def check_predictions(study, capsys, tmp_path):
 
 
 def test_a_silent_worker_is_offline_and_its_last_words_are_kept(study, capsys):
-    from nightsplit.console.files import read_worker_file
-    from nightsplit.console.status import summarise
+    from nightsplit.console.commands.status import summarise
+    from nightsplit.console.worker_file import read_worker_file
     from nightsplit.shared.run_store.base import Status
 
     file = read_worker_file(study / "server.toml")
@@ -258,7 +258,7 @@ def test_an_unknown_error_becomes_a_file_and_a_line(tmp_path, monkeypatch, capsy
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("nightsplit.console.status.show_status", broken)
+    monkeypatch.setattr("nightsplit.console.commands.status.show_status", broken)
     assert run(["status", "server.toml"]) == 70
     out, err = capsys.readouterr()
     (log,) = tmp_path.glob("nightsplit-crash-*.log")
@@ -280,7 +280,7 @@ def test_a_full_disk_and_an_early_ctrl_c_have_their_sentences(tmp_path, monkeypa
         def fail(*_: object, raised: BaseException = raised) -> None:
             raise raised
 
-        monkeypatch.setattr("nightsplit.console.status.show_status", fail)
+        monkeypatch.setattr("nightsplit.console.commands.status.show_status", fail)
         assert run(["status", str(tmp_path / "server.toml")]) == code
         assert said in capsys.readouterr().err
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from nightsplit.console.files import read_worker_file
-from nightsplit.console.main import run
-from nightsplit.console.play_queries import play_queries
-from nightsplit.console.status import summarise
+from nightsplit.console.cli import run
+from nightsplit.console.commands.status import summarise
+from nightsplit.console.demo.play_queries import play_queries
+from nightsplit.console.worker_file import read_worker_file
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import TITLES
 from nightsplit.shared.protocols.load import load

@@ -9,9 +9,9 @@ import pytest
 from msgspec.structs import replace
 
 from benchmarks.simulate import simulate
-from nightsplit.console.baselines import centralized
-from nightsplit.console.demo import EXAMPLES, run_demo, tell_difference
-from nightsplit.console.words import screen
+from nightsplit.console.demo.baselines import centralized
+from nightsplit.console.demo.demo import EXAMPLES, run_demo, tell_difference
+from nightsplit.console.ui.text import screen
 from nightsplit.server_worker.worker import ServerWorker
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import ConfigError, DataError

@@ -10,9 +10,9 @@ import pika
 import pytest
 
 from nightsplit.broker.rabbitmq.address import read_addresses
-from nightsplit.console.keys.centre import ADMIN
-from nightsplit.console.keys.live import administrator
-from nightsplit.console.main import run
+from nightsplit.console.cli import run
+from nightsplit.console.keys.accounts import ADMIN
+from nightsplit.console.keys.admin import administrator
 from nightsplit.server_worker.config import ServerConfig
 from nightsplit.shared.protocols.load import load
 from nightsplit.shared.wire import format as wire

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nightsplit.console.main import run
+from nightsplit.console.cli import run
 from nightsplit.shared.config.run import ModelSection
 from nightsplit.shared.models.artifact import read_artifact
 from nightsplit.shared.models.partition import make

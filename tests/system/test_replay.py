@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 
-from nightsplit.console.main import run
+from nightsplit.console.cli import run
 from nightsplit.server_worker.tape import FOLDER, Tape, recorded
 from nightsplit.shared.errors import ConfigError, StateError
 from nightsplit.shared.transport import Delivery

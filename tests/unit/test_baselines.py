@@ -7,7 +7,7 @@ import torch
 from msgspec.structs import replace
 
 from benchmarks.simulate import simulate
-from nightsplit.console.baselines import Judgement, alone, centralized, judge
+from nightsplit.console.demo.baselines import Judgement, alone, centralized, judge
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.site_worker.data.dataset import Parts
 from tests.protocols.night import tiny_config, tiny_parts, tiny_rounds

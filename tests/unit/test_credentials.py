@@ -2,7 +2,7 @@ import ssl
 
 import pytest
 
-from nightsplit.console.keys.authority import Authority
+from nightsplit.console.keys.ca import Authority
 from nightsplit.shared.credentials import Credentials, expect_private, places_of
 from nightsplit.shared.errors import ConfigError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nightsplit.console import json_log
+from nightsplit.console.ui import json_log
 from nightsplit.shared.errors import BrokerError, DataError, StateError
 from nightsplit.shared.log import event
 from nightsplit.shared.transport import Recovered, Trouble

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from nightsplit.console.main import run
+from nightsplit.console.cli import run
 from nightsplit.site_worker.privacy.accounting import Use, epsilon_of, patient_epsilon
 from nightsplit.site_worker.privacy.ledger import Ledger
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from nightsplit.console.keys.authority import Authority
+from nightsplit.console.keys.ca import Authority
 from nightsplit.shared.credentials import NOBODY, Credentials
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.log import PHASES, phase_of

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nightsplit.console import json_log
-from nightsplit.console.main import INTERRUPTED, STOPPED
-from nightsplit.console.progress import Progress
-from nightsplit.console.words import screen
+from nightsplit.console.exit_codes import INTERRUPTED, STOPPED
+from nightsplit.console.ui import json_log
+from nightsplit.console.ui.progress import Progress
+from nightsplit.console.ui.text import screen
 from nightsplit.server_worker.stream.ddp import is_helper
 from nightsplit.server_worker.worker import ServerWorker
 from nightsplit.shared.log import event

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nightsplit.console.files import WorkerFile
-from nightsplit.console.words import columns, counted, screen
+from nightsplit.console.ui.text import columns, counted, screen
+from nightsplit.console.worker_file import WorkerFile
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.protocols.load import load
 from nightsplit.site_worker.config import PolicyConfig, SiteSection

@@ -27,8 +27,8 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 
 from nightsplit.broker.topology import SiteQueues
-from nightsplit.console.files import WorkerFile
-from nightsplit.console.words import columns, counted, screen
+from nightsplit.console.ui.text import columns, counted, screen
+from nightsplit.console.worker_file import WorkerFile
 from nightsplit.shared.errors import BrokerError, Refused, RunError
 from nightsplit.shared.transport import Confirmed, Delivery, Link, Trouble
 from nightsplit.shared.wire import format as wire

@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 import nightsplit
-from nightsplit.console.baselines import alone, centralized
-from nightsplit.console.play import Play, warm_up
-from nightsplit.console.query import check_encryption
-from nightsplit.console.words import columns, counted, screen
+from nightsplit.console.commands.query import check_encryption
+from nightsplit.console.demo.baselines import alone, centralized
+from nightsplit.console.demo.play import Play, warm_up
+from nightsplit.console.ui.text import columns, counted, screen
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.learning.metrics import Metrics
@@ -130,7 +130,7 @@ def _ask(work: Path, config: RunConfig, console: Console) -> dict[str, Any] | No
     if not SiteWorker(work / f"{config.run.sites[0]}.toml").policy.queries:
         return {}
     check_encryption()
-    from nightsplit.console.play_queries import play_queries  # its library is an extra
+    from nightsplit.console.demo.play_queries import play_queries  # its library is an extra
 
     asked = play_queries(work, config, console)
     if asked is None:

@@ -27,7 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from nightsplit.console.words import counted, server_offline
+from nightsplit.console.ui.text import counted, server_offline
 from nightsplit.server_worker.worker import ServerWorker
 from nightsplit.shared.errors import NightsplitError
 from nightsplit.shared.protocols import ROUNDS

@@ -14,9 +14,9 @@ from cryptography import x509
 
 from nightsplit.broker.rabbitmq.probe import Probe
 from nightsplit.broker.topology import PREFIX, site_queues
-from nightsplit.console.files import WorkerFile
-from nightsplit.console.findings import Finding, size
-from nightsplit.console.keys.folders import BROKER_PORT, STORE_PORT
+from nightsplit.console.doctor.finding import Finding, size
+from nightsplit.console.keys.bundle import BROKER_PORT, STORE_PORT
+from nightsplit.console.worker_file import WorkerFile
 from nightsplit.shared.credentials import TLS_SCHEMES, places_of, scheme_of
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.protocols.build import assemble_any, planned_message_bytes

@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from nightsplit.console.files import WorkerFile
-from nightsplit.console.words import columns, counted, duration, screen, server_offline
+from nightsplit.console.ui.text import columns, counted, duration, screen, server_offline
+from nightsplit.console.worker_file import WorkerFile
 from nightsplit.shared.errors import BrokerError, RunError
 from nightsplit.shared.run_store.base import Status
 from nightsplit.shared.wire.message import SERVER

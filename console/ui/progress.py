@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from nightsplit.console.words import counted, duration, server_offline
+from nightsplit.console.ui.text import counted, duration, server_offline
 from nightsplit.shared.runtime.heartbeat import Facts
 from nightsplit.shared.wire.message import SERVER
 

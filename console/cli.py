@@ -17,13 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nightsplit.console import json_log
+from nightsplit.console.exit_codes import CRASHED, INTERRUPTED, STOPPED
+from nightsplit.console.ui import json_log
 from nightsplit.shared.errors import NightsplitError, StateError
 from nightsplit.shared.log import event
-
-STOPPED = "stopped; start the same command again to go on"
-INTERRUPTED, CRASHED = 130, 70
-"""Exit codes: as a shell reports Ctrl-C, and EX_SOFTWARE of sysexits.h."""
 
 _NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR}
 
@@ -95,39 +92,39 @@ def _crashed(error: BaseException | None) -> None:
 
 
 def _demo(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.demo import run_demo
+    from nightsplit.console.demo.demo import run_demo
 
     return run_demo(chosen.folder, chosen.json, chosen.at)
 
 
 def _open(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.work import open_run
+    from nightsplit.console.commands.work import open_run
 
     return open_run(chosen.file, chosen.set)
 
 
 def _server(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.work import work_as_server
+    from nightsplit.console.commands.work import work_as_server
 
     return work_as_server(chosen.file, chosen.set, chosen.leave_when_idle)
 
 
 def _site(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.work import work_as_site
+    from nightsplit.console.commands.work import work_as_site
 
     return work_as_site(chosen.file, chosen.set, chosen.leave_when_idle)
 
 
 def _status(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.files import read_worker_file
-    from nightsplit.console.status import show_status
+    from nightsplit.console.commands.status import show_status
+    from nightsplit.console.worker_file import read_worker_file
 
     show_status(read_worker_file(chosen.file, chosen.set), chosen.json)
     return 0
 
 
 def _doctor(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.doctor import show_findings
+    from nightsplit.console.doctor.checks import show_findings
 
     return 0 if show_findings(chosen.file, chosen.set, chosen.json) else 1
 
@@ -149,47 +146,47 @@ def _predict(chosen: argparse.Namespace) -> int:
 
 
 def _query(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.query import ask
+    from nightsplit.console.commands.query import ask
 
     return ask(chosen.file, chosen.set, chosen.submit, chosen.output, chosen.leave_when_idle, chosen.new_keys)
 
 
 def _answer(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.query import answer
+    from nightsplit.console.commands.query import answer
 
     return answer(chosen.file, chosen.set, chosen.leave_when_idle)
 
 
 def _pretrain(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.pretrain import pretrain
+    from nightsplit.console.commands.pretrain import pretrain
 
     return pretrain(chosen.file)
 
 
 def _merge(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.merge import run_merge
+    from nightsplit.console.commands.merge import run_merge
 
     return run_merge(chosen.report, chosen.output, chosen.added, chosen.without, chosen.scale)
 
 
 def _replay(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.files import read_worker_file
-    from nightsplit.console.replay import show_replay
+    from nightsplit.console.commands.replay import show_replay
+    from nightsplit.console.worker_file import read_worker_file
 
     return 0 if show_replay(read_worker_file(chosen.file, chosen.set), chosen.until, chosen.json) else 1
 
 
 def _privacy(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.files import read_worker_file
-    from nightsplit.console.privacy import show_privacy
+    from nightsplit.console.commands.privacy import show_privacy
+    from nightsplit.console.worker_file import read_worker_file
 
     show_privacy(read_worker_file(chosen.file, chosen.set), chosen.json)
     return 0
 
 
 def _dlq(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.dead_letters import discard_letters, list_letters, replay_letters, show_letter
-    from nightsplit.console.files import read_worker_file
+    from nightsplit.console.commands.dlq import discard_letters, list_letters, replay_letters, show_letter
+    from nightsplit.console.worker_file import read_worker_file
 
     file = read_worker_file(chosen.file, chosen.set)
     if chosen.action == "list":
@@ -203,13 +200,13 @@ def _dlq(chosen: argparse.Namespace) -> int:
 
 
 def _keys(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.keys import verbs
+    from nightsplit.console.keys import commands
 
     if chosen.action == "init":
-        return verbs.init(chosen.folder, chosen.broker, chosen.store, chosen.management)
+        return commands.init(chosen.folder, chosen.broker, chosen.store, chosen.management)
     if chosen.action == "new-site":
-        return verbs.new_sites(chosen.folder, chosen.names)
-    return verbs.revoke(chosen.folder, chosen.name)
+        return commands.new_sites(chosen.folder, chosen.names)
+    return commands.revoke(chosen.folder, chosen.name)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from typing import Any
 
 import redis
 
-from nightsplit.console.keys.centre import ADMIN, Centre
+from nightsplit.console.keys.accounts import ADMIN, Centre
 from nightsplit.shared.credentials import Credentials
 from nightsplit.shared.errors import BrokerError
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from nightsplit.console.words import counted
+from nightsplit.console.ui.text import counted
 from nightsplit.server_worker.query_worker import QueryServerWorker
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import NightsplitError

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from nightsplit.console.doctor_links import checks_of_lines
-from nightsplit.console.files import WorkerFile, read_worker_file
-from nightsplit.console.findings import Finding, size
-from nightsplit.console.words import columns, duration, screen
+from nightsplit.console.doctor.finding import Finding, size
+from nightsplit.console.doctor.links import checks_of_lines
+from nightsplit.console.ui.text import columns, duration, screen
+from nightsplit.console.worker_file import WorkerFile, read_worker_file
 from nightsplit.server_worker.config import ServerSection
 from nightsplit.shared.clock import SystemClock
 from nightsplit.shared.errors import TITLES, NightsplitError, RunError

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from nightsplit.console.main import INTERRUPTED, STOPPED
-from nightsplit.console.words import counted
+from nightsplit.console.exit_codes import INTERRUPTED, STOPPED
+from nightsplit.console.ui.text import counted
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.runtime.process import StopSignal
 

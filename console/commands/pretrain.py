@@ -17,7 +17,7 @@ import torch
 from msgspec import Struct
 from msgspec.structs import replace
 
-from nightsplit.console.words import screen
+from nightsplit.console.ui.text import screen
 from nightsplit.shared.config.run import (
     DataSection,
     ModelSection,

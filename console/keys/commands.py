@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from nightsplit.console.keys.folders import BROKER_PORT, MANAGEMENT_PORT, STORE_PORT, Addresses, Keys, with_port
+from nightsplit.console.keys.bundle import BROKER_PORT, MANAGEMENT_PORT, STORE_PORT, Addresses, Keys, with_port
 from nightsplit.shared.errors import BrokerError
 
 

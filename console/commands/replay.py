@@ -19,8 +19,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from nightsplit.broker.topology import site_queues
-from nightsplit.console.files import WorkerFile
-from nightsplit.console.words import counted, screen
+from nightsplit.console.ui.text import counted, screen
+from nightsplit.console.worker_file import WorkerFile
 from nightsplit.server_worker.config import ServerSection
 from nightsplit.server_worker.protocols import AnyServer, make_server
 from nightsplit.server_worker.tape import FOLDER, recorded

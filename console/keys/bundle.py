@@ -9,10 +9,10 @@ from pathlib import Path
 
 import msgspec
 
-from nightsplit.console.keys.authority import Authority, new_password, write_private
-from nightsplit.console.keys.centre import ADMIN, VHOST, Centre
-from nightsplit.console.keys.live import Live, administrator
-from nightsplit.console.keys.texts import POLICY_TOML, SERVER_TOML, SITE_README, SITE_TOML
+from nightsplit.console.keys.accounts import ADMIN, VHOST, Centre
+from nightsplit.console.keys.admin import Live, administrator
+from nightsplit.console.keys.ca import Authority, new_password, write_private
+from nightsplit.console.keys.templates import POLICY_TOML, SERVER_TOML, SITE_README, SITE_TOML
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.protocols.load import load
 from nightsplit.shared.wire.message import SERVER

@@ -1,0 +1,1 @@
+"""nightsplit demo: an example played as nights and days, beside its baselines."""

@@ -1,0 +1,1 @@
+"""Text, progress and logs as a user sees them."""

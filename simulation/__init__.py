@@ -1,0 +1,1 @@
+"""A whole run in one process: a broker and a run store in memory, seeded faults, a manual clock."""
