@@ -17,14 +17,15 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from benchmarks.divisions import DIVISIONS, IID, divide, keep
-from benchmarks.simulate import simulate
 from nightsplit.console.commands.pretrain import pretrain
-from nightsplit.console.demo.baselines import alone, centralized, judge
+from nightsplit.console.demo.baselines import alone, centralized
 from nightsplit.server_worker.protocols.data_vectors import DataVectorsServer
 from nightsplit.shared.config.run import DataSection, RunConfig
 from nightsplit.shared.models.artifact import Artifact, read_artifact
 from nightsplit.shared.protocols.build import assemble_rounds
 from nightsplit.shared.protocols.load import load
+from nightsplit.simulation.evaluate import judge
+from nightsplit.simulation.run import simulate
 from nightsplit.site_worker.config import SiteConfig
 from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.data.scaling import scale

@@ -26,12 +26,12 @@ from msgspec.structs import replace
 from rich.console import Console
 
 from benchmarks.common import scratch
-from benchmarks.simulate import simulate
 from benchmarks.study import EXAMPLES
 from nightsplit.console.ui.text import columns
 from nightsplit.shared.config.run import Codec, RunConfig, WireSection
 from nightsplit.shared.protocols.load import load
 from nightsplit.shared.runtime.process import prepare_torch
+from nightsplit.simulation.run import simulate
 from nightsplit.site_worker.config import SiteConfig
 from nightsplit.site_worker.data.scaling import scale
 from nightsplit.site_worker.data.source import read_parts

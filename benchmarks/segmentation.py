@@ -30,8 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.outlines import draw
 from benchmarks.private_step import trainers_of
-from benchmarks.simulate import simulate
-from nightsplit.console.demo.baselines import Judgement, alone, centralized, judge
+from nightsplit.console.demo.baselines import alone, centralized
 from nightsplit.shared.config.run import (
     DataSection,
     ModelSection,
@@ -46,6 +45,8 @@ from nightsplit.shared.errors import NightsplitError
 from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.models.segmentation import unet
 from nightsplit.shared.runtime.process import prepare_torch
+from nightsplit.simulation.evaluate import Judgement, judge
+from nightsplit.simulation.run import simulate
 from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 from nightsplit.site_worker.data.source import read_parts

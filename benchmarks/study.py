@@ -1,6 +1,6 @@
 """The case studies of `benchmarks.results`: whose data, divided how, trained by which system, how good.
 
-Every split system runs its real roles and engines (`benchmarks.simulate`), in strict order. The
+Every split system runs its real roles and engines (`nightsplit.simulation.run`), in strict order. The
 hospitals' policies are not asked: all data are public, and on this machine.
 """
 
@@ -18,11 +18,12 @@ from typing import Literal
 import torch
 from msgspec.structs import replace
 
-from benchmarks.simulate import simulate
-from nightsplit.console.demo.baselines import Judgement, alone, centralized
+from nightsplit.console.demo.baselines import alone, centralized
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.learning.metrics import Metrics
 from nightsplit.shared.protocols.load import load
+from nightsplit.simulation.evaluate import Judgement
+from nightsplit.simulation.run import simulate
 from nightsplit.site_worker.config import SiteConfig, SourceSection
 from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.data.scaling import scale

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 
 class Clock(ABC):
@@ -29,22 +29,3 @@ class SystemClock(Clock):
     def sleep(self, seconds: float) -> None:
         """See `Clock`."""
         time.sleep(seconds)
-
-
-class ManualClock(Clock):
-    """A clock that moves only when told to, or when somebody sleeps."""
-
-    def __init__(self, start: datetime) -> None:
-        self._now = start.astimezone(UTC)
-
-    def now(self) -> datetime:
-        """See `Clock`."""
-        return self._now
-
-    def sleep(self, seconds: float) -> None:
-        """See `Clock`."""
-        self.advance(seconds)
-
-    def advance(self, seconds: float) -> None:
-        """Move time forward."""
-        self._now += timedelta(seconds=seconds)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from nightsplit.broker.embedded.broker import EmbeddedBroker
-from nightsplit.broker.memory import MemoryBroker
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.console.commands.dlq import list_letters
 from nightsplit.console.worker_file import WorkerFile
 from nightsplit.server_worker.config import ServerSection
 from nightsplit.shared.transport import Broker, Delivery, Queue
+from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.site_worker.config import SiteSection
 from tests.protocols.night import Night, tiny_config
 from tests.services import wait_until

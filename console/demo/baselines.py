@@ -8,8 +8,7 @@ A run with differential privacy is compared with training without noise.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,32 +18,17 @@ from torch import nn
 from nightsplit.server_worker.evaluation import Evaluation
 from nightsplit.server_worker.stream.top import Top
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.learning.losses import standardise
-from nightsplit.shared.learning.metrics import Metrics, measure, overall
+from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.models.partition import build
 from nightsplit.shared.protocols import ROUNDS
 from nightsplit.shared.protocols.build import assemble_rounds
 from nightsplit.shared.protocols.plan import Step
 from nightsplit.shared.protocols.rounds import Work, is_judged
+from nightsplit.simulation.evaluate import Judgement, judge
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 from nightsplit.site_worker.rounds.batches import RoundFeed
 from nightsplit.site_worker.rounds.trainer import Trainer
 from nightsplit.site_worker.stream.batches import Feed
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """Figures on held-out test patients.
-
-    Attributes:
-        sites: of each site's patients.
-        overall: mean over sites, weighted by samples, as reports give it.
-        pooled: of all patients as one group.
-    """
-
-    sites: Mapping[str, Metrics]
-    overall: Metrics
-    pooled: Metrics
 
 
 def centralized(config: RunConfig, parts: Mapping[str, Parts], base: Path = Path()) -> Judgement:
@@ -61,27 +45,6 @@ def centralized(config: RunConfig, parts: Mapping[str, Parts], base: Path = Path
 def alone(config: RunConfig, site: str, parts: Mapping[str, Parts], base: Path = Path()) -> Judgement:
     """Train on one site's training patients; judge on every site's test patients."""
     return _train(config, site, parts[site], parts, base)
-
-
-def judge(
-    config: RunConfig, parts: Mapping[str, Parts], predict: Callable[[str, torch.Tensor], torch.Tensor]
-) -> Judgement:
-    """Judge a model on every site's test patients.
-
-    Args:
-        config: the run.
-        parts: scaled data by site.
-        predict: from a site's name and inputs (batch, ...) to outputs (batch, outputs).
-    """
-    outputs = {site: predict(site, part.test.inputs) for site, part in parts.items()}
-    targets = {site: standardise(config.task, config.data, part.test.targets) for site, part in parts.items()}
-    sites = {
-        site: measure(config.task, config.data, outputs[site], targets[site], part.test.patients)
-        for site, part in parts.items()
-    }
-    everyone = [f"{site}/{patient}" for site, part in parts.items() for patient in part.test.patients]
-    pooled = measure(config.task, config.data, torch.cat([*outputs.values()]), torch.cat([*targets.values()]), everyone)
-    return Judgement(sites, overall(list(sites.values())), pooled)
 
 
 def whole_model(config: RunConfig) -> nn.Module:

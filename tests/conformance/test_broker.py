@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from nightsplit.broker.faulty import Faults, FaultyBroker
-from nightsplit.broker.memory import MemoryBroker
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Broker, Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
+from nightsplit.simulation.broker import MemoryBroker
+from nightsplit.simulation.faults import Faults, FaultyBroker
 
 PATIENCE_S = 10.0
 LIMIT = 2**20

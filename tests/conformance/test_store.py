@@ -18,7 +18,7 @@ from nightsplit.shared.run_store.connect import open_store
 from nightsplit.shared.run_store.redis import RedisStore
 from nightsplit.shared.run_store.sqlite import SqliteStore
 from nightsplit.shared.storage.checkpoint import Pointer
-from nightsplit.shared.store_memory import MemoryStore
+from nightsplit.simulation.store import MemoryStore
 from tests.services import RedisServer, free_port
 
 Open = Callable[[], RunStore]

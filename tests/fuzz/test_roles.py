@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from nightsplit.broker.memory import MemoryBroker
 from nightsplit.broker.topology import site_queues
 from nightsplit.server_worker.protocols import make_server
 from nightsplit.server_worker.role import ServerRole
@@ -22,11 +21,12 @@ from nightsplit.shared.errors import Refused, RunError
 from nightsplit.shared.protocols import PROTOCOLS
 from nightsplit.shared.protocols.build import assemble_any
 from nightsplit.shared.storage.checkpoint import Checkpoints
-from nightsplit.shared.store_memory import MemoryStore
 from nightsplit.shared.transport import Route
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, UNSEQUENCED, Header, Kind, Message, Scalar
 from nightsplit.shared.wire.schema import Payload
+from nightsplit.simulation.broker import MemoryBroker
+from nightsplit.simulation.store import MemoryStore
 from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.role import SiteRole
 from tests.protocols.night import Authority, Night, tiny_config, tiny_parts

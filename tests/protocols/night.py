@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from nightsplit.broker.memory import MemoryBroker
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.server_worker.protocols import make_server
 from nightsplit.server_worker.role import ServerRole
@@ -29,9 +28,10 @@ from nightsplit.shared.engine.order import LEAVES
 from nightsplit.shared.protocols import ROUNDS
 from nightsplit.shared.run_store.base import RunStore
 from nightsplit.shared.storage.checkpoint import Checkpoints
-from nightsplit.shared.store_memory import MemoryStore
 from nightsplit.shared.transport import Broker, Route
 from nightsplit.shared.wire.message import SERVER
+from nightsplit.simulation.broker import MemoryBroker
+from nightsplit.simulation.store import MemoryStore
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.protocols.data_vectors import DataVectorsSite

@@ -1,6 +1,6 @@
 """Every system over bad lines: duplicates, another order, silences, lost confirms, lost connections.
 
-The brokers are real and in this process; `nightsplit.broker.faulty` lies between them and the workers.
+The brokers are real and in this process; `nightsplit.simulation.faults` lies between them and the workers.
 """
 
 import itertools
@@ -9,13 +9,13 @@ from collections import Counter
 import pytest
 
 from nightsplit.broker.embedded.broker import EmbeddedBroker
-from nightsplit.broker.faulty import Faults, FaultyBroker
-from nightsplit.broker.memory import MemoryBroker
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import site_queues
 from nightsplit.shared.protocols import PROTOCOLS
 from nightsplit.shared.transport import Confirmed, Delivery, Recovered, Trouble
 from nightsplit.shared.wire.message import SERVER
+from nightsplit.simulation.broker import MemoryBroker
+from nightsplit.simulation.faults import Faults, FaultyBroker
 from tests.protocols.night import Night, tiny_config
 from tests.protocols.test_crashes import SYSTEMS, shaken
 

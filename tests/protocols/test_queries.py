@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from nightsplit.broker.memory import MemoryBroker
 from nightsplit.broker.topology import query_queues
 from nightsplit.server_worker.protocols.he_clstm import HeClstmServer
 from nightsplit.server_worker.query.pool import Evaluate
@@ -24,6 +23,7 @@ from nightsplit.shared.protocols.query import CONTRACT, HEADER_BYTES, MOST_CHUNK
 from nightsplit.shared.transport import Delivery, Route
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
+from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
 from nightsplit.site_worker.query.client import Asking
 from nightsplit.site_worker.query.keys import SecretKeys

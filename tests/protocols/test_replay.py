@@ -6,17 +6,17 @@ import random
 import pytest
 import torch
 
-from nightsplit.broker.memory import MemoryBroker
 from nightsplit.console.commands.replay import Replay
 from nightsplit.server_worker.tape import FOLDER, Tape, TapedLink
 from nightsplit.shared.engine.effects import Record
 from nightsplit.shared.errors import StateError
 from nightsplit.shared.models.hashing import weights_sha256
 from nightsplit.shared.protocols import PROTOCOLS
-from nightsplit.shared.store_memory import MemoryStore
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.shared.wire.schema import Payload, TensorSpec
+from nightsplit.simulation.broker import MemoryBroker
+from nightsplit.simulation.store import MemoryStore
 from tests.protocols.night import SYSTEMS, Night, tiny_config
 from tests.protocols.test_crashes import shaken
 

@@ -28,11 +28,12 @@ from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.rabbitmq.outbox import Pauses
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.console.ui.progress import Progress
-from nightsplit.shared.clock import Clock, ManualClock
+from nightsplit.shared.clock import Clock
 from nightsplit.shared.runtime.heartbeat import Facts
 from nightsplit.shared.runtime.process import StopSignal
 from nightsplit.shared.transport import Confirmed, Delivery, Link, Queue
 from nightsplit.shared.transport import Event as LinkEvent
+from nightsplit.simulation.clock import ManualClock
 from nightsplit.site_worker.worker import SiteWorker
 from tests.links import Direction, Line
 from tests.services import RabbitNode, RedisServer, wait_until

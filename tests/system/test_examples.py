@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from benchmarks.simulate import simulate
 from nightsplit.console.demo.baselines import centralized
 from nightsplit.console.demo.demo import EXAMPLES, run_demo, tell_difference
 from nightsplit.console.ui.text import screen
@@ -19,6 +18,7 @@ from nightsplit.shared.models.hashing import weights_sha256
 from nightsplit.shared.protocols import PROTOCOLS, ROUNDS
 from nightsplit.shared.protocols.build import assemble_any
 from nightsplit.shared.protocols.load import load
+from nightsplit.simulation.run import simulate
 from nightsplit.site_worker.config import PolicyConfig
 from nightsplit.site_worker.worker import SiteWorker
 from tests.services import RabbitNode, RedisServer

@@ -8,7 +8,7 @@ import pytest
 from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.broker.topology import site_queues
 from nightsplit.server_worker.worker import ServerWorker
-from nightsplit.shared.clock import ManualClock
+from nightsplit.simulation.clock import ManualClock
 from nightsplit.site_worker.worker import SiteWorker
 from tests.workers import Hospital
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from benchmarks.simulate import simulate
-from nightsplit.console.demo.baselines import Judgement, alone, centralized, judge
+from nightsplit.console.demo.baselines import alone, centralized
 from nightsplit.shared.config.run import RunConfig
+from nightsplit.simulation.evaluate import Judgement, judge
+from nightsplit.simulation.run import simulate
 from nightsplit.site_worker.data.dataset import Parts
 from tests.protocols.night import tiny_config, tiny_parts, tiny_rounds
 

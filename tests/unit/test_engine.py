@@ -2,7 +2,6 @@
 
 import pytest
 
-from nightsplit.broker.memory import MemoryBroker
 from nightsplit.broker.topology import site_queues
 from nightsplit.shared.engine.effects import Finish, Record, Send
 from nightsplit.shared.engine.engine import Engine
@@ -13,6 +12,7 @@ from nightsplit.shared.transport import Confirmed, Route
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.shared.wire.schema import Payload
+from nightsplit.simulation.broker import MemoryBroker
 from tests.protocols.night import Authority
 
 QUEUES = {site: site_queues("run", site, 10_000) for site in ("a", "b")}

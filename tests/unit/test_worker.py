@@ -14,9 +14,9 @@ from nightsplit.shared.errors import ConfigError, StateError
 from nightsplit.shared.protocols.build import planned_message_bytes
 from nightsplit.shared.runtime.heartbeat import Heartbeat
 from nightsplit.shared.runtime.process import own_folder, prefetch_for, prepare_torch
-from nightsplit.shared.store_memory import MemoryStore
 from nightsplit.shared.wire.message import Kind
 from nightsplit.shared.wire.schema import Payload, TensorSpec
+from nightsplit.simulation.store import MemoryStore
 from tests.protocols.night import tiny_config
 
 

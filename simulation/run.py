@@ -15,9 +15,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from nightsplit.broker.memory import MemoryBroker
 from nightsplit.broker.topology import site_queues
-from nightsplit.console.demo.baselines import Judgement, judge
 from nightsplit.server_worker.protocols import AnyServer, make_server
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.engine import Engine
@@ -27,6 +25,8 @@ from nightsplit.shared.protocols.build import assemble_any
 from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.transport import Route
 from nightsplit.shared.wire.message import SERVER
+from nightsplit.simulation.broker import MemoryBroker
+from nightsplit.simulation.evaluate import Judgement, judge
 from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.role import SiteRole

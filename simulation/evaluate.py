@@ -1,0 +1,49 @@
+"""Figures of a model on every site's test patients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.learning.losses import standardise
+from nightsplit.shared.learning.metrics import Metrics, measure, overall
+from nightsplit.site_worker.data.dataset import Parts
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Figures on held-out test patients.
+
+    Attributes:
+        sites: of each site's patients.
+        overall: mean over sites, weighted by samples, as reports give it.
+        pooled: of all patients as one group.
+    """
+
+    sites: Mapping[str, Metrics]
+    overall: Metrics
+    pooled: Metrics
+
+
+def judge(
+    config: RunConfig, parts: Mapping[str, Parts], predict: Callable[[str, torch.Tensor], torch.Tensor]
+) -> Judgement:
+    """Judge a model on every site's test patients.
+
+    Args:
+        config: the run.
+        parts: scaled data by site.
+        predict: from a site's name and inputs (batch, ...) to outputs (batch, outputs).
+    """
+    outputs = {site: predict(site, part.test.inputs) for site, part in parts.items()}
+    targets = {site: standardise(config.task, config.data, part.test.targets) for site, part in parts.items()}
+    sites = {
+        site: measure(config.task, config.data, outputs[site], targets[site], part.test.patients)
+        for site, part in parts.items()
+    }
+    everyone = [f"{site}/{patient}" for site, part in parts.items() for patient in part.test.patients]
+    pooled = measure(config.task, config.data, torch.cat([*outputs.values()]), torch.cat([*targets.values()]), everyone)
+    return Judgement(sites, overall(list(sites.values())), pooled)
