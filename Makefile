@@ -51,8 +51,8 @@ check: setup  ## style, types and the rules of who may import whom
 	@$(BIN)/python -m pytest -q tests/unit/test_structure.py tests/unit/test_errors.py
 
 bench: setup services  ## measure transport and pipeline against the machine's own limits (minutes)
-	@$(BIN)/python -m benchmarks.transport
-	@$(BIN)/python -m benchmarks.pipeline
+	@$(BIN)/python -m benchmarks.speed.transport
+	@$(BIN)/python -m benchmarks.speed.pipeline
 
 format: setup  ## let ruff rewrite the source in the one style
 	@$(BIN)/ruff check --fix .

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.services import RabbitNode, RedisServer
+from tests.harness.services import RabbitNode, RedisServer
 
 torch.set_num_threads(1)
 """Two files run side by side, and networks are tiny here: a second thread would wait for the first."""

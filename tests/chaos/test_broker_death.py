@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.chaos import Campaign, carry_out, passed
-from tests.processes import Process
+from tests.faults.chaos import Campaign, carry_out, passed
+from tests.harness.processes import Process
 
 
 @pytest.mark.timeout(300)

@@ -1,17 +1,17 @@
 """kill -9 of anybody, blind and at every named point of the code; the run ends as if nothing had happened.
 
-The long campaigns of benchmarks/chaos.py, made short: one seed each, and together every crash point.
+The long campaigns of tests/faults/chaos.py, made short: one seed each, and together every crash point.
 """
 
 import pytest
 
-from benchmarks.chaos import Campaign, carry_out, passed, undisturbed
-from benchmarks.nemesis import schedule
-from benchmarks.oracle import count
 from nightsplit.shared.crash_points import POINTS
 from nightsplit.shared.wire.message import SERVER
-from tests.processes import Process
-from tests.workers import SHARES
+from tests.faults.chaos import Campaign, carry_out, passed, undisturbed
+from tests.faults.nemesis import schedule
+from tests.faults.oracle import count
+from tests.harness.processes import Process
+from tests.harness.workers import SHARES
 
 EPOCHS = 50
 EMBEDDED, RABBITMQ, FAIR = POINTS[:3], POINTS[3:6], POINTS[6:]

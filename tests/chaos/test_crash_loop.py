@@ -18,10 +18,10 @@ from nightsplit.server_worker.worker import ServerWorker
 from nightsplit.shared.crash_points import EXIT_CODE, VARIABLE
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.worker import SiteWorker
+from tests.harness.services import wait_until
+from tests.harness.study import change
+from tests.harness.workers import Hospital
 from tests.protocols.test_poison import POISON, header
-from tests.services import wait_until
-from tests.study import change
-from tests.workers import Hospital
 
 SITES = ("north", "south", "east")
 CRASH_LOOP = """

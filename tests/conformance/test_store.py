@@ -19,7 +19,7 @@ from nightsplit.shared.run_store.redis import RedisStore
 from nightsplit.shared.run_store.sqlite import SqliteStore
 from nightsplit.shared.storage.checkpoint import Pointer
 from nightsplit.simulation.store import MemoryStore
-from tests.services import RedisServer, free_port
+from tests.harness.services import RedisServer, free_port
 
 Open = Callable[[], RunStore]
 

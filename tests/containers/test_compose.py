@@ -12,7 +12,7 @@ import pytest
 from testcontainers.compose import DockerCompose
 
 from tests.containers.conftest import clone
-from tests.services import wait_until
+from tests.harness.services import wait_until
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(900)]
 

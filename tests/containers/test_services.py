@@ -8,7 +8,7 @@ import pytest
 from testcontainers.community.rabbitmq import RabbitMqContainer
 from testcontainers.community.redis import RedisContainer
 
-from tests.workers import Hospital
+from tests.harness.workers import Hospital
 
 pytestmark = pytest.mark.containers
 

@@ -27,13 +27,13 @@ import pytest
 import torch
 import zstandard
 
-from benchmarks.common import MiB
-from benchmarks.fuzz import Growth, read
-from benchmarks.specimens import LIMIT, MARK, Specimen, rebuilt, specimens
+from benchmarks.speed.common import MiB
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import Message
 from nightsplit.shared.wire.schema import Payload, TensorSpec
+from tests.faults.fuzz import Growth, read
+from tests.faults.specimens import LIMIT, MARK, Specimen, rebuilt, specimens
 
 LONG = wire.MAX_HEADER - 1000
 """Bytes that surely fit into a header beside everything else."""

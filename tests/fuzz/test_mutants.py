@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import fuzz
-from benchmarks.fuzz import GROWTH_MB, HANG_MS, Campaign, Growth, InvalidError, check, read, replay, save
-from benchmarks.mutants import MUTATIONS, mutant
-from benchmarks.specimens import LIMIT, Specimen, rebuilt, specimens
 from nightsplit.shared.protocols import PROTOCOLS, QUERIES
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.codecs import REMEDIES
 from nightsplit.shared.wire.message import Header, Kind, Message
 from nightsplit.shared.wire.schema import Payload, TensorSpec
+from tests.faults import fuzz
+from tests.faults.fuzz import GROWTH_MB, HANG_MS, Campaign, Growth, InvalidError, check, read, replay, save
+from tests.faults.mutants import MUTATIONS, mutant
+from tests.faults.specimens import LIMIT, Specimen, rebuilt, specimens
 
 SEED = 3
 MUTANTS = 100_000

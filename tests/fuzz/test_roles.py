@@ -29,7 +29,7 @@ from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.simulation.store import MemoryStore
 from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.role import SiteRole
-from tests.protocols.night import Authority, Night, tiny_config, tiny_parts
+from tests.harness.night import Authority, Night, tiny_config, tiny_parts
 
 LIMIT = 2**20
 EXTREMES: dict[type, tuple[Scalar, ...]] = {

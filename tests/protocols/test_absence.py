@@ -10,8 +10,8 @@ from nightsplit.shared.engine.order import LEAVES
 from nightsplit.shared.protocols.plan import Step
 from nightsplit.shared.run_store.base import Status
 from nightsplit.shared.wire.message import SERVER
-from tests.protocols.night import SYSTEMS
-from tests.protocols.ward import Ward, replace_run, replayed, ward_config
+from tests.harness.night import SYSTEMS
+from tests.harness.ward import Ward, replace_run, replayed, ward_config
 
 MOMENTS = {
     "split_labels": (0, 1, 3, 5, 9), "split_u": (0, 3, 6, 13, 19), "split_frozen": (0, 1, 4),

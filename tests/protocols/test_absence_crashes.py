@@ -4,8 +4,8 @@ import pytest
 
 from nightsplit.shared.engine.order import LEAVES, Turns
 from nightsplit.shared.wire.message import SERVER
-from tests.protocols.night import SYSTEMS, Night, tiny_config
-from tests.protocols.ward import QUORUM, SECONDS, Ward, decided, ward_config
+from tests.harness.night import SYSTEMS, Night, tiny_config
+from tests.harness.ward import QUORUM, SECONDS, Ward, decided, ward_config
 
 
 class Killed(Exception):

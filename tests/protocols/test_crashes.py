@@ -11,7 +11,7 @@ import pytest
 
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.wire.message import SERVER
-from tests.protocols.night import Night, tiny_config
+from tests.harness.night import Night, tiny_config
 
 
 def shaken(night: Night, seed: int) -> str:

@@ -8,7 +8,7 @@ from nightsplit.server_worker.published_vectors import publish
 from nightsplit.shared.learning.metrics import standing
 from nightsplit.shared.protocols.data_vectors import SCALES
 from nightsplit.shared.wire.message import SERVER
-from tests.protocols.night import Night, tiny_rounds
+from tests.harness.night import Night, tiny_rounds
 from tests.protocols.test_rounds import SITES, begun, rest
 
 

@@ -12,7 +12,7 @@ from nightsplit.shared.protocols.plan import Step
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.stream.batches import Feed
 from nightsplit.site_worker.stream.bottom import Bottom
-from tests.protocols.night import Night, tiny_config, tiny_factory, tiny_parts
+from tests.harness.night import Night, tiny_config, tiny_factory, tiny_parts
 
 
 def whole_model(config):

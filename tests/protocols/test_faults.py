@@ -16,7 +16,7 @@ from nightsplit.shared.transport import Confirmed, Delivery, Recovered, Trouble
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.simulation.faults import Faults, FaultyBroker
-from tests.protocols.night import Night, tiny_config
+from tests.harness.night import Night, tiny_config
 from tests.protocols.test_crashes import SYSTEMS, shaken
 
 FAULTS = Faults(duplicate=0.3, reorder=10, delay=0.05, lose_confirm=0.1, disconnect=0.02)

@@ -3,7 +3,7 @@
 import pytest
 
 from nightsplit.shared.wire.message import SERVER
-from tests.protocols.ward import Ward, decided, replace_run, ward_config
+from tests.harness.ward import Ward, decided, replace_run, ward_config
 
 # -- late return -----------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.shared.wire.schema import Payload, TensorSpec
 from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.simulation.store import MemoryStore
-from tests.protocols.night import SYSTEMS, Night, tiny_config
+from tests.harness.night import SYSTEMS, Night, tiny_config
 from tests.protocols.test_crashes import shaken
 
 

@@ -11,7 +11,7 @@ from nightsplit.server_worker.rounds.aggregation import TrimmedMean, WeightedMea
 from nightsplit.shared.engine.order import CLOSES
 from nightsplit.shared.protocols.build import assemble_rounds
 from nightsplit.shared.wire.message import SERVER, Kind
-from tests.protocols.night import Night, tiny_parts, tiny_rounds
+from tests.harness.night import Night, tiny_parts, tiny_rounds
 from tests.protocols.test_crashes import shaken
 from tests.protocols.test_faults import replayed
 

@@ -14,9 +14,9 @@ import pytest
 
 from nightsplit.console.commands.status import summarise
 from nightsplit.console.worker_file import read_worker_file
-from tests.services import RabbitNode, wait_until
-from tests.study import change
-from tests.workers import Hospital
+from tests.harness.services import RabbitNode, wait_until
+from tests.harness.study import change
+from tests.harness.workers import Hospital
 
 LIMIT_BYTES = 4 * 2**20
 """Of the queue up: about 16 of the 350 messages of the run."""

@@ -12,8 +12,8 @@ import pytest
 from nightsplit.console.cli import run
 from nightsplit.shared.errors import TITLES
 from nightsplit.shared.runtime.process import own_folder
-from tests.services import RabbitNode, free_port
-from tests.study import change, contents, queued, write_study
+from tests.harness.services import RabbitNode, free_port
+from tests.harness.study import change, contents, queued, write_study
 
 Edit = Callable[[Path], object]
 

@@ -35,10 +35,10 @@ from nightsplit.shared.transport import Confirmed, Delivery, Link, Queue
 from nightsplit.shared.transport import Event as LinkEvent
 from nightsplit.simulation.clock import ManualClock
 from nightsplit.site_worker.worker import SiteWorker
-from tests.links import Direction, Line
-from tests.services import RabbitNode, RedisServer, wait_until
-from tests.study import change
-from tests.workers import Hospital
+from tests.harness.links import Direction, Line
+from tests.harness.services import RabbitNode, RedisServer, wait_until
+from tests.harness.study import change
+from tests.harness.workers import Hospital
 
 pytestmark = [pytest.mark.rabbitmq, pytest.mark.timeout(300)]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.numbered import Numbered
 from nightsplit.broker.rabbitmq import connection as rabbitmq_connection
 from nightsplit.broker.rabbitmq.address import read_addresses
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
@@ -18,9 +17,10 @@ from nightsplit.shared.config.run import WireSection
 from nightsplit.shared.credentials import NOBODY
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Confirmed, Delivery, Link, Trouble
-from tests.cluster import ClusterNode, cluster
-from tests.services import RabbitNode, RedisServer, free_port, wait_until
-from tests.workers import Hospital
+from tests.faults.numbered import Numbered
+from tests.harness.cluster import ClusterNode, cluster
+from tests.harness.services import RabbitNode, RedisServer, free_port, wait_until
+from tests.harness.workers import Hospital
 
 pytestmark = [pytest.mark.rabbitmq, pytest.mark.timeout(600)]
 

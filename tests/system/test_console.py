@@ -17,9 +17,9 @@ from nightsplit.console.cli import run
 from nightsplit.console.ui.progress import Progress
 from nightsplit.console.ui.text import counted, duration, screen, server_offline
 from nightsplit.shared.errors import NightsplitError
-from tests.processes import Fresh
-from tests.services import wait_until
-from tests.study import SITES, begin, change, end, end_all, queued, write_study
+from tests.harness.processes import Fresh
+from tests.harness.services import wait_until
+from tests.harness.study import SITES, begin, change, end, end_all, queued, write_study
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,9 @@ from nightsplit.console.commands.status import summarise
 from nightsplit.console.worker_file import read_worker_file
 from nightsplit.shared.run_store.sqlite import SqliteStore
 from nightsplit.shared.storage.checkpoint import MANIFEST, TENSORS
-from tests.services import wait_until
-from tests.study import change
-from tests.workers import Hospital
+from tests.harness.services import wait_until
+from tests.harness.study import change
+from tests.harness.workers import Hospital
 
 WORKERS = ("server", "north")
 

@@ -18,8 +18,8 @@ from nightsplit.server_worker.stream.ddp import DividedTop, Group, Share
 from nightsplit.shared.config.run import OptimizerSection, TaskSection
 from nightsplit.shared.errors import ConfigError, Refused
 from nightsplit.shared.learning.seeds import seeded
-from tests.services import free_port
-from tests.workers import SHARES, Hospital
+from tests.harness.services import free_port
+from tests.harness.workers import SHARES, Hospital
 
 pytestmark = pytest.mark.timeout(400)  # processes that load torch, three at a time
 

@@ -11,10 +11,20 @@ from nightsplit.console.commands import dlq as dead_letters
 from nightsplit.console.commands.dlq import discard_letters, list_letters, replay_letters, show_letter
 from nightsplit.shared.errors import NightsplitError
 from nightsplit.shared.transport import Broker, Delivery
-from tests.dead_letters import BROKERS, contents, depth, file_of, letters, listed, open_broker, put, sites_far_ahead
-from tests.protocols.night import Night
+from tests.harness.dead_letters import (
+    BROKERS,
+    contents,
+    depth,
+    file_of,
+    letters,
+    listed,
+    open_broker,
+    put,
+    sites_far_ahead,
+)
+from tests.harness.night import Night
+from tests.harness.services import wait_until
 from tests.protocols.test_poison import POISON, header
-from tests.services import wait_until
 
 
 @pytest.fixture(params=BROKERS)

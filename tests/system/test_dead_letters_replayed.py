@@ -21,10 +21,20 @@ from nightsplit.shared.errors import NightsplitError
 from nightsplit.shared.transport import Broker, Delivery
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER
-from tests.dead_letters import BROKERS, contents, depth, file_of, letters, listed, open_broker, put, sites_far_ahead
-from tests.protocols.night import Night, tiny_config
+from tests.harness.dead_letters import (
+    BROKERS,
+    contents,
+    depth,
+    file_of,
+    letters,
+    listed,
+    open_broker,
+    put,
+    sites_far_ahead,
+)
+from tests.harness.night import Night, tiny_config
+from tests.harness.services import wait_until
 from tests.protocols.test_poison import POISON, header
-from tests.services import wait_until
 
 
 @pytest.fixture(params=BROKERS)

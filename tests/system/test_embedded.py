@@ -19,8 +19,8 @@ import pytest
 from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Confirmed, Queue, Recovered, Trouble
-from tests.embedded import LARGE, UP, body, files, ids, rows, store, take
-from tests.services import wait_until
+from tests.harness.embedded import LARGE, UP, body, files, ids, rows, store, take
+from tests.harness.services import wait_until
 
 OTHER = Queue("night.south.up", "night.south", "up", None, "dead")
 LEASE_SECONDS = 1.5

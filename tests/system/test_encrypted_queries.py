@@ -18,7 +18,7 @@ from nightsplit.console.worker_file import read_worker_file
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import TITLES
 from nightsplit.shared.protocols.load import load
-from tests.films import (
+from tests.harness.films import (  # fmt: skip
     FRAMES,
     SEQUENCES,
     ask_under_kills,
@@ -27,8 +27,8 @@ from tests.films import (
     scores,
     trained,
     write_study,
-)  # fmt: skip
-from tests.services import RabbitNode
+)
+from tests.harness.services import RabbitNode
 
 KILLS = 8
 

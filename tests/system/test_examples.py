@@ -21,7 +21,7 @@ from nightsplit.shared.protocols.load import load
 from nightsplit.simulation.run import simulate
 from nightsplit.site_worker.config import PolicyConfig
 from nightsplit.site_worker.worker import SiteWorker
-from tests.services import RabbitNode, RedisServer
+from tests.harness.services import RabbitNode, RedisServer
 
 IN_ROUNDS = ["data_vectors", "dp_segmentation", "fedavg_transfer"]
 ENCRYPTED = "encrypted_sequences"

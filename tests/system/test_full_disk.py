@@ -13,8 +13,8 @@ import pytest
 from nightsplit.broker.embedded import storage as embedded_folder
 from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.shared.transport import Confirmed, Delivery, Link, Recovered, Trouble
-from tests.embedded import LARGE, UP, files, ids, store, take
-from tests.services import wait_until
+from tests.harness.embedded import LARGE, UP, files, ids, store, take
+from tests.harness.services import wait_until
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 
 from nightsplit.shared.protocols import ROUNDS
 from nightsplit.shared.wire.message import SERVER
-from tests.protocols.night import Night, tiny_config
+from tests.harness.night import Night, tiny_config
 from tests.protocols.test_crashes import shaken
 
 pytestmark = [

@@ -19,9 +19,9 @@ from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.shared.wire.schema import Payload
 from nightsplit.site_worker.config import PolicyConfig, SiteConfig
-from tests.centre import SITES, Centre
-from tests.services import wait_until
-from tests.workers import Hospital
+from tests.harness.centre import SITES, Centre
+from tests.harness.services import wait_until
+from tests.harness.workers import Hospital
 
 INIT = ["keys", "init", "--broker", "broker.example", "--store", "store.example:6380", "--folder"]
 

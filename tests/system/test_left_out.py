@@ -6,7 +6,7 @@ import time
 import pytest
 
 from nightsplit.shared.wire.message import SERVER
-from tests.workers import Hospital
+from tests.harness.workers import Hospital
 
 
 @pytest.mark.timeout(400)

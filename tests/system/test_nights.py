@@ -10,7 +10,7 @@ from nightsplit.broker.topology import site_queues
 from nightsplit.server_worker.worker import ServerWorker
 from nightsplit.simulation.clock import ManualClock
 from nightsplit.site_worker.worker import SiteWorker
-from tests.workers import Hospital
+from tests.harness.workers import Hospital
 
 BERLIN = ZoneInfo("Europe/Berlin")
 

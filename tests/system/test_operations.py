@@ -15,9 +15,9 @@ import pytest
 
 from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.broker.topology import site_queues
-from tests.services import RabbitNode, RedisServer, free_port, wait_until
-from tests.study import begin, change, end, end_all, write_study
-from tests.workers import Hospital
+from tests.harness.services import RabbitNode, RedisServer, free_port, wait_until
+from tests.harness.study import begin, change, end, end_all, write_study
+from tests.harness.workers import Hospital
 
 SITES = ("north", "south")
 ROOT = Path(__file__).parents[2]

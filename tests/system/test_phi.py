@@ -12,8 +12,8 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from tests.dicom_files import write_dicom
-from tests.study import SITES, begin, change, contents, end, end_all, queued, write_study
+from tests.harness.dicom_files import write_dicom
+from tests.harness.study import SITES, begin, change, contents, end, end_all, queued, write_study
 
 PATIENTS = 50
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tests.study import change
-from tests.workers import SHARES, Hospital
+from tests.harness.study import change
+from tests.harness.workers import SHARES, Hospital
 
 ROUNDS = 3
 SCALING = """scaling = "run"

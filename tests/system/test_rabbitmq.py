@@ -17,7 +17,7 @@ from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
-from tests.services import RabbitNode, free_port, wait_until
+from tests.harness.services import RabbitNode, free_port, wait_until
 
 pytestmark = pytest.mark.rabbitmq
 

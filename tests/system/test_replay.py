@@ -12,8 +12,8 @@ from nightsplit.server_worker.tape import FOLDER, Tape, recorded
 from nightsplit.shared.errors import ConfigError, StateError
 from nightsplit.shared.transport import Delivery
 from nightsplit.site_worker.worker import SiteWorker
-from tests.study import change, write_study
-from tests.workers import Hospital
+from tests.harness.study import change, write_study
+from tests.harness.workers import Hospital
 
 SITES = ("north", "south", "east")
 

@@ -10,7 +10,7 @@ import pytest
 
 from nightsplit.shared.run_store.connect import open_store
 from nightsplit.shared.wire.message import SERVER, Scalar
-from tests.workers import Hospital
+from tests.harness.workers import Hospital
 
 
 @pytest.mark.timeout(200)

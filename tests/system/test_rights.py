@@ -21,7 +21,7 @@ from nightsplit.broker.rabbitmq.address import read_addresses
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import site_queues
 from nightsplit.shared.run_store.redis import RedisStore
-from tests.centre import SITES, Centre
+from tests.harness.centre import SITES, Centre
 
 pytestmark = [pytest.mark.rabbitmq, pytest.mark.redis]
 

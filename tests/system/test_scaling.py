@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
-from benchmarks.crowd import Crowd
-from benchmarks.scaling import night_and_day, unfairness
-from tests.workers import SHARES, Hospital
+from benchmarks.speed.crowd import Crowd
+from benchmarks.speed.scaling import night_and_day, unfairness
+from tests.harness.workers import SHARES, Hospital
 
 EPOCHS = 4
 RUNS = {"ldl": 5, "glucose": 6}

@@ -8,8 +8,8 @@ from contextlib import closing
 
 import pytest
 
-from tests.processes import Process
-from tests.workers import SHARES, Hospital
+from tests.harness.processes import Process
+from tests.harness.workers import SHARES, Hospital
 
 EPOCHS = 40
 """Long enough that a fast machine is still at work when the leader is put to sleep."""

@@ -7,7 +7,7 @@ import pytest
 from nightsplit.server_worker.presence import LONGEST_LOOK, Attendance
 from nightsplit.shared.run_store.base import Status
 from nightsplit.shared.wire.message import SERVER
-from tests.protocols.night import tiny_config
+from tests.harness.night import tiny_config
 
 
 class Watch:

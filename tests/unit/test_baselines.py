@@ -11,7 +11,7 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.simulation.evaluate import Judgement, judge
 from nightsplit.simulation.run import simulate
 from nightsplit.site_worker.data.dataset import Parts
-from tests.protocols.night import tiny_config, tiny_parts, tiny_rounds
+from tests.harness.night import tiny_config, tiny_parts, tiny_rounds
 
 SITES = ("north", "south")
 

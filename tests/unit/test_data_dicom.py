@@ -22,7 +22,7 @@ from nightsplit.shared.errors import DataError
 from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.dataset import Dataset
 from nightsplit.site_worker.data.source import load_dataset
-from tests.dicom_files import write_dicom
+from tests.harness.dicom_files import write_dicom
 
 BINARY = TaskSection(kind="binary")
 BUNDLED = Path(pydicom.data.__file__).parent / "test_files"

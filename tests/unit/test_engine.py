@@ -13,7 +13,7 @@ from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.shared.wire.schema import Payload
 from nightsplit.simulation.broker import MemoryBroker
-from tests.protocols.night import Authority
+from tests.harness.night import Authority
 
 QUEUES = {site: site_queues("run", site, 10_000) for site in ("a", "b")}
 CONTRACT = {Kind.SMASHED: Payload(scalars={"value": int}), Kind.NOTED: Payload(), Kind.FINISH: Payload()}

@@ -5,7 +5,7 @@ import torch
 
 from nightsplit.server_worker.evaluation import Evaluation, parse_site_metrics
 from nightsplit.shared.protocols.plan import Step
-from tests.protocols.night import tiny_config
+from tests.harness.night import tiny_config
 
 
 def evaluation(**run):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import federated, results
-from benchmarks.divisions import DIVISIONS, IID, divide, keep
+from benchmarks.accuracy import federated, results
+from benchmarks.accuracy.divisions import DIVISIONS, IID, divide, keep
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 
 SITES = ["north", "south", "east"]

@@ -16,7 +16,7 @@ from nightsplit.shared.transport import Recovered, Trouble
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.shared.wire.schema import Payload, TensorSpec
-from tests.protocols.night import Night, tiny_config
+from tests.harness.night import Night, tiny_config
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import segmentation
-from benchmarks.segmentation import BEGIN, END, SITES, mean_mask, read_volumes
+from benchmarks.accuracy import segmentation
+from benchmarks.accuracy.segmentation import BEGIN, END, SITES, mean_mask, read_volumes
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 
 CHOSEN = ["public volumes alone", "centralized", "FedAvg", "DP, epsilon 8"]

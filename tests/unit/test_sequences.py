@@ -5,7 +5,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from benchmarks.events import xor_of_events
+from benchmarks.accuracy.events import xor_of_events
 from nightsplit.shared.he.weights import Judge
 from nightsplit.shared.models.sequences import FrameEncoder, SequenceJudge, clstm, plain_clstm
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks import results, sequences, sequences_hippocampus, sequences_study
-from benchmarks.sequences_hippocampus import PLACES, AreaEncoder, Volume
-from benchmarks.sequences_material import Material, xor
-from benchmarks.sequences_study import Job, Study, judged, material, network
+from benchmarks.accuracy import results, sequences, sequences_hippocampus, sequences_study
+from benchmarks.accuracy.sequences_hippocampus import PLACES, AreaEncoder, Volume
+from benchmarks.accuracy.sequences_material import Material, xor
+from benchmarks.accuracy.sequences_study import Job, Study, judged, material, network
 from nightsplit.shared.models.sequences import SequenceJudge
 
 

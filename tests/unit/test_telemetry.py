@@ -18,7 +18,7 @@ from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.log import PHASES, phase_of
 from nightsplit.shared.runtime.metrics import Telemetry
 from nightsplit.shared.runtime.metrics_server import served
-from tests.services import free_port
+from tests.harness.services import free_port
 
 SERVER_FACTS = {
     "state": "working", "run": "ldl", "contract": "c0ffee", "steps": 40, "applied": 50, "planned": 100, "epoch": 2,

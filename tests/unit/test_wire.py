@@ -18,7 +18,7 @@ import zstandard
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import WIRE_VERSION, Kind, Message
 from nightsplit.shared.wire.schema import Payload, TensorSpec
-from tests.wire_bodies import F32, HEADER, MIB, PAYLOAD, body, fields, message, ramp, with_header
+from tests.harness.wire_bodies import F32, HEADER, MIB, PAYLOAD, body, fields, message, ramp, with_header
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -18,7 +18,7 @@ from nightsplit.shared.errors import Refused
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import Message, Scalar
 from nightsplit.shared.wire.schema import Payload, TensorSpec
-from tests.wire_bodies import (
+from tests.harness.wire_bodies import (
     F32,
     HEADER,
     MIB,

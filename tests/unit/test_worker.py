@@ -17,7 +17,7 @@ from nightsplit.shared.runtime.process import own_folder, prefetch_for, prepare_
 from nightsplit.shared.wire.message import Kind
 from nightsplit.shared.wire.schema import Payload, TensorSpec
 from nightsplit.simulation.store import MemoryStore
-from tests.protocols.night import tiny_config
+from tests.harness.night import tiny_config
 
 
 def test_a_state_folder_belongs_to_one_process(tmp_path):
