@@ -44,8 +44,8 @@ REFERENCE = "polynomial LSTM"
 HEAD = (
     "## Sequences of images",
     "",
-    "`python -m benchmarks.accuracy.sequences --write`: the networks of `he_clstm`, trained in the clear, with all data",
-    "in one place. Schedules were chosen on other divisions of the same volumes.",
+    "`python -m benchmarks.accuracy.sequences --write`: the networks of `he_clstm`, trained in the clear, with all",
+    "data in one place. Schedules were chosen on other divisions of the same volumes.",
     "",
 )
 NETWORKS = {

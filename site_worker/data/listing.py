@@ -19,7 +19,7 @@ from pathlib import Path
 
 from nightsplit.shared.errors import DataError
 from nightsplit.site_worker.config import SourceSection
-from nightsplit.site_worker.data.readers.table import read_cells
+from nightsplit.site_worker.data.cells import read_cells
 from nightsplit.site_worker.data.rows import absent, plain
 
 

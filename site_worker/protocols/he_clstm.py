@@ -11,10 +11,11 @@ from nightsplit.shared.he.packing import Packing
 from nightsplit.shared.he.weights import Judge, Numbers
 from nightsplit.shared.protocols.he_clstm import circuit_of, packing_for, packing_of, steps_of
 from nightsplit.site_worker.query.keys import SecretKeys
+from nightsplit.site_worker.query.role import QueryRole
 from nightsplit.site_worker.query.store import Query
 
 
-class HeClstmSite:
+class HeClstmSite(QueryRole):
     """Encrypts what a step of a query needs, and decrypts what came of it.
 
     Args:

@@ -20,7 +20,7 @@ from nightsplit.shared.protocols.query import BLINDED_ELSEWHERE, CONTRACT, KEYS_
 from nightsplit.shared.transport import Confirmed, Delivery, Link, Route
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
-from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
+from nightsplit.site_worker.query.role import QueryRole
 from nightsplit.site_worker.query.store import Place, Queries, Query
 
 POLL_S = 0.5
@@ -45,7 +45,7 @@ class Asking:
     """
 
     def __init__(
-        self, run: str, site: str, link: Link, route: Route, half: HeClstmSite, keys: PublicKeys, queries: Queries,
+        self, run: str, site: str, link: Link, route: Route, half: QueryRole, keys: PublicKeys, queries: Queries,
         message_bytes: int,
     ) -> None:  # fmt: skip
         self._run, self._site, self._link, self._route, self._half = run, site, link, route, half

@@ -36,7 +36,7 @@ class Use:
 
 def uses() -> Iterator[Use]:
     """Every literal number that an error is made with."""
-    for package in ("broker", "shared", "site_worker", "server_worker", "console"):
+    for package in ("broker", "shared", "site_worker", "server_worker", "simulation", "console"):
         for path in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 where = f"{path.relative_to(ROOT)}, line {getattr(node, 'lineno', 0)}"
@@ -47,7 +47,7 @@ def uses() -> Iterator[Use]:
                 elif isinstance(node, ast.Tuple) and [type(x) for x in node.elts[:1]] == [ast.Constant]:
                     first = node.elts[0]
                     assert isinstance(first, ast.Constant)
-                    if "protocols" in str(path) and type(first.value) is int and first.value in TITLES:
+                    if {"role.py", "protocols"} & set(path.parts) and type(first.value) is int and first.value in TITLES:
                         yield Use(first.value, "rejection", where)
 
 

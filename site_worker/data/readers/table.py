@@ -1,18 +1,16 @@
-"""Tables: CSV (comma, semicolon or tab) and Parquet, one row per sample."""
+"""Tables, one row per sample."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 from nightsplit.shared.config.run import DataSection
-from nightsplit.shared.errors import ConfigError, DataError
+from nightsplit.shared.errors import ConfigError
 from nightsplit.site_worker.config import SourceSection
+from nightsplit.site_worker.data.cells import read_cells
 from nightsplit.site_worker.data.rows import Rows, numbers
 
 
@@ -37,86 +35,3 @@ def open_table(path: Path, source: SourceSection, data: DataSection) -> Rows:
     for name in data.features:
         rows.column(name)
     return rows
-
-
-def read_cells(path: Path) -> tuple[dict[str, list[str]], Callable[[int], str]]:
-    """All cells of a CSV or Parquet file as text, by column, and a function that tells where a row stands.
-
-    Raises:
-        DataError: 401 missing, unreadable, empty or not UTF-8, 402 two columns of one name,
-            403 a line with more cells than the heading.
-    """
-    try:
-        heading, cells, lines = _parquet(path) if path.suffix.lower() == ".parquet" else _csv(path)
-    except OSError as error:
-        raise DataError(
-            401,
-            f"{path}: {error.strerror or error}.",
-            "check data.path in site.toml and who may read the file.",
-        ) from None
-    if len(set(heading)) != len(heading):
-        twice = next(name for name in heading if heading.count(name) > 1)
-        raise DataError(402, f"{path} has more than one column {twice!r}.", "rename one of them.")
-    if not cells:
-        raise DataError(401, f"{path} has no rows.", "check that the export was complete.")
-    columns = {name: [row[i] for row in cells] for i, name in enumerate(heading)}
-    unit = "row" if path.suffix.lower() == ".parquet" else "line"
-    return columns, lambda row: f"{path}, {unit} {lines[row]}"
-
-
-Cells = tuple[list[str], list[list[str]], list[int]]  # heading, cells by row, line or row number for people
-
-
-def _csv(path: Path) -> Cells:
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(401, f"{path}, line {line}: not UTF-8 text.", "save the table as CSV, UTF-8.") from None
-    first = text.partition("\n")[0]
-    if not first.strip():
-        raise DataError(401, f"{path} is empty or has no heading.", "check that the export was complete.")
-    separator = max(",;\t", key=first.count)
-    try:
-        # header=None: pandas would otherwise rename columns, and take a column too many for an index.
-        frame = pd.read_csv(
-            io.StringIO(text), sep=separator, header=None, dtype=str, na_filter=False, skip_blank_lines=False
-        ).fillna("")
-    except ValueError as error:  # ParserError, EmptyDataError
-        reason = str(error).rpartition("C error: ")[2].strip()
-        raise DataError(
-            403, f"{path}: {reason}.", "correct that line: is a quote open, or a separator too many?"
-        ) from None
-    heading, *cells = frame.to_numpy().tolist()
-    # A quoted cell may span lines, and blank lines are skipped: count as a person would.
-    lines = list(accumulate((1 + sum(cell.count("\n") for cell in row) for row in [heading, *cells]), initial=1))[1:]
-    filled = [i for i, row in enumerate(cells) if any(cell.strip() for cell in row)]
-    return [name.strip() for name in heading], [cells[i] for i in filled], [lines[i] for i in filled]
-
-
-def _parquet(path: Path) -> Cells:
-    if not path.is_file():
-        raise FileNotFoundError(2, "No such file")
-    try:
-        frame = pd.read_parquet(path)
-    except ImportError:
-        raise DataError(
-            401,
-            f"{path} is a Parquet file, and pyarrow is not installed.",
-            "pip install nightsplit[parquet], or save as CSV.",
-        ) from None
-    except Exception as error:  # pyarrow and pandas share no exception for a broken file
-        raise DataError(
-            401, f"{path} is no readable Parquet file ({type(error).__name__}).", "export it again."
-        ) from None
-    if frame.index.names != [None]:
-        frame = frame.reset_index()
-    cells = [[_text(value) for value in row] for row in frame.astype(object).to_numpy().tolist()]
-    return [str(name) for name in frame.columns], cells, list(range(1, len(cells) + 1))
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bool):
-        return str(int(value))
-    return "" if value is None or value is pd.NA or value != value else str(value)
