@@ -26,7 +26,7 @@ def owner_of(folder: Path, alone: bool) -> str:
 
 
 class Lease:
-    """The right to act as the run's server; what `nightsplit.shared.engine.fencing.Authority` asks for.
+    """The right to act as the run's server; what `nightsplit.shared.engine.fencing.CheckpointAuthority` asks for.
 
     Args:
         store: used from the worker's thread.

@@ -12,11 +12,12 @@ from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import query_queues
 from nightsplit.server_worker.config import ServerConfig
 from nightsplit.server_worker.query.pool import evaluating
-from nightsplit.server_worker.query.server import Answering
+from nightsplit.server_worker.query.server import QueryServer
+from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.errors import StateError
 from nightsplit.shared.protocols.he_clstm import circuit_of, fill, judge_of, stages_of
 from nightsplit.shared.protocols.load import load
-from nightsplit.shared.protocols.query import MOST_CHUNKS
+from nightsplit.shared.protocols.query import CONTRACT, MOST_CHUNKS
 from nightsplit.shared.runtime.process import StopSignal, locked_folder, prepare_torch
 from nightsplit.shared.runtime.worker import ShiftWorker
 from nightsplit.shared.storage.files import make_secret_file, read_secret_file
@@ -76,11 +77,12 @@ class QueryServerWorker(ShiftWorker):
                     broker.link(incoming, (processes + 1) * MOST_CHUNKS, owner) as link,
                 ):
                     self.state = "answering queries"
-                    answering = Answering(config.run.id, link, routes, circuit, evaluate, secret_name, keys, limit)
+                    mailbox = Mailbox(config.run.id, SERVER, link, routes, CONTRACT.get, limit)
+                    server = QueryServer(mailbox, circuit, evaluate, secret_name, keys)
                     try:
-                        answering.run(self.off_duty, idle_seconds)
+                        server.run(self.off_duty, idle_seconds)
                     finally:
-                        self.answered += answering.answered
+                        self.answered += server.answered
                 if idle_seconds is not None:
                     return
 

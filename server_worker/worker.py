@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from nightsplit.server_worker.tape import taped
 from nightsplit.shared.clock import Clock
 from nightsplit.shared.engine.effects import Record
 from nightsplit.shared.engine.engine import Engine
-from nightsplit.shared.engine.order import CLOSES, LEAVES
-from nightsplit.shared.errors import StateError
+from nightsplit.shared.engine.failures import refusing_failures
+from nightsplit.shared.engine.mailbox import Mailbox
+from nightsplit.shared.engine.order import CloseRound, Exclude, OrderEntry
+from nightsplit.shared.errors import Refused, StateError
 from nightsplit.shared.log import event
 from nightsplit.shared.protocols.build import planned_message_bytes
 from nightsplit.shared.protocols.load import load
@@ -125,7 +128,8 @@ class ServerWorker(ShiftWorker):
                     self._fence = lease.fence
                     event("active", fence=lease.fence)
                     try:
-                        finished = self._one_shift(folder, lease, only_open, idle_seconds)
+                        shift = partial(self._one_shift, folder, lease, only_open, idle_seconds)
+                        finished = refusing_failures(shift)
                     finally:
                         lease.release()
                     if finished or only_open or idle_seconds is not None:
@@ -144,7 +148,9 @@ class ServerWorker(ShiftWorker):
         super().wait_as(state)
         self._observe({"state": state, "run": self.run_config.run.id})
 
-    def _one_shift(self, folder: Path, lease: Lease, only_open: bool, idle_seconds: float | None) -> bool:
+    def _one_shift(
+        self, folder: Path, lease: Lease, only_open: bool, idle_seconds: float | None, failures: Mapping[str, Refused]
+    ) -> bool:
         config = self.run_config
         broker = open_broker(self.config.broker, self.base, config.wire.message_bytes, self.credentials)
         queues = {site: site_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites}
@@ -169,11 +175,11 @@ class ServerWorker(ShiftWorker):
         routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in queues.items()}
         consume = [] if only_open else [route.incoming for route in routes.values()]
 
-        def decide() -> str | None:
+        def decide() -> OrderEntry | None:
             if role.may_close and deadline.is_over:
-                return CLOSES
+                return CloseRound()
             absent = attendance.absent(role.awaited(), role.staying)
-            return absent and LEAVES + absent
+            return Exclude(absent) if absent else None
 
         def record(line: Record) -> None:
             log.write(line)
@@ -181,12 +187,9 @@ class ServerWorker(ShiftWorker):
                 self._trained[str(line.metrics.get("site", TOGETHER))] = line.metrics
 
         with taped(broker.link(consume, prefetch, owner=f"{SERVER}:{folder.resolve()}"), config, folder) as link:
-            engine = Engine(
-                config.run.id, role, link, routes, checkpoints, lease,
-                record, config.wire.message_bytes,
-                decide=decide,
-            )  # fmt: skip
-            self._progress = engine.progress
+            mailbox = Mailbox(config.run.id, SERVER, link, routes, role.payload, config.wire.message_bytes)
+            engine = Engine(role, mailbox, checkpoints, lease, record, decide=decide, failures=failures)
+            self._progress = engine.counters
             self.recovered = engine.recover()
             log = MetricsLog(self.report_folder, role.steps)
 
@@ -200,7 +203,7 @@ class ServerWorker(ShiftWorker):
                 lease.check()
                 deadline.look(role.version)
                 if attendance.is_due:
-                    listening = heartbeat.error is None and engine.progress.trouble is None
+                    listening = heartbeat.error is None and engine.counters.trouble is None
                     attendance.look(role.applied, role.awaited(), self._statuses, listening)
                 return self._stop.asked if only_open else self.off_duty()
 

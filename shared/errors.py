@@ -57,6 +57,7 @@ TITLES: dict[int, str] = {
     313: "Ciphertext or public key cannot be used",
     314: "Public keys are not known",
     315: "Query was begun by another server",
+    316: "Message could not be applied",
     401: "Data file missing or unreadable",
     402: "Column is absent",
     403: "Value cannot be read",

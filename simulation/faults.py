@@ -144,7 +144,7 @@ class FaultyLink(WrappedLink):
         """A heap by place in line: the number of the arrival, put back by up to the window."""
         self._arrivals = 0
         self._silence = 0
-        """Turns in which nothing arrives."""
+        """DeliveryOrder in which nothing arrives."""
         self._troubled = False
         """The worker was told of a lost connection, and not yet that there is another."""
         self._patience = 0

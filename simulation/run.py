@@ -18,8 +18,10 @@ from torch.func import functional_call
 from nightsplit.broker.topology import site_queues
 from nightsplit.server_worker.protocols import AnyServer, make_server
 from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.engine.effects import unpaid
 from nightsplit.shared.engine.engine import Engine
-from nightsplit.shared.engine.fencing import Alone
+from nightsplit.shared.engine.fencing import SoleWriter
+from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.protocols.build import assemble_any
 from nightsplit.shared.storage.checkpoint import Checkpoints
@@ -87,8 +89,12 @@ def simulate(config: RunConfig, parts: Mapping[str, Parts], base: Path = Path())
 
         def engine(role: Role, routes: Mapping[str, Route]) -> Engine:
             link = broker.link([route.incoming for route in routes.values()], PREFETCH, role.name)
-            checkpoints = Checkpoints(Path(folder) / role.name)
-            return Engine(config.run.id, role, link, routes, checkpoints, Alone(), interval_seconds=3600.0)
+            mailbox = Mailbox(config.run.id, role.name, link, routes, role.payload, config.wire.message_bytes)
+            account = role.account if isinstance(role, SiteRole) else None
+            return Engine(
+                role, mailbox, Checkpoints(Path(folder) / role.name), SoleWriter(),
+                spend=account.pay if account else unpaid, interval_seconds=3600.0,
+            )  # fmt: skip
 
         server = make_server(config, Path(folder), base)
         sites = {

@@ -12,17 +12,19 @@ import torch
 
 from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import query_queues
+from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.errors import ConfigError, StateError
 from nightsplit.shared.he.ckks import PublicKeys
 from nightsplit.shared.he.weights import Numbers
 from nightsplit.shared.protocols.he_clstm import circuit_of, fill, judge_of, rotations_of, stages_of, steps_of
-from nightsplit.shared.protocols.query import MOST_CHUNKS
+from nightsplit.shared.protocols.query import CONTRACT, MOST_CHUNKS
 from nightsplit.shared.runtime.process import StopSignal, own_folder, prepare_torch
 from nightsplit.shared.storage.files import write_durably
 from nightsplit.shared.transport import Route
+from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.predict import ROWS_AT_A_TIME, chosen
 from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
-from nightsplit.site_worker.query.client import Asking
+from nightsplit.site_worker.query.client import QueryClient
 from nightsplit.site_worker.query.keys import SECRET, SecretKeys
 from nightsplit.site_worker.query.store import Queries
 from nightsplit.site_worker.worker import SiteWorker
@@ -108,15 +110,15 @@ class QuerySiteWorker:
         route = Route(outgoing=names.up, incoming=names.down, dead=names.dead)
         with own_folder(site.state_folder), closing(self._queries()) as queries:
             secret, public = self._own_keys()
-            half = HeClstmSite(self._judge, secret)
+            role = HeClstmSite(self._judge, secret)
             broker = open_broker(site.config.broker, site.base, limit, site.credentials)
             while site.wait_for_shift():
                 link = site.link(broker, route, 2 * MOST_CHUNKS, idle_seconds)
                 if link is None:
                     return False
                 with link:
-                    asking = Asking(run.id, site.config.name, link, route, half, public, queries, limit)
-                    if asking.run(site.off_duty, idle_seconds):
+                    mailbox = Mailbox(run.id, site.config.name, link, {SERVER: route}, CONTRACT.get, limit)
+                    if QueryClient(mailbox, role, public, queries).run(site.off_duty, idle_seconds):
                         return True
                 if idle_seconds is not None:
                     return False

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.engine.effects import Effect, Finish, Send
+from nightsplit.shared.engine.effects import Effect, Finish, Send, Spend
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.errors import TITLES, Refused, RunError
 from nightsplit.shared.protocols.handshake import ANY, check_contract
@@ -18,8 +18,15 @@ from nightsplit.shared.storage.checkpoint import Snapshot
 from nightsplit.shared.wire.message import SERVER, Kind, Message
 from nightsplit.shared.wire.schema import Payload
 
-if TYPE_CHECKING:
-    from nightsplit.site_worker.privacy.site import Account
+
+class Account(Protocol):
+    """A run's line in the site's ledger, as `nightsplit.site_worker.privacy.site.Account` keeps it."""
+
+    def pay(self, spend: Spend) -> None:
+        """Pay for all steps so far, durably, before weights that contain them leave."""
+
+    def close(self) -> None:
+        """Let go of the ledger."""
 
 
 class SiteRole(Role):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from safetensors.torch import save_file
 from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import site_queues
 from nightsplit.shared.clock import Clock
-from nightsplit.shared.engine.effects import Record
+from nightsplit.shared.engine.effects import unpaid
 from nightsplit.shared.engine.engine import Engine
-from nightsplit.shared.engine.fencing import Alone
-from nightsplit.shared.errors import BrokerError, RunError
+from nightsplit.shared.engine.failures import refusing_failures
+from nightsplit.shared.engine.fencing import SoleWriter
+from nightsplit.shared.engine.mailbox import Mailbox
+from nightsplit.shared.errors import BrokerError, Refused, RunError
 from nightsplit.shared.protocols.build import planned_message_bytes
 from nightsplit.shared.protocols.load import load
 from nightsplit.shared.run_store.base import RunStore, Status
@@ -105,7 +108,7 @@ class SiteWorker(ShiftWorker):
             self.expect_same_data(parts)
             with Heartbeat(self.config.name, self.open_store, self._facts, self._observe, self._look_for_server):
                 while self.wait_for_shift():
-                    finished = self._one_shift(folder, parts, idle_seconds)
+                    finished = refusing_failures(partial(self._one_shift, folder, parts, idle_seconds))
                     if finished or idle_seconds is not None:
                         return finished
         return False
@@ -123,7 +126,9 @@ class SiteWorker(ShiftWorker):
         ):
             part.expect(known)
 
-    def _one_shift(self, folder: Path, parts: Parts, idle_seconds: float | None) -> bool:
+    def _one_shift(
+        self, folder: Path, parts: Parts, idle_seconds: float | None, failures: Mapping[str, Refused]
+    ) -> bool:
         config = self.run_config
         role = make_site(
             self.config.name, config, parts, uuid.uuid4().hex, self.run_folder, self.config.device,
@@ -139,26 +144,21 @@ class SiteWorker(ShiftWorker):
             self.state = "away"
             return False
         with opened as link:
+            mailbox = Mailbox(config.run.id, role.name, link, {SERVER: route}, role.payload, config.wire.message_bytes)
             engine = Engine(
-                config.run.id, role, link, {SERVER: route}, Checkpoints(folder / "checkpoints"), Alone(),
-                self._record, config.wire.message_bytes,
+                role, mailbox, Checkpoints(folder / "checkpoints"), SoleWriter(),
+                spend=role.account.pay if role.account else unpaid, failures=failures,
             )  # fmt: skip
-            self._progress = engine.progress
+            self._progress = engine.counters
             self.recovered = engine.recover()
             self.state = "working"
             finished = engine.run(self.off_duty, idle_seconds)
         if role.account is not None:
-            role.account.ledger.close()
+            role.account.close()
         self.state = "finished" if finished else "away"
         if finished:
             self._save_model(role)
         return finished
-
-    def _record(self, line: Record) -> None:
-        """Pay for what is about to leave, in a run with differential privacy."""
-        assert self._role is not None
-        if line.metrics["event"] == "spend" and self._role.account is not None:
-            self._role.account.pay(int(line.metrics["step"] or 0))
 
     def link(self, broker: Broker, route: Route, prefetch: int, idle_seconds: float | None) -> Link | None:
         """A link, once the broker answers and the server has opened the run, which makes the queues.

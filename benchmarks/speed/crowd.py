@@ -17,7 +17,8 @@ from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import site_queues
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.engine import Engine
-from nightsplit.shared.engine.fencing import Alone
+from nightsplit.shared.engine.fencing import SoleWriter
+from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.protocols.load import load
 from nightsplit.shared.runtime.process import prefetch_for, prepare_torch
 from nightsplit.shared.storage.checkpoint import Checkpoints
@@ -95,10 +96,9 @@ class LightSite:
         queues = site_queues(config.run.id, name, config.wire.queue_bytes)
         self.role = make_site(name, config, Parts(train, nobody, nobody), name, Path())
         self.link = RabbitBroker(url).link([queues.down], prefetch_for(MESSAGE_BYTES), name)
-        self.engine = Engine(
-            config.run.id, self.role, self.link, {SERVER: Route(queues.up, queues.down, queues.dead)},
-            Checkpoints(folder / name), Alone(),
-        )  # fmt: skip
+        routes = {SERVER: Route(queues.up, queues.down, queues.dead)}
+        mailbox = Mailbox(config.run.id, name, self.link, routes, self.role.payload, config.wire.message_bytes)
+        self.engine = Engine(self.role, mailbox, Checkpoints(folder / name), SoleWriter())
 
     def has_published(self) -> bool:
         """Whether its whole plan is at the broker."""

@@ -39,7 +39,8 @@ from nightsplit.shared.config.run import (
     WireSection,
 )
 from nightsplit.shared.engine.engine import Engine
-from nightsplit.shared.engine.fencing import Alone
+from nightsplit.shared.engine.fencing import SoleWriter
+from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.runtime.process import prefetch_for, prepare_torch
 from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.transport import Broker, Delivery, Event, Link, Queue, Route
@@ -124,10 +125,9 @@ def serve(line: Connection, place: Place, run: str, rounds: int, folder: Path) -
     queues = _queues(run)
     with place.broker().link([q.up for q in queues.values()], prefetch_for(8 * MiB, len(SITES)), SERVER) as inner:
         link = Timed(inner)
-        engine = Engine(
-            run, role, link, {site: Route(q.down, q.up, q.dead) for site, q in queues.items()},
-            Checkpoints(folder / SERVER), Alone(),
-        )  # fmt: skip
+        routes = {site: Route(q.down, q.up, q.dead) for site, q in queues.items()}
+        mailbox = Mailbox(run, SERVER, link, routes, role.payload, config.wire.message_bytes)
+        engine = Engine(role, mailbox, Checkpoints(folder / SERVER), SoleWriter())
         engine.start()
         line.send("ready")
         seconds, confirmed, version, open_since = [], [], 0, 0.0
@@ -165,7 +165,8 @@ def take_part(line: Connection, place: Place, run: str, rounds: int, folder: Pat
         role = make_site(site, config, Parts(one, nobody, nobody), site, folder)
         link = place.broker().link([queues.down], prefetch_for(8 * MiB), site)
         routes = {SERVER: Route(queues.up, queues.down, queues.dead)}
-        engines.append(Engine(run, role, link, routes, Checkpoints(folder / site), Alone()))
+        mailbox = Mailbox(run, site, link, routes, role.payload, config.wire.message_bytes)
+        engines.append(Engine(role, mailbox, Checkpoints(folder / site), SoleWriter()))
         links.append(link)
     for engine in engines:
         engine.start()

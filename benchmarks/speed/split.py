@@ -28,7 +28,8 @@ from nightsplit.server_worker.stream.top import Top
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Record
 from nightsplit.shared.engine.engine import Engine
-from nightsplit.shared.engine.fencing import Alone
+from nightsplit.shared.engine.fencing import SoleWriter
+from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.learning.losses import loss_of
 from nightsplit.shared.learning.optimizers import make_optimizer
@@ -94,10 +95,9 @@ def server(line: Connection, case: Case, run: str, place: Place, folder: Path) -
             if role.steps in (case.warmup, case.batches):
                 marks.append((time.perf_counter(), times.seconds.copy(), _cpu(place, link, site_ids)))
 
-        engine = Engine(
-            run, role, link, _routes(SITE, queues.down, queues.up, queues), Checkpoints(folder / SERVER), lease,
-            record, config.wire.message_bytes,
-        )  # fmt: skip
+        routes = _routes(SITE, queues.down, queues.up, queues)
+        mailbox = Mailbox(run, SERVER, link, routes, role.payload, config.wire.message_bytes)
+        engine = Engine(role, mailbox, Checkpoints(folder / SERVER), lease, record)
         times.watch_all(role, link)
         line.send("ready")
         site_ids.update(line.recv())
@@ -111,7 +111,7 @@ def server(line: Connection, case: Case, run: str, place: Place, folder: Path) -
             "seconds": ended - began,
             "times": {name: times_after[name] - times_before[name] for name in times_after},
             "cpu": {name: cpu_after[name] - cpu_before[name] for name in cpu_after},
-            "checkpoints": engine.progress.counts["checkpoints"],
+            "checkpoints": engine.counters.counts["checkpoints"],
         }
     )
 
@@ -124,10 +124,9 @@ def site(line: Connection, case: Case, run: str, place: Place, folder: Path, bac
     role = SplitLabelsSite(SITE, config, bottom, Feed(config, SITE, case.parts()), contract, "first")
     queues = case.queues(run)
     with place.broker().link([queues.down], _prefetch(config, contract, Kind.CUT_GRADIENT), SITE) as link:
-        engine = Engine(
-            run, role, link, _routes(SERVER, queues.up, queues.down, queues), Checkpoints(folder / SITE), Alone(),
-            message_bytes=config.wire.message_bytes,
-        )  # fmt: skip
+        routes = _routes(SERVER, queues.up, queues.down, queues)
+        mailbox = Mailbox(run, SITE, link, routes, role.payload, config.wire.message_bytes)
+        engine = Engine(role, mailbox, Checkpoints(folder / SITE), SoleWriter())
         if backlog:
             line.send(_night(engine, planned_message_bytes(config, {Kind.SMASHED: contract[Kind.SMASHED]}), backlog))
             return
@@ -143,7 +142,7 @@ def _night(engine: Engine, message_bytes: int, backlog: int) -> list[int]:
     engine.start()
     samples = []
     for bytes_out in (32 * MiB, backlog):
-        while engine.progress.counts["confirmed"] * message_bytes < bytes_out:
+        while engine.counters.counts["confirmed"] * message_bytes < bytes_out:
             engine.step(0.1)
         samples.append(resident_bytes())
     engine.leave()
@@ -155,7 +154,8 @@ def open_run(case: Case, run: str, place: Place, folder: Path) -> None:
     _, role, queues, prefetch = _server(case, run)
     with place.broker().link([], prefetch, SERVER) as link:
         routes = _routes(SITE, queues.down, queues.up, queues)
-        Engine(run, role, link, routes, Checkpoints(folder / SERVER), Alone()).run(lambda: False, idle_seconds=0.0)
+        mailbox = Mailbox(run, SERVER, link, routes, role.payload, role.config.wire.message_bytes)
+        Engine(role, mailbox, Checkpoints(folder / SERVER), SoleWriter()).run(lambda: False, idle_seconds=0.0)
 
 
 def _server(case: Case, run: str) -> tuple[RunConfig, SplitLabelsServer, SiteQueues, int]:

@@ -29,9 +29,11 @@ from dataclasses import asdict, dataclass, replace
 from nightsplit.broker.topology import SiteQueues
 from nightsplit.console.ui.text import columns, counted, screen
 from nightsplit.console.worker_file import WorkerFile
+from nightsplit.shared.engine.mailbox import Mailbox, header_of
 from nightsplit.shared.errors import BrokerError, Refused, RunError
-from nightsplit.shared.transport import Confirmed, Delivery, Link, Trouble
-from nightsplit.shared.wire import format as wire
+from nightsplit.shared.transport import Confirmed, Delivery, Link, Route, Trouble
+from nightsplit.shared.wire.message import SERVER
+from nightsplit.site_worker.config import SiteSection
 
 PATIENCE_S = 30.0
 """How long nothing at all may arrive; an embedded queue is free 10 s after its consumer died."""
@@ -105,12 +107,12 @@ class _Pass:
     Iterating ends when all have been seen, and the broker has confirmed what was replayed.
 
     Args:
-        link: consumes the site's dead letters.
+        mailbox: of the worker, over a link that consumes the site's dead letters.
         site, queues: whose they are.
     """
 
-    def __init__(self, link: Link, site: str, queues: SiteQueues) -> None:
-        self._link = link
+    def __init__(self, mailbox: Mailbox, site: str, queues: SiteQueues) -> None:
+        self._mailbox, self._link = mailbox, mailbox.link
         self._site = site
         self._queues = queues
         self._held = 0
@@ -160,7 +162,7 @@ class _Pass:
                 f"{letter.id} came from {_plain(letter.queue) if letter.queue else 'nowhere that it names'}.",
                 "look at it with nightsplit dlq show, then discard it.",
             )
-        self._link.publish(origin, letter.message_id, [delivery.body])
+        self._mailbox.send_again(origin, letter.message_id, delivery.body)
         self._replayed[letter.message_id].append(replace(delivery, body=b""))
 
     def _confirmed(self, message_id: str) -> None:
@@ -187,11 +189,20 @@ def _go_through(file: WorkerFile, prefetch: int, act: _Act) -> bool:
     complete = True
     for site, of_site in file.queues().items():
         with broker.link([of_site.dead], prefetch, f"dlq:{socket.gethostname()}:{os.getpid()}") as link:
-            one = _Pass(link, site, of_site)
+            one = _Pass(_mailbox(file, link, site, of_site), site, of_site)
             for letter, delivery in one:
                 act(one, letter, delivery)
             complete = complete and one.complete
     return complete
+
+
+def _mailbox(file: WorkerFile, link: Link, site: str, queues: SiteQueues) -> Mailbox:
+    """The worker's mailbox: what a site sends again passes its gate once more."""
+    ours = isinstance(file.worker, SiteSection)
+    up, down = (queues.up, queues.down) if ours else (queues.down, queues.up)
+    name, peer = (site, SERVER) if ours else (SERVER, site)
+    routes = {peer: Route(outgoing=up, incoming=down, dead=queues.dead)}
+    return Mailbox(file.run.run.id, name, link, routes, lambda kind: None, file.run.wire.message_bytes)
 
 
 def list_letters(file: WorkerFile, as_json: bool) -> None:
@@ -234,7 +245,7 @@ def show_letter(file: WorkerFile, wanted: str, as_json: bool) -> None:
     message: dict[str, object] | None = None
     unreadable = None
     try:
-        message = asdict(wire.peek(delivery.body))
+        message = asdict(header_of(delivery.body))
     except Refused as refusal:
         unreadable = str(refusal)
     if as_json:

@@ -27,14 +27,15 @@ from nightsplit.server_worker.tape import FOLDER, recorded
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Record
 from nightsplit.shared.engine.engine import Engine
-from nightsplit.shared.engine.fencing import Alone
-from nightsplit.shared.errors import ConfigError, Refused, StateError
+from nightsplit.shared.engine.fencing import SoleWriter
+from nightsplit.shared.engine.mailbox import Mailbox
+from nightsplit.shared.errors import ConfigError, StateError
 from nightsplit.shared.models.hashing import weights_sha256
 from nightsplit.shared.run_store.base import RunStore
 from nightsplit.shared.runtime.process import prepare_torch
 from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.transport import Confirmed, Delivery, Event, Link, Queue, Route
-from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire.message import SERVER
 
 
 def show_replay(file: WorkerFile, until: int | None, as_json: bool) -> bool:
@@ -167,9 +168,11 @@ class Replay:
         with TemporaryDirectory(prefix="nightsplit-replay-") as scratch:
             self._role = role = make_server(self._config, Path(scratch), self._base, self._device)
             routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in self._queues.items()}
+            limit = self._config.wire.message_bytes
+            mailbox = Mailbox(self._config.run.id, SERVER, self._player, routes, role.payload, limit)
             self._engine = engine = Engine(
-                self._config.run.id, role, self._player, routes, Checkpoints(Path(scratch) / "checkpoints"),
-                self._order, self._record, self._config.wire.message_bytes, interval_seconds=math.inf,
+                role, mailbox, Checkpoints(Path(scratch) / "checkpoints"), self._order, self._record,
+                interval_seconds=math.inf,
             )  # fmt: skip
             engine.start()
             while not engine.finished and (until is None or engine.position < until):
@@ -204,18 +207,12 @@ class Replay:
 
     def _step(self) -> bool:
         """One turn of the engine, which applies one message at most; whether there was anything to do."""
-        marks, refusals = dict(self._engine.marks), self._role.refusals.total()
-        # The engine applies first and receives then, when a copy may come under the same number.
-        due = {site: self._player.ids.get((self._queues[site].up.name, mark + 1)) for site, mark in marks.items()}
-        self._loss = None
-        self._player.reasons.clear()
+        before, self._loss = self._engine.last, None
         worked = self._engine.step(0.0)
-        for site, mark in self._engine.marks.items():
-            if mark > marks[site]:
-                message = due[site]
-                assert message is not None
-                refused = self._player.reasons[0] if self._role.refusals.total() > refusals else None
-                self.last = Applied(message, self._loss, refused)
+        last = self._engine.last
+        if last is not None and last is not before:
+            refused = str(last.refusal) if last.refusal else None
+            self.last = Applied(last.header.message_id, self._loss, refused)
         return worked
 
     def _record(self, line: Record) -> None:
@@ -229,7 +226,7 @@ class Replay:
             due = self._role.applied[site] + 1
             if site not in self._role.sequences:
                 missing.append(f"a greeting of {site} that fits run.toml")
-            elif (self._queues[site].up.name, due) not in self._player.ids:
+            elif site not in self._engine.ready:
                 missing.append(f"message {due} of {site}")
         damaged = f" Damaged: {', '.join(self._player.damaged)}." if self._player.damaged else ""
         what = " and ".join(missing) or "whom the order journal names next"
@@ -244,7 +241,7 @@ def _tape_ends(tape: Path, position: int, why: str) -> StateError:
     )
 
 
-class _Order(Alone):
+class _Order(SoleWriter):
     """The order that was written down where timing decided it; it is followed, and never written."""
 
     def __init__(self, store: RunStore, tape: Path) -> None:
@@ -272,16 +269,12 @@ class _Player(Link):
         played: deliveries so far.
         at_end: whether there are no more.
         damaged: places of the tape that cannot be read, as far as it was played.
-        ids: of the newest delivery, by queue and number.
-        reasons: of refusals, oldest first, until they are cleared.
     """
 
     def __init__(self, tape: Path) -> None:
         self.played = 0
         self.at_end = False
         self.damaged: list[str] = []
-        self.ids: dict[tuple[str, int], str] = {}
-        self.reasons: list[str] = []
         self._tape = recorded(tape, self.damaged)
         self._confirmed: deque[str] = deque()
         self._prefetch = 2**16
@@ -300,20 +293,13 @@ class _Player(Link):
             return None
         self._pauses = True
         self.played += 1
-        try:
-            header = wire.peek(delivery.body)
-        except Refused:
-            return delivery
-        self.ids[delivery.queue, header.seq] = delivery.message_id
         return delivery
 
     def publish(
         self, queue: Queue, message_id: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str] = {}
     ) -> None:
-        """Nothing leaves; why a message was refused is kept."""
+        """Nothing leaves."""
         self._confirmed.append(message_id)
-        if "reason" in headers:
-            self.reasons.append(headers["reason"])
 
     def acknowledge(self, delivery: Delivery) -> None:
         """The tape forgets nothing."""

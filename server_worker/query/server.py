@@ -12,20 +12,19 @@ from __future__ import annotations
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
 from nightsplit.server_worker.he.arithmetic import Arithmetic
 from nightsplit.server_worker.query.pool import Evaluate
-from nightsplit.shared.engine.dead_letter import bury
+from nightsplit.shared.engine.mailbox import Mailbox, PutAside
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.he.ckks import Circuit, PublicKeys
-from nightsplit.shared.protocols.query import BLINDED_ELSEWHERE, CONTRACT, KEYS_UNKNOWN, Parcels, chunks
+from nightsplit.shared.protocols.query import BLINDED_ELSEWHERE, KEYS_UNKNOWN, Parcels, chunks
 from nightsplit.shared.storage.files import write_durably
-from nightsplit.shared.transport import Confirmed, Delivery, Link, Route
-from nightsplit.shared.wire import format as wire
+from nightsplit.shared.transport import Confirmed, Delivery
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 
 POLL_S = 0.5
@@ -49,33 +48,28 @@ class _Evaluation(NamedTuple):
     blinding: str
 
 
-class Answering:
-    """The loop of one server process.
+class QueryServer:
+    """Answers the queries of all sites, in one process.
 
     Args:
-        run: id of the run whose model answers.
-        link: consumes every site's queue of queries.
-        routes: of the sites.
+        mailbox: of the server.
         circuit: of the queries.
         evaluate: begins the evaluation of a query.
         secret_name: names the secret that states are blinded with.
         keys: folder of the sites' public keys.
-        message_bytes: largest message.
     """
 
-    def __init__(
-        self, run: str, link: Link, routes: Mapping[str, Route], circuit: Circuit, evaluate: Evaluate,
-        secret_name: str, keys: Path, message_bytes: int,
-    ) -> None:  # fmt: skip
-        self._run, self._link, self._routes, self._circuit, self._evaluate = run, link, routes, circuit, evaluate
-        self._secret_name, self._keys, self._message_bytes = secret_name, keys, message_bytes
-        self._senders = {route.incoming.name: site for site, route in routes.items()}
-        self._parcels = {site: Parcels() for site in routes}
+    def __init__(self, mailbox: Mailbox, circuit: Circuit, evaluate: Evaluate, secret_name: str, keys: Path) -> None:
+        self._mailbox, self._circuit, self._evaluate = mailbox, circuit, evaluate
+        self._secret_name, self._keys = secret_name, keys
+        self._parcels = {site: Parcels() for site in mailbox.routes}
         self._held: defaultdict[Parcel, list[Delivery]] = defaultdict(list)
         """Chunks of parcels that are not dealt with."""
         self._evaluations: dict[Future[list[bytes]], _Evaluation] = {}
         self._leaving: dict[str, Parcel] = {}
         """Messages that are not confirmed, and whose parcel they answer."""
+        self._aside: dict[str, Delivery] = {}
+        """Messages of nobody, by the id of their copy in the dead letter queue."""
         self._given_up: set[Parcel] = set()
         """Parcels of which a chunk was refused: the others are let go."""
         self._sent = 0
@@ -91,7 +85,7 @@ class Answering:
         """
         last = time.monotonic()
         while not leave():
-            event = self._link.receive(SOON_S if self._evaluations else POLL_S)
+            event = self._mailbox.link.receive(SOON_S if self._evaluations else POLL_S)
             if isinstance(event, Delivery):
                 self._take(event)
             elif isinstance(event, Confirmed):
@@ -103,30 +97,23 @@ class Answering:
                 return
 
     def _take(self, delivery: Delivery) -> None:
-        site, header = self._senders[delivery.queue], None
+        received = self._mailbox.receive(delivery)
+        if isinstance(received, PutAside):
+            self.refused += 1
+            self._aside[received.copy] = delivery
+            return
+        parcel = _parcel(received.header)
+        if parcel in self._given_up:
+            self._mailbox.link.acknowledge(delivery)
+            return
+        self._held[parcel].append(delivery)
         try:
-            found = wire.peek(delivery.body)
-            expected = (self._run, site, SERVER)
-            if (found.run, found.sender, found.receiver) != expected or not delivery.may_be_from(site):
-                raise Refused(
-                    310,
-                    f"{found.message_id} came through {delivery.queue}{delivery.by}.",
-                    "check which worker publishes to that queue.",
-                )
-            header = found  # the site is told of its own messages alone
-            if header.kind not in (Kind.KEYS, Kind.QUERY):
-                raise Refused(303, f"{header.kind} from {site} is not used here.", "run one version at both.")
-            parcel = _parcel(header)
-            if parcel in self._given_up:
-                self._link.acknowledge(delivery)
-                return
-            self._held[parcel].append(delivery)
-            message = wire.decode(delivery.body, CONTRACT[header.kind], self._message_bytes)
-            pieces = self._parcels[site].add(message)
+            message = self._mailbox.open(received)
+            pieces = self._parcels[received.header.sender].add(message)
             if pieces is not None:
                 self._begin(message, pieces, delivery)
         except Refused as refusal:
-            self._refuse(site, header, delivery, refusal)
+            self._refuse(received.header, delivery, refusal)
 
     def _begin(self, message: Message, pieces: list[bytes], delivery: Delivery) -> None:
         """Keep public keys, or begin with a query."""
@@ -153,43 +140,42 @@ class Answering:
             try:
                 pieces = evaluation.result()
             except Refused as refusal:
-                self._refuse(header.sender, header, delivery, refusal)
+                self._refuse(header, delivery, refusal)
                 continue
-            told = Header(self._run, SERVER, header.sender, Kind.ANSWER, header.seq, header.seq, header.version)
-            for place, chunk in enumerate(chunks(told, pieces, self._message_bytes, {"blinding": blinding})):
+            told = self._mailbox.header(header.sender, Kind.ANSWER, header.seq, header.seq, header.version)
+            for place, chunk in enumerate(chunks(told, pieces, self._mailbox.message_bytes, {"blinding": blinding})):
                 self._send(_parcel(header), chunk, place)
             self.answered += 1
 
     def _send(self, parcel: Parcel, message: Message, place: int) -> None:
         self._sent += 1
         name = f"{message.header.message_id}/{message.header.version}/{place}/{self._sent}"
-        body = wire.encode(message, CONTRACT[message.header.kind], self._message_bytes)
-        self._leaving[name] = parcel
-        self._link.publish(self._routes[parcel[0]].outgoing, name, body)
+        self._leaving[self._mailbox.send(message, name)] = parcel
 
-    def _refuse(self, site: str, header: Header | None, delivery: Delivery, refusal: Refused) -> None:
-        """Keep a copy of the chunk with the reason, and tell the site, if it is a query that can be named."""
+    def _refuse(self, header: Header, delivery: Delivery, refusal: Refused) -> None:
+        """Keep a copy of the chunk with the reason, and tell the site, if it is a query."""
         self.refused += 1
-        parcel = _parcel(header) if header else (site, Kind.QUERY, 0, 0)
-        if delivery not in self._held[parcel]:
-            self._held[parcel].append(delivery)
+        parcel = _parcel(header)
         if refusal.number not in (KEYS_UNKNOWN, BLINDED_ELSEWHERE):  # then the site sends it once more
             self._given_up.add(parcel)
-        name = f"dead/{delivery.message_id}/{self.refused}"
-        self._leaving[name] = parcel
-        bury(self._link, self._routes[site].dead, name, delivery, site, refusal)
-        if header is not None and header.kind is Kind.QUERY:
-            told = Header(self._run, SERVER, site, Kind.UNANSWERED, header.seq, header.seq, header.version)
+        self._leaving[self._mailbox.put_aside(delivery, refusal).copy] = parcel
+        if header.kind is Kind.QUERY:
+            told = Header(
+                self._mailbox.run, SERVER, header.sender, Kind.UNANSWERED, header.seq, header.seq, header.version
+            )
             self._send(parcel, Message(told, {}, {"number": refusal.number, "reason": str(refusal)}), 0)
 
     def _confirmed(self, name: str) -> None:
+        if name in self._aside:
+            self._mailbox.link.acknowledge(self._aside.pop(name))
+            return
         parcel = self._leaving.pop(name, None)
         if parcel is not None and parcel not in self._leaving.values():
             self._acknowledge(parcel)
 
     def _acknowledge(self, parcel: Parcel) -> None:
         for delivery in self._held.pop(parcel, []):
-            self._link.acknowledge(delivery)
+            self._mailbox.link.acknowledge(delivery)
 
     # -- public keys -------------------------------------------------------------------------------
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from logging import WARNING
+from logging import ERROR, WARNING
 
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.log import event
+from nightsplit.shared.wire.message import Header
 
 
 @dataclass(slots=True)
-class Progress:
+class Counters:
     """Counts since this engine began, and the present state.
 
     Attributes:
@@ -33,7 +34,7 @@ class Progress:
         """The link handed over a delivery."""
         self.counts["received_bytes"] += len(body)
 
-    def passed_over(self, checkpoints: Sequence[str]) -> None:
+    def skipped(self, checkpoints: Sequence[str]) -> None:
         """Damaged checkpoints were not used."""
         for line in checkpoints:
             event("passed_over", WARNING, checkpoint=line)
@@ -52,6 +53,10 @@ class Progress:
         """A message goes to the dead letter queue; its reason is there and not here, since it quotes the message."""
         self.counts["refused"] += 1
         event("refused", WARNING, number=refusal.number, sender=sender, seq=seq)
+
+    def failed(self, header: Header, refusal: Refused) -> None:
+        """The role failed on a message; the worker begins anew from its checkpoint."""
+        event("role_failed", ERROR, number=refusal.number, message=header.message_id, reason=refusal.sentence)
 
     def left_out(self, site: str, position: int) -> None:
         """The run goes on without a site."""

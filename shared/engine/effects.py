@@ -34,6 +34,17 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
+class Spend:
+    """Pay, durably, for differential privacy before what comes behind is performed.
+
+    Attributes:
+        steps: private training steps so far, all that leave with the next messages included.
+    """
+
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """The role's work is done: make the end durable, then say the last words and leave.
 
@@ -44,4 +55,9 @@ class Finish:
     farewell: tuple[Send, ...] = ()
 
 
-Effect = Send | Record | Finish
+Effect = Send | Record | Spend | Finish
+
+
+def unpaid(spend: Spend) -> None:
+    """Stand for the ledger where there is none, so that no role trains privately without paying."""
+    raise AssertionError("a role that spends privacy needs a ledger")

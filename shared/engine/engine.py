@@ -18,76 +18,89 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import assert_never
 
 from nightsplit.shared import crash_points
-from nightsplit.shared.engine.counters import Progress
-from nightsplit.shared.engine.dead_letter import bury
-from nightsplit.shared.engine.effects import Effect, Finish, Record, Send
-from nightsplit.shared.engine.fencing import Authority
-from nightsplit.shared.engine.order import CLOSES, LEAVES, Turns
-from nightsplit.shared.engine.pending import Applied, Pending, Sent
+from nightsplit.shared.engine.effects import Effect, Finish, Record, Send, Spend, unpaid
+from nightsplit.shared.engine.failures import Failures
+from nightsplit.shared.engine.fencing import CheckpointAuthority
+from nightsplit.shared.engine.mailbox import Mailbox, PutAside, Received
+from nightsplit.shared.engine.order import Apply, CloseRound, DeliveryOrder, Exclude, OrderEntry
+from nightsplit.shared.engine.pending import PendingSnapshot, UnackedDeliveries, UnconfirmedSends
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.errors import Refused, StateError
 from nightsplit.shared.storage.checkpoint import Checkpoints, Snapshot
-from nightsplit.shared.transport import Confirmed, Delivery, Link, Recovered, Route, Trouble
-from nightsplit.shared.wire import format as wire
-from nightsplit.shared.wire.message import FROM_SITES, SERVER, UNSEQUENCED, Header, Message
+from nightsplit.shared.transport import Confirmed, Delivery, Recovered, Trouble
+from nightsplit.shared.wire.message import UNSEQUENCED, Header, Message
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A message that was applied in its sequence.
+
+    Attributes:
+        header: of the message.
+        refusal: why it was refused; it counts as applied.
+    """
+
+    header: Header
+    refusal: Refused | None
 
 
 class Engine:
-    """Runs one role over one link until it finishes or is told to stop.
+    """Runs one role over one mailbox until it finishes or is told to stop.
 
     Args:
-        run: id of the run.
         role: what to run.
-        link: consumes the incoming queue of every route.
-        routes: by peer name.
+        mailbox: its messages, in and out.
         checkpoints: this worker's.
         authority: lets checkpoints count.
         record: takes the role's lines of metrics.
-        message_bytes: largest message, both ways.
+        spend: pays for differential privacy, durably.
+        decide: as in `DeliveryOrder`; asked of a journalled role.
         interval_seconds: longest time between checkpoints while there is something to save.
-        decide: as in `Turns`; asked of a journalled role.
+        failures: messages to refuse since a role failed on them, as in `refusing_failures`.
     """
 
     def __init__(
         self,
-        run: str,
         role: Role,
-        link: Link,
-        routes: Mapping[str, Route],
+        mailbox: Mailbox,
         checkpoints: Checkpoints,
-        authority: Authority,
+        authority: CheckpointAuthority,
         record: Callable[[Record], None] = lambda line: None,
-        message_bytes: int = 16 * 2**20,
+        spend: Callable[[Spend], None] = unpaid,
+        decide: Callable[[], OrderEntry | None] = lambda: None,
         interval_seconds: float = 30.0,
-        decide: Callable[[], str | None] = lambda: None,
+        failures: Mapping[str, Refused] = {},
     ) -> None:
-        self.progress = Progress()
-        self._run = run
+        self.counters = mailbox.counters
         self._role = role
-        self._turns = Turns(role, authority, decide)
-        self._link = link
-        self._routes = routes
-        self._senders = {route.incoming.name: peer for peer, route in routes.items()}
+        self._mailbox = mailbox
+        self._link = mailbox.link
+        self._order = DeliveryOrder(role, authority, decide)
         self._checkpoints = checkpoints
         self._authority = authority
         self._record = record
-        self._message_bytes = message_bytes
+        self._spend = spend
         self._interval = interval_seconds
+        self._failures = Failures(failures, mailbox.counters)
         # A quarter of the prefetch each for: messages out of order, applied since the last
         # snapshot, in a snapshot being confirmed, and in the newest of the two kept checkpoints.
-        self._share = max(1, link.prefetch // 4)
+        self._share = max(1, self._link.prefetch // 4)
 
-        self.marks = dict.fromkeys(routes, 0)
+        self.marks = dict.fromkeys(mailbox.routes, 0)
         """Last applied seq per sender."""
         self.position = 0
         """Messages applied in sequence, over all senders; every other entry of the journal counts as one more."""
+        self.last: Outcome | None = None
+        """The message that was applied last."""
         self._counter = 0
-        self._inbox: dict[str, dict[int, Delivery]] = {peer: {} for peer in routes}
-        self._applied = Applied(checkpoints.keep)
-        self._sent = Sent()
-        self._pending: Pending | None = None
+        self._inbox: dict[str, dict[int, Received]] = {peer: {} for peer in mailbox.routes}
+        self._unacked = UnackedDeliveries(checkpoints.keep)
+        self._unconfirmed = UnconfirmedSends()
+        self._pending: PendingSnapshot | None = None
         self._dirty = False
         self._last_snapshot = time.monotonic()
         self._finish: Finish | None = None
@@ -98,9 +111,9 @@ class Engine:
         if found is None:
             return []
         pointer, snapshot, damaged = found
-        self.progress.passed_over(damaged)
+        self.counters.skipped(damaged)
         engine = snapshot.facts["engine"]
-        if engine["run"] != self._run or set(engine["marks"]) != set(self.marks):
+        if engine["run"] != self._mailbox.run or set(engine["marks"]) != set(self.marks):
             raise StateError(
                 506,
                 f"{self._checkpoints.folder} holds run {engine['run']} with {', '.join(engine['marks'])}.",
@@ -166,89 +179,98 @@ class Engine:
         while event is not None:
             match event:
                 case Delivery():
-                    self.progress.received(event.body)
                     self._take(event)
                 case Confirmed(message_id):
                     self._confirmed(message_id)
                 case Trouble(reason):
-                    self.progress.blocked(reason)
+                    self.counters.blocked(reason)
                 case Recovered():
-                    self.progress.recovered()
+                    self.counters.recovered()
             event = self._link.receive(0.0)
         return received
 
     def _take(self, delivery: Delivery) -> None:
         """Sort a delivery: to be applied in its turn, applied now, a duplicate, or refused."""
-        sender = self._senders[delivery.queue]
-        try:
-            header = wire.peek(delivery.body)
-            place, us = (header.run, header.sender, header.receiver), self._role.name
-            if place != (self._run, sender, us) or not delivery.may_be_from(sender, us):
-                raise Refused(
-                    310,
-                    f"{header.message_id} came through {delivery.queue}{delivery.by}.",
-                    "check which worker publishes to that queue.",
-                )
-            if header.kind in UNSEQUENCED:
-                message = self._decode(header, delivery)
-                self._perform(self._role.on(message))
-                self._keep_until_saved(delivery)
-                return
-        except Refused as refusal:
-            self._to_dead_letters(delivery, sender, refusal)
+        received = self._mailbox.receive(delivery)
+        if isinstance(received, PutAside):
+            self._keep_until_saved(received.delivery)
             return
-        if header.seq <= self.marks[sender] or sender in self._role.left_out:
-            self.progress.counts["duplicates"] += 1
+        sender, seq = received.header.sender, received.header.seq
+        if received.header.kind in UNSEQUENCED:
+            self._apply_unsequenced(received)
+        elif seq <= self.marks[sender] or sender in self._role.left_out:
+            self.counters.counts["duplicates"] += 1
             self._keep_until_saved(delivery)
-        elif header.seq in self._inbox[sender]:
-            self.progress.counts["duplicates"] += 1
-            self._keep_until_saved(self._inbox[sender][header.seq])
-            self._inbox[sender][header.seq] = delivery  # the older copy may be from before a reconnect
+        elif seq in self._inbox[sender]:
+            self.counters.counts["duplicates"] += 1
+            self._keep_until_saved(self._inbox[sender][seq].delivery)
+            self._inbox[sender][seq] = received  # the older copy may be from before a reconnect
         else:
-            self._inbox[sender][header.seq] = delivery
+            self._inbox[sender][seq] = received
 
     def _apply(self) -> bool:
-        """Apply the message whose turn it is, if it is here."""
+        """Perform the next entry of the order, if it can be."""
         if not self._role.rederives and self._broker_is_busy():
             return False  # its reply could not be sent yet
-        sender = self._turns.choose(self.position + 1, self._ready())
-        if sender is None:
-            return False
-        if sender == CLOSES:
-            self.position += 1
-            self._perform(self._role.close())
-            return True
-        if sender.startswith(LEAVES):
-            self._go_on_without(sender.removeprefix(LEAVES))
-            return True
-        seq = self.marks[sender] + 1
-        delivery = self._inbox[sender].pop(seq)
-        header = wire.peek(delivery.body)
-        try:
-            effects = self._role.on(self._decode(header, delivery))
-        except Refused as refusal:
-            # Refusing counts as applying: a later message must not wait for this one for ever.
-            effects = self._role.refused(header, refusal)
-            self._to_dead_letters(delivery, sender, refusal, seq)
-        else:
-            self._keep_until_saved(delivery)
-        self.marks[sender] = seq
-        self.position += 1
-        self.progress.counts["applied"] += 1
-        self._perform(effects)
-        crash_points.reach("after_apply")
+        match self._order.choose(self.position + 1, self.ready):
+            case None:
+                return False
+            case Apply(sender):
+                self._apply_next(sender)
+            case Exclude(sender):
+                self._exclude(sender)
+            case CloseRound():
+                self.position += 1
+                self._perform(self._role.close())
         return True
 
-    def _go_on_without(self, sender: str) -> None:
-        """As the journal says; whatever else comes from the sender is only acknowledged."""
-        for delivery in self._inbox[sender].values():
-            self._keep_until_saved(delivery)
+    def _apply_next(self, sender: str) -> None:
+        """Apply a sender's next message. Refusing counts as applying: a later one must not wait for it for ever."""
+        seq = self.marks[sender] + 1
+        received = self._inbox[sender].pop(seq)
+        refusal: Refused | None = None
+        with self._failures.blame(received):
+            try:
+                effects = self._role.on(self._opened(received))
+            except Refused as why:
+                refusal = why
+                effects = self._role.refused(received.header, why)
+                self._mailbox.put_aside(received.delivery, why, seq)
+            self._keep_until_saved(received.delivery)
+            self.marks[sender] = seq
+            self.position += 1
+            self.last = Outcome(received.header, refusal)
+            self.counters.counts["applied"] += 1
+            self._perform(effects)
+        crash_points.reach("after_apply")
+
+    def _apply_unsequenced(self, received: Received) -> None:
+        """Apply a message without a place in a sequence."""
+        with self._failures.blame(received):
+            try:
+                effects = self._role.on(self._opened(received))
+            except Refused as refusal:
+                self._mailbox.put_aside(received.delivery, refusal)
+            else:
+                self._perform(effects)
+            self._keep_until_saved(received.delivery)
+
+    def _opened(self, received: Received) -> Message:
+        self._failures.expect_sound(received)
+        return self._mailbox.open(received)
+
+    def _exclude(self, sender: str) -> None:
+        """Go on without a sender; whatever else comes from it is only acknowledged."""
+        for received in self._inbox[sender].values():
+            self._keep_until_saved(received.delivery)
         self._inbox[sender].clear()
         self.position += 1
-        self.progress.left_out(sender, self.position)
+        self.counters.left_out(sender, self.position)
         self._perform(self._role.excuse(sender))
 
-    def _ready(self) -> set[str]:
+    @property
+    def ready(self) -> set[str]:
+        """Senders whose next message is here."""
         return {sender for sender, held in self._inbox.items() if self.marks[sender] + 1 in held}
 
     def _unblock(self) -> None:
@@ -256,7 +278,7 @@ class Engine:
         for sender, held in self._inbox.items():
             if self.marks[sender] + 1 in held:
                 continue
-            kept = self._applied.of(self._routes[sender].incoming.name)
+            kept = self._unacked.of(self._mailbox.routes[sender].incoming.name)
             if len(held) + kept >= self._link.prefetch:
                 if kept:
                     self._save_if_due(force=True)
@@ -265,23 +287,10 @@ class Engine:
 
     def _broker_is_busy(self) -> bool:
         """Never run far ahead of the oldest unconfirmed: a gap must fit into the receiver's prefetch."""
-        return self._sent.is_ahead(self._share)
-
-    def _decode(self, header: Header, delivery: Delivery) -> Message:
-        payload = self._role.payload(header.kind)
-        if payload is None or (header.kind in FROM_SITES) is (header.sender == SERVER):
-            raise Refused(303, f"{header.kind} from {header.sender} is not used here.", "run one protocol at both.")
-        return wire.decode(delivery.body, payload, self._message_bytes)
-
-    def _to_dead_letters(self, delivery: Delivery, sender: str, refusal: Refused, seq: int | None = None) -> None:
-        """Publish a copy with the reason; the original is acknowledged like an applied message."""
-        self.progress.refused(sender, seq, refusal)
-        name = f"dead/{delivery.message_id}/{self.progress.counts['refused']}"
-        bury(self._link, self._routes[sender].dead, name, delivery, sender, refusal)
-        self._keep_until_saved(delivery)
+        return self._unconfirmed.is_ahead(self._share)
 
     def _keep_until_saved(self, delivery: Delivery) -> None:
-        self._applied.take(delivery)
+        self._unacked.take(delivery)
         self._dirty = True
 
     # -- effects -------------------------------------------------------------------------------
@@ -301,29 +310,27 @@ class Engine:
                     self._send(effect)
                 case Record():
                     self._record(effect)
+                case Spend():
+                    self._spend(effect)
                 case Finish():
                     self._finish = effect
+                case _:
+                    assert_never(effect)
         self._dirty = self._dirty or bool(effects)
 
     def _send(self, send: Send) -> None:
-        header = Header(
-            self._run, self._role.name, send.receiver, send.kind, send.seq, send.reply_to, send.version,
-            self._authority.fence,
-        )  # fmt: skip
-        payload = self._role.payload(send.kind)
-        assert payload is not None, send.kind
-        body = wire.encode(Message(header, send.tensors, send.scalars), payload, self._message_bytes)
-        self._link.publish(self._routes[send.receiver].outgoing, header.message_id, body)
+        fence = self._authority.fence
+        header = self._mailbox.header(send.receiver, send.kind, send.seq, send.reply_to, send.version, fence)
+        message_id = self._mailbox.send(Message(header, send.tensors, send.scalars))
         if send.seq:
-            self._sent.add(header.message_id, send.receiver, send.seq)
-        self.progress.sent(body)
+            self._unconfirmed.add(message_id, send.receiver, send.seq)
 
     # -- [2] confirm, [3] checkpoint, [4] ack ---------------------------------------------------
 
     def _confirmed(self, message_id: str) -> None:
         crash_points.reach("before_confirm")
-        self._sent.confirmed(message_id)
-        self.progress.counts["confirmed"] += 1
+        self._unconfirmed.confirmed(message_id)
+        self.counters.counts["confirmed"] += 1
         if self._pending is not None:
             self._pending.waiting_for.discard(message_id)
         crash_points.reach("after_confirm")
@@ -334,8 +341,8 @@ class Engine:
                 self._commit(self._pending)
             return
         # What is sealed must become free even on a quiet day: consumer_timeout would close the channel.
-        late = (self._dirty or self._applied.sealed) and time.monotonic() - self._last_snapshot > self._interval
-        if force or late or self._applied.most_open >= self._share:
+        late = (self._dirty or self._unacked.sealed) and time.monotonic() - self._last_snapshot > self._interval
+        if force or late or self._unacked.most_open >= self._share:
             self._pending = self._snapshot()
 
     def _save_now(self) -> None:
@@ -349,20 +356,20 @@ class Engine:
             self._receive(0.1)
         self._commit(pending)
 
-    def _snapshot(self) -> Pending:
-        role = self._role.snapshot(self._sent.first)
-        engine = {"run": self._run, "marks": dict(self.marks), "position": self.position}
-        pending = Pending(
+    def _snapshot(self) -> PendingSnapshot:
+        role = self._role.snapshot(self._unconfirmed.first)
+        engine = {"run": self._mailbox.run, "marks": dict(self.marks), "position": self.position}
+        pending = PendingSnapshot(
             Snapshot(role.tensors, {"engine": engine, "role": role.facts}),
             # Copies for the dead letter queue cannot be made again by any role.
-            {sent for sent in self._link.unconfirmed if not (self._role.rederives and sent in self._sent)},
+            {sent for sent in self._link.unconfirmed if not (self._role.rederives and sent in self._unconfirmed)},
         )
-        self._applied.seal()
+        self._unacked.seal()
         self._dirty = False
         self._last_snapshot = time.monotonic()
         return pending
 
-    def _commit(self, pending: Pending) -> None:
+    def _commit(self, pending: PendingSnapshot) -> None:
         self._pending = None
         self._counter += 1
         pointer = self._checkpoints.write(self._authority.fence, self._counter, pending.snapshot)
@@ -373,9 +380,9 @@ class Engine:
                 "nothing is lost; stop this worker, or the other one.",
             )
         self._checkpoints.prune()
-        self.progress.counts["checkpoints"] += 1
+        self.counters.counts["checkpoints"] += 1
         self._perform(self._role.saved())
-        for delivery in self._applied.saved():
+        for delivery in self._unacked.saved():
             crash_points.reach("before_ack")
             self._link.acknowledge(delivery)
             crash_points.reach("after_ack")
@@ -387,5 +394,5 @@ class Engine:
         self._perform(list(finish.farewell))
         while not self._role.rederives and self._link.unconfirmed:
             self._receive(0.1)
-        for delivery in self._applied.release():
+        for delivery in self._unacked.release():
             self._link.acknowledge(delivery)

@@ -1,4 +1,4 @@
-"""What lets a worker's checkpoints count, where several workers could hold its role."""
+"""The right to let checkpoints count, where several workers could hold one role."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 from nightsplit.shared.storage.checkpoint import Pointer
 
 
-class Authority(Protocol):
+class CheckpointAuthority(Protocol):
     """The run store's word on who acts, as a worker needs it."""
 
     @property
@@ -27,8 +27,8 @@ class Authority(Protocol):
         """Who was written down at `position`."""
 
 
-class Alone:
-    """The authority of a worker that nobody else can replace: its folder is locked (`own_folder`)."""
+class SoleWriter:
+    """The authority of a worker whose folder is locked, so that no other can hold its role (`own_folder`)."""
 
     fence = 0
 
@@ -45,5 +45,5 @@ class Alone:
         return sender
 
     def journalled(self, position: int) -> str | None:
-        """See `journal`."""
+        """As `journal`."""
         return None

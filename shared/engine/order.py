@@ -1,19 +1,57 @@
-"""Whose message is applied next: the role's choice, written down first where it depends on timing."""
+"""The order in which messages of several senders are applied: the role's choice, written down where timing decides."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Set
+from dataclasses import dataclass
 
-from nightsplit.shared.engine.fencing import Authority
+from nightsplit.shared.engine.fencing import CheckpointAuthority
 from nightsplit.shared.engine.role import Role
 
-LEAVES = "-"
-"""Before a name in the journal: at this position the run began to go on without that sender."""
-CLOSES = "."
-"""In the journal: at this position the role was told to wait no longer for what had not come."""
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """The next message of a sender is applied."""
+
+    sender: str
 
 
-class Turns:
+@dataclass(frozen=True, slots=True)
+class Exclude:
+    """The run goes on without a sender."""
+
+    sender: str
+
+
+@dataclass(frozen=True, slots=True)
+class CloseRound:
+    """The role waits no longer for what has not come."""
+
+
+OrderEntry = Apply | Exclude | CloseRound
+
+_EXCLUDES, _CLOSES = "-", "."
+
+
+def to_journal(entry: OrderEntry) -> str:
+    """Spell an entry as the run store keeps it."""
+    match entry:
+        case Apply(sender):
+            return sender
+        case Exclude(sender):
+            return _EXCLUDES + sender
+        case CloseRound():
+            return _CLOSES
+
+
+def from_journal(text: str) -> OrderEntry:
+    """Read an entry; a site's name begins with neither sign."""
+    if text == _CLOSES:
+        return CloseRound()
+    return Exclude(text.removeprefix(_EXCLUDES)) if text.startswith(_EXCLUDES) else Apply(text)
+
+
+class DeliveryOrder:
     """Asks the role, and the journal before it where the role keeps one.
 
         position     1    2    3    4    5
@@ -27,39 +65,45 @@ class Turns:
     Args:
         role: chooses.
         authority: keeps the journal.
-        decide: asked when nothing can be applied; gives `LEAVES` and a name, `CLOSES`, or None to wait on.
+        decide: asked when nothing can be applied; None to wait on.
     """
 
-    def __init__(self, role: Role, authority: Authority, decide: Callable[[], str | None]) -> None:
+    def __init__(self, role: Role, authority: CheckpointAuthority, decide: Callable[[], OrderEntry | None]) -> None:
         self._role = role
         self._authority = authority
         self._decide = decide
         self._replaying = True
         """The journal may hold entries beyond the checkpoint."""
-        self._written: tuple[int, str] | None = None
+        self._written: tuple[int, OrderEntry] | None = None
         """Position and entry that the journal named last."""
 
-    def choose(self, position: int, ready: Set[str]) -> str | None:
-        """Whose message is applied at `position`, among senders whose next message is here; None to wait.
+    def choose(self, position: int, ready: Set[str]) -> OrderEntry | None:
+        """Choose what happens at `position`; None to wait.
 
-        Or an entry that was decided upon.
+        Args:
+            position: of the next entry.
+            ready: senders whose next message is here.
         """
         if not self._role.journalled:
-            return self._role.choose(ready)
+            return self._choice(ready)
         if self._written is None or self._written[0] != position:
             self._written = self._entry(position, ready)
-        turn = self._written[1] if self._written is not None else None
-        if turn is None or turn == CLOSES or turn.startswith(LEAVES):
-            return turn
+        entry = self._written[1] if self._written is not None else None
         # The role has a say in what the journal names: the message may be here before its sender's hello.
-        return self._role.choose(ready & {turn})
+        return self._choice(ready & {entry.sender}) if isinstance(entry, Apply) else entry
 
-    def _entry(self, position: int, ready: Set[str]) -> tuple[int, str] | None:
-        """What the journal says about `position`, after the role's choice was written into it if need be."""
+    def _choice(self, ready: Set[str]) -> Apply | None:
+        sender = self._role.choose(ready)
+        return None if sender is None else Apply(sender)
+
+    def _entry(self, position: int, ready: Set[str]) -> tuple[int, OrderEntry] | None:
+        """The journal's entry at `position`, after the choice was written into it if need be."""
         if self._replaying:
-            sender = self._authority.journalled(position)
-            if sender is not None:
-                return position, sender
+            known = self._authority.journalled(position)
+            if known is not None:
+                return position, from_journal(known)
             self._replaying = False
-        chosen = self._role.choose(ready) or self._decide()
-        return None if chosen is None else (position, self._authority.journal(position, chosen))
+        chosen = self._choice(ready) or self._decide()
+        if chosen is None:
+            return None
+        return position, from_journal(self._authority.journal(position, to_journal(chosen)))

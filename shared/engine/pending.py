@@ -1,4 +1,4 @@
-"""What the engine must not let go of yet: inputs until they are acknowledged, sends until they are confirmed."""
+"""Inputs until they may be acknowledged, sends until they are confirmed, a snapshot until it may be written."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from nightsplit.shared.transport import Delivery
 
 
 @dataclass(slots=True)
-class Pending:
+class PendingSnapshot:
     """A snapshot that waits until the sends it counts are confirmed."""
 
     snapshot: Snapshot
     waiting_for: set[str]
 
 
-class Applied:
+class UnackedDeliveries:
     """Deliveries that were applied, until the oldest kept checkpoint contains them.
 
         take ──▶ open ──seal──▶ in a snapshot ──saved──▶ in the newest checkpoint ──saved──▶ free
@@ -77,7 +77,7 @@ class Applied:
         return self._kept_per_queue[queue]
 
 
-class Sent:
+class UnconfirmedSends:
     """Messages in sequence that were published, until the broker confirms them."""
 
     def __init__(self) -> None:

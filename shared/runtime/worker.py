@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nightsplit.shared.clock import Clock, SystemClock
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.config.worker import WorkerSection
-from nightsplit.shared.engine.counters import Progress
+from nightsplit.shared.engine.counters import Counters
 from nightsplit.shared.log import event, phase_of
 from nightsplit.shared.protocols.load import load
 from nightsplit.shared.run_store.base import RunStore
@@ -60,7 +60,7 @@ class ShiftWorker:
         self._clock = clock or SystemClock()
         self._stop = stop or StopSignal()
         self._show = observe
-        self._progress = Progress()
+        self._progress = Counters()
         self._telemetry: Telemetry | None = None
 
     @property

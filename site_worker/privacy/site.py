@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from nightsplit.shared.config.run import PrivacySection, RunConfig
+from nightsplit.shared.engine.effects import Spend
 from nightsplit.shared.protocols.rounds import Work
 from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.privacy.accounting import Spent, Use, noise_for
@@ -30,13 +31,13 @@ class Account:
         self._run = run
         self._most = most
 
-    def pay(self, steps: int) -> None:
-        """Pay for the run's steps 1 to `steps`, durably; call it before weights that contain them leave.
+    def pay(self, spend: Spend) -> None:
+        """Pay for the run's steps from 1 on, durably, before weights that contain them leave.
 
         Raises:
             RunError: 611 the policy does not allow it, 612 the ledger cannot be used.
         """
-        self.ledger.spend(self._run, steps, self._most)
+        self.ledger.spend(self._run, spend.steps, self._most)
 
     def spent(self) -> Spent:
         """Epsilon of a record by this run, up to what is paid for.
@@ -45,6 +46,10 @@ class Account:
             RunError: 612.
         """
         return next(entry.spent for entry in self.ledger.entries() if entry.run == self._run)
+
+    def close(self) -> None:
+        """Let go of the ledger."""
+        self.ledger.close()
 
 
 class PrivatePart(NamedTuple):

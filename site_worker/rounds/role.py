@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Set
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.engine.effects import Effect, Finish, Record, Send
+from nightsplit.shared.engine.effects import Effect, Finish, Record, Send, Spend
 from nightsplit.shared.errors import Refused, RunError
 from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.protocols.build import Rounds
 from nightsplit.shared.protocols.rounds import RoundSequence, Work, check_slice, is_judged
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
-from nightsplit.site_worker.role import SiteRole
+from nightsplit.site_worker.role import Account, SiteRole
 from nightsplit.site_worker.rounds.batches import RoundFeed
 from nightsplit.site_worker.rounds.trainer import Trainer
-
-if TYPE_CHECKING:
-    from nightsplit.site_worker.privacy.site import Account
 
 
 class RoundSite(SiteRole):
@@ -114,8 +111,7 @@ class RoundSite(SiteRole):
             self._versions[update] = self._version
             self._made = update
             if self.account is not None:
-                # The worker pays, durably, before the engine performs what comes behind.
-                return [Record({"event": "spend", "step": self.trained})]
+                return [Spend(self.trained)]
         return [self._worked()]
 
     def answer(self, message: Message) -> list[Effect]:

@@ -29,6 +29,7 @@ from benchmarks.speed.common import MiB, resident_bytes
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.runtime.process import prepare_torch
 from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire import head
 from nightsplit.shared.wire.message import Kind, Message
 from nightsplit.shared.wire.schema import Payload
 from tests.faults.mutants import mutant
@@ -48,7 +49,7 @@ def read(contract: Mapping[Kind, Payload], body: bytes) -> Message:
     Raises:
         Refused: and nothing else.
     """
-    kind = wire.peek(body).kind
+    kind = head.read_head(body).header.kind
     if kind not in contract:
         raise Refused(303, f"{kind} is not used here.", "check that both sides run the same protocol.")
     return wire.decode(body, contract[kind], LIMIT)

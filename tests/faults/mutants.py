@@ -17,7 +17,7 @@ import msgpack  # type: ignore[import-untyped]
 import zstandard
 
 from nightsplit.shared.config.run import Codec
-from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire import head
 from nightsplit.shared.wire import schema as contract
 from nightsplit.shared.wire.codecs import DTYPES
 from nightsplit.shared.wire.message import SERVER, Kind
@@ -145,7 +145,7 @@ def _transplant(chance: Random, one: Specimen, other: Specimen) -> bytes:
 
 
 def _length_lie(chance: Random, one: Specimen, other: Specimen) -> bytes:
-    claimed = chance.choice((*NUMBERS, len(one.packed) + chance.randrange(-9, 10), len(one.body), wire.MAX_HEADER))
+    claimed = chance.choice((*NUMBERS, len(one.packed) + chance.randrange(-9, 10), len(one.body), head.MAX_HEADER))
     return (claimed % 2**32).to_bytes(4, "big") + one.body[4:]
 
 

@@ -30,12 +30,13 @@ import zstandard
 from benchmarks.speed.common import MiB
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire import head
 from nightsplit.shared.wire.message import Message
 from nightsplit.shared.wire.schema import Payload, TensorSpec
 from tests.faults.fuzz import Growth, read
 from tests.faults.specimens import LIMIT, MARK, Specimen, rebuilt, specimens
 
-LONG = wire.MAX_HEADER - 1000
+LONG = head.MAX_HEADER - 1000
 """Bytes that surely fit into a header beside everything else."""
 
 
@@ -128,18 +129,18 @@ BOMBS: dict[str, tuple[Callable[[], bytes], int]] = {
     "a shape of 2^31 entries": (lambda: with_column(4, [2**29, 4]), 306),
     "a shape of 2^31 entries, both tensors": (lambda: with_frame(good().parts[0], [2**29, 4]), 308),
     "a shape whose product is 2^64": (lambda: with_frame(good().parts[0], [2**62, 4]), 308),
-    "a shape of 2^64 - 1 in every dimension": (lambda: with_column(4, [2**64 - 1] * wire.MAX_DIMENSIONS), 306),
+    "a shape of 2^64 - 1 in every dimension": (lambda: with_column(4, [2**64 - 1] * head.MAX_DIMENSIONS), 306),
     "a shape of two hundred thousand dimensions": (lambda: with_column(4, [1] * 200_000), 301),
     "negative lengths whose product is right": (lambda: with_column(4, [-3, -4]), 306),
     "a negative size": (lambda: with_column(6, -(2**63)), 301),
     "a size of 2^62": (lambda: with_column(6, 2**62), 309),
     "as many tiny tensors as a message may have": (
-        lambda: with_field("tensors", rows(wire.MAX_TENSORS, [1])),
+        lambda: with_field("tensors", rows(head.MAX_TENSORS, [1])),
         304,
     ),
     "more tiny tensors": (lambda: with_field("tensors", rows(8000, [1])), 301),
     "of as many dimensions": (
-        lambda: with_field("tensors", rows(wire.MAX_TENSORS, [300] * wire.MAX_DIMENSIONS)),
+        lambda: with_field("tensors", rows(head.MAX_TENSORS, [300] * head.MAX_DIMENSIONS)),
         304,
     ),
     "eighty thousand scalars": (lambda: with_field("scalars", {f"{n:x}": 0 for n in range(40_000)}), 301),
@@ -186,11 +187,11 @@ def seconds(work: Callable[[], object]) -> float:
 @pytest.fixture(scope="module")
 def dearest() -> float:
     """CPU seconds for a good message of as many tensors and dimensions as one may have."""
-    names = [f"{number:04}" for number in range(wire.MAX_TENSORS)]
-    shape = (1,) * wire.MAX_DIMENSIONS
+    names = [f"{number:04}" for number in range(head.MAX_TENSORS)]
+    shape = (1,) * head.MAX_DIMENSIONS
     payload = Payload({name: TensorSpec(torch.bool, shape, "raw") for name in names})
     tensors = {name: torch.zeros(shape, dtype=torch.bool) for name in names}
-    header = wire.peek(good().body)
+    header = head.read_head(good().body).header
     body = b"".join(wire.encode(Message(header, tensors), payload, LIMIT))
     return seconds(lambda: read({header.kind: payload}, body))
 
@@ -218,7 +219,7 @@ def test_text_of_wide_characters_takes_a_few_times_its_header() -> None:
     assert refusal(body).number == 303
     taken = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert taken < 7 * wire.MAX_HEADER
+    assert taken < 7 * head.MAX_HEADER
 
 
 def test_no_bomb_takes_native_memory() -> None:

@@ -13,6 +13,7 @@ import torch
 
 from nightsplit.shared.protocols import PROTOCOLS, QUERIES
 from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire import head
 from nightsplit.shared.wire.codecs import REMEDIES
 from nightsplit.shared.wire.message import Header, Kind, Message
 from nightsplit.shared.wire.schema import Payload, TensorSpec
@@ -43,7 +44,7 @@ def test_specimens_are_every_kind_of_every_protocol(good: list[Specimen]) -> Non
     assert names == {*PROTOCOLS, *QUERIES}
     assert {Kind(specimen.name.split("/")[-1]) for specimen in good} == set(Kind)
     for specimen in good:
-        payload = specimen.contract[wire.peek(specimen.body).kind]
+        payload = specimen.contract[head.read_head(specimen.body).header.kind]
         assert check(read(specimen.contract, specimen.body), payload, specimen.body)
         assert rebuilt(specimen.fields, specimen.parts) == specimen.body
 

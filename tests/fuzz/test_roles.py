@@ -17,6 +17,7 @@ from nightsplit.server_worker.protocols import make_server
 from nightsplit.server_worker.role import ServerRole
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.engine import Engine
+from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.errors import Refused, RunError
 from nightsplit.shared.protocols import PROTOCOLS
 from nightsplit.shared.protocols.build import assemble_any
@@ -97,14 +98,9 @@ def receive(role: SiteRole | ServerRole, config: RunConfig, body: bytes, folder:
     with broker.link([], 8, "attacker") as attacker, broker.link([down], 8, role.name) as link:
         attacker.publish(down, "poison", [body])
         peer = SERVER if role.name == "north" else "north"
-        engine = Engine(
-            config.run.id,
-            role,
-            link,
-            {peer: Route(up, down, queues.dead)},
-            Checkpoints(folder),
-            Authority(MemoryStore(), 1),
-        )
+        routes = {peer: Route(up, down, queues.dead)}
+        mailbox = Mailbox(config.run.id, role.name, link, routes, role.payload, config.wire.message_bytes)
+        engine = Engine(role, mailbox, Checkpoints(folder), Authority(MemoryStore(), 1))
         if isinstance(role, ServerRole):
             engine.marks["north"] = role.applied["north"]
         else:

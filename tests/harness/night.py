@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,8 +24,11 @@ from nightsplit.shared.config.run import (
     TaskSection,
     WireSection,
 )
+from nightsplit.shared.engine.effects import unpaid
 from nightsplit.shared.engine.engine import Engine
-from nightsplit.shared.engine.order import LEAVES
+from nightsplit.shared.engine.mailbox import Mailbox
+from nightsplit.shared.engine.order import Exclude
+from nightsplit.shared.errors import Refused
 from nightsplit.shared.protocols import ROUNDS
 from nightsplit.shared.run_store.base import RunStore
 from nightsplit.shared.storage.checkpoint import Checkpoints
@@ -167,9 +171,11 @@ class Night:
         self.engines: dict[str, Engine] = {}
         self.lines = []
         self.starts = 0
+        self.failures: defaultdict[str, dict[str, Refused]] = defaultdict(dict)
+        """Messages that a worker's role failed on."""
         self.absent = lambda: None
         """Names a site that the server should go on without."""
-        self.decide = lambda: (absent := self.absent()) and LEAVES + absent
+        self.decide = lambda: Exclude(absent) if (absent := self.absent()) else None
         """What is written into the journal when nothing can be applied."""
 
     def start(self, name: str) -> Engine:
@@ -187,17 +193,12 @@ class Night:
             routes = {SERVER: Route(queues.up, queues.down, queues.dead)}
             authority = Authority(None, 0)
         link = self.broker.link([route.incoming for route in routes.values()], self.prefetch, name)
+        mailbox = Mailbox(self.config.run.id, name, link, routes, role.payload, self.config.wire.message_bytes)
         engine = Engine(
-            self.config.run.id,
-            role,
-            link,
-            routes,
-            Checkpoints(self.folder / name / "checkpoints"),
-            authority,
-            self.lines.append,
-            self.config.wire.message_bytes,
-            decide=lambda: self.decide(),
-        )
+            role, mailbox, Checkpoints(self.folder / name / "checkpoints"), authority, self.lines.append,
+            spend=account.pay if (account := getattr(role, "account", None)) else unpaid,
+            decide=lambda: self.decide(), failures=self.failures[name],
+        )  # fmt: skip
         engine.recover()
         self.links[name], self.roles[name], self.engines[name] = link, role, engine
         return engine

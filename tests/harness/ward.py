@@ -6,7 +6,7 @@ import random
 import msgspec
 
 from nightsplit.server_worker.presence import Attendance
-from nightsplit.shared.engine.order import LEAVES
+from nightsplit.shared.engine.order import Exclude, from_journal
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.wire.message import SERVER
 from tests.harness.night import Night, tiny_config
@@ -133,7 +133,7 @@ def replace_run(config, **run):
 
 
 def decided(ward):
-    return any(entry.startswith(LEAVES) for entry in ward.journal())
+    return any(isinstance(from_journal(entry), Exclude) for entry in ward.journal())
 
 
 def replayed(ward, folder):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nightsplit.shared.engine.order import LEAVES, Turns
+from nightsplit.shared.engine.order import DeliveryOrder, Exclude
 from nightsplit.shared.wire.message import SERVER
 from tests.harness.night import SYSTEMS, Night, tiny_config
 from tests.harness.ward import QUORUM, SECONDS, Ward, decided, ward_config
@@ -52,7 +52,7 @@ def test_the_server_may_die_within_the_decision(place, bottoms, tmp_path):
     journal, state = ward.store.journal, {"armed": True}
 
     def dying(position, sender):
-        if not (sender.startswith(LEAVES) and state.pop("armed", False)):
+        if not (sender.startswith("-") and state.pop("armed", False)):
             return journal(position, sender)
         if place == "before the record":
             raise Killed
@@ -102,8 +102,8 @@ def test_two_servers_make_one_decision(first, second, tmp_path):
     """One has the site's message in its hands, the other finds the site absent: who writes first is followed."""
     night = Night(tiny_config(), tmp_path)
     store = night.store
-    zombie = Turns(Chooser(), store, lambda: LEAVES + "north")
-    successor = Turns(Chooser(), store, lambda: LEAVES + "north")
+    zombie = DeliveryOrder(Chooser(), store, lambda: Exclude("north"))
+    successor = DeliveryOrder(Chooser(), store, lambda: Exclude("north"))
     sees = {"north": {"north"}, "-north": set()}
     assert zombie.choose(1, sees[first]) == first
     if second == "north":

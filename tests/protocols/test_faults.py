@@ -32,7 +32,7 @@ class BadNight(Night):
         super().__init__(config, folder, self.faulty, prefetch=16)
 
     def kill(self, name):
-        self.counts += self.engines[name].progress.counts
+        self.counts += self.engines[name].counters.counts
         super().kill(name)
 
     def check_that_it_was_bad(self):

@@ -14,7 +14,8 @@ import torch
 from nightsplit.broker.topology import query_queues
 from nightsplit.server_worker.protocols.he_clstm import HeClstmServer
 from nightsplit.server_worker.query.pool import Evaluate
-from nightsplit.server_worker.query.server import Answering
+from nightsplit.server_worker.query.server import QueryServer
+from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.errors import Refused, StateError
 from nightsplit.shared.he.weights import Judge, Numbers
 from nightsplit.shared.models.sequences import SequenceJudge
@@ -25,7 +26,7 @@ from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
-from nightsplit.site_worker.query.client import Asking
+from nightsplit.site_worker.query.client import QueryClient
 from nightsplit.site_worker.query.keys import SecretKeys
 from nightsplit.site_worker.query.store import Queries
 
@@ -56,24 +57,25 @@ class Service:
         self.queries.form(self.public.sha256, self.half.packing_for)
         return self.queries.open()[-1].number
 
-    def answer(self, evaluate: Evaluate | None = None, secret: bytes = b"s" * 32) -> Answering:
+    def answer(self, evaluate: Evaluate | None = None, secret: bytes = b"s" * 32) -> QueryServer:
         """The server alone, until nothing comes; it evaluates in threads of this process."""
         names = self.names
         with ThreadPoolExecutor(2) as pool, self.broker.link([names.up], 2 * MOST_CHUNKS, SERVER) as link:
             route = {"north": Route(outgoing=names.down, incoming=names.up, dead=names.dead)}
             in_threads = partial(pool.submit, HeClstmServer(self.judge, secret).answer)
             evaluate, name = evaluate or in_threads, secret.hex()
-            answering = Answering("film", link, route, self.circuit, evaluate, name, self.keys, LIMIT)
-            answering.run(lambda: False, 0.05)
-        return answering
+            mailbox = Mailbox("film", SERVER, link, route, CONTRACT.get, LIMIT)
+            server = QueryServer(mailbox, self.circuit, evaluate, name, self.keys)
+            server.run(lambda: False, 0.05)
+        return server
 
     def ask(self) -> bool:
         """The site alone, until nothing comes; whether all is over."""
         names = self.names
         with self.broker.link([names.down], 2 * MOST_CHUNKS, "north") as link:
-            route = Route(outgoing=names.up, incoming=names.down, dead=names.dead)
-            asking = Asking("film", "north", link, route, self.half, self.public, self.queries, LIMIT)
-            return asking.run(lambda: False, 0.05)
+            routes = {SERVER: Route(outgoing=names.up, incoming=names.down, dead=names.dead)}
+            mailbox = Mailbox("film", "north", link, routes, CONTRACT.get, LIMIT)
+            return QueryClient(mailbox, self.half, self.public, self.queries).run(lambda: False, 0.05)
 
     def settle(self) -> None:
         for _ in range(20):
@@ -238,8 +240,8 @@ def test_an_altered_query_is_refused_before_it_is_evaluated(service: Service) ->
     service.submit()
     service.ask()
     service.edit("up", lambda bodies: [*bodies[:-2], altered(bodies[-2]), bodies[-1]])
-    answering = service.answer()
-    assert (answering.answered, answering.refused) == (0, 1)
+    server = service.answer()
+    assert (server.answered, server.refused) == (0, 1)
     assert service.ask(), "there is nothing more to wait for"
     query = service.queries.get(1)
     assert query.logits is None

@@ -8,7 +8,7 @@ import torch
 from msgspec.structs import replace
 
 from nightsplit.server_worker.rounds.aggregation import TrimmedMean, WeightedMean
-from nightsplit.shared.engine.order import CLOSES
+from nightsplit.shared.engine.order import CloseRound
 from nightsplit.shared.protocols.build import assemble_rounds
 from nightsplit.shared.wire.message import SERVER, Kind
 from tests.harness.night import Night, tiny_parts, tiny_rounds
@@ -88,7 +88,7 @@ def test_a_deadline_closes_a_round_that_has_its_quorum(tmp_path):
     config = tiny_rounds(order="fair", close="quorum", reports=2, deadline_hours=5.0, rounds=2)
     night = Night(config, tmp_path / "night")
     over = []
-    night.decide = lambda: CLOSES if over and night.roles[SERVER].may_close else None
+    night.decide = lambda: CloseRound() if over and night.roles[SERVER].may_close else None
     for name in (SERVER, *SITES):
         night.start(name).start()
     rest(night, [SERVER, "north", "south"])

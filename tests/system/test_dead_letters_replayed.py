@@ -19,7 +19,7 @@ from nightsplit.console.commands.dlq import FEW, replay_letters
 from nightsplit.shared.crash_points import EXIT_CODE
 from nightsplit.shared.errors import NightsplitError
 from nightsplit.shared.transport import Broker, Delivery
-from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire import head
 from nightsplit.shared.wire.message import SERVER
 from tests.harness.dead_letters import (
     BROKERS,
@@ -82,13 +82,13 @@ def sent_all(night: Night) -> int:
 def test_what_another_version_refused_is_replayed_and_the_run_ends_bit_identical(night, calm, capsys, monkeypatch):
     sent = sent_all(night)
     with monkeypatch.context() as another:
-        another.setattr(wire, "WIRE_VERSION", 2)
+        another.setattr(head, "WIRE_VERSION", 2)
         engine = night.start(SERVER)
         engine._interval = 0.05  # it has nothing to do but to save, so that what was refused is acknowledged
         engine.start()
-        counts = engine.progress.counts
+        counts = engine.counters.counts
         wait_until(lambda: not engine.step(0.1) and counts["refused"] == sent, 60, "every message to be refused")
-        wait_until(lambda: not engine.step(0.1) and not (engine._dirty or engine._applied.sealed), 30, "checkpoints")
+        wait_until(lambda: not engine.step(0.1) and not (engine._dirty or engine._unacked.sealed), 30, "checkpoints")
         night.kill(SERVER)
     for queues in night.queues.values():
         depth(night, queues.up, 0)
@@ -108,7 +108,7 @@ def first_batch(night: Night) -> tuple[int, Delivery]:
     """Place in the queue, and the message that the server waits for first."""
     up = night.queues["north"].up
     for place, delivery in enumerate(contents(night, up, night.broker.depth(up))):
-        if wire.peek(delivery.body).seq == 1:
+        if head.read_head(delivery.body).header.seq == 1:
             return place, delivery
     raise AssertionError("no first batch")
 
@@ -181,7 +181,7 @@ def test_a_counted_letter_that_is_replayed_is_a_duplicate(broker, tmp_path, caps
     replay_letters(file_of(night), [letter["id"]])
     engine = night.start(SERVER)
     engine.start()
-    wait_until(lambda: engine.step(0.1) and engine.progress.counts["duplicates"] > 0, 30, "a duplicate")
+    wait_until(lambda: engine.step(0.1) and engine.counters.counts["duplicates"] > 0, 30, "a duplicate")
     assert night.roles[SERVER].refusals == {"north": 1}
     night.kill(SERVER)
     assert listed(file_of(night), capsys) == []

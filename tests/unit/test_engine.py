@@ -5,11 +5,14 @@ import pytest
 from nightsplit.broker.topology import site_queues
 from nightsplit.shared.engine.effects import Finish, Record, Send
 from nightsplit.shared.engine.engine import Engine
+from nightsplit.shared.engine.failures import refusing_failures
+from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.errors import Refused, StateError
 from nightsplit.shared.storage.checkpoint import Checkpoints, Snapshot
 from nightsplit.shared.transport import Confirmed, Route
 from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire import head
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.shared.wire.schema import Payload
 from nightsplit.simulation.broker import MemoryBroker
@@ -20,7 +23,7 @@ CONTRACT = {Kind.SMASHED: Payload(scalars={"value": int}), Kind.NOTED: Payload()
 
 
 class Diary(Role):
-    """Applies numbers; answers each; refuses 13; finishes at 99."""
+    """Applies numbers; answers each; refuses 13, fails on 66, cannot answer 77; finishes at 99."""
 
     rederives = False
 
@@ -38,6 +41,11 @@ class Diary(Role):
         value = message.scalars["value"]
         if value == 13:
             raise Refused(304, "13 is refused.", "send another.")
+        if value == 66:
+            self.applied.append("half a state")
+            raise KeyError("66 was not foreseen")
+        if value == 77:
+            return [Send(message.header.sender, Kind.NOTED, message.header.seq, scalars={"cannot": 1})]
         self.applied.append((message.header.sender, value))
         if value == 99:
             return [Finish((Send(message.header.sender, Kind.FINISH, message.header.seq + 1),))]
@@ -65,12 +73,15 @@ class Bench:
         self.lines = []
         self.restart()
 
-    def restart(self):
+    def restart(self, failures=None):
         routes = {site: Route(q.down, q.up, q.dead) for site, q in QUEUES.items()}
         self.role = Diary()
         self.link = self.broker.link([r.incoming for r in routes.values()], self.prefetch, SERVER)
         self.checkpoints = Checkpoints(self.folder)
-        self.engine = Engine("run", self.role, self.link, routes, self.checkpoints, self.authority, self.lines.append)
+        mailbox = Mailbox("run", SERVER, self.link, routes, self.role.payload, 2**20)
+        self.engine = Engine(
+            self.role, mailbox, self.checkpoints, self.authority, self.lines.append, failures=failures or {}
+        )
         return self.engine.recover()
 
     def die(self):
@@ -87,16 +98,29 @@ class Bench:
         for _ in range(steps):
             self.engine.step(0.0)
 
+    def work(self):
+        """Turns, and a restart wherever the role fails on a message, as a worker does it."""
+        starts = []
+
+        def attempt(failures):
+            self.die()
+            starts.append(dict(failures))
+            self.restart(failures)
+            self.turn()
+
+        refusing_failures(attempt)
+        return starts
+
     def values(self):
         return [value for _, value in self.role.applied]
 
     def answers(self, site):
-        return [wire.peek(delivery.body).seq for delivery in self.broker.peek(QUEUES[site].down)]
+        return [head.read_head(delivery.body).header.seq for delivery in self.broker.peek(QUEUES[site].down)]
 
     def at_broker(self, site):
         """Messages that the broker would deliver again after a crash."""
         self.die()
-        return [wire.peek(delivery.body).seq for delivery in self.broker.peek(QUEUES[site].up)]
+        return [head.read_head(delivery.body).header.seq for delivery in self.broker.peek(QUEUES[site].up)]
 
 
 @pytest.fixture
@@ -124,7 +148,7 @@ def test_duplicates_are_dropped_and_counted(bench):
         bench.send("a", seq, seq)
     bench.turn()
     assert bench.values() == [1, 2]
-    assert bench.engine.progress.counts["duplicates"] == 3
+    assert bench.engine.counters.counts["duplicates"] == 3
 
 
 def test_a_refusal_counts_as_applied_and_is_answered(bench):
@@ -142,7 +166,7 @@ def test_only_what_the_oldest_kept_checkpoint_contains_is_acknowledged(bench):
     for seq in range(1, 7):
         bench.send("a", seq, seq)
     bench.turn()
-    assert bench.engine.progress.counts["checkpoints"] == 3
+    assert bench.engine.counters.counts["checkpoints"] == 3
     assert bench.at_broker("a") == [5, 6]
 
 
@@ -200,10 +224,10 @@ def test_a_checkpoint_counts_only_sends_that_are_confirmed(bench):
         bench.send("a", seq, seq)
     bench.turn()
     assert bench.values() == [1, 2]
-    assert bench.engine.progress.counts["checkpoints"] == 0
+    assert bench.engine.counters.counts["checkpoints"] == 0
     slow.flowing = True
     bench.turn()
-    assert bench.engine.progress.counts["checkpoints"] == 1
+    assert bench.engine.counters.counts["checkpoints"] == 1
 
 
 def test_the_server_does_not_run_far_ahead_of_the_confirms(bench):
@@ -261,7 +285,9 @@ def test_state_of_another_run_is_refused(bench, tmp_path):
     for seq in (1, 2):
         bench.send("a", seq, seq)
     bench.turn()
-    other = Engine("other", Diary(), bench.link, {}, bench.checkpoints, bench.authority)
+    diary = Diary()
+    mailbox = Mailbox("other", SERVER, bench.link, {}, diary.payload, 2**20)
+    other = Engine(diary, mailbox, bench.checkpoints, bench.authority)
     with pytest.raises(StateError) as caught:
         other.recover()
     assert caught.value.number == 506
@@ -272,3 +298,44 @@ def test_a_prefetch_full_of_duplicates_is_acknowledged(bench):
         bench.send("a", seq, seq)
     bench.turn(60)
     assert bench.values() == [1, 2]
+
+
+@pytest.mark.parametrize(("value", "number"), [(66, "316"), (77, "304")])
+def test_a_message_that_a_role_fails_on_is_refused_by_a_fresh_role(bench, value, number):
+    """The state of the role that failed is not trusted, and the second engine does not fail again."""
+    for seq, sent in ((1, 1), (2, value), (3, 3)):
+        bench.send("a", seq, sent)
+    starts = bench.work()
+    assert [len(failures) for failures in starts] == [0, 1]
+    assert bench.values() == [1, "refused", 3]
+    assert sorted(set(bench.answers("a"))) == [1, 2, 3]
+    (letter,) = bench.broker.peek(QUEUES["a"].dead)
+    assert letter.headers["number"] == number
+    assert "66 was not foreseen" not in letter.headers["reason"], "an exception may quote data"
+
+
+def test_each_such_message_costs_one_start(bench):
+    for site, seq, value in (("a", 1, 66), ("a", 2, 1), ("a", 3, 66), ("b", 1, 77), ("b", 2, 2)):
+        bench.send(site, seq, value)
+    assert [len(failures) for failures in bench.work()] == [0, 1, 2, 3]
+    assert [value for site, value in bench.role.applied if site == "b"] == ["refused", 2]
+
+
+def test_a_role_that_cannot_even_refuse_ends_the_worker(bench, monkeypatch):
+    def fails(self, header, refusal):
+        raise KeyError("nor was this")
+
+    monkeypatch.setattr(Diary, "refused", fails)
+    bench.send("a", 1, 66)
+    with pytest.raises(KeyError, match="nor was this"):
+        bench.work()
+
+
+def test_failures_of_the_machine_are_not_the_messages(bench, monkeypatch):
+    def fails(self, message):
+        raise MemoryError
+
+    monkeypatch.setattr(Diary, "on", fails)
+    bench.send("a", 1, 1)
+    with pytest.raises(MemoryError):
+        bench.turn()

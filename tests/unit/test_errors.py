@@ -47,7 +47,11 @@ def uses() -> Iterator[Use]:
                 elif isinstance(node, ast.Tuple) and [type(x) for x in node.elts[:1]] == [ast.Constant]:
                     first = node.elts[0]
                     assert isinstance(first, ast.Constant)
-                    if {"role.py", "protocols"} & set(path.parts) and type(first.value) is int and first.value in TITLES:
+                    if (
+                        {"role.py", "protocols"} & set(path.parts)
+                        and type(first.value) is int
+                        and first.value in TITLES
+                    ):
                         yield Use(first.value, "rejection", where)
 
 

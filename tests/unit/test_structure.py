@@ -65,7 +65,14 @@ def test_the_files_are_found() -> None:
 
 
 def test_the_rules_of_who_may_import_whom() -> None:
-    lint = subprocess.run(["lint-imports", "--no-cache", "--no-logo"], cwd=ROOT, env=BESIDE_PYTHON, capture_output=True, text=True, check=False)
+    lint = subprocess.run(
+        ["lint-imports", "--no-cache", "--no-logo"],
+        cwd=ROOT,
+        env=BESIDE_PYTHON,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert lint.returncode == 0, lint.stdout
 
 
@@ -73,6 +80,27 @@ def test_the_rules_of_who_may_import_whom() -> None:
 def test_only_the_rabbitmq_modules_know_pika(path: Path) -> None:
     uses = any(is_within(imported, "pika") for imported in imports_of(parsed(path)))
     assert not uses or name_of(path).startswith("broker/rabbitmq/")
+
+
+def test_only_the_mailbox_reads_headers_and_publishes() -> None:
+    """Brokers move bytes; `nightsplit dlq` marks the end of a queue with a message that is none."""
+    below = ("shared/wire/", "broker/", "simulation/")
+    pipeline = {"shared/engine/mailbox.py"}
+    for path in (path for path in SOURCE if not name_of(path).startswith(below)):
+        tree = parsed(path)
+        reads = any(
+            is_within(used, f"nightsplit.shared.wire.{m}") for used in imports_of(tree) for m in ("format", "head")
+        )
+        publishes = [
+            ast.unparse(call.args[0])
+            for call in ast.walk(tree)
+            if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("link.publish")
+        ]
+        if name_of(path) == "console/commands/dlq.py":
+            assert publishes == ["self._queues.dead"]
+        elif name_of(path) not in pipeline:
+            assert not reads, f"{name_of(path)} reads messages beside the mailbox"
+            assert not publishes, f"{name_of(path)} publishes beside the mailbox"
 
 
 @pytest.mark.parametrize("path", EVERYTHING, ids=name_of)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import zstandard
 
+from nightsplit.shared.wire import codecs, head
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import WIRE_VERSION, Kind, Message
 from nightsplit.shared.wire.schema import Payload, TensorSpec
@@ -27,7 +28,7 @@ def test_round_trip() -> None:
     sent = message()
     got = wire.decode(body(), PAYLOAD, MIB)
     assert got.header == sent.header
-    assert wire.peek(body()) == sent.header
+    assert head.read_head(body()).header == sent.header
     assert got.scalars == sent.scalars
     assert {name: type(value) for name, value in got.scalars.items()} == PAYLOAD.scalars
     assert got.tensors.keys() == sent.tensors.keys()
@@ -37,8 +38,8 @@ def test_round_trip() -> None:
 @pytest.mark.parametrize("kind", list(Kind))
 def test_every_kind_and_nothing_inside(kind: Kind) -> None:
     raw = body(Message(replace(HEADER, kind=kind)), Payload())
-    assert wire.peek(raw) == wire.decode(raw, Payload(), MIB).header == replace(HEADER, kind=kind)
-    assert type(wire.peek(raw).kind) is Kind
+    assert head.read_head(raw).header == wire.decode(raw, Payload(), MIB).header == replace(HEADER, kind=kind)
+    assert type(head.read_head(raw).header.kind) is Kind
 
 
 def test_equal_messages_give_equal_bytes_in_any_order() -> None:
@@ -96,7 +97,7 @@ def test_hundreds_of_tensors_fit() -> None:
 
 CODECS = Payload(
     {
-        **{f"raw_{name}": TensorSpec(dtype, (2, 3)) for name, dtype in wire.DTYPES.items()},
+        **{f"raw_{name}": TensorSpec(dtype, (2, 3)) for name, dtype in codecs.DTYPES.items()},
         "fp32": TensorSpec(F32, ("batch", 3, 2, 2), "fp32"),
         "fp16": TensorSpec(F32, ("batch", 3, 2, 2), "fp16"),
         "bf16": TensorSpec(F32, ("batch", 3, 2, 2), "bf16"),
@@ -111,7 +112,7 @@ EXAMPLES: dict[str, tuple[Message, Payload]] = {
     "codecs": (
         Message(
             replace(HEADER, kind=Kind.CUT_GRADIENT),
-            {f"raw_{name}": (ramp(2, 3) * 64).abs().to(dtype) for name, dtype in wire.DTYPES.items()}
+            {f"raw_{name}": (ramp(2, 3) * 64).abs().to(dtype) for name, dtype in codecs.DTYPES.items()}
             | {name: ramp(2, 3, 2, 2) * 1e-6 for name in ("fp32", "fp16", "bf16", "int8")}
             | {"none": torch.tensor(1.25)},
         ),

@@ -16,6 +16,7 @@ import zstandard
 
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire import head
 from nightsplit.shared.wire.message import Message, Scalar
 from nightsplit.shared.wire.schema import Payload, TensorSpec
 from tests.harness.wire_bodies import (
@@ -47,7 +48,7 @@ def test_301_pickle(content: object, protocol: int) -> None:
     raw = pickle.dumps(content, protocol)
     assert_refused(301, raw)
     with refused(301):
-        wire.peek(raw)
+        head.read_head(raw)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_301_pickle(content: object, protocol: int) -> None:
         b"\0\0\0\0\0",
         b"{}",
         b"GET / HTTP/1.1\r\n\r\n",
-        (wire.MAX_HEADER + 1).to_bytes(4, "big") + bytes(wire.MAX_HEADER + 1),
+        (head.MAX_HEADER + 1).to_bytes(4, "big") + bytes(head.MAX_HEADER + 1),
     ],
 )
 def test_301_not_ours(raw: bytes) -> None:
@@ -66,7 +67,7 @@ def test_301_not_ours(raw: bytes) -> None:
 
 
 def nested(depth: int) -> bytes:
-    return (b"\xdd" + wire.MAX_TENSORS.to_bytes(4, "big")) * depth
+    return (b"\xdd" + head.MAX_TENSORS.to_bytes(4, "big")) * depth
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_301_not_a_header(packed: bytes) -> None:
     assert_refused(301, with_header(b"\0\0\0\0", packed))
 
 
-@pytest.mark.parametrize("claim", [wire.MAX_TENSORS + 1, 200_000])
+@pytest.mark.parametrize("claim", [head.MAX_TENSORS + 1, 200_000])
 def test_301_lists_that_claim_to_be_long_are_not_allocated(claim: int) -> None:
     raw = with_header(b"\0\0\0\0", (b"\xdd" + claim.to_bytes(4, "big")) * 50_000)
     tracemalloc.start()
@@ -332,13 +333,13 @@ def test_308_decoded_size() -> None:
 
 def test_308_header_and_integers() -> None:
     with refused(308):
-        body(message(scalars=SCALARS | {"note": "x" * wire.MAX_HEADER}))
+        body(message(scalars=SCALARS | {"note": "x" * head.MAX_HEADER}))
     with refused(308):
         body(message(scalars=SCALARS | {"step": 2**63}))
     with refused(308):
         body(message(tensors={"a": torch.zeros([1] * 9)}, scalars={}), Payload({"a": TensorSpec(F32, (1,) * 9)}))
     with refused(308):
-        payload = Payload({f"t{i}": TensorSpec(F32, (1,)) for i in range(wire.MAX_TENSORS + 1)})
+        payload = Payload({f"t{i}": TensorSpec(F32, (1,)) for i in range(head.MAX_TENSORS + 1)})
         body(Message(HEADER, {name: ramp(1) for name in payload.tensors}), payload)
 
 
