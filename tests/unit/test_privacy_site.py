@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nightsplit.shared.config.run import ModelSection, PrivacySection, RoundSection, RunConfig, RunSection, TaskSection
+from nightsplit.shared.engine.effects import Spend
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.models.networks import mlp
 from nightsplit.site_worker import privacy
@@ -45,7 +46,7 @@ def test_each_site_has_the_noise_that_its_records_need(tmp_path: Path, records: 
     mine = part(tmp_path, records)
     (entry,) = mine.account.ledger.entries()
     assert (entry.records, entry.use.rate, entry.use.steps) == (records, 10 / records, 0)
-    mine.account.pay(5 * 4)
+    mine.account.pay(Spend(5 * 4))
     assert 1.99 < mine.account.spent().pld <= 2.0
 
 
@@ -76,7 +77,7 @@ def test_other_data_under_the_same_id_is_refused(tmp_path: Path) -> None:
 def test_the_account_reports_what_is_paid_for(tmp_path: Path) -> None:
     mine = part(tmp_path)
     assert mine.account.spent().pld == 0.0
-    mine.account.pay(8)
+    mine.account.pay(Spend(8))
     (entry,) = mine.account.ledger.entries()
     assert mine.account.spent() == epsilon_of([entry.use], 1e-3)
     assert entry.use.steps == 8

@@ -311,9 +311,11 @@ def test_308_larger_than_the_broker_takes() -> None:
         wire.decode(body(), PAYLOAD, size - 1)
 
 
-def test_308_size_comes_before_everything_else() -> None:
+def test_308_size_comes_before_the_content() -> None:
+    raw = with_header(body(), fields(body()) | {"scalars": {}})
+    assert_refused(304, raw)
     with refused(308):
-        wire.decode(bytes(100), PAYLOAD, 99)
+        wire.decode(raw, PAYLOAD, len(raw) - 1)
 
 
 def test_308_decoded_size() -> None:
