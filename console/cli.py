@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import logging
 import os
 import sys
@@ -13,11 +14,13 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from nightsplit.console.exit_codes import CRASHED, INTERRUPTED, STOPPED
+from nightsplit.console.output import write_output
 from nightsplit.console.ui import json_log
 from nightsplit.shared.errors import NightsplitError, StateError
 from nightsplit.shared.log import event
@@ -30,6 +33,7 @@ without anybody having to be online at the same time. Begin with: nightsplit dem
 
 def main() -> int:
     """Entry point: the exit code of the command line that this process was started with."""
+    os.umask(0o077)  # what we or a library of ours write may hold something of a patient
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # they speak to developers of libraries
     threading.excepthook = lambda thread: _crashed(thread.exc_value)
@@ -72,16 +76,16 @@ def _failed(error: NightsplitError) -> int:
 
 def _crashed(error: BaseException | None) -> None:
     """Keep the traceback for those who can use it, and give the user one line."""
-    name = f"nightsplit-crash-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    stamp = time.strftime("nightsplit-crash-%Y%m%d-%H%M%S-")
     text = "".join(traceback.format_exception(error)) if error is not None else ""
     kept: Path | None = None
-    for folder in (Path.cwd(), Path(tempfile.gettempdir())):
-        try:
-            (folder / name).write_text(f"nightsplit {version('nightsplit')}\n{text}", encoding="utf-8")
-        except OSError:
-            continue
-        kept = folder / name
-        break
+    for folder in (".", None):  # here, or where temporary files go
+        with suppress(OSError):
+            handle, name = tempfile.mkstemp(".log", stamp, folder)  # ours alone, and no name that others foresee
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(f"nightsplit {version('nightsplit')}\n{text}")
+            kept = Path(name)
+            break
     kind = type(error).__name__
     event("crashed", logging.ERROR, type=kind, traceback=None if kept is None else str(kept))
     if json_log.is_on():
@@ -134,12 +138,9 @@ def _predict(chosen: argparse.Namespace) -> int:
     from nightsplit.site_worker.worker import SiteWorker
 
     predictions = predict(SiteWorker(chosen.file, chosen.set), chosen.top, chosen.data)
-    if chosen.output is None:
-        predictions.write(sys.stdout)
-    else:
-        chosen.output.parent.mkdir(parents=True, exist_ok=True)
-        with chosen.output.open("w", encoding="utf-8") as file:
-            predictions.write(file)
+    text = io.StringIO()
+    predictions.write(text)
+    write_output(chosen.output, text.getvalue().encode())
     figures = [f"{name} {value:.4g}" for name, value in predictions.metrics.items() if value is not None]
     print(", ".join(figures), file=sys.stderr)
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from nightsplit.shared.engine.effects import Record
-from nightsplit.shared.storage.files import write_durably
+from nightsplit.shared.storage.files import write_atomic
 
 
 class MetricsLog:
@@ -26,7 +26,7 @@ class MetricsLog:
         self._path = folder / "metrics.jsonl"
         kept = [line for line in self._lines() if json.loads(line)["step"] <= resumed_step]
         self._may_come_again = {line for line in kept if json.loads(line)["step"] == resumed_step}
-        write_durably(self._path, "".join(kept).encode())
+        write_atomic(self._path, "".join(kept).encode())
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from nightsplit.server_worker.protocols.data_vectors import DataVectorsServer, added
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.models.hashing import weights_sha256
 from nightsplit.shared.models.layout import Layout
+from nightsplit.shared.storage.files import write_atomic
+from nightsplit.shared.storage.tensors import as_safetensors
 
 FOLDER = "vectors"
 """In the report folder."""
@@ -64,9 +65,10 @@ def publish(folder: Path, role: DataVectorsServer) -> None:
         "base_sha256": weights_sha256({"": role.published}),
     }
     scale = {} if role.scale is None else {"scale": repr(role.scale)}
-    save_file({"vector": role.published}, place / f"{BASE}.safetensors", {**common, **scale, "name": BASE})
+    base = as_safetensors({"vector": role.published}, {**common, **scale, "name": BASE})
+    write_atomic(place / f"{BASE}.safetensors", base)
     for site, values in role.vectors.items():
-        save_file({"vector": values}, place / f"{site}.safetensors", {**common, "name": site})
+        write_atomic(place / f"{site}.safetensors", as_safetensors({"vector": values}, {**common, "name": site}))
 
 
 def merge(base: Vector, vectors: list[Vector], scale: float) -> dict[str, torch.Tensor]:

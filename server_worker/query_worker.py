@@ -20,7 +20,7 @@ from nightsplit.shared.protocols.load import load
 from nightsplit.shared.protocols.query import CONTRACT, MOST_CHUNKS
 from nightsplit.shared.runtime.process import StopSignal, locked_folder, prepare_torch
 from nightsplit.shared.runtime.worker import ShiftWorker
-from nightsplit.shared.storage.files import make_secret_file, read_secret_file
+from nightsplit.shared.storage.files import make_private_folder, make_secret_file, read_secret_file
 from nightsplit.shared.transport import Route
 from nightsplit.shared.wire.message import SERVER
 
@@ -99,7 +99,7 @@ class QueryServerWorker(ShiftWorker):
     def _secret(self) -> bytes:
         """What the blinding is derived from; made once, for all processes that answer."""
         path = self.state_folder / "blinding.key"
-        self.state_folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(self.state_folder)
         with suppress(FileExistsError):
             make_secret_file(path)
         try:

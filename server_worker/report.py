@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from nightsplit.server_worker.protocols import AnyServer
 from nightsplit.server_worker.protocols.data_vectors import DataVectorsServer
 from nightsplit.server_worker.published_vectors import publish
@@ -16,6 +14,8 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.learning.metrics import HEADLINE
 from nightsplit.shared.models.hashing import weights_sha256
 from nightsplit.shared.protocols import ROUNDS
+from nightsplit.shared.storage.files import write_atomic
+from nightsplit.shared.storage.tensors import as_safetensors
 
 
 def write_report(folder: Path, config: RunConfig, role: AnyServer, heard: Mapping[str, str | None]) -> dict[str, Any]:
@@ -29,14 +29,11 @@ def write_report(folder: Path, config: RunConfig, role: AnyServer, heard: Mappin
     """
     folder.mkdir(parents=True, exist_ok=True)
     report = summarise(config, role, heard)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in role.best_weights.items()},
-        folder / f"{role.exports}.safetensors",
-    )
+    write_atomic(folder / f"{role.exports}.safetensors", as_safetensors(role.best_weights))
     if isinstance(role, DataVectorsServer):
         publish(folder, role)
-    (folder / "report.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / "report.md").write_text(_markdown(config, report), encoding="utf-8")
+    write_atomic(folder / "report.json", (json.dumps(report, indent=2, sort_keys=True) + "\n").encode())
+    write_atomic(folder / "report.md", _markdown(config, report).encode())
     if report["history"]:
         _draw(folder / "curves.png", config, report["history"])
     return report
@@ -153,4 +150,4 @@ def _draw(path: Path, config: RunConfig, history: list[Mapping[str, Any]]) -> No
         axis.set_xlabel("epoch")
         axis.set_ylabel(f"{name} ({part})")
     axes[-1].legend()
-    figure.savefig(path, dpi=110)
+    write_atomic(path, lambda draft: figure.savefig(draft, dpi=110, format="png"))

@@ -27,7 +27,7 @@ from typing import BinaryIO
 from nightsplit.broker.proxy import WrappedLink
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import StateError
-from nightsplit.shared.storage.files import force_to_disk
+from nightsplit.shared.storage.files import force_to_disk, make_private_folder
 from nightsplit.shared.transport import Delivery, Event, Link
 
 FOLDER = "tape"
@@ -93,7 +93,7 @@ class Tape:
 
     def _begin(self) -> BinaryIO:
         """A file behind all others, that outlives a power cut."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(self._folder)
         number = max((int(file.stem) for file in _files(self._folder)), default=0) + 1
         while True:
             try:

@@ -2,7 +2,7 @@
 
     engine       apply a message, publish its effects ─▶ after_apply
                  before_confirm ─▶ count a confirm ─▶ after_confirm
-    checkpoint   write ─▶ checkpoint_written ─▶ fsync ─▶ checkpoint_synced
+    checkpoint   write and fsync files ─▶ checkpoint_written ─▶ fsync folder ─▶ checkpoint_synced
                  before_rename ─▶ rename ─▶ after_rename
     engine       move the pointer ─▶ before_ack ─▶ acknowledge a message ─▶ after_ack
 

@@ -19,7 +19,7 @@ from nightsplit.shared.he.weights import Numbers
 from nightsplit.shared.protocols.he_clstm import circuit_of, fill, judge_of, rotations_of, stages_of, steps_of
 from nightsplit.shared.protocols.query import CONTRACT, MOST_CHUNKS
 from nightsplit.shared.runtime.process import StopSignal, own_folder, prepare_torch
-from nightsplit.shared.storage.files import write_durably
+from nightsplit.shared.storage.files import write_atomic
 from nightsplit.shared.transport import Route
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.predict import ROWS_AT_A_TIME, chosen
@@ -178,5 +178,5 @@ class QuerySiteWorker:
         if path.exists():
             return SecretKeys.read(self.circuit, self._keys), PublicKeys.of(path.read_bytes())
         secret, public = SecretKeys.made(self.circuit, self._keys, rotations_of(self.circuit, self._judge))
-        write_durably(path, public.content)
+        write_atomic(path, public.content)
         return secret, public

@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import site_queues
 from nightsplit.shared.clock import Clock
@@ -26,6 +24,8 @@ from nightsplit.shared.runtime.heartbeat import Facts, Heartbeat
 from nightsplit.shared.runtime.process import StopSignal, own_folder, prefetch_for, prepare_torch
 from nightsplit.shared.runtime.worker import ShiftWorker
 from nightsplit.shared.storage.checkpoint import Checkpoints
+from nightsplit.shared.storage.files import make_private_folder, write_atomic
+from nightsplit.shared.storage.tensors import as_safetensors
 from nightsplit.shared.transport import Broker, Link, Route
 from nightsplit.shared.wire.message import SERVER, Kind
 from nightsplit.site_worker.config import PolicyConfig, SiteConfig
@@ -118,9 +118,7 @@ class SiteWorker(ShiftWorker):
         path = self.state_folder / "data.sha256"
         fingerprints = " ".join(part.fingerprint for part in (parts.train, parts.validation, parts.test))
         if not path.exists():
-            draft = path.with_suffix(".draft")
-            draft.write_text(fingerprints, encoding="ascii")
-            draft.rename(path)
+            write_atomic(path, fingerprints.encode("ascii"))
         for part, known in zip(
             (parts.train, parts.validation, parts.test), path.read_text("ascii").split(), strict=True
         ):
@@ -182,11 +180,10 @@ class SiteWorker(ShiftWorker):
 
     def _save_model(self, role: SiteRole) -> None:
         """What the site has of the best model."""
-        self.model_folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(self.model_folder)
         for name, weights in role.model().items():
             if weights:
-                contiguous = {key: tensor.cpu().contiguous() for key, tensor in weights.items()}
-                save_file(contiguous, self.model_folder / f"{name}.safetensors")
+                write_atomic(self.model_folder / f"{name}.safetensors", as_safetensors(weights))
 
     def _look_for_server(self, store: RunStore) -> None:
         # What the server says of itself grows with the sites: together they ask for it 32 times a second at most.

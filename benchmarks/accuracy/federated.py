@@ -40,6 +40,7 @@ from benchmarks.accuracy.federated_study import (
 from benchmarks.accuracy.results import spread, write_section
 from nightsplit.console.ui.text import counted
 from nightsplit.shared.errors import NightsplitError
+from nightsplit.shared.storage.files import write_atomic
 
 BEGIN = "<!-- figures: written by benchmarks/accuracy/federated.py -->"
 SEEDS = 3
@@ -75,9 +76,7 @@ class Done:
         key = f"{config.contract} {job.system}, {job.division}, labels {job.labels}"
         if key not in self._kept:
             self._kept[key] = self._study.carry_out(job)
-            draft = self._path.with_suffix(".draft")
-            draft.write_text(json.dumps(self._kept, indent=1) + "\n", encoding="utf-8")
-            draft.replace(self._path)
+            write_atomic(self._path, (json.dumps(self._kept, indent=1) + "\n").encode())
         self._of[job] = self._kept[key]
         return self._of[job]
 

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.pipeline import make_pipeline
@@ -28,6 +28,8 @@ from benchmarks.accuracy.sequences_hippocampus import PLACES, AreaEncoder, hippo
 from benchmarks.accuracy.sequences_material import FRAMES, SIDE, Material, lung_ct, xor
 from benchmarks.speed.encrypted import Setting
 from nightsplit.shared.models.sequences import SequenceJudge, clstm, plain_clstm
+from nightsplit.shared.storage.files import write_atomic
+from nightsplit.shared.storage.tensors import as_safetensors
 from nightsplit.site_worker.data.augment import augment
 from nightsplit.site_worker.data.dataset import Dataset
 
@@ -210,7 +212,7 @@ class Study:
         """The network of a job."""
         path = self._path(job, ".safetensors")
         if not path.exists():
-            _write(path, train(job, self.material(job).train))
+            write_atomic(path, as_safetensors(train(job, self.material(job).train).state_dict()))
         model = network(job)
         model.load_state_dict(load_file(path))
         return model.eval()
@@ -220,7 +222,7 @@ class Study:
         digest = hashlib.sha256(f"{seed} {quick} {sequences_hippocampus.SCHEDULE}".encode()).hexdigest()
         path = self._folder / f"hippocampus-encoder-{seed}-{digest[:8]}.safetensors"
         if not path.exists():
-            _write(path, pretrained(seed, quick))
+            write_atomic(path, as_safetensors(pretrained(seed, quick).state_dict()))
         encoder, images = AreaEncoder(), material("hippocampus", seed)
         encoder.load_state_dict(load_file(path))
         with torch.no_grad():
@@ -240,17 +242,9 @@ class Study:
     @staticmethod
     def _kept(path: Path, found: Callable[[], Figures]) -> Figures:
         if not path.exists():
-            draft = path.with_suffix(".draft")
-            draft.write_text(json.dumps(found(), indent=1) + "\n", encoding="utf-8")
-            draft.replace(path)
+            write_atomic(path, (json.dumps(found(), indent=1) + "\n").encode())
         known: Figures = json.loads(path.read_text(encoding="utf-8"))
         return known
-
-
-def _write(path: Path, model: nn.Module) -> None:
-    draft = path.with_suffix(".draft")
-    save_file(model.state_dict(), draft)
-    draft.replace(path)
 
 
 def judged(truth: NDArray[np.float32], scores: NDArray[np.float64]) -> Figures:

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from nightsplit.shared.errors import BrokerError
+from nightsplit.shared.storage.files import force_to_disk, make_private_folder, write_new
 from nightsplit.shared.storage.sqlite import explain, is_full, open_database
 from nightsplit.shared.transport import Queue
 
@@ -82,12 +83,13 @@ class Folder:
 
     def open(self) -> sqlite3.Connection:
         """Connect to the rows."""
-        self._bodies.mkdir(parents=True, exist_ok=True)
+        make_private_folder(self.path)
+        make_private_folder(self._bodies)
         return open_database(self.path / "broker.sqlite", SCHEMA)
 
     def open_lock(self) -> int:
         """A file descriptor of the lock."""
-        return os.open(self.path / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+        return os.open(self.path / "lock", os.O_CREAT | os.O_RDWR, 0o600)
 
     def declare(self, rows: sqlite3.Connection, queue: Queue) -> None:
         """Create `queue`; raises BrokerError 204 when it exists with other settings."""
@@ -171,24 +173,18 @@ class Folder:
 
     def write_body(self, body: Sequence[bytes | memoryview]) -> str:
         """Write and sync a body file; returns its name. It counts when its row does, so needs no rename."""
-        path = self._bodies / uuid.uuid4().hex
-        try:
+
+        def write(path: Path) -> None:
             with path.open("wb") as file:
                 file.writelines(body)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
-        return path.name
+
+        name = uuid.uuid4().hex
+        write_new(self._bodies / name, write)
+        return name
 
     def sync_bodies(self) -> None:
         """Make the names of new body files durable."""
-        bodies = os.open(self._bodies, os.O_RDONLY)
-        try:
-            os.fsync(bodies)
-        finally:
-            os.close(bodies)
+        force_to_disk(self._bodies)
 
     def remove_bodies(self, files: Iterable[str]) -> None:
         """Delete body files whose rows are gone."""

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from nightsplit.console.output import write_output
 from nightsplit.server_worker.published_vectors import BASE, FOLDER, merge, read_vector
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.models.hashing import weights_sha256
@@ -37,7 +38,7 @@ def run_merge(report: Path, output: Path, added: Sequence[Path], left_out: Seque
     if factor is None:
         raise ConfigError(103, f"{folder} holds no scale, since nobody judged one.", "give one: --scale 0.3.")
     weights = merge(base, list(vectors.values()), factor)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, output)
+    write_output(output, save({name: tensor.contiguous() for name, tensor in weights.items()}))
     print(f"{output}: {factor:g} x ({' + '.join(sorted(vectors)) or 'nothing'})")
     print(f"sha256 of the model: {weights_sha256(weights)}")
     if base.buffers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nightsplit.console.exit_codes import INTERRUPTED, STOPPED
+from nightsplit.console.output import write_output
 from nightsplit.console.ui.text import counted
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.runtime.process import StopSignal
@@ -41,12 +43,9 @@ def ask(
         taken = worker.submit(None if submitted == Path() else submitted)
         print(f"{counted(taken, 'sequence')} submitted", file=sys.stderr)
     finished = worker.work(idle_seconds)
-    if output is None:
-        waiting, refused = worker.write_scores(sys.stdout)
-    else:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("w", encoding="utf-8") as file:
-            waiting, refused = worker.write_scores(file)
+    scores = io.StringIO()
+    waiting, refused = worker.write_scores(scores)
+    write_output(output, scores.getvalue().encode())
     if refused:
         print(f"{counted(refused, 'sequence')} refused; to be submitted again", file=sys.stderr)
     if not finished:

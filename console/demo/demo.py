@@ -36,6 +36,7 @@ from nightsplit.shared.learning.metrics import Metrics
 from nightsplit.shared.protocols import ROUNDS
 from nightsplit.shared.protocols.load import load
 from nightsplit.shared.runtime.process import prepare_torch
+from nightsplit.shared.storage.files import make_private_folder
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.worker import SiteWorker
@@ -207,13 +208,13 @@ def _working_copy(example: Path, name: str) -> Path:
     stamp = time.strftime(f"{name}-%Y%m%d-%H%M%S-")
     home = Path("runs")
     try:
-        home.mkdir(exist_ok=True)
+        make_private_folder(home)
         work = home / Path(tempfile.mkdtemp(prefix=stamp, dir=home)).name
     except OSError:  # not a folder that we may write to
         work = Path(tempfile.mkdtemp(prefix=stamp))
     for file in example.iterdir():
         if file.suffix in (".toml", ".py", ".safetensors"):
-            shutil.copy(file, work)
+            shutil.copyfile(file, work / file.name)
     if (work / "prepare.py").exists():
         runpy.run_path(str(work / "prepare.py"), run_name="__main__")
     return work
@@ -238,7 +239,7 @@ def _share_secrets(first: Path, work: Path, config: RunConfig) -> None:
         return
     for site in config.run.sites:
         ledger = Path(SiteWorker(first / f"{site}.toml").config.ledger)
-        (work / ledger).parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder((work / ledger).parent)
         for file in (first / ledger).parent.glob(f"{ledger.stem}.*"):  # SQLite's log belongs to it, and the key
             shutil.copy(file, (work / ledger).parent)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from nightsplit.broker.topology import NO_RIGHTS, PREFIX, SERVER_RIGHTS, Rights, site_rights
 from nightsplit.shared.run_store.redis import SERVER_RULES, site_rules
-from nightsplit.shared.storage.files import write_durably
+from nightsplit.shared.storage.files import write_atomic
 from nightsplit.shared.wire.message import SERVER
 
 ADMIN = "admin"
@@ -90,9 +90,9 @@ class Centre:
         """Write how both listen, and who may log in so far: nobody."""
         folder = self.folder.absolute()
         ports = {"broker_port": broker_port, "management_port": management_port, "store_port": store_port}
-        (self.folder / "rabbitmq.conf").write_text(RABBITMQ.format(folder=folder, **ports), encoding="utf-8")
-        (self.folder / "redis.conf").write_text(REDIS.format(folder=folder, **ports), encoding="utf-8")
-        (self.folder / "enabled_plugins").write_text(PLUGINS, encoding="utf-8")
+        _write(self.folder / "rabbitmq.conf", RABBITMQ.format(folder=folder, **ports))
+        _write(self.folder / "redis.conf", REDIS.format(folder=folder, **ports))
+        _write(self.folder / "enabled_plugins", PLUGINS)
         lazy = {"vhost": VHOST, "name": "lazy", "pattern": rf"^{PREFIX}\.", "apply-to": "queues", "priority": 0}
         nobody = {
             "vhosts": [{"name": VHOST}],
@@ -101,8 +101,8 @@ class Centre:
             # A night's messages belong on the disk; without this they fill the memory first.
             "policies": [{**lazy, "definition": {"queue-mode": "lazy"}}],
         }
-        write_durably(self._definitions, json.dumps(nobody, indent=2).encode())
-        write_durably(self._acl, b"user default off\n")
+        _write(self._definitions, json.dumps(nobody, indent=2))
+        _write(self._acl, "user default off\n")
 
     def admit_admin(self, password: str) -> None:
         """Who looks after broker and store."""
@@ -145,9 +145,14 @@ class Centre:
         permission |= {"configure": rights.configure, "write": rights.write, "read": rights.read}
         told["users"] = [*(known for known in told["users"] if known["name"] != name), user]
         told["permissions"] = [*(known for known in told["permissions"] if known["user"] != name), permission]
-        write_durably(self._definitions, json.dumps(told, indent=2).encode())
+        _write(self._definitions, json.dumps(told, indent=2))
 
     def _rule(self, name: str, rules: str) -> None:
         lines = self._acl.read_text(encoding="utf-8").splitlines()
         others = [line for line in lines if line.split()[1] != name]
-        write_durably(self._acl, "\n".join([*others, f"user {name} {rules}", ""]).encode())
+        _write(self._acl, "\n".join([*others, f"user {name} {rules}", ""]))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write what RabbitMQ or Redis reads, each as a user of its own: the folder around decides who may come so far."""
+    write_atomic(path, text.encode(), mode=0o644)

@@ -11,10 +11,11 @@ import msgspec
 
 from nightsplit.console.keys.accounts import ADMIN, VHOST, Centre
 from nightsplit.console.keys.admin import Live, administrator
-from nightsplit.console.keys.ca import Authority, new_password, write_private
+from nightsplit.console.keys.ca import Authority, new_password
 from nightsplit.console.keys.templates import POLICY_TOML, SERVER_TOML, SITE_README, SITE_TOML
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.protocols.load import load
+from nightsplit.shared.storage.files import make_private_folder, write_atomic
 from nightsplit.shared.wire.message import SERVER
 
 BROKER_PORT, MANAGEMENT_PORT, STORE_PORT = 5671, 15671, 6379
@@ -58,20 +59,20 @@ class Keys:
             return False
         centre.folder.mkdir(parents=True, exist_ok=True)
         authority = Authority(self.folder / "authority")
-        (centre.folder / "ca.pem").write_bytes(authority.pem)
+        write_atomic(centre.folder / "ca.pem", authority.pem)
         authority.issue(
             "nightsplit service", centre.folder / "service.pem", centre.folder / "service.key", addresses.hosts
         )
         ports = (_port(address) for address in (addresses.broker, addresses.management, addresses.store))
         centre.configure(*ports)
         admin = new_password()
-        write_private(centre.folder / "admin_password", admin.encode())
+        write_atomic(centre.folder / "admin_password", admin.encode())
         centre.admit_admin(admin)
         centre.admit_server(self._hand_over(SERVER, centre.folder / SERVER, authority))
-        (centre.folder / SERVER / "server.toml").write_text(self._filled(SERVER_TOML, SERVER, addresses), "utf-8")
+        write_atomic(centre.folder / SERVER / "server.toml", self._filled(SERVER_TOML, SERVER, addresses))
         # Last, since it says that all else is there.
         lines = [f'{name} = "{getattr(addresses, name)}"\n' for name in ("broker", "management", "store")]
-        self._addresses_file.write_text("".join(lines), encoding="utf-8")
+        write_atomic(self._addresses_file, "".join(lines).encode())
         return True
 
     def new_site(self, name: str) -> Path | None:
@@ -91,7 +92,7 @@ class Keys:
         site = self.folder / "sites" / name
         password = self._hand_over(name, site, Authority(self.folder / "authority"))
         for file, text in (("site.toml", SITE_TOML), ("policy.toml", POLICY_TOML), ("README.md", SITE_README)):
-            (site / file).write_text(self._filled(text, name, addresses), encoding="utf-8")
+            write_atomic(site / file, self._filled(text, name, addresses))
         centre.admit_site(name, password)
         return site
 
@@ -125,16 +126,16 @@ class Keys:
     @staticmethod
     def _hand_over(name: str, folder: Path, authority: Authority) -> str:
         """What every worker gets; returns its password."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "ca.pem").write_bytes(authority.pem)
+        make_private_folder(folder)
+        write_atomic(folder / "ca.pem", authority.pem)
         authority.issue(name, folder / "certificate.pem", folder / "key.pem")
         password = new_password()
-        write_private(folder / "password", f"{password}\n".encode())
+        write_atomic(folder / "password", f"{password}\n".encode())
         return password
 
     @staticmethod
-    def _filled(text: str, name: str, addresses: Addresses) -> str:
-        return text.format(name=name, broker=addresses.broker, store=addresses.store, vhost=VHOST)
+    def _filled(text: str, name: str, addresses: Addresses) -> bytes:
+        return text.format(name=name, broker=addresses.broker, store=addresses.store, vhost=VHOST).encode()
 
 
 def with_port(address: str, port: int) -> str:

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.storage.files import make_private_folder, write_atomic
 
 CENTRE_DAYS, WORKER_DAYS = 3650, 825
 _USAGES = (ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH)
@@ -34,11 +35,11 @@ class Authority:
     def __init__(self, folder: Path) -> None:
         certificate, key = folder / "ca.pem", folder / "ca.key"
         if not certificate.exists():
-            folder.mkdir(parents=True, exist_ok=True)
+            make_private_folder(folder)
             self._key = ec.generate_private_key(ec.SECP256R1())
             self._certificate = _made_by_itself(self._key)
-            write_private(key, _pem_of(self._key))
-            certificate.write_bytes(self.pem)
+            write_atomic(key, _pem_of(self._key))
+            write_atomic(certificate, self.pem)  # last, since it says that the key is there
         try:
             found = serialization.load_pem_private_key(key.read_bytes(), password=None)
             self._certificate = x509.load_pem_x509_certificate(certificate.read_bytes())
@@ -73,15 +74,8 @@ class Authority:
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
         )
         signed = builder.sign(self._key, hashes.SHA256())
-        write_private(key, _pem_of(own))
-        certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-
-
-def write_private(path: Path, content: bytes) -> None:
-    """Write a file that its owner alone may read, from its first byte on."""
-    path.unlink(missing_ok=True)
-    path.touch(mode=0o600)
-    path.write_bytes(content)
+        write_atomic(key, _pem_of(own))
+        write_atomic(certificate, signed.public_bytes(serialization.Encoding.PEM))
 
 
 def new_password() -> str:

@@ -23,7 +23,7 @@ from nightsplit.shared.engine.mailbox import Mailbox, PutAside
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.he.ckks import Circuit, PublicKeys
 from nightsplit.shared.protocols.query import BLINDED_ELSEWHERE, KEYS_UNKNOWN, Parcels, chunks
-from nightsplit.shared.storage.files import write_durably
+from nightsplit.shared.storage.files import make_private_folder, write_atomic
 from nightsplit.shared.transport import Confirmed, Delivery
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 
@@ -186,8 +186,8 @@ class QueryServer:
         keys = PublicKeys(*pieces)
         Arithmetic(self._circuit, keys)
         folder = self._keys / site
-        folder.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / keys.sha256, keys.content)
+        make_private_folder(folder)
+        write_atomic(folder / keys.sha256, keys.content)
 
     def _known(self, site: str, sha256: str) -> PublicKeys:
         """The keys of a site that have this name.

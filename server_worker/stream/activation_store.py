@@ -5,15 +5,15 @@ One safetensors file per message, read by memory mapping: the store may be large
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from nightsplit.shared.errors import StateError
+from nightsplit.shared.storage.files import make_private_folder, write_atomic
+from nightsplit.shared.storage.tensors import as_safetensors
 
 Row = tuple[str, int, int]
 """A stored sample: site, item, row."""
@@ -36,13 +36,9 @@ class ActivationStore:
             StateError: 501 the disk is full; earlier items are intact.
         """
         place = self._place(site, q)
-        draft = place.with_suffix(".draft")
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft)
-            with draft.open("rb") as file:
-                os.fsync(file.fileno())
-            draft.rename(place)
+            make_private_folder(place.parent)
+            write_atomic(place, as_safetensors(tensors))
         except OSError as error:
             needed = sum(tensor.nbytes for tensor in tensors.values())
             raise StateError(

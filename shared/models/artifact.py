@@ -25,7 +25,7 @@ from torch import nn
 
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.models.hashing import weights_sha256
-from nightsplit.shared.storage.files import write_durably
+from nightsplit.shared.storage.files import write_atomic
 
 _CARD = "card"
 
@@ -152,7 +152,7 @@ def write_artifact(path: Path, card: Card, tensors: Mapping[str, torch.Tensor]) 
     metadata = {_CARD: msgspec.json.encode(card, order="sorted").decode()}
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, content)
+    write_atomic(path, content)
     return hashlib.sha256(content).hexdigest()
 
 

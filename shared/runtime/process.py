@@ -15,6 +15,7 @@ from types import FrameType
 import torch
 
 from nightsplit.shared.errors import ConfigError, StateError
+from nightsplit.shared.storage.files import make_private_folder
 
 PREFETCH_BYTES = 128 * 2**20
 """What a worker may hold of one queue."""
@@ -51,10 +52,12 @@ def locked_folder(folder: Path) -> Iterator[bool]:
         StateError: 501 it cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+        make_private_folder(folder)
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
-        raise StateError(501, f"{folder}: {error.strerror}.", "name a state folder on a disk with room.") from None
+        raise StateError(
+            501, f"{folder}: {error.strerror}.", "name a state folder of your own, on a disk with room."
+        ) from None
     try:
         yield _lock(handle)
     finally:

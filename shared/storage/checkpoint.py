@@ -11,7 +11,6 @@ The newest `keep` stay; when the newest is damaged, the one before it is used.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import re
@@ -23,11 +22,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from nightsplit.shared import crash_points
 from nightsplit.shared.errors import StateError
-from nightsplit.shared.storage.files import force_to_disk
+from nightsplit.shared.storage.files import force_to_disk, make_private_folder, write_new
+from nightsplit.shared.storage.sqlite import is_full
+from nightsplit.shared.storage.tensors import as_safetensors
 
 TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
 
@@ -79,22 +80,22 @@ class Checkpoints:
         draft = self.folder / f".{place.name}.draft"
         try:
             shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-            save_file({name: tensor.contiguous() for name, tensor in snapshot.tensors.items()}, draft / TENSORS)
+            make_private_folder(self.folder)
+            make_private_folder(draft)
+            write_new(draft / TENSORS, as_safetensors(snapshot.tensors))
             facts = json.loads(_canonical(snapshot.facts))  # as it will be read: a number as a key becomes text
             sha256s = {"facts_sha256": _hash(_canonical(facts)), "tensors_sha256": _sha256(draft / TENSORS)}
             manifest = _canonical({"facts": facts, **sha256s})
-            (draft / MANIFEST).write_bytes(manifest)
+            write_new(draft / MANIFEST, manifest)
             crash_points.reach("checkpoint_written")
-            for part in (draft / TENSORS, draft / MANIFEST, draft):
-                force_to_disk(part)
+            force_to_disk(draft)
             crash_points.reach("checkpoint_synced")
             shutil.rmtree(place, ignore_errors=True)
             crash_points.reach("before_rename")
             draft.rename(place)
             crash_points.reach("after_rename")
             force_to_disk(self.folder)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             shutil.rmtree(draft, ignore_errors=True)
             raise _write_failed(error, self.folder, snapshot) from None
         self._damaged.discard(place)
@@ -200,10 +201,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_failed(error: Exception, folder: Path, snapshot: Snapshot) -> StateError:
+def _write_failed(error: OSError, folder: Path, snapshot: Snapshot) -> StateError:
     needed = sum(tensor.nbytes for tensor in snapshot.tensors.values())
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    what = "is full" if full else f"cannot be written ({error})"
+    what = "is full" if is_full(error) else f"cannot be written ({error.strerror})"
     return StateError(
         501,
         f"{folder} {what}; a checkpoint needs {needed / 2**20:.1f} MiB. The last checkpoint is intact.",

@@ -1,24 +1,65 @@
-"""Files that outlive a power cut, and are there whole or not at all."""
+"""Files that outlive a power cut, are there whole or not at all, and are their owner's alone."""
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import stat
+from collections.abc import Callable
 from pathlib import Path
 
 SECRET_BYTES = 32
 
+Content = bytes | Callable[[Path], object]
+"""What goes into a file, or a function that writes it to the path it is given: large things need no copy in memory."""
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file, or replace one: a reader finds the old content or the new one.
+_OTHERS = 0o077
+"""All rights of group and others."""
+
+
+def write_atomic(path: Path, content: Content, mode: int = 0o600) -> None:
+    """Write a file, or replace one: whoever reads it finds the old content or the new one, also after a power cut.
+
+    A process that is killed meanwhile leaves a draft, `.NAME.XXXXXXXX.draft`, which nobody reads.
+
+    Args:
+        path: the file; its folder is there.
+        content: what it shall hold.
+        mode: its permissions, whatever the umask.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written; the old content stays.
     """
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_bytes(content)
-    force_to_disk(draft)
-    draft.replace(path)
+    draft = _draft_of(path)
+    write_new(draft, content, mode)
+    try:
+        draft.replace(path)
+    except OSError:
+        draft.unlink()
+        raise
+    force_to_disk(path.parent)
+
+
+def write_new(path: Path, content: Content, mode: int = 0o600) -> None:
+    """Write a file that is not there yet, and force it to disk; its name is durable once the folder is, too.
+
+    Arguments as of `write_atomic`.
+
+    Raises:
+        OSError: it is there, or cannot be written; then nothing of it stays.
+    """
+    path.touch(0o600, exist_ok=False)  # before there is anything in it
+    try:
+        if callable(content):
+            content(path)
+        else:
+            path.write_bytes(content)
+        path.chmod(mode)
+        force_to_disk(path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def force_to_disk(path: Path) -> None:
@@ -30,6 +71,33 @@ def force_to_disk(path: Path) -> None:
         os.close(handle)
 
 
+def make_private_folder(path: Path) -> None:
+    """Make a folder that its owner alone may enter, whatever the umask; one that is there is kept private.
+
+    Raises:
+        OSError: it cannot be made, or not be closed to others.
+    """
+    path.mkdir(0o700, parents=True, exist_ok=True)
+    keep_private(path)
+
+
+def keep_private(path: Path) -> None:
+    """Take away what rights group and others have to a file or folder of ours.
+
+    Raises:
+        OSError: it is another user's, or a folder of all users (such as /tmp).
+    """
+    mode = path.stat().st_mode
+    if not mode & _OTHERS:
+        return
+    try:
+        if mode & stat.S_ISVTX:
+            raise PermissionError
+        path.chmod(stat.S_IMODE(mode) & ~_OTHERS)
+    except PermissionError:
+        raise PermissionError(errno.EPERM, "is open to other users, and not ours to close", str(path)) from None
+
+
 def read_secret_file(path: Path) -> bytes:
     """The secret in `path`.
 
@@ -37,7 +105,7 @@ def read_secret_file(path: Path) -> bytes:
         ValueError: others may read it, or it is no secret; says which.
         OSError: it cannot be read.
     """
-    if path.stat().st_mode & 0o077:
+    if path.stat().st_mode & _OTHERS:
         raise ValueError("may be read by other users")
     secret = path.read_bytes()
     if len(secret) != SECRET_BYTES:
@@ -53,15 +121,16 @@ def make_secret_file(path: Path) -> bytes:
         OSError: it cannot be written.
     """
     secret = secrets.token_bytes(SECRET_BYTES)
-    draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    draft = _draft_of(path)
+    write_new(draft, secret)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(secret)
-            file.flush()
-            os.fsync(file.fileno())
         os.link(draft, path)  # unlike a rename, it never replaces one that another process made meanwhile
     finally:
         draft.unlink()
     force_to_disk(path.parent)
     return secret
+
+
+def _draft_of(path: Path) -> Path:
+    """A name beside `path` that no other writer has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.draft")

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nightsplit.shared.errors import BrokerError
+from nightsplit.shared.storage.files import keep_private
 
 BUSY_SECONDS = 5.0
 """How long a transaction waits for the transactions of others before it fails as locked."""
@@ -22,14 +23,17 @@ BUSY_SECONDS = 5.0
 def open_database(path: Path, schema: str) -> sqlite3.Connection:
     """Open `path`, creating it and its folder, and run `schema`, which must be repeatable.
 
+    Its owner alone may read it; SQLite gives the files beside it the same mode.
+
     Raises:
         OSError, sqlite3.Error: see `broker_errors`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(0o700, parents=True, exist_ok=True)
     database = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     patience = time.monotonic() + 2 * BUSY_SECONDS
     while True:
         try:
+            keep_private(path)
             database.execute("PRAGMA journal_mode=WAL")
             database.execute("PRAGMA synchronous=FULL")
             database.executescript(schema)
@@ -71,7 +75,7 @@ def broker_errors(number: int, place: Path) -> Iterator[None]:
         raise BrokerError(
             number,
             f"{place}: {explain(error)}.",
-            "use a folder on a local disk that may be written and has 64 MiB of room.",
+            "use a folder of your own on a local disk that may be written and has 64 MiB of room.",
         ) from None
 
 
@@ -94,4 +98,4 @@ def explain(error: Exception) -> str:
         return "disk is full"
     if is_locked(error):
         return "another process has been holding the database"
-    return str(error)
+    return getattr(error, "strerror", None) or str(error)

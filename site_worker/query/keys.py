@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from nightsplit.shared.errors import StateError
 from nightsplit.shared.he.ckks import Ciphertext, Circuit, PublicKeys, written
-from nightsplit.shared.storage.files import force_to_disk
+from nightsplit.shared.storage.files import make_private_folder, write_atomic
 
 SECRET = "secret.key"
 
@@ -41,14 +40,9 @@ class SecretKeys:
             rotations: steps by which a server will rotate slots.
         """
         generator = seal.KeyGenerator(circuit.context)
-        folder.mkdir(parents=True, exist_ok=True)
-        draft = folder / f".{SECRET}.draft"
-        os.close(os.open(draft, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))  # before there is a secret in it
+        make_private_folder(folder)
         secret = generator.secret_key()
-        secret.save(str(draft))
-        force_to_disk(draft)
-        draft.replace(folder / SECRET)
-        force_to_disk(folder)  # what is encrypted from now on cannot be read without it
+        write_atomic(folder / SECRET, lambda path: secret.save(str(path)))  # without it, no answer can be read
         galois = written(generator.create_galois_keys(circuit.elements(rotations))) if rotations else b""
         return cls(circuit, secret), PublicKeys(written(generator.create_relin_keys()), galois)
 
