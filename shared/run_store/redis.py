@@ -1,4 +1,4 @@
-"""The run store in Redis, for servers on several hosts. Each change is one script, so it is atomic.
+"""The run store in Redis, for servers on several hosts. Each change is one script of lua/, so it is atomic.
 
 Redis must run with `appendonly yes`. With `appendfsync everysec` what a method returned survives the
 death of any process, the Redis server's included, but not a host that crashes within the second;
@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import ssl
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
@@ -26,52 +28,6 @@ from nightsplit.shared.storage.checkpoint import Pointer
 from nightsplit.shared.wire.message import SERVER, Scalar
 
 TIMEOUT_SECONDS = 5.0
-
-NOW = "local t = redis.call('TIME') local now = t[1] * 1000 + math.floor(t[2] / 1000) "
-
-# KEYS: lease, a hash of fence, owner, expires (milliseconds). ARGV: owner, ttl in milliseconds.
-ACQUIRE = (
-    NOW
-    + """
-local lease = redis.call('HMGET', KEYS[1], 'owner', 'expires')
-if lease[1] and lease[1] ~= ARGV[1] and now < tonumber(lease[2]) then return false end
-redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'expires', now + ARGV[2])
-return redis.call('HINCRBY', KEYS[1], 'fence', 1)
-"""
-)
-
-# ARGV: owner, fence, ttl in milliseconds.
-RENEW = (
-    NOW
-    + """
-local lease = redis.call('HMGET', KEYS[1], 'owner', 'fence')
-if lease[1] ~= ARGV[1] or lease[2] ~= ARGV[2] then return 0 end
-redis.call('HSET', KEYS[1], 'expires', now + ARGV[3])
-return 1
-"""
-)
-
-# ARGV: owner, fence. The fence stays, since the next one must be larger.
-RELEASE = """
-local lease = redis.call('HMGET', KEYS[1], 'owner', 'fence')
-if lease[1] == ARGV[1] and lease[2] == ARGV[2] then redis.call('HDEL', KEYS[1], 'owner') end
-"""
-
-# KEYS: lease, pointer. ARGV: fence, counter, sha256.
-MOVE = """
-if tonumber(redis.call('HGET', KEYS[1], 'fence') or 0) > tonumber(ARGV[1]) then return 0 end
-redis.call('HSET', KEYS[2], 'fence', ARGV[1], 'counter', ARGV[2], 'sha256', ARGV[3])
-return 1
-"""
-
-# KEYS: journal. ARGV: position, sender.
-JOURNAL = """
-redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])
-return redis.call('HGET', KEYS[1], ARGV[1])
-"""
-
-# KEYS: the worker's status. ARGV: facts.
-PUT_STATUS = NOW + "redis.call('SET', KEYS[1], cjson.encode({now, ARGV[1]}))"
 
 T = TypeVar("T")
 
@@ -123,7 +79,7 @@ class RedisStore(RunStore):
 
     def put_status(self, worker: str, facts: Mapping[str, Scalar | None]) -> None:
         """See `RunStore`."""
-        self._run(PUT_STATUS, [self._status(worker)], json.dumps(dict(facts)))
+        self._run("put_status", [self._status(worker)], json.dumps(dict(facts)))
 
     def statuses(self, workers: Iterable[str]) -> dict[str, Status]:
         """See `RunStore`."""
@@ -145,16 +101,16 @@ class RedisStore(RunStore):
 
     def acquire_lease(self, owner: str, ttl_seconds: float) -> int | None:
         """See `RunStore`."""
-        fence = self._run(ACQUIRE, [self._lease], owner, round(ttl_seconds * 1000))
+        fence = self._run("acquire_lease", [self._lease], owner, round(ttl_seconds * 1000))
         return None if fence is None else int(fence)
 
     def renew_lease(self, owner: str, fence: int, ttl_seconds: float) -> bool:
         """See `RunStore`."""
-        return bool(self._run(RENEW, [self._lease], owner, fence, round(ttl_seconds * 1000)))
+        return bool(self._run("renew_lease", [self._lease], owner, fence, round(ttl_seconds * 1000)))
 
     def release_lease(self, owner: str, fence: int) -> None:
         """See `RunStore`."""
-        self._run(RELEASE, [self._lease], owner, fence)
+        self._run("release_lease", [self._lease], owner, fence)
 
     def pointer(self) -> Pointer | None:
         """See `RunStore`."""
@@ -164,11 +120,11 @@ class RedisStore(RunStore):
     def move_pointer(self, pointer: Pointer) -> bool:
         """See `RunStore`."""
         keys = [self._lease, self._pointer]
-        return bool(self._run(MOVE, keys, pointer.fence, pointer.counter, pointer.sha256))
+        return bool(self._run("move_pointer", keys, pointer.fence, pointer.counter, pointer.sha256))
 
     def journal(self, position: int, sender: str) -> str:
         """See `RunStore`; how durable it is depends on `appendfsync`."""
-        return str(self._run(JOURNAL, [self._journal], position, sender))
+        return str(self._run("journal", [self._journal], position, sender))
 
     def journalled(self, position: int) -> str | None:
         """See `RunStore`."""
@@ -184,7 +140,7 @@ class RedisStore(RunStore):
         return f"{self._prefix}:status:{worker}"
 
     def _run(self, script: str, keys: list[str], *arguments: str | int) -> Any:
-        return self._ask(lambda: self._redis.register_script(script)(keys, arguments))
+        return self._ask(lambda: self._redis.register_script(_text_of(script))(keys, arguments))
 
     def _ask(self, command: Callable[[], T]) -> T:
         try:
@@ -199,6 +155,11 @@ class RedisStore(RunStore):
             raise BrokerError(
                 207, f"{self._place}: {error}.", "start Redis, or check the address of the store and the network."
             ) from None
+
+
+@cache
+def _text_of(script: str) -> str:
+    return resources.files(__package__).joinpath("lua", f"{script}.lua").read_text(encoding="utf-8")
 
 
 def _login(address: SplitResult, credentials: Credentials) -> dict[str, Any]:

@@ -267,7 +267,7 @@ def test_a_ledger_that_is_held_too_long_is_refused_with_a_reason(
 ) -> None:
     path = tmp_path / "ledger.db"
     filled(path)
-    monkeypatch.setattr("shared.sqlite.BUSY_SECONDS", 0.2)
+    monkeypatch.setattr("nightsplit.shared.storage.sqlite.BUSY_SECONDS", 0.2)
     ledger = Ledger(path)
     holder = sqlite3.connect(path, isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
