@@ -267,6 +267,9 @@ def test_an_unknown_error_becomes_a_file_and_a_line(tmp_path, monkeypatch, capsy
     assert log.name in err
     assert "Traceback" not in err
     assert "ZeroDivisionError: a bug" in log.read_text()
+    assert log.stat().st_mode & 0o077 == 0
+    assert run(["status", "server.toml"]) == 70
+    assert len(list(tmp_path.glob("nightsplit-crash-*.log"))) == 2, "no name is foreseen"
 
 
 def test_a_full_disk_and_an_early_ctrl_c_have_their_sentences(tmp_path, monkeypatch, capsys):
