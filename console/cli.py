@@ -134,16 +134,9 @@ def _doctor(chosen: argparse.Namespace) -> int:
 
 
 def _predict(chosen: argparse.Namespace) -> int:
-    from nightsplit.site_worker.predict import predict
-    from nightsplit.site_worker.worker import SiteWorker
+    from nightsplit.console.commands.predict import write_predictions
 
-    predictions = predict(SiteWorker(chosen.file, chosen.set), chosen.top, chosen.data)
-    text = io.StringIO()
-    predictions.write(text)
-    write_output(chosen.output, text.getvalue().encode())
-    figures = [f"{name} {value:.4g}" for name, value in predictions.metrics.items() if value is not None]
-    print(", ".join(figures), file=sys.stderr)
-    return 0
+    return write_predictions(chosen.file, chosen.set, chosen.top, chosen.data, chosen.output)
 
 
 def _query(chosen: argparse.Namespace) -> int:
@@ -198,6 +191,12 @@ def _dlq(chosen: argparse.Namespace) -> int:
         settle = replay_letters if chosen.action == "replay" else discard_letters
         settle(file, None if chosen.all else chosen.ids)
     return 0
+
+
+def _explain(chosen: argparse.Namespace) -> int:
+    from nightsplit.console.commands.explain import explain
+
+    return explain(chosen.number)
 
 
 def _keys(chosen: argparse.Namespace) -> int:
@@ -280,6 +279,10 @@ def _parser() -> argparse.ArgumentParser:
         site's, the server's file those of all.""")  # fmt: skip
     listing, show, again, discard = _actions(dlq)
 
+    explain = _add(verbs, "explain", "read the page of an error", """
+        Print what the error of a number means, how it is mended, and whether anything is lost.""")  # fmt: skip
+    explain.add_argument("number", metavar="NUMBER", help="as its line says it: 104, or E104")
+
     keys = _add(verbs, "keys", "let hospitals in, and shut them out", """
         At the coordinating centre: make certificates, users and rights for the broker, the run store, the
         server and each site. docs/deployment.md tells how they are used.""")  # fmt: skip
@@ -323,10 +326,7 @@ def _parser() -> argparse.ArgumentParser:
     for verb in (demo, status, doctor, replay, privacy, listing, show):
         verb.add_argument("--json", action="store_true", help="print one JSON object, for other programs")
     predict.add_argument(
-        "--top",
-        type=Path,
-        metavar="FILE",
-        help="the server's half of the model, where the run did not export it",
+        "--top", type=Path, metavar="FILE", help="the server's half of the model, where the run did not export it"
     )
     predict.add_argument(
         "--data", type=Path, metavar="FILE",

@@ -8,7 +8,8 @@ NightsplitError
 ├── StateError      5xx  checkpoints and local disks
 └── RunError        6xx  sites and server disagree about the run
 
-Each number has a title in `TITLES` and a page `docs/errors/<number>.md`; a test keeps both complete.
+Each number has a title in `TITLES` and a page `docs/errors/<number>.md`, which `nightsplit explain <number>` prints; a
+test keeps both complete.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ TITLES: dict[int, str] = {
     115: "Model file cannot be read",
     116: "Model file is another one",
     117: "Model file does not fit the model",
+    120: "No error has this number",
     201: "Broker cannot be reached",
     202: "Broker refuses the login",
     203: "Message is larger than the broker allows",
@@ -116,9 +118,8 @@ class NightsplitError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return (
-            f"E{self.number} {TITLES[self.number]}: {self.sentence} Fix: {self.remedy} (docs/errors/{self.number}.md)"
-        )
+        title, page = TITLES[self.number], f"nightsplit explain {self.number}"
+        return f"E{self.number} {title}: {self.sentence} Fix: {self.remedy} ({page})"
 
 
 class ConfigError(NightsplitError):

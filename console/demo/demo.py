@@ -199,8 +199,7 @@ def _example(folder: Path | None) -> Path:
         if (place / "run.toml").is_file():
             return place.resolve()
     known = ", ".join(sorted(path.parent.name for path in EXAMPLES.glob("*/run.toml")))
-    remedy = f"name one of examples/: {known}." if known else "get the repository, which has examples/."
-    raise ConfigError(110, f"{name} is no folder with a run.toml.", remedy)
+    raise ConfigError(110, f"{name} is no folder with a run.toml.", f"name a folder, or one of the examples: {known}.")
 
 
 def _working_copy(example: Path, name: str) -> Path:
@@ -214,7 +213,7 @@ def _working_copy(example: Path, name: str) -> Path:
         work = Path(tempfile.mkdtemp(prefix=stamp))
     for file in example.iterdir():
         if file.suffix in (".toml", ".py", ".safetensors"):
-            shutil.copyfile(file, work / file.name)
+            shutil.copyfile(file, work / file.name)  # not its mode: an installed one may be read-only
     if (work / "prepare.py").exists():
         runpy.run_path(str(work / "prepare.py"), run_name="__main__")
     return work

@@ -50,8 +50,8 @@ def refused(folder: Path, capsys, number: int, *arguments: str, greetings: int =
     assert run([verb, str(folder / file), *more]) == 1
     out, err = capsys.readouterr()
     assert err.startswith(f"E{number} {TITLES[number]}: "), err
-    assert err.endswith(f" (docs/errors/{number}.md)\n")
-    assert len(err.partition(" Fix: ")[2]) > len(f"(docs/errors/{number}.md)") + 10
+    assert err.endswith(f" (nightsplit explain {number})\n")
+    assert len(err.partition(" Fix: ")[2]) > len(f"(nightsplit explain {number})") + 10
     assert err.count("\n") == 1
     assert "Traceback" not in out + err
     after = contents(folder / "state")

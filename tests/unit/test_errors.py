@@ -96,7 +96,7 @@ def test_every_number_has_its_page(number: int) -> None:
     example = lines[lines.index("```") + 1]
     assert example.startswith(f"E{number} {TITLES[number]}: ")
     assert " Fix: " in example
-    assert example.endswith(f"(docs/errors/{number}.md)")
+    assert example.endswith(f"(nightsplit explain {number})")
     for heading in ("## What happened", "## How to resolve", "## Is anything lost?"):
         assert heading in lines
 
@@ -111,7 +111,7 @@ def test_what_a_user_reads() -> None:
     error = errors.BrokerError(201, "localhost:5672: connection refused.", "start the broker.")
     assert isinstance(error, NightsplitError)
     assert str(error) == (
-        "E201 Broker cannot be reached: localhost:5672: connection refused. Fix: start the broker. (docs/errors/201.md)"
+        "E201 Broker cannot be reached: localhost:5672: connection refused. Fix: start the broker. (nightsplit explain 201)"
     )
 
 
