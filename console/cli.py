@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import io
 import logging
 import os
 import sys
@@ -20,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from nightsplit.console.exit_codes import CRASHED, INTERRUPTED, STOPPED
-from nightsplit.console.output import write_output
 from nightsplit.console.ui import json_log
 from nightsplit.shared.errors import NightsplitError, StateError
+from nightsplit.shared.foreign import shown
 from nightsplit.shared.log import event
 
 _NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR}
@@ -70,7 +69,7 @@ def run(arguments: Sequence[str]) -> int:
 def _failed(error: NightsplitError) -> int:
     json_log.failed(error)
     if not json_log.is_on():
-        print(error, file=sys.stderr)
+        print(shown(str(error)), file=sys.stderr)
     return 1
 
 
@@ -78,6 +77,7 @@ def _crashed(error: BaseException | None) -> None:
     """Keep the traceback for those who can use it, and give the user one line."""
     stamp = time.strftime("nightsplit-crash-%Y%m%d-%H%M%S-")
     text = "".join(traceback.format_exception(error)) if error is not None else ""
+    text = "\n".join(map(shown, text.splitlines()))
     kept: Path | None = None
     for folder in (".", None):  # here, or where temporary files go
         with suppress(OSError):

@@ -11,6 +11,7 @@ from nightsplit.server_worker.protocols import AnyServer
 from nightsplit.server_worker.protocols.data_vectors import DataVectorsServer
 from nightsplit.server_worker.published_vectors import publish
 from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.foreign import in_markdown
 from nightsplit.shared.learning.metrics import HEADLINE
 from nightsplit.shared.models.hashing import weights_sha256
 from nightsplit.shared.protocols import ROUNDS
@@ -91,7 +92,7 @@ def _markdown(config: RunConfig, report: Mapping[str, Any]) -> str:
         lines += [
             f"{best_is}, {chosen if config.data.validation else 'the last, nothing was chosen'}.",
             "",
-            f"| held-out test patients of | samples | {' | '.join(figures)} |",
+            f"| held-out test patients of | samples | {' | '.join(map(in_markdown, figures))} |",
             f"| --- | ---: |{' ---: |' * len(figures)}",
         ]
         for site, metrics in [*best["sites"].items(), ("all sites (mean by samples)", best["overall"])]:

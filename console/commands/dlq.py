@@ -31,6 +31,7 @@ from nightsplit.console.ui.text import columns, counted, screen
 from nightsplit.console.worker_file import WorkerFile
 from nightsplit.shared.engine.mailbox import Mailbox, header_of
 from nightsplit.shared.errors import BrokerError, Refused, RunError
+from nightsplit.shared.foreign import shown
 from nightsplit.shared.transport import Confirmed, Delivery, Link, Route, Trouble
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.config import SiteSection
@@ -159,7 +160,7 @@ class _Pass:
         if origin is None:
             raise RunError(
                 607,
-                f"{letter.id} came from {_plain(letter.queue) if letter.queue else 'nowhere that it names'}.",
+                f"{letter.id} came from {letter.queue or 'nowhere that it names'}.",
                 "look at it with nightsplit dlq show, then discard it.",
             )
         self._mailbox.send_again(origin, letter.message_id, delivery.body)
@@ -220,7 +221,7 @@ def list_letters(file: WorkerFile, as_json: bool) -> None:
         )
         for letter in letters:
             told = letter.number, letter.sentence, letter.sender, letter.time, letter.size, letter.queue
-            table.add_row(letter.id, letter.site, *("-" if fact is None else _plain(str(fact)) for fact in told))
+            table.add_row(letter.id, letter.site, *("-" if fact is None else str(fact) for fact in told))
         console.print(table)
     more = "" if complete else f"; there are more behind the oldest {MOST} of a site"
     console.print(counted(len(letters), "dead letter") + more)
@@ -259,7 +260,7 @@ def show_letter(file: WorkerFile, wanted: str, as_json: bool) -> None:
     told = {**asdict(letter), **{f"header {name}": value for name, value in sorted(delivery.headers.items())}}
     told |= {f"message {name}": value for name, value in (message or {"header": unreadable}).items()}
     for name, value in told.items():
-        print(f"{_plain(name):<20} {_plain('-' if value is None else str(value))}")
+        print(shown(f"{name:<20} {'-' if value is None else value}"))
 
 
 def replay_letters(file: WorkerFile, chosen: Collection[str] | None) -> None:
@@ -300,14 +301,9 @@ def _settle(file: WorkerFile, chosen: Collection[str] | None, act: _Act) -> int:
 
 
 def _unknown(ids: Collection[str], others: int = 0) -> RunError:
-    what = f"{', '.join(map(_plain, ids))} is not here"
+    what = f"{', '.join(ids)} is not here"
     return RunError(
         606,
         what + (f"; {others} of the others were settled." if others else "."),
         "see what is there with: nightsplit dlq list.",
     )
-
-
-def _plain(text: str) -> str:
-    """Text of a stranger as a terminal may show it."""
-    return "".join(character if character.isprintable() else "?" for character in text)

@@ -11,6 +11,7 @@ from safetensors.torch import save
 from nightsplit.console.output import write_output
 from nightsplit.server_worker.published_vectors import BASE, FOLDER, merge, read_vector
 from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.foreign import shown
 from nightsplit.shared.models.hashing import weights_sha256
 
 
@@ -39,7 +40,7 @@ def run_merge(report: Path, output: Path, added: Sequence[Path], left_out: Seque
         raise ConfigError(103, f"{folder} holds no scale, since nobody judged one.", "give one: --scale 0.3.")
     weights = merge(base, list(vectors.values()), factor)
     write_output(output, save({name: tensor.contiguous() for name, tensor in weights.items()}))
-    print(f"{output}: {factor:g} x ({' + '.join(sorted(vectors)) or 'nothing'})")
+    print(shown(f"{output}: {factor:g} x ({' + '.join(sorted(vectors)) or 'nothing'})"))
     print(f"sha256 of the model: {weights_sha256(weights)}")
     if base.buffers:
         print("statistics of normalizations are those of the sum; measure them anew before you use it", file=sys.stderr)

@@ -87,13 +87,15 @@ def run_demo(folder: Path | None, json: bool, at: Sequence[str] | None = None) -
     rounds, window = counted(config.round.rounds, "round"), f"window {config.run.window}"
     console.print(f"{example.name}: {config.run.protocol}, {rounds if config.run.protocol in ROUNDS else window}")
     console.print(f"training samples: {sizes}")
-    console.print(f"files: {work}\n")
+    console.print(f"files: {work}")
+    console.print()
     prepare_torch(1, "cpu")
     if not Play(work, console).nights_and_days():
         return 1
     report = _report(work)
     results = _results(config, parts, report["best"], work)
-    console.print(f"\nTest patients, {' / '.join(FIGURES[config.task.kind])}; all: mean by samples")
+    console.print()
+    console.print(f"Test patients, {' / '.join(FIGURES[config.task.kind])}; all: mean by samples")
     console.print(_table(config, results))
     repeated = _repeat(example, work, config, console, moved=at is not None)
     if repeated is None:
@@ -111,13 +113,15 @@ def run_demo(folder: Path | None, json: bool, at: Sequence[str] | None = None) -
 def _repeat(example: Path, first: Path, config: RunConfig, console: Console, moved: bool) -> dict[str, Any] | None:
     """Play the run once more with kills, and compare: flat keys for JSON, or None when a worker failed."""
     if moved or config.run.order != "strict":
-        console.print(f"\nsha256 of {_share(config)}: {_sha256(first, config)}")
+        console.print()
+        console.print(f"sha256 of {_share(config)}: {_sha256(first, config)}")
         if not moved:
             console.print("The order is fair: it depends on timing, and the same run once more ends with other bits.")
         return {"kills": 0, "sha256_killed": None, "sha256_equal": None}
     work = _working_copy(example, "demo-killed")
     _share_secrets(first, work, config)
-    console.print(f"\nThe same run once more, in {work}:")
+    console.print()
+    console.print(f"The same run once more, in {work}:")
     kills = Play(work, console).killed(_report(first)["steps"])
     if kills is None:
         return None
@@ -155,7 +159,8 @@ def tell_difference(
         console: where to say it.
         share: what the server has of the model.
     """
-    console.print(f"\nsha256 of {share}")
+    console.print()
+    console.print(f"sha256 of {share}")
     console.print(f"  nights and days   {before[SERVER]}")
     console.print(f"  {counted(kills, 'kill'):<16}  {after[SERVER]}")
     different = [worker for worker in before if before[worker] != after[worker]]

@@ -30,6 +30,7 @@ from rich.progress import Progress
 from nightsplit.console.ui.text import counted, server_offline
 from nightsplit.server_worker.worker import ServerWorker
 from nightsplit.shared.errors import NightsplitError
+from nightsplit.shared.foreign import shown
 from nightsplit.shared.protocols import ROUNDS
 from nightsplit.shared.run_store.base import RunStore
 from nightsplit.shared.runtime.process import StopSignal
@@ -212,7 +213,7 @@ def _worker(name: str, work: Path, idle_seconds: float | None) -> None:
         else:
             SiteWorker(work / f"{name}.toml", stop=stop).work(idle_seconds)
     except NightsplitError as error:
-        print(error, file=sys.stderr)
+        print(shown(str(error)), file=sys.stderr)
         sys.exit(1)
 
 

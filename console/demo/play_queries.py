@@ -24,6 +24,7 @@ from nightsplit.console.ui.text import counted
 from nightsplit.server_worker.query_worker import QueryServerWorker
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import NightsplitError
+from nightsplit.shared.foreign import shown
 from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.predict import chosen, predict
@@ -62,7 +63,8 @@ def play_queries(work: Path, config: RunConfig, console: Console) -> Asked | Non
         console: told what happens.
     """
     sites = config.run.sites
-    console.print("\nThe model is asked, encrypted: keys stay at the sites, the server never sees a number.")
+    console.print()
+    console.print("The model is asked, encrypted: keys stay at the sites, the server never sees a number.")
     steps = QuerySiteWorker(work / f"{sites[0]}.toml").steps
     if not (_alone(work, [SERVER]) and _alone(work, sites, submit=True)):
         return None
@@ -102,7 +104,7 @@ def _worker(name: str, work: Path, submit: bool) -> None:
             site.submit(None)
         site.work(IDLE_SECONDS)
     except NightsplitError as error:
-        print(error, file=sys.stderr)
+        print(shown(str(error)), file=sys.stderr)
         sys.exit(1)
 
 

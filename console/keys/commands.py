@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nightsplit.console.keys.bundle import BROKER_PORT, MANAGEMENT_PORT, STORE_PORT, Addresses, Keys, with_port
 from nightsplit.shared.errors import BrokerError
+from nightsplit.shared.foreign import shown
 
 
 def init(folder: Path, broker: str, store: str, management: str | None) -> int:
@@ -38,7 +39,7 @@ def new_sites(folder: Path, names: Sequence[str]) -> int:
         try:
             tell()
         except BrokerError as error:
-            print(f"the {service} learns of it when it starts ({error.sentence})")
+            print(f"the {service} learns of it when it starts ({shown(error.sentence)})")
         else:
             print(f"the {service} knows {', '.join(names)}")
     return 0

@@ -15,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from nightsplit.console.ui.text import counted, duration, server_offline
+from nightsplit.shared.foreign import shown
 from nightsplit.shared.runtime.heartbeat import Facts
 from nightsplit.shared.wire.message import SERVER
 
@@ -101,7 +102,7 @@ class Progress:
                 return server_offline(_number(facts, "queued"))
             if state == "waiting for the server":
                 return f"{counted(_number(facts, 'queued'), 'batch')} queued, waiting for the server"
-        return state
+        return shown(state)
 
     def _figures(self, facts: Facts, rate: float) -> str:
         parts = []

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from nightsplit.shared.foreign import shown
 
 
-def screen(stderr: bool = False) -> Console:
+class Screen(Console):
+    """A console on which a string is one line of text, whoever wrote it: also the cell of a table."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """See `Console`, which makes a `Text` of each string here."""
+        return super().render_str(shown(text), **options)
+
+
+def screen(stderr: bool = False) -> Screen:
     """Where the console writes: plain text, as wide as it needs where nobody's window limits it."""
-    console = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    console = Screen(stderr=stderr, markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = 220
     return console

@@ -111,7 +111,8 @@ def test_what_a_user_reads() -> None:
     error = errors.BrokerError(201, "localhost:5672: connection refused.", "start the broker.")
     assert isinstance(error, NightsplitError)
     assert str(error) == (
-        "E201 Broker cannot be reached: localhost:5672: connection refused. Fix: start the broker. (nightsplit explain 201)"
+        "E201 Broker cannot be reached: localhost:5672: connection refused. Fix: start the broker. "
+        "(nightsplit explain 201)"
     )
 
 
