@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,15 +17,3 @@ def docker() -> None:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
         if asked.returncode != 0:
             pytest.skip(f"{' '.join(command)}: {asked.stderr.strip().splitlines()[-1]}")
-
-
-def clone(folder: Path) -> Path:
-    """The files of this checkout, as a user who clones it has them."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
-    ).stdout.decode()
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    return folder

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from testcontainers.compose import DockerCompose
 
-from tests.containers.conftest import clone
+from tests.harness.clone import clone
 from tests.harness.services import wait_until
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(900)]

@@ -20,7 +20,7 @@ from nightsplit.console.ui.progress import Progress
 from nightsplit.console.ui.text import Screen, columns, screen
 from nightsplit.server_worker.report import write_report
 from nightsplit.shared.foreign import in_markdown, shown
-from nightsplit.shared.protocols.handshake import ANY, AGREEMENT
+from nightsplit.shared.protocols.handshake import AGREEMENT, ANY
 from nightsplit.shared.transport import Queue
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
