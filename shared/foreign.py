@@ -6,7 +6,7 @@ _IN_CODE = str.maketrans({"`": "'", "|": "/"})
 
 
 def shown(text: str) -> str:
-    """The text in one line, with "?" for each character that cannot be printed.
+    """Make one line of a text, with "?" for each character that cannot be printed.
 
     What cannot be printed: control characters, and with them newlines and the escape sequences of terminals; marks that
     turn the direction of writing; characters without a picture. A line on a screen knows no markup; see `in_markdown`.
@@ -15,5 +15,5 @@ def shown(text: str) -> str:
 
 
 def in_markdown(text: str) -> str:
-    """The text as a code span, in which Markdown knows no HTML, link, heading or end of a table's cell."""
+    """Make a code span of a text, in which Markdown knows no HTML, link, heading or end of a table's cell."""
     return f"`{shown(text).translate(_IN_CODE)}`"

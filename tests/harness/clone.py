@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def clone(folder: Path) -> Path:
-    """The files of this checkout, as a user who clones it has them; links stay links."""
+    """Copy the files of this checkout, as a user who clones it has them; links stay links."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
     ).stdout.decode()
