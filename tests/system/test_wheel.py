@@ -30,7 +30,7 @@ def make(width):
 
 def output(*command: str | Path, cwd: Path | None = None, code: int = 0) -> tuple[str, str]:
     """What a command writes to stdout and to stderr."""
-    done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert done.returncode == code, f"{command}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
     return done.stdout, done.stderr
 
@@ -121,7 +121,7 @@ def test_a_model_in_the_projects_own_shared(installed, project):
     assert err == "shared of the project\n"
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_the_demo_plays_from_the_wheel(installed, project):
     before = files(installed.parent)
     played = json.loads(output(installed / "nightsplit", "demo", "--json", cwd=project)[0])
