@@ -15,9 +15,11 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 
+from msgspec.structs import replace
+
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.run_store.base import Status
-from nightsplit.shared.wire.message import SERVER, Scalar
+from nightsplit.shared.run_store.status import Presence, SiteStatus
 
 LONGEST_LOOK = 60.0
 """Seconds between two looks that count; a server that slept for longer did not listen."""
@@ -32,15 +34,18 @@ class Attendance:
 
     Args:
         config: the run: its sites, quorum and absence_hours.
-        before: what the run store knows when this server begins.
+        before: what the last server told of each site.
         monotonic: seconds on this server's clock.
         now: the present moment, for people to read; nothing is decided by it.
+
+    Attributes:
+        sites: presence of each site: what `status` shows, and the next server goes on with.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        before: Mapping[str, Status],
+        before: Mapping[str, SiteStatus],
         monotonic: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
@@ -49,16 +54,16 @@ class Attendance:
         self._limit = run.absence_hours * 3600.0
         self._monotonic, self._now = monotonic, now
         self._looked = monotonic()
-        told = before[SERVER].facts if SERVER in before else {}
         most = self._limit - min(LISTENED_FIRST, self._limit / 2)
-        self._silent = {site: min(most, float(told.get(f"silent_{site}") or 0.0)) for site in run.sites}
-        self._beats = {site: told.get(f"beat_{site}") for site in run.sites}
-        self.heard: dict[str, str | None] = {
-            site: str(moment) if (moment := told.get(f"heard_{site}")) else None for site in run.sites
-        }
-        """When each site was heard last, in UTC; None for never."""
+        told = {site: before[site].presence if site in before else Presence() for site in run.sites}
+        self.sites = {s: replace(p, silent_seconds=min(most, p.silent_seconds)) for s, p in told.items()}
         self._applied: dict[str, int] = {}
         """Messages of each site at the last look; empty before the first."""
+
+    @property
+    def heard(self) -> dict[str, datetime | None]:
+        """When each site was heard last; None for never."""
+        return {site: presence.heard for site, presence in self.sites.items()}
 
     @property
     def is_due(self) -> bool:
@@ -79,15 +84,12 @@ class Attendance:
         now = self._monotonic()
         passed = min(max(0.0, now - self._looked), LONGEST_LOOK) if listening else 0.0
         self._looked = now
-        for site in self._silent:
-            beat = statuses[site].facts.get("beat") if site in statuses else None
-            spoke = beat not in (None, self._beats[site]) or applied[site] > self._applied.get(site, applied[site])
-            if spoke:
-                self.heard[site] = self._now().isoformat(timespec="seconds")
-                self._beats[site] = beat or self._beats[site]
-                self._silent[site] = 0.0
+        for site, known in self.sites.items():
+            beat = statuses[site].report.beat if site in statuses else None
+            if beat not in (None, known.beat) or applied[site] > self._applied.get(site, applied[site]):
+                self.sites[site] = Presence(beat=beat or known.beat, heard=self._now().replace(microsecond=0))
             elif site in awaited:
-                self._silent[site] += passed
+                self.sites[site] = replace(known, silent_seconds=known.silent_seconds + passed)
         self._applied = dict(applied)
 
     def absent(self, awaited: Collection[str], staying: Collection[str]) -> str | None:
@@ -98,17 +100,15 @@ class Attendance:
             staying: sites that take part.
         """
         silent = self._too_long(awaited)
-        return silent[0] if silent and len(staying) - len(silent) >= self._quorum else None
+        return silent[0] if silent and self._suffice(staying, silent) else None
 
-    def facts(self, awaited: Collection[str], staying: Collection[str]) -> dict[str, Scalar | None]:
-        """What `status` shows, and the next server goes on with; arguments as in `absent`."""
+    def lacking(self, awaited: Collection[str], staying: Collection[str]) -> list[str]:
+        """Silent sites without which the quorum is not met, so that the run waits; arguments as in `absent`."""
         silent = self._too_long(awaited)
-        lacking = None if len(staying) - len(silent) >= self._quorum else ", ".join(silent)
-        facts: dict[str, Scalar | None] = {"lacking": lacking}
-        for site, seconds in self._silent.items():
-            facts |= {f"silent_{site}": round(seconds, 1), f"beat_{site}": self._beats[site]}
-            facts[f"heard_{site}"] = self.heard[site]
-        return facts
+        return [] if self._suffice(staying, silent) else silent
 
     def _too_long(self, awaited: Collection[str]) -> list[str]:
-        return [site for site in awaited if self._silent[site] >= self._limit]
+        return [site for site in awaited if self.sites[site].silent_seconds >= self._limit]
+
+    def _suffice(self, staying: Collection[str], silent: Collection[str]) -> bool:
+        return len(staying) - len(silent) >= self._quorum

@@ -18,6 +18,7 @@ from nightsplit.shared.errors import StateError
 from nightsplit.shared.protocols.he_clstm import circuit_of, fill, judge_of, stages_of
 from nightsplit.shared.protocols.load import load
 from nightsplit.shared.protocols.query import CONTRACT, MOST_CHUNKS
+from nightsplit.shared.run_store.status import Phase
 from nightsplit.shared.runtime.process import StopSignal, locked_folder, prepare_torch
 from nightsplit.shared.runtime.worker import ShiftWorker
 from nightsplit.shared.storage.files import make_private_folder, make_secret_file, read_secret_file
@@ -46,7 +47,7 @@ class QueryServerWorker(ShiftWorker):
 
     def __init__(self, path: Path, overrides: Sequence[str] = (), stop: StopSignal | None = None) -> None:
         self.config = load(path, ServerConfig).server
-        super().__init__(path.parent, self.config, overrides, None, stop, lambda facts: None)
+        super().__init__(path.parent, self.config, overrides, None, stop, lambda status: None)
         self._last = stages_of(self.run_config)[1]
         self.answered = 0
 
@@ -76,7 +77,7 @@ class QueryServerWorker(ShiftWorker):
                     evaluating(judge, secret, processes) as evaluate,
                     broker.link(incoming, (processes + 1) * MOST_CHUNKS, owner) as link,
                 ):
-                    self.state = "answering queries"
+                    self.enter(Phase.WORKING, "answering queries")
                     mailbox = Mailbox(config.run.id, SERVER, link, routes, CONTRACT.get, limit)
                     server = QueryServer(mailbox, circuit, evaluate, secret_name, keys)
                     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from nightsplit.shared.storage.files import write_atomic
 from nightsplit.shared.storage.tensors import as_safetensors
 
 
-def write_report(folder: Path, config: RunConfig, role: AnyServer, heard: Mapping[str, str | None]) -> dict[str, Any]:
+def write_report(
+    folder: Path, config: RunConfig, role: AnyServer, heard: Mapping[str, datetime | None]
+) -> dict[str, Any]:
     """Write the report folder of a finished run; returns what report.json holds.
 
     Args:
@@ -40,12 +43,12 @@ def write_report(folder: Path, config: RunConfig, role: AnyServer, heard: Mappin
     return report
 
 
-def summarise(config: RunConfig, role: AnyServer, heard: Mapping[str, str | None]) -> dict[str, Any]:
+def summarise(config: RunConfig, role: AnyServer, heard: Mapping[str, datetime | None]) -> dict[str, Any]:
     """Everything that the report says, as plain data; arguments as in `write_report`."""
     sites: dict[str, dict[str, Any]] = {
         site: {
             **role.contribution(site),
-            "last_heard": heard[site],
+            "last_heard": moment.isoformat() if (moment := heard[site]) else None,
             "messages": role.applied[site],
             "planned": sequence.last if (sequence := role.sequences.get(site)) else None,
             "training_samples": sequence.train if sequence else None,

@@ -117,9 +117,13 @@ class NightsplitError(Exception):
         self.sentence = sentence
         self.remedy = remedy
 
+    @property
+    def heading(self) -> str:
+        """Number and title, which may be told to anybody: the sentence may quote a path, a password or a patient."""
+        return f"E{self.number} {TITLES[self.number]}"
+
     def __str__(self) -> str:
-        title, page = TITLES[self.number], f"nightsplit explain {self.number}"
-        return f"E{self.number} {title}: {self.sentence} Fix: {self.remedy} ({page})"
+        return f"{self.heading}: {self.sentence} Fix: {self.remedy} (nightsplit explain {self.number})"
 
 
 class ConfigError(NightsplitError):

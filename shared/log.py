@@ -18,9 +18,6 @@ LOG = logging.getLogger("nightsplit")
 LOG.addHandler(logging.NullHandler())  # without it Python writes warnings to stderr, between the plain lines
 LOG.setLevel(logging.INFO)
 
-PHASES = ("starting", "waiting", "standby", "working", "blocked", "away", "finished", "failed")
-"""What a worker's state, which is a sentence, comes down to."""
-
 
 def event(name: str, level: int = logging.INFO, /, **facts: Scalar | None) -> None:
     """Log an event.
@@ -32,11 +29,3 @@ def event(name: str, level: int = logging.INFO, /, **facts: Scalar | None) -> No
         facts: whatever belongs to it.
     """
     LOG.log(level, name, extra={"facts": facts})
-
-
-def phase_of(state: str) -> str:
-    """One of `PHASES`: 'waiting' of 'waiting for its shift (22:00-06:00 UTC)'."""
-    if state.startswith("waiting for the broker"):
-        return "blocked"
-    word = state.partition(" ")[0].rstrip(":")
-    return "standby" if word == "standing" else word

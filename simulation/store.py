@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from nightsplit.shared.run_store.base import RunStore, Status
+from nightsplit.shared.run_store.status import WorkerStatus, read_status, write_status
 from nightsplit.shared.storage.checkpoint import Pointer
-from nightsplit.shared.wire.message import Scalar
 
 
 class MemoryStore(RunStore):
@@ -16,24 +16,24 @@ class MemoryStore(RunStore):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._statuses: dict[str, tuple[dict[str, Scalar | None], float]] = {}
+        self._statuses: dict[str, tuple[str, float]] = {}
         self._fence = 0
         self._owner: str | None = None
         self._expires = 0.0
         self._pointer: Pointer | None = None
         self._journal: dict[int, str] = {}
 
-    def put_status(self, worker: str, facts: Mapping[str, Scalar | None]) -> None:
+    def put_status(self, worker: str, status: WorkerStatus) -> None:
         """See `RunStore`."""
         with self._lock:
-            self._statuses[worker] = (dict(facts), time.monotonic())
+            self._statuses[worker] = (write_status(status), time.monotonic())
 
     def statuses(self, workers: Iterable[str]) -> dict[str, Status]:
         """See `RunStore`."""
         with self._lock:
             now = time.monotonic()
             known = {name: self._statuses[name] for name in workers if name in self._statuses}
-            return {name: Status(name, facts, now - then) for name, (facts, then) in known.items()}
+            return {name: Status(name, read_status(record, name), now - then) for name, (record, then) in known.items()}
 
     def now(self) -> float:
         """See `RunStore`."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+from msgspec.structs import replace
 
 from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import site_queues
@@ -20,9 +22,10 @@ from nightsplit.shared.errors import BrokerError, Refused, RunError
 from nightsplit.shared.protocols.build import planned_message_bytes
 from nightsplit.shared.protocols.load import load
 from nightsplit.shared.run_store.base import RunStore, Status
-from nightsplit.shared.runtime.heartbeat import Facts, Heartbeat
+from nightsplit.shared.run_store.status import Phase, WorkerStatus
+from nightsplit.shared.runtime.heartbeat import Heartbeat
 from nightsplit.shared.runtime.process import StopSignal, own_folder, prefetch_for, prepare_torch
-from nightsplit.shared.runtime.worker import ShiftWorker
+from nightsplit.shared.runtime.worker import Observer, ShiftWorker
 from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.storage.files import make_private_folder, write_atomic
 from nightsplit.shared.storage.tensors import as_safetensors
@@ -45,10 +48,7 @@ class SiteWorker(ShiftWorker):
 
     Args:
         path: its site.toml.
-        overrides: "run.key=value" for run.toml (as `nightsplit.shared.protocols.load.load`).
-        clock: tells when its shift is.
-        stop: asked between steps.
-        observe: shown the worker's facts every second.
+        overrides, clock, stop, observe: see `ShiftWorker`.
 
     Raises:
         ConfigError: a file is wrong, or the hospital's policy forbids the run (108).
@@ -61,7 +61,7 @@ class SiteWorker(ShiftWorker):
         overrides: Sequence[str] = (),
         clock: Clock | None = None,
         stop: StopSignal | None = None,
-        observe: Callable[[Facts], None] = lambda facts: None,
+        observe: Observer = lambda status: None,
     ) -> None:
         site = load(path, SiteConfig)
         self.config, self.source = site.site, site.data
@@ -69,6 +69,10 @@ class SiteWorker(ShiftWorker):
         self._role: SiteRole | None = None
         self._server: Status | None = None
         """What the run store knows of the server."""
+        self._looked = 0
+        """Beats so far."""
+        self._sent_before = -1
+        """Messages sent at the last beat."""
         policy = self.base / self.config.policy
         self.policy = load(policy, PolicyConfig) if policy.exists() else PolicyConfig()
         check_policy(self.policy, self.run_config, policy)
@@ -106,7 +110,7 @@ class SiteWorker(ShiftWorker):
         with own_folder(folder), self.telemetry(self.config.name, [self.config.name]):
             parts = self.load_parts()
             self.expect_same_data(parts)
-            with Heartbeat(self.config.name, self.open_store, self._facts, self._observe, self._look_for_server):
+            with Heartbeat(self.config.name, self.open_store, self._status, self._observe, self._look_for_server):
                 while self.wait_for_shift():
                     finished = refusing_failures(partial(self._one_shift, folder, parts, idle_seconds))
                     if finished or idle_seconds is not None:
@@ -139,7 +143,7 @@ class SiteWorker(ShiftWorker):
         prefetch = prefetch_for(planned_message_bytes(config, {k: p for k in _DOWN if (p := role.payload(k))}))
         opened = self.link(broker, route, prefetch, idle_seconds)
         if opened is None:
-            self.state = "away"
+            self.enter(Phase.AWAY)
             return False
         with opened as link:
             mailbox = Mailbox(config.run.id, role.name, link, {SERVER: route}, role.payload, config.wire.message_bytes)
@@ -147,13 +151,13 @@ class SiteWorker(ShiftWorker):
                 role, mailbox, Checkpoints(folder / "checkpoints"), SoleWriter(),
                 spend=role.account.pay if role.account else unpaid, failures=failures,
             )  # fmt: skip
-            self._progress = engine.counters
+            self._counters = engine.counters
             self.recovered = engine.recover()
-            self.state = "working"
+            self.enter(Phase.WORKING)
             finished = engine.run(self.off_duty, idle_seconds)
         if role.account is not None:
             role.account.close()
-        self.state = "finished" if finished else "away"
+        self.enter(Phase.FINISHED if finished else Phase.AWAY)
         if finished:
             self._save_model(role)
         return finished
@@ -168,11 +172,11 @@ class SiteWorker(ShiftWorker):
             try:
                 if broker.depth(route.incoming) is not None:
                     return broker.link([route.incoming], prefetch, owner)
-                self.state = "waiting for the server to open the run"
+                self.enter(Phase.WAITING, "the server to open the run")
             except BrokerError as error:
                 if error.number != 201:
                     raise
-                self.state = f"waiting for the broker: {error.sentence}"
+                self.enter(Phase.BLOCKED, error.heading, f"waiting for the broker: {error.sentence}")
             if idle_seconds is not None and (self._clock.now() - since).total_seconds() > idle_seconds:
                 return None
             self._clock.sleep(1.0)
@@ -187,37 +191,43 @@ class SiteWorker(ShiftWorker):
 
     def _look_for_server(self, store: RunStore) -> None:
         # What the server says of itself grows with the sites: together they ask for it 32 times a second at most.
-        if self._beats % max(1, len(self.run_config.run.sites) // 32) == 0:
+        if self._looked % max(1, len(self.run_config.run.sites) // 32) == 0:
             self._server = store.statuses([SERVER]).get(SERVER)
-        self._beats += 1
+        self._looked += 1
 
-    def _facts(self) -> dict[str, Any]:
-        role, counts, server = self._role, self._progress.counts, self._server
-        facts: dict[str, Any] = {
-            "state": self.state,
-            "run": self.run_config.run.id,
-            "contract": self.run_config.contract,
-            "beat": uuid.uuid4().hex,  # another one each time: by that the server knows that the site lives
-            "passed_over": "; ".join(self.recovered) or None,
-        }
-        if server is not None:
-            finished = server.facts.get("state") == "finished"
-            facts["server"] = "online" if server.online else "finished" if finished else "offline"
+    def _status(self) -> WorkerStatus:
+        """What this site tells of itself; called by the heartbeat."""
+        status = replace(self._present(), beat=uuid.uuid4().hex, server=self._server_seen())
+        role, counts = self._role, self._counters.counts
         if role is None:
-            return facts
+            return status
         sent = role.next_seq - 1
-        if self.state == "working" and self._progress.trouble:
-            facts["state"] = f"blocked: {self._progress.trouble}"
-        elif self.state == "working" and role.answered < sent == self._sent_before:
-            facts["state"] = "waiting for the server"
+        is_idle = status.phase is Phase.WORKING and role.answered < sent == self._sent_before
         self._sent_before = sent
         # Counts begin anew with the process, a place in the sequence does not.
         confirmed = min(sent, max(0, sent - counts["sent"] + counts["confirmed"]))
-        applied = server.facts.get(f"applied_{self.config.name}") if server is not None else None
-        queued = max(0, confirmed - max(role.answered, int(applied or 0)))
-        facts |= {"sent": sent, "planned": role.planned, "answered": role.answered}
-        facts |= {"confirmed": confirmed, "queued": queued}
-        return facts | {name: counts[name] for name in ("duplicates", "refused", "checkpoints")}
+        return replace(
+            status,
+            phase=Phase.IDLE if is_idle else status.phase,
+            sent=sent,
+            planned=role.planned,
+            answered=role.answered,
+            confirmed=confirmed,
+            queued=max(0, confirmed - max(role.answered, self._applied())),
+            duplicates=counts["duplicates"],
+            refused=counts["refused"],
+            checkpoints=counts["checkpoints"],
+        )
 
-    _sent_before = -1
-    _beats = 0
+    def _server_seen(self) -> Literal["online", "offline", "finished"] | None:
+        """How the site finds the server; None where the run store knows nothing of it."""
+        if self._server is None:
+            return None
+        if self._server.report.phase is Phase.FINISHED:
+            return "finished"
+        return "online" if self._server.online else "offline"
+
+    def _applied(self) -> int:
+        """Messages of this site that the server says it has applied."""
+        own = self._server.report.sites.get(self.config.name) if self._server is not None else None
+        return own.applied if own is not None else 0

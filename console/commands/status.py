@@ -6,10 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from nightsplit.console.ui.text import columns, counted, duration, screen, server_offline
+from nightsplit.console.ui.text import columns, counted, duration, screen, server_offline, state_of
 from nightsplit.console.worker_file import WorkerFile
 from nightsplit.shared.errors import BrokerError, RunError
 from nightsplit.shared.run_store.base import Status
+from nightsplit.shared.run_store.status import Phase, SiteStatus, WorkerStatus
 from nightsplit.shared.wire.message import SERVER
 
 COUNTS = ("sent", "confirmed", "answered", "applied", "queued", "refused", "duplicates")
@@ -37,11 +38,13 @@ def show_status(file: WorkerFile, as_json: bool) -> None:
         heard = "never" if age is None else f"{duration(age)} ago" if age >= 2 else "now"
         batches = "-" if line["batches"] is None else str(line["batches"])
         share = "-" if line["share"] is None else f"{100 * line['share']:.0f} %"
-        table.add_row(line["worker"], line["state"], *counts, batches, share, heard)
+        table.add_row(line["worker"], _words(line), *counts, batches, share, heard)
     console.print(table)
     for line in summary["workers"]:
         if line["passed_over"]:
-            console.print(f"warning: {line['worker']} passed over a damaged checkpoint: {line['passed_over']}")
+            console.print(
+                f"warning: {line['worker']} passed over a damaged checkpoint: {'; '.join(line['passed_over'])}"
+            )
     for site, waiting in summary["queries"].items():
         if waiting["ask"] is not None:
             console.print(
@@ -53,7 +56,7 @@ def show_status(file: WorkerFile, as_json: bool) -> None:
 
 
 def summarise(file: WorkerFile) -> dict[str, Any]:
-    """Everything that the status says, as plain data.
+    """Everything that the status says, as plain data; docs/operations.md explains the keys.
 
     Raises:
         BrokerError, RunError: see `show_status`.
@@ -72,9 +75,9 @@ def summarise(file: WorkerFile) -> dict[str, Any]:
             "open it with: nightsplit open server.toml; or check run.id, broker and store.",
         )
     server = statuses.get(SERVER)
-    told = server.facts if server is not None else {}
-    workers = [_server(server)]
-    workers += [_site(site, statuses.get(site), told, depths[site]) for site in file.sites]
+    told = server.report.sites if server is not None else {}
+    workers = [_line(SERVER, server)]
+    workers += [_site(site, statuses.get(site), told.get(site), depths[site]) for site in file.sites]
     return {
         "run": file.run.run.id,
         "sentence": _sentence(server, sum(line["queued"] or 0 for line in workers[1:])),
@@ -110,29 +113,27 @@ def _sentence(server: Status | None, queued: int) -> str:
     """The whole run in a line."""
     if server is None:
         return f"nothing was heard of the server yet; {counted(queued, 'batch')} queued, waiting for it"
-    state = str(server.facts["state"])
-    if state == "finished":
+    report = server.report
+    if report.phase is Phase.FINISHED:
         return "the run is finished"
-    if state.startswith("failed"):
-        return f"server stopped: {state.removeprefix('failed: ')}"
+    if report.phase is Phase.FAILED:
+        return f"server stopped: {report.detail}"
+    if report.phase is Phase.UNREADABLE:
+        return f"the server's status cannot be read; {counted(queued, 'batch')} queued"
     if not server.online:
         return server_offline(queued)
-    planned = server.facts.get("planned")
-    of = f" of {planned}" if planned is not None else ""
-    applied = f"{server.facts['applied']}{of} messages applied"
-    sentence = f"server is {_loudly(state)}; {applied}, {counted(queued, 'batch')} queued"
-    if lacking := server.facts.get("lacking"):
-        sentence += f"; WAITS for {lacking}: silent for too long, but without them the quorum is not met"
+    of = f" of {report.planned}" if report.planned is not None else ""
+    applied = f"{report.applied or 0}{of} messages applied"
+    sentence = f"server is {_loudly(report)}; {applied}, {counted(queued, 'batch')} queued"
+    if report.lacking:
+        sentence += (
+            f"; WAITS for {', '.join(report.lacking)}: silent for too long, but without them the quorum is not met"
+        )
     return sentence
 
 
-def _server(status: Status | None) -> dict[str, Any]:
-    line = _line(SERVER, status)
-    return line | dict.fromkeys(("answered", "queued", *GIVEN))
-
-
 def _site(
-    site: str, status: Status | None, told: Mapping[str, Any], depths: Mapping[str, int | None]
+    site: str, status: Status | None, told: SiteStatus | None, depths: Mapping[str, int | None]
 ) -> dict[str, Any]:
     """What a site and the server say of the site's messages.
 
@@ -140,9 +141,8 @@ def _site(
     queue says less: it counts greetings, and what is applied and not in two checkpoints yet.
     """
     line = _line(site, status)
-    line |= {name: told.get(f"{name}_{site}") for name in ("applied", *GIVEN)}
-    if line["left_out_at"] is not None:
-        line["state"] = f"LEFT OUT after {line['left_out_at']} messages ({line['state']})"
+    if told is not None:
+        line |= {name: getattr(told, name) for name in ("applied", *GIVEN)}
     confirmed = line["confirmed"]
     settled = max(line["applied"] or 0, line["answered"] or 0)
     line["queued"] = depths["up"] if confirmed is None else max(0, confirmed - settled)
@@ -151,28 +151,32 @@ def _site(
 
 
 def _line(worker: str, status: Status | None) -> dict[str, Any]:
-    facts = status.facts if status is not None else {}
+    told = status.report if status is not None else None
     return {
         "worker": worker,
-        "state": _state(status),
+        "state": told and told.phase,
+        "detail": told and told.detail,
         "online": status is not None and status.online,
         "age_seconds": None if status is None else round(status.age_seconds, 1),
-        **{name: facts.get(name) for name in COUNTS},
-        "planned": facts.get("planned"),
-        "passed_over": facts.get("passed_over"),
+        **{name: told and getattr(told, name) for name in (*COUNTS, "planned")},
+        "passed_over": list(told.passed_over) if told else [],
+        **dict.fromkeys(GIVEN),
     }
 
 
-def _state(status: Status | None) -> str:
-    """Silence counts more than the last words, unless these were a farewell."""
-    if status is None:
-        return "never heard of"
-    state = _loudly(str(status.facts["state"]))
-    if status.online or status.has_left:
-        return state
-    return f"OFFLINE since {duration(status.age_seconds)} (was {state})"
+def _words(line: Mapping[str, Any]) -> str:
+    """The state in words. Silence counts more than the last ones, unless these were a farewell."""
+    if line["state"] is None:
+        words = "never heard of"
+    else:
+        status = WorkerStatus(phase=line["state"], detail=line["detail"])
+        words = _loudly(status)
+        if not (line["online"] or status.phase.has_left):
+            words = f"OFFLINE since {duration(line['age_seconds'])} (was {words})"
+    return words if line["left_out_at"] is None else f"LEFT OUT after {line['left_out_at']} messages ({words})"
 
 
-def _loudly(state: str) -> str:
-    """A worker that the broker holds up is alive and idle: somebody has to see why."""
-    return f"BLOCKED{state.removeprefix('blocked')}" if state.startswith("blocked") else state
+def _loudly(status: WorkerStatus) -> str:
+    """The state of a worker; where it is alive and idle, or cannot be understood, somebody has to see why."""
+    loud = status.phase in (Phase.BLOCKED, Phase.UNREADABLE)
+    return state_of(status).replace(status.phase, status.phase.upper(), 1) if loud else state_of(status)

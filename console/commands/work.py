@@ -17,7 +17,7 @@ from nightsplit.console.ui.text import screen
 from nightsplit.server_worker.stream.ddp import is_helper
 from nightsplit.server_worker.worker import ServerWorker
 from nightsplit.shared.log import event
-from nightsplit.shared.runtime.heartbeat import Facts
+from nightsplit.shared.run_store.status import Phase, WorkerStatus
 from nightsplit.shared.runtime.process import StopSignal
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.worker import SiteWorker
@@ -27,9 +27,9 @@ def open_run(path: Path, overrides: Sequence[str]) -> int:
     """Open a run; returns the exit code."""
     watch = _Watch()
 
-    def observe(facts: Facts) -> None:
-        if str(facts["state"]).startswith("standing by"):  # all else is over in a moment
-            watch.observe(facts)
+    def observe(status: WorkerStatus) -> None:
+        if status.phase is Phase.STANDBY:  # all else is over in a moment
+            watch.observe(status)
 
     server = ServerWorker(path, overrides, stop=watch.stop, observe=observe)
     run = server.run_config.run
@@ -72,13 +72,13 @@ class _Watch:
         self._progress: Progress
         self._warned: list[str] = []
 
-    def observe(self, facts: Facts) -> None:
+    def observe(self, status: WorkerStatus) -> None:
         """Show what the worker reports."""
         if self._worker.recovered != self._warned:
             self._warned = self._worker.recovered
             self._progress.warn([f"damaged checkpoint passed over: {line}" for line in self._warned])
-        self._progress.observe(facts)
-        self._pulse.observe(facts)
+        self._progress.observe(status)
+        self._pulse.observe(status)
 
     def over(self, name: str, worker: ServerWorker | SiteWorker, work: Callable[[], bool], end: str) -> int:
         """Let a worker work until it has finished, leaves, or is stopped; returns the exit code."""

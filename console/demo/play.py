@@ -16,13 +16,12 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -33,6 +32,7 @@ from nightsplit.shared.errors import NightsplitError
 from nightsplit.shared.foreign import shown
 from nightsplit.shared.protocols import ROUNDS
 from nightsplit.shared.run_store.base import RunStore
+from nightsplit.shared.run_store.status import UNREADABLE, WorkerStatus
 from nightsplit.shared.runtime.process import StopSignal
 from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.wire.message import SERVER
@@ -148,8 +148,8 @@ class Play:
             bar = progress.add_task("batches", total=None)
 
             def observe(workers: Workers) -> None:
-                facts = _facts(store, SERVER)
-                progress.update(bar, total=facts.get("planned"), completed=facts.get("applied"))
+                told = _told(store, SERVER)
+                progress.update(bar, total=told.planned, completed=told.applied)
                 strike(workers)
 
             return self._let_work([SERVER, *self._run.sites], None, observe)
@@ -183,9 +183,9 @@ class Play:
 
     def _counts(self, store: RunStore) -> tuple[int, int, int]:
         """Batches that sites have sent, that the server has applied, whose answers the sites have."""
-        facts = [_facts(store, site) for site in self._run.sites]
-        sent, answered = (sum(said.get(name, 0) for said in facts) for name in ("sent", "answered"))
-        return sent, _facts(store, SERVER).get("applied", 0), answered
+        sites = [_told(store, site) for site in self._run.sites]
+        sent, answered = sum(told.sent or 0 for told in sites), sum(told.answered or 0 for told in sites)
+        return sent, _told(store, SERVER).applied or 0, answered
 
     def _step(self) -> int:
         """The training step that the server wrote down last, a moment ago."""
@@ -200,7 +200,8 @@ class Play:
         role = found[1].facts["role"] if found else {"steps": 0, "answered": 0}
         if victim == SERVER:
             return self._step() - int(role["steps"])
-        return int(_facts(store, SERVER).get(f"applied_{victim}", 0)) - int(role["answered"])
+        known = _told(store, SERVER).sites.get(victim)
+        return (known.applied if known else 0) - int(role["answered"])
 
 
 def _worker(name: str, work: Path, idle_seconds: float | None) -> None:
@@ -217,7 +218,7 @@ def _worker(name: str, work: Path, idle_seconds: float | None) -> None:
         sys.exit(1)
 
 
-def _facts(store: RunStore, worker: str) -> Mapping[str, Any]:
+def _told(store: RunStore, worker: str) -> WorkerStatus:
     """What a worker last said of itself."""
     status = store.statuses([worker]).get(worker)
-    return status.facts if status else {}
+    return status.report if status else UNREADABLE

@@ -23,6 +23,7 @@ from nightsplit.shared.clock import SystemClock
 from nightsplit.shared.errors import TITLES, NightsplitError, RunError
 from nightsplit.shared.protocols.build import assemble_any, planned_message_bytes
 from nightsplit.shared.protocols.load import load
+from nightsplit.shared.run_store.status import Phase
 from nightsplit.shared.runtime.process import prepare_torch
 from nightsplit.shared.runtime.shift import Shift
 from nightsplit.shared.transport import Broker
@@ -159,15 +160,20 @@ def _store(file: WorkerFile) -> Finding:
         statuses = store.statuses([SERVER, *file.sites])
     finally:
         store.close()
-    theirs = statuses[SERVER].facts.get("contract") if SERVER in statuses else None
-    if theirs not in (None, file.run.contract):
+    theirs = statuses[SERVER].report.contract if SERVER in statuses else None
+    if theirs is not None and theirs != file.run.contract:
         raise RunError(
             601,
-            f"the server's contract is {str(theirs)[:12]}, this one's {file.run.contract[:12]}.",
+            f"the server's contract is {theirs[:12]}, this one's {file.run.contract[:12]}.",
             "agree on one run.toml.",
         )
     heard = [f"{name} {duration(status.age_seconds)} ago" for name, status in statuses.items()]
-    return Finding("run store", f"reached; heard of {', '.join(heard) or 'nobody yet'}")
+    found = f"reached; heard of {', '.join(heard) or 'nobody yet'}"
+    unreadable = [name for name, status in statuses.items() if status.report.phase is Phase.UNREADABLE]
+    if unreadable:
+        found += f"; the status of {', '.join(unreadable)} cannot be read"
+        return Finding("run store", found, "upgrade that worker, or find out who else writes in its name.")
+    return Finding("run store", found)
 
 
 def _state_folder(file: WorkerFile) -> Finding:

@@ -10,15 +10,18 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from nightsplit.shared.errors import TITLES, DataError, NightsplitError, StateError
 from nightsplit.shared.log import LOG, event
 
 if TYPE_CHECKING:
-    from nightsplit.shared.runtime.heartbeat import Facts
+    from nightsplit.shared.run_store.status import WorkerStatus
 
 PROGRESS_SECONDS = 30.0
 """How often the counts are written."""
@@ -76,10 +79,11 @@ def name(worker: str | None, run: str | None) -> None:
 def failed(error: NightsplitError) -> None:
     """Log the error that ended the command.
 
-    A sentence about data or a disk may quote a file's name or a cell of a table; then only the number
-    and its title are told, and `nightsplit doctor` shows the rest to whoever sits at the machine.
+    A sentence about data or a disk may quote a file's name or a cell of a table, and so may what a model's
+    own code says (104, 105); then only the number and its title are told, and `nightsplit doctor` shows the rest
+    to whoever sits at the machine.
     """
-    reason = None if isinstance(error, DataError | StateError) else error.sentence
+    reason = None if isinstance(error, DataError | StateError) or error.number in (104, 105) else error.sentence
     event("failed", logging.ERROR, number=error.number, title=TITLES[error.number], reason=reason)
 
 
@@ -87,17 +91,27 @@ class Pulse:
     """Logs a worker's counts every now and then, and at its end."""
 
     def __init__(self) -> None:
-        self._facts: Facts = {}
+        self._status: WorkerStatus | None = None
         self._told_at = time.monotonic()
 
-    def observe(self, facts: Facts) -> None:
+    def observe(self, status: WorkerStatus) -> None:
         """Take what the heartbeat reports."""
-        self._facts = facts
+        self._status = status
         if time.monotonic() - self._told_at >= PROGRESS_SECONDS:
             self.tell()
 
     def tell(self) -> None:
         """Log what was reported last."""
         self._told_at = time.monotonic()
-        numbers = {name: fact for name, fact in self._facts.items() if isinstance(fact, int | float)}
-        event("progress", **numbers)
+        event("progress", **_numbers(msgspec.to_builtins(self._status)))
+
+
+def _numbers(told: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers in a status, those of each site under its name."""
+    numbers = {}
+    for name, fact in told.items():
+        if isinstance(fact, dict):
+            fact = _numbers(fact)
+        if isinstance(fact, int | float) or (isinstance(fact, dict) and fact):
+            numbers[name] = fact
+    return numbers

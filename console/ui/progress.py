@@ -14,9 +14,9 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from nightsplit.console.ui.text import counted, duration, server_offline
+from nightsplit.console.ui.text import counted, duration, server_offline, state_of
 from nightsplit.shared.foreign import shown
-from nightsplit.shared.runtime.heartbeat import Facts
+from nightsplit.shared.run_store.status import Phase, WorkerStatus
 from nightsplit.shared.wire.message import SERVER
 
 PLAIN_SECONDS = 30.0
@@ -25,11 +25,9 @@ PLAIN_SECONDS = 30.0
 RATE_SECONDS = 30.0
 """The time over which the rate is taken."""
 
-_AT_WORK = ("working", "waiting for the server")
-
 
 class Progress:
-    """Shows the facts that a worker's heartbeat reports. `observe` may be called from any one thread.
+    """Shows the status that a worker's heartbeat reports. `observe` may be called from any one thread.
 
     Args:
         worker: site name, or `SERVER`.
@@ -60,71 +58,60 @@ class Progress:
         for line in lines:
             self._console.print(f"warning: {line}", style="yellow")
 
-    def observe(self, facts: Facts) -> None:
+    def observe(self, status: WorkerStatus) -> None:
         """Show the present state. A reader that went away (a closed pipe) does not disturb the work."""
-        state = self._state(facts)
+        # Without its figures; waiting for the next answer is a part of working.
+        state = f"at work, server {status.server}" if status.phase.at_work else state_of(status)
         if changed := state != self._shown:
             self._shown = state
             self._history.clear()
-        done = _number(facts, "applied" if self._worker == SERVER else "sent")
+        done = (status.applied if self._worker == SERVER else status.sent) or 0
         rate = self._rate(done)
         with suppress(OSError):
             if self._live is not None:
-                self._live.update(self._picture(facts, done, rate), refresh=True)
+                self._live.update(self._picture(status, done, rate), refresh=True)
             else:
-                self._log(facts, rate, changed)
+                self._log(status, rate, changed)
 
-    def _log(self, facts: Facts, rate: float, changed: bool) -> None:
+    def _log(self, status: WorkerStatus, rate: float, changed: bool) -> None:
         """A plain line when the state changes, and every now and then."""
         now = time.monotonic()
         if changed or now - self._shown_at > PLAIN_SECONDS:
             self._shown_at = now
-            figures = self._figures(facts, rate)
-            line = f"{time.strftime('%H:%M:%S')} {self._worker}: {self._sentence(facts)}"
+            figures = self._figures(status, rate)
+            line = f"{time.strftime('%H:%M:%S')} {self._worker}: {self._sentence(status)}"
             self._console.print(f"{line} ({figures})" if figures else line, soft_wrap=True)
 
-    def _picture(self, facts: Facts, done: int, rate: float) -> Group:
-        lines: list[Text | ProgressBar] = [Text(f"{self._worker}: {self._sentence(facts)}", style="bold")]
-        if planned := _number(facts, "planned"):
-            lines.append(ProgressBar(planned, done, width=40))
-        lines.append(Text(self._figures(facts, rate)))
+    def _picture(self, status: WorkerStatus, done: int, rate: float) -> Group:
+        lines: list[Text | ProgressBar] = [Text(f"{self._worker}: {self._sentence(status)}", style="bold")]
+        if status.planned:
+            lines.append(ProgressBar(status.planned, done, width=40))
+        lines.append(Text(self._figures(status, rate)))
         return Group(*lines)
 
-    def _state(self, facts: Facts) -> str:
-        """The state without its figures; waiting for the next answer is a part of working."""
-        state = str(facts["state"])
-        return f"at work, server {facts.get('server')}" if state in _AT_WORK else state
+    def _sentence(self, status: WorkerStatus) -> str:
+        if self._worker != SERVER and status.phase.at_work and status.sent is not None:
+            if status.server == "offline":
+                return server_offline(status.queued or 0)
+            if status.phase is Phase.IDLE:
+                return f"{counted(status.queued or 0, 'batch')} queued, waiting for the server"
+        return shown(state_of(status))
 
-    def _sentence(self, facts: Facts) -> str:
-        state = str(facts["state"])
-        if self._worker != SERVER and state in _AT_WORK and "sent" in facts:
-            if facts.get("server") == "offline":
-                return server_offline(_number(facts, "queued"))
-            if state == "waiting for the server":
-                return f"{counted(_number(facts, 'queued'), 'batch')} queued, waiting for the server"
-        return shown(state)
-
-    def _figures(self, facts: Facts, rate: float) -> str:
-        parts = []
+    def _figures(self, status: WorkerStatus, rate: float) -> str:
         names = ("applied",) if self._worker == SERVER else ("sent", "answered")
-        planned = _number(facts, "planned")
-        for name in names:
-            if name in facts:
-                of = f" of {planned}" if planned and name == names[0] else ""
-                parts.append(f"{name} {_number(facts, name)}{of}")
-        if rate > 0 and facts["state"] in _AT_WORK and facts.get("server") != "offline":
+        counts = {name: count for name in names if (count := getattr(status, name)) is not None}
+        parts = [f"{name} {count}" for name, count in counts.items()]
+        if parts and status.planned:
+            parts[0] += f" of {status.planned}"
+        if rate > 0 and status.phase.at_work and status.server != "offline":
             parts.append(f"{rate:.1f} per second")
-            if planned:
-                parts.append(f"{duration(max(0, planned - _number(facts, names[0])) / rate)} left")
-        waiting = [
-            f"{name.removeprefix('queued_')} {count}"
-            for name, count in facts.items()
-            if name.startswith("queued_") and count is not None
-        ]
+            if status.planned:
+                parts.append(f"{duration(max(0, status.planned - counts.get(names[0], 0)) / rate)} left")
+        waiting = [f"{site} {known.queued}" for site, known in status.sites.items() if known.queued is not None]
         if waiting:
             parts.append(f"queued: {', '.join(waiting)}")
-        if refused := _number(facts, "refused"):
-            parts.append(f"{refused} refused")
+        if status.refused:
+            parts.append(f"{status.refused} refused")
         return ", ".join(parts)
 
     def _rate(self, done: int) -> float:
@@ -135,7 +122,3 @@ class Progress:
             self._history.popleft()
         since, before = self._history[0]
         return (done - before) / (now - since) if now > since else 0.0
-
-
-def _number(facts: Facts, name: str) -> int:
-    return int(facts.get(name) or 0)

@@ -11,6 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from nightsplit.shared.foreign import shown
+from nightsplit.shared.run_store.status import Phase, WorkerStatus
+
+_STATES = {Phase.STANDBY: "standing by: another server is active", Phase.IDLE: "waiting for the server"}
 
 
 class Screen(Console):
@@ -53,6 +56,14 @@ def duration(seconds: float) -> str:
     if minutes < 48 * 60:
         return f"{minutes // 60} h {minutes % 60} min"
     return f"{minutes // (24 * 60)} days"
+
+
+def state_of(status: WorkerStatus) -> str:
+    """'working', 'waiting for its shift (22:00-06:00 UTC)', 'blocked: the queue is full'."""
+    state = _STATES.get(status.phase, status.phase.value)
+    if status.detail is None:
+        return state
+    return f"{state} for {status.detail}" if status.phase is Phase.WAITING else f"{state}: {status.detail}"
 
 
 def server_offline(number: int, noun: str = "batch", fate: str = "trained") -> str:

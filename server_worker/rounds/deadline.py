@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
-from nightsplit.shared.wire.message import Scalar
+from nightsplit.shared.run_store.status import Round
 
 
 class Deadline:
@@ -13,31 +13,31 @@ class Deadline:
 
     Args:
         hours: from the beginning of a round.
-        told: facts of this run's server before this one.
+        told: the round that was open at the server before this one.
         now: the present moment.
     """
 
     def __init__(
         self,
         hours: float,
-        told: Mapping[str, Scalar | None],
+        told: Round,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._hours = timedelta(hours=hours)
         self._now = now
-        self._round = int(told.get("round") or 0)
-        self._opened = datetime.fromisoformat(str(opened)) if (opened := told.get("round_opened")) else now()
+        self._number, self._opened = told.number, told.opened or now()
 
     def look(self, version: int) -> None:
         """Take note of how often the server has combined; another number means another round."""
-        if version != self._round:
-            self._round, self._opened = version, self._now()
+        if version != self._number:
+            self._number, self._opened = version, self._now()
 
     @property
     def is_over(self) -> bool:
         """Whether the round has been open for long enough."""
         return self._now() - self._opened >= self._hours
 
-    def facts(self) -> dict[str, Scalar | None]:
-        """What `status` shows, and the next server goes on with."""
-        return {"round": self._round, "round_opened": self._opened.isoformat(timespec="seconds")}
+    @property
+    def round(self) -> Round:
+        """The open round: what `status` shows, and the next server goes on with."""
+        return Round(number=self._number, opened=self._opened)

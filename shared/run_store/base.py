@@ -12,11 +12,11 @@ One interface, three stores (memory, SQLite, Redis), one conformance suite.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from nightsplit.shared.run_store.status import WorkerStatus
 from nightsplit.shared.storage.checkpoint import Pointer
-from nightsplit.shared.wire.message import Scalar
 
 SILENT_SECONDS = 10.0
 """A worker speaks every second; one that was silent for so long is not there."""
@@ -28,23 +28,23 @@ class Status:
 
     Attributes:
         worker: site name, or "server".
-        facts: counts and states, by name.
+        report: its words; `status.UNREADABLE` when they cannot be read.
         age_seconds: how long ago, by the store's own clock.
     """
 
     worker: str
-    facts: Mapping[str, Scalar | None]
+    report: WorkerStatus
     age_seconds: float
-
-    @property
-    def has_left(self) -> bool:
-        """Whether its last words were that it leaves."""
-        return str(self.facts.get("state")).startswith(("finished", "away", "failed"))
 
     @property
     def online(self) -> bool:
         """Whether the worker is there: it spoke lately, and not to say that it leaves."""
-        return self.age_seconds < SILENT_SECONDS and not self.has_left
+        return self.age_seconds < SILENT_SECONDS and not self.report.phase.has_left
+
+
+def age_seconds(now: float, written: float) -> float:
+    """Seconds since `written`, which a worker may have falsified: at least 0, at most since 1970."""
+    return min(max(0.0, now - written), now)
 
 
 class RunStore(ABC):
@@ -54,12 +54,15 @@ class RunStore(ABC):
     """
 
     @abstractmethod
-    def put_status(self, worker: str, facts: Mapping[str, Scalar | None]) -> None:
+    def put_status(self, worker: str, status: WorkerStatus) -> None:
         """Replace what is known of `worker`."""
 
     @abstractmethod
     def statuses(self, workers: Iterable[str]) -> dict[str, Status]:
-        """What is known of each of these workers; one that never spoke is left out."""
+        """What is known of each of these workers; one that never spoke is left out.
+
+        Whatever stands in a worker's record, reading it raises nothing: see `status.read_status`.
+        """
 
     @abstractmethod
     def now(self) -> float:

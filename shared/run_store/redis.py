@@ -8,24 +8,25 @@ are the Redis server's own, so clocks of workers may differ.
 
 from __future__ import annotations
 
-import json
 import ssl
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
+import msgspec
 import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
 from nightsplit.shared.credentials import NOBODY, Credentials
 from nightsplit.shared.errors import BrokerError, ConfigError
-from nightsplit.shared.run_store.base import RunStore, Status
+from nightsplit.shared.run_store.base import RunStore, Status, age_seconds
+from nightsplit.shared.run_store.status import UNREADABLE, WorkerStatus, most_bytes, read_status, write_status
 from nightsplit.shared.storage.checkpoint import Pointer
-from nightsplit.shared.wire.message import SERVER, Scalar
+from nightsplit.shared.wire.message import SERVER
 
 TIMEOUT_SECONDS = 5.0
 
@@ -39,7 +40,7 @@ SERVER_RULES = "~nightsplit:* +@all -@admin -@dangerous"
 def site_rules(site: str) -> str:
     """What an ACL of Redis lets a site do: say how it is itself, and read how the server is, in every run."""
     own, server = (f"nightsplit:{{*}}:status:{worker}" for worker in (site, SERVER))
-    return f"%RW~{own} %R~{server} -@all +ping +evalsha +script|load +time +set +mget"
+    return f"%RW~{own} %R~{server} -@all +ping +evalsha +script|load +time +set +getrange"
 
 
 class RedisStore(RunStore):
@@ -58,6 +59,7 @@ class RedisStore(RunStore):
                 url,
                 **_login(address, credentials),
                 decode_responses=True,
+                encoding_errors="replace",  # a site's status is whatever the site wrote
                 socket_timeout=TIMEOUT_SECONDS,
                 socket_connect_timeout=TIMEOUT_SECONDS,
                 retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=3),
@@ -77,21 +79,20 @@ class RedisStore(RunStore):
             self.close()
             raise
 
-    def put_status(self, worker: str, facts: Mapping[str, Scalar | None]) -> None:
+    def put_status(self, worker: str, status: WorkerStatus) -> None:
         """See `RunStore`."""
-        self._run("put_status", [self._status(worker)], json.dumps(dict(facts)))
+        self._run("put_status", [self._status(worker)], write_status(status))
 
     def statuses(self, workers: Iterable[str]) -> dict[str, Status]:
         """See `RunStore`."""
         wanted = list(workers)
-        # No script: to Redis a script wants to write whatever it names, and a site may only read the server's.
-        found = self._ask(lambda: self._redis.mget([self._status(worker) for worker in wanted]))
+        found = self._ask(lambda: self._entries(wanted))
         now = self.now()
         statuses = {}
         for worker, entry in zip(wanted, found, strict=True):
-            if entry is not None:
-                written, facts = json.loads(entry)
-                statuses[worker] = Status(worker, json.loads(facts), max(0.0, now - written / 1000))
+            if entry:
+                written, report = _read(entry, worker)
+                statuses[worker] = Status(worker, report, age_seconds(now, written))
         return statuses
 
     def now(self) -> float:
@@ -135,6 +136,14 @@ class RedisStore(RunStore):
         """See `RunStore`."""
         self._redis.close()
 
+    def _entries(self, workers: list[str]) -> list[str]:
+        """What stands under the key of each worker, as far as it is read; "" for nothing."""
+        # No script: to Redis a script wants to write whatever it names, and a site may only read the server's.
+        commands = self._redis.pipeline(transaction=False)
+        for worker in workers:
+            commands.getrange(self._status(worker), 0, most_bytes(worker))
+        return commands.execute()
+
     def _status(self, worker: str) -> str:
         """A key of its own for each worker, since Redis gives rights by key."""
         return f"{self._prefix}:status:{worker}"
@@ -160,6 +169,15 @@ class RedisStore(RunStore):
 @cache
 def _text_of(script: str) -> str:
     return resources.files(__package__).joinpath("lua", f"{script}.lua").read_text(encoding="utf-8")
+
+
+def _read(entry: str, worker: str) -> tuple[float, WorkerStatus]:
+    """When a worker wrote its status, in seconds since 1970, and what; 0 where even that cannot be read."""
+    try:
+        written, record = msgspec.json.decode(entry, type=tuple[float, str])
+    except (msgspec.MsgspecError, RecursionError):
+        return 0.0, UNREADABLE
+    return written / 1000, read_status(record, worker)
 
 
 def _login(address: SplitResult, credentials: Credentials) -> dict[str, Any]:

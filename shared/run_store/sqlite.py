@@ -7,18 +7,17 @@ Ages of statuses are read off the wall clock, since they have to make sense afte
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nightsplit.shared.run_store.base import RunStore, Status
+from nightsplit.shared.run_store.base import RunStore, Status, age_seconds
+from nightsplit.shared.run_store.status import WorkerStatus, most_bytes, read_status, write_status
 from nightsplit.shared.storage.checkpoint import Pointer
 from nightsplit.shared.storage.sqlite import broker_errors, open_database, transaction
-from nightsplit.shared.wire.message import Scalar
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS status (
@@ -51,24 +50,31 @@ class SqliteStore(RunStore):
         with broker_errors(207, path):
             self._rows = open_database(path, SCHEMA)
 
-    def put_status(self, worker: str, facts: Mapping[str, Scalar | None]) -> None:
+    def put_status(self, worker: str, status: WorkerStatus) -> None:
         """See `RunStore`."""
         with self._writing() as rows:
             rows.execute(
                 "REPLACE INTO status VALUES (?, ?, ?, ?)",
-                (self._run, worker, json.dumps(dict(facts)), time.time()),
+                (self._run, worker, write_status(status), time.time()),
             )
 
     def statuses(self, workers: Iterable[str]) -> dict[str, Status]:
         """See `RunStore`."""
-        wanted = set(workers)
+        found = {}
         with self._reading() as rows:
-            found = rows.execute("SELECT worker, facts, written FROM status WHERE run = ?", (self._run,)).fetchall()
+            for worker in workers:
+                # As bytes, since text that is not UTF-8 is an error to SQLite.
+                row = rows.execute(
+                    "SELECT substr(CAST(facts AS BLOB), 1, ?), CAST(written AS REAL) FROM status"
+                    " WHERE run = ? AND worker = ?",
+                    (most_bytes(worker) + 1, self._run, worker),
+                ).fetchone()
+                if row is not None:
+                    found[worker] = row
         now = time.time()
         return {
-            worker: Status(worker, json.loads(facts), max(0.0, now - written))
-            for worker, facts, written in found
-            if worker in wanted
+            worker: Status(worker, read_status(record, worker), age_seconds(now, written))
+            for worker, (record, written) in found.items()
         }
 
     def now(self) -> float:

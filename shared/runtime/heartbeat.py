@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from logging import WARNING
 from types import TracebackType
-from typing import Any
+
+from msgspec.structs import replace
 
 from nightsplit.shared.errors import BrokerError, NightsplitError
 from nightsplit.shared.log import event
 from nightsplit.shared.run_store.base import RunStore
-from nightsplit.shared.wire.message import Scalar
-
-Facts = Mapping[str, Scalar | None]
+from nightsplit.shared.run_store.status import Phase, WorkerStatus
 
 
 @dataclass
 class Heartbeat:
     """Tells the run store, every `interval` seconds, how a worker is; on a thread of its own.
 
+    An exception ends one beat and never the thread. The last words of a worker that fails are number and
+    title of its error: the run store has other readers than the worker's own console.
+
     Args:
         worker: name under which it speaks.
         open_store: makes the thread's own connection.
-        facts: what to say, called on the thread.
-        observe: shown the same facts, e.g. to draw progress.
+        status: what to say, called on the thread.
+        observe: shown the same, e.g. to draw progress.
         beat: what else to do at each beat, with the store; whatever it raises is kept in `error`.
     """
 
     worker: str
     open_store: Callable[[], RunStore]
-    facts: Callable[[], dict[str, Any]]
-    observe: Callable[[Facts], None] = lambda facts: None
+    status: Callable[[], WorkerStatus]
+    observe: Callable[[WorkerStatus], None] = lambda status: None
     beat: Callable[[RunStore], None] = lambda store: None
     interval: float = 1.0
     error: Exception | None = None
@@ -49,7 +51,7 @@ class Heartbeat:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._failure = str(error) if isinstance(error, NightsplitError) else type(error).__name__
+            self._failure = error.heading if isinstance(error, NightsplitError) else type(error).__name__
         self._stop.set()
         self._thread.join()
 
@@ -69,14 +71,15 @@ class Heartbeat:
         if store is not None:
             with suppress(Exception):  # the last words; nobody is left who could say them again
                 self._say(store)
-            store.close()
+            with suppress(Exception):
+                store.close()
 
     def _store_is_away(self, error: Exception) -> None:
         if self.error is None:
             event("store_away", WARNING, reason=str(error) if isinstance(error, BrokerError) else type(error).__name__)
         self.error = error
-        with suppress(Exception):  # it may have been the facts that failed
-            self.observe(self.facts())
+        with suppress(Exception):  # it may have been the status that failed
+            self._show(self.status())
 
     def _store_is_back(self) -> None:
         if self.error is not None:
@@ -84,8 +87,12 @@ class Heartbeat:
         self.error = None
 
     def _say(self, store: RunStore) -> None:
-        facts = self.facts()
+        status = self.status()
         if self._failure is not None:
-            facts["state"] = f"failed: {self._failure}"
-        self.observe(facts)
-        store.put_status(self.worker, facts)
+            status = replace(status, phase=Phase.FAILED, detail=self._failure)
+        self._show(status)
+        store.put_status(self.worker, status)
+
+    def _show(self, status: WorkerStatus) -> None:
+        with suppress(Exception):  # showing it disturbs neither the work nor what others are told
+            self.observe(status)

@@ -1,4 +1,4 @@
-"""Metrics of a worker for Prometheus: the facts of its heartbeat and the counts of its engine.
+"""Metrics of a worker for Prometheus: the status of its heartbeat and the counts of its engine.
 
 Counters begin at zero with every process and every shift, as Prometheus expects of them. Places in a
 run, which a restart may move back a little, are gauges. docs/operations.md lists all of them.
@@ -14,13 +14,13 @@ from typing import NamedTuple
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from nightsplit.shared.log import PHASES, phase_of
-from nightsplit.shared.runtime.heartbeat import Facts
-from nightsplit.shared.wire.message import Scalar
+from nightsplit.shared.run_store.status import Phase, WorkerStatus
+
+Value = float | datetime | None
 
 
 class _Told(NamedTuple):
-    """A metric, and the count or fact that it tells."""
+    """A metric, and the count or the attribute of a status that it tells."""
 
     metric: str
     source: str
@@ -48,7 +48,7 @@ _SITE_GAUGES = (
     _Told("nightsplit_training_loss", "loss", "Loss of the last training batch, where the server knows it."),
     _Told("nightsplit_staleness_steps", "staleness", "Training steps between the last batch's bottom and its use."),
     _Told("nightsplit_site_heard_timestamp_seconds", "heard", "When the server heard the site last, by its clock."),
-    _Told("nightsplit_site_left_out", "left_out_at", "1 when the run goes on without the site."),
+    _Told("nightsplit_site_left_out", "left_out", "1 when the run goes on without the site."),
 )
 
 
@@ -67,54 +67,47 @@ class Telemetry(Collector):
     ) -> None:
         self._whose = {"run": run, "worker": worker}
         self._sites = sites
-        self._facts: Facts = {"state": "starting"}
+        self._status = WorkerStatus(phase=Phase.STARTING)
         self._counts: Mapping[str, int] = {}
         self._monotonic = monotonic
         self._saved_at = monotonic()
 
-    def observe(self, facts: Facts, counts: Mapping[str, int]) -> None:
+    def observe(self, status: WorkerStatus, counts: Mapping[str, int]) -> None:
         """Take what the heartbeat reports, and the engine's counts of this moment."""
         if counts.get("checkpoints") != self._counts.get("checkpoints"):
             self._saved_at = self._monotonic()
-        self._facts, self._counts = facts, dict(counts)
+        self._status, self._counts = status, dict(counts)
 
     def collect(self) -> Iterator[Metric]:
         """See `Collector`; called at every scrape, on a thread of the HTTP server."""
-        facts = self._facts
+        status = self._status
         for metric, source, meaning in _COUNTERS:
             counter = CounterMetricFamily(metric, meaning, labels=[*self._whose])
             counter.add_metric([*self._whose.values()], self._counts.get(source, 0))
             yield counter
         for metric, source, meaning in _GAUGES:
-            yield self._gauge(metric, meaning, facts.get(source))
+            yield self._gauge(metric, meaning, getattr(status, source))
         for metric, source, meaning in _SITE_GAUGES:
-            yield self._gauges(metric, meaning, "site", {site: self._of(site, source) for site in self._sites})
-        done = facts.get("applied", facts.get("answered"))
+            # The server tells of every site; a site, and a batch of several sites, stand in the status itself.
+            told = {site: getattr(status.sites.get(site, status), source, None) for site in self._sites}
+            yield self._gauges(metric, meaning, "site", told)
+        done = status.answered if status.applied is None else status.applied
         yield self._gauge("nightsplit_plan_done_messages", "Messages of the plan that were applied or answered.", done)
         age = self._monotonic() - self._saved_at
         yield self._gauge("nightsplit_checkpoint_age_seconds", "Time since a checkpoint, or since the start.", age)
-        phase = phase_of(str(facts["state"]))
-        phases = {known: known == phase for known in PHASES}
+        phases: dict[str, float] = {phase: phase is status.phase for phase in Phase if phase is not Phase.UNREADABLE}
         yield self._gauges("nightsplit_state", "1 for what the worker does, 0 for the rest.", "state", phases)
 
-    def _of(self, site: str, fact: str) -> Scalar | None:
-        """A site's fact: the server names the site in it, a site speaks of itself."""
-        told = self._facts.get(f"{fact}_{site}", self._facts.get(fact) if site == self._whose["worker"] else None)
-        if fact == "heard" and told is not None:
-            return datetime.fromisoformat(str(told)).timestamp()
-        if fact == "left_out_at" and f"{fact}_{site}" in self._facts:
-            return told is not None
-        return told
-
-    def _gauge(self, metric: str, meaning: str, value: Scalar | None) -> Metric:
+    def _gauge(self, metric: str, meaning: str, value: float | None) -> Metric:
         gauge = GaugeMetricFamily(metric, meaning, labels=[*self._whose])
         if value is not None:
             gauge.add_metric([*self._whose.values()], float(value))
         return gauge
 
-    def _gauges(self, metric: str, meaning: str, label: str, values: Mapping[str, Scalar | None]) -> Metric:
+    def _gauges(self, metric: str, meaning: str, label: str, values: Mapping[str, Value]) -> Metric:
         gauge = GaugeMetricFamily(metric, meaning, labels=[*self._whose, label])
         for name, value in values.items():
             if value is not None:
-                gauge.add_metric([*self._whose.values(), name], float(value))
+                number = value.timestamp() if isinstance(value, datetime) else float(value)
+                gauge.add_metric([*self._whose.values(), name], number)
         return gauge

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from nightsplit.shared.clock import Clock, SystemClock
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.config.worker import WorkerSection
 from nightsplit.shared.engine.counters import Counters
-from nightsplit.shared.log import event, phase_of
+from nightsplit.shared.log import event
 from nightsplit.shared.protocols.load import load
 from nightsplit.shared.run_store.base import RunStore
 from nightsplit.shared.run_store.connect import open_store
-from nightsplit.shared.runtime.heartbeat import Facts
+from nightsplit.shared.run_store.status import Phase, WorkerStatus, brief
 from nightsplit.shared.runtime.process import StopSignal
 from nightsplit.shared.runtime.shift import Shift
 
 if TYPE_CHECKING:
     from nightsplit.shared.runtime.metrics import Telemetry
+
+Observer = Callable[[WorkerStatus], None]
 
 
 class ShiftWorker:
@@ -32,9 +37,10 @@ class ShiftWorker:
         overrides: "section.key=value" for run.toml (as `nightsplit.shared.protocols.load.load`).
         clock: tells when the shift is.
         stop: asked between steps.
-        observe: shown the worker's facts every second.
+        observe: shown the worker's status every second.
 
     Attributes:
+        phase: what the worker does.
         recovered: damaged checkpoints that were passed over.
     """
 
@@ -45,14 +51,16 @@ class ShiftWorker:
         overrides: Sequence[str],
         clock: Clock | None,
         stop: StopSignal | None,
-        observe: Callable[[Facts], None],
+        observe: Observer,
     ) -> None:
         self.base = base
         self.run_config = load(base / config.run, RunConfig, overrides)
         self.run_folder = (base / config.run).parent
         self.shift = Shift(config.shift)
         self.state_folder = base / config.state
-        self._state = "starting"
+        self.phase = Phase.STARTING
+        self._detail: str | None = None
+        self._reason: str | None = None
         self.recovered: list[str] = []
         self.credentials = config.credentials(base)
         self._store_address = config.store
@@ -60,19 +68,35 @@ class ShiftWorker:
         self._clock = clock or SystemClock()
         self._stop = stop or StopSignal()
         self._show = observe
-        self._progress = Counters()
+        self._counters = Counters()
         self._telemetry: Telemetry | None = None
 
-    @property
-    def state(self) -> str:
-        """What the worker does, in words. A change is an event of the log."""
-        return self._state
+    def enter(self, phase: Phase, detail: str | None = None, reason: str | None = None) -> None:
+        """Do something else from now on, or for another reason. A change is an event of the log.
 
-    @state.setter
-    def state(self, state: str) -> None:
-        if state != self._state:
-            self._state = state
-            event(phase_of(state), state=state)
+        Args:
+            phase: what.
+            detail: why, in words that all may read in the run store.
+            reason: why, for this machine's own console and log, in place of `detail`.
+        """
+        before = self.phase, self._detail, self._reason
+        self.phase, self._detail, self._reason = phase, detail, reason
+        if before != (phase, detail, reason):
+            facts = {"detail": reason or detail} if reason or detail else {}
+            event(phase, WARNING if phase is Phase.BLOCKED else INFO, **facts)
+
+    def _present(self) -> WorkerStatus:
+        """What every worker can tell; one at work may be held up by the broker."""
+        phase, detail = self.phase, self._detail
+        if phase is Phase.WORKING and self._counters.trouble is not None:
+            phase, detail = Phase.BLOCKED, self._counters.trouble
+        return WorkerStatus(
+            phase=phase,
+            detail=None if detail is None else brief(detail),
+            run=self.run_config.run.id,
+            contract=self.run_config.contract,
+            passed_over=tuple(map(brief, self.recovered)),
+        )
 
     @contextmanager
     def telemetry(self, worker: str, sites: Sequence[str]) -> Iterator[None]:
@@ -87,10 +111,11 @@ class ShiftWorker:
         with served(self._telemetry, self._metrics_address, self.credentials):
             yield
 
-    def _observe(self, facts: Facts) -> None:
+    def _observe(self, status: WorkerStatus) -> None:
         if self._telemetry is not None:
-            self._telemetry.observe(facts, self._progress.counts)
-        self._show(facts)
+            self._telemetry.observe(status, self._counters.counts)
+        in_full = self._reason is not None and status.phase is self.phase
+        self._show(replace(status, detail=self._reason) if in_full else status)
 
     def open_store(self) -> RunStore:
         """A connection of its own to the run store."""
@@ -99,14 +124,10 @@ class ShiftWorker:
     def wait_for_shift(self) -> bool:
         """Sleep until the shift is open; False when asked to stop."""
         while not self.shift.is_open(self._clock.now()) and not self._stop.asked:
-            self.wait_as(f"waiting for its shift ({self.shift})")
+            self.enter(Phase.WAITING, f"its shift ({self.shift})")
             left = (self.shift.opens_at(self._clock.now()) - self._clock.now()).total_seconds()
             self._clock.sleep(min(left, 2.0))  # not longer, since a signal does not end a sleep
         return not self._stop.asked
-
-    def wait_as(self, state: str) -> None:
-        """Say what is waited for."""
-        self.state = state
 
     def off_duty(self) -> bool:
         """Whether the worker was asked to stop, or its shift is over."""

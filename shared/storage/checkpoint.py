@@ -186,9 +186,11 @@ def _canonical(content: object) -> bytes:
 
 
 def _explain(error: Exception) -> str:
-    """One clause on what is wrong with a checkpoint."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{Path(error.filename).name}: {error.strerror}"
+    """One clause on what is wrong with a checkpoint, in our own words: other workers may read it in the run store."""
+    if isinstance(error, SafetensorError):
+        return "the tensors cannot be read"
+    if isinstance(error, OSError):
+        return f"{Path(error.filename).name}: {error.strerror}" if error.filename is not None else str(error.strerror)
     return str(error)
 
 

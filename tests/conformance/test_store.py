@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import redis
 
+from nightsplit.console.ui.text import duration
 from nightsplit.shared.errors import BrokerError, ConfigError
 from nightsplit.shared.run_store.base import RunStore
 from nightsplit.shared.run_store.connect import open_store
 from nightsplit.shared.run_store.redis import RedisStore
 from nightsplit.shared.run_store.sqlite import SqliteStore
+from nightsplit.shared.run_store.status import UNREADABLE, Phase, Presence, SiteStatus, WorkerStatus
 from nightsplit.shared.storage.checkpoint import Pointer
 from nightsplit.simulation.store import MemoryStore
 from tests.harness.services import RedisServer, free_port
@@ -220,11 +225,11 @@ def test_everything_survives_reopening(address: str) -> None:
         assert fence is not None
         assert store.move_pointer(Pointer(fence, 7, "ab"))
         store.journal(1, "north")
-        store.put_status("north", {"sent": 3})
+        store.put_status("north", WorkerStatus(phase=Phase.WORKING, sent=3))
     with closing(open_store(address, "night-1", Path())) as store:
         assert store.pointer() == Pointer(fence, 7, "ab")
         assert store.journalled(1) == "north"
-        assert store.statuses(["north"])["north"].facts == {"sent": 3}
+        assert store.statuses(["north"])["north"].report == WorkerStatus(phase=Phase.WORKING, sent=3)
         assert store.acquire_lease("server-b", 60) is None
         assert store.renew_lease("server-a", fence, 60)
 
@@ -245,18 +250,88 @@ def test_redis_keeps_everything_over_a_kill_of_its_server(redis_server: RedisSer
 
 def test_statuses_tell_their_age(opened: Open) -> None:
     first, second = opened(), opened()
-    facts = {"sent": 412, "loss": 0.5, "state": "waiting", "done": False, "refused": None}
-    first.put_status("north", {"sent": 1})
-    first.put_status("north", facts)
+    presence = Presence(silent_seconds=0.5, beat="a", heard=datetime(2026, 11, 21, 22, tzinfo=UTC))
+    status = WorkerStatus(
+        phase=Phase.WAITING, detail='its "shift"', sent=412, refused=0, lacking=("east",),
+        sites={"south": SiteStatus(loss=0.5, share=0.25, presence=presence)},
+    )  # fmt: skip
+    first.put_status("north", WorkerStatus(phase=Phase.STARTING))
+    first.put_status("north", status)
     time.sleep(0.2)
-    second.put_status("server", {})
+    second.put_status("server", WorkerStatus(phase=Phase.WORKING))
     statuses = second.statuses(["server", "north", "south"])
     assert set(statuses) == {"north", "server"}
     assert set(first.statuses(["north"])) == {"north"}
     assert statuses["north"].worker == "north"
-    assert statuses["north"].facts == facts
+    assert statuses["north"].report == status
     assert 0.15 < statuses["north"].age_seconds < 10
     assert 0 <= statuses["server"].age_seconds < statuses["north"].age_seconds
+
+
+FOREIGN: dict[str, bytes] = {
+    "no JSON": b"hello",
+    "no text": b'{"phase":"working","detail":"\xff\xfe"}',
+    "another type": b'{"phase":"working","confirmed":"abc"}',
+    "no phase": b'{"state":"working","confirmed":3}',
+    "unknown phase": b'{"phase":"dancing"}',
+    "below the range": b'{"phase":"working","sent":-1}',
+    "above the range": b'{"phase":"working","sent":99999999999999999999}',
+    "not finite": b'{"phase":"working","sites":{"north":{"loss":1e999}}}',
+    "long words": b'{"phase":"working","detail":"' + b"x" * 5000 + b'"}',
+    "deeply nested": b'{"phase":"working","more":' + b"[" * 8000 + b"]" * 8000 + b"}",
+    "megabytes": b'{"phase":"working","beat":"a"' + b" " * 2**23 + b"}",
+    "nothing": b"",
+}
+
+
+def write_raw(store: RunStore, worker: str, record: bytes, written: object = None) -> None:
+    """What somebody who knows nothing of our code writes in the name of a worker."""
+    if isinstance(store, MemoryStore):
+        store._statuses[worker] = (record.decode(errors="surrogateescape"), time.monotonic())
+    elif isinstance(store, SqliteStore):
+        row = ("night-1", worker, record, time.time() if written is None else written)
+        with closing(sqlite3.connect(store._path)) as rows, rows:
+            rows.execute("REPLACE INTO status VALUES (?, ?, CAST(? AS TEXT), ?)", row)
+    elif isinstance(store, RedisStore):
+        entry = [time.time() * 1000 if written is None else written, record.decode(errors="surrogateescape")]
+        store._redis.set(store._status(worker), json.dumps(entry, ensure_ascii=False).encode(errors="surrogateescape"))
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_status_is_unreadable_and_harms_no_other(opened: Open, kind: str) -> None:
+    store = opened()
+    store.put_status("north", WorkerStatus(phase=Phase.WORKING, sent=3))
+    store.put_status("server", WorkerStatus(phase=Phase.WORKING))
+    write_raw(store, "north", FOREIGN[kind])
+    statuses = opened().statuses(["server", "north", "south"])
+    assert statuses["north"].report is UNREADABLE
+    assert 0 <= statuses["north"].age_seconds < 10
+    assert statuses["server"].report == WorkerStatus(phase=Phase.WORKING)
+    store.put_status("north", WorkerStatus(phase=Phase.WORKING, sent=4))
+    assert store.statuses(["north"])["north"].report.sent == 4, "the next word is heard"
+
+
+@pytest.mark.parametrize("written", [1e300, -1e300, 9e999, -9e999, "yesterday", b"\xff"], ids=str)
+def test_a_falsified_time_is_no_error(opened: Open, written: object) -> None:
+    store = opened()
+    store.put_status("north", WorkerStatus(phase=Phase.WORKING))
+    if isinstance(store, RedisStore):
+        store._redis.set(store._status("north"), f'[{written}, "{{}}"]')
+    else:
+        write_raw(store, "north", b'{"phase":"working"}', written)
+    age = store.statuses(["north"])["north"].age_seconds
+    assert 0 <= age <= time.time() + 1
+    assert duration(age)
+
+
+@pytest.mark.redis
+def test_an_entry_of_redis_that_is_none_of_ours_is_unreadable(redis_server: RedisServer) -> None:
+    with closing(RedisStore(redis_server.url, "night-1")) as store:
+        for entry in (b"x", b"\xff" * 2**23, b"[" * 8000, b"[1]", b'[1,{"phase":"working"}]', b"[null,null]", b"{}"):
+            store._redis.set(store._status("north"), entry)
+            north = store.statuses(["north"])["north"]
+            assert north.report is UNREADABLE, entry[:20]
+            assert not north.online
 
 
 def test_runs_in_one_place_do_not_see_each_other(address: str) -> None:

@@ -8,6 +8,7 @@ import msgspec
 from nightsplit.server_worker.presence import Attendance
 from nightsplit.shared.engine.order import Exclude, from_journal
 from nightsplit.shared.errors import RunError
+from nightsplit.shared.run_store.status import Phase, SiteStatus, WorkerStatus
 from nightsplit.shared.wire.message import SERVER
 from tests.harness.night import Night, tiny_config
 
@@ -38,9 +39,9 @@ class Ward(Night):
 
     def start(self, name):
         if name == SERVER:
-            self.attendance = Attendance(
-                self.config, self.store.statuses([SERVER, *self.config.run.sites]), lambda: SECONDS * self.turns
-            )
+            known = self.store.statuses([SERVER]).get(SERVER)
+            before = known.report.sites if known is not None else {}
+            self.attendance = Attendance(self.config, before, lambda: SECONDS * self.turns)
         return super().start(name)
 
     def is_gone(self, name):
@@ -53,14 +54,16 @@ class Ward(Night):
         self.attendance.look(
             self.server.applied, self.server.awaited(), self.store.statuses(self.config.run.sites), True
         )
-        self.store.put_status(SERVER, self.attendance.facts(self.server.awaited(), self.server.staying))
+        lacking = self.attendance.lacking(self.server.awaited(), self.server.staying)
+        sites = {site: SiteStatus(presence=presence) for site, presence in self.attendance.sites.items()}
+        self.store.put_status(SERVER, WorkerStatus(phase=Phase.WORKING, lacking=tuple(lacking), sites=sites))
 
     def turn(self, name, steps=1):
         """Let a worker take some steps; time passes, in which every site that lives shows it."""
         self.turns += 1
         for site in self.config.run.sites:
             if site not in self.finished and not self.is_gone(site):
-                self.store.put_status(site, {"beat": self.turns})
+                self.store.put_status(site, WorkerStatus(phase=Phase.WORKING, beat=str(self.turns)))
         if name in self.finished or self.is_gone(name):
             return
         if name not in self.engines:

@@ -3,11 +3,13 @@
 from datetime import datetime
 
 import pytest
+from msgspec.structs import replace
 
 from nightsplit.console.commands.status import _sentence
 from nightsplit.server_worker.report import write_report
 from nightsplit.shared.protocols.plan import Step
 from nightsplit.shared.run_store.base import Status
+from nightsplit.shared.run_store.status import Phase, WorkerStatus
 from nightsplit.shared.wire.message import SERVER
 from tests.harness.night import SYSTEMS
 from tests.harness.ward import Ward, replace_run, replayed, ward_config
@@ -127,8 +129,8 @@ def test_a_crash_does_not_change_what_a_site_gave(tmp_path):
 
 
 def test_status_says_for_whom_the_run_waits():
-    facts = {"state": "working", "applied": 5, "lacking": "south, east"}
-    assert _sentence(Status(SERVER, facts, 1.0), 0).endswith(
+    report = WorkerStatus(phase=Phase.WORKING, applied=5, lacking=("south", "east"))
+    assert _sentence(Status(SERVER, report, 1.0), 0).endswith(
         "; WAITS for south, east: silent for too long, but without them the quorum is not met"
     )
-    assert "WAITS" not in _sentence(Status(SERVER, {**facts, "lacking": None}, 1.0), 0)
+    assert "WAITS" not in _sentence(Status(SERVER, replace(report, lacking=()), 1.0), 0)

@@ -3,6 +3,7 @@
 import pytest
 
 from nightsplit.shared.engine.order import DeliveryOrder, Exclude
+from nightsplit.shared.run_store.status import UNREADABLE
 from nightsplit.shared.wire.message import SERVER
 from tests.harness.night import SYSTEMS, Night, tiny_config
 from tests.harness.ward import QUORUM, SECONDS, Ward, decided, ward_config
@@ -82,7 +83,7 @@ def test_the_server_may_die_within_the_decision(place, bottoms, tmp_path):
         except Killed:
             killed += 1
             ward.kill(SERVER)
-            ward.store.put_status(SERVER, {})  # a successor that knows nothing of the silence
+            ward.store.put_status(SERVER, UNREADABLE)  # a successor that knows nothing of the silence
     assert killed == 1
     assert ward.outcome() == calm.outcome()
     assert ward.journal().count("-south") == 1

@@ -48,11 +48,11 @@ def test_without_its_quorum_the_run_waits_and_says_for_whom(tmp_path):
     for number in range(400):
         ward.turn((SERVER, *ward.config.run.sites)[number % 4])
     assert ward.server.left_out == {}
-    assert ward.store.statuses([SERVER])[SERVER].facts["lacking"] == "south, east"
+    assert ward.store.statuses([SERVER])[SERVER].report.lacking == ("south", "east")
     ward.goes = {"south": 0}  # east comes, so two of three are there
     ward.calmly()
     assert list(ward.server.left_out) == ["south"]
-    assert ward.store.statuses([SERVER])[SERVER].facts["lacking"] is None
+    assert ward.store.statuses([SERVER])[SERVER].report.lacking == ()
 
 
 @pytest.mark.parametrize("order", ["strict", "fair"])
@@ -62,7 +62,7 @@ def test_without_a_quorum_rule_nobody_is_left_out(order, tmp_path):
         ward.turn((SERVER, *ward.config.run.sites)[number % 4])
     assert ward.server.left_out == {}
     assert SERVER not in ward.finished
-    assert ward.store.statuses([SERVER])[SERVER].facts["lacking"] == "south"
+    assert ward.store.statuses([SERVER])[SERVER].report.lacking == ("south",)
 
 
 def slow_run(ward):

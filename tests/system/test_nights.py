@@ -53,8 +53,8 @@ def test_a_worker_started_at_noon_works_its_nights_and_resumes_without_a_flag(ho
     broker = EmbeddedBroker(hospital.folder / "broker")
     busy, queued = [], []
 
-    def observe(facts):
-        if facts["state"] in ("working", "waiting for the server"):
+    def observe(status):
+        if status.phase.at_work:
             busy.append(clock._now.astimezone(BERLIN))
 
     def day():

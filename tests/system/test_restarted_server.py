@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from nightsplit.shared.run_store.connect import open_store
-from nightsplit.shared.wire.message import SERVER, Scalar
+from nightsplit.shared.run_store.status import WorkerStatus
+from nightsplit.shared.wire.message import SERVER
 from tests.harness.workers import Hospital
 
 
@@ -25,18 +26,17 @@ def test_silence_and_deadline_go_on(tmp_path: Path) -> None:
         .replace("[round]", f"[round]\n{rule}")
     )
 
-    def told(fence: int, silent: float) -> dict[str, Scalar | None]:
+    def told(fence: int, silent: float) -> WorkerStatus:
         """What the server of this incarnation says, as soon as east has been silent for so long."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             with closing(open_store("sqlite:run.db", "lipids", hospital.folder)) as store:
                 status = store.statuses([SERVER]).get(SERVER)
-            facts = status.facts if status is not None else {}
-            seconds = facts.get("silent_east")
-            if facts.get("fence") == fence and seconds is not None and float(seconds) >= silent:
-                return dict(facts)
+            report = status and status.report
+            if report and report.fence == fence and report.sites["east"].presence.silent_seconds >= silent:
+                return report
             time.sleep(0.2)
-        raise AssertionError(f"{facts}: {hospital.logs()}")
+        raise AssertionError(f"{status}: {hospital.logs()}")
 
     try:
         hospital.start(SERVER)
@@ -45,7 +45,7 @@ def test_silence_and_deadline_go_on(tmp_path: Path) -> None:
         hospital.start(SERVER)
         second = told(2, silent=0.0)
         # A lease must run out first, in which nobody listened; then a look may be a second away.
-        assert float(str(second["silent_east"])) >= 8.0
-        assert (second["round"], second["round_opened"]) == (first["round"], first["round_opened"])
+        assert second.sites["east"].presence.silent_seconds >= 8.0
+        assert second.round == first.round
     finally:
         hospital.close()

@@ -21,6 +21,7 @@ from nightsplit.broker.rabbitmq.address import read_addresses
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import site_queues
 from nightsplit.shared.run_store.redis import RedisStore
+from nightsplit.shared.run_store.status import Phase, WorkerStatus
 from tests.harness.centre import SITES, Centre
 
 pytestmark = [pytest.mark.rabbitmq, pytest.mark.redis]
@@ -43,7 +44,7 @@ def centre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
                 store.acquire_lease("server", 60)
                 store.journal(1, "north")
                 for worker in ("server", *SITES):
-                    store.put_status(worker, {"state": "working"})
+                    store.put_status(worker, WorkerStatus(phase=Phase.WORKING))
         yield centre
 
 
@@ -136,9 +137,11 @@ def commands(site: str) -> Iterator[tuple[tuple[str, ...], bool]]:
             key = f"nightsplit:{{{run}}}:{name}"
             own, readable = name == f"status:{site}", name in ("status:server", f"status:{site}")
             yield ("SET", key, "x"), own
-            yield ("MGET", key), readable
+            yield ("GETRANGE", key, "0", "9"), readable
             yield ("EVALSHA", SET_BY_SCRIPT, "1", key, "x"), own
-            yield from (((command, key), False) for command in ("GET", "DEL", "HGETALL", "DUMP", "TYPE", "UNLINK"))
+            yield from (
+                ((command, key), False) for command in ("GET", "MGET", "DEL", "HGETALL", "DUMP", "TYPE", "UNLINK")
+            )
             yield ("HSET", key, "fence", "9"), False
             yield ("RENAME", key, f"nightsplit:{{{run}}}:status:{site}"), False
     for command in (

@@ -6,7 +6,7 @@ import pytest
 
 from nightsplit.server_worker.presence import LONGEST_LOOK, Attendance
 from nightsplit.shared.run_store.base import Status
-from nightsplit.shared.wire.message import SERVER
+from nightsplit.shared.run_store.status import Phase, SiteStatus, WorkerStatus
 from tests.harness.night import tiny_config
 
 
@@ -23,7 +23,8 @@ class Watch:
         until = self.now + seconds
         while True:
             self.now = min(until, self.now + step)
-            statuses = {"north": Status("north", {"beat": self.beat}, age_seconds=86_400.0)}
+            report = WorkerStatus(phase=Phase.WORKING, beat=self.beat)
+            statuses = {"north": Status("north", report, age_seconds=86_400.0)}
             self.attendance.look(self.applied, awaited, statuses, listening)
             if self.now >= until:
                 break
@@ -32,8 +33,8 @@ class Watch:
     def absent(self):
         return self.attendance.absent(["north"], ["north", "south"])
 
-    def status(self):
-        return {SERVER: Status(SERVER, self.attendance.facts(["north"], ["north", "south"]), 0.0)}
+    def told(self):
+        return {site: SiteStatus(presence=presence) for site, presence in self.attendance.sites.items()}
 
 
 def test_silence_is_what_the_server_itself_has_listened_to():
@@ -55,7 +56,7 @@ def test_a_sign_of_life_ends_the_silence(sign):
         watch.applied = {"north": 1, "south": 0}
     watch.pass_time(3500)
     assert watch.absent is None
-    assert watch.attendance.heard["north"] == "2026-11-21T00:00:00+00:00"
+    assert watch.attendance.heard["north"] == datetime(2026, 11, 21, tzinfo=UTC)
     watch.pass_time(200)
     assert watch.absent == "north"
 
@@ -94,7 +95,7 @@ def test_a_clock_that_goes_backwards_decides_nothing():
 def test_the_next_server_goes_on_where_the_last_one_left_off():
     before = Watch()
     before.pass_time(2000)
-    after = Watch(before.status())
+    after = Watch(before.told())
     after.pass_time(1500)
     assert after.absent is None
     after.pass_time(120)
@@ -104,7 +105,7 @@ def test_the_next_server_goes_on_where_the_last_one_left_off():
 def test_a_site_that_lived_while_the_server_was_away_is_heard():
     before = Watch(beat="a")
     before.pass_time(3000)
-    after = Watch(before.status(), beat="b")
+    after = Watch(before.told(), beat="b")
     after.pass_time(3500)
     assert after.absent is None
 
@@ -113,7 +114,7 @@ def test_a_new_server_listens_itself_before_it_decides():
     """What the site has sent in the meantime may still be on its way from the broker."""
     before = Watch()
     before.pass_time(5000)
-    after = Watch(before.status())
+    after = Watch(before.told())
     after.pass_time(300)
     assert after.absent is None
     after.pass_time(330)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 from nightsplit.server_worker.rounds.deadline import Deadline
+from nightsplit.shared.run_store.status import Round
 
 
 class Clock:
@@ -22,7 +23,7 @@ class Clock:
 
 def test_it_is_over_when_the_round_has_been_open_for_so_long() -> None:
     clock = Clock()
-    deadline = Deadline(2.0, {}, clock)
+    deadline = Deadline(2.0, Round(), clock)
     clock.pass_hours(1.9)
     assert not deadline.is_over
     clock.pass_hours(0.1)
@@ -31,7 +32,7 @@ def test_it_is_over_when_the_round_has_been_open_for_so_long() -> None:
 
 def test_the_next_round_has_all_its_time() -> None:
     clock = Clock()
-    deadline = Deadline(2.0, {}, clock)
+    deadline = Deadline(2.0, Round(), clock)
     clock.pass_hours(1.5)
     deadline.look(0)
     clock.pass_hours(0.25)
@@ -46,10 +47,10 @@ def test_the_next_round_has_all_its_time() -> None:
 def test_it_goes_on_while_no_server_is_there() -> None:
     """Also over a night: sites have had these hours."""
     clock = Clock()
-    first = Deadline(12.0, {}, clock)
+    first = Deadline(12.0, Round(), clock)
     first.look(3)
     clock.pass_hours(4)
-    second = Deadline(12.0, first.facts(), clock)
+    second = Deadline(12.0, first.round, clock)
     second.look(3)
     clock.pass_hours(7.5)
     assert not second.is_over
@@ -59,8 +60,8 @@ def test_it_goes_on_while_no_server_is_there() -> None:
 
 def test_a_server_that_finds_another_round_than_it_was_told_of_begins_anew() -> None:
     clock = Clock()
-    first = Deadline(1.0, {}, clock)
+    first = Deadline(1.0, Round(), clock)
     clock.pass_hours(5)
-    second = Deadline(1.0, first.facts(), clock)
+    second = Deadline(1.0, first.round, clock)
     second.look(1)
     assert not second.is_over

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from nightsplit.console.ui import json_log
-from nightsplit.shared.errors import BrokerError, DataError, StateError
+from nightsplit.shared.errors import BrokerError, ConfigError, DataError, StateError
 from nightsplit.shared.log import event
+from nightsplit.shared.run_store.status import Phase, Presence, SiteStatus, WorkerStatus
 from nightsplit.shared.transport import Recovered, Trouble
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
@@ -47,10 +48,11 @@ def test_nothing_is_written_unless_it_is_switched_on(capsys):
 def test_errors_that_may_quote_a_file_or_a_cell_are_told_by_number(lines):
     json_log.failed(DataError(403, "erika_mueller.csv, row 7: 'secret' is no number.", "mend it."))
     json_log.failed(StateError(501, "/data/erika_mueller.png: no room.", "make room."))
+    json_log.failed(ConfigError(104, "nets:make failed: could not convert '48.0,erika_mueller'.", "mend it."))
     json_log.failed(BrokerError(201, "host:5672: connection refused.", "start it."))
     told = lines()
-    assert [line["number"] for line in told] == [403, 501, 201]
-    assert [line["reason"] for line in told] == [None, None, "host:5672: connection refused."]
+    assert [line["number"] for line in told] == [403, 501, 104, 201]
+    assert [line["reason"] for line in told] == [None, None, None, "host:5672: connection refused."]
     assert told[0]["title"] == "Value cannot be read"
     assert {line["level"] for line in told} == {"error"}
 
@@ -58,12 +60,13 @@ def test_errors_that_may_quote_a_file_or_a_cell_are_told_by_number(lines):
 def test_counts_are_told_now_and_then(lines):
     pulse = json_log.Pulse()
     for sent in (1, 2, 3):
-        pulse.observe({"state": "working", "contract": "c0ffee", "beat": "ab12", "sent": sent, "loss_north": None})
+        north = SiteStatus(applied=sent, presence=Presence(beat="ab12"))
+        pulse.observe(WorkerStatus(phase=Phase.WORKING, contract="c0ffee", sent=sent, sites={"north": north}))
     assert lines() == [], "thirty seconds are not over"
     pulse.tell()
     (line,) = lines()
     assert {name: line[name] for name in line.keys() - {"time", "level", "worker", "run"}} == {
-        "event": "progress", "sent": 3,
+        "event": "progress", "sent": 3, "sites": {"north": {"applied": 3}},
     }  # fmt: skip
 
 

@@ -15,17 +15,20 @@ from prometheus_client import CollectorRegistry
 from nightsplit.console.keys.ca import Authority
 from nightsplit.shared.credentials import NOBODY, Credentials
 from nightsplit.shared.errors import ConfigError
-from nightsplit.shared.log import PHASES, phase_of
+from nightsplit.shared.run_store.status import Phase, Presence, SiteStatus, WorkerStatus
 from nightsplit.shared.runtime.metrics import Telemetry
 from nightsplit.shared.runtime.metrics_server import served
 from tests.harness.services import free_port
 
-SERVER_FACTS = {
-    "state": "working", "run": "ldl", "contract": "c0ffee", "steps": 40, "applied": 50, "planned": 100, "epoch": 2,
-    "fence": 3, "queued_north": 7, "queued_south": None, "loss_north": 0.25, "staleness_north": 4,
-    "heard_north": "2026-11-21T22:00:00+00:00", "heard_south": None,
-    "left_out_at_north": None, "left_out_at_south": 12,
-}  # fmt: skip
+SERVER_STATUS = WorkerStatus(
+    phase=Phase.WORKING, run="ldl", contract="c0ffee", steps=40, applied=50, planned=100, epoch=2, fence=3,
+    sites={
+        "north": SiteStatus(
+            queued=7, loss=0.25, staleness=4, presence=Presence(heard=datetime(2026, 11, 21, 22, tzinfo=UTC))
+        ),
+        "south": SiteStatus(left_out_at=12),
+    },
+)  # fmt: skip
 
 
 class Told:
@@ -47,7 +50,7 @@ class Told:
 
 def test_a_server_tells_of_itself_and_of_every_site() -> None:
     told = Told("server", "north", "south")
-    told.telemetry.observe(SERVER_FACTS, Counter(sent=11, refused=1, sent_bytes=4096))
+    told.telemetry.observe(SERVER_STATUS, Counter(sent=11, refused=1, sent_bytes=4096))
     assert told["messages_sent_total"] == 11
     assert told["messages_refused_total"] == 1
     assert told["messages_duplicate_total"] == 0
@@ -66,8 +69,8 @@ def test_a_server_tells_of_itself_and_of_every_site() -> None:
 
 def test_a_site_tells_of_itself() -> None:
     told = Told("north", "north")
-    facts = {"state": "waiting for the server", "planned": 100, "sent": 31, "answered": 27, "queued": 4}
-    told.telemetry.observe(facts, Counter(sent=2))
+    status = WorkerStatus(phase=Phase.IDLE, planned=100, sent=31, answered=27, queued=4)
+    told.telemetry.observe(status, Counter(sent=2))
     assert told["messages_sent_total"] == 2, "this process's own, so that a restart is a reset"
     assert (told["plan_done_messages"], told["plan_messages"]) == (27, 100)
     assert told.of("queued_messages", site="north") == 4
@@ -79,33 +82,28 @@ def test_the_age_of_a_checkpoint_grows_until_there_is_another_one() -> None:
     told = Told("north", "north")
     told.now += 40
     assert told["checkpoint_age_seconds"] == 40
-    told.telemetry.observe({"state": "working"}, Counter(checkpoints=1))
+    told.telemetry.observe(WorkerStatus(phase=Phase.WORKING), Counter(checkpoints=1))
     told.now += 7
-    told.telemetry.observe({"state": "working"}, Counter(checkpoints=1))
+    told.telemetry.observe(WorkerStatus(phase=Phase.WORKING), Counter(checkpoints=1))
     assert told["checkpoint_age_seconds"] == 7
     assert told["checkpoints_total"] == 1
 
 
-@pytest.mark.parametrize(
-    ("state", "phase"),
-    [
-        ("starting", "starting"),
-        ("working", "working"),
-        ("waiting for its shift (22:00-06:00 UTC)", "waiting"),
-        ("waiting for the server", "waiting"),
-        ("waiting for the broker: connection refused.", "blocked"),
-        ("blocked: queue is full", "blocked"),
-        ("standing by: another server is active", "standby"),
-        ("away", "away"),
-        ("finished", "finished"),
-        ("failed: E501 Disk is full", "failed"),
-    ],
-)
-def test_every_state_comes_down_to_one_word(state: str, phase: str) -> None:
-    assert phase_of(state) == phase
+def test_a_batch_of_several_sites_has_a_line_of_its_own() -> None:
+    told = Told("server", "north", "all")
+    told.telemetry.observe(WorkerStatus(phase=Phase.WORKING, loss=0.5, sites={"north": SiteStatus()}), Counter())
+    assert told.of("training_loss", site="all") == 0.5
+    assert told.of("training_loss", site="north") is None
+    assert told.of("site_left_out", site="all") is None
+
+
+@pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.UNREADABLE])
+def test_one_state_is_1_and_the_rest_0(phase: Phase) -> None:
     told = Told("north", "north")
-    told.telemetry.observe({"state": state}, Counter())
-    assert {known: told.of("state", state=known) for known in PHASES} == {p: float(p == phase) for p in PHASES}
+    told.telemetry.observe(WorkerStatus(phase=phase), Counter())
+    states = {known: told.of("state", state=known) for known in Phase}
+    assert states.pop(Phase.UNREADABLE) is None, "no worker says this of itself"
+    assert states == {known: float(known is phase) for known in states}
 
 
 def ask(url: str) -> str:

@@ -12,6 +12,7 @@ from nightsplit.server_worker.stream.activation_store import ActivationStore
 from nightsplit.shared.engine.effects import Record
 from nightsplit.shared.errors import ConfigError, StateError
 from nightsplit.shared.protocols.build import planned_message_bytes
+from nightsplit.shared.run_store.status import Phase, WorkerStatus
 from nightsplit.shared.runtime.heartbeat import Heartbeat
 from nightsplit.shared.runtime.process import own_folder, prefetch_for, prepare_torch
 from nightsplit.shared.wire.message import Kind
@@ -59,14 +60,14 @@ def test_a_heartbeat_speaks_until_the_end_and_survives_a_store_that_is_away():
             raise OSError("away")
         return store
 
-    facts = {"state": "working"}
-    with Heartbeat("north", open_store, lambda: dict(facts), interval=0.01) as heartbeat:
+    status = WorkerStatus(phase=Phase.WORKING)
+    with Heartbeat("north", open_store, lambda: status, interval=0.01) as heartbeat:
         deadline = time.monotonic() + 5
         while not store.statuses(["north"]):
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        facts["state"] = "finished"
-    assert store.statuses(["north"])["north"].facts["state"] == "finished"
+        status = WorkerStatus(phase=Phase.FINISHED)
+    assert store.statuses(["north"])["north"].report.phase is Phase.FINISHED
     assert heartbeat.error is None
 
 

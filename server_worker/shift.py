@@ -1,0 +1,179 @@
+"""One shift of the active server: the engine at work, who is there meanwhile, and what it tells of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from nightsplit.server_worker.lease import Lease
+from nightsplit.server_worker.metrics_log import MetricsLog
+from nightsplit.server_worker.presence import Attendance
+from nightsplit.server_worker.protocols import AnyServer
+from nightsplit.server_worker.rounds.deadline import Deadline
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.engine.effects import Record
+from nightsplit.shared.engine.engine import Engine
+from nightsplit.shared.engine.mailbox import Mailbox
+from nightsplit.shared.engine.order import CloseRound, Exclude, OrderEntry
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.run_store.base import RunStore, Status
+from nightsplit.shared.run_store.status import UNREADABLE, SiteStatus, WorkerStatus
+from nightsplit.shared.storage.checkpoint import Checkpoints
+from nightsplit.shared.transport import Link, Route
+from nightsplit.shared.wire.message import SERVER
+
+TOGETHER = "all"
+"""In place of a site's name, where a training batch has samples of several."""
+
+
+class ServerShift:
+    """The server's role and engine from the newest checkpoint on, until the shift ends.
+
+    Args:
+        config: the run.
+        role: of the server, fresh.
+        link, routes: to the sites.
+        checkpoints: the newest that counts is restored.
+        lease: held by this server.
+        report: folder of the metrics.
+        statuses: what the run store knows of server and sites; silence and deadline go on where it says.
+        failures: messages to refuse, as in `refusing_failures`.
+
+    Attributes:
+        role: restored.
+        attendance: who is there.
+        counters: of the engine.
+        recovered: damaged checkpoints that were passed over.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        role: AnyServer,
+        link: Link,
+        routes: Mapping[str, Route],
+        checkpoints: Checkpoints,
+        lease: Lease,
+        report: Path,
+        statuses: Mapping[str, Status],
+        failures: Mapping[str, Refused],
+    ) -> None:
+        self.role = role
+        self._sites = config.run.sites
+        self._lease = lease
+        self._statuses = statuses
+        told = statuses[SERVER].report if SERVER in statuses else UNREADABLE
+        self.attendance = Attendance(config, told.sites)
+        self._deadline = Deadline(config.round.deadline_hours, told.round)
+        self._trained: dict[str, Record] = {}
+        """The last training batch, per site or `TOGETHER`."""
+        mailbox = Mailbox(config.run.id, SERVER, link, routes, role.payload, config.wire.message_bytes)
+        self._engine = Engine(role, mailbox, checkpoints, lease, self._record, decide=self._decide, failures=failures)
+        self.counters = mailbox.counters
+        self.recovered = self._engine.recover()
+        self._log = MetricsLog(report, role.steps)  # which begins where the restored checkpoint ends
+
+    def run(self, listening: Callable[[], bool], stop: Callable[[], bool], idle_seconds: float | None) -> bool:
+        """Work until the run is over, `stop()` holds, or nothing happened for `idle_seconds`.
+
+        Args:
+            listening: whether the run store can be reached.
+
+        Returns:
+            Whether the run is over.
+
+        Raises:
+            NightsplitError: see `Engine.run`; 505 another server took over.
+        """
+
+        def leave() -> bool:
+            self._look_around(listening())
+            return stop()
+
+        try:
+            return self._engine.run(leave, idle_seconds)
+        finally:
+            self._log.close()
+
+    def beat(self, store: RunStore) -> None:
+        """Stay the active server and hear what sites say; called by the heartbeat."""
+        self._lease.renew(store)
+        self._statuses = store.statuses(self._sites)
+
+    def _look_around(self, listening: bool) -> None:
+        """Between two steps: stop when replaced, and take note of rounds and of who is there."""
+        self._lease.check()
+        self._deadline.look(self.role.version)
+        if self.attendance.is_due:
+            listening = listening and self.counters.trouble is None
+            self.attendance.look(self.role.applied, self.role.awaited(), self._statuses, listening)
+
+    def _decide(self) -> OrderEntry | None:
+        """What goes into the journal in place of a message: a round is closed, or a site left out."""
+        if self.role.may_close and self._deadline.is_over:
+            return CloseRound()
+        absent = self.attendance.absent(self.role.awaited(), self.role.staying)
+        return Exclude(absent) if absent else None
+
+    def _record(self, line: Record) -> None:
+        self._log.write(line)
+        if line.metrics["event"] == "train":
+            self._trained[str(line.metrics.get("site", TOGETHER))] = line
+
+    # -- what it tells -----------------------------------------------------------------------------
+
+    def told(self, status: WorkerStatus) -> WorkerStatus:
+        """Add what only the server knows to what every worker tells."""
+        role, counts = self.role, self.counters.counts
+        last = {site: sequence.last for site, sequence in dict(role.sequences).items()}
+        planned = sum(role.applied[site] if site in role.left_out else last[site] for site in last)
+        entry = role.evaluation.history[-1] if role.evaluation.history else None
+        loss, staleness = self._last_batch(TOGETHER)
+        return replace(
+            status,
+            fence=self._lease.fence,
+            steps=role.steps,
+            epoch=entry["epoch"] if entry else 0,
+            applied=sum(role.applied.values()),
+            planned=planned if role.staying.keys() <= last.keys() else None,
+            refused=sum(role.refusals.values()),
+            sent=counts["sent"],
+            confirmed=counts["confirmed"],
+            duplicates=counts["duplicates"],
+            checkpoints=counts["checkpoints"],
+            loss=loss,
+            staleness=staleness,
+            lacking=tuple(self.attendance.lacking(role.awaited(), role.staying)),
+            round=self._deadline.round,
+            sites={site: self._site(site) for site in self._sites},
+        )
+
+    def _site(self, site: str) -> SiteStatus:
+        role = self.role
+        loss, staleness = self._last_batch(site)
+        return SiteStatus(
+            applied=role.applied[site],
+            queued=self._queued(site),
+            batches=role.batches[site],
+            samples=role.samples[site],
+            share=role.share(site),
+            left_out_at=role.left_out.get(site),
+            loss=loss,
+            staleness=staleness,
+            presence=self.attendance.sites[site],
+        )
+
+    def _queued(self, site: str) -> int | None:
+        """Messages of a site that are not applied yet; asking the broker would delay the heartbeat."""
+        known = self._statuses.get(site)
+        confirmed = known.report.confirmed if known is not None else None
+        return None if confirmed is None else max(0, confirmed - self.role.applied[site])
+
+    def _last_batch(self, site: str) -> tuple[float | None, int | None]:
+        """Loss and staleness, as far as they are known."""
+        if site not in self._trained:
+            return None, None
+        loss, staleness = (self._trained[site].metrics.get(name) for name in ("loss", "staleness"))
+        return None if loss is None else float(loss), None if staleness is None else int(staleness)
