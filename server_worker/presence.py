@@ -55,8 +55,10 @@ class Attendance:
         self._monotonic, self._now = monotonic, now
         self._looked = monotonic()
         most = self._limit - min(LISTENED_FIRST, self._limit / 2)
-        told = {site: before[site].presence if site in before else Presence() for site in run.sites}
-        self.sites = {s: replace(p, silent_seconds=min(most, p.silent_seconds)) for s, p in told.items()}
+        self.sites: dict[str, Presence] = {}
+        for site in run.sites:
+            told = before.get(site, SiteStatus()).presence
+            self.sites[site] = replace(told, silent_seconds=min(most, told.silent_seconds))
         self._applied: dict[str, int] = {}
         """Messages of each site at the last look; empty before the first."""
 

@@ -103,7 +103,7 @@ class Pulse:
     def tell(self) -> None:
         """Log what was reported last."""
         self._told_at = time.monotonic()
-        event("progress", **_numbers(msgspec.to_builtins(self._status)))
+        event("progress", **_numbers({} if self._status is None else msgspec.to_builtins(self._status)))
 
 
 def _numbers(told: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class SqliteStore(RunStore):
             for worker in workers:
                 # As bytes, since text that is not UTF-8 is an error to SQLite.
                 row = rows.execute(
-                    "SELECT substr(CAST(facts AS BLOB), 1, ?), CAST(written AS REAL) FROM status"
+                    "SELECT ifnull(substr(CAST(facts AS BLOB), 1, ?), ''), CAST(written AS REAL) FROM status"
                     " WHERE run = ? AND worker = ?",
                     (most_bytes(worker) + 1, self._run, worker),
                 ).fetchone()

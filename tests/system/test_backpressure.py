@@ -69,8 +69,14 @@ def status(hospital: Hospital, worker: str) -> dict[str, Any]:
     return next(line for line in summarise(file)["workers"] if line["worker"] == worker)
 
 
-def shows(hospital: Hospital, worker: str, state: str) -> Callable[[], bool]:
-    return lambda: str(status(hospital, worker)["state"]).startswith(state)
+def shows(hospital: Hospital, worker: str, why: str) -> Callable[[], bool]:
+    """Whether a worker is blocked, for a reason that begins so."""
+
+    def shown() -> bool:
+        line = status(hospital, worker)
+        return line["state"] == "blocked" and str(line["detail"]).startswith(why)
+
+    return shown
 
 
 def kilobytes(*pids: int) -> int:
@@ -113,7 +119,7 @@ def test_a_site_waits_a_long_night_for_room_in_the_queue(
     node = request.getfixturevalue("node") if "rabbitmq" in request.node.name else None
     assert hospital.call("open", "server.toml").returncode == 0
     north = hospital.start("north")
-    full = "BLOCKED: queue nightsplit.lipids.north.up is full"
+    full = "queue nightsplit.lipids.north.up is full"
     wait_until(shows(hospital, "north", full), 100, f"{full}: {hospital.logs()}")
 
     # It makes no more than it may have unconfirmed, and then nothing at all.
@@ -164,7 +170,7 @@ def test_an_alarm_at_the_broker_holds_up_a_site_and_a_server_and_no_more(
 ) -> None:
     """The hardest moments for each: the site's first night, and the server with a full queue of work."""
     raised, cleared = ALARMS[alarm]
-    blocked = "BLOCKED: the broker blocks publishing: memory or disk alarm"
+    blocked = "the broker blocks publishing: memory or disk alarm"
     assert hospital.call("open", "server.toml").returncode == 0
     try:
         node.ctl(*raised)
@@ -172,7 +178,7 @@ def test_an_alarm_at_the_broker_holds_up_a_site_and_a_server_and_no_more(
         wait_until(shows(hospital, "north", blocked), 100, f"the site to be blocked: {hospital.logs()}")
         assert waiting_bytes(hospital, node) == 0
         node.ctl(*cleared)
-        wait_until(shows(hospital, "north", "BLOCKED: queue"), 100, "the site to send what there is room for")
+        wait_until(shows(hospital, "north", "queue"), 100, "the site to send what there is room for")
 
         node.ctl(*raised)
         server = hospital.start("server")

@@ -28,8 +28,9 @@ from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.rabbitmq.outbox import Pauses
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.console.ui.progress import Progress
+from nightsplit.console.ui.text import state_of
 from nightsplit.shared.clock import Clock
-from nightsplit.shared.runtime.heartbeat import Facts
+from nightsplit.shared.run_store.status import WorkerStatus
 from nightsplit.shared.runtime.process import StopSignal
 from nightsplit.shared.transport import Confirmed, Delivery, Link, Queue
 from nightsplit.shared.transport import Event as LinkEvent
@@ -89,9 +90,9 @@ class North:
         self._thread = ThreadPoolExecutor(1)
         self._work = self._thread.submit(self._worker.work)
 
-    def _observe(self, facts: Facts) -> None:
-        self.state = str(facts["state"])
-        self._progress.observe(facts)
+    def _observe(self, status: WorkerStatus) -> None:
+        self.state = state_of(status)
+        self._progress.observe(status)
 
     def wait_until(self, state: str, seconds: float) -> None:
         """Wait until it says that it is in a state that begins so."""
@@ -189,13 +190,13 @@ def test_an_outage_of_two_and_a_half_hours_over_the_end_of_a_shift(
         line.refuse()
         north.wait_until(DOWN, 20)
         clock.advance(2.5 * 3600)
-        north.wait_until("waiting for the broker", 20)  # sleeping until the evening is moving the clock
+        north.wait_until("blocked: waiting for the broker", 20)  # sleeping until the evening is moving the clock
         assert clock.now().astimezone(BERLIN) >= datetime(2026, 3, 3, 22, tzinfo=BERLIN)
         breaks.set()
         line.heal()
         wait_until(lambda: not breaks.is_set(), 20, "the site to see its queue")
         time.sleep(3)
-        north.wait_until("waiting for the broker", 20)
+        north.wait_until("blocked: waiting for the broker", 20)
         steps = hospital.steps
         line.heal()
         hospital.wait_for_steps(steps + 2, BACK_S)

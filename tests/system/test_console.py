@@ -12,11 +12,13 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from nightsplit.console.cli import run
 from nightsplit.console.ui.progress import Progress
 from nightsplit.console.ui.text import counted, duration, screen, server_offline
 from nightsplit.shared.errors import NightsplitError
+from nightsplit.shared.run_store.status import Phase, SiteStatus, WorkerStatus
 from tests.harness.processes import Fresh
 from tests.harness.services import wait_until
 from tests.harness.study import SITES, begin, change, end, end_all, queued, write_study
@@ -133,7 +135,7 @@ def check_predictions(study, capsys, tmp_path):
 
 
 def test_a_silent_worker_is_offline_and_its_last_words_are_kept(study, capsys):
-    from nightsplit.console.commands.status import summarise
+    from nightsplit.console.commands.status import _words, summarise
     from nightsplit.console.worker_file import read_worker_file
     from nightsplit.shared.run_store.base import Status
 
@@ -144,8 +146,8 @@ def test_a_silent_worker_is_offline_and_its_last_words_are_kept(study, capsys):
             self.ages = ages
 
         def statuses(self, workers):
-            facts = {"state": "working", "applied": 5, "applied_north": 5, "planned": 90}
-            said = {"server": facts, "north": {"state": "working", "sent": 30, "confirmed": 30, "answered": 4}}
+            server = WorkerStatus(phase=Phase.WORKING, applied=5, planned=90, sites={"north": SiteStatus(applied=5)})
+            said = {"server": server, "north": WorkerStatus(phase=Phase.WORKING, sent=30, confirmed=30, answered=4)}
             return {name: Status(name, said[name], age) for name, age in self.ages.items() if name in workers}
 
         def close(self):
@@ -160,9 +162,11 @@ def test_a_silent_worker_is_offline_and_its_last_words_are_kept(study, capsys):
 
     at_work = seen(server=1.0, north=190.0)
     assert at_work["sentence"].startswith("server is working; 5 of 90 messages applied, ")
-    assert at_work["workers"][1]["state"] == "OFFLINE since 3 min (was working)"
-    assert at_work["workers"][1]["queued"] == 25
-    assert at_work["workers"][2]["state"] == "never heard of"
+    north, south = at_work["workers"][1:]
+    assert (north["state"], north["online"], north["queued"]) == ("working", False, 25)
+    assert _words(north) == "OFFLINE since 3 min (was working)"
+    assert (south["state"], south["online"]) == (None, False)
+    assert _words(south) == "never heard of"
     assert seen(server=11.0, north=1.0)["sentence"].startswith("server is offline; ")
     assert seen(north=1.0)["sentence"].startswith("nothing was heard of the server yet; ")
 
@@ -289,18 +293,20 @@ def test_a_full_disk_and_an_early_ctrl_c_have_their_sentences(tmp_path, monkeypa
 
 
 def test_progress_in_plain_lines(capsys):
-    facts = {"state": "working", "sent": 9, "planned": 20, "answered": 4, "queued": 5, "refused": 0}
+    status = WorkerStatus(phase=Phase.WORKING, sent=9, planned=20, answered=4, queued=5, refused=0)
     with Progress("north", screen()) as progress:
-        progress.observe({"state": "starting"})
-        progress.observe({**facts, "server": "online"})
-        progress.observe({**facts, "server": "online", "state": "waiting for the server"})  # no news
-        progress.observe({**facts, "server": "offline"})
-        progress.observe({**facts, "state": "waiting for the server"})  # a run store that is not shared
-        progress.observe({**facts, "state": "blocked: the queue is full", "refused": 2})
+        progress.observe(WorkerStatus(phase=Phase.STARTING))
+        progress.observe(WorkerStatus(phase=Phase.WAITING, detail="its shift (22:00-06:00 UTC)"))
+        progress.observe(replace(status, server="online"))
+        progress.observe(replace(status, server="online", phase=Phase.IDLE))  # no news
+        progress.observe(replace(status, server="offline"))
+        progress.observe(replace(status, phase=Phase.IDLE))  # a run store that is not shared
+        progress.observe(replace(status, phase=Phase.BLOCKED, detail="the queue is full", refused=2))
         progress.warn(["checkpoint 3 is damaged"])
     lines = [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         "north: starting",
+        "north: waiting for its shift (22:00-06:00 UTC)",
         "north: working (sent 9 of 20, answered 4)",
         "north: server is offline; 5 batches queued, they will be trained when it returns (sent 9 of 20, answered 4)",
         "north: 5 batches queued, waiting for the server (sent 9 of 20, answered 4)",
@@ -313,9 +319,9 @@ def test_progress_on_a_terminal():
     from rich.console import Console
 
     console = Console(file=StringIO(), force_terminal=True, width=120)
-    facts = {"state": "working", "applied": 7, "planned": 20, "queued_north": 3, "queued_south": None, "refused": 0}
+    sites = {"north": SiteStatus(queued=3), "south": SiteStatus()}
     with Progress("server", console) as progress:
-        progress.observe(facts)
+        progress.observe(WorkerStatus(phase=Phase.WORKING, applied=7, planned=20, refused=0, sites=sites))
     drawn = console.file.getvalue()
     assert "server: working" in drawn
     assert "applied 7 of 20, queued: north 3" in drawn

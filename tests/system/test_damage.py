@@ -166,7 +166,7 @@ def test_with_no_checkpoint_left_nothing_begins_from_zero(
         flip(place / TENSORS)
     for _ in range(2):
         refuses_to_start(hospital, worker, "E502 No valid checkpoint is left", "the tensors are damaged")
-        assert worker == "server" or status(hospital, worker)["state"].startswith("failed: E502")
+        assert worker == "server" or status(hospital, worker)["detail"] == "E502 No valid checkpoint is left"
     shutil.rmtree(folder)
     if worker == "server":
         refuses_to_start(hospital, worker, "E502 No valid checkpoint is left", "is missing")
@@ -282,8 +282,9 @@ def test_a_disk_that_is_full_under_the_broker(
     disk.fill(leave_bytes=2**20)
 
     def blocked() -> bool:
-        said = [str(status(hospital, name)["state"]) for name in WORKERS]
-        return any(state.startswith("BLOCKED: disk is full (") and "64 MiB have to be free" in state for state in said)
+        lines = [status(hospital, name) for name in WORKERS]
+        said = [line["detail"] for line in lines if line["state"] == "blocked"]
+        return any(why.startswith("disk is full (") and "64 MiB have to be free" in why for why in said)
 
     wait_for(hospital, blocked, "status to say so")
     assert "BLOCKED: disk is full" in hospital.call("status", "server.toml").stdout

@@ -253,7 +253,7 @@ def test_the_log_tells_how_a_worker_ends(study: Path) -> None:
     _, err = end(waiting)
     lines = [json.loads(line) for line in err.splitlines()]
     assert events(lines) == ["started", "waiting", "stopped"]
-    assert shift in lines[1]["state"]
+    assert shift in lines[1]["detail"]
 
 
 # ── the runbook ─────────────────────────────────────────────────────────────────────────────────

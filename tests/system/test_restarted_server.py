@@ -32,9 +32,9 @@ def test_silence_and_deadline_go_on(tmp_path: Path) -> None:
         while time.monotonic() < deadline:
             with closing(open_store("sqlite:run.db", "lipids", hospital.folder)) as store:
                 status = store.statuses([SERVER]).get(SERVER)
-            report = status and status.report
-            if report and report.fence == fence and report.sites["east"].presence.silent_seconds >= silent:
-                return report
+            east = status.report.sites.get("east") if status is not None else None
+            if east is not None and status.report.fence == fence and east.presence.silent_seconds >= silent:
+                return status.report
             time.sleep(0.2)
         raise AssertionError(f"{status}: {hospital.logs()}")
 

@@ -139,9 +139,7 @@ def commands(site: str) -> Iterator[tuple[tuple[str, ...], bool]]:
             yield ("SET", key, "x"), own
             yield ("GETRANGE", key, "0", "9"), readable
             yield ("EVALSHA", SET_BY_SCRIPT, "1", key, "x"), own
-            yield from (
-                ((command, key), False) for command in ("GET", "MGET", "DEL", "HGETALL", "DUMP", "TYPE", "UNLINK")
-            )
+            yield from (((word, key), False) for word in ("GET", "MGET", "DEL", "HGETALL", "DUMP", "TYPE", "UNLINK"))
             yield ("HSET", key, "fence", "9"), False
             yield ("RENAME", key, f"nightsplit:{{{run}}}:status:{site}"), False
     for command in (
