@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from nightsplit.shared.run_store.sqlite import SqliteStore
 from nightsplit.shared.run_store.status import UNREADABLE, Phase, Presence, SiteStatus, WorkerStatus
 from nightsplit.shared.storage.checkpoint import Pointer
 from nightsplit.simulation.store import MemoryStore
+from tests.harness.foreign_status import FOREIGN, write_row
 from tests.harness.services import RedisServer, free_port
 
 Open = Callable[[], RunStore]
@@ -268,30 +268,12 @@ def test_statuses_tell_their_age(opened: Open) -> None:
     assert 0 <= statuses["server"].age_seconds < statuses["north"].age_seconds
 
 
-FOREIGN: dict[str, bytes] = {
-    "no JSON": b"hello",
-    "no text": b'{"phase":"working","detail":"\xff\xfe"}',
-    "another type": b'{"phase":"working","confirmed":"abc"}',
-    "no phase": b'{"state":"working","confirmed":3}',
-    "unknown phase": b'{"phase":"dancing"}',
-    "below the range": b'{"phase":"working","sent":-1}',
-    "above the range": b'{"phase":"working","sent":99999999999999999999}',
-    "not finite": b'{"phase":"working","sites":{"north":{"loss":1e999}}}',
-    "long words": b'{"phase":"working","detail":"' + b"x" * 5000 + b'"}',
-    "deeply nested": b'{"phase":"working","more":' + b"[" * 8000 + b"]" * 8000 + b"}",
-    "megabytes": b'{"phase":"working","beat":"a"' + b" " * 2**23 + b"}",
-    "nothing": b"",
-}
-
-
 def write_raw(store: RunStore, worker: str, record: bytes, written: object = None) -> None:
     """What somebody who knows nothing of our code writes in the name of a worker."""
     if isinstance(store, MemoryStore):
         store._statuses[worker] = (record.decode(errors="surrogateescape"), time.monotonic())
     elif isinstance(store, SqliteStore):
-        row = ("night-1", worker, record, time.time() if written is None else written)
-        with closing(sqlite3.connect(store._path)) as rows, rows:
-            rows.execute("REPLACE INTO status VALUES (?, ?, CAST(? AS TEXT), ?)", row)
+        write_row(store._path, "night-1", worker, record, written)
     elif isinstance(store, RedisStore):
         entry = [time.time() * 1000 if written is None else written, record.decode(errors="surrogateescape")]
         store._redis.set(store._status(worker), json.dumps(entry, ensure_ascii=False).encode(errors="surrogateescape"))

@@ -71,6 +71,43 @@ def test_a_heartbeat_speaks_until_the_end_and_survives_a_store_that_is_away():
     assert heartbeat.error is None
 
 
+def test_a_heartbeat_survives_whatever_one_beat_meets():
+    """The status, what is drawn of it, and the rest of a beat: none of them silences the worker for longer than that."""
+    store, beats = MemoryStore(), []
+
+    def status():
+        beats.append(len(beats))
+        if len(beats) in (1, 2):
+            raise TypeError("a status that cannot be made")
+        return WorkerStatus(phase=Phase.WORKING, sent=len(beats))
+
+    def observe(status):
+        raise RecursionError("nobody can draw this")
+
+    def beat(store):
+        if len(beats) == 4:
+            beats.append(4)
+            raise ValueError("no lease")
+
+    with Heartbeat("north", lambda: store, status, observe, beat, interval=0.01) as heartbeat:
+        deadline = time.monotonic() + 10
+        while not (known := store.statuses(["north"])) or (known["north"].report.sent or 0) < 10:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert heartbeat.error is None, "a fault of the display is none of the store"
+
+
+def test_the_last_words_of_a_worker_that_fails_quote_nothing():
+    for error, words in (
+        (ConfigError(104, "could not convert '48.0,87.0'", "mend it."), "E104 Model factory cannot be used"),
+        (ZeroDivisionError("48.0,87.0"), "ZeroDivisionError"),
+    ):
+        store, status = MemoryStore(), WorkerStatus(phase=Phase.WORKING, sent=3)
+        with pytest.raises(type(error)), Heartbeat("north", lambda: store, lambda: status, interval=0.01):
+            raise error
+        assert store.statuses(["north"])["north"].report == WorkerStatus(phase=Phase.FAILED, detail=words, sent=3)
+
+
 def test_a_lease_waits_for_the_active_server_and_notices_its_successor():
     store = MemoryStore()
     first, second = Lease(store, "one"), Lease(store, "two")
