@@ -142,7 +142,8 @@ class RedisStore(RunStore):
         commands = self._redis.pipeline(transaction=False)
         for worker in workers:
             # As bytes, since a site may have written what is no text.
-            commands.execute_command("GETRANGE", self._status(worker), 0, most_bytes(worker), **{NEVER_DECODE: True})
+            span = self._status(worker), 0, most_bytes(worker)
+            commands.execute_command("GETRANGE", *span, **{NEVER_DECODE: True})  # type: ignore[no-untyped-call]
         return list(commands.execute())
 
     def _status(self, worker: str) -> str:

@@ -72,7 +72,7 @@ def test_a_heartbeat_speaks_until_the_end_and_survives_a_store_that_is_away():
 
 
 def test_a_heartbeat_survives_whatever_one_beat_meets():
-    """The status, what is drawn of it, and the rest of a beat: none of them silences the worker for longer than that."""
+    """The status, what is drawn of it, the rest of a beat: none of them silences the worker for longer than that."""
     store, beats = MemoryStore(), []
 
     def status():
@@ -97,15 +97,18 @@ def test_a_heartbeat_survives_whatever_one_beat_meets():
     assert heartbeat.error is None, "a fault of the display is none of the store"
 
 
-def test_the_last_words_of_a_worker_that_fails_quote_nothing():
-    for error, words in (
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
         (ConfigError(104, "could not convert '48.0,87.0'", "mend it."), "E104 Model factory cannot be used"),
         (ZeroDivisionError("48.0,87.0"), "ZeroDivisionError"),
-    ):
-        store, status = MemoryStore(), WorkerStatus(phase=Phase.WORKING, sent=3)
-        with pytest.raises(type(error)), Heartbeat("north", lambda: store, lambda: status, interval=0.01):
-            raise error
-        assert store.statuses(["north"])["north"].report == WorkerStatus(phase=Phase.FAILED, detail=words, sent=3)
+    ],
+)
+def test_the_last_words_of_a_worker_that_fails_quote_nothing(error, words):
+    store, status = MemoryStore(), WorkerStatus(phase=Phase.WORKING, sent=3)
+    with pytest.raises(type(error)), Heartbeat("north", lambda: store, lambda: status, interval=0.01):
+        raise error
+    assert store.statuses(["north"])["north"].report == WorkerStatus(phase=Phase.FAILED, detail=words, sent=3)
 
 
 def test_a_lease_waits_for_the_active_server_and_notices_its_successor():
