@@ -1,34 +1,31 @@
-"""What held-out patients of all sites say about the model, epoch by epoch, and when to stop.
+"""What held-out patients of all sites say about the candidates for the best model, and when to stop.
 
-An epoch is judged when every site that takes part has evaluated it. The best epoch is the one with the best headline
-figure on the validation patients of all sites (`nightsplit.shared.learning.metrics.standing`); test figures are only
-reported, never used to choose.
+A candidate has a number: an epoch of a stream, the version of a model in rounds, a place among the scales of
+data_vectors. It is judged when every site that takes part has evaluated it. The best one has the best headline figure
+on the validation patients of all sites (`nightsplit.shared.learning.metrics.standing`); test figures are only reported,
+never used to choose.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.learning.metrics import Metrics, measure, overall, standing
+from nightsplit.shared.learning.metrics import measure, overall, standing
 from nightsplit.shared.protocols.plan import Step
-
-PARTS = (Step.VALIDATION, Step.TEST)
-SiteMetrics = dict[str, Metrics]
-"""Metrics by part: "validation", "test"."""
+from nightsplit.shared.protocols.report import PARTS, SiteMetrics
 
 
 class Evaluation:
-    """Collects evaluations and remembers the best epoch.
+    """Collects evaluations and remembers the best candidate.
 
     Attributes:
-        best: best epoch so far; 0 before the first was judged.
-        judged: last epoch that was judged.
-        history: one entry per judged epoch: epoch, metrics per site and overall.
+        best: best candidate so far; 0 before the first was judged.
+        judged: last candidate that was judged.
+        history: one entry per judged candidate: its number as "epoch", metrics per site and overall.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -45,43 +42,42 @@ class Evaluation:
         """Predictions (batch, outputs) and targets (batch,) of one batch of a site's open block."""
         self._collected.setdefault(f"{site}/{part}", []).append((outputs, targets.clone()))
 
-    def close(self, site: str, epoch: int) -> bool:
-        """A site's block is complete; whether this was the last site, so that the epoch is judged."""
+    def close(self, site: str, candidate: int) -> bool:
+        """A site's block is complete; whether this was the last site, so that the candidate is judged."""
         metrics: SiteMetrics = {}
         for part in PARTS:
             batches = self._collected.pop(f"{site}/{part}", [])
             if batches:
                 outputs, targets = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
                 metrics[part] = measure(self._config.task, self._config.data, outputs, targets)
-        return self.report(site, epoch, metrics)
+        return self.report(site, candidate, metrics)
 
-    def report(self, site: str, epoch: int, metrics: SiteMetrics) -> bool:
-        """A site's own figures for its block; whether the epoch is judged with them."""
-        reported = self._reported.setdefault(epoch, {})
-        reported[site] = metrics
-        return self._judge_if_complete(epoch)
+    def report(self, site: str, candidate: int, metrics: SiteMetrics) -> bool:
+        """A site's own figures for a candidate; whether it is judged with them."""
+        self._reported.setdefault(candidate, {})[site] = metrics
+        return self._judge_if_complete(candidate)
 
     def excuse(self, site: str) -> list[int]:
-        """Wait for a site no more; the epochs that are judged thereby. What it has reported stays."""
+        """Wait for a site no more; the candidates that are judged thereby. What it has reported stays."""
         self._sites.discard(site)
         for part in PARTS:
             self._collected.pop(f"{site}/{part}", None)
-        return [epoch for epoch in sorted(self._reported) if self._judge_if_complete(epoch)]
+        return [candidate for candidate in sorted(self._reported) if self._judge_if_complete(candidate)]
 
-    def _judge_if_complete(self, epoch: int) -> bool:
-        if not self._sites <= set(self._reported[epoch]):
+    def _judge_if_complete(self, candidate: int) -> bool:
+        if not self._sites <= set(self._reported[candidate]):
             return False
-        self._judge(epoch, self._reported.pop(epoch))
+        self._judge(candidate, self._reported.pop(candidate))
         return True
 
-    def _judge(self, epoch: int, sites: Mapping[str, SiteMetrics]) -> None:
+    def _judge(self, candidate: int, sites: Mapping[str, SiteMetrics]) -> None:
         total = {part: overall([metrics[part] for metrics in sites.values() if part in metrics]) for part in PARTS}
-        self.history.append({"epoch": epoch, "sites": dict(sites), "overall": total})
-        self.judged = max(epoch, self.judged)
-        # Without validation patients there is nothing to choose by: the last epoch stands.
+        self.history.append({"epoch": candidate, "sites": dict(sites), "overall": total})
+        self.judged = max(candidate, self.judged)
+        # Without validation patients there is nothing to choose by: the last candidate stands.
         reached = standing(self._config.task, validation) if (validation := total[Step.VALIDATION])["samples"] else None
         if reached is None or self._best_standing is None or reached > self._best_standing:
-            self.best, self._best_standing = epoch, reached
+            self.best, self._best_standing = candidate, reached
 
     @property
     def exhausted(self) -> bool:
@@ -90,9 +86,9 @@ class Evaluation:
         since = [entry for entry in self.history if entry["epoch"] > self.best]
         return patience > 0 and len(since) >= patience
 
-    def of(self, epoch: int) -> dict[str, Any] | None:
-        """The history's entry for an epoch."""
-        return next((entry for entry in self.history if entry["epoch"] == epoch), None)
+    def of(self, candidate: int) -> dict[str, Any] | None:
+        """The history's entry for a candidate."""
+        return next((entry for entry in self.history if entry["epoch"] == candidate), None)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Entries for a snapshot."""
@@ -106,7 +102,7 @@ class Evaluation:
         """Facts for a snapshot."""
         return {
             "sites": sorted(self._sites),
-            "reported": {str(epoch): dict(sites) for epoch, sites in self._reported.items()},
+            "reported": {str(candidate): dict(sites) for candidate, sites in self._reported.items()},
             "standing": self._best_standing, "best": self.best, "judged": self.judged,
             "history": list(self.history),
         }  # fmt: skip
@@ -114,7 +110,7 @@ class Evaluation:
     def restore(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
         """Continue from `tensors` and `facts`."""
         self._sites = set(facts["sites"])
-        self._reported = {int(epoch): sites for epoch, sites in facts["reported"].items()}
+        self._reported = {int(candidate): sites for candidate, sites in facts["reported"].items()}
         self._best_standing = tuple(facts["standing"]) if facts["standing"] else None
         self.best, self.judged = facts["best"], facts["judged"]
         self.history = facts["history"]
@@ -123,21 +119,3 @@ class Evaluation:
             if name.startswith("evaluation/") and name.endswith("/outputs"):
                 key = name.removeprefix("evaluation/").removesuffix("/outputs")
                 self._collected[key] = [(tensor, tensors[f"evaluation/{key}/targets"])]
-
-
-def parse_site_metrics(text: str, parts: Sequence[str] = PARTS) -> SiteMetrics:
-    """Figures that a site computed itself, from its `Report`; ValueError when they are no such thing."""
-    content = json.loads(text, parse_constant=_refuse_constant)
-    if not isinstance(content, dict) or not set(content) <= set(parts):
-        raise ValueError("not a map of parts")
-    for metrics in content.values():
-        if not isinstance(metrics, dict):
-            raise ValueError("not a map of figures")
-        for name, value in metrics.items():
-            if not isinstance(name, str) or not (value is None or isinstance(value, float)):
-                raise ValueError(f"{name!r} is not a figure")
-    return content
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a figure")

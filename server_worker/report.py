@@ -78,46 +78,61 @@ def _markdown(config: RunConfig, report: Mapping[str, Any]) -> str:
         exports, what, steps = "model", "the model", "updates of sites"
         how = "sum" if run.protocol == "data_vectors" else config.round.combine
         settings = f"{run.protocol}, {run.order} order, {how} of {config.round.close}"
-    lines = [
-        f"# Run {report['run']}",
-        "",
-        f"{settings}, {report['steps']} {steps}.",
-        "",
+    blocks = [
+        [f"# Run {report['run']}"],
+        [f"{settings}, {report['steps']} {steps}."],
+        *_departures(config, report["sites"]),
+        *_held_out(config, report),
+        ["What each site gave. Share: of the training steps that were applied."],
+        _gifts(report["sites"]),
+        [f"sha256 of {what}: `{report[f'{exports}_sha256']}`"],
     ]
-    for site, facts in report["sites"].items():
-        if facts["left_out_at"] is not None:
-            lines += [f"**{_departure(config, site, facts)}**", ""]
+    return "\n".join(line for block in blocks for line in [*block, ""])
+
+
+def _departures(config: RunConfig, sites: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """A block for each site that was left out."""
+    return [
+        [f"**{_departure(config, site, facts)}**"] for site, facts in sites.items() if facts["left_out_at"] is not None
+    ]
+
+
+def _held_out(config: RunConfig, report: Mapping[str, Any]) -> list[list[str]]:
+    """What was chosen, how good it is for whom, and the curves; nothing where nothing was judged."""
     best = report["best"]
-    if best is not None:
-        figures = [name for name in best["overall"]["test"] if name != "samples"]
-        best_is = f"Best scale: {report['scale']:g}" if "scale" in report else f"Best epoch: {best['epoch']}"
-        chosen = f"chosen by the {HEADLINE[config.task.kind]} of validation patients; test patients had no say"
-        lines += [
-            f"{best_is}, {chosen if config.data.validation else 'the last, nothing was chosen'}.",
-            "",
-            f"| held-out test patients of | samples | {' | '.join(map(in_markdown, figures))} |",
-            f"| --- | ---: |{' ---: |' * len(figures)}",
-        ]
-        for site, metrics in [*best["sites"].items(), ("all sites (mean by samples)", best["overall"])]:
-            test = metrics.get("test", {})
-            cells = " | ".join(_cell(test.get(name)) for name in figures)
-            lines.append(f"| {site} | {int(test.get('samples') or 0)} | {cells} |")
-        lines += ["", "![curves](curves.png)", ""]
-    lines += [
-        "What each site gave. Share: of the training steps that were applied.",
-        "",
+    if best is None:
+        return []
+    chosen = f"chosen by the {HEADLINE[config.task.kind]} of validation patients; test patients had no say"
+    best_is = f"Best scale: {report['scale']:g}" if "scale" in report else f"Best epoch: {best['epoch']}"
+    figures = [name for name in best["overall"]["test"] if name != "samples"]
+    table = [
+        f"| held-out test patients of | samples | {' | '.join(map(in_markdown, figures))} |",
+        f"| --- | ---: |{' ---: |' * len(figures)}",
+    ]
+    for site, metrics in [*best["sites"].items(), ("all sites (mean by samples)", best["overall"])]:
+        test = metrics.get("test", {})
+        cells = " | ".join(_cell(test.get(name)) for name in figures)
+        table.append(f"| {site} | {int(test.get('samples') or 0)} | {cells} |")
+    said = f"{best_is}, {chosen if config.data.validation else 'the last, nothing was chosen'}."
+    return [[said], table, ["![curves](curves.png)"]]
+
+
+def _gifts(sites: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The table of what each site gave."""
+    return [
         "| site | batches | samples in them | share | messages applied | refused | last heard (UTC) | |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
+        *(_gift(site, facts) for site, facts in sites.items()),
     ]
-    for site, facts in report["sites"].items():
-        planned = "unknown" if facts["planned"] is None else facts["planned"]
-        left_out = "" if facts["left_out_at"] is None else f"**LEFT OUT** after {facts['left_out_at']} messages"
-        lines.append(
-            f"| {site} | {facts['batches']} | {facts['samples']} | {100 * facts['share']:.1f} % "
-            f"| {facts['messages']} of {planned} | {facts['refused']} | {facts['last_heard'] or 'never'} | {left_out} |"
-        )
-    lines += ["", f"sha256 of {what}: `{report[f'{exports}_sha256']}`", ""]
-    return "\n".join(lines)
+
+
+def _gift(site: str, facts: Mapping[str, Any]) -> str:
+    planned = "unknown" if facts["planned"] is None else facts["planned"]
+    left_out = "" if facts["left_out_at"] is None else f"**LEFT OUT** after {facts['left_out_at']} messages"
+    return (
+        f"| {site} | {facts['batches']} | {facts['samples']} | {100 * facts['share']:.1f} % "
+        f"| {facts['messages']} of {planned} | {facts['refused']} | {facts['last_heard'] or 'never'} | {left_out} |"
+    )
 
 
 def _departure(config: RunConfig, site: str, facts: Mapping[str, Any]) -> str:
@@ -153,5 +168,6 @@ def _draw(path: Path, config: RunConfig, history: list[Mapping[str, Any]]) -> No
                 axis.plot(*zip(*points, strict=True), label=site, linewidth=2 if site == "overall" else 1)
         axis.set_xlabel("epoch")
         axis.set_ylabel(f"{name} ({part})")
-    axes[-1].legend()
+    if axes[-1].lines:
+        axes[-1].legend()
     write_atomic(path, lambda draft: figure.savefig(draft, dpi=110, format="png"))

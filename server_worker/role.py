@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from nightsplit.shared.engine.effects import Effect, Record, Send
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.protocols.handshake import ANY, check_contract
+from nightsplit.shared.protocols.report import NO_FIGURES, SiteMetrics, decode_report
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import SERVER, Kind, Message, Scalar
 from nightsplit.shared.wire.schema import Payload
@@ -44,7 +46,7 @@ S = TypeVar("S", bound=Sequence)
 
 
 class ServerRole(Role, Generic[S]):
-    """Opens the run, accepts sites and their messages in sequence, and judges every epoch.
+    """Opens the run, accepts sites and their messages in sequence, and judges every candidate for the best model.
 
     Args:
         config: the run.
@@ -62,7 +64,7 @@ class ServerRole(Role, Generic[S]):
         self.config = config
         self.evaluation = Evaluation(config)
         self.best_weights: dict[str, torch.Tensor] = {}
-        """Weights of the best epoch; empty before one was judged."""
+        """Weights of the best candidate; empty before one was judged."""
         self.applied = dict.fromkeys(config.run.sites, 0)
         """Messages in sequence applied, per site."""
         self.refusals: Counter[str] = Counter()
@@ -200,25 +202,48 @@ class ServerRole(Role, Generic[S]):
         """Take a site off the run, tell it so, and judge what waited for it alone."""
         self.left_out[site] = sum(self.applied.values())
         effects: list[Effect] = [self._rejection(site, ANY, self._farewell_to(site))]
-        for epoch in self.evaluation.excuse(site):
-            effects += self.judged(epoch)
+        for candidate in self.evaluation.excuse(site):
+            effects += self.judged(candidate)
         return effects
 
-    def judged(self, epoch: int) -> list[Effect]:
-        """Lines of metrics about an epoch that was judged."""
-        entry = self.evaluation.of(epoch)
+    def figures(self, message: Message, due: bool) -> SiteMetrics:
+        """The figures in a site's message: of its held-out samples where they are due, else none.
+
+        Raises:
+            Refused: 304 they are not what is due.
+        """
+        text, name = str(message.scalars["metrics"]), message.header.message_id
+        if due:
+            return decode_report(text, self.config.task, self.announced(message.header.sender), name)
+        if text != NO_FIGURES:
+            raise Refused(304, f"{name} has figures where none are due.", "run the same version at both sides.")
+        return {}
+
+    def announced(self, site: str) -> dict[str, int]:
+        """How many samples of each part the site's hello has announced."""
+        return self._counts[site]._asdict()
+
+    def judged(self, candidate: int) -> list[Effect]:
+        """Lines of metrics about a candidate that was judged."""
+        entry = self.evaluation.of(candidate)
         assert entry is not None
-        event: dict[str, Scalar] = {"event": "evaluate", "step": self.steps, "epoch": epoch}
+        event: dict[str, Scalar] = {"event": "evaluate", "step": self.steps, "epoch": candidate}
         return [
-            Record({**event, "site": site, "part": part, **figures})
+            Record({**figures, **event, "site": site, "part": part})
             for site, metrics in [*entry["sites"].items(), ("overall", entry["overall"])]
             for part, figures in metrics.items()
         ]
 
     @property
     def verdict(self) -> dict[str, int]:
-        """In every answer: the best epoch so far, and the last one that was judged."""
+        """In every answer: the best candidate so far, and the last one that was judged."""
         return {"best": self.evaluation.best, "judged": self.evaluation.judged}
+
+    @property
+    def summary(self) -> str:
+        """In the farewell: the best candidate's figures over all sites, as JSON; it does not grow with their number."""
+        best = self.evaluation.of(self.evaluation.best)
+        return json.dumps(best and {"epoch": best["epoch"], "overall": best["overall"]}, sort_keys=True)
 
     def _manifest(self, site: str) -> Send:
         manifest = {"config": self.config.canonical(), "contract": self.config.contract}

@@ -9,24 +9,24 @@ that is best for the validation patients of all.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
 import torch
 
-from nightsplit.server_worker.evaluation import SiteMetrics, parse_site_metrics
 from nightsplit.server_worker.rounds.role import RoundServer
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.protocols.build import Rounds
-from nightsplit.shared.protocols.data_vectors import SCALES
+from nightsplit.shared.protocols.data_vectors import SCALES, decode_reports
+from nightsplit.shared.protocols.report import SiteMetrics, decode_report
+from nightsplit.shared.protocols.rounds import bounded, check_size
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Message
 
 
 class DataVectorsServer(RoundServer):
-    """Adds vectors. An epoch of the evaluation is one of `SCALES`, by its place there, from 1."""
+    """Adds vectors. A candidate of the evaluation is one of `SCALES`, by its place there, from 1."""
 
     def __init__(self, config: RunConfig, rounds: Rounds) -> None:
         super().__init__(config, rounds)
@@ -56,15 +56,31 @@ class DataVectorsServer(RoundServer):
         """See `RoundServer`: figures at every scale."""
         figures: list[SiteMetrics] = [{} for _ in SCALES]
         if message is not None:
-            figures = _figures(message)
+            name, announced = message.header.message_id, self.announced(site)
+            texts = decode_reports(str(message.scalars["metrics"]), name)
+            figures = [decode_report(text, self.config.task, announced, name) for text in texts]
             if "statistics" in message.tensors:
-                self._statistics[site] = message.tensors["statistics"].clone()
+                self._statistics[site] = self._checked(message)
         return [effect for place, metrics in enumerate(figures, 1) for effect in self.judge(site, place, metrics)]
 
-    def judged(self, epoch: int) -> list[Effect]:
+    def _checked(self, message: Message) -> torch.Tensor:
+        """Statistics (scales, statistics) of which variances can be taken.
+
+        Raises:
+            Refused: 307 they are none.
+        """
+        statistics = message.tensors["statistics"]
+        check_size(message, statistics)
+        if (statistics[:, self.layout.second_moments[self.layout.statistics]] < 0).any():
+            raise Refused(
+                307, f"{message.header.message_id} has variances below 0.", "run the same version at both sides."
+            )
+        return statistics.clone()
+
+    def judged(self, candidate: int) -> list[Effect]:
         """See `ServerRole`."""
-        effects = super().judged(epoch)
-        if self.evaluation.best == epoch:
+        effects = super().judged(candidate)
+        if self.evaluation.best == candidate:
             self.best_weights = self.layout.weights(self.merged())
         return effects
 
@@ -77,7 +93,7 @@ class DataVectorsServer(RoundServer):
             place, everybody = self.evaluation.best - 1, sum(samples.values())
             pooled = torch.stack([n / everybody * self._statistics[site][place] for site, n in samples.items()])
             merged[self.layout.statistics] = pooled.sum(0)
-        return merged
+        return bounded(merged)
 
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         """See `Role`."""
@@ -96,21 +112,3 @@ class DataVectorsServer(RoundServer):
 def added(vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The sum of vectors by name, at least one: to the bit the same, in whatever order they came."""
     return torch.stack([vectors[name] for name in sorted(vectors)]).sum(0)
-
-
-def _figures(message: Message) -> list[SiteMetrics]:
-    """Figures for each scale.
-
-    Raises:
-        Refused: 304 they are none.
-    """
-    try:
-        texts = json.loads(str(message.scalars["metrics"]))
-        figures = [parse_site_metrics(text) for text in texts]
-    except (ValueError, TypeError, RecursionError):
-        figures = []
-    if len(figures) != len(SCALES):
-        raise Refused(
-            304, f"{message.header.message_id} has no figures for {len(SCALES)} scales.", "run one version at both."
-        )
-    return figures

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 
 import torch
 
-from nightsplit.server_worker.evaluation import parse_site_metrics
 from nightsplit.server_worker.stream.role import StreamServer
 from nightsplit.server_worker.stream.top import Middle
 from nightsplit.shared.config.run import RunConfig
@@ -79,14 +78,10 @@ class SplitUServer(StreamServer):
         self.top.forget({version for items in self._open.values() for version, _ in items.values()})
 
     def _take_report(self, site: str, q: int, item: Item, message: Message) -> list[Effect]:
-        effects: list[Effect] = []
+        due = self.sequences[site].plan.ends_block(q)
+        figures = self.figures(message, due)
         self._close(site, q)  # a training item is reported when its head input could not be used
-        if self.sequences[site].plan.ends_block(q):
-            try:
-                metrics = parse_site_metrics(str(message.scalars["metrics"]))
-            except ValueError as error:
-                raise Refused(304, f"the report's metrics: {error}.", "run the same version at both sides.") from None
-            effects = self.evaluated(item.epoch, self.evaluation.report(site, item.epoch, metrics))
+        effects = self.evaluated(item.epoch, self.evaluation.report(site, item.epoch, figures)) if due else []
         return [self.answer(site, message.header.seq, Kind.NOTED), *effects]
 
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:

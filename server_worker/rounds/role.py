@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
 
-from nightsplit.server_worker.evaluation import SiteMetrics, parse_site_metrics
 from nightsplit.server_worker.role import Samples, ServerRole
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Record, Send
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.protocols.build import Rounds
-from nightsplit.shared.protocols.rounds import RoundSequence, Work, check_slice, is_judged
+from nightsplit.shared.protocols.report import SiteMetrics
+from nightsplit.shared.protocols.rounds import RoundSequence, Work, bounded, check_slice, is_judged
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Header, Kind, Message
 
@@ -79,8 +78,12 @@ class RoundServer(ServerRole[RoundSequence]):
         """The next model, float32 (length,), of `vector`, which is not changed, and the updates of the open round."""
 
     def judge_final(self, site: str, message: Message | None) -> list[Effect]:
-        """Note a site's report on the final model; None for one that could not be read."""
-        return self.judge(site, self.version, {} if message is None else self._metrics(message))
+        """Note a site's report on the final model; None for one that could not be read.
+
+        Raises:
+            Refused: 304, 307 it is no such report; nothing is noted.
+        """
+        return self.judge(site, self.version, {} if message is None else self.figures(message, due=True))
 
     # -- Role ------------------------------------------------------------------------------------
 
@@ -101,15 +104,22 @@ class RoundServer(ServerRole[RoundSequence]):
         header = message.header
         if header.kind is Kind.HELLO:
             return self.welcome(message)
+        self._expect_in_place(header)
         site = header.sender
-        reports = site in self._final
-        if header.kind is not (Kind.REPORT if reports else Kind.UPDATE) or header.version != self._begun[site]:
-            raise Refused(304, f"{header.message_id} is out of turn.", "run the same version at both sides.")
-        if reports:
+        if site in self._final:
             return self._through_with(header, self.judge_final(site, message))
-        metrics = self._metrics(message)
-        values = check_slice(message, self.layout, len(self._open[site]) + 1)
-        return self._take(header, values, metrics)
+        number = len(self._open[site]) + 1
+        values = check_slice(message, self.layout, number)
+        judged = number == self.layout.slices and is_judged(self.config, self._begun[site])
+        return self._take(header, values, self.figures(message, due=judged))
+
+    def _expect_in_place(self, header: Header) -> None:
+        """A site that is known sends the slices of its update in order, and behind the final model its report."""
+        site = header.sender
+        expected = (Kind.REPORT if site in self._final else Kind.UPDATE, self.applied[site] + 1, 0, self._begun[site])
+        is_awaited = site in self.sequences and site in self.awaited()
+        if not is_awaited or (header.kind, header.seq, header.reply_to, header.version) != expected:
+            raise Refused(304, f"{header.message_id} is out of turn.", "run the same version at both sides.")
 
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
         """See `Role`: an update less; the site goes on as if it had counted."""
@@ -129,7 +139,7 @@ class RoundServer(ServerRole[RoundSequence]):
 
     def close(self) -> list[Effect]:
         """Combine what came, and answer who waits for it. Also called when the deadline of a quorum is over."""
-        self.vector = self.combine()
+        self.vector = bounded(self.combine())
         self._arrived = 0
         self._version += 1
         self.is_last = self.version >= self.config.round.rounds or self.evaluation.exhausted
@@ -163,9 +173,7 @@ class RoundServer(ServerRole[RoundSequence]):
         """See `ServerRole`."""
         if max(samples) > MOST_SAMPLES:
             raise self.implausible(site, samples)
-        # With "buffered" a fast site may send more than one update for each time the server combines.
-        updates = self.config.round.rounds * (self.config.round.reports or 1 if self._buffered else 1)
-        return RoundSequence(samples.train, updates, self.layout.slices)
+        return RoundSequence.of(self.config, samples.train, self.layout)
 
     @property
     def done(self) -> bool:
@@ -177,14 +185,6 @@ class RoundServer(ServerRole[RoundSequence]):
     @property
     def _buffered(self) -> bool:
         return self.config.round.close == "buffered"
-
-    def _metrics(self, message: Message) -> SiteMetrics:
-        try:
-            return parse_site_metrics(str(message.scalars["metrics"]))
-        except (ValueError, RecursionError):
-            raise Refused(
-                304, f"{message.header.message_id} has figures that are none.", "run the same version at both sides."
-            ) from None
 
     def _take(self, header: Header, values: torch.Tensor | None, metrics: SiteMetrics) -> list[Effect]:
         """Keep a slice of an update, None if it was refused; with the last one the site has reported."""
@@ -252,11 +252,11 @@ class RoundServer(ServerRole[RoundSequence]):
         """Note a site's figures for a model."""
         return self.judged(version) if self.evaluation.report(site, version, metrics) else []
 
-    def judged(self, epoch: int) -> list[Effect]:
+    def judged(self, candidate: int) -> list[Effect]:
         """See `ServerRole`; with "all" no site has combined since, so the present weights are the judged ones."""
-        if self.evaluation.best == epoch:
+        if self.evaluation.best == candidate:
             self.best_weights = self.weights()
-        return super().judged(epoch)
+        return super().judged(candidate)
 
     def _through_with(self, header: Header, judged: list[Effect]) -> list[Effect]:
         self.applied[header.sender] = header.seq
@@ -271,12 +271,11 @@ class RoundServer(ServerRole[RoundSequence]):
         self._ended = True
         if not self.best_weights:
             self.best_weights = self.weights()
-        best = self.layout.vector(self.best_weights)
-        summary = json.dumps(self.evaluation.of(self.evaluation.best), sort_keys=True)
+        best = bounded(self.layout.vector(self.best_weights))
         farewell = [
             Send(
                 site, Kind.FINISH, self.applied[site] + number - 1, version=self.version,
-                tensors={"values": best[self.layout.slice(number)]}, scalars={"summary": summary, **self.verdict},
+                tensors={"values": best[self.layout.slice(number)]}, scalars={"summary": self.summary, **self.verdict},
             )
             for site in self.staying
             for number in range(1, self.layout.slices + 1)

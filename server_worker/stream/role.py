@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Mapping, Set
@@ -242,9 +241,8 @@ class StreamServer(ServerRole[UpSequence]):
         tensors = {}
         if self.config.run.export_top:
             tensors = {name: self.best_weights[name] for name in weights(self.top.module)}
-        summary = json.dumps(self.evaluation.of(self.evaluation.best), sort_keys=True)
         farewell = [
-            self.answer(site, self.farewell_seq(site), Kind.FINISH, tensors, {"summary": summary})
+            self.answer(site, self.farewell_seq(site), Kind.FINISH, tensors, {"summary": self.summary})
             for site in self.staying
         ]
         return [Finish(tuple(farewell))]

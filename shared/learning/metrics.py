@@ -4,15 +4,60 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
+from msgspec import Meta, Struct
 
 from nightsplit.shared.config.run import DataSection, TaskSection
 from nightsplit.shared.learning.losses import loss_of
 
+LARGEST_FIGURE = 1e30
+"""Beyond it a figure counts as undefined: weighted means over sites stay finite."""
+
+Count = Annotated[float, Meta(ge=0, multiple_of=1)]
+Share = Annotated[float, Meta(ge=0, le=1)] | None
+Size = Annotated[float, Meta(ge=0, le=LARGEST_FIGURE)] | None
+
+
+class Figures(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Figures of one part of the data; None where one is undefined (AUC of a single class)."""
+
+    samples: Count
+    loss: Size
+
+
+class ClassFigures(Figures, frozen=True, kw_only=True):
+    """Figures of a classifier."""
+
+    auc: Share
+    balanced_accuracy: Share
+
+
+class ValueFigures(Figures, frozen=True, kw_only=True):
+    """Figures of a regression, `mae` in the target's own unit."""
+
+    mae: Size
+    r2: Annotated[float, Meta(ge=-LARGEST_FIGURE, le=1)] | None
+
+
+class MaskFigures(Figures, frozen=True, kw_only=True):
+    """Figures of a segmentation."""
+
+    dice: Share
+
+
+FIGURES: Mapping[str, type[Figures]] = {
+    "binary": ClassFigures,
+    "multiclass": ClassFigures,
+    "regression": ValueFigures,
+    "segmentation": MaskFigures,
+}
+"""By kind of task."""
+
 Metrics = dict[str, float | None]
-"""`samples`, `loss`, and the task's figures; None where one is undefined (AUC of a single class)."""
+"""`Figures` as plain data."""
 
 HEADLINE: Mapping[str, str] = {
     "binary": "auc",
@@ -41,7 +86,8 @@ def measure(
     targets: torch.Tensor,
     patients: Sequence[str] = (),
 ) -> Metrics:
-    """Judge predictions on held-out samples.
+    """Judge predictions on held-out samples; what outputs that are not finite, or targets of no class, leave undefined
+    is None.
 
     Args:
         task, data: what was predicted, and in which unit.
@@ -51,18 +97,22 @@ def measure(
     # Half of a worker's start would go into this import, and nothing is judged before an epoch is over.
     from sklearn.metrics import balanced_accuracy_score, mean_absolute_error, r2_score, roc_auc_score
 
-    if len(outputs) == 0:
-        return {"samples": 0.0, "loss": None}
-    metrics: Metrics = {"samples": float(len(outputs)), "loss": loss_of(task, outputs, targets).item()}
+    metrics: Metrics = dict.fromkeys(FIGURES[task.kind].__struct_fields__)
+    metrics["samples"] = float(len(outputs))
+    if len(outputs) == 0 or not outputs.isfinite().all() or not _are_targets(task, targets):
+        return metrics
+    metrics["loss"] = _defined(max(loss_of(task, outputs, targets).item(), 0.0))
     truth = targets.numpy()
     if task.kind == "segmentation":
         metrics["dice"] = _dice(outputs.squeeze(1) > 0, targets > 0.5, patients)
         return metrics
     if task.kind == "regression":
-        predicted = outputs.squeeze(1).numpy() * data.target_spread + data.target_mean
-        truth = truth * data.target_spread + data.target_mean
-        metrics["mae"] = float(mean_absolute_error(truth, predicted))
-        metrics["r2"] = float(r2_score(truth, predicted)) if len(truth) > 1 else None
+        with np.errstate(over="ignore", invalid="ignore"):
+            predicted = outputs.squeeze(1).numpy() * data.target_spread + data.target_mean
+            truth = truth * data.target_spread + data.target_mean
+            if np.isfinite(predicted).all() and np.isfinite(truth).all():
+                metrics["mae"] = _defined(float(mean_absolute_error(truth, predicted)))
+                metrics["r2"] = _defined(float(r2_score(truth, predicted))) if len(truth) > 1 else None
         return metrics
     several = len(np.unique(truth)) == (2 if task.kind == "binary" else task.classes)
     if task.kind == "binary":
@@ -74,6 +124,18 @@ def measure(
     metrics["auc"] = float(roc_auc_score(truth, scores, multi_class="ovr")) if several else None
     metrics["balanced_accuracy"] = float(balanced_accuracy_score(truth, chosen)) if several else None
     return metrics
+
+
+def _are_targets(task: TaskSection, targets: torch.Tensor) -> bool:
+    """Whether each is a class of the task, or a finite value."""
+    if task.kind in ("regression", "segmentation"):
+        return bool(targets.isfinite().all())
+    classes = 2 if task.kind == "binary" else task.classes
+    return bool(((targets >= 0) & (targets < classes) & (targets % 1 == 0)).all())
+
+
+def _defined(figure: float) -> float | None:
+    return figure if abs(figure) <= LARGEST_FIGURE else None
 
 
 def _dice(predicted: torch.Tensor, truth: torch.Tensor, patients: Sequence[str]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -85,8 +85,15 @@ class Layout:
     @cached_property
     def statistics(self) -> torch.Tensor:
         """bool (length,): elements of buffers."""
-        marks = [torch.full((prod(shape),), name in self.buffers) for name, shape in self.shapes.items()]
-        return torch.cat(marks)
+        return self._marks(self.buffers)
+
+    @cached_property
+    def second_moments(self) -> torch.Tensor:
+        """bool (length,): elements that are never negative."""
+        return self._marks({name for name in self.buffers if name.endswith(VARIANCE)})
+
+    def _marks(self, names: Set[str]) -> torch.Tensor:
+        return torch.cat([torch.full((prod(shape),), name in names) for name, shape in self.shapes.items()])
 
     def vector(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """float32 (length,) on the CPU, of weights by name."""

@@ -31,7 +31,7 @@ HEADER_BYTES = 32 * 2**10
 """Of a message, left for its header; figures of held-out patients are in it."""
 
 LARGEST = 1e20
-"""Of a weight, or of what changed in one."""
+"""Of a weight, or of what changed in one: weighted sums over a million sites of a billion samples stay finite."""
 
 _SLICE = {"values": TensorSpec(torch.float32, ("slice",))}
 
@@ -69,6 +69,12 @@ class Work(NamedTuple):
         return cls(config.round.local_epochs * -(-train // config.run.batch_size), config.round.local_epochs * train)
 
 
+def most_updates(config: RunConfig) -> int:
+    """Updates that a site may send in a run."""
+    # With "buffered" a fast site may send more than one update for each time the server combines.
+    return config.round.rounds * (config.round.reports or 1 if config.round.close == "buffered" else 1)
+
+
 def is_judged(config: RunConfig, version: int) -> bool:
     """Whether sites judge a model that is not the final one; the final one always is."""
     return version > 0 and version % config.run.evaluate_every == 0
@@ -87,6 +93,11 @@ class RoundSequence:
     train: int
     updates: int
     slices: int
+
+    @classmethod
+    def of(cls, config: RunConfig, train: int, layout: Layout) -> RoundSequence:
+        """Of a site with `train` training samples."""
+        return cls(train, most_updates(config), layout.slices)
 
     @property
     def last(self) -> int:
@@ -114,8 +125,22 @@ def check_slice(message: Message, layout: Layout, number: int) -> torch.Tensor:
             f"{expected.stop - expected.start}.",
             "run the same version of nightsplit, and the same model, at both sides.",
         )
+    check_size(message, values)
+    return values
+
+
+def check_size(message: Message, values: torch.Tensor) -> None:
+    """No value is too large to be added up.
+
+    Raises:
+        Refused: 307 one is.
+    """
     if values.abs().max() > LARGEST:
         raise Refused(
             307, f"{message.header.message_id} has values beyond {LARGEST:g}.", "look at that site's training."
         )
-    return values
+
+
+def bounded(values: torch.Tensor) -> torch.Tensor:
+    """Values that `check_size` takes, float32 as given: to the bit the same where they were already."""
+    return values.nan_to_num(0.0).clamp(-LARGEST, LARGEST)

@@ -9,7 +9,7 @@ from torch import nn
 
 from nightsplit.shared.config.run import PrivacySection, RunConfig
 from nightsplit.shared.engine.effects import Spend
-from nightsplit.shared.protocols.rounds import Work
+from nightsplit.shared.protocols.rounds import Work, most_updates
 from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.privacy.accounting import Spent, Use, noise_for
 from nightsplit.site_worker.privacy.batches import PrivateFeed
@@ -67,7 +67,7 @@ def take_part(
     """Enter a private run in the ledger, and make what trains in it.
 
     Sites have different numbers of records, so each computes the noise that keeps its own records within
-    privacy.epsilon over all the steps that the run plans.
+    privacy.epsilon over all the steps that it may take in the run.
 
     Args:
         config: the run.
@@ -84,7 +84,7 @@ def take_part(
     """
     records = len(parts.train)
     rate = min(1.0, config.run.batch_size / records)
-    steps = config.round.rounds * Work.of(config, records).batches
+    steps = most_updates(config) * Work.of(config, records).batches
     use = Use(rate, noise_for(privacy.epsilon, privacy.delta, rate, steps), steps)
     book = Ledger(ledger)
     identity = f"{config.contract} {site} {parts.train.fingerprint}"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 import torch
 
-from nightsplit.shared.protocols.data_vectors import SCALES
+from nightsplit.shared.protocols.data_vectors import SCALES, encode_reports
+from nightsplit.shared.protocols.rounds import bounded
 from nightsplit.shared.storage.checkpoint import Snapshot
 from nightsplit.site_worker.rounds.role import RoundSite
 
@@ -27,8 +27,12 @@ class DataVectorsSite(RoundSite):
             statistics.append(self.layout.vector(self.trainer.weights())[self.layout.statistics])
             texts.append(self.judge())
         if self.layout.statistics.any():
-            self._statistics = {"statistics": torch.stack(statistics)}
-        return json.dumps(texts)
+            self._statistics = {"statistics": bounded(torch.stack(statistics))}
+        return encode_reports(texts)
+
+    def candidates(self, version: int) -> int:
+        """See `RoundSite`."""
+        return len(SCALES)
 
     def report_tensors(self) -> Mapping[str, torch.Tensor]:
         """See `RoundSite`."""

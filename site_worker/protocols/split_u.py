@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 import torch
@@ -15,6 +14,7 @@ from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.learning.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
 from nightsplit.shared.learning.seeds import seeded
 from nightsplit.shared.protocols.plan import Item, Step
+from nightsplit.shared.protocols.report import NO_FIGURES, PARTS, encode_report
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Kind, Message
 from nightsplit.shared.wire.schema import Payload
@@ -72,7 +72,7 @@ class SplitUSite(StreamSite):
         """See `StreamSite`; where no head input could be used there is no gradient, and an empty report."""
         if q in self._gradients:
             return self.send(q, Kind.HEAD_GRADIENT, {"gradient": self._gradients[q]})
-        return self.send(q, Kind.REPORT, {}, metrics=self._reports.get(q, "{}"))
+        return self.send(q, Kind.REPORT, {}, metrics=self._reports.get(q, NO_FIGURES))
 
     def take(self, q: int, item: Item, message: Message) -> None:
         """See `StreamSite`: the head's turn, or the gradient at the cut."""
@@ -107,14 +107,14 @@ class SplitUSite(StreamSite):
     def _judge(self) -> str:
         """The figures of the block that just ended, as JSON."""
         figures = {}
-        for part in (Step.VALIDATION, Step.TEST):
+        for part in PARTS:
             items = [q for q in sorted(self._outputs) if self.feed.plan.item(q).step is part]
             if items:
                 outputs = torch.cat([self._outputs[q] for q in items])
                 targets = torch.cat([self.feed.targets(q) for q in items])
                 figures[part.value] = measure(self.config.task, self.config.data, outputs, targets)
         self._outputs.clear()
-        return json.dumps(figures, sort_keys=True)
+        return encode_report(self.config.task, figures)
 
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         """See `Role`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -13,12 +12,13 @@ from nightsplit.shared.engine.effects import Effect, Finish, Record, Send, Spend
 from nightsplit.shared.errors import Refused, RunError
 from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.protocols.build import Rounds
-from nightsplit.shared.protocols.rounds import RoundSequence, Work, check_slice, is_judged
+from nightsplit.shared.protocols.report import NO_FIGURES, encode_report
+from nightsplit.shared.protocols.rounds import LARGEST, RoundSequence, Work, check_size, check_slice, is_judged
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.site_worker.role import Account, SiteRole
 from nightsplit.site_worker.rounds.batches import RoundFeed
-from nightsplit.site_worker.rounds.trainer import Trainer
+from nightsplit.site_worker.rounds.trainer import Trainer, diverged
 
 
 class RoundSite(SiteRole):
@@ -44,7 +44,7 @@ class RoundSite(SiteRole):
         self.feed = feed
         self.account = account
         self.work = Work.of(config, len(feed.train))
-        self.sequence = RoundSequence(len(feed.train), config.round.rounds, layout.slices)
+        self.sequence = RoundSequence.of(config, len(feed.train), layout)
         self.trained = 0
         """Training batches so far, over all rounds."""
         self.base = layout.vector(trainer.weights())
@@ -64,6 +64,10 @@ class RoundSite(SiteRole):
         """Version of the model that each of them began with."""
         self._arriving: list[torch.Tensor] = []
         """Slices of the model, or of the farewell, that is under way."""
+        self._under_way: list[Any] = []
+        """Kind and version of its first slice, hence of all."""
+        self._unread = False
+        """Whether the last model could not be used: the site went on with the one it had."""
         self._best: dict[str, torch.Tensor] = {}
         """The best model, once the server has told it."""
 
@@ -107,7 +111,7 @@ class RoundSite(SiteRole):
         if self.trained < update * self.work.batches:
             self._train()
         if self.trained == update * self.work.batches:
-            self._updates[update] = self.layout.vector(self.trainer.weights()) - self.base
+            self._updates[update] = self._changed()
             self._versions[update] = self._version
             self._made = update
             if self.account is not None:
@@ -117,44 +121,138 @@ class RoundSite(SiteRole):
     def answer(self, message: Message) -> list[Effect]:
         """See `SiteRole`."""
         header, scalars = message.header, message.scalars
-        update, number = self.sequence.at(header.seq)
-        if header.kind not in (Kind.MODEL, Kind.FINISH) or update > self._made + 1:
+        best, judged, is_final = int(scalars["best"]), int(scalars["judged"]), bool(scalars.get("final", False))
+        if not self._is_in_place(header) or (header.kind is Kind.MODEL and not self._may_be(header, is_final)):
             raise Refused(304, f"{header.message_id} is out of turn.", "run the same version at both sides.")
+        if not 0 <= best <= judged or not self._judged <= judged <= self.candidates(header.version):
+            raise Refused(
+                304, f"{header.message_id} judges {judged}, best {best}.", "run the same version at both sides."
+            )
+        _, number = self.sequence.at(header.seq)
         values = check_slice(message, self.layout, number).clone()
-        self.best = int(scalars["best"])
-        return self._arrived(header, number, values, int(scalars["judged"]), bool(scalars.get("final", False)))
+        model = [*self._arriving, values]
+        if header.kind is Kind.MODEL and not is_final and len(model) == self.layout.slices:
+            self._expect_trainable(message, torch.cat(model))
+        self.best = best
+        return self._arrived(header, number, values, judged, is_final)
 
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
-        """See `Role`: a slice of a model that cannot be used leaves the site's as it was."""
-        if header.kind is Kind.FINISH or self._is_final:
+        """See `Role`: a model of which a slice cannot be used leaves the site's as it was."""
+        if self._is_final or (header.kind is Kind.FINISH and self._unread):
             raise RunError(601, f"the end of the run cannot be read: {refusal.sentence}", refusal.remedy)
         _, number = self.sequence.at(header.seq)
-        return self._arrived(header, number, self.base[self.layout.slice(number)], 0, is_final=False)
+        return self._arrived(header, number, None, self._judged, self._must_be_final(header))
+
+    def candidates(self, version: int) -> int:
+        """How many models can have been judged when the server has combined so often."""
+        return version
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _arrived(self, header: Header, number: int, values: torch.Tensor, judged: int, is_final: bool) -> list[Effect]:
-        self._arriving.append(values)
+    def _is_in_place(self, header: Header) -> bool:
+        """Whether the plan has such a message here: a model answers an update, and the farewell a report.
+
+        A site that could not read a model does not know whether it was the final one.
+        """
+        update, number = self.sequence.at(self.answered + 1)
+        if header.kind is Kind.FINISH:
+            expected = (self._is_final or self._unread) and header.version == self._version
+            reply_to = 0
+        else:
+            expected = header.kind is Kind.MODEL and not self._is_final and update <= self._made
+            reply_to = update * self.layout.slices
+        whole = number == 1 or self._under_way == [header.kind.value, header.version]
+        return expected and whole and (header.seq, header.reply_to) == (self.answered + 1, reply_to)
+
+    def _may_be(self, header: Header, is_final: bool) -> bool:
+        """Whether the model may have its version, and be final or not."""
+        may_end = is_final and self.config.run.patience > 0
+        return self._may_follow(header.version) and (may_end or is_final is self._must_be_final(header))
+
+    def _may_follow(self, version: int) -> bool:
+        return self._version + (self.config.round.close != "buffered") <= version <= self.config.round.rounds
+
+    def _must_be_final(self, header: Header) -> bool:
+        update, _ = self.sequence.at(self.answered + 1)
+        return header.version == self.config.round.rounds or update == self.sequence.updates
+
+    def _expect_trainable(self, message: Message, vector: torch.Tensor) -> None:
+        """Look at a model, float32 (length,), before it takes the place of the site's.
+
+        Raises:
+            Refused: 307 its statistics cannot be sent on, 312 it gives values for held-out samples that are not finite.
+        """
+        weights = self.layout.weights(vector)
+        check_size(message, self.layout.vector(weights))
+        size = self.config.run.batch_size
+        inputs = torch.cat([dataset.inputs[:size] for dataset in self.feed.held_out.values()])
+        if len(inputs) and not self.trainer.predict_with(weights, inputs).isfinite().all():
+            raise Refused(
+                312,
+                f"the model of {message.header.message_id} gives values that are not finite.",
+                f"{self.name} keeps the model it had; look at what the other sites send, or lower optimizer.lr.",
+            )
+
+    def _arrived(
+        self, header: Header, number: int, values: torch.Tensor | None, judged: int, is_final: bool
+    ) -> list[Effect]:
+        """Keep a slice, None for one that was refused; with the last one the site goes on with the whole, if it is."""
+        if number == 1:
+            self._under_way = [header.kind.value, header.version]
+        if values is not None:
+            self._arriving.append(values)
         self.heard(header.seq, judged)
         if number < self.layout.slices:
             return []
-        vector, self._arriving = torch.cat(self._arriving), []
-        if header.kind is Kind.FINISH:
-            self._best = self.layout.weights(vector)
+        slices, self._arriving = self._arriving, []
+        self._unread = len(slices) < self.layout.slices
+        if header.kind is Kind.FINISH and not self._unread:
+            self._best = self.layout.weights(torch.cat(slices))
             self.finished = True
             return [Finish()]
-        self.base, self._version, self._is_final = vector, header.version, is_final
-        self.trainer.load(self.layout.weights(vector))
+        if not self._unread:
+            self.base = torch.cat(slices)
+        if self._may_follow(header.version):
+            self._version = header.version
+        self._is_final = is_final
+        self.trainer.load(self.layout.weights(self.base))
         return []
 
     def _train(self) -> None:
         k = self.trained
         inputs, targets = self.feed.batch(k)
-        self.trainer.step(inputs, targets, self.feed.seed("trainer", k), self.feed.rate(k))
+        try:
+            self.trainer.step(inputs, targets, self.feed.seed("trainer", k), self.feed.rate(k))
+        except RunError as error:
+            raise self._located(error) from None
         self.trained += 1
 
+    def _changed(self) -> torch.Tensor:
+        """The update, float32 (length,).
+
+        Raises:
+            RunError: 603 it cannot be sent.
+        """
+        change = self.layout.vector(self.trainer.weights()) - self.base
+        if not change.abs().max() <= LARGEST:
+            raise self._located(diverged(f"training changed a weight by more than {LARGEST:g}"))
+        return change
+
+    def _located(self, error: RunError) -> RunError:
+        """The same error, with the model that the training began with: any site's update may have spoilt it."""
+        if not self._version:
+            return error
+        return RunError(
+            error.number,
+            f"{error.sentence} It began with the server's model {self._version}.",
+            f"{error.remedy} If all is well here, another site's update has spoilt that model: round.combine = "
+            '"median" withstands one.',
+        )
+
     def judge(self) -> str:
-        """Figures of the present model for the site's held-out patients, as JSON."""
+        """Figures of the present model for the site's held-out patients; none where it is not the server's."""
+        if self._unread:
+            return NO_FIGURES
         figures = {
             part.value: measure(
                 self.config.task, self.config.data, self.trainer.predict(dataset.inputs),
@@ -163,7 +261,7 @@ class RoundSite(SiteRole):
             for part, dataset in self.feed.held_out.items()
             if len(dataset)
         }  # fmt: skip
-        return json.dumps(figures, sort_keys=True)
+        return encode_report(self.config.task, figures)
 
     def judge_final(self) -> str:
         """Figures for the report."""
@@ -176,7 +274,7 @@ class RoundSite(SiteRole):
     def _judge_if_due(self) -> str:
         if self._is_final:
             return self.judge_final()
-        return self.judge() if is_judged(self.config, self._version) else "{}"
+        return self.judge() if is_judged(self.config, self._version) else NO_FIGURES
 
     def _worked(self) -> Record:
         return Record({"event": "local", "step": self.trained})
@@ -185,7 +283,7 @@ class RoundSite(SiteRole):
         send = Send(
             SERVER, Kind.UPDATE, self.next_seq, version=self._versions[update],
             tensors={"values": self._updates[update][self.layout.slice(number)]},
-            scalars={"metrics": self._figures[update] if number == self.layout.slices else "{}"},
+            scalars={"metrics": self._figures[update] if number == self.layout.slices else NO_FIGURES},
         )  # fmt: skip
         self.next_seq += 1
         return send
@@ -217,7 +315,7 @@ class RoundSite(SiteRole):
             "trained": self.trained, "version": self._version, "is_final": self._is_final, "made": self._made,
             "figures": {str(update): text for update, text in self._figures.items()},
             "versions": {str(update): version for update, version in self._versions.items()},
-            "arriving": len(self._arriving),
+            "arriving": len(self._arriving), "under_way": self._under_way, "unread": self._unread,
         }  # fmt: skip
         return Snapshot(tensors, {**base.facts, **facts})
 
@@ -230,6 +328,6 @@ class RoundSite(SiteRole):
         self._updates = {int(update): tensor for update, tensor in under("update", tensors).items()}
         self._arriving = [tensors[f"arriving/{n}"] for n in range(facts["arriving"])]
         self.trained, self._version, self._is_final = facts["trained"], facts["version"], facts["is_final"]
-        self._made = facts["made"]
+        self._made, self._under_way, self._unread = facts["made"], facts["under_way"], facts["unread"]
         self._figures = {int(update): text for update, text in facts["figures"].items()}
         self._versions = {int(update): version for update, version in facts["versions"].items()}

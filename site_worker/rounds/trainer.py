@@ -77,9 +77,7 @@ class Trainer:
     def finite(self, loss: torch.Tensor) -> float:
         """The loss as a number; raises as `step`."""
         if not torch.isfinite(loss):
-            raise RunError(
-                603, "the training loss is not finite.", "lower optimizer.lr in a new run, or check the data."
-            )
+            raise diverged("the training loss is not finite")
         return loss.item()
 
     def measure_statistics(self, inputs: torch.Tensor) -> None:
@@ -110,6 +108,14 @@ class Trainer:
             parts = [self.module(rows.to(self.device)).cpu() for rows in torch.split(inputs, ROWS_AT_A_TIME)]
         return torch.cat(parts)
 
+    def predict_with(self, weights: Mapping[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+        """As `predict`, with these weights, which do not stay."""
+        own = self.weights()
+        self.load(weights)
+        outputs = self.predict(inputs)
+        self.load(own)
+        return outputs
+
     def weights(self) -> dict[str, torch.Tensor]:
         """CPU copies of parameters and buffers."""
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.module.state_dict().items()}
@@ -128,3 +134,8 @@ class Trainer:
         """Continue from `state`."""
         self.module.load_state_dict(under("module", tensors))
         restore_optimizer(self.optimizer, under("optimizer", tensors))
+
+
+def diverged(what: str) -> RunError:
+    """The error of a training that leads nowhere."""
+    return RunError(603, f"{what}.", "lower optimizer.lr in a new run, or check the data.")
