@@ -76,7 +76,7 @@ class Evaluation:
         self.judged = max(candidate, self.judged)
         # Without validation patients there is nothing to choose by: the last candidate stands.
         reached = standing(self._config.task, validation) if (validation := total[Step.VALIDATION])["samples"] else None
-        if reached is None or self._best_standing is None or reached > self._best_standing:
+        if self._best_standing is None or (reached is not None and reached > self._best_standing):
             self.best, self._best_standing = candidate, reached
 
     @property

@@ -53,5 +53,4 @@ class DataVectorsSite(RoundSite):
     def restore(self, snapshot: Snapshot) -> None:
         """See `Role`."""
         super().restore(snapshot)
-        if "statistics" in snapshot.tensors:
-            self._statistics = {"statistics": snapshot.tensors["statistics"]}
+        self._statistics = {name: tensor for name, tensor in snapshot.tensors.items() if name == "statistics"}

@@ -121,13 +121,15 @@ class RoundSite(SiteRole):
     def answer(self, message: Message) -> list[Effect]:
         """See `SiteRole`."""
         header, scalars = message.header, message.scalars
-        best, judged, is_final = int(scalars["best"]), int(scalars["judged"]), bool(scalars.get("final", False))
-        if not self._is_in_place(header) or (header.kind is Kind.MODEL and not self._may_be(header, is_final)):
+        if not self._is_in_place(header):
             raise Refused(304, f"{header.message_id} is out of turn.", "run the same version at both sides.")
-        if not 0 <= best <= judged or not self._judged <= judged <= self.candidates(header.version):
+        best, judged, is_final = int(scalars["best"]), int(scalars["judged"]), bool(scalars.get("final", False))
+        can_be = 0 <= best <= judged and self._judged <= judged <= self.candidates(header.version)
+        if not can_be or (header.kind is Kind.MODEL and not self._may_be(header, is_final)):
             raise Refused(
-                304, f"{header.message_id} judges {judged}, best {best}.", "run the same version at both sides."
-            )
+                304, f"{header.message_id} tells what cannot be of model {header.version}.",
+                "run the same version at both sides.",
+            )  # fmt: skip
         _, number = self.sequence.at(header.seq)
         values = check_slice(message, self.layout, number).clone()
         model = [*self._arriving, values]
