@@ -14,9 +14,8 @@ import msgspec
 from nightsplit.shared.config.run import TaskSection
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.learning.metrics import FIGURES, ClassFigures, MaskFigures, Metrics, ValueFigures
-from nightsplit.shared.protocols.plan import Step
 
-PARTS = (Step.VALIDATION, Step.TEST)
+PARTS = ("validation", "test")
 
 SiteMetrics = dict[str, Metrics]
 """Metrics by part: "validation", "test"."""

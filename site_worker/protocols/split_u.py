@@ -14,7 +14,7 @@ from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.learning.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
 from nightsplit.shared.learning.seeds import seeded
 from nightsplit.shared.protocols.plan import Item, Step
-from nightsplit.shared.protocols.report import NO_FIGURES, PARTS, encode_report
+from nightsplit.shared.protocols.report import NO_FIGURES, encode_report
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Kind, Message
 from nightsplit.shared.wire.schema import Payload
@@ -107,7 +107,7 @@ class SplitUSite(StreamSite):
     def _judge(self) -> str:
         """The figures of the block that just ended, as JSON."""
         figures = {}
-        for part in PARTS:
+        for part in (Step.VALIDATION, Step.TEST):
             items = [q for q in sorted(self._outputs) if self.feed.plan.item(q).step is part]
             if items:
                 outputs = torch.cat([self._outputs[q] for q in items])

@@ -98,7 +98,14 @@ class Hands:
         """As it arrives: it could be encoded, and was read again."""
         payload = self.roles[name].payload(send.kind)
         header = Header(
-            self.config.run.id, name, send.receiver, send.kind, send.seq, send.reply_to, send.version, int(name == SERVER)
+            self.config.run.id,
+            name,
+            send.receiver,
+            send.kind,
+            send.seq,
+            send.reply_to,
+            send.version,
+            int(name == SERVER),
         )
         limit = self.config.wire.message_bytes
         body = b"".join(wire.encode(Message(header, send.tensors, send.scalars), payload, limit))
@@ -159,6 +166,14 @@ def at_extremes(message) -> Iterator[Message]:
             yield Message(header, {name: torch.ones_like(tensor) * factor}, scalars)
 
 
+def outcome(act):
+    """The effects, or why there are none."""
+    try:
+        return act(), None
+    except (Refused, RunError) as error:
+        return [], error
+
+
 class Prober:
     """Shows a copy of the receiver what it must not take, and what it may."""
 
@@ -177,27 +192,20 @@ class Prober:
     def refuses(self, hands, role, before, message):
         """Whether a role in this state refuses a message; what it says then, or does, can be sent and written."""
         role.restore(Snapshot(before.tensors, json.loads(json.dumps(before.facts))))
-        try:
-            effects = role.on(message)
-        except (Refused, RunError) as error:
-            assert is_equal(state_of(role), before), (message.header, error)
-            self.refused += 1
-            if isinstance(error, RunError):
-                assert role.name != SERVER, "the server ends"
-                return True
-            answered = role.answered if role.name != SERVER else role.applied[message.header.sender]
-            if message.header.kind in UNSEQUENCED or message.header.seq != answered + 1:
-                return True  # the engine counts only what comes in its turn
-            try:
-                effects = role.refused(message.header, error)
-            except RunError:
-                assert role.name != SERVER, "the server ends"
-                return True
+        effects, refusal = outcome(lambda: role.on(message))
+        if refusal is None:
+            self.taken += 1
             self.check(hands, role, effects)
-            return True
-        self.taken += 1
-        self.check(hands, role, effects)
-        return False
+            return False
+        self.refused += 1
+        assert is_equal(state_of(role), before), (message.header, refusal)
+        assert isinstance(refusal, Refused) or role.name != SERVER, "the server ends"
+        applied = role.applied[message.header.sender] if role.name == SERVER else role.answered
+        if isinstance(refusal, Refused) and message.header.seq == applied + 1:  # the engine counts what is in its turn
+            effects, end = outcome(lambda: role.refused(message.header, refusal))
+            assert end is None or (isinstance(end, RunError) and role.name != SERVER), "the server ends"
+            self.check(hands, role, effects)
+        return True
 
     def check(self, hands, role, effects):
         for effect in effects:
@@ -207,12 +215,11 @@ class Prober:
             for send in [effect] if isinstance(effect, Send) else effect.farewell if isinstance(effect, Finish) else []:
                 hands.sent(role.name, send)
         json.dumps(state_of(role).facts, allow_nan=False)
-        try:
-            for effect in itertools.chain.from_iterable(role.next() for _ in range(8)):
-                if isinstance(effect, Send):
-                    hands.sent(role.name, effect)
-        except RunError:
-            assert role.name != SERVER, "the server ends"
+        more, end = outcome(lambda: role.next() + role.next())
+        assert end is None or (isinstance(end, RunError) and role.name != SERVER), "the server ends"
+        for effect in more:
+            if isinstance(effect, Send):
+                hands.sent(role.name, effect)
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -70,3 +70,11 @@ def test_a_half_collected_block_survives_a_restore():
     again.add("north", Step.TEST, outputs[3:], targets[3:])
     assert again.close("north", 1)
     assert again.history[0]["sites"]["north"]["test"]["samples"] == 6
+
+
+def test_a_candidate_of_which_nothing_was_reported_does_not_replace_one_with_figures():
+    judge = evaluation()
+    report(judge, 1, 0.5, 0.8)
+    for site in ("north", "south"):
+        judge.report(site, 2, {})
+    assert (judge.best, judge.judged) == (1, 2)
