@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from nightsplit.shared.config.run import ModelSection, PrivacySection, RoundSection, RunConfig, RunSection, TaskSection
 from nightsplit.shared.engine.effects import Spend
@@ -89,3 +90,11 @@ def test_missing_packages_have_a_number(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(RunError, match="opacus and dp_accounting") as caught:
         privacy.check_installed()
     assert caught.value.number == 614
+
+
+def test_noise_is_planned_for_every_update_that_a_fast_site_may_send(tmp_path: Path) -> None:
+    """Buffered rounds answer at once: a site alone may fill every buffer."""
+    config = replace(CONFIG, round=RoundSection(rounds=5, local_batches=4, close="buffered", reports=3))
+    mine = take_part(config, PRIVACY, "mercy", parts_of(100), mlp(3, [4], 1), "cpu", tmp_path / "ledger.db", None)
+    mine.account.pay(5 * 3 * 4)
+    assert 1.99 < mine.account.spent().pld <= 2.0
