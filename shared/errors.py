@@ -84,6 +84,7 @@ TITLES: dict[int, str] = {
     510: "Run store has forgotten the run",
     511: "Secret key cannot be read",
     512: "Queries are not answered yet",
+    513: "Place is open to other users",
     601: "Site and server were configured differently",
     602: "Site is not part of the run",
     603: "Training has diverged",

@@ -212,7 +212,7 @@ def _working_copy(example: Path, name: str) -> Path:
     stamp = time.strftime(f"{name}-%Y%m%d-%H%M%S-")
     home = Path("runs")
     try:
-        make_private_folder(home)
+        home.mkdir(0o700, exist_ok=True)
         work = home / Path(tempfile.mkdtemp(prefix=stamp, dir=home)).name
     except OSError:  # not a folder that we may write to
         work = Path(tempfile.mkdtemp(prefix=stamp))

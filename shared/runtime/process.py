@@ -32,7 +32,7 @@ def own_folder(folder: Path) -> Iterator[None]:
     """Keep a state folder for this process alone; the lock ends with the process, however it ends.
 
     Raises:
-        StateError: 503 another process has it, 501 it cannot be written.
+        StateError: 503 another process has it, 501 it cannot be written, 513 it is open to other users.
     """
     with locked_folder(folder) as alone:
         if not alone:
@@ -49,15 +49,13 @@ def locked_folder(folder: Path) -> Iterator[bool]:
     """Lock a state folder while the block runs, if nobody else has; whether it is locked.
 
     Raises:
-        StateError: 501 it cannot be written.
+        StateError: 501 it cannot be written, 513 it is open to other users.
     """
     try:
         make_private_folder(folder)
         handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
-        raise StateError(
-            501, f"{folder}: {error.strerror}.", "name a state folder of your own, on a disk with room."
-        ) from None
+        raise StateError(501, f"{folder}: {error.strerror}.", "name a state folder on a disk with room.") from None
     try:
         yield _lock(handle)
     finally:

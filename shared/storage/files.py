@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 import stat
 from collections.abc import Callable
 from pathlib import Path
+
+from nightsplit.shared.errors import StateError
 
 SECRET_BYTES = 32
 
@@ -75,7 +76,8 @@ def make_private_folder(path: Path) -> None:
     """Make a folder that its owner alone may enter, whatever the umask; one that is there is kept private.
 
     Raises:
-        OSError: it cannot be made, or not be closed to others.
+        OSError: it cannot be made.
+        StateError: 513 as `keep_private`.
     """
     path.mkdir(0o700, parents=True, exist_ok=True)
     keep_private(path)
@@ -85,7 +87,7 @@ def keep_private(path: Path) -> None:
     """Take away what rights group and others have to a file or folder of ours.
 
     Raises:
-        OSError: it is another user's, or a folder of all users (such as /tmp).
+        StateError: 513 it is another user's, or a folder of all users (such as /tmp).
     """
     mode = path.stat().st_mode
     if not mode & _OTHERS:
@@ -95,7 +97,8 @@ def keep_private(path: Path) -> None:
             raise PermissionError
         path.chmod(stat.S_IMODE(mode) & ~_OTHERS)
     except PermissionError:
-        raise PermissionError(errno.EPERM, "is open to other users, and not ours to close", str(path)) from None
+        remedy = "name a place of your own, or a folder below it, which is made for you alone."
+        raise StateError(513, f"{path} is not ours to close.", remedy) from None
 
 
 def read_secret_file(path: Path) -> bytes:

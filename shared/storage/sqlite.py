@@ -27,6 +27,7 @@ def open_database(path: Path, schema: str) -> sqlite3.Connection:
 
     Raises:
         OSError, sqlite3.Error: see `broker_errors`.
+        StateError: 513 others may read it, and it is not ours to close.
     """
     path.parent.mkdir(0o700, parents=True, exist_ok=True)
     database = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
@@ -75,7 +76,7 @@ def broker_errors(number: int, place: Path) -> Iterator[None]:
         raise BrokerError(
             number,
             f"{place}: {explain(error)}.",
-            "use a folder of your own on a local disk that may be written and has 64 MiB of room.",
+            "use a folder on a local disk that may be written and has 64 MiB of room.",
         ) from None
 
 
@@ -98,4 +99,4 @@ def explain(error: Exception) -> str:
         return "disk is full"
     if is_locked(error):
         return "another process has been holding the database"
-    return getattr(error, "strerror", None) or str(error)
+    return str(error)

@@ -210,7 +210,9 @@ def mount(hospital: Hospital) -> Iterator[Callable[[str], Disk]]:
             folder = hospital.folder / name
             folder.mkdir(parents=True, exist_ok=True)
             done = subprocess.run(
-                ["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(folder)], capture_output=True, text=True
+                ["mount", "-t", "tmpfs", "-o", "size=96m,mode=755", "tmpfs", str(folder)],
+                capture_output=True,
+                text=True,
             )
             if done.returncode != 0:
                 pytest.skip(f"filling a disk needs a small file system, and mount says: {done.stderr.strip()}")
