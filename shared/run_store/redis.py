@@ -19,7 +19,6 @@ from urllib.parse import SplitResult, urlsplit
 import msgspec
 import redis
 from redis.backoff import ExponentialBackoff
-from redis.client import NEVER_DECODE
 from redis.retry import Retry
 
 from nightsplit.shared.credentials import NOBODY, Credentials
@@ -60,6 +59,7 @@ class RedisStore(RunStore):
                 url,
                 **_login(address, credentials),
                 decode_responses=True,
+                encoding_errors="surrogateescape",  # a site may write what is no text; the schema then refuses it
                 socket_timeout=TIMEOUT_SECONDS,
                 socket_connect_timeout=TIMEOUT_SECONDS,
                 retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=3),
@@ -136,15 +136,13 @@ class RedisStore(RunStore):
         """See `RunStore`."""
         self._redis.close()
 
-    def _entries(self, workers: list[str]) -> list[bytes]:
-        """What stands under the key of each worker, as far as it is read; b"" for nothing."""
+    def _entries(self, workers: list[str]) -> list[str]:
+        """What stands under the key of each worker, as far as it is read; "" for nothing."""
         # No script: to Redis a script wants to write whatever it names, and a site may only read the server's.
         commands = self._redis.pipeline(transaction=False)
         for worker in workers:
-            # As bytes, since a site may have written what is no text.
-            span = self._status(worker), 0, most_bytes(worker)
-            commands.execute_command("GETRANGE", *span, **{NEVER_DECODE: True})  # type: ignore[no-untyped-call]
-        return list(commands.execute())
+            commands.getrange(self._status(worker), 0, most_bytes(worker))
+        return commands.execute()
 
     def _status(self, worker: str) -> str:
         """A key of its own for each worker, since Redis gives rights by key."""
@@ -173,7 +171,7 @@ def _text_of(script: str) -> str:
     return resources.files(__package__).joinpath("lua", f"{script}.lua").read_text(encoding="utf-8")
 
 
-def _read(entry: bytes, worker: str) -> tuple[float, WorkerStatus]:
+def _read(entry: str, worker: str) -> tuple[float, WorkerStatus]:
     """When a worker wrote its status, in seconds since 1970, and what; 0 where even that cannot be read."""
     try:
         written, record = msgspec.json.decode(entry, type=tuple[float, str])

@@ -58,16 +58,12 @@ class Phase(StrEnum):
     @property
     def has_left(self) -> bool:
         """Whether these are last words."""
-        return self in _LEFT
+        return self in (Phase.AWAY, Phase.FINISHED, Phase.FAILED)
 
     @property
     def at_work(self) -> bool:
         """Whether the work goes on; waiting for the next answer is a part of it."""
-        return self in _AT_WORK
-
-
-_LEFT = frozenset({Phase.AWAY, Phase.FINISHED, Phase.FAILED})
-_AT_WORK = frozenset({Phase.WORKING, Phase.IDLE})
+        return self in (Phase.WORKING, Phase.IDLE)
 
 
 class Presence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

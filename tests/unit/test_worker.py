@@ -72,7 +72,7 @@ def test_a_heartbeat_speaks_until_the_end_and_survives_a_store_that_is_away():
 
 
 def test_a_heartbeat_survives_whatever_one_beat_meets():
-    """The status, what is drawn of it, the rest of a beat: none of them silences the worker for longer than that."""
+    """The status, what is drawn of it, and the rest of a beat: none of them silences the worker for longer."""
     store, beats = MemoryStore(), []
 
     def status():
@@ -103,6 +103,7 @@ def test_a_heartbeat_survives_whatever_one_beat_meets():
         (ConfigError(104, "could not convert '48.0,87.0'", "mend it."), "E104 Model factory cannot be used"),
         (ZeroDivisionError("48.0,87.0"), "ZeroDivisionError"),
     ],
+    ids=["numbered", "unknown"],
 )
 def test_the_last_words_of_a_worker_that_fails_quote_nothing(error, words):
     store, status = MemoryStore(), WorkerStatus(phase=Phase.WORKING, sent=3)
