@@ -12,10 +12,11 @@ from msgspec import Struct
 from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import SiteQueues, query_queues, site_queues
 from nightsplit.server_worker.config import ServerConfig, ServerSection
+from nightsplit.shared.config.load import load
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.credentials import Credentials
 from nightsplit.shared.errors import ConfigError
-from nightsplit.shared.protocols.load import load
+from nightsplit.shared.protocols.load import load_run
 from nightsplit.shared.run_store.base import RunStore
 from nightsplit.shared.run_store.connect import open_store
 from nightsplit.shared.transport import Broker
@@ -96,7 +97,7 @@ def read_worker_file(path: Path, overrides: Sequence[str] = ()) -> WorkerFile:
     """Read a worker's file and its run.toml.
 
     Raises:
-        ConfigError: 101-103, see `nightsplit.shared.protocols.load.load`.
+        ConfigError: 101-103, see `nightsplit.shared.protocols.load.load_run`.
     """
     tables = load(path, _Tables)
     if tables.server is None and tables.site is None:
@@ -108,4 +109,4 @@ def read_worker_file(path: Path, overrides: Sequence[str] = ()) -> WorkerFile:
     else:
         site = load(path, SiteConfig)
         worker, source = site.site, site.data
-    return WorkerFile(path, worker, source, load(path.parent / worker.run, RunConfig, overrides))
+    return WorkerFile(path, worker, source, load_run(path.parent / worker.run, overrides))

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nightsplit.server_worker.protocols.data_vectors import DataVectorsServer, added
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.models.hashing import weights_sha256
 from nightsplit.shared.models.layout import Layout
@@ -54,20 +53,33 @@ class Vector:
     scale: float | None
 
 
-def publish(folder: Path, role: DataVectorsServer) -> None:
-    """Write the vectors of a finished run below its report folder."""
+def added(vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The sum of vectors by name, at least one: to the bit the same, in whatever order they came."""
+    return torch.stack([vectors[name] for name in sorted(vectors)]).sum(0)
+
+
+def publish(
+    folder: Path, layout: Layout, base: torch.Tensor, vectors: Mapping[str, torch.Tensor], scale: float | None
+) -> None:
+    """Write the vectors of a finished run below its report folder.
+
+    Args:
+        folder: of the report.
+        layout: how vectors encode weights.
+        base: theta_pre, float32 (length,).
+        vectors: tau by site, likewise.
+        scale: what the run chose.
+    """
     place = folder / FOLDER
     place.mkdir(parents=True, exist_ok=True)
-    layout = role.layout
     common = {
         "shapes": json.dumps({name: list(shape) for name, shape in layout.shapes.items()}),
         "buffers": json.dumps(sorted(layout.buffers)),
-        "base_sha256": weights_sha256({"": role.published}),
+        "base_sha256": weights_sha256({"": base}),
     }
-    scale = {} if role.scale is None else {"scale": repr(role.scale)}
-    base = as_safetensors({"vector": role.published}, {**common, **scale, "name": BASE})
-    write_atomic(place / f"{BASE}.safetensors", base)
-    for site, values in role.vectors.items():
+    chosen = {} if scale is None else {"scale": repr(scale)}
+    write_atomic(place / f"{BASE}.safetensors", as_safetensors({"vector": base}, {**common, **chosen, "name": BASE}))
+    for site, values in vectors.items():
         write_atomic(place / f"{site}.safetensors", as_safetensors({"vector": values}, {**common, "name": site}))
 
 

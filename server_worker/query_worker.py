@@ -13,10 +13,11 @@ from nightsplit.broker.topology import query_queues
 from nightsplit.server_worker.config import ServerConfig
 from nightsplit.server_worker.query.pool import evaluating
 from nightsplit.server_worker.query.server import QueryServer
+from nightsplit.shared.config.load import load
 from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.errors import StateError
-from nightsplit.shared.protocols.he_clstm import circuit_of, fill, judge_of, stages_of
-from nightsplit.shared.protocols.load import load
+from nightsplit.shared.he.sequences import circuit_of
+from nightsplit.shared.protocols.he_clstm import fill, judge_of, stages_of
 from nightsplit.shared.protocols.query import CONTRACT, MOST_CHUNKS
 from nightsplit.shared.run_store.status import Phase
 from nightsplit.shared.runtime.process import StopSignal, locked_folder, prepare_torch

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from nightsplit.server_worker.protocols import AnyServer
-from nightsplit.server_worker.protocols.data_vectors import DataVectorsServer
-from nightsplit.server_worker.published_vectors import publish
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.foreign import in_markdown
 from nightsplit.shared.learning.metrics import HEADLINE
 from nightsplit.shared.models.hashing import weights_sha256
-from nightsplit.shared.protocols import ROUNDS
+from nightsplit.shared.protocols.spec import spec_of
 from nightsplit.shared.storage.files import write_atomic
 from nightsplit.shared.storage.tensors import as_safetensors
 
@@ -33,9 +31,8 @@ def write_report(
     """
     folder.mkdir(parents=True, exist_ok=True)
     report = summarise(config, role, heard)
-    write_atomic(folder / f"{role.exports}.safetensors", as_safetensors(role.best_weights))
-    if isinstance(role, DataVectorsServer):
-        publish(folder, role)
+    write_atomic(folder / f"{spec_of(config).names.weights}.safetensors", as_safetensors(role.best_weights))
+    role.publish(folder)
     write_atomic(folder / "report.json", (json.dumps(report, indent=2, sort_keys=True) + "\n").encode())
     write_atomic(folder / "report.md", _markdown(config, report).encode())
     if report["history"]:
@@ -60,32 +57,26 @@ def summarise(config: RunConfig, role: AnyServer, heard: Mapping[str, datetime |
         "run": config.run.id,
         "protocol": config.run.protocol,
         "contract": config.contract,
-        **({"scale": role.scale} if isinstance(role, DataVectorsServer) else {}),
+        **role.outcome(),
         "best_epoch": role.evaluation.best,
         "best": role.evaluation.of(role.evaluation.best),
         "steps": role.steps,
         "sites": sites,
         "history": role.evaluation.history,
-        f"{role.exports}_sha256": weights_sha256(role.best_weights),
+        f"{spec_of(config).names.weights}_sha256": weights_sha256(role.best_weights),
     }
 
 
 def _markdown(config: RunConfig, report: Mapping[str, Any]) -> str:
-    run = config.run
-    exports, what, steps = "top", "the server's half", "training steps at the server"
-    settings = f"{run.protocol}, {run.order} order, window {run.window}, {run.bottoms} bottoms"
-    if run.protocol in ROUNDS:
-        exports, what, steps = "model", "the model", "updates of sites"
-        how = "sum" if run.protocol == "data_vectors" else config.round.combine
-        settings = f"{run.protocol}, {run.order} order, {how} of {config.round.close}"
+    spec = spec_of(config)
     blocks = [
         [f"# Run {report['run']}"],
-        [f"{settings}, {report['steps']} {steps}."],
+        [f"{spec.name}, {spec.settings(config)}, {report['steps']} {spec.names.steps}."],
         *_departures(config, report["sites"]),
         *_held_out(config, report),
         ["What each site gave. Share: of the training steps that were applied."],
         _gifts(report["sites"]),
-        [f"sha256 of {what}: `{report[f'{exports}_sha256']}`"],
+        [f"sha256 of {spec.names.share}: `{report[f'{spec.names.weights}_sha256']}`"],
     ]
     return "\n".join(line for block in blocks for line in [*block, ""])
 

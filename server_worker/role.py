@@ -6,7 +6,8 @@ import json
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -51,13 +52,9 @@ class ServerRole(Role, Generic[S]):
     Args:
         config: the run.
         contract: payload of each kind.
-
-    Attributes:
-        exports: what the weights in the report are, and the name of their file.
     """
 
     rederives = False
-    exports: ClassVar[str]
 
     def __init__(self, config: RunConfig, contract: Mapping[Kind, Payload]) -> None:
         super().__init__(SERVER)
@@ -159,14 +156,23 @@ class ServerRole(Role, Generic[S]):
         """What part of the training batches came from a site, 0 to 1."""
         return self.batches[site] / max(1, self.batches.total())
 
+    def outcome(self) -> dict[str, Any]:
+        """What else the report of the run says."""
+        return {}
+
+    def publish(self, folder: Path) -> None:
+        """Write what else a finished run leaves in its report folder."""
+
+    def help(self) -> None:
+        """Compute for the server that another process is, until it leaves, where such work can be divided."""
+        raise NotImplementedError
+
     # -- parts that shapes use ---------------------------------------------------------------------
 
     def welcome(self, message: Message) -> list[Effect]:
         """Accept a site's plan, or say why not."""
         site, hello = message.header.sender, message.scalars
         samples = Samples(int(hello["train"]), int(hello["validation"]), int(hello["test"]))
-        if min(samples) < 0:
-            raise self.implausible(site, samples)
         sequence = self.sequence_of(site, samples)
         problem: tuple[int, str] | None = None
         if site in self.left_out:

@@ -12,17 +12,16 @@ from nightsplit.broker.topology import site_queues
 from nightsplit.server_worker.config import ServerConfig
 from nightsplit.server_worker.lease import Lease, owner_of
 from nightsplit.server_worker.protocols import make_server
-from nightsplit.server_worker.protocols.split_frozen import SplitFrozenServer
 from nightsplit.server_worker.report import write_report
 from nightsplit.server_worker.shift import TOGETHER, ServerShift
-from nightsplit.server_worker.stream.ddp import DividedTop, Group, device_of_rank, joined_group
+from nightsplit.server_worker.stream.ddp import Group, device_of_rank, joined_group
 from nightsplit.server_worker.tape import taped
 from nightsplit.shared.clock import Clock
+from nightsplit.shared.config.load import load
 from nightsplit.shared.engine.failures import refusing_failures
 from nightsplit.shared.errors import Refused, StateError
 from nightsplit.shared.log import event
 from nightsplit.shared.protocols.build import planned_message_bytes
-from nightsplit.shared.protocols.load import load
 from nightsplit.shared.run_store.status import Phase
 from nightsplit.shared.runtime.heartbeat import Heartbeat
 from nightsplit.shared.runtime.process import StopSignal, locked_folder, prefetch_for, prepare_torch
@@ -88,9 +87,7 @@ class ServerWorker(ShiftWorker):
         prepare_torch(self.config.threads, self._device)
         with joined_group(self._device) as group:
             role = make_server(self.run_config, self.state_folder, self.run_folder, self._device, group)
-            assert isinstance(role, SplitFrozenServer)
-            assert isinstance(role.top, DividedTop)
-            role.top.help()
+            role.help()
 
     def enter(self, phase: Phase, detail: str | None = None, reason: str | None = None) -> None:
         """See `ShiftWorker`. While it waits no heartbeat shows it: the run store is left to the active server."""

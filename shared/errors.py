@@ -50,7 +50,7 @@ TITLES: dict[int, str] = {
     304: "Message does not match its contract",
     305: "Tensor has a forbidden or unexpected dtype",
     306: "Tensor has an unexpected shape",
-    307: "Tensor holds values that are not finite",
+    307: "Value is not finite, or beyond its limits",
     308: "Message exceeds a limit",
     309: "Message is truncated or has bytes left over",
     310: "Message belongs to another run, sender or receiver",

@@ -24,6 +24,7 @@ from nightsplit.shared.engine.fencing import SoleWriter
 from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.protocols.build import assemble_any
+from nightsplit.shared.protocols.spec import spec_of
 from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.transport import Route
 from nightsplit.shared.wire.message import SERVER
@@ -64,7 +65,8 @@ class Simulation:
             role = self.sites.get(site) or next(iter(self.sites.values()))
             weights = role.model()
             # What does not travel (statistics that stay local) is the site's own.
-            weights[self.server.exports] = {**weights.get(self.server.exports, {}), **self.server.best_weights}
+            part = spec_of(self.config).names.weights
+            weights[part] = {**weights.get(part, {}), **self.server.best_weights}
             flow = inputs
             for name, module in modules.items():
                 flow = _forward(module, weights[name], flow)

@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from nightsplit.shared.config.section import Name, Positive, Section
 from nightsplit.shared.config.worker import WorkerSection
+from nightsplit.shared.wire.schema import Reveals
 
 
 class SourceSection(Section, frozen=True, kw_only=True):
@@ -68,25 +69,21 @@ class SiteConfig(Section, frozen=True, kw_only=True):
 
 
 class PolicyConfig(Section, frozen=True, kw_only=True):
-    """policy.toml: what may leave this hospital. No run can weaken it.
+    """policy.toml: what may leave this hospital, and what is obeyed here. No run can weaken it.
 
     Attributes:
-        labels: labels of training and held-out patients may be sent with their activations.
-        stored_activations: the server may keep activations and train on them again.
-        bottom_weights: weights of the site's layers may be sent for averaging.
-        model_weights: what training here changes in the whole model may be sent.
+        allowed: what messages may reveal of patients; "nothing" is always allowed.
+        server_sets_weights: weights that the server sends may replace those of layers that work here.
         tape: the server may keep every message that it receives.
-        queries: sequences may be sent encrypted, to be judged; only this site can decrypt them.
-        min_batch: smallest number of samples a message may hold.
+        min_batch: smallest number of samples in a message that holds any, one by one.
         max_epsilon: most that all runs together may spend on a record; a run without [privacy] is then refused.
             None: no limit.
     """
 
-    labels: bool = False
-    stored_activations: bool = False
-    bottom_weights: bool = False
-    model_weights: bool = False
+    allowed: list[Reveals] = msgspec.field(
+        default_factory=lambda: [Reveals.ACTIVATIONS, Reveals.GRADIENTS, Reveals.COUNTS]
+    )
+    server_sets_weights: bool = False
     tape: bool = False
-    queries: bool = False
     min_batch: Positive = 1
     max_epsilon: Annotated[float, Meta(gt=0)] | None = None

@@ -13,15 +13,18 @@ import torch
 from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import query_queues
 from nightsplit.shared.engine.mailbox import Mailbox
-from nightsplit.shared.errors import ConfigError, StateError
+from nightsplit.shared.errors import StateError
 from nightsplit.shared.he.ckks import PublicKeys
+from nightsplit.shared.he.sequences import circuit_of, rotations_of, steps_of
 from nightsplit.shared.he.weights import Numbers
-from nightsplit.shared.protocols.he_clstm import circuit_of, fill, judge_of, rotations_of, stages_of, steps_of
+from nightsplit.shared.protocols.he_clstm import SPEC, fill, judge_of, stages_of
 from nightsplit.shared.protocols.query import CONTRACT, MOST_CHUNKS
+from nightsplit.shared.protocols.spec import Shapes
 from nightsplit.shared.runtime.process import StopSignal, own_folder, prepare_torch
 from nightsplit.shared.storage.files import write_atomic
 from nightsplit.shared.transport import Route
 from nightsplit.shared.wire.message import SERVER
+from nightsplit.site_worker.policy import check_policy
 from nightsplit.site_worker.predict import ROWS_AT_A_TIME, chosen
 from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
 from nightsplit.site_worker.query.client import QueryClient
@@ -50,12 +53,8 @@ class QuerySiteWorker:
     def __init__(self, path: Path, overrides: Sequence[str] = (), stop: StopSignal | None = None) -> None:
         self._stop = stop or StopSignal()
         self.site = SiteWorker(path, overrides, stop=self._stop)
-        if not self.site.policy.queries:
-            raise ConfigError(
-                108,
-                f"{self.site.base / self.site.config.policy}: encrypted queries need queries = true.",
-                "let the hospital decide to set this key in its policy.",
-            )
+        run = self.site.run_config
+        check_policy(self.site.policy, run, SPEC.payloads(run, Shapes()), self.site.policy_file)
         self._front, last = stages_of(self.site.run_config)
         self._judge = judge_of(last)
         self.circuit = circuit_of(self._judge)

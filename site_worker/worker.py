@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import site_queues
 from nightsplit.shared.clock import Clock
+from nightsplit.shared.config.load import load
 from nightsplit.shared.engine.effects import unpaid
 from nightsplit.shared.engine.engine import Engine
 from nightsplit.shared.engine.failures import refusing_failures
@@ -20,7 +21,7 @@ from nightsplit.shared.engine.fencing import SoleWriter
 from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.errors import BrokerError, Refused, RunError
 from nightsplit.shared.protocols.build import planned_message_bytes
-from nightsplit.shared.protocols.load import load
+from nightsplit.shared.protocols.spec import sketch
 from nightsplit.shared.run_store.base import RunStore, Status
 from nightsplit.shared.run_store.status import Phase, WorkerStatus
 from nightsplit.shared.runtime.heartbeat import Heartbeat
@@ -31,11 +32,11 @@ from nightsplit.shared.storage.files import make_private_folder, write_atomic
 from nightsplit.shared.storage.tensors import as_safetensors
 from nightsplit.shared.transport import Broker, Link, Route
 from nightsplit.shared.wire.message import SERVER, Kind
-from nightsplit.site_worker.config import PolicyConfig, SiteConfig
+from nightsplit.site_worker.config import SiteConfig
 from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.data.scaling import scale
 from nightsplit.site_worker.data.source import read_parts
-from nightsplit.site_worker.policy import check_policy
+from nightsplit.site_worker.policy import check_policy, read_policy
 from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.role import SiteRole
 
@@ -73,9 +74,9 @@ class SiteWorker(ShiftWorker):
         """Beats so far."""
         self._sent_before = -1
         """Messages sent at the last beat."""
-        policy = self.base / self.config.policy
-        self.policy = load(policy, PolicyConfig) if policy.exists() else PolicyConfig()
-        check_policy(self.policy, self.run_config, policy)
+        self.policy_file = self.base / self.config.policy
+        self.policy = read_policy(self.policy_file)
+        check_policy(self.policy, self.run_config, sketch(self.run_config), self.policy_file)
         if self.config.name not in self.run_config.run.sites:
             raise RunError(
                 602,
@@ -110,6 +111,7 @@ class SiteWorker(ShiftWorker):
         with own_folder(folder), self.telemetry(self.config.name, [self.config.name]):
             parts = self.load_parts()
             self.expect_same_data(parts)
+            check_policy(self.policy, self.run_config, sketch(self.run_config), self.policy_file, parts.counts)
             with Heartbeat(self.config.name, self.open_store, self._status, self._observe, self._look_for_server):
                 while self.wait_for_shift():
                     finished = refusing_failures(partial(self._one_shift, folder, parts, idle_seconds))

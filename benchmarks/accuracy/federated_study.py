@@ -20,10 +20,11 @@ from benchmarks.accuracy.divisions import DIVISIONS, IID, divide, keep
 from nightsplit.console.commands.pretrain import pretrain
 from nightsplit.console.demo.baselines import alone, centralized
 from nightsplit.server_worker.protocols.data_vectors import DataVectorsServer
+from nightsplit.shared.config.load import load
 from nightsplit.shared.config.run import DataSection, RunConfig
 from nightsplit.shared.models.artifact import Artifact, read_artifact
 from nightsplit.shared.protocols.build import assemble_rounds
-from nightsplit.shared.protocols.load import load
+from nightsplit.shared.protocols.load import load_run
 from nightsplit.simulation.evaluate import judge
 from nightsplit.simulation.run import simulate
 from nightsplit.site_worker.config import SiteConfig
@@ -282,4 +283,4 @@ def _whole(case: str, seed: int, quick: bool, validation: float) -> Parts:
 
 
 def _config(case: str) -> RunConfig:
-    return load(EXAMPLES / CASES[case] / "run.toml", RunConfig)
+    return load_run(EXAMPLES / CASES[case] / "run.toml")

@@ -31,6 +31,7 @@ from torch import nn
 from benchmarks.accuracy.inversion_attack import Attacker, invert
 from benchmarks.accuracy.similarity import psnr, ssim
 from nightsplit.shared.config.run import (
+    DataSection,
     ModelSection,
     OptimizerSection,
     PrivacySection,
@@ -56,6 +57,7 @@ CONFIG = RunConfig(
     model=ModelSection(factory="nightsplit.models:unet"),
     task=TaskSection(kind="segmentation"),
     optimizer=OptimizerSection(name="sgd", lr=0.1),
+    data=DataSection(image_size=64),
 )
 
 

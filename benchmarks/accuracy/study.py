@@ -19,9 +19,10 @@ import torch
 from msgspec.structs import replace
 
 from nightsplit.console.demo.baselines import alone, centralized
+from nightsplit.shared.config.load import load
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.learning.metrics import Metrics
-from nightsplit.shared.protocols.load import load
+from nightsplit.shared.protocols.load import load_run
 from nightsplit.simulation.evaluate import Judgement
 from nightsplit.simulation.run import simulate
 from nightsplit.site_worker.config import SiteConfig, SourceSection
@@ -182,7 +183,7 @@ def _sources(case: Case, division: str) -> dict[str, SourceSection]:
 
 @cache
 def _config(name: str) -> RunConfig:
-    return load(EXAMPLES / name / "run.toml", RunConfig)
+    return load_run(EXAMPLES / name / "run.toml")
 
 
 _SCRATCH = tempfile.TemporaryDirectory(prefix="nightsplit-study-")

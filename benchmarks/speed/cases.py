@@ -10,7 +10,7 @@ from torch import nn
 
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.shared.config.run import (
-    Codec,
+    DataSection,
     ModelSection,
     OptimizerSection,
     RunConfig,
@@ -19,9 +19,11 @@ from nightsplit.shared.config.run import (
     WireSection,
 )
 from nightsplit.shared.models.partition import Halves, build, output_shapes
-from nightsplit.shared.protocols.stream import payloads
-from nightsplit.shared.wire.message import Kind
-from nightsplit.shared.wire.schema import Payload
+from nightsplit.shared.protocols import split_labels
+from nightsplit.shared.protocols.spec import Shapes
+from nightsplit.shared.protocols.stream import weights
+from nightsplit.shared.wire.codecs import FloatCodec
+from nightsplit.shared.wire.schema import Contract
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 
 SITE = "north"
@@ -78,7 +80,7 @@ class Case:
     side: int
     batch: int
     cut: int
-    codec: Codec = "fp16"
+    codec: FloatCodec = "fp16"
     batches: int = 200
     warmup: int = 24
     window: int = 4
@@ -101,6 +103,7 @@ class Case:
             task=TaskSection(kind="multiclass", classes=10),
             optimizer=OPTIMIZER,
             wire=WireSection(smashed=self.codec, gradient=self.codec, queue_bytes=8 * 2**30),
+            data=DataSection(image_size=self.side, frames=3),
         )  # fmt: skip
 
     def parts(self) -> Parts:
@@ -115,12 +118,16 @@ class Case:
 
         return Parts(part(count), part(0), part(0))
 
-    def assemble(self, run: str) -> tuple[RunConfig, Halves, dict[Kind, Payload]]:
+    def assemble(self, run: str) -> tuple[RunConfig, Halves, Contract]:
         """Configuration, model and contract."""
         config = self.config(run)
         halves = build(config.model, config.run.seed, with_head=False)
         cut = output_shapes(halves, self.shape).cut
-        return config, halves, dict(payloads(config, cut, None, halves.bottom, halves.top))
+        return (
+            config,
+            halves,
+            split_labels.payloads(config, Shapes(cut, (), weights(halves.bottom), weights(halves.top))),
+        )
 
     def queues(self, run: str) -> SiteQueues:
         """Of the run's one site."""

@@ -19,7 +19,7 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.engine import Engine
 from nightsplit.shared.engine.fencing import SoleWriter
 from nightsplit.shared.engine.mailbox import Mailbox
-from nightsplit.shared.protocols.load import load
+from nightsplit.shared.protocols.load import load_run
 from nightsplit.shared.runtime.process import prefetch_for, prepare_torch
 from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.transport import Route
@@ -108,7 +108,7 @@ class LightSite:
 def sites(line: Connection, planned: Mapping[str, int], folder: Path, url: str) -> None:
     """Sites in one process: connects them, then at a word of ours works a night, and at the next one a day."""
     prepare_torch(1, "cpu")
-    config = load(folder / "run.toml", RunConfig)
+    config = load_run(folder / "run.toml")
     crowd = [LightSite(name, batches, config, folder, url) for name, batches in planned.items()]
     line.send("connected")
     line.recv()

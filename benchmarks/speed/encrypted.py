@@ -31,9 +31,9 @@ from nightsplit.server_worker.he.arithmetic import Arithmetic
 from nightsplit.server_worker.protocols.he_clstm import HeClstmServer
 from nightsplit.server_worker.query.pool import Evaluate, evaluating
 from nightsplit.shared.he.ckks import PublicKeys
+from nightsplit.shared.he.sequences import circuit_of, packing_of
 from nightsplit.shared.he.weights import Judge, Numbers
 from nightsplit.shared.models.sequences import SequenceJudge
-from nightsplit.shared.protocols.he_clstm import circuit_of, packing_of
 from nightsplit.shared.runtime.process import prepare_torch
 from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
 from nightsplit.site_worker.query.keys import SecretKeys

@@ -28,9 +28,11 @@ from rich.console import Console
 from benchmarks.accuracy.study import EXAMPLES
 from benchmarks.speed.common import scratch
 from nightsplit.console.ui.text import columns
-from nightsplit.shared.config.run import Codec, RunConfig, WireSection
-from nightsplit.shared.protocols.load import load
+from nightsplit.shared.config.load import load
+from nightsplit.shared.config.run import WireSection
+from nightsplit.shared.protocols.load import load_run
 from nightsplit.shared.runtime.process import prepare_torch
+from nightsplit.shared.wire.codecs import FloatCodec
 from nightsplit.simulation.run import simulate
 from nightsplit.site_worker.config import SiteConfig
 from nightsplit.site_worker.data.scaling import scale
@@ -41,7 +43,7 @@ from tests.harness.workers import Hospital
 
 EXAMPLE = EXAMPLES / "radiograph"
 BITS_PER_S, DELAY_S = 4e6, 0.1
-WIRES: dict[str, tuple[Codec, bool]] = {
+WIRES: dict[str, tuple[FloatCodec, bool]] = {
     "fp32": ("fp32", False), "fp16 (default)": ("fp16", False), "int8": ("int8", False), "int8 + zstd": ("int8", True),
 }  # fmt: skip
 BASELINE = "fp16 (default)"
@@ -56,7 +58,7 @@ PATIENCE_S = 900.0
 # ── nights ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def night(folder: Path, node: RabbitNode, wire: tuple[Codec, bool], share: float) -> tuple[float, int]:
+def night(folder: Path, node: RabbitNode, wire: tuple[FloatCodec, bool], share: float) -> tuple[float, int]:
     """One epoch of one site over the line; seconds from the first training step to the end, and bytes both ways."""
     shutil.copytree(EXAMPLE, folder)
     codec, zstd = wire
@@ -108,9 +110,9 @@ def nights(console: Console, quick: bool) -> None:
 # ── accuracy ────────────────────────────────────────────────────────────────────────────────────
 
 
-def auc(codec: Codec, seed: int, epochs: int) -> float:
+def auc(codec: FloatCodec, seed: int, epochs: int) -> float:
     """Test AUC of all sites' patients together, best epoch by validation; zstd loses nothing, so it has no part."""
-    config = load(EXAMPLE / "run.toml", RunConfig)
+    config = load_run(EXAMPLE / "run.toml")
     run = replace(config.run, seed=seed, epochs=epochs)
     config = replace(config, run=run, wire=WireSection(smashed=codec, gradient=codec))
     sources = {site: load(EXAMPLE / f"{site}.toml", SiteConfig).data for site in run.sites}

@@ -17,7 +17,7 @@ from opacus.grad_sample import GradSampleModule
 from torch import nn
 
 from benchmarks.speed.figures import Figure, Results, arguments
-from nightsplit.shared.config.run import ModelSection, PrivacySection, RunConfig, RunSection, TaskSection
+from nightsplit.shared.config.run import DataSection, ModelSection, PrivacySection, RunConfig, RunSection, TaskSection
 from nightsplit.shared.models.segmentation import monet, unet
 from nightsplit.shared.runtime.process import prepare_torch
 from nightsplit.site_worker.privacy.hooks import Hooked
@@ -29,6 +29,7 @@ CONFIG = RunConfig(
     run=RunSection(id="steps", protocol="fedavg_dp_seg", sites=["one"]),
     model=ModelSection(factory="nightsplit.models:unet"),
     task=TaskSection(kind="segmentation"),
+    data=DataSection(image_size=64),
 )
 CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "unet_b64": (unet, 64),

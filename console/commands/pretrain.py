@@ -18,6 +18,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from nightsplit.console.ui.text import screen
+from nightsplit.shared.config.load import load
 from nightsplit.shared.config.run import (
     DataSection,
     ModelSection,
@@ -32,8 +33,8 @@ from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.learning.metrics import Metrics, measure
 from nightsplit.shared.models.artifact import Card, SourceCard, write_artifact
 from nightsplit.shared.models.hashing import weights_sha256
+from nightsplit.shared.protocols import fedavg_transfer
 from nightsplit.shared.protocols.build import assemble_rounds
-from nightsplit.shared.protocols.load import load
 from nightsplit.shared.protocols.rounds import Work
 from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.dataset import Dataset, Parts
@@ -97,7 +98,7 @@ class PretrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """The same as a run of one site, for what trains and reads in runs."""
         section = self.pretrain
         run = RunSection(
-            id=section.name, protocol="fedavg_transfer", sites=["sources"], seed=section.seed,
+            id=section.name, protocol=fedavg_transfer.SPEC.name, sites=["sources"], seed=section.seed,
             batch_size=section.batch_size,
         )  # fmt: skip
         once = RoundSection(rounds=1, local_epochs=section.epochs, decay="cosine")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from nightsplit.console.ui.text import columns, counted, screen
 from nightsplit.console.worker_file import WorkerFile
 from nightsplit.shared.errors import ConfigError
-from nightsplit.shared.protocols.load import load
-from nightsplit.site_worker.config import PolicyConfig, SiteSection
+from nightsplit.site_worker.config import SiteSection
+from nightsplit.site_worker.policy import read_policy
 from nightsplit.site_worker.privacy import check_installed
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def summarise(file: WorkerFile) -> dict[str, Any]:
     if not isinstance(file.worker, SiteSection):
         raise ConfigError(103, f"{file.path}: the ledger is a site's.", "name a site.toml.")
     policy, path = file.base / file.worker.policy, file.base / file.worker.ledger
-    most = load(policy, PolicyConfig).max_epsilon if policy.exists() else None
+    most = read_policy(policy).max_epsilon
     return {"site": file.worker.name, "ledger": str(path), "max_epsilon": most, **_read(path)}
 
 

@@ -31,6 +31,7 @@ from nightsplit.shared.engine.fencing import SoleWriter
 from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.errors import ConfigError, StateError
 from nightsplit.shared.models.hashing import weights_sha256
+from nightsplit.shared.protocols.spec import spec_of
 from nightsplit.shared.run_store.base import RunStore
 from nightsplit.shared.runtime.process import prepare_torch
 from nightsplit.shared.storage.checkpoint import Checkpoints
@@ -107,7 +108,7 @@ def _left_behind(file: WorkerFile, role: AnyServer) -> dict[str, str | None]:
     best = None
     with suppress(OSError, ValueError):
         report = (file.base / file.worker.report / "report.json").read_text(encoding="utf-8")
-        best = json.loads(report).get(f"{role.exports}_sha256")
+        best = json.loads(report).get(f"{spec_of(file.run).names.weights}_sha256")
     found = Checkpoints(file.state / "checkpoints").load()
     return {"best": best, "last": found and weights_sha256(role.weights_in(found[1]))}
 

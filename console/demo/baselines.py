@@ -20,10 +20,11 @@ from nightsplit.server_worker.stream.top import Top
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.models.partition import build
-from nightsplit.shared.protocols import ROUNDS
+from nightsplit.shared.protocols import split_labels
 from nightsplit.shared.protocols.build import assemble_rounds
 from nightsplit.shared.protocols.plan import Step
 from nightsplit.shared.protocols.rounds import Work, is_judged
+from nightsplit.shared.protocols.spec import Shape, spec_of
 from nightsplit.simulation.evaluate import Judgement, judge
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 from nightsplit.site_worker.rounds.batches import RoundFeed
@@ -53,10 +54,10 @@ def whole_model(config: RunConfig) -> nn.Module:
 
 
 def _train(config: RunConfig, name: str, own: Parts, parts: Mapping[str, Parts], base: Path) -> Judgement:
-    config = replace(config, run=replace(config.run, sites=[name]))
-    if config.run.protocol in ROUNDS:
+    config = replace(config, run=replace(config.run, sites=[name], quorum=None))
+    if spec_of(config).shape is Shape.ROUND:
         return _train_in_rounds(config, name, own, parts, base)
-    config = replace(config, run=replace(config.run, protocol="split_labels", bottoms="independent"))
+    config = replace(config, run=replace(config.run, protocol=split_labels.SPEC.name, bottoms="independent"))
     model = Top(whole_model(config), config.optimizer, config.task, "cpu")
     feed = Feed(config, name, own)
     evaluation = Evaluation(config)

@@ -33,11 +33,12 @@ from nightsplit.console.ui.text import columns, counted, screen
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.learning.metrics import Metrics
-from nightsplit.shared.protocols import ROUNDS
-from nightsplit.shared.protocols.load import load
+from nightsplit.shared.protocols.load import load_run
+from nightsplit.shared.protocols.spec import Shape, spec_of
 from nightsplit.shared.runtime.process import prepare_torch
 from nightsplit.shared.storage.files import make_private_folder
 from nightsplit.shared.wire.message import SERVER
+from nightsplit.shared.wire.schema import Reveals
 from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.worker import SiteWorker
 
@@ -52,10 +53,6 @@ FIGURES: Mapping[str, tuple[str, ...]] = {
 
 Results = Mapping[str, Mapping[str, Metrics]]
 """Test figures by model, and by the patients of a site or "all"."""
-
-
-TOGETHER = {"fedavg_transfer": "federated", "fedavg_dp_seg": "federated, noise", "data_vectors": "merged"}
-"""What the run's own model is called in the table; in the other systems it is split."""
 
 
 def run_demo(folder: Path | None, json: bool, at: Sequence[str] | None = None) -> int:
@@ -81,11 +78,12 @@ def run_demo(folder: Path | None, json: bool, at: Sequence[str] | None = None) -
     work = _working_copy(example, "demo")
     if at is not None:
         _move(work, *at)
-    config = load(work / "run.toml", RunConfig)
+    config = load_run(work / "run.toml")
     parts = {site: SiteWorker(work / f"{site}.toml").load_parts() for site in config.run.sites}
     sizes = ", ".join(f"{site} {len(part.train)}" for site, part in parts.items())
-    rounds, window = counted(config.round.rounds, "round"), f"window {config.run.window}"
-    console.print(f"{example.name}: {config.run.protocol}, {rounds if config.run.protocol in ROUNDS else window}")
+    in_rounds = spec_of(config).shape is Shape.ROUND
+    pace = counted(config.round.rounds, "round") if in_rounds else f"window {config.run.window}"
+    console.print(f"{example.name}: {config.run.protocol}, {pace}")
     console.print(f"training samples: {sizes}")
     console.print(f"files: {work}")
     console.print()
@@ -114,7 +112,7 @@ def _repeat(example: Path, first: Path, config: RunConfig, console: Console, mov
     """Play the run once more with kills, and compare: flat keys for JSON, or None when a worker failed."""
     if moved or config.run.order != "strict":
         console.print()
-        console.print(f"sha256 of {_share(config)}: {_sha256(first, config)}")
+        console.print(f"sha256 of {spec_of(config).names.share}: {_sha256(first, config)}")
         if not moved:
             console.print("The order is fair: it depends on timing, and the same run once more ends with other bits.")
         return {"kills": 0, "sha256_killed": None, "sha256_equal": None}
@@ -126,13 +124,13 @@ def _repeat(example: Path, first: Path, config: RunConfig, console: Console, mov
     if kills is None:
         return None
     before, after = _trained(first, config), _trained(work, config)
-    equal = tell_difference(before, after, len(kills), console, _share(config))
+    equal = tell_difference(before, after, len(kills), console, spec_of(config).names.share)
     return {"kills": len(kills), "sha256_killed": after[SERVER], "sha256_equal": equal}
 
 
 def _ask(work: Path, config: RunConfig, console: Console) -> dict[str, Any] | None:
     """Ask the model encrypted where the sites allow it: flat keys for JSON, or None when a worker failed."""
-    if not SiteWorker(work / f"{config.run.sites[0]}.toml").policy.queries:
+    if Reveals.CIPHERTEXT not in SiteWorker(work / f"{config.run.sites[0]}.toml").policy.allowed:
         return {}
     check_encryption()
     from nightsplit.console.demo.play_queries import play_queries  # its library is an extra
@@ -177,14 +175,9 @@ def _report(work: Path) -> dict[str, Any]:
     return report
 
 
-def _share(config: RunConfig) -> str:
-    """What the server has of the model, in words."""
-    return "the model" if config.run.protocol in ROUNDS else "the server's half of the model"
-
-
 def _sha256(work: Path, config: RunConfig) -> str:
     """Of what the server has of the trained model."""
-    return str(_report(work)["model_sha256" if config.run.protocol in ROUNDS else "top_sha256"])
+    return str(_report(work)[f"{spec_of(config).names.weights}_sha256"])
 
 
 def _trained(work: Path, config: RunConfig) -> dict[str, str]:
@@ -251,7 +244,7 @@ def _share_secrets(first: Path, work: Path, config: RunConfig) -> None:
 def _results(config: RunConfig, parts: Mapping[str, Parts], best: Mapping[str, Any], work: Path) -> Results:
     """Test figures of the run, as its report has them, and of the baselines."""
     of_sites = {site: metrics["test"] for site, metrics in best["sites"].items()}
-    results = {TOGETHER.get(config.run.protocol, "split"): {**of_sites, "all": best["overall"]["test"]}}
+    results = {spec_of(config).names.heading: {**of_sites, "all": best["overall"]["test"]}}
     baselines = {"centralized": centralized(config, parts, work)}
     baselines |= {f"{site} alone": alone(config, site, parts, work) for site in parts}
     return results | {name: {**b.sites, "all": b.overall} for name, b in baselines.items()}

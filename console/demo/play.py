@@ -30,7 +30,7 @@ from nightsplit.console.ui.text import counted, server_offline
 from nightsplit.server_worker.worker import ServerWorker
 from nightsplit.shared.errors import NightsplitError
 from nightsplit.shared.foreign import shown
-from nightsplit.shared.protocols import ROUNDS
+from nightsplit.shared.protocols.spec import spec_of
 from nightsplit.shared.run_store.base import RunStore
 from nightsplit.shared.run_store.status import UNREADABLE, WorkerStatus
 from nightsplit.shared.runtime.process import StopSignal
@@ -45,9 +45,6 @@ IDLE_SECONDS = 1.0
 
 ABSENT_SECONDS = 1.5
 """How long a killed worker stays away: the others have time to meet its absence, and to say so."""
-
-_OF_BATCHES = ("batch", "trained", "trained on", "answer")
-"""What sites send, what will become of it, what did become of it, and what comes back."""
 
 Workers = dict[str, BaseProcess]
 
@@ -90,24 +87,23 @@ class Play:
         self._work, self._console = work, console
         self._server = ServerWorker(work / "server.toml")
         self._run = self._server.run_config.run
-        in_rounds = self._run.protocol in ROUNDS
-        self._words = ("report", "worked off", "worked off", "answer") if in_rounds else _OF_BATCHES
+        self._names = spec_of(self._server.run_config).names
 
     def nights_and_days(self) -> bool:
         """Play the whole run, apart and then together; whether no worker failed."""
-        noun, fate, done, reply = self._words
+        noun, reply = self._names.message, self._names.reply
         self._server.open_run()
         with closing(self._server.open_store()) as store:
             for night in range(1, NIGHTS + 1):
                 if not self._let_work(self._run.sites, IDLE_SECONDS):
                     return False
                 sent, applied, _ = self._counts(store)
-                self._console.print(f"night {night}, 22:00  {server_offline(sent - applied, noun, fate)}")
+                self._console.print(f"night {night}, 22:00  {server_offline(sent - applied, noun, self._names.fate)}")
                 if not self._let_work([SERVER], IDLE_SECONDS):
                     return False
                 before, (sent, applied, answered) = applied, self._counts(store)
                 self._console.print(
-                    f"day {night},   08:00  sites are offline; the server {done} "
+                    f"day {night},   08:00  sites are offline; the server {self._names.done} "
                     f"{counted(applied - before, noun)}, {counted(applied - answered, reply)} queued, "
                     f"{counted(sent - applied, noun)} held until those of another site come"
                 )

@@ -22,16 +22,16 @@ from nightsplit.server_worker.config import ServerSection
 from nightsplit.shared.clock import SystemClock
 from nightsplit.shared.errors import TITLES, NightsplitError, RunError
 from nightsplit.shared.protocols.build import assemble_any, planned_message_bytes
-from nightsplit.shared.protocols.load import load
+from nightsplit.shared.protocols.spec import sketch
 from nightsplit.shared.run_store.status import Phase
 from nightsplit.shared.runtime.process import prepare_torch
 from nightsplit.shared.runtime.shift import Shift
 from nightsplit.shared.transport import Broker
 from nightsplit.shared.wire.message import SERVER
-from nightsplit.site_worker.config import PolicyConfig, SiteSection
+from nightsplit.site_worker.config import SiteSection
 from nightsplit.site_worker.data.dataset import Dataset
 from nightsplit.site_worker.data.source import read_parts
-from nightsplit.site_worker.policy import check_policy
+from nightsplit.site_worker.policy import check_policy, read_policy
 
 RABBITMQ_MESSAGE_BYTES = 16 * 2**20
 """What RabbitMQ 4 takes unless max_message_size was raised; no client can ask for it."""
@@ -102,8 +102,8 @@ def _configuration(file: WorkerFile) -> Finding:
 def _policy(file: WorkerFile) -> Finding:
     assert isinstance(file.worker, SiteSection)
     path = file.base / file.worker.policy
-    check_policy(load(path, PolicyConfig) if path.exists() else PolicyConfig(), file.run, path)
-    which = str(path) if path.exists() else f"the strictest policy ({path} is not there)"
+    check_policy(read_policy(path), file.run, sketch(file.run), path)
+    which = str(path) if path.exists() else f"the default policy ({path} is not there)"
     return Finding("policy", f"{which} allows the run")
 
 

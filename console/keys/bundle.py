@@ -13,8 +13,8 @@ from nightsplit.console.keys.accounts import ADMIN, VHOST, Centre
 from nightsplit.console.keys.admin import Live, administrator
 from nightsplit.console.keys.ca import Authority, new_password
 from nightsplit.console.keys.templates import POLICY_TOML, SERVER_TOML, SITE_README, SITE_TOML
+from nightsplit.shared.config.load import load
 from nightsplit.shared.errors import ConfigError
-from nightsplit.shared.protocols.load import load
 from nightsplit.shared.storage.files import make_private_folder, write_atomic
 from nightsplit.shared.wire.message import SERVER
 

@@ -34,12 +34,13 @@ label = "label"
 """
 
 POLICY_TOML = """\
-# What may leave this hospital. No run can weaken it; whoever answers for the data decides.
-labels = false              # labels, with the activations of the same patients
-stored_activations = false  # the server keeps activations and trains on them again
-bottom_weights = false      # weights of the first layers, to be averaged over hospitals
-tape = false                # the server keeps every message that it receives
-min_batch = 8               # patients in a message, at least
+# What may leave this hospital, and what is obeyed here. No run can weaken it; whoever answers for the data decides.
+# Of "labels", "activations", "stored_activations", "gradients", "weights", "counts" and "ciphertext"; what each of
+# them tells of patients: docs/configuration.md
+allowed = ["activations", "gradients", "counts"]
+server_sets_weights = false  # weights that the server sends replace those of layers that work here
+tape = false                 # the server keeps every message that it receives
+min_batch = 8                # samples in a message that holds any, at least
 """
 
 SITE_README = """\
@@ -54,7 +55,7 @@ revoke it (`nightsplit keys revoke {name}`) and make another.
 | `ca.pem` | by this the worker recognises the centre |
 | `certificate.pem`, `key.pem`, `password` | by these the centre recognises the worker |
 | `site.toml` | how the worker works: **say here where your data is** |
-| `policy.toml` | what may leave: **say here what you allow.** Nothing, as it stands |
+| `policy.toml` | what may leave: **say here what you allow.** No labels and no weights, as it stands |
 | `run.toml` | what is trained; the same at every participant. The centre sends it, and it belongs here |
 
 1. Connections go out alone, to {broker} and {store}; no port has to be opened here.

@@ -9,10 +9,13 @@ that is best for the validation patients of all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from nightsplit.server_worker.published_vectors import added, publish
 from nightsplit.server_worker.rounds.role import RoundServer
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect
@@ -95,6 +98,14 @@ class DataVectorsServer(RoundServer):
             merged[self.layout.statistics] = pooled.sum(0)
         return bounded(merged)
 
+    def outcome(self) -> dict[str, Any]:
+        """See `ServerRole`."""
+        return {"scale": self.scale}
+
+    def publish(self, folder: Path) -> None:
+        """See `ServerRole`: the vectors, so that hospitals can be added and taken out later."""
+        publish(folder, self.layout, self.published, self.vectors, self.scale)
+
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         """See `Role`."""
         base = super().snapshot(first_unconfirmed)
@@ -109,6 +120,4 @@ class DataVectorsServer(RoundServer):
         self._statistics = under("statistics", snapshot.tensors)
 
 
-def added(vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The sum of vectors by name, at least one: to the bit the same, in whatever order they came."""
-    return torch.stack([vectors[name] for name in sorted(vectors)]).sum(0)
+ROLE = DataVectorsServer

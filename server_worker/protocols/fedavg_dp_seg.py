@@ -7,3 +7,6 @@ from nightsplit.server_worker.protocols.fedavg_transfer import FedavgTransferSer
 
 class FedavgDpSegServer(FedavgTransferServer):
     """Averages noisy updates like any others."""
+
+
+ROLE = FedavgDpSegServer

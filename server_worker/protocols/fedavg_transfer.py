@@ -48,3 +48,6 @@ class FedavgTransferServer(RoundServer):
         """See `Role`."""
         super().restore(snapshot)
         self._aggregation.restore(under("aggregation", snapshot.tensors))
+
+
+ROLE = FedavgTransferServer

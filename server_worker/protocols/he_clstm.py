@@ -13,8 +13,8 @@ from nightsplit.server_worker.he.batch import State
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.he.ckks import Ciphertext, PublicKeys, written
 from nightsplit.shared.he.packing import Packing
+from nightsplit.shared.he.sequences import BLINDING, circuit_of, packing_of, steps_of
 from nightsplit.shared.he.weights import Judge, Numbers
-from nightsplit.shared.protocols.he_clstm import BLINDING, circuit_of, packing_of, steps_of
 
 
 class HeClstmServer:
@@ -116,3 +116,6 @@ class HeClstmServer:
         seed = self._secret + nonce.encode()
         drawn = np.frombuffer(hashlib.shake_256(seed).digest(8 * count * self.circuit.slots), dtype="<u8")
         return list((drawn * (2 * BLINDING / 2.0**64) - BLINDING).reshape(count, self.circuit.slots))
+
+
+ROLE = HeClstmServer

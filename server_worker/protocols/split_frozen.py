@@ -8,10 +8,13 @@ while no site is online. No gradient returns.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
 
 import torch
 
-from nightsplit.server_worker.stream.activation_store import Row
+from nightsplit.server_worker.stream.activation_store import ActivationStore, Row
+from nightsplit.server_worker.stream.ddp import DividedTop, Group
 from nightsplit.server_worker.stream.role import StreamServer
 from nightsplit.server_worker.stream.schedule import Fair
 from nightsplit.server_worker.stream.top import StoredTop
@@ -19,6 +22,7 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Record
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.learning.seeds import seed_for
+from nightsplit.shared.protocols.build import Assembly
 from nightsplit.shared.protocols.plan import Item, Step
 from nightsplit.shared.storage.checkpoint import Snapshot
 from nightsplit.shared.wire.message import Header, Kind, Message
@@ -40,6 +44,18 @@ class SplitFrozenServer(StreamServer):
         """All training samples, once collecting is complete."""
         self._trained = 0
         """Batches trained on."""
+
+    @classmethod
+    def make(cls, config: RunConfig, model: Assembly, state: Path, device: str, group: Group | None) -> Self:
+        """See `StreamServer`."""
+        store, parts = ActivationStore(state / "activations"), (model.halves.top, config.optimizer, config.task)
+        top = StoredTop(*parts, device, store) if group is None else DividedTop(*parts, store, group)
+        return cls(config, top, model.contract)
+
+    def help(self) -> None:
+        """See `ServerRole`."""
+        assert isinstance(self.top, DividedTop)
+        self.top.help()
 
     def learn(self, site: str, q: int, item: Item, message: Message) -> list[Effect]:
         """See `StreamServer`: store, answer nothing."""
@@ -129,3 +145,6 @@ class SplitFrozenServer(StreamServer):
         super().restore(snapshot)
         self._trained = snapshot.facts["trained"]
         self._rows = {s: {int(q): n for q, n in items.items()} for s, items in snapshot.facts["rows"].items()}
+
+
+ROLE = SplitFrozenServer

@@ -30,3 +30,6 @@ class SplitLabelsServer(StreamServer):
         if self.sequences[site].plan.ends_block(q):
             effects = self.evaluated(item.epoch, self.evaluation.close(site, item.epoch))
         return [self.answer(site, seq, Kind.NOTED), *effects]
+
+
+ROLE = SplitLabelsServer

@@ -12,15 +12,19 @@ Of held-out patients the server learns the site's own figures (Report), not thei
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
 
 import torch
 
+from nightsplit.server_worker.stream.ddp import Group
 from nightsplit.server_worker.stream.role import StreamServer
 from nightsplit.server_worker.stream.top import Middle
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.learning.seeds import seed_for
+from nightsplit.shared.protocols.build import Assembly
 from nightsplit.shared.protocols.plan import Item, Step
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Header, Kind, Message
@@ -36,6 +40,11 @@ class SplitUServer(StreamServer):
         super().__init__(config, top, contract)
         self._open: dict[str, dict[int, tuple[int, torch.Tensor]]] = {site: {} for site in config.run.sites}
         """Version and smashed data of training items whose gradient at the head has not come yet."""
+
+    @classmethod
+    def make(cls, config: RunConfig, model: Assembly, state: Path, device: str, group: Group | None) -> Self:
+        """See `StreamServer`."""
+        return cls(config, Middle(model.halves.top, config.optimizer, config.task, device), model.contract)
 
     def learn(self, site: str, q: int, item: Item, message: Message) -> list[Effect]:
         """See `StreamServer`."""
@@ -100,3 +109,6 @@ class SplitUServer(StreamServer):
         for site, versions in snapshot.facts["open"].items():
             smashed = under(f"open/{site}", snapshot.tensors)
             self._open[site] = {int(q): (version, smashed[q]) for q, version in versions.items()}
+
+
+ROLE = SplitUServer

@@ -40,8 +40,6 @@ class RoundServer(ServerRole[RoundSequence]):
         rounds: model and layout.
     """
 
-    exports = "model"
-
     def __init__(self, config: RunConfig, rounds: Rounds) -> None:
         super().__init__(config, rounds.contract)
         self.layout = rounds.layout

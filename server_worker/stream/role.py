@@ -5,16 +5,19 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Mapping, Set
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 
 from nightsplit.server_worker.role import Samples, ServerRole
+from nightsplit.server_worker.stream.ddp import Group
 from nightsplit.server_worker.stream.schedule import SCHEDULES
 from nightsplit.server_worker.stream.top import Top
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Record, Send
 from nightsplit.shared.errors import Refused
+from nightsplit.shared.protocols.build import Assembly
 from nightsplit.shared.protocols.plan import Item, Plan, Step
 from nightsplit.shared.protocols.stream import UpSequence, check_rows, weights
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
@@ -31,10 +34,8 @@ class StreamServer(ServerRole[UpSequence]):
     Args:
         config: the run.
         top: the server's layers.
-        contract: payload of each kind (`nightsplit.shared.protocols.stream.payloads`).
+        contract: payload of each kind.
     """
-
-    exports = "top"
 
     def __init__(self, config: RunConfig, top: Top, contract: Mapping[Kind, Payload]) -> None:
         super().__init__(config, contract)
@@ -52,6 +53,11 @@ class StreamServer(ServerRole[UpSequence]):
         """Averagings that each site has taken part in."""
         self._tops: dict[int, dict[str, torch.Tensor]] = {}
         """The top as the last site had evaluated it, for epochs that are judged when a site is left out."""
+
+    @classmethod
+    def make(cls, config: RunConfig, model: Assembly, state: Path, device: str, group: Group | None) -> Self:
+        """Make the role of a server; arguments as of `nightsplit.server_worker.protocols.make_server`."""
+        return cls(config, Top(model.halves.top, config.optimizer, config.task, device), model.contract)
 
     # -- what a system fills in ------------------------------------------------------------------
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from nightsplit.shared.config.section import Name, Natural, Positive, Section, Share
-
-Codec = Literal["fp32", "fp16", "bf16", "int8"]
+from nightsplit.shared.config.section import KeyConflict, Name, Natural, Positive, Section, Share
+from nightsplit.shared.wire.codecs import FloatCodec
+from nightsplit.shared.wire.message import SERVER
 
 
 class RunSection(Section, frozen=True, kw_only=True):
@@ -18,7 +18,7 @@ class RunSection(Section, frozen=True, kw_only=True):
 
     Attributes:
         id: name of the run; part of every queue name.
-        protocol: one of `nightsplit.shared.protocols.PROTOCOLS`.
+        protocol: one of `nightsplit.shared.protocols.spec.PROTOCOLS`.
         sites: names of the sites that take part.
         seed: every random choice of the run derives from it.
         order: "strict", a fixed function of site and seq, or "fair", weighted round robin over what arrived.
@@ -56,6 +56,22 @@ class RunSection(Section, frozen=True, kw_only=True):
         """Whether the run may go on without a site."""
         return self.quorum is not None and self.quorum < len(self.sites)
 
+    def __post_init__(self) -> None:
+        if len(set(self.sites)) != len(self.sites):
+            raise KeyConflict("sites", "a name occurs twice", "give every site its own name.")
+        if SERVER in self.sites:
+            raise KeyConflict("sites", f"{SERVER!r} is the server's own name", "rename the site.")
+        if self.quorum is not None and self.quorum > len(self.sites):
+            raise KeyConflict(
+                "quorum", f"{self.quorum} is more than there are sites", f"set at most {len(self.sites)}."
+            )
+        if self.bottoms == "averaged" and self.average_every < self.window:
+            raise KeyConflict(
+                "average_every",
+                f"{self.average_every} is below the window of {self.window}: averagings would overlap, correct twice",
+                "set average_every to the window or more.",
+            )
+
 
 class ModelSection(Section, frozen=True, kw_only=True):
     """[model]: a factory and where its model is cut.
@@ -75,6 +91,10 @@ class ModelSection(Section, frozen=True, kw_only=True):
     initial_sha256: str | None = None
     cut: Positive = 1
     head_cut: Positive | None = None
+
+    def __post_init__(self) -> None:
+        if (self.initial is None) is not (self.initial_sha256 is None):
+            raise KeyConflict("initial_sha256", "a published model and its hash belong together", "give both, or none.")
 
 
 class RoundSection(Section, frozen=True, kw_only=True):
@@ -107,6 +127,12 @@ class RoundSection(Section, frozen=True, kw_only=True):
     statistics: Literal["pooled", "local"] = "pooled"
     freeze: list[str] = msgspec.field(default_factory=list)
     decay: Literal["none", "cosine"] = "none"
+
+    def __post_init__(self) -> None:
+        if (self.close == "all") is not (self.reports is None):
+            raise KeyConflict(
+                "reports", f'close = "{self.close}" is said', 'give reports for "quorum" and "buffered" alone.'
+            )
 
 
 class TaskSection(Section, frozen=True, kw_only=True):
@@ -163,8 +189,8 @@ class WireSection(Section, frozen=True, kw_only=True):
         queue_bytes: what a site's up queue may hold before the site waits.
     """
 
-    smashed: Codec = "fp16"
-    gradient: Codec = "fp16"
+    smashed: FloatCodec = "fp16"
+    gradient: FloatCodec = "fp16"
     zstd: bool = False
     message_bytes: Positive = 16 * 2**20
     queue_bytes: Positive = 4 * 2**30
@@ -212,6 +238,23 @@ class DataSection(Section, frozen=True, kw_only=True):
             return (self.frames or 1, self.image_size, self.image_size)
         return (len(self.features),)
 
+    def __post_init__(self) -> None:
+        if self.validation + self.test >= 0.9:
+            raise KeyConflict("test", "validation and test leave less than a tenth to train on", "lower one of them.")
+        inputs = len(self.features) or self.frames or 1  # of a table, of a sequence, or the one channel of an image
+        if self.scaling == "run" and not inputs == len(self.mean) == len(self.spread):
+            raise KeyConflict(
+                "mean",
+                'scaling = "run" needs one mean and one spread per feature',
+                'give both lists, or use scaling = "site".',
+            )
+        if self.features and self.frames is not None:
+            raise KeyConflict(
+                "frames", "a table has no frames", "leave it out, or set image_size in place of features."
+            )
+        if isinstance(self.window, tuple) and self.window[1] <= 0:
+            raise KeyConflict("window", f"a width of {self.window[1]}", "give [centre, width], the width above 0.")
+
 
 class RunConfig(Section, frozen=True, kw_only=True):
     """run.toml, the same at every participant."""
@@ -224,6 +267,14 @@ class RunConfig(Section, frozen=True, kw_only=True):
     privacy: PrivacySection | None = None
     wire: WireSection = msgspec.field(default_factory=WireSection)
     data: DataSection = msgspec.field(default_factory=DataSection)
+
+    def __post_init__(self) -> None:
+        if bool(self.data.features) == (self.data.image_size is not None):
+            raise KeyConflict(
+                "data.features",
+                "a run has either features or image_size",
+                "name a table's columns, or the images' side.",
+            )
 
     @property
     def output_shape(self) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 from torch import nn
@@ -13,9 +12,10 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import BrokerError, ConfigError
 from nightsplit.shared.models.layout import Layout, build_whole
 from nightsplit.shared.models.partition import Halves, build, flow_shapes, output_shapes
-from nightsplit.shared.protocols import ROUNDS, data_vectors
-from nightsplit.shared.protocols.rounds import CONTRACT, HEADER_BYTES, elements
-from nightsplit.shared.protocols.stream import payloads
+from nightsplit.shared.protocols.rounds import HEADER_BYTES, elements
+from nightsplit.shared.protocols.spec import Shape, Shapes, spec_of
+from nightsplit.shared.protocols.stream import weights
+from nightsplit.shared.wire.codecs import encoded_size
 from nightsplit.shared.wire.message import Kind
 from nightsplit.shared.wire.schema import Payload
 
@@ -65,10 +65,11 @@ def assemble(config: RunConfig) -> Assembly:
         ConfigError: 104, 105 as `build`; 105 when the last layer does not fit the task.
         BrokerError: 203 a planned message exceeds wire.message_bytes.
     """
-    halves = build(config.model, config.run.seed, with_head=config.run.protocol == "split_u")
+    spec = spec_of(config)
+    halves = build(config.model, config.run.seed, with_head=spec.has_head)
     cut, head, outputs = output_shapes(halves, config.data.input_shape)
     _check_outputs(config, outputs)
-    contract = payloads(config, cut, head, halves.bottom, halves.top)
+    contract = spec.payloads(config, Shapes(cut, head or (), weights(halves.bottom), weights(halves.top)))
     planned = planned_message_bytes(config, contract)
     if planned > config.wire.message_bytes:
         raise BrokerError(
@@ -102,24 +103,22 @@ def assemble_rounds(config: RunConfig, base: Path) -> Rounds:
     module = build_whole(config, base)
     _check_outputs(config, flow_shapes({"model": module}, config.data.input_shape)["model"])
     layout = Layout.of(module, config, most=elements(config))
-    of_vectors = config.run.protocol == "data_vectors"
-    return Rounds(module, layout, data_vectors.contract(layout) if of_vectors else CONTRACT)
+    shapes = Shapes(statistics=int(layout.statistics.sum()))
+    return Rounds(module, layout, spec_of(config).payloads(config, shapes))
 
 
 def assemble_any(config: RunConfig, base: Path) -> Assembly | Rounds:
     """What the run's system needs; arguments and errors as above."""
-    return assemble_rounds(config, base) if config.run.protocol in ROUNDS else assemble(config)
+    return assemble_rounds(config, base) if spec_of(config).shape is Shape.ROUND else assemble(config)
 
 
 def planned_message_bytes(config: RunConfig, contract: Mapping[Kind, Payload]) -> int:
     """Size of the largest message of a run, without compression and header."""
     lengths = {"batch": config.run.batch_size, "slice": elements(config)}
-    widths = {"raw": None, "fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 
     def size(payload: Payload) -> int:
         return sum(
-            prod(lengths[n] if isinstance(n, str) else n for n in spec.shape)
-            * (widths[spec.codec] or spec.dtype.itemsize)
+            encoded_size(spec.codec, spec.dtype, tuple(lengths[n] if isinstance(n, str) else n for n in spec.shape))
             for spec in payload.tensors.values()
         )
 

@@ -1,21 +1,23 @@
-"""The contract of data_vectors: as of any round, and a report on every scale."""
+"""data_vectors: each site trains alone, once; what changed is added up, and every site reports on every scale."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated
 
 import msgspec
 import torch
 from msgspec import Meta
 
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.config.section import KeyConflict
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.models.layout import Layout
 from nightsplit.shared.protocols import rounds
 from nightsplit.shared.protocols.report import LONGEST
+from nightsplit.shared.protocols.spec import ProtocolSpec, Shape, Shapes
 from nightsplit.shared.wire.message import Kind
-from nightsplit.shared.wire.schema import Payload, TensorSpec
+from nightsplit.shared.wire.schema import Contract, Payload, Reveals, TensorSpec
 
 SCALES = tuple(tenths / 10 for tenths in range(1, 11))
 """Factors of the sum of vectors that sites judge."""
@@ -25,11 +27,20 @@ _ONE_EACH: msgspec.json.Decoder[list[str]] = msgspec.json.Decoder(
 )
 
 
-def contract(layout: Layout) -> Mapping[Kind, Payload]:
-    """Payload of each kind: a report holds figures and normalization statistics for each scale."""
-    statistics = int(layout.statistics.sum())
-    tensors = {"statistics": TensorSpec(torch.float32, (len(SCALES), statistics))} if statistics else {}
-    return {**rounds.CONTRACT, Kind.REPORT: Payload(tensors, {"metrics": str})}
+def payloads(config: RunConfig, shapes: Shapes) -> Contract:
+    """Return the contract: a report holds figures and normalization statistics for each scale."""
+    spec = TensorSpec(torch.float32, (len(SCALES), shapes.statistics), reveals=Reveals.WEIGHTS)
+    report = Payload(Kind.REPORT, {"statistics": spec} if shapes.statistics else {}, {"metrics": rounds.FIGURES})
+    return {**rounds.payloads(config, shapes), Kind.REPORT: report}
+
+
+def check(config: RunConfig) -> None:
+    """Raise `KeyConflict` where run.toml asks for what the system has not."""
+    rounds.check(config)
+    if "base" in config.run.sites:
+        raise KeyConflict("run.sites", "'base' is the name of the published model's file", "rename the site.")
+    if config.round.rounds > 1 or config.round.close == "buffered":
+        raise KeyConflict("round.rounds", "vectors are reported once", 'set rounds = 1, and close = "all" or "quorum".')
 
 
 def encode_reports(reports: list[str]) -> str:
@@ -47,3 +58,14 @@ def decode_reports(text: str, name: str) -> list[str]:
         return _ONE_EACH.decode(text)
     except (msgspec.MsgspecError, ValueError):
         raise Refused(304, f"{name} has no figures for {len(SCALES)} scales.", "run one version at both.") from None
+
+
+SPEC = ProtocolSpec(
+    name="data_vectors",
+    paper="Tian et al., arXiv 2408.13038",
+    shape=Shape.ROUND,
+    payloads=payloads,
+    check=check,
+    settings=lambda config: f"{config.run.order} order, sum of {config.round.close}",
+    names=replace(rounds.NAMES, heading="merged"),
+)

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.errors import RunError
+from nightsplit.shared.errors import TITLES, RunError
 from nightsplit.shared.wire.message import Kind
-from nightsplit.shared.wire.schema import Payload
+from nightsplit.shared.wire.schema import Payload, Reveals, ScalarSpec
 
 ANY = ""
 """In a rejection: it holds for every incarnation of the site."""
 
-VERDICT = {"best": int, "judged": int}
+VERDICT = {"best": ScalarSpec(int, low=0), "judged": ScalarSpec(int, low=0)}
 """In every answer: the best epoch so far, and the last one that was judged (0: none)."""
 
-AGREEMENT = {
-    Kind.MANIFEST: Payload(scalars={"config": str, "contract": str}),
-    Kind.HELLO: Payload(
+_FACT, _COUNT = ScalarSpec(int, Reveals.NOTHING, low=0), ScalarSpec(int, Reveals.COUNTS, low=0)
+_TEXT, _NUMBER = ScalarSpec(str, Reveals.NOTHING), ScalarSpec(int, low=min(TITLES), high=max(TITLES))
+
+AGREEMENT = (
+    Payload(Kind.MANIFEST, scalars={"config": _TEXT, "contract": _TEXT}),
+    Payload(
+        Kind.HELLO,
         scalars={
-            "incarnation": str, "enrolled": bool, "contract": str, "train": int, "validation": int, "test": int,
-            "mark": int, "released": int,
-        }
+            "incarnation": _TEXT, "enrolled": ScalarSpec(bool, Reveals.NOTHING), "contract": _TEXT,
+            "train": _COUNT, "validation": _COUNT, "test": _COUNT, "mark": _FACT, "released": _FACT,
+        },
     ),
-    Kind.REJECTED: Payload(scalars={"incarnation": str, "number": int, "reason": str}),
-}  # fmt: skip
-"""The contract of the greetings."""
+    Payload(Kind.REJECTED, scalars={"incarnation": _TEXT, "number": _NUMBER, "reason": _TEXT}),
+)  # fmt: skip
+"""Payloads of the greetings."""
+
+REFUSAL = {"number": _NUMBER, "reason": _TEXT}
+"""In the answer to a message that was refused."""
 
 
 def check_contract(stored: str, config: RunConfig, who: str) -> None:

@@ -18,78 +18,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.errors import ConfigError, Refused, RunError
-from nightsplit.shared.he.ckks import Circuit
-from nightsplit.shared.he.packing import Batch, Packing, Slots
+from nightsplit.shared.errors import ConfigError, RunError
 from nightsplit.shared.he.weights import Judge
 from nightsplit.shared.models.partition import make
 from nightsplit.shared.models.sequences import SequenceJudge
-
-MOST_FRAMES = 14
-"""Of a one_shot query: five levels, of 29 bits each. Six would leave 25 bits, and errors that change decisions."""
-
-REFRESH = Circuit(degree=8192, bits=(56, 32, 32, 32, 60), scale_bits=32)
-"""Three levels a frame. 24 bits above the scale are room for the blinding. The last prime has to be clearly larger than
-the first one: with 60 bits for both, rotations made errors of 8e-3 in logits, which now are below 2e-4."""
-
-BLINDING = 2.0**22
-"""Numbers that blind are below it, in absolute value; states are within about 1."""
-
-
-def circuit_of(judge: Judge) -> Circuit:
-    """The circuit for queries to a model: 128 bits of security, ring of degree 8192, of which 218 bits may be primes.
-
-    Raises:
-        ConfigError: 105 the model's sequences are too long.
-    """
-    if judge.state is not None:
-        return REFRESH
-    if judge.frames > MOST_FRAMES:
-        raise ConfigError(
-            105,
-            f"a one_shot query may have {MOST_FRAMES} frames, the model takes {judge.frames}.",
-            "train with recurrent = true, whose queries go to the server frame by frame.",
-        )
-    levels = one_shot_levels(judge.frames)
-    scale = 204 // (levels + 2)
-    return Circuit(8192, (scale + 7, *[scale] * levels, scale + 7), scale)
-
-
-def one_shot_levels(frames: int) -> int:
-    """What a one_shot query takes: a level for the gates, and the depth of the tree of products over time."""
-    return 1 + (frames + 1).bit_length()
-
-
-def steps_of(judge: Judge) -> int:
-    """Messages of a query each way."""
-    return 1 if judge.state is None else judge.frames
-
-
-SEVERAL = 700
-"""Sequences from which on a batch is faster than slots."""
-
-
-def packing_of(name: str, circuit: Circuit, judge: Judge) -> Packing:
-    """The packing that a query names.
-
-    Raises:
-        Refused: 304 there is none of that name for this model.
-    """
-    if name == "batch":
-        return Batch(circuit.slots)
-    if name == "slots" and judge.state is not None:
-        return Slots(circuit.slots, judge.features, judge.hidden)
-    raise Refused(304, f"packing {name!r} is unknown here.", "run the same version at both sides.")
-
-
-def rotations_of(circuit: Circuit, judge: Judge) -> tuple[int, ...]:
-    """Steps by which a server rotates what a site encrypts, whatever the packing."""
-    return () if judge.state is None else packing_of("slots", circuit, judge).rotations
-
-
-def packing_for(sequences: int, judge: Judge) -> str:
-    """The packing that suits so many sequences."""
-    return "slots" if judge.state is not None and sequences < SEVERAL else "batch"
+from nightsplit.shared.protocols import query
+from nightsplit.shared.protocols.spec import Names, ProtocolSpec, Shape
 
 
 def stages_of(config: RunConfig) -> tuple[nn.Sequential, nn.Sequential]:
@@ -138,3 +72,21 @@ def fill(part: nn.Module, folder: Path, names: Sequence[str]) -> None:
         raise RunError(
             604, f"{path}: {str(error).splitlines()[0]}.", "name the file that the finished run has written."
         ) from None
+
+
+SPEC = ProtocolSpec(
+    name="he_clstm",
+    paper="Yue et al., ACM TOIT 21(3):57, HE-CLSTM",
+    shape=Shape.QUERY,
+    payloads=lambda config, shapes: query.CONTRACT,
+    names=Names(
+        weights="model",
+        share="the model that is asked",
+        heading="encrypted",
+        steps="queries",
+        message="query",
+        fate="answered",
+        done="answered",
+        reply="answer",
+    ),
+)

@@ -20,6 +20,7 @@ from fractions import Fraction
 from functools import cached_property
 
 from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.protocols.spec import spec_of
 
 
 class Step(StrEnum):
@@ -90,12 +91,12 @@ class Plan:
     def of(cls, config: RunConfig, train: int, validation: int, test: int) -> Plan:
         """The plan of a site with these numbers of samples."""
         run = config.run
-        frozen = run.protocol == "split_frozen"
+        frozen = spec_of(config).uploads_once
         return cls(
             train, validation, test, run.batch_size,
             epochs=1 if frozen else run.epochs,
             evaluate_every=run.evaluate_every,
-            average_every=run.average_every if run.bottoms == "averaged" and not frozen else None,
+            average_every=run.average_every if run.bottoms == "averaged" else None,
             # A frozen bottom is never answered, so nothing can hold its activations up.
             window=_UNLIMITED if frozen else run.window,
         )  # fmt: skip

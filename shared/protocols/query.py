@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from nightsplit.shared.errors import Refused
+from nightsplit.shared.protocols.handshake import REFUSAL
 from nightsplit.shared.wire.message import Header, Kind, Message, Scalar
-from nightsplit.shared.wire.schema import Payload, TensorSpec
+from nightsplit.shared.wire.schema import Payload, Reveals, ScalarSpec, TensorSpec, contract
 
 HEADER_BYTES = 32 * 2**10
 """Of a message, left for its header."""
@@ -36,15 +37,29 @@ KEYS_UNKNOWN = 314
 BLINDED_ELSEWHERE = 315
 """Number of the refusal after which a site begins the query once more."""
 
-_CHUNK = {"content": TensorSpec(torch.uint8, ("bytes",)), "sizes": TensorSpec(torch.int64, ("pieces",))}
-_PLACE = {"chunk": int, "chunks": int, "sha256": str}
 
-CONTRACT: Mapping[Kind, Payload] = {
-    Kind.KEYS: Payload(_CHUNK, _PLACE),
-    Kind.QUERY: Payload(_CHUNK, {**_PLACE, "keys": str, "packing": str, "blinding": str}),
-    Kind.ANSWER: Payload(_CHUNK, {**_PLACE, "blinding": str}),
-    Kind.UNANSWERED: Payload(scalars={"number": int, "reason": str}),
-}
+def _parcel(kind: Kind, reveals: Reveals, *more: str) -> Payload:
+    """Return the payload of a chunk; `more` names texts that each one carries."""
+    return Payload(
+        kind,
+        {
+            "content": TensorSpec(torch.uint8, ("bytes",), reveals=reveals),
+            "sizes": TensorSpec(torch.int64, ("pieces",), reveals=reveals),
+        },
+        {
+            "chunk": ScalarSpec(int, reveals, low=0, high=MOST_CHUNKS - 1),
+            "chunks": ScalarSpec(int, reveals, low=1, high=MOST_CHUNKS),
+            **{name: ScalarSpec(str, reveals) for name in ("sha256", *more)},
+        },
+    )
+
+
+CONTRACT = contract(
+    _parcel(Kind.KEYS, Reveals.NOTHING),
+    _parcel(Kind.QUERY, Reveals.CIPHERTEXT, "keys", "packing", "blinding"),
+    _parcel(Kind.ANSWER, Reveals.CIPHERTEXT, "blinding"),
+    Payload(Kind.UNANSWERED, scalars=REFUSAL),
+)
 """Payload of each kind. `seq` in their headers is the number of the query, `version` the step of its evaluation.
 
 `blinding` names what the state in an answer is blinded with (name of the server's secret/nonce of the answer); the

@@ -1,4 +1,4 @@
-"""The contract of the Round systems: sites train, and report what changed; the server combines, and answers.
+"""What the Round systems have in common: sites train, and report what changed; the server combines, and answers.
 
     site     UPDATE 1 ...... UPDATE n          REPORT
                  │     ▲         │     ▲          │     ▲
@@ -14,18 +14,19 @@ applied exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.config.section import KeyConflict
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.models.layout import Layout
 from nightsplit.shared.protocols.handshake import AGREEMENT, VERDICT
+from nightsplit.shared.protocols.spec import Names, Shapes
 from nightsplit.shared.wire.message import Kind, Message
-from nightsplit.shared.wire.schema import Payload, TensorSpec
+from nightsplit.shared.wire.schema import Contract, Payload, Reveals, ScalarSpec, TensorSpec, contract
 
 HEADER_BYTES = 32 * 2**10
 """Of a message, left for its header; figures of held-out patients are in it."""
@@ -33,16 +34,54 @@ HEADER_BYTES = 32 * 2**10
 LARGEST = 1e20
 """Of a weight, or of what changed in one: weighted sums over a million sites of a billion samples stay finite."""
 
-_SLICE = {"values": TensorSpec(torch.float32, ("slice",))}
+NAMES = Names(
+    weights="model", share="the model", heading="federated", steps="updates of sites",
+    message="report", fate="worked off", done="worked off", reply="answer",
+)  # fmt: skip
 
-CONTRACT: Mapping[Kind, Payload] = {
-    **AGREEMENT,
-    Kind.UPDATE: Payload(_SLICE, {"metrics": str}),
-    Kind.MODEL: Payload(_SLICE, {"final": bool, **VERDICT}),
-    Kind.REPORT: Payload(scalars={"metrics": str}),
-    Kind.FINISH: Payload(_SLICE, {"summary": str, **VERDICT}),
-}
-"""Payload of each kind of message. `version` in their headers is the model's: how often the server had combined."""
+FIGURES = ScalarSpec(str, Reveals.COUNTS)
+"""What a site has measured on its held-out patients."""
+
+
+def payloads(config: RunConfig, shapes: Shapes) -> Contract:
+    """Return the contract of a run. `version` in headers is the model's: how often the server had combined."""
+
+    def part(reveals: Reveals | None = None) -> dict[str, TensorSpec]:
+        return {"values": TensorSpec(torch.float32, ("slice",), reveals=reveals)}
+
+    return contract(
+        *AGREEMENT,
+        Payload(Kind.UPDATE, part(Reveals.WEIGHTS), {"metrics": FIGURES}),
+        Payload(Kind.MODEL, part(), {"final": ScalarSpec(bool), **VERDICT}, sets_weights=True),
+        Payload(Kind.REPORT, scalars={"metrics": FIGURES}),
+        Payload(Kind.FINISH, part(), {"summary": ScalarSpec(str), **VERDICT}, sets_weights=True),
+    )
+
+
+def settings(config: RunConfig) -> str:
+    """Return the settings of a run in words."""
+    return f"{config.run.order} order, {config.round.combine} of {config.round.close}"
+
+
+def check(config: RunConfig) -> None:
+    """Raise `KeyConflict` where run.toml asks for what no system has that exchanges weights."""
+    run, section = config.run, config.round
+    if section.close == "quorum" and (section.reports or 0) > len(run.sites):
+        raise KeyConflict(
+            "round.reports", f"{section.reports} is more than there are sites", f"set at most {len(run.sites)}."
+        )
+    if section.close != "all" and run.order == "strict":
+        raise KeyConflict(
+            "run.order", f'strict order waits for every site, close = "{section.close}" does not', 'set "fair".'
+        )
+    if config.privacy is not None and config.data.scaling == "site":
+        raise KeyConflict(
+            "data.scaling",
+            "mean and spread of a site's patients would shape every update without noise",
+            'use "run" with public figures, or "none".',
+        )
+    if run.bottoms == "averaged":
+        raise KeyConflict("run.bottoms", "there are no bottoms: the whole model is averaged", "remove it.")
 
 
 def elements(config: RunConfig) -> int:

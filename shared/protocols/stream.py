@@ -1,4 +1,4 @@
-"""The contract of the Stream systems: what their messages carry, and in which order a site sends.
+"""What the Stream systems have in common: what their messages carry, and in which order a site sends.
 
 split_labels   site: Smashed + targets         server: CutGradient
 split_frozen   site: Smashed + targets, once   server: nothing
@@ -18,61 +18,85 @@ from typing import Literal
 import torch
 from torch import nn
 
-from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.config.run import RoundSection, RunConfig
+from nightsplit.shared.config.section import KeyConflict
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.protocols.handshake import AGREEMENT, VERDICT
+from nightsplit.shared.protocols.handshake import REFUSAL, VERDICT
 from nightsplit.shared.protocols.plan import Place, Plan
+from nightsplit.shared.protocols.spec import Names, Shape, Shapes, systems
 from nightsplit.shared.wire.message import Kind, Message
-from nightsplit.shared.wire.schema import Payload, TensorSpec
+from nightsplit.shared.wire.schema import Payload, Reveals, ScalarSpec, TensorSpec
+
+NAMES = Names(
+    weights="top", share="the server's half of the model", heading="split", steps="training steps at the server",
+    message="batch", fate="trained", done="trained on", reply="answer",
+)  # fmt: skip
 
 
-def payloads(
-    config: RunConfig, cut: tuple[int, ...], head: tuple[int, ...] | None, bottom: nn.Module, top: nn.Module
-) -> Mapping[Kind, Payload]:
-    """The contract of every kind of message in a run.
+def settings(config: RunConfig) -> str:
+    """Return the settings of a run in words."""
+    run = config.run
+    return f"{run.order} order, window {run.window}, {run.bottoms} bottoms"
 
-    Args:
-        config: the run.
-        cut: shape of one sample's activations at the cut.
-        head: shape of one sample's activations at the head's input; None without a head.
-        bottom, top: modules whose weights may travel (averaged bottoms, an exported top).
-    """
+
+def check(config: RunConfig) -> None:
+    """Raise `KeyConflict` where run.toml asks for what no system has that exchanges activations."""
+    protocol, rounds = config.run.protocol, ", ".join(systems(Shape.ROUND))
+    if config.round != RoundSection():
+        raise KeyConflict(
+            "round", f"{protocol} exchanges no weights", "remove [round], or choose another run.protocol."
+        )
+    if config.privacy is not None:
+        raise KeyConflict("privacy", f"{protocol} trains without noise", f"choose one of {rounds}.")
+    if config.model.initial is not None:
+        raise KeyConflict("model.initial", f"{protocol} begins with fresh weights", "remove it.")
+    if config.task.kind == "segmentation":
+        raise KeyConflict("task.kind", f"{protocol} cannot segment", f"choose one of {rounds}.")
+
+
+def activations(config: RunConfig, shapes: Shapes, stored: bool = False) -> TensorSpec:
+    """Return the spec of smashed data (batch, *cut); a server with a tape, too, stores what it gets."""
+    reveals = Reveals.STORED_ACTIVATIONS if stored or config.run.tape else Reveals.ACTIVATIONS
+    return TensorSpec(torch.float32, ("batch", *shapes.cut), config.wire.smashed, config.wire.zstd, reveals)
+
+
+def targets(config: RunConfig) -> TensorSpec:
+    """Return the spec of labels (batch,) that go with smashed data."""
+    dtype = torch.int64 if config.task.kind == "multiclass" else torch.float32
+    return TensorSpec(dtype, ("batch",), reveals=Reveals.LABELS)
+
+
+def gradient(config: RunConfig, shape: tuple[int, ...], reveals: Reveals | None = None) -> dict[str, TensorSpec]:
+    """Return the spec of a gradient (batch, *shape)."""
     wire = config.wire
-
-    def activations(shape: tuple[int, ...]) -> TensorSpec:
-        return TensorSpec(torch.float32, ("batch", *shape), wire.smashed, wire.zstd)
-
-    def gradient(shape: tuple[int, ...]) -> Payload:
-        spec = TensorSpec(torch.float32, ("batch", *shape), wire.gradient, wire.zstd)
-        return Payload({"gradient": spec})
-
-    def answer(payload: Payload) -> Payload:
-        return Payload(payload.tensors, {**payload.scalars, **VERDICT})
-
-    smashed = {"smashed": activations(cut)}
-    if head is None:
-        targets = torch.int64 if config.task.kind == "multiclass" else torch.float32
-        smashed["targets"] = TensorSpec(targets, ("batch",))
-    contract = {
-        **AGREEMENT,
-        Kind.SMASHED: Payload(smashed),
-        Kind.CUT_GRADIENT: answer(gradient(cut)),
-        Kind.BOTTOM: Payload(weights_spec(bottom)),
-        Kind.AVERAGE: answer(Payload(weights_spec(bottom))),
-        Kind.NOTED: answer(Payload()),
-        Kind.REFUSED: answer(Payload(scalars={"number": int, "reason": str})),
-        Kind.FINISH: answer(Payload(weights_spec(top) if config.run.export_top else {}, {"summary": str})),
-    }  # fmt: skip
-    if head is not None:
-        contract[Kind.HEAD_INPUT] = answer(Payload({"activations": activations(head)}))
-        contract[Kind.HEAD_GRADIENT] = gradient(head)
-        contract[Kind.REPORT] = Payload(scalars={"metrics": str})
-    return contract
+    return {"gradient": TensorSpec(torch.float32, ("batch", *shape), wire.gradient, wire.zstd, reveals)}
 
 
-def weights_spec(module: nn.Module) -> dict[str, TensorSpec]:
-    """A spec for each parameter and floating-point buffer, as they are, at full precision."""
-    return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in weights(module).items()}
+def answers(config: RunConfig, shapes: Shapes) -> tuple[Payload, ...]:
+    """Return what the server of a trained bottom may answer to any message, and averaging where the run has it."""
+    payloads = (
+        Payload(Kind.CUT_GRADIENT, gradient(config, shapes.cut), VERDICT),
+        Payload(Kind.NOTED, scalars=VERDICT),
+        Payload(Kind.REFUSED, scalars={**REFUSAL, **VERDICT}),
+    )
+    if config.run.bottoms != "averaged":
+        return payloads
+    return (
+        *payloads,
+        Payload(Kind.BOTTOM, weights_spec(shapes.bottom, Reveals.WEIGHTS)),
+        Payload(Kind.AVERAGE, weights_spec(shapes.bottom), VERDICT, sets_weights=True),
+    )
+
+
+def finish(config: RunConfig, shapes: Shapes) -> Payload:
+    """Return the server's last message: what came of the run, and the top where the run exports it."""
+    top = weights_spec(shapes.top) if config.run.export_top else {}
+    return Payload(Kind.FINISH, top, {"summary": ScalarSpec(str), **VERDICT})
+
+
+def weights_spec(weights: Mapping[str, torch.Tensor] | None, reveals: Reveals | None = None) -> dict[str, TensorSpec]:
+    """Return a spec for each of these weights, as they are, at full precision."""
+    return {name: TensorSpec(t.dtype, tuple(t.shape), reveals=reveals) for name, t in (weights or {}).items()}
 
 
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from nightsplit.shared.clock import Clock, SystemClock
-from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.config.worker import WorkerSection
 from nightsplit.shared.engine.counters import Counters
 from nightsplit.shared.log import event
-from nightsplit.shared.protocols.load import load
+from nightsplit.shared.protocols.load import load_run
 from nightsplit.shared.run_store.base import RunStore
 from nightsplit.shared.run_store.connect import open_store
 from nightsplit.shared.run_store.status import Phase, WorkerStatus, brief
@@ -34,7 +33,7 @@ class ShiftWorker:
     Args:
         base: folder of the worker's file; relative paths start there.
         config: the worker's section.
-        overrides: "section.key=value" for run.toml (as `nightsplit.shared.protocols.load.load`).
+        overrides: "section.key=value" for run.toml (as `nightsplit.shared.protocols.load.load_run`).
         clock: tells when the shift is.
         stop: asked between steps.
         observe: shown the worker's status every second.
@@ -54,7 +53,7 @@ class ShiftWorker:
         observe: Observer,
     ) -> None:
         self.base = base
-        self.run_config = load(base / config.run, RunConfig, overrides)
+        self.run_config = load_run(base / config.run, overrides)
         self.run_folder = (base / config.run).parent
         self.shift = Shift(config.shift)
         self.state_folder = base / config.state

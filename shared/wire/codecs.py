@@ -19,13 +19,16 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 import zstandard
 
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.wire.schema import Codec
+
+FloatCodec = Literal["fp32", "fp16", "bf16", "int8"]
+"""Codecs of float32, among which a run chooses."""
+Codec = Literal["raw", FloatCodec]
 
 if sys.byteorder != "little":
     raise ImportError("nightsplit puts tensors on the wire as they lie in memory: little-endian")
@@ -88,13 +91,18 @@ class Entry:
 
     @property
     def encoded_size(self) -> int:
-        """Bytes that the codec makes, before compression; follows from dtype and shape alone."""
-        return _METHODS[self.codec].size(self.dtype, self.shape)
+        """Bytes that the codec makes, before compression."""
+        return encoded_size(self.codec, self.dtype, self.shape)
 
     @property
     def decoded_size(self) -> int:
         """Bytes of the tensor in memory."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def encoded_size(codec: Codec, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Bytes that a codec makes of a tensor, before compression; follows from dtype and shape alone."""
+    return _METHODS[codec].size(dtype, shape)
 
 
 def encode(name: str, tensor: torch.Tensor, codec: Codec, zstd: bool) -> tuple[Entry, bytes | memoryview]:

@@ -124,16 +124,18 @@ def _check_names(what: str, found: Mapping[str, object], expected: Mapping[str, 
 
 
 def _check_scalars(scalars: Mapping[str, Scalar], payload: Payload) -> None:
-    """Names and exact types (a bool is no int, an int no float), and finite values."""
+    """Names and exact types (a bool is no int, an int no float), finite values, and their limits."""
     _check_names("scalars", scalars, payload.scalars)
     for name, value in scalars.items():
-        expected = payload.scalars[name]
-        if type(value) is not expected:
-            raise refusal(304, f"Scalar '{name}' has type {type(value).__name__}, not {expected.__name__}.")
+        spec = payload.scalars[name]
+        if type(value) is not spec.type:
+            raise refusal(304, f"Scalar '{name}' has type {type(value).__name__}, not {spec.type.__name__}.")
         if isinstance(value, float) and not math.isfinite(value):
             raise refusal(307, f"Scalar '{name}' is {value}.")
         if isinstance(value, int) and value not in INT64:
             raise refusal(308, f"Scalar '{name}' does not fit into 64 bits.")
+        if isinstance(value, int | float) and not spec.low <= value <= spec.high:
+            raise refusal(307, f"Scalar '{name}' is {value}, not within {spec.low:g} to {spec.high:g}.")
 
 
 def _check_tensors(found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], payload: Payload) -> None:

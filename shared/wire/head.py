@@ -9,9 +9,9 @@ from typing import Any, get_args
 import msgpack  # type: ignore[import-untyped]
 
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.wire.codecs import DTYPES, Entry, refusal
+from nightsplit.shared.wire.codecs import DTYPES, Codec, Entry, refusal
 from nightsplit.shared.wire.message import WIRE_VERSION, Header, Kind, Scalar
-from nightsplit.shared.wire.schema import Codec, Payload
+from nightsplit.shared.wire.schema import Payload
 
 MAX_HEADER = 256 * 1024
 """Bytes of the packed header."""

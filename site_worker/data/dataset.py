@@ -72,3 +72,8 @@ class Parts:
     train: Dataset
     validation: Dataset
     test: Dataset
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Samples of each part, by what a user calls it."""
+        return {"training": len(self.train), "validation": len(self.validation), "test": len(self.test)}

@@ -54,3 +54,6 @@ class DataVectorsSite(RoundSite):
         """See `Role`."""
         super().restore(snapshot)
         self._statistics = {name: tensor for name, tensor in snapshot.tensors.items() if name == "statistics"}
+
+
+ROLE = DataVectorsSite

@@ -7,3 +7,6 @@ from nightsplit.site_worker.protocols.fedavg_transfer import FedavgTransferSite
 
 class FedavgDpSegSite(FedavgTransferSite):
     """The same half, with the trainer, the batches and the account of a `PrivatePart`."""
+
+
+ROLE = FedavgDpSegSite

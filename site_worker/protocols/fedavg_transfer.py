@@ -7,3 +7,6 @@ from nightsplit.site_worker.rounds.role import RoundSite
 
 class FedavgTransferSite(RoundSite):
     """Trains on its patients from the model that came last; what changed goes to the server."""
+
+
+ROLE = FedavgTransferSite

@@ -8,8 +8,8 @@ import numpy as np
 
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.he.packing import Packing
+from nightsplit.shared.he.sequences import circuit_of, packing_for, packing_of, steps_of
 from nightsplit.shared.he.weights import Judge, Numbers
-from nightsplit.shared.protocols.he_clstm import circuit_of, packing_for, packing_of, steps_of
 from nightsplit.site_worker.query.keys import SecretKeys
 from nightsplit.site_worker.query.role import QueryRole
 from nightsplit.site_worker.query.store import Query
@@ -81,3 +81,6 @@ class HeClstmSite(QueryRole):
 
     def _packing(self, query: Query) -> Packing:
         return packing_of(query.packing, self.circuit, self._judge)
+
+
+ROLE = HeClstmSite

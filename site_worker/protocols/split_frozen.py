@@ -11,3 +11,6 @@ from nightsplit.site_worker.protocols.split_labels import SplitLabelsSite
 
 class SplitFrozenSite(SplitLabelsSite):
     """Sends like split_labels; the plan has one epoch, and a window that never closes."""
+
+
+ROLE = SplitFrozenSite

@@ -18,3 +18,6 @@ class SplitLabelsSite(StreamSite):
     def take(self, q: int, item: Item, message: Message) -> None:
         """See `StreamSite`."""
         self.learn(q, message.tensors["gradient"])
+
+
+ROLE = SplitLabelsSite

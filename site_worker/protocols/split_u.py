@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Self
 
 import torch
 from torch import nn
@@ -13,11 +14,13 @@ from nightsplit.shared.learning.losses import loss_of
 from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.learning.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
 from nightsplit.shared.learning.seeds import seeded
+from nightsplit.shared.protocols.build import Assembly
 from nightsplit.shared.protocols.plan import Item, Step
 from nightsplit.shared.protocols.report import NO_FIGURES, encode_report
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Kind, Message
 from nightsplit.shared.wire.schema import Payload
+from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.stream.batches import Feed
 from nightsplit.site_worker.stream.bottom import Bottom
 from nightsplit.site_worker.stream.role import StreamSite
@@ -55,6 +58,13 @@ class SplitUSite(StreamSite):
         """Predictions for the held-out samples of the open evaluation block, by item."""
         self._heads: dict[int, dict[str, torch.Tensor]] = {}
         """The head that each epoch was evaluated with, while that epoch may still be the best."""
+
+    @classmethod
+    def make(cls, name: str, config: RunConfig, model: Assembly, parts: Parts, incarnation: str, device: str) -> Self:
+        """See `StreamSite`."""
+        bottom, head = Bottom(model.halves.bottom, config.optimizer, device), model.halves.head
+        assert head is not None
+        return cls(name, config, bottom, Feed(config, name, parts), model.contract, incarnation, head, device)
 
     def final_head(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers of the head that belongs to the best model."""
@@ -145,3 +155,6 @@ class SplitUSite(StreamSite):
         self._outputs = {int(q): tensor for q, tensor in under("outputs", tensors).items()}
         self._reports = {int(q): text for q, text in snapshot.facts["reports"].items()}
         self._heads = {epoch: under(f"candidate_head/{epoch}", tensors) for epoch in snapshot.facts["heads"]}
+
+
+ROLE = SplitUSite

@@ -10,6 +10,7 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.learning.losses import standardise
 from nightsplit.shared.learning.seeds import seed_for
 from nightsplit.shared.protocols.plan import Plan, Step
+from nightsplit.shared.protocols.spec import spec_of
 from nightsplit.site_worker.data.augment import augment
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 
@@ -38,7 +39,7 @@ class Feed:
         inputs = self._parts[item.step].inputs[self._rows(q)]
         names = self._config.data.augment
         # What is released once must look like what the model will be asked about.
-        if item.step is Step.TRAIN and names and self._config.run.protocol != "split_frozen":
+        if item.step is Step.TRAIN and names and not spec_of(self._config).uploads_once:
             generator = torch.Generator().manual_seed(self.seed("augment", q))
             inputs = augment(inputs, names, generator)
         return inputs

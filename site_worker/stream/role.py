@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import Self
 
 import torch
 
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Send
 from nightsplit.shared.errors import Refused, RunError
+from nightsplit.shared.protocols.build import Assembly
 from nightsplit.shared.protocols.plan import Item, Step
+from nightsplit.shared.protocols.spec import spec_of
 from nightsplit.shared.protocols.stream import UpSequence, check_rows, weights
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.codecs import is_finite
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.shared.wire.schema import Payload
+from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.role import SiteRole
 from nightsplit.site_worker.stream.batches import Feed
 from nightsplit.site_worker.stream.bottom import Bottom
@@ -29,7 +33,7 @@ class StreamSite(SiteRole):
         config: the run, as the site's own run.toml has it.
         bottom: the site's layers.
         feed: the site's batches.
-        contract: payload of each kind (`nightsplit.shared.protocols.stream.payloads`).
+        contract: payload of each kind.
         incarnation: of this process; a rejection of an earlier one is ignored.
     """
 
@@ -50,6 +54,12 @@ class StreamSite(SiteRole):
         """The server's half of the best model, where the run exports it."""
         self._candidates: dict[int, dict[str, torch.Tensor]] = {}
         """The bottom that each epoch was evaluated with, while that epoch may still be the best."""
+
+    @classmethod
+    def make(cls, name: str, config: RunConfig, model: Assembly, parts: Parts, incarnation: str, device: str) -> Self:
+        """Make the role of a site with this data (scaled), whose layers compute on `device`."""
+        bottom = Bottom(model.halves.bottom, config.optimizer, device)
+        return cls(name, config, bottom, Feed(config, name, parts), model.contract, incarnation)
 
     # -- what a system fills in ------------------------------------------------------------------
 
@@ -142,7 +152,7 @@ class StreamSite(SiteRole):
     def forward(self, q: int, item: Item) -> torch.Tensor:
         """Smashed data (batch, *cut) of item q, by the version that its place in the plan fixes."""
         version = self.feed.plan.version_of(q)
-        training = item.step is Step.TRAIN and self.config.run.protocol != "split_frozen"
+        training = item.step is Step.TRAIN and spec_of(self.config).trains_bottom
         smashed = self.bottom.forward(q, version, self.feed.inputs(q), self.feed.seed("bottom", q), training)
         if not is_finite(smashed):
             raise RunError(

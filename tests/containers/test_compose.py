@@ -151,7 +151,7 @@ def move_east(centre: Project, hospital: Project, address: str) -> None:
         assert before in text
         text = text.replace(before, after)
     site.write_text(text)
-    policy.write_text(policy.read_text().replace("labels = false", "labels = true"))
+    policy.write_text(policy.read_text().replace('["activations"', '["labels", "activations"'))
     # The centre's names lead to this machine, as a hospital's DNS would say.
     hosts = f"services: {{site: {{extra_hosts: ['rabbitmq:{address}', 'redis:{address}']}}}}\n"
     (hospital.folder / "compose.override.yaml").write_text(hosts)

@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 from benchmarks.speed.common import scratch
 from nightsplit.shared import crash_points
-from nightsplit.shared.protocols import ROUNDS
+from nightsplit.shared.protocols.spec import Shape, systems
 from nightsplit.shared.run_store.connect import open_store
 from tests.faults.nemesis import WORKERS, Nemesis, Strike, percentile_95, schedule, torch_import_seconds
 from tests.faults.numbered import Numbered
@@ -85,7 +85,7 @@ class Campaign:
     @property
     def needed_epochs(self) -> int:
         """Of a run that outlasts the schedule."""
-        steps = len(SHARES) if self.protocol in ROUNDS else STEPS_PER_EPOCH
+        steps = len(SHARES) if self.protocol in systems(Shape.ROUND) else STEPS_PER_EPOCH
         return self.epochs or round(PEACE * self.strikes[-1].at / steps) + 2
 
 

@@ -72,7 +72,8 @@ def check(message: Message, payload: Payload, body: bytes) -> bool:
         fits = all(isinstance(want, str) or want == have for want, have in zip(spec.shape, tensor.shape, strict=True))
         if tensor.dtype != spec.dtype or not fits or not torch.isfinite(tensor).all():
             raise InvalidError(f"{name}: {tensor.dtype}, {tuple(tensor.shape)}")
-    if {name: type(value) for name, value in message.scalars.items()} != dict(payload.scalars):
+    types = {name: spec.type for name, spec in payload.scalars.items()}
+    if {name: type(value) for name, value in message.scalars.items()} != types:
         raise InvalidError(f"scalars: {message.scalars}")
     again = b"".join(wire.encode(message, payload, LIMIT))
     if again == body:

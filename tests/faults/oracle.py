@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from nightsplit.shared.protocols import ROUNDS
+from nightsplit.shared.protocols.spec import Shape, systems
 from nightsplit.shared.wire.message import SERVER
 from tests.harness.workers import SHARES, Hospital
 
@@ -79,7 +79,7 @@ def count(
             again += max(0, number - facts["planned"])
         lost += facts["refused"]
         # Every training batch, or every update of a round, is one line of the metrics, whatever happened.
-        batches = 1 if report["protocol"] in ROUNDS else -(-facts["training_samples"] // BATCH_SIZE)
+        batches = 1 if report["protocol"] in systems(Shape.ROUND) else -(-facts["training_samples"] // BATCH_SIZE)
         found = Counter(line["epoch"] for line in trained if line["site"] == site)
         for epoch in range(1, report["history"][-1]["epoch"] + 1):
             lost += max(0, batches - found[epoch])

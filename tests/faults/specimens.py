@@ -12,12 +12,14 @@ import msgpack  # type: ignore[import-untyped]
 import msgspec
 import torch
 
-from nightsplit.shared.config.run import Codec, RunConfig
-from nightsplit.shared.protocols import PROTOCOLS, query
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.protocols import query
 from nightsplit.shared.protocols.build import assemble_any
+from nightsplit.shared.protocols.spec import TRAINING, systems
 from nightsplit.shared.wire import format as wire
+from nightsplit.shared.wire.codecs import FloatCodec
 from nightsplit.shared.wire.message import FROM_SITES, SERVER, UNSEQUENCED, Header, Kind, Message, Scalar
-from nightsplit.shared.wire.schema import Payload, TensorSpec
+from nightsplit.shared.wire.schema import Payload, ScalarSpec, TensorSpec
 
 LIMIT = 2**20
 """Largest message, as `wire.message_bytes` would say."""
@@ -68,9 +70,9 @@ class Specimen:
 def specimens() -> list[Specimen]:
     """One message per protocol, model, codec, compression and kind, and of each kind of query; equal ones once."""
     found: dict[bytes, Specimen] = {}
-    for protocol in PROTOCOLS:
+    for protocol in systems(*TRAINING):
         for model in MODELS:
-            for codec in get_args(Codec):
+            for codec in get_args(FloatCodec):
                 for zstd in (False, True):
                     config = _config(protocol, model, codec, zstd)
                     contract = assemble_any(config, Path()).contract
@@ -111,9 +113,17 @@ def _message(config: RunConfig, payload: Payload, kind: Kind) -> bytes:
     message = Message(
         header,
         {name: _tensor(spec, generator) for name, spec in payload.tensors.items()},
-        {name: texts.get(name, "Grüße") if of is str else plain[of] for name, of in payload.scalars.items()},
+        {
+            name: texts.get(name, "Grüße") if spec.type is str else _number(spec, plain)
+            for name, spec in payload.scalars.items()
+        },
     )
     return b"".join(wire.encode(message, payload, LIMIT))
+
+
+def _number(spec: ScalarSpec, plain: Mapping[type, Scalar]) -> Scalar:
+    value = plain[spec.type]
+    return value if isinstance(value, bool | str) else type(value)(max(value, spec.low))
 
 
 def _tensor(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:

@@ -31,7 +31,7 @@ from benchmarks.speed.common import MiB
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire import head
-from nightsplit.shared.wire.message import Message
+from nightsplit.shared.wire.message import Kind, Message
 from nightsplit.shared.wire.schema import Payload, TensorSpec
 from tests.faults.fuzz import Growth, read
 from tests.faults.specimens import LIMIT, MARK, Specimen, rebuilt, specimens
@@ -41,7 +41,7 @@ LONG = head.MAX_HEADER - 1000
 
 
 @cache
-def good(name: str = "split_labels/mlp/fp32+zstd/smashed") -> Specimen:
+def good(name: str = "split_frozen/mlp/fp32+zstd/smashed") -> Specimen:
     """Tensors "smashed" (3, 4), compressed, and "targets" (3,), raw."""
     return next(specimen for specimen in specimens() if specimen.name == name)
 
@@ -189,7 +189,7 @@ def dearest() -> float:
     """CPU seconds for a good message of as many tensors and dimensions as one may have."""
     names = [f"{number:04}" for number in range(head.MAX_TENSORS)]
     shape = (1,) * head.MAX_DIMENSIONS
-    payload = Payload({name: TensorSpec(torch.bool, shape, "raw") for name in names})
+    payload = Payload(Kind.NOTED, {name: TensorSpec(torch.bool, shape, "raw") for name in names})
     tensors = {name: torch.zeros(shape, dtype=torch.bool) for name in names}
     header = head.read_head(good().body).header
     body = b"".join(wire.encode(Message(header, tensors), payload, LIMIT))

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from nightsplit.shared.protocols import PROTOCOLS, QUERIES
+from nightsplit.shared.protocols.spec import PROTOCOLS
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire import head
 from nightsplit.shared.wire.codecs import REMEDIES
 from nightsplit.shared.wire.message import Header, Kind, Message
-from nightsplit.shared.wire.schema import Payload, TensorSpec
+from nightsplit.shared.wire.schema import Payload, ScalarSpec, TensorSpec
 from tests.faults import fuzz
 from tests.faults.fuzz import GROWTH_MB, HANG_MS, Campaign, Growth, InvalidError, check, read, replay, save
 from tests.faults.mutants import MUTATIONS, mutant
@@ -27,8 +27,8 @@ MUTANTS = 100_000
 
 
 FLIPPED = (
-    "split_labels/mlp/fp32/hello",
-    "split_labels/mlp/fp16/smashed",
+    "data_vectors/mlp/fp32/hello",
+    "split_frozen/mlp/fp16/smashed",
     "split_u/mlp/int8+zstd/head_gradient",
     "split_u/mlp/fp32/report",
 )
@@ -41,7 +41,7 @@ def good() -> list[Specimen]:
 
 def test_specimens_are_every_kind_of_every_protocol(good: list[Specimen]) -> None:
     names = {specimen.name.split("/")[0] for specimen in good}
-    assert names == {*PROTOCOLS, *QUERIES}
+    assert names == set(PROTOCOLS)
     assert {Kind(specimen.name.split("/")[-1]) for specimen in good} == set(Kind)
     for specimen in good:
         payload = specimen.contract[head.read_head(specimen.body).header.kind]
@@ -133,7 +133,7 @@ def test_a_hang_is_counted(monkeypatch: pytest.MonkeyPatch, good: list[Specimen]
 
 def test_what_is_accepted_must_be_valid() -> None:
     header = Header("fuzz", "north", "server", Kind.SMASHED, 1)
-    payload = Payload({"a": TensorSpec(torch.float32, ("batch",))}, {"n": int})
+    payload = Payload(Kind.NOTED, {"a": TensorSpec(torch.float32, ("batch",))}, {"n": ScalarSpec(int)})
     for tensor, number in ((torch.full((2,), torch.nan), 1), (torch.zeros(2).half(), 1), (torch.zeros(2), True)):
         with pytest.raises(InvalidError):
             check(Message(header, {"a": tensor}, {"n": number}), payload, b"")

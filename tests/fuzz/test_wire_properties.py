@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire import head
-from nightsplit.shared.wire.codecs import DTYPES
+from nightsplit.shared.wire.codecs import DTYPES, Codec
 from nightsplit.shared.wire.message import Header, Kind, Message
-from nightsplit.shared.wire.schema import Codec, Payload, TensorSpec
+from nightsplit.shared.wire.schema import Payload, ScalarSpec, TensorSpec
 
 MIB = 2**20
 LIMIT = 64 * 1024
@@ -28,13 +28,14 @@ quick = settings(
 )
 
 PAYLOAD = Payload(
+    Kind.NOTED,
     {
         "a": TensorSpec(torch.float32, ("batch", 3, 4), "fp16"),
         "b": TensorSpec(torch.float32, ("batch", 3, 4), "int8", zstd=True),
         "c": TensorSpec(torch.bool, ("batch",)),
         "d": TensorSpec(torch.float32, (5,)),
     },
-    {"loss": float, "step": int, "last": bool, "note": str},
+    {name: ScalarSpec(of) for name, of in {"loss": float, "step": int, "last": bool, "note": str}.items()},
 )
 
 
@@ -113,8 +114,9 @@ scalars = st.dictionaries(
 @given(headers, scalars, st.dictionaries(names, sendable(), max_size=4))
 def test_round_trip(header: Header, facts: Any, content: dict[str, tuple[torch.Tensor, TensorSpec]]) -> None:
     payload = Payload(
+        Kind.NOTED,
         {name: spec for name, (_, spec) in content.items()},
-        {name: type(fact) for name, fact in facts.items()},
+        {name: ScalarSpec(type(fact)) for name, fact in facts.items()},
     )
     sent = Message(header, {name: tensor for name, (tensor, _) in content.items()}, facts)
     raw = b"".join(wire.encode(sent, payload, MIB))

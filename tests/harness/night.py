@@ -29,7 +29,7 @@ from nightsplit.shared.engine.engine import Engine
 from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.engine.order import Exclude
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.protocols import ROUNDS
+from nightsplit.shared.protocols.spec import Shape, systems
 from nightsplit.shared.run_store.base import RunStore
 from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.transport import Broker, Route
@@ -102,7 +102,7 @@ def tiny_rounds(sites: tuple[str, ...] = ("north", "south", "east"), **settings:
 
 
 def tiny_config(sites: tuple[str, ...] = ("north", "south", "east"), **run: object) -> RunConfig:
-    if run.get("protocol") in ROUNDS:
+    if run.get("protocol") in systems(Shape.ROUND):
         kept = ("protocol", "order", "tape", "quorum", "absence_hours")
         return tiny_rounds(sites, **{name: run[name] for name in kept if name in run})
     dropout = run.pop("dropout", 0.3)

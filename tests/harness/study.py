@@ -69,7 +69,7 @@ def write_study(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.toml").write_text(RUN)
     (folder / "server.toml").write_text(SERVER)
-    (folder / "policy.toml").write_text("labels = true\n")
+    (folder / "policy.toml").write_text('allowed = ["labels", "activations", "counts"]\n')
     for name, share in zip(SITES, ("[0.0, 0.5]", "[0.5, 1.0]"), strict=True):
         (folder / f"{name}.toml").write_text(SITE.format(name=name, share=share))
     chance = random.Random(7)

@@ -12,18 +12,20 @@ import torch
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import Header, Kind, Message, Scalar
-from nightsplit.shared.wire.schema import Payload, TensorSpec
+from nightsplit.shared.wire.schema import Payload, Reveals, ScalarSpec, ScalarType, TensorSpec
 
 MIB = 2**20
 F32 = torch.float32
 HEADER = Header("night-7", "st-mary", "server", Kind.SMASHED, seq=12, reply_to=3, version=9)
+TYPES: dict[str, ScalarType] = {"loss": float, "step": int, "last": bool, "note": str}
 PAYLOAD = Payload(
+    Kind.SMASHED,
     {
-        "smashed": TensorSpec(F32, ("batch", 2, 4, 4), "fp16"),
-        "labels": TensorSpec(torch.int64, ("batch",)),
-        "mask": TensorSpec(torch.bool, ("batch", "classes")),
+        "smashed": TensorSpec(F32, ("batch", 2, 4, 4), "fp16", reveals=Reveals.ACTIVATIONS),
+        "labels": TensorSpec(torch.int64, ("batch",), reveals=Reveals.LABELS),
+        "mask": TensorSpec(torch.bool, ("batch", "classes"), reveals=Reveals.LABELS),
     },
-    {"loss": float, "step": int, "last": bool, "note": str},
+    {name: ScalarSpec(of, Reveals.COUNTS) for name, of in TYPES.items()},
 )
 SCALARS: dict[str, Scalar] = {"loss": 0.5, "step": 3, "last": False, "note": "ä"}
 

@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from nightsplit.shared.protocols import ROUNDS
+from nightsplit.shared.protocols.spec import Shape, systems
 from tests.harness.processes import Fresh, Process
 
 RUN = """
@@ -58,6 +58,12 @@ SHARES = {"north": (0.0, 0.5), "south": (0.5, 0.8), "east": (0.8, 1.0)}
 COLUMNS = ["age", "sex", "bmi", "bp", "tc", "ldl", "hdl", "tch", "ltg", "glu"]
 
 
+POLICY = """
+allowed = ["labels", "activations", "stored_activations", "gradients", "weights", "counts"]
+server_sets_weights = true
+"""
+
+
 class Hospital:
     """The files of one run in a folder, and its processes.
 
@@ -83,10 +89,10 @@ class Hospital:
         panel = load_diabetes(scaled=False, as_frame=True).data.set_axis(COLUMNS, axis=1)
         panel.to_csv(folder / "lipids.csv", index=False)
         run = RUN.format(protocol=protocol, epochs=epochs, order=order, sites=json.dumps(list(sites)))
-        if protocol in ROUNDS:
+        if protocol in systems(Shape.ROUND):
             run += f"[round]\nrounds = {epochs}\n"
         (folder / "run.toml").write_text(run)
-        (folder / "policy.toml").write_text("labels = true\nstored_activations = true\nmodel_weights = true\n")
+        (folder / "policy.toml").write_text(POLICY)
         worker = WORKER.replace("{broker}", broker).replace("{store}", store) + files
         (folder / "server.toml").write_text(worker.format(kind="server", name="", worker="server"))
         for site, (first, last) in SHARES.items():

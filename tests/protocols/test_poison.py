@@ -14,16 +14,23 @@ import zstandard
 
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.protocols.handshake import VERDICT
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
-from nightsplit.shared.wire.schema import Payload, TensorSpec
+from nightsplit.shared.wire.schema import Payload, Reveals, ScalarSpec, TensorSpec
 from tests.harness.night import Night, tiny_config
 
 F32 = torch.float32
+TOLD = Reveals.ACTIVATIONS
+TARGET = TensorSpec(F32, ("batch",), reveals=Reveals.LABELS)
 CONTRACT = Payload(
-    {"smashed": TensorSpec(F32, ("batch", 8), "fp16", zstd=True), "targets": TensorSpec(F32, ("batch",))}
+    Kind.SMASHED,
+    {"smashed": TensorSpec(F32, ("batch", 8), "fp16", True, Reveals.ACTIVATIONS), "targets": TARGET},
 )
-HELLO = Payload(scalars={"incarnation": str, "contract": int})
+HELLO = Payload(
+    Kind.HELLO,
+    scalars={"incarnation": ScalarSpec(str, Reveals.NOTHING), "contract": ScalarSpec(int, Reveals.NOTHING)},
+)
 SMASHED, TARGETS = 0, 1
 """Rows of the header: tensors by name."""
 NAME, CODEC, ZSTD, DTYPE, SHAPE, PARAMETER, NBYTES = range(7)
@@ -161,12 +168,10 @@ COUNTED: dict[str, tuple[Make, int]] = {
     "another batch size": (lambda h: encoded(h, smashed=torch.randn(5, 8), targets=torch.zeros(5)), 306),
     "another bottom version": (another(version=99), 304),
     "a kind of another system": (another(kind=Kind.HEAD_GRADIENT), 303),
-    "a tensor too many": (specified("more", TensorSpec(F32, ("batch",)), torch.zeros(8)), 304),
+    "a tensor too many": (specified("more", TARGET, torch.zeros(8)), 304),
     "a tensor too few": (
         lambda h: b"".join(
-            wire.encode(
-                Message(h, {"targets": torch.zeros(8)}), Payload({"targets": TensorSpec(F32, ("batch",))}), 2**20
-            )
+            wire.encode(Message(h, {"targets": torch.zeros(8)}), Payload(Kind.SMASHED, {"targets": TARGET}), 2**20)
         ),
         304,
     ),
@@ -174,11 +179,23 @@ COUNTED: dict[str, tuple[Make, int]] = {
     "a tensor twice": (rows(lambda rows: [rows[0], rows[0], rows[1]]), 304),
     "tensors out of order": (rows(lambda rows: rows[::-1]), 304),
     "scalars where there are none": (field("scalars", {"loss": 0.5}), 304),
-    "a wrong dtype": (specified("targets", TensorSpec(torch.int64, ("batch",)), torch.zeros(8).long()), 305),
-    "another codec": (specified("smashed", TensorSpec(F32, ("batch", 8), "bf16", zstd=True), torch.randn(8, 8)), 305),
-    "not compressed": (specified("smashed", TensorSpec(F32, ("batch", 8), "fp16"), torch.randn(8, 8)), 305),
+    "a wrong dtype": (
+        specified("targets", TensorSpec(torch.int64, ("batch",), reveals=TOLD), torch.zeros(8).long()),
+        305,
+    ),
+    "another codec": (
+        specified("smashed", TensorSpec(F32, ("batch", 8), "bf16", zstd=True, reveals=TOLD), torch.randn(8, 8)),
+        305,
+    ),
+    "not compressed": (
+        specified("smashed", TensorSpec(F32, ("batch", 8), "fp16", reveals=TOLD), torch.randn(8, 8)),
+        305,
+    ),
     "a parameter that the codec has not": (row(SMASHED, PARAMETER, 999), 305),
-    "a wrong shape": (specified("smashed", TensorSpec(F32, ("batch", 9), "fp16", zstd=True), torch.randn(8, 9)), 306),
+    "a wrong shape": (
+        specified("smashed", TensorSpec(F32, ("batch", 9), "fp16", zstd=True, reveals=TOLD), torch.randn(8, 9)),
+        306,
+    ),
     "tensors that disagree on the batch": (row(TARGETS, SHAPE, [4]), 306),
     "NaN": (value(b"\x00\x00\xc0\x7f"), 307),
     "infinity": (value(b"\x00\x00\x80\xff"), 307),
@@ -309,7 +326,7 @@ def test_an_unusable_answer_counts_as_one_without_a_gradient(tmp_path):
     night = Night(config(("north",)), tmp_path)
     night.work(SERVER, 0.1)
     answer = Header("night", SERVER, "north", Kind.CUT_GRADIENT, 1, reply_to=1)
-    payload = Payload({"gradient": TensorSpec(F32, ("batch", 8), "fp16", zstd=True)}, {"best": int, "judged": int})
+    payload = Payload(Kind.CUT_GRADIENT, {"gradient": TensorSpec(F32, ("batch", 8), "fp16", zstd=True)}, VERDICT)
     message = Message(answer, {"gradient": torch.randn(3, 8)}, {"best": 0, "judged": 0})
     with night.broker.link([], 8, "attacker") as link:
         link.publish(night.queues["north"].down, "poison", [b"".join(wire.encode(message, payload, 2**20))])

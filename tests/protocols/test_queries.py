@@ -17,9 +17,9 @@ from nightsplit.server_worker.query.pool import Evaluate
 from nightsplit.server_worker.query.server import QueryServer
 from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.errors import Refused, StateError
+from nightsplit.shared.he.sequences import circuit_of, rotations_of
 from nightsplit.shared.he.weights import Judge, Numbers
 from nightsplit.shared.models.sequences import SequenceJudge
-from nightsplit.shared.protocols.he_clstm import circuit_of, rotations_of
 from nightsplit.shared.protocols.query import CONTRACT, HEADER_BYTES, MOST_CHUNKS, Parcels, chunks
 from nightsplit.shared.transport import Delivery, Route
 from nightsplit.shared.wire import format as wire

@@ -2,6 +2,7 @@
 
 import os
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from nightsplit.server_worker.tape import FOLDER, Tape, TapedLink
 from nightsplit.shared.engine.effects import Record
 from nightsplit.shared.errors import StateError
 from nightsplit.shared.models.hashing import weights_sha256
-from nightsplit.shared.protocols import PROTOCOLS
+from nightsplit.shared.protocols.spec import TRAINING, sketch, systems
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
-from nightsplit.shared.wire.schema import Payload, TensorSpec
+from nightsplit.shared.wire.schema import Reveals, TensorSpec
 from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.simulation.store import MemoryStore
 from tests.harness.night import SYSTEMS, Night, tiny_config
@@ -66,7 +67,7 @@ def weights_of(night):
 
 
 def test_every_protocol_is_replayed():
-    assert {protocol for protocol, _, _ in SYSTEMS} == set(PROTOCOLS)
+    assert {protocol for protocol, _, _ in SYSTEMS} == set(systems(*TRAINING))
 
 
 @pytest.mark.parametrize("order", ["strict", "fair"])
@@ -164,9 +165,9 @@ def test_until_gives_the_weights_of_a_server_that_stood_there(protocol, order, t
 
 def first_batch(rows=8, version=0):
     """What north's first message could look like."""
-    payload = Payload(
-        {"smashed": TensorSpec(torch.float32, ("batch", 8), "fp16"), "targets": TensorSpec(torch.float32, ("batch",))}
-    )
+    payload = sketch(tiny_config())[Kind.SMASHED]
+    smashed = TensorSpec(torch.float32, ("batch", 8), "fp16", reveals=Reveals.ACTIVATIONS)
+    payload = replace(payload, tensors={**payload.tensors, "smashed": smashed})
     header = Header("night", "north", SERVER, Kind.SMASHED, 1, version=version)
     message = Message(header, {"smashed": torch.ones(rows, 8), "targets": torch.zeros(rows)})
     return b"".join(wire.encode(message, payload, 2**20))

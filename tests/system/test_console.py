@@ -200,7 +200,7 @@ def test_doctor_finds_nothing_wrong(study, capsys):
 
 def test_doctor_names_every_problem_at_once(tmp_path, capsys):
     write_study(tmp_path)
-    change(tmp_path / "policy.toml", "labels = true", "labels = false")
+    change(tmp_path / "policy.toml", '"labels", ', "")
     change(tmp_path / "patients.csv", "age,pressure", "years,pressure")
     change(tmp_path / "run.toml", "cut = 1", "cut = 3")
     change(tmp_path / "north.toml", "[site]", '[site]\nshift = "22:00-06:00 Mars/Crater"\ndevice = "cuda:7"')

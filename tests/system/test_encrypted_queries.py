@@ -15,9 +15,8 @@ from nightsplit.console.cli import run
 from nightsplit.console.commands.status import summarise
 from nightsplit.console.demo.play_queries import play_queries
 from nightsplit.console.worker_file import read_worker_file
-from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import TITLES
-from nightsplit.shared.protocols.load import load
+from nightsplit.shared.protocols.load import load_run
 from tests.harness.films import (  # fmt: skip
     FRAMES,
     SEQUENCES,
@@ -53,7 +52,7 @@ def test_site_and_server_are_never_online_together(recurrent: bool, tmp_path: Pa
 def test_the_demo_asks_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_study(tmp_path / "film", recurrent=False)
     trained(folder)
-    asked = play_queries(folder, load(folder / "run.toml", RunConfig), Console(width=200))
+    asked = play_queries(folder, load_run(folder / "run.toml"), Console(width=200))
     assert asked is not None
     assert asked.sequences == SEQUENCES // 5
     assert asked.auc == asked.plain_auc
@@ -122,9 +121,9 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     north, server = str(folder / "north.toml"), str(folder / "server.toml")
     assert "the run has not finished here" in refused(capsys, 605, "query", north, "--submit")
     assert "the run has not finished here" in refused(capsys, 605, "answer", server)
-    (folder / "policy.toml").write_text("labels = true\n")
-    assert "queries = true" in refused(capsys, 108, "query", north, "--submit")
-    (folder / "policy.toml").write_text("labels = true\nqueries = true\n")
+    (folder / "policy.toml").write_text('allowed = ["labels", "activations", "counts"]\n')
+    assert '"ciphertext" in allowed' in refused(capsys, 108, "query", north, "--submit")
+    (folder / "policy.toml").write_text('allowed = ["labels", "activations", "counts", "ciphertext"]\n')
     text = (folder / "run.toml").read_text()
     (folder / "run.toml").write_text(
         text.replace("sequences:clstm", "sequences:plain_clstm").replace(", recurrent = false }", " }")

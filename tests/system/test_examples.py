@@ -12,12 +12,12 @@ from nightsplit.console.demo.baselines import centralized
 from nightsplit.console.demo.demo import EXAMPLES, run_demo, tell_difference
 from nightsplit.console.ui.text import screen
 from nightsplit.server_worker.worker import ServerWorker
-from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.config.load import load
 from nightsplit.shared.errors import ConfigError, DataError
 from nightsplit.shared.models.hashing import weights_sha256
-from nightsplit.shared.protocols import PROTOCOLS, ROUNDS
 from nightsplit.shared.protocols.build import assemble_any
-from nightsplit.shared.protocols.load import load
+from nightsplit.shared.protocols.load import load_run
+from nightsplit.shared.protocols.spec import Shape, systems
 from nightsplit.simulation.run import simulate
 from nightsplit.site_worker.config import PolicyConfig
 from nightsplit.site_worker.worker import SiteWorker
@@ -35,7 +35,7 @@ def test_every_example_is_tested() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_its_files_agree(name: str) -> None:
     folder = EXAMPLES / name
-    config = load(folder / "run.toml", RunConfig)
+    config = load_run(folder / "run.toml")
     files = {path.stem for path in folder.glob("*.toml")} - {"run", "server", "policy", "pretrain"}
     assert files == set(config.run.sites)
     server = ServerWorker(folder / "server.toml")
@@ -50,10 +50,16 @@ def test_its_files_agree(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "protocol"),
-    [(name, protocol) for name in NAMES for protocol in (ROUNDS if name in [*IN_ROUNDS, ENCRYPTED] else PROTOCOLS)],
+    [
+        (name, protocol)
+        for name in NAMES
+        for protocol in (
+            systems(Shape.ROUND) if name in [*IN_ROUNDS, ENCRYPTED] else systems(Shape.STREAM, Shape.ROUND)
+        )
+    ],
 )
 def test_its_model_fits_its_task_in_every_system_of_its_shape(name: str, protocol: str) -> None:
-    config = load(EXAMPLES / name / "run.toml", RunConfig)
+    config = load_run(EXAMPLES / name / "run.toml")
     config = replace(config, run=replace(config.run, protocol=protocol))
     assembly = assemble_any(config, EXAMPLES / name)  # an output that does not fit is refused
     assert sum(weights.numel() for part in assembly.parts.values() for weights in part.parameters()) > 100
@@ -62,7 +68,7 @@ def test_its_model_fits_its_task_in_every_system_of_its_shape(name: str, protoco
 @pytest.mark.parametrize("name", ["heart", "lung_ct", "radiograph", *IN_ROUNDS])
 def test_without_the_data_it_says_where_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NIGHTSPLIT_DATA", raising=False)
-    sites = load(EXAMPLES / name / "run.toml", RunConfig).run.sites
+    sites = load_run(EXAMPLES / name / "run.toml").run.sites
     for site in sites:
         with pytest.raises(DataError, match=r"E408 .*download .* https?://.*set NIGHTSPLIT_DATA"):
             SiteWorker(EXAMPLES / name / f"{site}.toml").load_parts()
@@ -89,7 +95,7 @@ def test_the_demo_plays_nights_and_days_to_the_result_of_one_undisturbed_night(
     assert [report["top_sha256"] for report in reports] == [shown["sha256"], shown["sha256_killed"]]
     assert "sha256 of the server's half" in (work / "report" / "report.md").read_text(encoding="utf-8")
 
-    config = load(work / "run.toml", RunConfig)
+    config = load_run(work / "run.toml")
     parts = {site: SiteWorker(work / f"{site}.toml").load_parts() for site in config.run.sites}
     undisturbed = simulate(config, parts)
     assert shown["sha256"] == weights_sha256(undisturbed.server.best_weights)
@@ -134,8 +140,8 @@ def averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     example = tmp_path / "averaged"
     shutil.copytree(EXAMPLES / "cholesterol", example)
     (example / "run.toml").write_text(AVERAGED)
-    (example / "policy.toml").write_text("model_weights = true\n")
-    for site in load(example / "run.toml", RunConfig).run.sites:
+    (example / "policy.toml").write_text('allowed = ["weights", "counts"]\nserver_sets_weights = true\n')
+    for site in load_run(example / "run.toml").run.sites:
         file = example / f"{site}.toml"
         file.write_text(file.read_text().replace("[site]\n", f'[site]\nledger = "{site}.db"\n'))
     monkeypatch.chdir(tmp_path)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nightsplit.shared.protocols import ROUNDS
+from nightsplit.shared.protocols.spec import Shape, systems
 from nightsplit.shared.wire.message import SERVER
 from tests.harness.night import Night, tiny_config
 from tests.protocols.test_crashes import shaken
@@ -29,7 +29,7 @@ def test_a_run_on_the_gpu_survives_crashes_bit_identical(protocol, bottoms, tmp_
     config = tiny_config(protocol=protocol, bottoms=bottoms, average_every=3, epochs=2)
     calm = Night(config, tmp_path / "calm", device="cuda")
     calm.together()
-    on_device = calm.roles["north"].trainer if protocol in ROUNDS else calm.roles[SERVER].top
+    on_device = calm.roles["north"].trainer if protocol in systems(Shape.ROUND) else calm.roles[SERVER].top
     assert next(on_device.module.parameters()).is_cuda
     assert shaken(Night(config, tmp_path / "shaken", prefetch=16, device="cuda"), seed=1) == calm.fingerprint()
 

@@ -14,7 +14,7 @@ from nightsplit.console.cli import run
 from nightsplit.console.keys.accounts import ADMIN
 from nightsplit.console.keys.admin import administrator
 from nightsplit.server_worker.config import ServerConfig
-from nightsplit.shared.protocols.load import load
+from nightsplit.shared.config.load import load
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.shared.wire.schema import Payload
@@ -127,7 +127,7 @@ def test_a_night_over_tls_with_a_user_for_each_worker(centre, tmp_path):
 def forge(centre):
     """Who may publish anywhere sends what claims to be from north."""
     header = Header("lipids", "north", SERVER, Kind.SMASHED, 10_000)
-    body = b"".join(wire.encode(Message(header, {}, {}), Payload(), 2**20))
+    body = b"".join(wire.encode(Message(header, {}, {}), Payload(Kind.SMASHED), 2**20))
     parameters = read_addresses(centre.broker(ADMIN), 30, administrator(centre.keys.folder / "centre"))
     with closing(pika.BlockingConnection(parameters)) as connection:
         properties = pika.BasicProperties(message_id=header.message_id, user_id=ADMIN)

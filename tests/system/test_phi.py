@@ -80,7 +80,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     folder = write_study(tmp_path / "study")
     (folder / "patients.csv").unlink()
     (folder / "run.toml").write_text(RUN)
-    (folder / "policy.toml").write_text("labels = true\ntape = true\n")
+    (folder / "policy.toml").write_text('allowed = ["labels", "stored_activations", "counts"]\ntape = true\n')
     chance = random.Random(3)
     for number in range(PATIENTS):
         site = SITES[number % 2]

@@ -8,6 +8,7 @@ from tests.harness.study import change
 from tests.harness.workers import SHARES, Hospital
 
 ROUNDS = 3
+ROUNDS_ALLOWED = 'allowed = ["weights", "counts"]\nserver_sets_weights = true\n'
 SCALING = """scaling = "run"
 mean = [48.0, 1.5, 26.0, 190.0, 50.0, 4.6]
 spread = [13.0, 0.5, 4.5, 35.0, 13.0, 0.5]
@@ -24,7 +25,7 @@ def private(folder, **run):
         change(file, "[run]", f"[run]\n{key} = {value}")
     for site in SHARES:
         change(folder / f"{site}.toml", "[data]", f'ledger = "{site}.db"\npolicy = "{site}_policy.toml"\n[data]')
-        (folder / f"{site}_policy.toml").write_text("model_weights = true\nmax_epsilon = 7.0\n")
+        (folder / f"{site}_policy.toml").write_text(f"{ROUNDS_ALLOWED}max_epsilon = 7.0\n")
     return hospital
 
 
@@ -49,7 +50,7 @@ def test_a_night_with_noise_is_in_every_ledger(tmp_path):
 @pytest.mark.timeout(300)
 def test_a_hospital_whose_budget_is_spent_stays_away_and_the_others_go_on(tmp_path):
     hospital = private(tmp_path / "run", quorum=2, absence_hours=0.002)
-    (hospital.folder / "south_policy.toml").write_text("model_weights = true\nmax_epsilon = 2.0\n")
+    (hospital.folder / "south_policy.toml").write_text(f"{ROUNDS_ALLOWED}max_epsilon = 2.0\n")
     try:
         assert hospital.call("open", "server.toml").returncode == 0
         refused = hospital.call("site", "south.toml")

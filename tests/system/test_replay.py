@@ -23,7 +23,7 @@ def hospital(tmp_path):
     hospital = Hospital(tmp_path / "run", epochs=3)
     change(hospital.folder / "run.toml", "seed = 5", "seed = 5\ntape = true")
     change(hospital.folder / "run.toml", '"strict"', '"fair"')
-    change(hospital.folder / "policy.toml", "labels = true", "labels = true\ntape = true")
+    change(hospital.folder / "policy.toml", "server_sets", "tape = true\nserver_sets")
     yield hospital
     hospital.close()
 
@@ -85,7 +85,7 @@ def test_what_a_user_is_told_without_a_tape(tmp_path, capsys):
 
 def test_a_site_that_does_not_allow_it_refuses(hospital):
     SiteWorker(hospital.folder / "north.toml")
-    change(hospital.folder / "policy.toml", "\ntape = true", "")
+    change(hospital.folder / "policy.toml", "tape = true\n", "")
     with pytest.raises(ConfigError) as caught:
         SiteWorker(hospital.folder / "north.toml")
     assert caught.value.number == 108

@@ -17,9 +17,9 @@ from nightsplit.server_worker.protocols.he_clstm import HeClstmServer
 from nightsplit.server_worker.query.pool import evaluating
 from nightsplit.shared.errors import Refused, StateError
 from nightsplit.shared.he.packing import Batch
+from nightsplit.shared.he.sequences import circuit_of
 from nightsplit.shared.he.weights import Judge
 from nightsplit.shared.models.sequences import SequenceJudge
-from nightsplit.shared.protocols.he_clstm import circuit_of
 from nightsplit.site_worker.query.keys import SecretKeys
 
 SECRET = b"s" * 32

@@ -2,9 +2,8 @@
 
 import pytest
 
-from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import ConfigError
-from nightsplit.shared.protocols.load import load
+from nightsplit.shared.protocols.load import load_run
 
 RUN = """
 [run]
@@ -39,6 +38,7 @@ def path(tmp_path):
         ("data.image_size=8", "data.features"),
         ("data.features=[]", "data.features"),
         ("data.frames=4", "data.frames"),
+        ('run.protocol="he_clstm"', "run.protocol"),
         ("data.window=[40, 0]", "data.window"),
         ('data.window="knee"', "data.window"),
     ],
@@ -46,7 +46,7 @@ def path(tmp_path):
 def test_keys_that_do_not_fit_together_are_refused_by_name(path, change, key):
     more = ["data.test=0.45"] if "validation" in change else []
     with pytest.raises(ConfigError) as caught:
-        load(path, RunConfig, [change, *more])
+        load_run(path, [change, *more])
     assert caught.value.number == 103
     assert f": {key}: " in caught.value.sentence
 
@@ -60,7 +60,7 @@ PRIVATE = ["privacy.epsilon=1.0", "privacy.delta=0.001", "privacy.clip=1.0"]
     [
         (["round.rounds=3"], "round"),
         (PRIVATE, "privacy"),
-        (['model.initial="a"'], "model.initial"),
+        (['model.initial="a"', 'model.initial_sha256="b"'], "model.initial"),
         (['task.kind="segmentation"'], "task.kind"),
         ([*ROUNDS, 'model.initial="a"'], "model.initial_sha256"),
         ([*ROUNDS, 'round.close="quorum"'], "round.reports"),
@@ -76,37 +76,37 @@ PRIVATE = ["privacy.epsilon=1.0", "privacy.delta=0.001", "privacy.clip=1.0"]
 )
 def test_what_rounds_need_and_what_only_they_have(path, changes, key):
     with pytest.raises(ConfigError) as caught:
-        load(path, RunConfig, changes)
+        load_run(path, changes)
     assert caught.value.number == 103
     assert f": {key}: " in caught.value.sentence
 
 
 def test_a_quorum_is_a_number_of_the_runs_sites(path):
-    sites = len(load(path, RunConfig).run.sites)
-    assert not load(path, RunConfig, [f"run.quorum={sites}"]).run.may_leave_out
+    sites = len(load_run(path).run.sites)
+    assert not load_run(path, [f"run.quorum={sites}"]).run.may_leave_out
     with pytest.raises(ConfigError) as caught:
-        load(path, RunConfig, [f"run.quorum={sites + 1}"])
+        load_run(path, [f"run.quorum={sites + 1}"])
     assert "run.quorum" in caught.value.sentence
 
 
 def test_averagings_do_not_overlap(path):
     averaged = ['run.bottoms="averaged"', "run.window=4"]
-    load(path, RunConfig, [*averaged, "run.average_every=4"])
+    load_run(path, [*averaged, "run.average_every=4"])
     with pytest.raises(ConfigError) as caught:
-        load(path, RunConfig, [*averaged, "run.average_every=3"])
+        load_run(path, [*averaged, "run.average_every=3"])
     assert "run.average_every" in caught.value.sentence
 
 
 def test_the_contract_depends_on_every_key_and_on_no_order(path):
-    contract = load(path, RunConfig).contract
-    assert load(path, RunConfig, ["run.seed=1"]).contract != contract
+    contract = load_run(path).contract
+    assert load_run(path, ["run.seed=1"]).contract != contract
     path.write_text(RUN.replace('id = "a"\nprotocol = "split_labels"', 'protocol = "split_labels"\nid = "a"'))
-    assert load(path, RunConfig).contract == contract
+    assert load_run(path).contract == contract
 
 
 def test_the_shape_of_a_sample(path):
     def shape(*changes):
-        return load(path, RunConfig, list(changes)).data.input_shape
+        return load_run(path, list(changes)).data.input_shape
 
     assert shape() == (1,)
     assert shape("data.features=[]", "data.image_size=8") == (1, 8, 8)

@@ -281,12 +281,12 @@ def test_site_scaling_fills_with_the_mean() -> None:
 
 
 def test_run_scaling() -> None:
-    data = DataSection(scaling="run", mean=[1.0, 2.0], spread=[2.0, 4.0])
+    data = DataSection(features=["a", "b"], scaling="run", mean=[1.0, 2.0], spread=[2.0, 4.0])
     train = rows([[3, NAN]])
     assert Scaling.fit(train, data).apply(train).inputs.tolist() == [[1, 0]]
-    for wrong in (DataSection(scaling="run", mean=[1.0], spread=[1.0]), DataSection(scaling="run")):
+    for wrong in ({"mean": [1.0], "spread": [1.0]}, {"features": ["a", "b"], "mean": [1.0, 2.0], "spread": [1.0, 0.0]}):
         with pytest.raises(ConfigError, match="the data 2 features") as caught:
-            Scaling.fit(train, wrong)
+            Scaling.fit(train, DataSection(scaling="run", **wrong))
         assert caught.value.number == 103
 
 

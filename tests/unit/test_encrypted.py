@@ -17,9 +17,9 @@ from nightsplit.server_worker.he.arithmetic import Arithmetic
 from nightsplit.server_worker.he.batch import State
 from nightsplit.shared.he.ckks import Ciphertext, Circuit, written
 from nightsplit.shared.he.packing import Batch, Packing, Slots
+from nightsplit.shared.he.sequences import one_shot_levels
 from nightsplit.shared.he.weights import Judge, Numbers
 from nightsplit.shared.models.sequences import SequenceJudge
-from nightsplit.shared.protocols.he_clstm import one_shot_levels
 from nightsplit.site_worker.query.keys import SecretKeys
 
 REFRESH = Circuit(8192, (50, 34, 34, 34, 60), 34)

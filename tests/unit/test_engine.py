@@ -14,12 +14,14 @@ from nightsplit.shared.transport import Confirmed, Route
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire import head
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
-from nightsplit.shared.wire.schema import Payload
+from nightsplit.shared.wire.schema import Payload, Reveals, ScalarSpec, contract
 from nightsplit.simulation.broker import MemoryBroker
 from tests.harness.night import Authority
 
 QUEUES = {site: site_queues("run", site, 10_000) for site in ("a", "b")}
-CONTRACT = {Kind.SMASHED: Payload(scalars={"value": int}), Kind.NOTED: Payload(), Kind.FINISH: Payload()}
+CONTRACT = contract(
+    Payload(Kind.SMASHED, scalars={"value": ScalarSpec(int, Reveals.COUNTS)}), Payload(Kind.NOTED), Payload(Kind.FINISH)
+)
 
 
 class Diary(Role):

@@ -6,7 +6,15 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from nightsplit.shared.config.run import ModelSection, PrivacySection, RoundSection, RunConfig, RunSection, TaskSection
+from nightsplit.shared.config.run import (
+    DataSection,
+    ModelSection,
+    PrivacySection,
+    RoundSection,
+    RunConfig,
+    RunSection,
+    TaskSection,
+)
 from nightsplit.shared.engine.effects import Spend
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.models.networks import mlp
@@ -22,6 +30,7 @@ CONFIG = RunConfig(
     task=TaskSection(kind="binary"),
     round=RoundSection(rounds=5, local_batches=4),
     privacy=PRIVACY,
+    data=DataSection(features=["a", "b", "c"], scaling="none"),
 )
 
 

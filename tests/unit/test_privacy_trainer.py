@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nightsplit.shared.config.run import (
+    DataSection,
     ModelSection,
     OptimizerSection,
     PrivacySection,
@@ -40,6 +41,7 @@ def config_of(kind: str, optimizer: str = "adam", **round_: Any) -> RunConfig:
         task=TaskSection(kind=kind, classes=3),  # type: ignore[arg-type]
         optimizer=OptimizerSection(name=optimizer, lr=1e-2),  # type: ignore[arg-type]
         round=RoundSection(**round_),
+        data=DataSection(image_size=8, scaling="none"),
     )
 
 

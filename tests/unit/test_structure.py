@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import msgspec
@@ -16,7 +17,7 @@ import torch
 
 from nightsplit.server_worker.protocols import make_server
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.protocols import PROTOCOLS, QUERIES
+from nightsplit.shared.protocols.spec import PROTOCOLS, TRAINING, systems
 from nightsplit.site_worker.data.dataset import Dataset, Parts
 from nightsplit.site_worker.protocols import make_site
 
@@ -145,7 +146,7 @@ def config_of(protocol: str) -> RunConfig:
     )
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", systems(*TRAINING))
 def test_every_system_has_both_halves(protocol: str, tmp_path: Path) -> None:
     few = Dataset(torch.zeros(4, 3), torch.zeros(4), ("a", "b", "c", "d"))
     site = make_site("mercy", config_of(protocol), Parts(few, few, few), "one", tmp_path)
@@ -155,9 +156,61 @@ def test_every_system_has_both_halves(protocol: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("side", ["site_worker", "server_worker"])
-def test_no_half_without_a_contract(side: str) -> None:
-    halves = {path.stem for path in (ROOT / side / "protocols").glob("*.py")} - {"__init__"}
-    assert halves == {*PROTOCOLS, *QUERIES}
+def test_a_file_for_each_system_at_each_side(side: str) -> None:
+    sides = {path.stem for path in (ROOT / side / "protocols").glob("*.py")} - {"__init__"}
+    assert sides == set(PROTOCOLS)
+    for name in sides:
+        role = import_module(f"nightsplit.{side}.protocols.{name}").ROLE
+        assert role.__module__ == f"nightsplit.{side}.protocols.{name}"
+
+
+def names_of_systems(tree: ast.AST) -> Iterator[str]:
+    """Where code treats systems differently by their names: comparisons of `.protocol`, look-ups by it, literals."""
+    for node in ast.walk(tree):
+        parts = []
+        if isinstance(node, ast.Compare | ast.Match):
+            parts = list(ast.iter_child_nodes(node))
+        elif isinstance(node, ast.Subscript):
+            parts = [node.slice]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+            parts = list(node.args)
+        if any(isinstance(part, ast.Attribute) and part.attr == "protocol" for part in parts):
+            yield f"line {node.lineno}: {ast.unparse(node)}"
+        if isinstance(node, ast.Constant) and node.value in PROTOCOLS:
+            yield f"line {node.lineno}: {node.value!r}"
+
+
+REGISTRY = {
+    "shared/protocols/spec.py", "shared/protocols/load.py",
+    "site_worker/protocols/__init__.py", "server_worker/protocols/__init__.py",
+}  # fmt: skip
+"""They find a system's spec and its roles by its name."""
+
+
+def test_nothing_but_its_own_files_names_a_system() -> None:
+    sides = ("shared", "site_worker", "server_worker")
+    own = {f"{side}/protocols/{name}.py" for side in sides for name in PROTOCOLS}
+    found = [
+        f"{name_of(path)}, {where}"
+        for path in SOURCE
+        if name_of(path) not in own | REGISTRY
+        for where in names_of_systems(parsed(path))
+    ]
+    assert not found, found
+    for code in (
+        'run.protocol == "x"',
+        "run.protocol in ROUNDS",
+        "T[a.run.protocol]",
+        "T.get(run.protocol)",
+        '"split_u"',
+    ):
+        assert list(names_of_systems(ast.parse(code))), code
+
+
+def test_the_registry_needs_no_library_of_encrypted_queries() -> None:
+    code = "import sys, nightsplit.site_worker.protocols, nightsplit.server_worker.protocols as p; p.ROLES; "
+    code += "sys.exit('tenseal' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])

@@ -19,7 +19,7 @@ from nightsplit.shared.wire import codecs, head
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import WIRE_VERSION, Kind, Message
 from nightsplit.shared.wire.schema import Payload, TensorSpec
-from tests.harness.wire_bodies import F32, HEADER, MIB, PAYLOAD, body, fields, message, ramp, with_header
+from tests.harness.wire_bodies import F32, HEADER, MIB, PAYLOAD, TYPES, body, fields, message, ramp, with_header
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -30,15 +30,15 @@ def test_round_trip() -> None:
     assert got.header == sent.header
     assert head.read_head(body()).header == sent.header
     assert got.scalars == sent.scalars
-    assert {name: type(value) for name, value in got.scalars.items()} == PAYLOAD.scalars
+    assert {name: type(value) for name, value in got.scalars.items()} == TYPES
     assert got.tensors.keys() == sent.tensors.keys()
     assert all(torch.equal(got.tensors[name], sent.tensors[name]) for name in sent.tensors)
 
 
 @pytest.mark.parametrize("kind", list(Kind))
 def test_every_kind_and_nothing_inside(kind: Kind) -> None:
-    raw = body(Message(replace(HEADER, kind=kind)), Payload())
-    assert head.read_head(raw).header == wire.decode(raw, Payload(), MIB).header == replace(HEADER, kind=kind)
+    raw = body(Message(replace(HEADER, kind=kind)), Payload(kind))
+    assert head.read_head(raw).header == wire.decode(raw, Payload(kind), MIB).header == replace(HEADER, kind=kind)
     assert type(head.read_head(raw).header.kind) is Kind
 
 
@@ -49,7 +49,7 @@ def test_equal_messages_give_equal_bytes_in_any_order() -> None:
         tensors=dict(reversed(sent.tensors.items())),
         scalars=dict(reversed(sent.scalars.items())),
     )
-    other = Payload(dict(reversed(PAYLOAD.tensors.items())), dict(reversed(PAYLOAD.scalars.items())))
+    other = Payload(Kind.SMASHED, dict(reversed(PAYLOAD.tensors.items())), dict(reversed(PAYLOAD.scalars.items())))
     assert body(backwards) == body(sent) == body(sent, other)
 
 
@@ -71,7 +71,7 @@ def test_every_tensor_starts_at_a_multiple_of_64_and_nothing_follows_the_last() 
 
 @pytest.mark.parametrize("codec", ["raw", "fp32"])
 def test_decoding_copies_nothing(codec: Any) -> None:
-    payload = Payload({"a": TensorSpec(F32, ("n", 8), codec), "b": TensorSpec(torch.int64, (3,))})
+    payload = Payload(Kind.NOTED, {"a": TensorSpec(F32, ("n", 8), codec), "b": TensorSpec(torch.int64, (3,))})
     raw = body(Message(HEADER, {"a": ramp(1000, 8), "b": torch.arange(3)}), payload)
     start = torch.frombuffer(raw, dtype=torch.uint8).data_ptr()
     for tensor in wire.decode(raw, payload, MIB).tensors.values():
@@ -82,13 +82,13 @@ def test_decoding_copies_nothing(codec: Any) -> None:
 
 def test_encoding_hands_out_the_tensors_own_memory() -> None:
     tensor = ramp(1000)
-    pieces = wire.encode(Message(HEADER, {"a": tensor}), Payload({"a": TensorSpec(F32, (1000,))}), MIB)
+    pieces = wire.encode(Message(HEADER, {"a": tensor}), Payload(Kind.NOTED, {"a": TensorSpec(F32, (1000,))}), MIB)
     assert isinstance(pieces[-1], memoryview)
     assert torch.frombuffer(pieces[-1], dtype=F32).data_ptr() == tensor.data_ptr()
 
 
 def test_hundreds_of_tensors_fit() -> None:
-    payload = Payload({f"layer{i}.block.conv.weight": TensorSpec(F32, (2, 2)) for i in range(2000)})
+    payload = Payload(Kind.NOTED, {f"layer{i}.block.conv.weight": TensorSpec(F32, (2, 2)) for i in range(2000)})
     sent = Message(HEADER, {name: ramp(2, 2) for name in payload.tensors})
     assert len(wire.decode(body(sent, payload), payload, MIB).tensors) == 2000
 
@@ -96,6 +96,7 @@ def test_hundreds_of_tensors_fit() -> None:
 # ── golden files ────────────────────────────────────────────────────────────────────────────────
 
 CODECS = Payload(
+    Kind.CUT_GRADIENT,
     {
         **{f"raw_{name}": TensorSpec(dtype, (2, 3)) for name, dtype in codecs.DTYPES.items()},
         "fp32": TensorSpec(F32, ("batch", 3, 2, 2), "fp32"),
@@ -103,12 +104,12 @@ CODECS = Payload(
         "bf16": TensorSpec(F32, ("batch", 3, 2, 2), "bf16"),
         "int8": TensorSpec(F32, ("batch", 3, 2, 2), "int8"),
         "none": TensorSpec(F32, ()),
-    }
+    },
 )
-ZSTD = Payload({"int8": TensorSpec(F32, ("batch", 3, 16), "int8", zstd=True)})
+ZSTD = Payload(Kind.NOTED, {"int8": TensorSpec(F32, ("batch", 3, 16), "int8", zstd=True)})
 EXAMPLES: dict[str, tuple[Message, Payload]] = {
     "plain": (message(), PAYLOAD),
-    "empty": (Message(replace(HEADER, kind=Kind.NOTED, fence=2)), Payload()),
+    "empty": (Message(replace(HEADER, kind=Kind.NOTED, fence=2)), Payload(Kind.NOTED)),
     "codecs": (
         Message(
             replace(HEADER, kind=Kind.CUT_GRADIENT),

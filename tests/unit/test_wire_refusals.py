@@ -17,7 +17,7 @@ import zstandard
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire import head
-from nightsplit.shared.wire.message import Message, Scalar
+from nightsplit.shared.wire.message import Kind, Message, Scalar
 from nightsplit.shared.wire.schema import Payload, TensorSpec
 from tests.harness.wire_bodies import (
     F32,
@@ -220,7 +220,7 @@ def test_304_tensor_names() -> None:
     for tensors in (fewer, {}, {**sent.tensors, "more": ramp(1)}):
         with refused(304):
             body(replace(sent, tensors=tensors))
-    smaller = Payload({name: PAYLOAD.tensors[name] for name in fewer}, PAYLOAD.scalars)
+    smaller = Payload(Kind.SMASHED, {name: PAYLOAD.tensors[name] for name in fewer}, PAYLOAD.scalars)
     assert_refused(304, body(), smaller)
     assert_refused(304, body(replace(sent, tensors=fewer), smaller))
 
@@ -264,7 +264,9 @@ def test_305_also_when_sending() -> None:
     sent = message()
     with refused(305):
         body(replace(sent, tensors={**sent.tensors, "labels": torch.arange(5, dtype=torch.int32)}))
-    wrong = Payload({**PAYLOAD.tensors, "labels": TensorSpec(torch.int64, ("batch",), "fp16")}, PAYLOAD.scalars)
+    wrong = Payload(
+        Kind.CUT_GRADIENT, {**PAYLOAD.tensors, "labels": TensorSpec(torch.int64, ("batch",), "fp16")}, PAYLOAD.scalars
+    )
     with refused(305):
         body(sent, wrong)
 
@@ -319,7 +321,7 @@ def test_308_size_comes_before_the_content() -> None:
 
 
 def test_308_decoded_size() -> None:
-    payload = Payload({"a": TensorSpec(F32, ("n", 1000), "int8", zstd=True)})
+    payload = Payload(Kind.NOTED, {"a": TensorSpec(F32, ("n", 1000), "int8", zstd=True)})
     with refused(308):
         wire.encode(Message(HEADER, {"a": torch.zeros(100, 1000)}), payload, 49_999)
     raw = body(Message(HEADER, {"a": torch.zeros(100, 1000)}), payload)
@@ -339,9 +341,12 @@ def test_308_header_and_integers() -> None:
     with refused(308):
         body(message(scalars=SCALARS | {"step": 2**63}))
     with refused(308):
-        body(message(tensors={"a": torch.zeros([1] * 9)}, scalars={}), Payload({"a": TensorSpec(F32, (1,) * 9)}))
+        body(
+            message(tensors={"a": torch.zeros([1] * 9)}, scalars={}),
+            Payload(Kind.NOTED, {"a": TensorSpec(F32, (1,) * 9)}),
+        )
     with refused(308):
-        payload = Payload({f"t{i}": TensorSpec(F32, (1,)) for i in range(head.MAX_TENSORS + 1)})
+        payload = Payload(Kind.NOTED, {f"t{i}": TensorSpec(F32, (1,)) for i in range(head.MAX_TENSORS + 1)})
         body(Message(HEADER, {name: ramp(1) for name in payload.tensors}), payload)
 
 
@@ -354,8 +359,8 @@ def test_309_truncated_anywhere() -> None:
 def test_309_bytes_left_over() -> None:
     assert_refused(309, body() + b"\0")
     assert_refused(309, body() + body())
-    empty = body(Message(HEADER), Payload())
-    assert_refused(309, empty + b"\0" * 64, Payload())
+    empty = body(Message(HEADER), Payload(Kind.NOTED))
+    assert_refused(309, empty + b"\0" * 64, Payload(Kind.NOTED))
 
 
 def test_309_a_gap_that_hides_something() -> None:
@@ -377,7 +382,7 @@ def test_309_length_that_is_not_that_of_the_shape(nbytes: int) -> None:
 
 
 def test_311_bomb() -> None:
-    payload = Payload({"a": TensorSpec(F32, ("n",), "raw", zstd=True)})
+    payload = Payload(Kind.NOTED, {"a": TensorSpec(F32, ("n",), "raw", zstd=True)})
     raw = body(Message(HEADER, {"a": torch.zeros(1000)}), payload)
     bomb = zstandard.ZstdCompressor(level=1).compress(bytes(256 * MIB))
     parsed = fields(raw)

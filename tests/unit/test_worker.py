@@ -16,7 +16,7 @@ from nightsplit.shared.run_store.status import Phase, WorkerStatus
 from nightsplit.shared.runtime.heartbeat import Heartbeat
 from nightsplit.shared.runtime.process import own_folder, prefetch_for, prepare_torch
 from nightsplit.shared.wire.message import Kind
-from nightsplit.shared.wire.schema import Payload, TensorSpec
+from nightsplit.shared.wire.schema import Payload, TensorSpec, contract
 from nightsplit.simulation.store import MemoryStore
 from tests.harness.night import tiny_config
 
@@ -47,8 +47,8 @@ def test_prefetch_fits_the_memory():
 
 def test_planned_bytes_follow_the_codec():
     spec = TensorSpec(torch.float32, ("batch", 16, 4, 4), "fp16")
-    contract = {Kind.SMASHED: Payload({"smashed": spec, "targets": TensorSpec(torch.int64, ("batch",))})}
-    assert planned_message_bytes(tiny_config(), contract) == 8 * (256 * 2 + 8)
+    payload = Payload(Kind.CUT_GRADIENT, {"smashed": spec, "targets": TensorSpec(torch.int64, ("batch",))})
+    assert planned_message_bytes(tiny_config(), contract(payload)) == 8 * (256 * 2 + 8)
 
 
 def test_a_heartbeat_speaks_until_the_end_and_survives_a_store_that_is_away():

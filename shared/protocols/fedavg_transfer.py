@@ -1,0 +1,16 @@
+"""fedavg_transfer: what sites' training changed in a published model is averaged, round by round."""
+
+from __future__ import annotations
+
+from nightsplit.shared.protocols import rounds
+from nightsplit.shared.protocols.spec import ProtocolSpec, Shape
+
+SPEC = ProtocolSpec(
+    name="fedavg_transfer",
+    paper="Zhang and Li, arXiv 2203.12803, stage 2",
+    shape=Shape.ROUND,
+    payloads=rounds.payloads,
+    check=rounds.check,
+    settings=rounds.settings,
+    names=rounds.NAMES,
+)

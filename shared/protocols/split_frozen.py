@@ -1,0 +1,37 @@
+"""split_frozen: activations of a bottom that is never trained are released once; the server trains on its store."""
+
+from __future__ import annotations
+
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.config.section import KeyConflict
+from nightsplit.shared.protocols import stream
+from nightsplit.shared.protocols.handshake import AGREEMENT
+from nightsplit.shared.protocols.spec import ProtocolSpec, Shape, Shapes
+from nightsplit.shared.wire.message import Kind
+from nightsplit.shared.wire.schema import Contract, Payload, contract
+
+
+def payloads(config: RunConfig, shapes: Shapes) -> Contract:
+    """Return the contract of a run: nothing but the end comes back."""
+    smashed = {"smashed": stream.activations(config, shapes, stored=True), "targets": stream.targets(config)}
+    return contract(*AGREEMENT, Payload(Kind.SMASHED, smashed), stream.finish(config, shapes))
+
+
+def check(config: RunConfig) -> None:
+    """Raise `KeyConflict` where run.toml asks for what the system has not."""
+    stream.check(config)
+    if config.run.bottoms == "averaged":
+        raise KeyConflict("run.bottoms", "a bottom that is never trained needs no averaging", "remove it.")
+
+
+SPEC = ProtocolSpec(
+    name="split_frozen",
+    paper="Ha et al., IEEE Access 2021, with the site's layers detached in time",
+    shape=Shape.STREAM,
+    payloads=payloads,
+    check=check,
+    settings=stream.settings,
+    names=stream.NAMES,
+    trains_bottom=False,
+    uploads_once=True,
+)

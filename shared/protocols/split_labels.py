@@ -1,0 +1,29 @@
+"""split_labels: activations and labels go to the server, gradients return."""
+
+from __future__ import annotations
+
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.protocols import stream
+from nightsplit.shared.protocols.handshake import AGREEMENT
+from nightsplit.shared.protocols.spec import ProtocolSpec, Shape, Shapes
+from nightsplit.shared.wire.message import Kind
+from nightsplit.shared.wire.schema import Contract, Payload, contract
+
+
+def payloads(config: RunConfig, shapes: Shapes) -> Contract:
+    """Return the contract of a run."""
+    smashed = {"smashed": stream.activations(config, shapes), "targets": stream.targets(config)}
+    return contract(
+        *AGREEMENT, Payload(Kind.SMASHED, smashed), *stream.answers(config, shapes), stream.finish(config, shapes)
+    )
+
+
+SPEC = ProtocolSpec(
+    name="split_labels",
+    paper="Ha et al., IEEE Access 2021, doi 10.1109/ACCESS.2021.3108455",
+    shape=Shape.STREAM,
+    payloads=payloads,
+    check=stream.check,
+    settings=stream.settings,
+    names=stream.NAMES,
+)

@@ -1,0 +1,51 @@
+"""split_u, U-shaped: the last layers and the labels stay at the site."""
+
+from __future__ import annotations
+
+import torch
+
+from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.config.section import KeyConflict
+from nightsplit.shared.protocols import stream
+from nightsplit.shared.protocols.handshake import AGREEMENT, VERDICT
+from nightsplit.shared.protocols.spec import ProtocolSpec, Shape, Shapes
+from nightsplit.shared.wire.message import Kind
+from nightsplit.shared.wire.schema import Contract, Payload, Reveals, ScalarSpec, TensorSpec, contract
+
+
+def payloads(config: RunConfig, shapes: Shapes) -> Contract:
+    """Return the contract of a run."""
+    wire = config.wire
+    activations = TensorSpec(torch.float32, ("batch", *shapes.head), wire.smashed, wire.zstd)
+    return contract(
+        *AGREEMENT,
+        Payload(Kind.SMASHED, {"smashed": stream.activations(config, shapes)}),
+        Payload(Kind.HEAD_INPUT, {"activations": activations}, VERDICT),
+        Payload(Kind.HEAD_GRADIENT, stream.gradient(config, shapes.head, Reveals.GRADIENTS)),
+        Payload(Kind.REPORT, scalars={"metrics": ScalarSpec(str, Reveals.COUNTS)}),
+        *stream.answers(config, shapes),
+        stream.finish(config, shapes),
+    )
+
+
+def check(config: RunConfig) -> None:
+    """Raise `KeyConflict` where run.toml asks for what the system has not."""
+    stream.check(config)
+    if config.model.head_cut is None:
+        raise KeyConflict(
+            "model.head_cut",
+            "split_u needs to know where the head begins",
+            "set head_cut, after cut and before the end.",
+        )
+
+
+SPEC = ProtocolSpec(
+    name="split_u",
+    paper="the U-shaped extension of Ha et al., IEEE Access 2021",
+    shape=Shape.STREAM,
+    payloads=payloads,
+    check=check,
+    settings=stream.settings,
+    names=stream.NAMES,
+    has_head=True,
+)
