@@ -62,15 +62,10 @@ class RunSection(Section, frozen=True, kw_only=True):
         if SERVER in self.sites:
             raise KeyConflict("sites", f"{SERVER!r} is the server's own name", "rename the site.")
         if self.quorum is not None and self.quorum > len(self.sites):
-            raise KeyConflict(
-                "quorum", f"{self.quorum} is more than there are sites", f"set at most {len(self.sites)}."
-            )
+            raise KeyConflict("quorum", "a quorum is of the run's sites", f"set at most {len(self.sites)}.")
         if self.bottoms == "averaged" and self.average_every < self.window:
-            raise KeyConflict(
-                "average_every",
-                f"{self.average_every} is below the window of {self.window}: averagings would overlap, correct twice",
-                "set average_every to the window or more.",
-            )
+            what = f"below the window of {self.window}, averagings overlap, and correct twice"
+            raise KeyConflict("average_every", what, "set it to the window or more.")
 
 
 class ModelSection(Section, frozen=True, kw_only=True):
@@ -243,15 +238,10 @@ class DataSection(Section, frozen=True, kw_only=True):
             raise KeyConflict("test", "validation and test leave less than a tenth to train on", "lower one of them.")
         inputs = len(self.features) or self.frames or 1  # of a table, of a sequence, or the one channel of an image
         if self.scaling == "run" and not inputs == len(self.mean) == len(self.spread):
-            raise KeyConflict(
-                "mean",
-                'scaling = "run" needs one mean and one spread per feature',
-                'give both lists, or use scaling = "site".',
-            )
+            what = 'scaling = "run" needs one mean and one spread per feature'
+            raise KeyConflict("mean", what, 'give both lists, or use scaling = "site".')
         if self.features and self.frames is not None:
-            raise KeyConflict(
-                "frames", "a table has no frames", "leave it out, or set image_size in place of features."
-            )
+            raise KeyConflict("frames", "a table has no frames", "leave it out, or set image_size, not features.")
         if isinstance(self.window, tuple) and self.window[1] <= 0:
             raise KeyConflict("window", f"a width of {self.window[1]}", "give [centre, width], the width above 0.")
 
@@ -270,11 +260,8 @@ class RunConfig(Section, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if bool(self.data.features) == (self.data.image_size is not None):
-            raise KeyConflict(
-                "data.features",
-                "a run has either features or image_size",
-                "name a table's columns, or the images' side.",
-            )
+            what = "a run has either features or image_size"
+            raise KeyConflict("data.features", what, "name a table's columns, or the images' side.")
 
     @property
     def output_shape(self) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ A system is these three files. Nothing else names one: whoever has to treat syst
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum, auto
 from importlib import import_module
 from importlib.util import find_spec
@@ -77,8 +77,8 @@ class Shapes:
 
     cut: tuple[int, ...] = ()
     head: tuple[int, ...] = ()
-    bottom: Mapping[str, torch.Tensor] | None = None
-    top: Mapping[str, torch.Tensor] | None = None
+    bottom: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    top: Mapping[str, torch.Tensor] = field(default_factory=dict)
     statistics: int = 0
 
 

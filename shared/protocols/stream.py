@@ -94,9 +94,9 @@ def finish(config: RunConfig, shapes: Shapes) -> Payload:
     return Payload(Kind.FINISH, top, {"summary": ScalarSpec(str), **VERDICT})
 
 
-def weights_spec(weights: Mapping[str, torch.Tensor] | None, reveals: Reveals | None = None) -> dict[str, TensorSpec]:
+def weights_spec(weights: Mapping[str, torch.Tensor], reveals: Reveals | None = None) -> dict[str, TensorSpec]:
     """Return a spec for each of these weights, as they are, at full precision."""
-    return {name: TensorSpec(t.dtype, tuple(t.shape), reveals=reveals) for name, t in (weights or {}).items()}
+    return {name: TensorSpec(t.dtype, tuple(t.shape), reveals=reveals) for name, t in weights.items()}
 
 
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ made unless every part of it says what it reveals, so that a hospital's policy c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import inf
@@ -108,7 +108,7 @@ class Payload:
     def __post_init__(self) -> None:
         if self.kind not in FROM_SITES:
             return
-        silent = [name for name, reveals in self._declared() if reveals is None]
+        silent = [name for name, spec in self._parts if spec.reveals is None]
         if silent:
             raise ValueError(
                 f"{self.kind} leaves a site, so say what it tells of patients (reveals=): {', '.join(silent)}"
@@ -119,13 +119,11 @@ class Payload:
     @property
     def reveals(self) -> frozenset[Reveals]:
         """What the message tells about patients."""
-        return frozenset(reveals for _, reveals in self._declared() if reveals is not None)
+        return frozenset(spec.reveals for _, spec in self._parts if spec.reveals is not None)
 
-    def _declared(self) -> Iterator[tuple[str, Reveals | None]]:
-        for tensor, spec in self.tensors.items():
-            yield tensor, spec.reveals
-        for scalar, fact in self.scalars.items():
-            yield scalar, fact.reveals
+    @property
+    def _parts(self) -> list[tuple[str, TensorSpec | ScalarSpec]]:
+        return [*self.tensors.items(), *self.scalars.items()]
 
 
 Contract = Mapping[Kind, Payload]

@@ -30,7 +30,7 @@ FLIPPED = (
     "data_vectors/mlp/fp32/hello",
     "split_frozen/mlp/fp16/smashed",
     "split_u/mlp/int8+zstd/head_gradient",
-    "split_u/mlp/fp32/report",
+    "data_vectors/mlp/fp32/report",
 )
 
 
