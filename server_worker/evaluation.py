@@ -15,7 +15,7 @@ import torch
 
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.learning.metrics import measure, overall, standing
-from nightsplit.shared.protocols.plan import Step
+from nightsplit.shared.protocols.plan import Purpose
 from nightsplit.shared.protocols.report import PARTS, SiteMetrics
 
 
@@ -38,7 +38,7 @@ class Evaluation:
         self.judged = 0
         self.history: list[dict[str, Any]] = []
 
-    def add(self, site: str, part: Step, outputs: torch.Tensor, targets: torch.Tensor) -> None:
+    def add(self, site: str, part: Purpose, outputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Predictions (batch, outputs) and targets (batch,) of one batch of a site's open block."""
         self._collected.setdefault(f"{site}/{part}", []).append((outputs, targets.clone()))
 
@@ -75,7 +75,9 @@ class Evaluation:
         self.history.append({"epoch": candidate, "sites": dict(sites), "overall": total})
         self.judged = max(candidate, self.judged)
         # Without validation patients there is nothing to choose by: the last candidate stands.
-        reached = standing(self._config.task, validation) if (validation := total[Step.VALIDATION])["samples"] else None
+        reached = (
+            standing(self._config.task, validation) if (validation := total[Purpose.VALIDATION])["samples"] else None
+        )
         if self._best_standing is None or (reached is not None and reached > self._best_standing):
             self.best, self._best_standing = candidate, reached
 

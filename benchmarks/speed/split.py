@@ -12,6 +12,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from nightsplit.shared.engine.role import Role
 from nightsplit.shared.learning.losses import loss_of
 from nightsplit.shared.learning.optimizers import make_optimizer
 from nightsplit.shared.protocols.build import planned_message_bytes
+from nightsplit.shared.protocols.plan import Item
 from nightsplit.shared.run_store.connect import open_store
 from nightsplit.shared.runtime.process import prefetch_for, prepare_torch
 from nightsplit.shared.storage.checkpoint import Checkpoints
@@ -204,31 +206,32 @@ def uncut(line: Connection, case: Case, tuned: bool) -> None:
     bottom = Bottom(copy.deepcopy(halves.bottom), config.optimizer, "cpu")
     top = Top(copy.deepcopy(halves.top), config.optimizer, config.task, "cpu")
 
-    def whole(q: int) -> None:
-        loss = loss_of(config.task, model(feed.inputs(q)), feed.targets(q))
+    def whole(item: Item) -> None:
+        loss = loss_of(config.task, model(feed.inputs(item)), feed.targets(item))
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
         loss.item()
 
-    smashed = bottom.forward(0, 0, feed.inputs(1), 0, training=False)
+    smashed = bottom.forward(feed.plan.item(1), feed.inputs(feed.plan.item(1)), 0, training=False)
     gradient = smashed * 1e-6
 
-    def site_half(q: int) -> None:
+    def site_half(item: Item) -> None:
         bottom.forget(bottom.version)
-        inputs = feed.inputs(q)
-        bottom.forward(q, bottom.version, inputs, 0, training=True)
-        bottom.learn(q, bottom.version, inputs, 0, gradient)
+        item = replace(item, version=bottom.version)
+        inputs = feed.inputs(item)
+        bottom.forward(item, inputs, 0, training=True)
+        bottom.learn(item, inputs, 0, gradient)
 
-    def server_half(q: int) -> None:
-        top.learn(smashed, feed.targets(q), 0)
+    def server_half(item: Item) -> None:
+        top.learn(smashed, feed.targets(item), 0)
 
-    def seconds(work: Callable[[int], object], batches: int) -> float:
+    def seconds(work: Callable[[Item], object], batches: int) -> float:
         for q in (1, 2, 3):
-            work(q)
+            work(feed.plan.item(q))
         began = time.perf_counter()
         for q in range(batches):
-            work(1 + q % feed.plan.last)
+            work(feed.plan.item(1 + q % feed.plan.last))
         return (time.perf_counter() - began) / batches
 
     while (asked := line.recv()) is not None:

@@ -22,7 +22,7 @@ from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.models.partition import build
 from nightsplit.shared.protocols import split_labels
 from nightsplit.shared.protocols.build import assemble_rounds
-from nightsplit.shared.protocols.plan import Step
+from nightsplit.shared.protocols.plan import Purpose
 from nightsplit.shared.protocols.rounds import Work, is_judged
 from nightsplit.shared.protocols.spec import Shape, spec_of
 from nightsplit.simulation.evaluate import Judgement, judge
@@ -64,11 +64,11 @@ def _train(config: RunConfig, name: str, own: Parts, parts: Mapping[str, Parts],
     best = model.weights()
     for q in range(1, feed.plan.last + 1):
         item = feed.plan.item(q)
-        if item.step is Step.TRAIN:
-            model.learn(feed.inputs(q), feed.targets(q), feed.seed("top", q))
-        elif item.step is Step.VALIDATION:
-            evaluation.add(name, item.step, model.predict(feed.inputs(q)), feed.targets(q))
-        if feed.plan.ends_block(q):
+        if item.purpose is Purpose.TRAIN:
+            model.learn(feed.inputs(item), feed.targets(item), feed.seed("top", item))
+        elif item.purpose is Purpose.VALIDATION:
+            evaluation.add(name, item.purpose, model.predict(feed.inputs(item)), feed.targets(item))
+        if item.ends_block:
             evaluation.close(name, item.epoch)
             if evaluation.best == item.epoch:
                 best = model.weights()
@@ -90,10 +90,10 @@ def _train_in_rounds(config: RunConfig, name: str, own: Parts, parts: Mapping[st
             trainer.step(inputs, targets, feed.seed("trainer", k), feed.rate(k))
         if is_judged(config, version) or version == config.round.rounds:
             held_out = {
-                step.value: measure(
+                part.value: measure(
                     config.task, config.data, trainer.predict(data.inputs), feed.targets(data), data.patients
                 )
-                for step, data in feed.held_out.items()
+                for part, data in feed.held_out.items()
                 if len(data)
             }  # fmt: skip
             evaluation.report(name, version, held_out)

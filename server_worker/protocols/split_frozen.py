@@ -23,7 +23,8 @@ from nightsplit.shared.engine.effects import Effect, Record
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.learning.seeds import seed_for
 from nightsplit.shared.protocols.build import Assembly
-from nightsplit.shared.protocols.plan import Item, Step
+from nightsplit.shared.protocols.plan import Purpose
+from nightsplit.shared.protocols.stream import Slot
 from nightsplit.shared.storage.checkpoint import Snapshot
 from nightsplit.shared.wire.message import Header, Kind, Message
 from nightsplit.shared.wire.schema import Payload
@@ -57,12 +58,13 @@ class SplitFrozenServer(StreamServer):
         assert isinstance(self.top, DividedTop)
         self.top.help()
 
-    def learn(self, site: str, q: int, item: Item, message: Message) -> list[Effect]:
+    def learn(self, site: str, slot: Slot, message: Message) -> list[Effect]:
         """See `StreamServer`: store, answer nothing."""
-        self.top.store.put(site, q, message.tensors)
-        self._rows[site][q] = len(message.tensors["smashed"])
-        if item.step is Step.TRAIN:
-            self.contributed(site, q)
+        item = slot.item
+        self.top.store.put(site, item.number, message.tensors)
+        self._rows[site][item.number] = len(item.rows)
+        if item.purpose is Purpose.TRAIN:
+            self.contributed(site, item)
         return []
 
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
@@ -117,7 +119,7 @@ class SplitFrozenServer(StreamServer):
             (site, q, row)
             for site in self.config.run.sites
             for q, rows in sorted(self._rows[site].items())
-            if self.sequences[site].plan.item(q).step is Step.TRAIN
+            if self.sequences[site].plan.item(q).purpose is Purpose.TRAIN
             for row in range(rows)
         ]
 
@@ -127,10 +129,10 @@ class SplitFrozenServer(StreamServer):
         judged = False
         for site in self.staying:
             for q in sorted(self._rows[site]):
-                step = self.sequences[site].plan.item(q).step
-                if step is not Step.TRAIN:
+                part = self.sequences[site].plan.item(q).purpose
+                if part is not Purpose.TRAIN:
                     stored = self.top.store.get(site, q)
-                    self.evaluation.add(site, step, self.top.predict(stored["smashed"]), stored["targets"])
+                    self.evaluation.add(site, part, self.top.predict(stored["smashed"]), stored["targets"])
             judged = self.evaluation.close(site, epoch)
         return self.evaluated(epoch, judged)
 

@@ -25,7 +25,8 @@ from nightsplit.shared.engine.effects import Effect
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.learning.seeds import seed_for
 from nightsplit.shared.protocols.build import Assembly
-from nightsplit.shared.protocols.plan import Item, Step
+from nightsplit.shared.protocols.plan import Item, Purpose
+from nightsplit.shared.protocols.stream import Slot
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Header, Kind, Message
 from nightsplit.shared.wire.schema import Payload
@@ -46,51 +47,54 @@ class SplitUServer(StreamServer):
         """See `StreamServer`."""
         return cls(config, Middle(model.halves.top, config.optimizer, config.task, device), model.contract)
 
-    def learn(self, site: str, q: int, item: Item, message: Message) -> list[Effect]:
+    def learn(self, site: str, slot: Slot, message: Message) -> list[Effect]:
         """See `StreamServer`."""
-        seq, kind = message.header.seq, message.header.kind
-        _, half = self.sequences[site].at(seq)
-        if (half == "first") is not (kind is Kind.SMASHED):
+        kind, seq, item, q = message.header.kind, slot.seq, slot.item, slot.item.number
+        if (slot.half == "first") is not (kind is Kind.SMASHED):
             raise Refused(304, f"{message.header.message_id} is out of turn.", "run the same version at both sides.")
         seed = seed_for(self.config.run.seed, "top", site, q)
         if kind is Kind.SMASHED:
             smashed = message.tensors["smashed"].clone()
-            training = item.step is Step.TRAIN
+            training = item.purpose is Purpose.TRAIN
             activations, version = self.top.forward(smashed, seed, training)
             if training:
                 self._open[site][q] = version, smashed
             return [self.answer(site, seq, Kind.HEAD_INPUT, {"activations": activations})]
         if kind is Kind.REPORT:
-            return self._take_report(site, q, item, message)
+            return self._take_report(site, item, message)
         if q not in self._open[site]:
             raise Refused(304, f"item {q} has no open forward.", "run the same version at both sides.")
         version, smashed = self._open[site][q]
         gradient = message.tensors["gradient"]
         at_cut = self.top.backward(smashed, gradient, version, seed)
-        self._close(site, q)
-        record = self.trained(site, q, item, None)
+        self._close(site, item)
+        record = self.trained(site, item, None)
         return [self.answer(site, seq, Kind.CUT_GRADIENT, {"gradient": at_cut}), record]
 
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
         """See `StreamServer`; an item whose second half was refused is closed without a step."""
-        self._close(header.sender, self.sequences[header.sender].at(header.seq)[0])
+        self._close(header.sender, self.sequences[header.sender].slot(header.seq).item)
         return super().refused(header, refusal)
 
     def excuse(self, sender: str) -> list[Effect]:
         """See `StreamServer`; nobody will close the items that the site left open."""
-        for q in list(self._open[sender]):
-            self._close(sender, q)
+        self._open[sender].clear()
+        self._forget()
         return super().excuse(sender)
 
-    def _close(self, site: str, q: int) -> None:
-        self._open[site].pop(q, None)
+    def _close(self, site: str, item: Item) -> None:
+        self._open[site].pop(item.number, None)
+        self._forget()
+
+    def _forget(self) -> None:
         self.top.forget({version for items in self._open.values() for version, _ in items.values()})
 
-    def _take_report(self, site: str, q: int, item: Item, message: Message) -> list[Effect]:
-        due = self.sequences[site].plan.ends_block(q)
-        figures = self.figures(message, due)
-        self._close(site, q)  # a training item is reported when its head input could not be used
-        effects = self.evaluated(item.epoch, self.evaluation.report(site, item.epoch, figures)) if due else []
+    def _take_report(self, site: str, item: Item, message: Message) -> list[Effect]:
+        figures = self.figures(message, item.ends_block)
+        self._close(site, item)  # a training item is reported when its head input could not be used
+        effects: list[Effect] = []
+        if item.ends_block:
+            effects = self.evaluated(item.epoch, self.evaluation.report(site, item.epoch, figures))
         return [self.answer(site, message.header.seq, Kind.NOTED), *effects]
 
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:

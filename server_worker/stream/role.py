@@ -18,14 +18,14 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Record, Send
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.protocols.build import Assembly
-from nightsplit.shared.protocols.plan import Item, Plan, Step
-from nightsplit.shared.protocols.stream import UpSequence, check_rows, weights
+from nightsplit.shared.protocols.plan import Item, Plan, Purpose
+from nightsplit.shared.protocols.stream import Slot, UpSequence, check_rows, weights
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Header, Kind, Message, Scalar
 from nightsplit.shared.wire.schema import Payload
 
 MOST_ITEMS = 10_000_000
-"""Of a site's plan: it is held in memory, and a hello must not make the server run out of that."""
+"""Of a site's plan. Numbers of messages stay below 2^26, as `Fair` needs it."""
 
 
 class StreamServer(ServerRole[UpSequence]):
@@ -62,8 +62,8 @@ class StreamServer(ServerRole[UpSequence]):
     # -- what a system fills in ------------------------------------------------------------------
 
     @abstractmethod
-    def learn(self, site: str, q: int, item: Item, message: Message) -> list[Effect]:
-        """Apply a site's message about item q; returns its answer and metrics.
+    def learn(self, site: str, slot: Slot, message: Message) -> list[Effect]:
+        """Apply a site's message about a batch; returns its answer and metrics.
 
         Raises:
             Refused: the message cannot be applied; nothing was changed.
@@ -79,32 +79,30 @@ class StreamServer(ServerRole[UpSequence]):
         """See `Role`."""
         if message.header.kind is Kind.HELLO:
             return self.welcome(message)
-        site, seq = message.header.sender, message.header.seq
-        q, _ = self.sequences[site].at(seq)
-        plan = self.sequences[site].plan
-        item = plan.item(q)
-        if message.header.version != plan.version_of(q):
+        site = message.header.sender
+        slot = self.sequences[site].slot(message.header.seq)
+        item = slot.item
+        if message.header.version != item.version:
             raise Refused(
                 304,
                 f"{message.header.message_id} was made by bottom version {message.header.version}, "
-                f"item {q} needs {plan.version_of(q)}.",
+                f"item {item.number} needs {item.version}.",
                 "run the same version of nightsplit at the site and the server.",
             )
-        if message.header.kind is Kind.BOTTOM and item.step is not Step.AVERAGE:
+        if message.header.kind is Kind.BOTTOM and item.purpose is not Purpose.AVERAGE:
             raise Refused(304, f"{message.header.message_id} is out of turn.", "run the same version at both sides.")
-        check_rows(message, plan, q)
-        handle = self._collect if item.step is Step.AVERAGE else self.learn
-        effects = handle(site, q, item, message)
-        return effects + self._settle(site, seq)
+        check_rows(message, item)
+        handle = self._collect if item.purpose is Purpose.AVERAGE else self.learn
+        effects = handle(site, slot, message)
+        return effects + self._settle(site, slot.seq)
 
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
         """See `Role`: the site is told, and counts the item as one without a gradient."""
         self.refusals[header.sender] += 1
         scalars: dict[str, Scalar] = {"number": refusal.number, "reason": refusal.sentence}
         effects: list[Effect] = [self.answer(header.sender, header.seq, Kind.REFUSED, scalars=scalars)]
-        q, _ = self.sequences[header.sender].at(header.seq)
-        sequence = self.sequences[header.sender]
-        if sequence.plan.item(q).step is Step.AVERAGE and header.seq == sequence.settles(q):
+        slot = self.sequences[header.sender].slot(header.seq)
+        if slot.item.purpose is Purpose.AVERAGE and slot.settles:
             self._averaged[header.sender] += 1
             effects += self._average()  # the others must not wait for it
         return effects + self._settle(header.sender, header.seq)
@@ -130,7 +128,7 @@ class StreamServer(ServerRole[UpSequence]):
     def sequence_of(self, site: str, samples: Samples) -> UpSequence:
         """See `ServerRole`."""
         plan = Plan.of(self.config, *samples)
-        if plan.most_items > MOST_ITEMS:
+        if plan.last > MOST_ITEMS:
             raise self.implausible(site, samples)
         return UpSequence(plan, has_head=Kind.HEAD_INPUT in self._contract)
 
@@ -151,15 +149,13 @@ class StreamServer(ServerRole[UpSequence]):
         """The one answer to message `seq` of a site, with the verdict on the epochs so far."""
         return Send(site, kind, seq, reply_to=seq, tensors=tensors, scalars={**scalars, **self.verdict})
 
-    def trained(self, site: str, q: int, item: Item, loss: float | None) -> Record:
+    def trained(self, site: str, item: Item, loss: float | None) -> Record:
         """Count a training step and describe it; the loss is None where only the site knows it."""
         self.steps += 1
-        self.contributed(site, q)
-        sequence = self.sequences[site]
-        version = sequence.plan.version_of(q)
+        self.contributed(site, item)
         settled = self._answered_at[site]
         # Answers given to this site since the one that completed the bottom version of this batch.
-        since = self.applied[site] - sequence.settles(version) if version else self.applied[site]
+        since = self.applied[site] - (self.sequences[site].settles(item.version) if item.version else 0)
         then = settled[-since - 1] if since < len(settled) else 0
         return Record(
             {
@@ -168,10 +164,10 @@ class StreamServer(ServerRole[UpSequence]):
             }
         )  # fmt: skip
 
-    def contributed(self, site: str, q: int) -> None:
-        """Count training item q as one that the top learns from."""
+    def contributed(self, site: str, item: Item) -> None:
+        """Count a training item as one that the top learns from."""
         self.batches[site] += 1
-        self.samples[site] += len(self.sequences[site].plan.rows(q))
+        self.samples[site] += len(item.rows)
 
     def evaluated(self, epoch: int, judged: bool) -> list[Effect]:
         """After a site's block: where that judged the epoch, remember the best model and describe it."""
@@ -191,15 +187,14 @@ class StreamServer(ServerRole[UpSequence]):
 
     # -- averaging, end ----------------------------------------------------------------------------
 
-    def _collect(self, site: str, q: int, item: Item, message: Message) -> list[Effect]:
-        """Take a site's bottom; let the site wait for the mean behind the last message about item q."""
+    def _collect(self, site: str, slot: Slot, message: Message) -> list[Effect]:
+        """Take a site's bottom; let the site wait for the mean behind the last message about the averaging."""
         if message.header.kind is Kind.BOTTOM:
             self._bottoms[site] = {name: tensor.clone() for name, tensor in message.tensors.items()}
-        seq = message.header.seq
-        if seq != self.sequences[site].settles(q):
-            return [self.answer(site, seq, Kind.NOTED)]
+        if not slot.settles:
+            return [self.answer(site, slot.seq, Kind.NOTED)]
         self._averaged[site] += 1
-        self._waiting[site] = seq
+        self._waiting[site] = slot.seq
         return self._average()
 
     def _average(self) -> list[Effect]:

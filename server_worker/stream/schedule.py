@@ -67,7 +67,7 @@ class Strict(Schedule):
         open_sites = self._open(held, plans, applied)
         if unknown := [site for site in open_sites if site not in plans]:
             return unknown  # their messages could come first
-        return sorted(open_sites, key=lambda site: plans[site].place(applied[site] + 1)[0])[:1]
+        return sorted(open_sites, key=lambda site: plans[site].place(applied[site] + 1))[:1]
 
     def choose(
         self, ready: Set[str], held: Set[str], plans: Mapping[str, UpSequence], applied: Mapping[str, int]

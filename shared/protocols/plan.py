@@ -1,30 +1,32 @@
 """What a site will send in a run, item by item: a pure function of its numbers of patients' samples.
 
-Both sides hold the same plan, so an item is known by its number q = 1, 2, 3... alone:
+Both sides hold the same plan, so an item is known by its number 1, 2, 3... alone:
 
     epoch 1: T T T A T T T A T | V V S      T training batch, A averaging of the bottoms,
     epoch 2: T T A T T T A T T | V V S      V validation batch, S test batch
                                 ^ evaluation block, every `evaluate_every` epochs and at the end
 
-The forward of item q uses the bottom that has applied the answers to all items up to
-`version_of(q)`: a fixed lag of `window` items, whatever the timing (design.md section 5, rule 4).
-All items of an evaluation block use one version, so that an evaluation judges one model.
+The forward of an item uses the bottom that has applied the answers to all items up to
+`Item.version`: a fixed lag of `window` items, whatever the timing. All items of an evaluation
+block use one version, so that an evaluation judges one model.
+
+An item is computed when it is asked for: a plan takes no more memory or time for ten million items
+than for ten, so nobody's numbers can exhaust the server.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
-from functools import cached_property
 
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.protocols.spec import spec_of
 
 
-class Step(StrEnum):
-    """What an item is for."""
+class Purpose(StrEnum):
+    """The purpose of an item."""
 
     TRAIN = "train"
     AVERAGE = "average"
@@ -32,37 +34,50 @@ class Step(StrEnum):
     TEST = "test"
 
 
+Place = tuple[int, int, Fraction]
+"""Where an item stands among the items of all sites: epoch, phase, share of the phase."""
+
+_PHASES = {Purpose.TRAIN: 0, Purpose.AVERAGE: 0, Purpose.VALIDATION: 1, Purpose.TEST: 2}
+_UNLIMITED = 2**62
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One item of a plan.
 
     Attributes:
-        step: what it is for.
+        number: 1, 2, 3... in the plan.
+        purpose: its purpose.
         epoch: 1, 2, 3...
-        batch: number of the batch within the epoch and step, from 0; the number of the averaging over the run.
-        batches: how many batches the epoch has for this step.
+        batch: number of the batch within the epoch and purpose, from 0; of an averaging, the batch before it.
+        batches: how many batches the epoch has for this purpose.
+        rows: positions of the batch's samples in its part; empty for an averaging.
+        version: the bottom that its forward uses, or that is averaged: a count of answered items.
+        ends_block: whether it is the last of an evaluation block.
     """
 
-    step: Step
+    number: int
+    purpose: Purpose
     epoch: int
     batch: int
     batches: int
+    rows: range
+    version: int
+    ends_block: bool = False
 
     @property
     def evaluates(self) -> bool:
         """Whether it belongs to an evaluation block."""
-        return self.step in (Step.VALIDATION, Step.TEST)
+        return self.purpose in (Purpose.VALIDATION, Purpose.TEST)
 
-    def rows(self, samples: int) -> range:
-        """Positions of the batch's samples; batches of a part differ by at most one sample in size."""
-        return range(samples * self.batch // self.batches, samples * (self.batch + 1) // self.batches)
+    @property
+    def place(self) -> Place:
+        """Items of all sites in the order of their places form a fair schedule that timing cannot change.
 
-
-_UNLIMITED = 2**62
-_PHASES = (Step.TRAIN, Step.VALIDATION, Step.TEST)
-
-Place = tuple[int, int, Fraction]
-"""Where an item stands among the items of all sites: epoch, phase, share of the phase."""
+        Sites go through an epoch in proportion to their sizes, and evaluate when all have trained. An averaging
+        stands directly behind its batch.
+        """
+        return self.epoch, _PHASES[self.purpose], Fraction(self.batch + 1, self.batches)
 
 
 @dataclass(frozen=True)
@@ -102,82 +117,57 @@ class Plan:
         )  # fmt: skip
 
     @property
-    def most_items(self) -> int:
-        """A bound on `last` that costs nothing to know."""
-        return 2 * self.epochs * (self._batches(self.train) + self._batches(self.validation) + self._batches(self.test))
-
-    def _batches(self, samples: int) -> int:
-        return -(-samples // self.batch_size)
-
-    def _evaluates(self, epoch: int) -> bool:
-        return epoch % self.evaluate_every == 0 or epoch == self.epochs
-
-    def _epoch_items(self, epoch: int) -> list[Item]:
-        batches = self._batches(self.train)
-        items = []
-        for batch in range(batches):
-            items.append(Item(Step.TRAIN, epoch, batch, batches))
-            trained = (epoch - 1) * batches + batch + 1
-            if self.average_every is not None and trained % self.average_every == 0:
-                items.append(Item(Step.AVERAGE, epoch, trained // self.average_every, batches))
-        if self._evaluates(epoch):
-            for step, samples in ((Step.VALIDATION, self.validation), (Step.TEST, self.test)):
-                count = self._batches(samples)
-                items += [Item(step, epoch, batch, count) for batch in range(count)]
-        return items
-
-    @cached_property
-    def _items(self) -> list[Item]:
-        return [item for epoch in range(1, self.epochs + 1) for item in self._epoch_items(epoch)]
-
-    @cached_property
     def last(self) -> int:
         """Number of the last item."""
-        return len(self._items)
-
-    def item(self, q: int) -> Item:
-        """Item q, 1 <= q <= last."""
-        return self._items[q - 1]
-
-    def rows(self, q: int) -> range:
-        """Positions of item q's samples in its part; empty for an averaging."""
-        item = self.item(q)
-        samples = {Step.TRAIN: self.train, Step.VALIDATION: self.validation, Step.TEST: self.test}
-        return item.rows(samples.get(item.step, 0))
-
-    @cached_property
-    def _block_starts(self) -> list[int]:
-        """First item of every evaluation block."""
-        return [
-            q for q, item in enumerate(self._items, 1)
-            if item.evaluates and not (q > 1 and self._items[q - 2].evaluates)
-        ]  # fmt: skip
-
-    def version_of(self, q: int) -> int:
-        """The bottom version that the forward of item q uses: a count of answered items."""
-        if self.item(q).evaluates:
-            q = self._block_starts[bisect_right(self._block_starts, q) - 1]
-        return max(0, q - self.window)
+        return self.end(self.epochs)
 
     @property
     def averagings(self) -> int:
         """How many averagings the site takes part in."""
-        return 0 if self.average_every is None else self.epochs * self._batches(self.train) // self.average_every
+        return self._averagings(self.epochs)
 
-    def evaluated_epochs(self) -> list[int]:
-        """Epochs that end in an evaluation block."""
-        return [epoch for epoch in range(1, self.epochs + 1) if self._evaluates(epoch)]
+    def end(self, epoch: int) -> int:
+        """Number of the last item of an epoch, 0 <= epoch <= epochs."""
+        blocks = epoch // self.evaluate_every + (epoch == self.epochs and epoch % self.evaluate_every > 0)
+        block = self._batches(self.validation) + self._batches(self.test)
+        return epoch * self._batches(self.train) + self._averagings(epoch) + blocks * block
 
-    def place(self, q: int) -> Place:
-        """Items of all sites in the order of their places form a fair schedule that timing cannot change.
+    def item(self, number: int) -> Item:
+        """Item `number`, 1 <= number <= last."""
+        epoch = bisect_left(range(1, self.epochs + 1), number, key=self.end) + 1
+        batches = self._batches(self.train)
+        # Among the training batches and averagings of the whole run, counted from 0.
+        trained = (epoch - 1) * batches
+        position = number - self.end(epoch - 1) + trained + self._averagings(epoch - 1) - 1
+        beyond = position - epoch * batches - self._averagings(epoch)
+        if beyond >= 0:
+            return self._held_out(number, epoch, beyond)
+        version = max(0, number - self.window)
+        every = self.average_every or _UNLIMITED
+        averagings, place = divmod(position, every + 1)  # every batches and the averaging behind them
+        batch = averagings * every + place - trained
+        if place == every:
+            return Item(number, Purpose.AVERAGE, epoch, batch - 1, batches, range(0), version)
+        return Item(number, Purpose.TRAIN, epoch, batch, batches, _rows(self.train, batch, batches), version)
 
-        Sites go through an epoch in proportion to their sizes, and evaluate when all have trained.
-        """
-        item = self.item(q)
-        if item.step is Step.AVERAGE:  # directly behind the batch that it follows
-            return self.place(q - 1)
-        return item.epoch, _PHASES.index(item.step), Fraction(item.batch + 1, item.batches)
+    def _held_out(self, number: int, epoch: int, place: int) -> Item:
+        """The item at a place, from 0, of an epoch's evaluation block."""
+        before, batches = self._batches(self.validation), self._batches(self.test)
+        version, last = max(0, number - place - self.window), place == before + batches - 1
+        if place < before:
+            rows = _rows(self.validation, place, before)
+            return Item(number, Purpose.VALIDATION, epoch, place, before, rows, version, last)
+        rows = _rows(self.test, place - before, batches)
+        return Item(number, Purpose.TEST, epoch, place - before, batches, rows, version, last)
 
-    def ends_block(self, q: int) -> bool:
-        """Whether item q is the last of an evaluation block."""
-        return self.item(q).evaluates and (q == self.last or not self.item(q + 1).evaluates)
+    def _batches(self, samples: int) -> int:
+        return -(-samples // self.batch_size)
+
+    def _averagings(self, epochs: int) -> int:
+        """Averagings in the first epochs."""
+        return 0 if self.average_every is None else epochs * self._batches(self.train) // self.average_every
+
+
+def _rows(samples: int, batch: int, batches: int) -> range:
+    """Batches of a part differ by at most one sample in size."""
+    return range(samples * batch // batches, samples * (batch + 1) // batches)

@@ -10,9 +10,9 @@ a site runs in step with the site's own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
@@ -22,7 +22,7 @@ from nightsplit.shared.config.run import RoundSection, RunConfig
 from nightsplit.shared.config.section import KeyConflict
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.protocols.handshake import REFUSAL, VERDICT
-from nightsplit.shared.protocols.plan import Place, Plan
+from nightsplit.shared.protocols.plan import Item, Place, Plan
 from nightsplit.shared.protocols.spec import Names, Shape, Shapes, systems
 from nightsplit.shared.wire.message import Kind, Message
 from nightsplit.shared.wire.schema import Payload, Reveals, ScalarSpec, TensorSpec
@@ -107,6 +107,23 @@ def weights(module: nn.Module) -> dict[str, torch.Tensor]:
 Half = Literal["first", "second"]
 
 
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The place of one message of a site: its item, and its half of the item's exchange.
+
+    Attributes:
+        seq: number of the message, and of the server's answer.
+        item: its item.
+        half: "first", or "second" in a system with a head.
+        settles: whether the answer is the last word on the item.
+    """
+
+    seq: int
+    item: Item
+    half: Half
+    settles: bool
+
+
 @dataclass(frozen=True)
 class UpSequence:
     """What a site's message number `seq` is: which item, and which half of its exchange.
@@ -133,13 +150,26 @@ class UpSequence:
         """Training samples of the site."""
         return self.plan.train
 
-    @cached_property
+    @property
     def last(self) -> int:
         """Number of the site's last message."""
         return 2 * self.plan.last if self.has_head else self.plan.last
 
-    def at(self, seq: int) -> tuple[int, Half]:
-        """Item and half of message `seq`, 1 <= seq <= last."""
+    def slot(self, seq: int) -> Slot:
+        """The place of message `seq`, 1 <= seq <= last."""
+        return self._slots(seq)
+
+    @cached_property
+    def _slots(self) -> Callable[[int], Slot]:
+        # A message is chosen by its place, and applied a moment later.
+        return lru_cache(maxsize=8)(self._slot)
+
+    def _slot(self, seq: int) -> Slot:
+        q, half = self._at(seq)
+        return Slot(seq, self.plan.item(q), half, settles=half == "second" or not self.has_head)
+
+    def _at(self, seq: int) -> tuple[int, Half]:
+        """Number of the item of message `seq`, and half."""
         if not self.has_head:
             return seq, "first"
         lag, items = self._lag, self.plan.last
@@ -154,33 +184,30 @@ class UpSequence:
         """Number of the message that carries the first half of item q."""
         return q if not self.has_head or q <= self._lag else 2 * q - self._lag - 1
 
-    def seq_of_second(self, q: int) -> int:
-        """Number of the message that carries the second half of item q (with a head)."""
-        return min(2 * q + self._lag, self.plan.last + q)
-
     def settles(self, q: int) -> int:
         """Number of the message whose answer is the last word on item q."""
-        return self.seq_of_second(q) if self.has_head else q
+        return min(2 * q + self._lag, self.plan.last + q) if self.has_head else q
 
-    def place(self, seq: int) -> tuple[Place, int]:
+    def place(self, seq: int) -> Place:
         """Where message `seq` stands among the messages of all sites; never decreases with seq."""
-        q, half = self.at(seq)
-        beside = min(q + self._lag, self.plan.last) if half == "second" else q
-        return self.plan.place(beside), seq
+        slot = self.slot(seq)
+        if slot.half == "second":  # it stands beside the first half that it follows
+            slot = self.slot(self.seq_of_first(min(slot.item.number + self._lag, self.plan.last)))
+        return slot.item.place
 
 
-def check_rows(message: Message, plan: Plan, q: int) -> None:
-    """A payload of a batch has as many rows as the plan gives item q.
+def check_rows(message: Message, item: Item) -> None:
+    """A payload of a batch has as many rows as the item.
 
     Raises:
         Refused: 306 it has not.
     """
-    expected = len(plan.rows(q))
     for name in ("smashed", "gradient", "activations"):
         tensor = message.tensors.get(name)
-        if tensor is not None and len(tensor) != expected:
+        if tensor is not None and len(tensor) != len(item.rows):
             raise Refused(
                 306,
-                f"{name} of {message.header.message_id} has {len(tensor)} rows, item {q} has {expected}.",
+                f"{name} of {message.header.message_id} has {len(tensor)} rows, "
+                f"item {item.number} has {len(item.rows)}.",
                 "run the same version of nightsplit at both sides.",
             )

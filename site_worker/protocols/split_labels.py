@@ -11,13 +11,13 @@ from nightsplit.site_worker.stream.role import StreamSite
 class SplitLabelsSite(StreamSite):
     """Sends activations with their targets, learns from the gradients that return."""
 
-    def content(self, q: int, item: Item) -> Send:
+    def content(self, item: Item) -> Send:
         """See `StreamSite`."""
-        return self.send(q, Kind.SMASHED, {"smashed": self.forward(q, item), "targets": self.feed.targets(q)})
+        return self.send(item, Kind.SMASHED, {"smashed": self.forward(item), "targets": self.feed.targets(item)})
 
-    def take(self, q: int, item: Item, message: Message) -> None:
+    def take(self, item: Item, message: Message) -> None:
         """See `StreamSite`."""
-        self.learn(q, message.tensors["gradient"])
+        self.learn(item, message.tensors["gradient"])
 
 
 ROLE = SplitLabelsSite

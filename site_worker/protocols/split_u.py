@@ -15,7 +15,7 @@ from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.learning.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
 from nightsplit.shared.learning.seeds import seeded
 from nightsplit.shared.protocols.build import Assembly
-from nightsplit.shared.protocols.plan import Item, Step
+from nightsplit.shared.protocols.plan import Item, Purpose
 from nightsplit.shared.protocols.report import NO_FIGURES, encode_report
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Kind, Message
@@ -74,39 +74,39 @@ class SplitUSite(StreamSite):
         """See `SiteRole`."""
         return {**super().model(), "head": self.final_head()}
 
-    def content(self, q: int, item: Item) -> Send:
+    def content(self, item: Item) -> Send:
         """See `StreamSite`."""
-        return self.send(q, Kind.SMASHED, {"smashed": self.forward(q, item)})
+        return self.send(item, Kind.SMASHED, {"smashed": self.forward(item)})
 
-    def second(self, q: int, item: Item) -> Send:
+    def second(self, item: Item) -> Send:
         """See `StreamSite`; where no head input could be used there is no gradient, and an empty report."""
-        if q in self._gradients:
-            return self.send(q, Kind.HEAD_GRADIENT, {"gradient": self._gradients[q]})
-        return self.send(q, Kind.REPORT, {}, metrics=self._reports.get(q, NO_FIGURES))
+        if item.number in self._gradients:
+            return self.send(item, Kind.HEAD_GRADIENT, {"gradient": self._gradients[item.number]})
+        return self.send(item, Kind.REPORT, {}, metrics=self._reports.get(item.number, NO_FIGURES))
 
-    def take(self, q: int, item: Item, message: Message) -> None:
+    def take(self, item: Item, message: Message) -> None:
         """See `StreamSite`: the head's turn, or the gradient at the cut."""
         if message.header.kind is Kind.CUT_GRADIENT:
-            self.learn(q, message.tensors["gradient"])
+            self.learn(item, message.tensors["gradient"])
             return
         activations = message.tensors["activations"]
-        if item.step is Step.TRAIN:
-            self._gradients[q] = self._train_head(q, activations)
+        if item.purpose is Purpose.TRAIN:
+            self._gradients[item.number] = self._train_head(item, activations)
             return
         self.head.eval()
         with torch.no_grad():
-            self._outputs[q] = self.head(activations.to(self._device)).cpu()
-        if self.feed.plan.ends_block(q):
-            self._reports[q] = self._judge()
+            self._outputs[item.number] = self.head(activations.to(self._device)).cpu()
+        if item.ends_block:
+            self._reports[item.number] = self._judge()
             self._heads = {epoch: kept for epoch, kept in self._heads.items() if self.open_candidate(epoch)}
             self._heads[item.epoch] = {name: tensor.clone() for name, tensor in self.head.state_dict().items()}
 
-    def _train_head(self, q: int, activations: torch.Tensor) -> torch.Tensor:
+    def _train_head(self, item: Item, activations: torch.Tensor) -> torch.Tensor:
         """One step of the head; returns the gradient (batch, *head) at its input."""
         inputs = activations.to(self._device, copy=True).requires_grad_()
         self.head.train()
-        with seeded(self.feed.seed("head", q), self._device):
-            loss = loss_of(self.config.task, self.head(inputs), self.feed.targets(q).to(self._device))
+        with seeded(self.feed.seed("head", item), self._device):
+            loss = loss_of(self.config.task, self.head(inputs), self.feed.targets(item).to(self._device))
         self._optimizer.zero_grad()
         torch.autograd.backward(loss)
         if torch.isfinite(loss):
@@ -117,11 +117,12 @@ class SplitUSite(StreamSite):
     def _judge(self) -> str:
         """The figures of the block that just ended, as JSON."""
         figures = {}
-        for part in (Step.VALIDATION, Step.TEST):
-            items = [q for q in sorted(self._outputs) if self.feed.plan.item(q).step is part]
+        evaluated = [self.feed.plan.item(q) for q in sorted(self._outputs)]
+        for part in (Purpose.VALIDATION, Purpose.TEST):
+            items = [item for item in evaluated if item.purpose is part]
             if items:
-                outputs = torch.cat([self._outputs[q] for q in items])
-                targets = torch.cat([self.feed.targets(q) for q in items])
+                outputs = torch.cat([self._outputs[item.number] for item in items])
+                targets = torch.cat([self.feed.targets(item) for item in items])
                 figures[part.value] = measure(self.config.task, self.config.data, outputs, targets)
         self._outputs.clear()
         return encode_report(self.config.task, figures)
@@ -131,7 +132,7 @@ class SplitUSite(StreamSite):
         base = super().snapshot(first_unconfirmed)
         resume = base.facts["next"]
         for kept in (self._gradients, self._reports):
-            for q in [q for q in kept if self.sequence.seq_of_second(q) < resume]:
+            for q in [q for q in kept if self.sequence.settles(q) < resume]:
                 del kept[q]
         tensors = {
             **base.tensors,

@@ -11,7 +11,7 @@ import torch
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.learning.losses import standardise
 from nightsplit.shared.learning.seeds import seed_for
-from nightsplit.shared.protocols.plan import Step
+from nightsplit.shared.protocols.plan import Purpose
 from nightsplit.shared.protocols.rounds import Work
 from nightsplit.site_worker.data.augment import augment
 from nightsplit.site_worker.data.dataset import Dataset, Parts
@@ -28,7 +28,7 @@ class RoundFeed:
 
     def __init__(self, config: RunConfig, site: str, parts: Parts) -> None:
         self.train = parts.train
-        self.held_out: Mapping[Step, Dataset] = {Step.VALIDATION: parts.validation, Step.TEST: parts.test}
+        self.held_out: Mapping[Purpose, Dataset] = {Purpose.VALIDATION: parts.validation, Purpose.TEST: parts.test}
         self.config = config
         self._site = site
         self._shuffled = lru_cache(maxsize=2)(self._shuffle)
@@ -36,7 +36,7 @@ class RoundFeed:
     @property
     def samples(self) -> tuple[int, int, int]:
         """Numbers of training, validation and test samples."""
-        return len(self.train), len(self.held_out[Step.VALIDATION]), len(self.held_out[Step.TEST])
+        return len(self.train), len(self.held_out[Purpose.VALIDATION]), len(self.held_out[Purpose.TEST])
 
     def rows(self, k: int) -> torch.Tensor:
         """Rows, int64 (batch,), of training batch k: pass after pass over the data, each in an order of its own."""

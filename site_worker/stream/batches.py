@@ -9,7 +9,7 @@ import torch
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.learning.losses import standardise
 from nightsplit.shared.learning.seeds import seed_for
-from nightsplit.shared.protocols.plan import Plan, Step
+from nightsplit.shared.protocols.plan import Item, Plan, Purpose
 from nightsplit.shared.protocols.spec import spec_of
 from nightsplit.site_worker.data.augment import augment
 from nightsplit.site_worker.data.dataset import Dataset, Parts
@@ -28,38 +28,36 @@ class Feed:
         self.plan = Plan.of(config, len(parts.train), len(parts.validation), len(parts.test))
         self._config = config
         self._site = site
-        self._parts: dict[Step, Dataset] = {
-            Step.TRAIN: parts.train, Step.VALIDATION: parts.validation, Step.TEST: parts.test,
+        self._parts: dict[Purpose, Dataset] = {
+            Purpose.TRAIN: parts.train, Purpose.VALIDATION: parts.validation, Purpose.TEST: parts.test,
         }  # fmt: skip
         self._shuffled = lru_cache(maxsize=4)(self._shuffle)
 
-    def inputs(self, q: int) -> torch.Tensor:
-        """Inputs (batch, ...) float32 of item q; those of a training batch are augmented."""
-        item = self.plan.item(q)
-        inputs = self._parts[item.step].inputs[self._rows(q)]
+    def inputs(self, item: Item) -> torch.Tensor:
+        """Inputs (batch, ...) float32 of an item; those of a training batch are augmented."""
+        inputs = self._parts[item.purpose].inputs[self._rows(item)]
         names = self._config.data.augment
         # What is released once must look like what the model will be asked about.
-        if item.step is Step.TRAIN and names and not spec_of(self._config).uploads_once:
-            generator = torch.Generator().manual_seed(self.seed("augment", q))
+        if item.purpose is Purpose.TRAIN and names and not spec_of(self._config).uploads_once:
+            generator = torch.Generator().manual_seed(self.seed("augment", item))
             inputs = augment(inputs, names, generator)
         return inputs
 
-    def targets(self, q: int) -> torch.Tensor:
-        """Targets (batch,) of item q, standardised for regression."""
-        targets = self._parts[self.plan.item(q).step].targets[self._rows(q)]
+    def targets(self, item: Item) -> torch.Tensor:
+        """Targets (batch,) of an item, standardised for regression."""
+        targets = self._parts[item.purpose].targets[self._rows(item)]
         return standardise(self._config.task, self._config.data, targets)
 
-    def seed(self, purpose: str, q: int) -> int:
-        """Seed of what is random in item q."""
-        return seed_for(self._config.run.seed, purpose, self._site, q)
+    def seed(self, layers: str, item: Item) -> int:
+        """Seed of what is random in an item."""
+        return seed_for(self._config.run.seed, layers, self._site, item.number)
 
-    def _rows(self, q: int) -> torch.Tensor:
-        item = self.plan.item(q)
-        rows = self.plan.rows(q)
-        if item.step is Step.TRAIN:
+    def _rows(self, item: Item) -> torch.Tensor:
+        rows = item.rows
+        if item.purpose is Purpose.TRAIN:
             return self._shuffled(item.epoch)[rows.start : rows.stop]
         return torch.arange(rows.start, rows.stop)
 
     def _shuffle(self, epoch: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed_for(self._config.run.seed, "order", self._site, epoch))
-        return torch.randperm(len(self._parts[Step.TRAIN]), generator=generator)
+        return torch.randperm(len(self._parts[Purpose.TRAIN]), generator=generator)

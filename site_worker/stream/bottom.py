@@ -25,6 +25,7 @@ from torch.func import functional_call
 from nightsplit.shared.config.run import OptimizerSection
 from nightsplit.shared.learning.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
 from nightsplit.shared.learning.seeds import seeded
+from nightsplit.shared.protocols.plan import Item
 from nightsplit.shared.storage.checkpoint import flatten, under
 
 GRAPHS = 8
@@ -66,30 +67,29 @@ class Bottom:
         # counted when the gradient is applied, so a bottom with buffers always recomputes.
         self._keeps_graphs = not dict(module.named_buffers())
 
-    def forward(self, q: int, version: int, inputs: torch.Tensor, seed: int, training: bool) -> torch.Tensor:
-        """Smashed data (batch, *cut) of item q by a retained version; changes no weights.
+    def forward(self, item: Item, inputs: torch.Tensor, seed: int, training: bool) -> torch.Tensor:
+        """Smashed data (batch, *cut) of an item by its version, which is retained; changes no weights.
 
         Args:
-            q: the item, under which its graph may be kept.
-            version: a retained version.
+            item: under its number the graph may be kept.
             inputs: (batch, ...) float32.
             seed: of dropout.
             training: training or evaluation mode.
         """
         keep = training and self._keeps_graphs and len(self._graphs) < GRAPHS
         with torch.set_grad_enabled(keep):
-            outputs, parameters, _ = self._run(self._versions[version], inputs, seed, training)
+            outputs, parameters, _ = self._run(self._versions[item.version], inputs, seed, training)
         if keep and outputs.requires_grad:
-            self._graphs[q] = outputs, parameters
+            self._graphs[item.number] = outputs, parameters
         return outputs.detach().cpu()
 
-    def learn(self, q: int, version: int, inputs: torch.Tensor, seed: int, gradient: torch.Tensor) -> None:
-        """Apply the gradient (batch, *cut) of training item q, whose forward used `version`."""
+    def learn(self, item: Item, inputs: torch.Tensor, seed: int, gradient: torch.Tensor) -> None:
+        """Apply the gradient (batch, *cut) of a training item; inputs and seed are those of its forward."""
         buffers: Mapping[str, torch.Tensor] = {}
-        if q in self._graphs:
-            outputs, parameters = self._graphs.pop(q)
+        if item.number in self._graphs:
+            outputs, parameters = self._graphs.pop(item.number)
         else:
-            used = Weights(self._versions[version].parameters, self._versions[self.version].buffers)
+            used = Weights(self._versions[item.version].parameters, self._versions[self.version].buffers)
             outputs, parameters, buffers = self._run(used, inputs, seed, training=True)
         if outputs.requires_grad:
             gradients = torch.autograd.grad(outputs, parameters, gradient.to(self._device))
@@ -99,9 +99,9 @@ class Bottom:
         self.module.load_state_dict(buffers, strict=False)
         self._advance(self._present())
 
-    def pass_over(self, q: int) -> None:
-        """Item q is answered without a gradient."""
-        self._graphs.pop(q, None)
+    def pass_over(self, item: Item) -> None:
+        """Count an item as answered without a gradient."""
+        self._graphs.pop(item.number, None)
         self._advance(self._versions[self.version])
 
     def merge(self, version: int, mean: Mapping[str, torch.Tensor]) -> None:

@@ -12,9 +12,9 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Send
 from nightsplit.shared.errors import Refused, RunError
 from nightsplit.shared.protocols.build import Assembly
-from nightsplit.shared.protocols.plan import Item, Step
+from nightsplit.shared.protocols.plan import Item, Purpose
 from nightsplit.shared.protocols.spec import spec_of
-from nightsplit.shared.protocols.stream import UpSequence, check_rows, weights
+from nightsplit.shared.protocols.stream import Slot, UpSequence, check_rows, weights
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.codecs import is_finite
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
@@ -64,16 +64,16 @@ class StreamSite(SiteRole):
     # -- what a system fills in ------------------------------------------------------------------
 
     @abstractmethod
-    def content(self, q: int, item: Item) -> Send:
-        """The message that carries the first half of item q."""
+    def content(self, item: Item) -> Send:
+        """The message that carries the first half of a batch's item."""
 
-    def second(self, q: int, item: Item) -> Send:
-        """The message that carries the second half of item q, in a system with a head."""
+    def second(self, item: Item) -> Send:
+        """The message that carries the second half of an item, in a system with a head."""
         raise NotImplementedError
 
     @abstractmethod
-    def take(self, q: int, item: Item, message: Message) -> None:
-        """Apply an answer about item q that carries tensors."""
+    def take(self, item: Item, message: Message) -> None:
+        """Apply an answer about a batch's item that carries tensors."""
 
     # -- Role ------------------------------------------------------------------------------------
 
@@ -91,17 +91,17 @@ class StreamSite(SiteRole):
         """The next message of the plan, when the answers that it depends on are here."""
         if not self.at_work or self.next_seq > self.sequence.last:
             return []
-        q, half = self.sequence.at(self.next_seq)
-        if self.answered < self._needs(q, half == "second"):
+        slot = self.sequence.slot(self.next_seq)
+        if self.answered < self._needs(slot):
             return []
-        item = self.feed.plan.item(q)
-        if half == "second":
-            send = self.second(q, item)
-        elif item.step is Step.AVERAGE:
-            bottom = self.bottom.weights(self.feed.plan.version_of(q))
-            send = self.send(q, Kind.BOTTOM, {name: bottom[name].cpu() for name in weights(self.bottom.module)})
+        item = slot.item
+        if slot.half == "second":
+            send = self.second(item)
+        elif item.purpose is Purpose.AVERAGE:
+            bottom = self.bottom.weights(item.version)
+            send = self.send(item, Kind.BOTTOM, {name: bottom[name].cpu() for name in weights(self.bottom.module)})
         else:
-            send = self.content(q, item)
+            send = self.content(item)
         self.next_seq += 1
         return [send]
 
@@ -117,19 +117,17 @@ class StreamSite(SiteRole):
         if kind is Kind.FINISH:
             self.best = int(scalars["best"])
             return self._finish(message)
-        seq = message.header.seq
-        q, _ = self.sequence.at(seq)
-        check_rows(message, self.feed.plan, q)
+        slot = self.sequence.slot(message.header.seq)
+        check_rows(message, slot.item)
         self.best = int(scalars["best"])
-        item = self.feed.plan.item(q)
         if kind is Kind.AVERAGE:
-            self.bottom.merge(self.feed.plan.version_of(q), message.tensors)
+            self.bottom.merge(slot.item.version, message.tensors)
         elif kind in (Kind.NOTED, Kind.REFUSED):
-            if seq == self.sequence.settles(q):
-                self.bottom.pass_over(q)
+            if slot.settles:
+                self.bottom.pass_over(slot.item)
         else:
-            self.take(q, item, message)
-        self._answer_applied(message.header, int(scalars["judged"]))
+            self.take(slot.item, message)
+        self._answer_applied(slot, int(scalars["judged"]))
         return []
 
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
@@ -137,35 +135,35 @@ class StreamSite(SiteRole):
         if header.kind is Kind.FINISH:
             raise RunError(601, f"the end of the run cannot be read: {refusal.sentence}", refusal.remedy)
         if header.seq <= self.sequence.last:
-            q, _ = self.sequence.at(header.seq)
-            if header.seq == self.sequence.settles(q):
-                self.bottom.pass_over(q)
-        self._answer_applied(header, 0)
+            slot = self.sequence.slot(header.seq)
+            if slot.settles:
+                self.bottom.pass_over(slot.item)
+            self._answer_applied(slot, 0)
+        else:
+            self.heard(header.seq, 0)
         return []
 
     # -- parts that systems use --------------------------------------------------------------------
 
-    def send(self, q: int, kind: Kind, tensors: Mapping[str, torch.Tensor], **scalars: str) -> Send:
-        """A message about item q, as the next in the sequence."""
-        return Send(SERVER, kind, self.next_seq, version=self.feed.plan.version_of(q), tensors=tensors, scalars=scalars)
+    def send(self, item: Item, kind: Kind, tensors: Mapping[str, torch.Tensor], **scalars: str) -> Send:
+        """A message about an item, as the next in the sequence."""
+        return Send(SERVER, kind, self.next_seq, version=item.version, tensors=tensors, scalars=scalars)
 
-    def forward(self, q: int, item: Item) -> torch.Tensor:
-        """Smashed data (batch, *cut) of item q, by the version that its place in the plan fixes."""
-        version = self.feed.plan.version_of(q)
-        training = item.step is Step.TRAIN and spec_of(self.config).trains_bottom
-        smashed = self.bottom.forward(q, version, self.feed.inputs(q), self.feed.seed("bottom", q), training)
+    def forward(self, item: Item) -> torch.Tensor:
+        """Smashed data (batch, *cut) of an item, by the version that its place in the plan fixes."""
+        training = item.purpose is Purpose.TRAIN and spec_of(self.config).trains_bottom
+        smashed = self.bottom.forward(item, self.feed.inputs(item), self.feed.seed("bottom", item), training)
         if not is_finite(smashed):
             raise RunError(
                 603,
-                f"the activations of item {q} are not finite.",
+                f"the activations of item {item.number} are not finite.",
                 "lower optimizer.lr in a new run, or check the data.",
             )
         return smashed
 
-    def learn(self, q: int, gradient: torch.Tensor) -> None:
-        """Apply the gradient (batch, *cut) that answers training item q."""
-        inputs, seed = self.feed.inputs(q), self.feed.seed("bottom", q)
-        self.bottom.learn(q, self.feed.plan.version_of(q), inputs, seed, gradient)
+    def learn(self, item: Item, gradient: torch.Tensor) -> None:
+        """Apply the gradient (batch, *cut) that answers a training item."""
+        self.bottom.learn(item, self.feed.inputs(item), self.feed.seed("bottom", item), gradient)
 
     def final_bottom(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers of the bottom that belongs to the best model."""
@@ -177,26 +175,24 @@ class StreamSite(SiteRole):
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _needs(self, q: int, second: bool) -> int:
-        """Number of the answer without which item q's message cannot be made."""
-        if second:
-            return self.sequence.seq_of_first(q)
-        behind = q - self.feed.plan.window
+    def _needs(self, slot: Slot) -> int:
+        """Number of the answer without which a message cannot be made."""
+        if slot.half == "second":
+            return self.sequence.seq_of_first(slot.item.number)
+        behind = slot.item.number - self.feed.plan.window
         return self.sequence.settles(behind) if behind >= 1 else 0
 
-    def _oldest_item(self, seq: int) -> int:
-        """The lowest item that message `seq` or a later one is about."""
+    def _oldest_version(self, seq: int) -> int:
+        """The lowest version that message `seq` or a later one is about."""
         following = range(seq, min(seq + 2, self.sequence.last + 1))
-        return min(self.sequence.at(number)[0] for number in following)
+        return min(self.sequence.slot(number).item.version for number in following)
 
-    def _answer_applied(self, header: Header, judged: int) -> None:
-        if header.seq <= self.sequence.last:
-            # Not when it is sent: after a crash the answer may be here before it would be sent again.
-            q, _ = self.sequence.at(header.seq)
-            item = self.feed.plan.item(q)
-            if item.evaluates and item.epoch not in self._candidates:
-                self._candidates[item.epoch] = self.bottom.weights(self.feed.plan.version_of(q))
-        self.heard(header.seq, judged)
+    def _answer_applied(self, slot: Slot, judged: int) -> None:
+        # Not when it is sent: after a crash the answer may be here before it would be sent again.
+        item = slot.item
+        if item.evaluates and item.epoch not in self._candidates:
+            self._candidates[item.epoch] = self.bottom.weights(item.version)
+        self.heard(slot.seq, judged)
         self._candidates = {epoch: kept for epoch, kept in self._candidates.items() if self.open_candidate(epoch)}
 
     def _finish(self, message: Message) -> list[Effect]:
@@ -208,7 +204,7 @@ class StreamSite(SiteRole):
         """See `Role`. What no later snapshot can need is forgotten here."""
         oldest = min(self.resume(first_unconfirmed), self.answered + 1)
         if oldest <= self.sequence.last:
-            self.bottom.forget(below=self.feed.plan.version_of(self._oldest_item(oldest)))
+            self.bottom.forget(below=self._oldest_version(oldest))
         base = super().snapshot(first_unconfirmed)
         tensors = {**self.bottom.state(), **dict(flatten("exported_top", self.exported_top))}
         for epoch, kept in self._candidates.items():

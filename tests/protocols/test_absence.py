@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from nightsplit.console.commands.status import _sentence
 from nightsplit.server_worker.report import write_report
-from nightsplit.shared.protocols.plan import Step
+from nightsplit.shared.protocols.plan import Purpose
 from nightsplit.shared.run_store.base import Status
 from nightsplit.shared.run_store.status import Phase, WorkerStatus
 from nightsplit.shared.wire.message import SERVER
@@ -64,7 +64,7 @@ def test_a_site_that_has_given_everything_may_go(tmp_path):
 @pytest.mark.parametrize("order", ["strict", "fair"])
 def test_a_frozen_run_trains_on_what_was_stored(order, tmp_path):
     ward = Ward(ward_config("split_frozen", order=order), tmp_path, {"south": 2}).calmly()
-    rows = sum(len(ward.server.sequences["south"].plan.rows(q)) for q in (1, 2))
+    rows = sum(len(ward.server.sequences["south"].plan.item(q).rows) for q in (1, 2))
     assert ward.server.samples["south"] == rows > 0
     assert ward.server.share("south") == rows / (rows + 40 + 12)
     assert all(set(entry["sites"]) == {"north", "east"} for entry in ward.server.evaluation.history)
@@ -106,7 +106,7 @@ def test_the_report_names_everybodys_part(tmp_path):
     ward = Ward(ward_config(), tmp_path / "night", {"south": 8}).calmly()
     report = write_report(tmp_path / "report", ward.config, ward.server, ward.attendance.heard)
     sites, plan = report["sites"], ward.server.sequences["south"].plan
-    trained = [q for q in range(1, 9) if plan.item(q).step is Step.TRAIN]
+    trained = [q for q in range(1, 9) if plan.item(q).purpose is Purpose.TRAIN]
     assert sites["south"]["batches"] == len(trained)
     assert sites["south"]["samples"] == sum(len(plan.rows(q)) for q in trained)
     assert sum(facts["batches"] for facts in sites.values()) == report["steps"]

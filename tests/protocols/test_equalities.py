@@ -8,7 +8,7 @@ from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.shared.learning.losses import loss_of
 from nightsplit.shared.learning.optimizers import make_optimizer
 from nightsplit.shared.learning.seeds import seed_for, seeded
-from nightsplit.shared.protocols.plan import Step
+from nightsplit.shared.protocols.plan import Item, Purpose
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.stream.batches import Feed
 from nightsplit.site_worker.stream.bottom import Bottom
@@ -26,12 +26,13 @@ def ordinary_training(config, site):
     optimizer = make_optimizer(config.optimizer, model.parameters())
     model.train()
     for q in range(1, feed.plan.last + 1):
-        if feed.plan.item(q).step is not Step.TRAIN:
+        item = feed.plan.item(q)
+        if item.purpose is not Purpose.TRAIN:
             continue
-        with seeded(feed.seed("bottom", q)):
-            smashed = model[: config.model.cut](feed.inputs(q))
-        with seeded(feed.seed("top", q)):
-            loss = loss_of(config.task, model[config.model.cut :](smashed), feed.targets(q))
+        with seeded(feed.seed("bottom", item)):
+            smashed = model[: config.model.cut](feed.inputs(item))
+        with seeded(feed.seed("top", item)):
+            loss = loss_of(config.task, model[config.model.cut :](smashed), feed.targets(item))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -111,6 +112,10 @@ def test_a_decoupled_night_equals_a_night_together(protocol, tmp_path):
     assert apart.fingerprint() == together.fingerprint()
 
 
+def training_item(q, version):
+    return Item(q, Purpose.TRAIN, 1, q - 1, 3, range(8), version)
+
+
 def test_gradients_of_two_batches_in_flight_match_a_reference():
     """Forwards of q and q + 1 by the same version, answered first in, first out."""
     config = tiny_config(window=2)
@@ -119,9 +124,9 @@ def test_gradients_of_two_batches_in_flight_match_a_reference():
     gradients = torch.randn(2, 8, 8)
     first = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
     for q in (1, 2):
-        bottom.forward(q, 0, inputs[q - 1], seed=q, training=True)
+        bottom.forward(training_item(q, 0), inputs[q - 1], seed=q, training=True)
     for q in (1, 2):
-        bottom.learn(q, 0, inputs[q - 1], seed=q, gradient=gradients[q - 1])
+        bottom.learn(training_item(q, 0), inputs[q - 1], seed=q, gradient=gradients[q - 1])
         reference = whole_model(config)[:3]
         reference.load_state_dict(first)
         with seeded(q):
@@ -137,11 +142,11 @@ def test_recomputing_equals_the_kept_graph():
         bottom = Bottom(whole_model(config)[:3], config.optimizer, "cpu")
         torch.manual_seed(0)
         for q in (1, 2, 3):
-            inputs, version = torch.randn(8, 6), max(0, q - 2)
-            bottom.forward(q, version, inputs, seed=q, training=True)
+            inputs, item = torch.randn(8, 6), training_item(q, max(0, q - 2))
+            bottom.forward(item, inputs, seed=q, training=True)
             if forget_graphs:
                 bottom._graphs.clear()
-            bottom.learn(q, version, inputs, seed=q, gradient=torch.randn(8, 8))
+            bottom.learn(item, inputs, seed=q, gradient=torch.randn(8, 8))
         results.append(bottom.module.state_dict())
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
@@ -155,8 +160,8 @@ def test_batch_norm_counts_every_batch_once():
     optimizer = make_optimizer(tiny_config().optimizer, plain.parameters())
     for q in (1, 2, 3):
         inputs, gradient = torch.randn(8, 6), torch.randn(8, 4)
-        bottom.forward(q, q - 1, inputs, seed=0, training=True)
-        bottom.learn(q, q - 1, inputs, seed=0, gradient=gradient)
+        bottom.forward(training_item(q, q - 1), inputs, seed=0, training=True)
+        bottom.learn(training_item(q, q - 1), inputs, seed=0, gradient=gradient)
         optimizer.zero_grad()
         plain(inputs).backward(gradient)
         optimizer.step()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nightsplit.server_worker.evaluation import Evaluation
-from nightsplit.shared.protocols.plan import Step
+from nightsplit.shared.protocols.plan import Purpose
 from tests.harness.night import tiny_config
 
 
@@ -64,10 +64,10 @@ def test_without_validation_patients_the_last_epoch_stands():
 def test_a_half_collected_block_survives_a_restore():
     judge, again = evaluation(), evaluation()
     outputs, targets = torch.randn(6, 1), torch.tensor([0.0, 1, 0, 1, 0, 1])
-    judge.add("north", Step.TEST, outputs[:3], targets[:3])
+    judge.add("north", Purpose.TEST, outputs[:3], targets[:3])
     judge.report("south", 1, {})
     again.restore(judge.tensors(), judge.facts())
-    again.add("north", Step.TEST, outputs[3:], targets[3:])
+    again.add("north", Purpose.TEST, outputs[3:], targets[3:])
     assert again.close("north", 1)
     assert again.history[0]["sites"]["north"]["test"]["samples"] == 6
 

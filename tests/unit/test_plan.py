@@ -1,11 +1,15 @@
 """The plan and the sequence of messages: both sides must derive the same from the same counts."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nightsplit.shared.protocols.plan import Item, Plan, Step
+from nightsplit.shared.protocols.plan import Plan, Purpose
 from nightsplit.shared.protocols.stream import UpSequence
+from nightsplit.shared.wire.message import SERVER
+from tests.harness.night import Night, tiny_config
 
 PLANS = st.builds(
     Plan,
@@ -20,38 +24,71 @@ PLANS = st.builds(
 )
 
 
+def items_of(plan):
+    return [plan.item(q) for q in range(1, plan.last + 1)]
+
+
+def evaluates(plan, epoch):
+    return epoch % plan.evaluate_every == 0 or epoch == plan.epochs
+
+
+def listed(plan):
+    """Purpose, epoch and batch of every item, one after the other, as a site goes through them."""
+    trained = 0
+    for epoch in range(1, plan.epochs + 1):
+        for batch in range(-(-plan.train // plan.batch_size)):
+            yield Purpose.TRAIN, epoch, batch
+            trained += 1
+            if plan.average_every and trained % plan.average_every == 0:
+                yield Purpose.AVERAGE, epoch, batch
+        if evaluates(plan, epoch):
+            for purpose, samples in ((Purpose.VALIDATION, plan.validation), (Purpose.TEST, plan.test)):
+                yield from ((purpose, epoch, batch) for batch in range(-(-samples // plan.batch_size)))
+
+
+@given(PLANS)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_items_are_those_of_a_walk_through_the_run(plan):
+    items = items_of(plan)
+    assert [(item.purpose, item.epoch, item.batch) for item in items] == list(listed(plan))
+    assert [item.number for item in items] == list(range(1, plan.last + 1))
+    last_of_epoch = {item.epoch: item for item in items}
+    assert all(plan.end(epoch) == item.number for epoch, item in last_of_epoch.items())
+    ends = {item.number for item in last_of_epoch.values() if item.evaluates}
+    assert {item.number for item in items if item.ends_block} == ends
+    assert sum(item.purpose is Purpose.AVERAGE for item in items) == plan.averagings
+
+
 @given(PLANS)
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_every_sample_is_trained_once_per_epoch_and_evaluated_once_per_block(plan):
     seen = {}
-    for q in range(1, plan.last + 1):
-        item = plan.item(q)
-        seen.setdefault((item.epoch, item.step), []).extend(plan.rows(q))
+    for item in items_of(plan):
+        seen.setdefault((item.epoch, item.purpose), []).extend(item.rows)
     for epoch in range(1, plan.epochs + 1):
-        assert seen[epoch, Step.TRAIN] == list(range(plan.train))
-        evaluates = epoch in plan.evaluated_epochs()
-        assert seen.get((epoch, Step.VALIDATION), []) == (list(range(plan.validation)) if evaluates else [])
-    assert plan.evaluated_epochs()[-1] == plan.epochs
-    assert sum(plan.item(q).step is Step.AVERAGE for q in range(1, plan.last + 1)) == plan.averagings
+        assert seen[epoch, Purpose.TRAIN] == list(range(plan.train))
+        held_out = list(range(plan.validation)) if evaluates(plan, epoch) else []
+        assert seen.get((epoch, Purpose.VALIDATION), []) == held_out
 
 
 @given(PLANS)
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_places_and_versions_never_go_back(plan):
-    items = range(1, plan.last + 1)
-    assert [plan.place(q) for q in items] == sorted(plan.place(q) for q in items)
-    versions = [plan.version_of(q) for q in items]
-    assert versions == sorted(versions)
-    assert all(0 <= version <= max(0, q - plan.window) for q, version in zip(items, versions, strict=True))
+    items = items_of(plan)
+    assert [item.place for item in items] == sorted(item.place for item in items)
+    assert [item.version for item in items] == sorted(item.version for item in items)
+    assert all(0 <= item.version <= max(0, item.number - plan.window) for item in items)
 
 
 @given(PLANS)
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_an_evaluation_block_uses_one_version(plan):
     blocks = {}
-    for q in range(1, plan.last + 1):
-        if plan.item(q).evaluates:
-            blocks.setdefault(plan.item(q).epoch, set()).add(plan.version_of(q))
+    for item in items_of(plan):
+        if item.evaluates:
+            blocks.setdefault(item.epoch, set()).add(item.version)
+        else:
+            assert item.version == max(0, item.number - plan.window)
     assert all(len(versions) == 1 for versions in blocks.values())
 
 
@@ -59,8 +96,9 @@ def test_an_evaluation_block_uses_one_version(plan):
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_a_sequence_holds_every_half_once_and_never_waits_for_itself(plan, has_head):
     sequence = UpSequence(plan, has_head)
-    order = [sequence.at(seq) for seq in range(1, sequence.last + 1)]
+    slots = [sequence.slot(seq) for seq in range(1, sequence.last + 1)]
     halves = ("first", "second") if has_head else ("first",)
+    order = [(slot.item.number, slot.half) for slot in slots]
     assert sorted(order) == sorted((q, half) for q in range(1, plan.last + 1) for half in halves)
     position = {what: seq for seq, what in enumerate(order, 1)}
     for q in range(1, plan.last + 1):
@@ -68,6 +106,7 @@ def test_a_sequence_holds_every_half_once_and_never_waits_for_itself(plan, has_h
         assert position[q, halves[-1]] == sequence.settles(q)
         if q > plan.window:  # the forward of q needs the answer that settles q - window
             assert sequence.settles(q - plan.window) < sequence.seq_of_first(q)
+    assert all(slot.settles is (slot.seq == sequence.settles(slot.item.number)) for slot in slots)
     places = [sequence.place(seq) for seq in range(1, sequence.last + 1)]
     assert places == sorted(places)
 
@@ -79,9 +118,27 @@ def test_a_sequence_holds_every_half_once_and_never_waits_for_itself(plan, has_h
 def test_the_order_of_halves(window, expected):
     plan = Plan(4, 0, 0, 1, 1, 1, None, window)
     sequence = UpSequence(plan, has_head=True)
-    names = [f"{half[0].upper()}{q}" for q, half in (sequence.at(seq) for seq in range(1, sequence.last + 1))]
-    assert " ".join(names) == expected
+    slots = [sequence.slot(seq) for seq in range(1, sequence.last + 1)]
+    assert " ".join(f"{slot.half[0].upper()}{slot.item.number}" for slot in slots) == expected
 
 
 def test_batches_are_even():
-    assert [len(Item(Step.TRAIN, 1, batch, 3).rows(10)) for batch in range(3)] == [3, 3, 4]
+    assert [len(item.rows) for item in items_of(Plan(10, 0, 0, 4, 1, 1, None, 1))] == [3, 3, 4]
+
+
+def test_a_plan_of_any_length_costs_nothing():
+    began = time.thread_time()
+    plan = Plan(10**9, 10**9, 10**9, 1, 10**6, 1, 3, 4)
+    assert plan.item(plan.last).rows == range(10**9 - 1, 10**9)
+    assert time.thread_time() - began < 0.1
+
+
+@pytest.mark.parametrize("order", ["strict", "fair"])
+@pytest.mark.parametrize("protocol", ["split_labels", "split_u"])
+def test_a_message_and_its_answer_look_their_item_up_four_times_at_most(protocol, order, tmp_path, monkeypatch):
+    asked = []
+    item = Plan.item
+    monkeypatch.setattr(Plan, "item", lambda plan, number: asked.append(number) or item(plan, number))
+    night = Night(tiny_config(("north", "south"), protocol=protocol, order=order, epochs=2), tmp_path)
+    night.together()
+    assert 0 < len(asked) <= 4 * sum(night.roles[SERVER].applied.values())
