@@ -22,6 +22,11 @@ from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import SERVER, Kind, Message, Scalar
 from nightsplit.shared.wire.schema import Payload
 
+MOST_INCARNATIONS = 8
+"""Of a site, that are remembered."""
+LONGEST_INCARNATION = 64
+"""Characters in the name of one."""
+
 
 class Samples(NamedTuple):
     """How many samples a site has in each part."""
@@ -37,6 +42,10 @@ class Sequence(Protocol):
     @property
     def last(self) -> int:
         """Number of its last message; an upper bound where that depends on others."""
+
+    @property
+    def answers(self) -> int:
+        """Number of the last message to it, likewise."""
 
     @property
     def train(self) -> int:
@@ -79,7 +88,7 @@ class ServerRole(Role, Generic[S]):
         self._released = dict.fromkeys(config.run.sites, 0)
         """Answers that each site's queue has forgotten, as far as the site has told."""
         self._welcomed: dict[str, list[str]] = {site: [] for site in config.run.sites}
-        """Incarnations of each site whose hello was accepted."""
+        """Incarnations of each site whose hello was accepted, the latest few: nobody listens for an earlier one."""
 
     # -- what a shape fills in -------------------------------------------------------------------
 
@@ -173,7 +182,16 @@ class ServerRole(Role, Generic[S]):
         """Accept a site's plan, or say why not."""
         site, hello = message.header.sender, message.scalars
         samples = Samples(int(hello["train"]), int(hello["validation"]), int(hello["test"]))
+        incarnation, mark, released = str(hello["incarnation"]), int(hello["mark"]), int(hello["released"])
         sequence = self.sequence_of(site, samples)
+        known = sequence.answers if hello["enrolled"] else mark
+        if len(incarnation) > LONGEST_INCARNATION or not 0 <= released <= mark <= known:
+            raise Refused(
+                304,
+                f"{site} says hello with answer {mark}, {released} of them stored, and a name of {len(incarnation)} "
+                "characters.",
+                "run the same version of nightsplit at the site and the server.",
+            )
         problem: tuple[int, str] | None = None
         if site in self.left_out:
             problem = self._farewell_to(site)
@@ -183,16 +201,16 @@ class ServerRole(Role, Generic[S]):
             problem = 405, "the site has nothing to train on"
         elif hello["enrolled"] and self._counts.get(site, samples) != samples:
             problem = 409, "the site's data changed since the run began"
-        elif hello["incarnation"] not in self._welcomed[site] and int(hello["mark"]) < self._released[site]:
-            problem = 504, f"the site stands at answer {hello['mark']}, but had stored {self._released[site]} before"
+        elif incarnation not in self._welcomed[site] and mark < self._released[site]:
+            problem = 504, f"the site stands at answer {mark}, but had stored {self._released[site]} before"
         if problem is not None:
-            return [self._rejection(site, str(hello["incarnation"]), problem)]
+            return [self._rejection(site, incarnation, problem)]
         if not hello["enrolled"]:
             return [self._manifest(site)]
         # A hello may come again after a later one; only a new process can have lost its state.
-        if hello["incarnation"] not in self._welcomed[site]:
-            self._welcomed[site].append(str(hello["incarnation"]))
-        self._released[site] = max(self._released[site], int(hello["released"]))
+        if incarnation not in self._welcomed[site]:
+            self._welcomed[site] = [*self._welcomed[site], incarnation][-MOST_INCARNATIONS:]
+        self._released[site] = max(self._released[site], released)
         self.sequences[site], self._counts[site] = sequence, samples
         return []
 

@@ -132,7 +132,12 @@ class SplitFrozenServer(StreamServer):
                 part = self.sequences[site].plan.item(q).purpose
                 if part is not Purpose.TRAIN:
                     stored = self.top.store.get(site, q)
-                    self.evaluation.add(site, part, self.top.predict(stored["smashed"]), stored["targets"])
+                    try:
+                        outputs = self.top.predict(stored["smashed"])
+                    except Refused:
+                        self.refusals[site] += 1
+                    else:
+                        self.evaluation.add(site, part, outputs, stored["targets"])
             judged = self.evaluation.close(site, epoch)
         return self.evaluated(epoch, judged)
 

@@ -25,7 +25,7 @@ class SplitLabelsServer(StreamServer):
         self.evaluation.add(site, item.purpose, self.top.predict(smashed), targets)
         effects: list[Effect] = []
         if item.ends_block:  # the answer tells the verdict
-            effects = self.evaluated(item.epoch, self.evaluation.close(site, item.epoch))
+            effects = self.close_block(site, item)
         return [self.answer(site, slot.seq, Kind.NOTED), *effects]
 
 

@@ -32,9 +32,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from nightsplit.server_worker.stream.activation_store import ActivationStore, Row
-from nightsplit.server_worker.stream.top import StoredTop, buffers_of, refuse_unless_finite
+from nightsplit.server_worker.stream.top import StoredTop
 from nightsplit.shared.config.run import OptimizerSection, TaskSection
 from nightsplit.shared.errors import ConfigError, Refused, StateError
+from nightsplit.shared.learning.bounds import buffers_kept, check_step
 from nightsplit.shared.learning.losses import loss_of
 from nightsplit.shared.learning.seeds import seeded
 
@@ -194,15 +195,14 @@ class DividedTop(StoredTop):
         smashed, targets = self.store.gather(rows[share.first : share.last])
         assert self._parallel is not None
         self.module.train()
-        before = buffers_of(self.module)
-        with _others_alive():
+        with _others_alive(), buffers_kept(self.module):
             with seeded(seed, self._device), share:
                 outputs = self._parallel(smashed.to(self._device))
                 loss = loss_of(self._task, outputs, targets.to(self._device)) * share.weight
             distributed.all_reduce(total := loss.detach().clone())
-            refuse_unless_finite(total, self.module, before)
             self._optimizer.zero_grad()
             torch.autograd.backward(loss * self._group.size)  # DDP takes the mean over ranks; the sum is meant
+            check_step(self.module, total)  # equal at every rank, and so is what becomes of it
         self._optimizer.step()
         return total.item()
 

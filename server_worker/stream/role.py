@@ -18,14 +18,17 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Record, Send
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.protocols.build import Assembly
+from nightsplit.shared.protocols.places import check_upload
 from nightsplit.shared.protocols.plan import Item, Plan, Purpose
-from nightsplit.shared.protocols.stream import Slot, UpSequence, check_rows, weights
+from nightsplit.shared.protocols.stream import Slot, UpSequence, weights
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Header, Kind, Message, Scalar
 from nightsplit.shared.wire.schema import Payload
 
 MOST_ITEMS = 10_000_000
 """Of a site's plan. Numbers of messages stay below 2^26, as `Fair` needs it."""
+LONGEST_REASON = 500
+"""Characters of a refusal's sentence that travel: what it quotes may be as long as the message was."""
 
 
 class StreamServer(ServerRole[UpSequence]):
@@ -80,32 +83,24 @@ class StreamServer(ServerRole[UpSequence]):
         if message.header.kind is Kind.HELLO:
             return self.welcome(message)
         site = message.header.sender
-        slot = self.sequences[site].slot(message.header.seq)
-        item = slot.item
-        if message.header.version != item.version:
-            raise Refused(
-                304,
-                f"{message.header.message_id} was made by bottom version {message.header.version}, "
-                f"item {item.number} needs {item.version}.",
-                "run the same version of nightsplit at the site and the server.",
-            )
-        if message.header.kind is Kind.BOTTOM and item.purpose is not Purpose.AVERAGE:
-            raise Refused(304, f"{message.header.message_id} is out of turn.", "run the same version at both sides.")
-        check_rows(message, item)
-        handle = self._collect if item.purpose is Purpose.AVERAGE else self.learn
+        slot = check_upload(message, self.sequences[site], self.config.task)
+        handle = self._collect if slot.item.purpose is Purpose.AVERAGE else self.learn
         effects = handle(site, slot, message)
         return effects + self._settle(site, slot.seq)
 
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
         """See `Role`: the site is told, and counts the item as one without a gradient."""
         self.refusals[header.sender] += 1
-        scalars: dict[str, Scalar] = {"number": refusal.number, "reason": refusal.sentence}
-        effects: list[Effect] = [self.answer(header.sender, header.seq, Kind.REFUSED, scalars=scalars)]
-        slot = self.sequences[header.sender].slot(header.seq)
-        if slot.item.purpose is Purpose.AVERAGE and slot.settles:
-            self._averaged[header.sender] += 1
-            effects += self._average()  # the others must not wait for it
-        return effects + self._settle(header.sender, header.seq)
+        site, slot = header.sender, self.sequences[header.sender].slot(header.seq)
+        scalars: dict[str, Scalar] = {"number": refusal.number, "reason": refusal.sentence[:LONGEST_REASON]}
+        effects: list[Effect] = []
+        # The others must not wait for a bottom or figures that were refused.
+        if slot.settles and slot.item.ends_block:
+            effects = self.close_block(site, slot.item)
+        elif slot.settles and slot.item.purpose is Purpose.AVERAGE:
+            self._averaged[site] += 1
+            effects = self._average()
+        return [self.answer(site, slot.seq, Kind.REFUSED, scalars=scalars), *effects, *self._settle(site, slot.seq)]
 
     def excuse(self, sender: str) -> list[Effect]:
         """See `Role`: the run averages, judges and ends without the site; what it gave stays."""
@@ -169,6 +164,10 @@ class StreamServer(ServerRole[UpSequence]):
         self.batches[site] += 1
         self.samples[site] += len(item.rows)
 
+    def close_block(self, site: str, item: Item) -> list[Effect]:
+        """Measure what was collected of a site's block, of which `item` is the last."""
+        return self.evaluated(item.epoch, self.evaluation.close(site, item.epoch))
+
     def evaluated(self, epoch: int, judged: bool) -> list[Effect]:
         """After a site's block: where that judged the epoch, remember the best model and describe it."""
         self._tops.pop(epoch, None)
@@ -200,14 +199,20 @@ class StreamServer(ServerRole[UpSequence]):
     def _average(self) -> list[Effect]:
         """Answer with the mean of the bottoms when all sites that take part have sent theirs.
 
-        Weighted by training samples (McMahan et al., AISTATS 2017, algorithm 1). A site whose plan
-        has no such averaging any more, or whose bottom was refused, has no part in the mean.
+        A site whose plan has no such averaging any more, or whose bottom was refused, has no part in the mean.
         """
         number = max(self._averaged.values())
         staying = self.staying
         partners = [s for s in staying if s in self.sequences and self.sequences[s].plan.averagings >= number]
         if not staying.keys() <= self.sequences.keys() or any(self._averaged[s] < number for s in partners):
             return []
+        return self._share_mean()
+
+    def _share_mean(self) -> list[Effect]:
+        """Answer the sites that wait with the mean of what was given.
+
+        Weighted by training samples (McMahan et al., AISTATS 2017, algorithm 1).
+        """
         givers = [s for s in self.config.run.sites if s in self._bottoms]
         total = sum(self.sequences[s].plan.train for s in givers)
         share = {s: self.sequences[s].plan.train / total for s in givers}
@@ -228,7 +233,12 @@ class StreamServer(ServerRole[UpSequence]):
         return self._over()
 
     def _over(self) -> list[Effect]:
-        return self.complete() if self.done else self.end() if self.evaluation.exhausted else []
+        if self.done:
+            return self.complete()
+        if not self.evaluation.exhausted:
+            return []
+        # The farewell comes behind an answer to everything that was applied.
+        return [*(self._share_mean() if self._waiting else []), *self.end()]
 
     def complete(self) -> list[Effect]:
         """Every site's last message was applied."""

@@ -10,12 +10,11 @@ from torch.func import functional_call
 
 from nightsplit.server_worker.stream.activation_store import ActivationStore, Row
 from nightsplit.shared.config.run import OptimizerSection, TaskSection
-from nightsplit.shared.errors import Refused
+from nightsplit.shared.learning.bounds import buffers_kept, check_bounded, check_step
 from nightsplit.shared.learning.losses import loss_of
 from nightsplit.shared.learning.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
 from nightsplit.shared.learning.seeds import seeded
 from nightsplit.shared.storage.checkpoint import flatten, under
-from nightsplit.shared.wire.codecs import is_finite
 
 
 class Top:
@@ -46,25 +45,30 @@ class Top:
             The mean loss, and its gradient (batch, *cut) float32 at the cut.
 
         Raises:
-            Refused: 312 the loss is not finite; nothing was changed.
+            Refused: 312 loss or gradients are not finite; nothing was changed.
         """
         inputs = smashed.to(self._device, copy=True).requires_grad_()
         self.module.train()
-        before = buffers_of(self.module)
-        with seeded(seed, self._device):
-            loss = loss_of(self._task, self.module(inputs), targets.to(self._device))
-        refuse_unless_finite(loss, self.module, before)
-        self._optimizer.zero_grad()
-        torch.autograd.backward(loss)
+        with buffers_kept(self.module):
+            with seeded(seed, self._device):
+                loss = loss_of(self._task, self.module(inputs), targets.to(self._device))
+            self._optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            assert inputs.grad is not None
+            check_step(self.module, loss, inputs.grad)
         self._optimizer.step()
-        assert inputs.grad is not None
         return loss.item(), inputs.grad.cpu()
 
     def predict(self, smashed: torch.Tensor) -> torch.Tensor:
-        """Outputs (batch, outputs) for smashed data (batch, *cut), in evaluation mode."""
+        """Outputs (batch, outputs) for smashed data (batch, *cut), in evaluation mode.
+
+        Raises:
+            Refused: 312 they are not finite.
+        """
         self.module.eval()
         with torch.no_grad():
             outputs: torch.Tensor = self.module(smashed.to(self._device))
+        check_bounded("outputs", outputs)
         return outputs.cpu()
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -104,7 +108,7 @@ class StoredTop(Top):
             The mean loss.
 
         Raises:
-            Refused: 312 the loss is not finite; nothing was changed.
+            Refused: 312 loss or gradients are not finite; nothing was changed.
         """
         loss, _ = self.learn(*self.store.gather(rows), seed)
         return loss
@@ -126,34 +130,40 @@ class Middle(Top):
         """Parameters by number of steps, for the versions that open forwards used."""
 
     def forward(self, smashed: torch.Tensor, seed: int, training: bool) -> tuple[torch.Tensor, int]:
-        """Activations (batch, *head) for the head, and the version of the weights that made them."""
+        """Activations (batch, *head) for the head, and the version of the weights that made them.
+
+        Raises:
+            Refused: 312 they are not finite; nothing was changed.
+        """
         if not training:
             return self.predict(smashed), self._steps
-        if self._steps not in self._stash:
-            self._stash[self._steps] = {
-                name: parameter.detach().clone() for name, parameter in self.module.named_parameters()
-            }
+        parameters = self._stash.get(self._steps) or {
+            name: parameter.detach().clone() for name, parameter in self.module.named_parameters()
+        }
         self.module.train()
         with torch.no_grad(), seeded(seed, self._device):
             # Buffers are copied: only the recomputation may count towards running statistics.
-            weights = {**self._stash[self._steps], **buffers_of(self.module)}
+            weights = {**parameters, **self._buffers()}
             outputs: torch.Tensor = functional_call(self.module, weights, smashed.to(self._device))
-        if not is_finite(outputs):
-            raise _diverged("activations")
+        check_bounded("activations", outputs)
+        self._stash[self._steps] = parameters
         return outputs.cpu(), self._steps
 
     def backward(self, smashed: torch.Tensor, gradient: torch.Tensor, version: int, seed: int) -> torch.Tensor:
-        """Apply the gradient (batch, *head) at the head's input; returns that at the cut (batch, *cut)."""
+        """Apply the gradient (batch, *head) at the head's input; returns that at the cut (batch, *cut).
+
+        Raises:
+            Refused: 312 gradients are not finite; nothing was changed.
+        """
         inputs = smashed.to(self._device, copy=True).requires_grad_()
         stashed = self._stash[version]
         parameters = {name: stashed[name].clone().requires_grad_() for name, _ in self.module.named_parameters()}
-        buffers = buffers_of(self.module)
+        buffers = self._buffers()
         self.module.train()
         with seeded(seed, self._device):
             outputs = functional_call(self.module, {**parameters, **buffers}, inputs)
         at_cut, *at_parameters = torch.autograd.grad(outputs, [inputs, *parameters.values()], gradient.to(self._device))
-        if not is_finite(at_cut):
-            raise _diverged("gradient")
+        check_bounded("gradients", at_cut, *at_parameters, *buffers.values())
         self.module.load_state_dict(buffers, strict=False)
         for parameter, parameter_gradient in zip(self.module.parameters(), at_parameters, strict=True):
             parameter.grad = parameter_gradient
@@ -183,20 +193,5 @@ class Middle(Top):
             for version in versions
         }
 
-
-def _diverged(what: str) -> Refused:
-    return Refused(
-        312, f"this batch gives a {what} that is not finite.", "lower optimizer.lr, or check the site's data."
-    )
-
-
-def buffers_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of a module's buffers, such as running statistics."""
-    return {name: buffer.clone() for name, buffer in module.named_buffers()}
-
-
-def refuse_unless_finite(loss: torch.Tensor, module: nn.Module, before: Mapping[str, torch.Tensor]) -> None:
-    """Raise `Refused` 312 for a loss that no step can be made of; the module's buffers are then as `before`."""
-    if not torch.isfinite(loss):
-        module.load_state_dict(before, strict=False)
-        raise Refused(312, f"the loss of this batch is {loss.item()}.", "lower optimizer.lr, or check the site's data.")
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        return {name: buffer.clone() for name, buffer in self.module.named_buffers()}

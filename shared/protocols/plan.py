@@ -91,6 +91,7 @@ class Plan:
         evaluate_every: epochs between evaluation blocks.
         average_every: training batches between averagings; None where bottoms are independent.
         window: items a site may have unanswered.
+        uploads_once: no item is answered.
     """
 
     train: int
@@ -101,6 +102,7 @@ class Plan:
     evaluate_every: int
     average_every: int | None
     window: int
+    uploads_once: bool = False
 
     @classmethod
     def of(cls, config: RunConfig, train: int, validation: int, test: int) -> Plan:
@@ -112,8 +114,8 @@ class Plan:
             epochs=1 if frozen else run.epochs,
             evaluate_every=run.evaluate_every,
             average_every=run.average_every if run.bottoms == "averaged" else None,
-            # A frozen bottom is never answered, so nothing can hold its activations up.
-            window=_UNLIMITED if frozen else run.window,
+            window=_UNLIMITED if frozen else run.window,  # what is never answered holds nothing up
+            uploads_once=frozen,
         )  # fmt: skip
 
     @property
@@ -128,7 +130,7 @@ class Plan:
 
     def end(self, epoch: int) -> int:
         """Number of the last item of an epoch, 0 <= epoch <= epochs."""
-        blocks = epoch // self.evaluate_every + (epoch == self.epochs and epoch % self.evaluate_every > 0)
+        blocks = evaluations(epoch, self.epochs, self.evaluate_every)
         block = self._batches(self.validation) + self._batches(self.test)
         return epoch * self._batches(self.train) + self._averagings(epoch) + blocks * block
 
@@ -166,6 +168,11 @@ class Plan:
     def _averagings(self, epochs: int) -> int:
         """Averagings in the first epochs."""
         return 0 if self.average_every is None else epochs * self._batches(self.train) // self.average_every
+
+
+def evaluations(epoch: int, epochs: int, every: int) -> int:
+    """Evaluation blocks up to the end of an epoch: one behind each `every` epochs, and one at the end."""
+    return epoch // every + (epoch == epochs and epoch % every > 0)
 
 
 def _rows(samples: int, batch: int, batches: int) -> range:

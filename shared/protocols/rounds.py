@@ -143,6 +143,11 @@ class RoundSequence:
         """Number of the last message."""
         return self.updates * self.slices + 1
 
+    @property
+    def answers(self) -> int:
+        """Number of the server's last message, with which the farewell ends."""
+        return self.last - 1 + self.slices
+
     def at(self, seq: int) -> tuple[int, int]:
         """Update and slice, both from 1, of a site's message `seq`, or of the server's that answers it."""
         update, number = divmod(seq - 1, self.slices)

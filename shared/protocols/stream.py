@@ -24,7 +24,7 @@ from nightsplit.shared.errors import Refused
 from nightsplit.shared.protocols.handshake import REFUSAL, VERDICT
 from nightsplit.shared.protocols.plan import Item, Place, Plan
 from nightsplit.shared.protocols.spec import Names, Shape, Shapes, systems
-from nightsplit.shared.wire.message import Kind, Message
+from nightsplit.shared.wire.message import Kind
 from nightsplit.shared.wire.schema import Payload, Reveals, ScalarSpec, TensorSpec
 
 NAMES = Names(
@@ -150,13 +150,28 @@ class UpSequence:
         """Training samples of the site."""
         return self.plan.train
 
-    @property
+    @cached_property
     def last(self) -> int:
         """Number of the site's last message."""
         return 2 * self.plan.last if self.has_head else self.plan.last
 
+    @property
+    def answers(self) -> int:
+        """Number of the server's last message, the farewell; the only one to a site that uploads once."""
+        return 1 if self.plan.uploads_once else self.last + 1
+
     def slot(self, seq: int) -> Slot:
-        """The place of message `seq`, 1 <= seq <= last."""
+        """The place of message `seq`.
+
+        Raises:
+            Refused: 304 the site sends no such message.
+        """
+        if not 0 < seq <= self.last:
+            raise Refused(
+                304,
+                f"message {seq} has no place in a sequence of {self.last}.",
+                "run the same version of nightsplit at the site and the server.",
+            )
         return self._slots(seq)
 
     @cached_property
@@ -194,20 +209,3 @@ class UpSequence:
         if slot.half == "second":  # it stands beside the first half that it follows
             slot = self.slot(self.seq_of_first(min(slot.item.number + self._lag, self.plan.last)))
         return slot.item.place
-
-
-def check_rows(message: Message, item: Item) -> None:
-    """A payload of a batch has as many rows as the item.
-
-    Raises:
-        Refused: 306 it has not.
-    """
-    for name in ("smashed", "gradient", "activations"):
-        tensor = message.tensors.get(name)
-        if tensor is not None and len(tensor) != len(item.rows):
-            raise Refused(
-                306,
-                f"{name} of {message.header.message_id} has {len(tensor)} rows, "
-                f"item {item.number} has {len(item.rows)}.",
-                "run the same version of nightsplit at both sides.",
-            )

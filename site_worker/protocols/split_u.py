@@ -10,6 +10,7 @@ from torch import nn
 
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Send
+from nightsplit.shared.learning.bounds import buffers_kept, check_bounded, check_step
 from nightsplit.shared.learning.losses import loss_of
 from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.learning.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
@@ -17,6 +18,7 @@ from nightsplit.shared.learning.seeds import seeded
 from nightsplit.shared.protocols.build import Assembly
 from nightsplit.shared.protocols.plan import Item, Purpose
 from nightsplit.shared.protocols.report import NO_FIGURES, encode_report
+from nightsplit.shared.protocols.stream import Slot
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Kind, Message
 from nightsplit.shared.wire.schema import Payload
@@ -95,24 +97,36 @@ class SplitUSite(StreamSite):
             return
         self.head.eval()
         with torch.no_grad():
-            self._outputs[item.number] = self.head(activations.to(self._device)).cpu()
-        if item.ends_block:
+            outputs = self.head(activations.to(self._device))
+        check_bounded("outputs", outputs)
+        self._outputs[item.number] = outputs.cpu()
+
+    def count_answer(self, slot: Slot, judged: int) -> None:
+        """See `StreamSite`; with the last head input of a block, usable or not, the site has its figures."""
+        item = slot.item
+        if item.ends_block and not slot.settles:
             self._reports[item.number] = self._judge()
             self._heads = {epoch: kept for epoch, kept in self._heads.items() if self.open_candidate(epoch)}
             self._heads[item.epoch] = {name: tensor.clone() for name, tensor in self.head.state_dict().items()}
+        super().count_answer(slot, judged)
 
     def _train_head(self, item: Item, activations: torch.Tensor) -> torch.Tensor:
-        """One step of the head; returns the gradient (batch, *head) at its input."""
+        """One step of the head; returns the gradient (batch, *head) at its input.
+
+        Raises:
+            Refused: 312 loss or gradients are not finite; nothing was changed.
+        """
         inputs = activations.to(self._device, copy=True).requires_grad_()
         self.head.train()
-        with seeded(self.feed.seed("head", item), self._device):
-            loss = loss_of(self.config.task, self.head(inputs), self.feed.targets(item).to(self._device))
-        self._optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        if torch.isfinite(loss):
-            self._optimizer.step()
-        assert inputs.grad is not None
-        return torch.nan_to_num(inputs.grad, 0.0, 0.0, 0.0).cpu()
+        with buffers_kept(self.head):
+            with seeded(self.feed.seed("head", item), self._device):
+                loss = loss_of(self.config.task, self.head(inputs), self.feed.targets(item).to(self._device))
+            self._optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            assert inputs.grad is not None
+            check_step(self.head, loss, inputs.grad)
+        self._optimizer.step()
+        return inputs.grad.cpu()
 
     def _judge(self) -> str:
         """The figures of the block that just ended, as JSON."""

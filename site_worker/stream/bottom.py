@@ -23,6 +23,7 @@ from torch import nn
 from torch.func import functional_call
 
 from nightsplit.shared.config.run import OptimizerSection
+from nightsplit.shared.learning.bounds import check_bounded
 from nightsplit.shared.learning.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
 from nightsplit.shared.learning.seeds import seeded
 from nightsplit.shared.protocols.plan import Item
@@ -84,7 +85,11 @@ class Bottom:
         return outputs.detach().cpu()
 
     def learn(self, item: Item, inputs: torch.Tensor, seed: int, gradient: torch.Tensor) -> None:
-        """Apply the gradient (batch, *cut) of a training item; inputs and seed are those of its forward."""
+        """Apply the gradient (batch, *cut) of a training item; inputs and seed are those of its forward.
+
+        Raises:
+            Refused: 312 what it makes is not finite; no weight was changed.
+        """
         buffers: Mapping[str, torch.Tensor] = {}
         if item.number in self._graphs:
             outputs, parameters = self._graphs.pop(item.number)
@@ -93,6 +98,7 @@ class Bottom:
             outputs, parameters, buffers = self._run(used, inputs, seed, training=True)
         if outputs.requires_grad:
             gradients = torch.autograd.grad(outputs, parameters, gradient.to(self._device))
+            check_bounded("gradients", *gradients, *buffers.values())
             for parameter, its_gradient in zip(self.module.parameters(), gradients, strict=True):
                 parameter.grad = its_gradient
             self._optimizer.step()
@@ -109,9 +115,13 @@ class Bottom:
 
         Steps made since that version are kept on top: with window 1 there are none, and the
         present weights become the mean itself.
+
+        Raises:
+            Refused: 312 the weights would not be finite; none was changed.
         """
         sent, present = self._versions[version].all(), self._versions[self.version].all()
         merged = {name: mean[name].to(self._device) + (present[name] - sent[name]) for name in mean}
+        check_bounded("averaged weights", *merged.values())
         self.module.load_state_dict(merged, strict=False)
         self._advance(self._present())
 

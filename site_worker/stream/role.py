@@ -12,9 +12,10 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Send
 from nightsplit.shared.errors import Refused, RunError
 from nightsplit.shared.protocols.build import Assembly
+from nightsplit.shared.protocols.places import check_answer, check_farewell
 from nightsplit.shared.protocols.plan import Item, Purpose
 from nightsplit.shared.protocols.spec import spec_of
-from nightsplit.shared.protocols.stream import Slot, UpSequence, check_rows, weights
+from nightsplit.shared.protocols.stream import Slot, UpSequence, weights
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.codecs import is_finite
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
@@ -73,7 +74,11 @@ class StreamSite(SiteRole):
 
     @abstractmethod
     def take(self, item: Item, message: Message) -> None:
-        """Apply an answer about a batch's item that carries tensors."""
+        """Apply an answer about a batch's item that carries tensors.
+
+        Raises:
+            Refused: it cannot be applied; nothing was changed.
+        """
 
     # -- Role ------------------------------------------------------------------------------------
 
@@ -89,8 +94,11 @@ class StreamSite(SiteRole):
 
     def next(self) -> list[Effect]:
         """The next message of the plan, when the answers that it depends on are here."""
-        if not self.at_work or self.next_seq > self.sequence.last:
+        if not self.at_work:
             return []
+        if self.next_seq > self.sequence.last:
+            # The farewell that was here could not be used, and there is nothing else to wait for.
+            return self._finish({}) if self.answered == self.sequence.answers else []
         slot = self.sequence.slot(self.next_seq)
         if self.answered < self._needs(slot):
             return []
@@ -108,18 +116,11 @@ class StreamSite(SiteRole):
     def answer(self, message: Message) -> list[Effect]:
         """See `SiteRole`."""
         kind, scalars = message.header.kind, message.scalars
-        if kind is not Kind.FINISH and message.header.seq > self.sequence.last:
-            raise Refused(
-                304,
-                f"{message.header.message_id} answers nothing.",
-                "run the same version of nightsplit at both sides.",
-            )
         if kind is Kind.FINISH:
+            check_farewell(message, self.sequence, self.config.run)
             self.best = int(scalars["best"])
-            return self._finish(message)
-        slot = self.sequence.slot(message.header.seq)
-        check_rows(message, slot.item)
-        self.best = int(scalars["best"])
+            return self._finish(message.tensors)
+        slot = check_answer(message, self.sequence, self.config.run)
         if kind is Kind.AVERAGE:
             self.bottom.merge(slot.item.version, message.tensors)
         elif kind in (Kind.NOTED, Kind.REFUSED):
@@ -127,20 +128,19 @@ class StreamSite(SiteRole):
                 self.bottom.pass_over(slot.item)
         else:
             self.take(slot.item, message)
-        self._answer_applied(slot, int(scalars["judged"]))
+        self.best = int(scalars["best"])
+        self.count_answer(slot, int(scalars["judged"]))
         return []
 
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
         """See `Role`: an answer that cannot be used counts as one without a gradient."""
-        if header.kind is Kind.FINISH:
-            raise RunError(601, f"the end of the run cannot be read: {refusal.sentence}", refusal.remedy)
-        if header.seq <= self.sequence.last:
-            slot = self.sequence.slot(header.seq)
-            if slot.settles:
-                self.bottom.pass_over(slot.item)
-            self._answer_applied(slot, 0)
-        else:
+        if header.seq >= self.sequence.answers:
             self.heard(header.seq, 0)
+            return []
+        slot = self.sequence.slot(header.seq)
+        if slot.settles:
+            self.bottom.pass_over(slot.item)
+        self.count_answer(slot, 0)
         return []
 
     # -- parts that systems use --------------------------------------------------------------------
@@ -187,7 +187,8 @@ class StreamSite(SiteRole):
         following = range(seq, min(seq + 2, self.sequence.last + 1))
         return min(self.sequence.slot(number).item.version for number in following)
 
-    def _answer_applied(self, slot: Slot, judged: int) -> None:
+    def count_answer(self, slot: Slot, judged: int) -> None:
+        """Count the message about a slot as applied, whatever it was."""
         # Not when it is sent: after a crash the answer may be here before it would be sent again.
         item = slot.item
         if item.evaluates and item.epoch not in self._candidates:
@@ -195,9 +196,9 @@ class StreamSite(SiteRole):
         self.heard(slot.seq, judged)
         self._candidates = {epoch: kept for epoch, kept in self._candidates.items() if self.open_candidate(epoch)}
 
-    def _finish(self, message: Message) -> list[Effect]:
+    def _finish(self, top: Mapping[str, torch.Tensor]) -> list[Effect]:
         self.finished = True
-        self.exported_top = {name: tensor.clone() for name, tensor in message.tensors.items()}
+        self.exported_top = {name: tensor.clone() for name, tensor in top.items()}
         return [Finish()]
 
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:

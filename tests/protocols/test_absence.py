@@ -108,7 +108,7 @@ def test_the_report_names_everybodys_part(tmp_path):
     sites, plan = report["sites"], ward.server.sequences["south"].plan
     trained = [q for q in range(1, 9) if plan.item(q).purpose is Purpose.TRAIN]
     assert sites["south"]["batches"] == len(trained)
-    assert sites["south"]["samples"] == sum(len(plan.rows(q)) for q in trained)
+    assert sites["south"]["samples"] == sum(len(plan.item(q).rows) for q in trained)
     assert sum(facts["batches"] for facts in sites.values()) == report["steps"]
     assert sum(facts["share"] for facts in sites.values()) == pytest.approx(1)
     assert sites["south"]["left_out_at"] == ward.journal().index("-south")

@@ -1,0 +1,56 @@
+"""Bounds of what is learned from: no message may leave weights behind with which nobody can go on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from nightsplit.shared.errors import Refused
+
+LARGEST_NORM = 1e15
+"""Of a tensor of gradients, weights or predictions: squares and sums of its values are finite float32 numbers, and
+so is what an optimizer makes of them."""
+
+
+def is_bounded(*tensors: torch.Tensor) -> bool:
+    """Whether no tensor holds NaN, or has a norm beyond `LARGEST_NORM`; integers always are."""
+    norms = [torch.linalg.vector_norm(tensor.detach()).float() for tensor in tensors if tensor.is_floating_point()]
+    return not norms or bool((torch.stack(norms) <= LARGEST_NORM).all())  # one look at a GPU, not one per tensor
+
+
+def check_bounded(what: str, *tensors: torch.Tensor) -> None:
+    """Let nothing be learned from values that are no numbers to calculate with.
+
+    Raises:
+        Refused: 312 they are not `is_bounded`.
+    """
+    if not is_bounded(*tensors):
+        raise Refused(
+            312,
+            f"{what} of this batch are not finite, or beyond {LARGEST_NORM:g}.",
+            "lower optimizer.lr, or check the site's data.",
+        )
+
+
+def check_step(module: nn.Module, *values: torch.Tensor) -> None:
+    """Look at all that a training step is made of, before it is made: `values`, gradients, running statistics.
+
+    Raises:
+        Refused: 312 as `check_bounded`.
+    """
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    check_bounded("loss, gradients or running statistics", *values, *gradients, *module.buffers())
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Give a module its buffers back, such as running statistics, when the batch that changed them is refused."""
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    try:
+        yield
+    except Refused:
+        module.load_state_dict(before, strict=False)
+        raise

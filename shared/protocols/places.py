@@ -1,0 +1,161 @@
+"""Which kind of message belongs at which place of a stream, and in which ranges: whatever does not is refused.
+
+    item         half      a site sends                  the server answers
+    training     first     smashed                       cut_gradient; with a head: head_input
+                 second    head_gradient, or a report    cut_gradient; noted
+    averaging    first     bottom                        average; with a head: noted
+                 second    report                        average; noted where nobody gave a bottom
+    evaluation   first     smashed                       noted; with a head: head_input
+                 second    report                        noted
+
+In place of any answer there may be `refused`. A site that uploads once gets no answer. `finish` follows
+behind the last one; earlier only where the run may end early.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from nightsplit.shared.config.run import RunSection, TaskSection
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.learning.bounds import LARGEST_NORM, check_bounded, is_bounded
+from nightsplit.shared.protocols.plan import Purpose, evaluations
+from nightsplit.shared.protocols.stream import Half, Slot, UpSequence
+from nightsplit.shared.wire.message import Kind, Message
+
+Kinds = tuple[frozenset[Kind], frozenset[Kind]]
+"""What the site may send at a place, and what the server may answer."""
+
+
+def _kinds(up: set[Kind], down: set[Kind]) -> Kinds:
+    return frozenset(up), frozenset(down | {Kind.REFUSED})
+
+
+_EVALUATION = (Purpose.VALIDATION, Purpose.TEST)
+WITHOUT_HEAD: Mapping[Purpose, Kinds] = {
+    Purpose.TRAIN: _kinds({Kind.SMASHED}, {Kind.CUT_GRADIENT}),
+    Purpose.AVERAGE: _kinds({Kind.BOTTOM}, {Kind.AVERAGE}),
+    **dict.fromkeys(_EVALUATION, _kinds({Kind.SMASHED}, {Kind.NOTED})),
+}
+WITH_HEAD: Mapping[tuple[Purpose, Half], Kinds] = {
+    (Purpose.TRAIN, "first"): _kinds({Kind.SMASHED}, {Kind.HEAD_INPUT}),
+    (Purpose.TRAIN, "second"): _kinds({Kind.HEAD_GRADIENT, Kind.REPORT}, {Kind.CUT_GRADIENT, Kind.NOTED}),
+    (Purpose.AVERAGE, "first"): _kinds({Kind.BOTTOM}, {Kind.NOTED}),
+    (Purpose.AVERAGE, "second"): _kinds({Kind.REPORT}, {Kind.AVERAGE, Kind.NOTED}),
+    **{(part, "first"): _kinds({Kind.SMASHED}, {Kind.HEAD_INPUT}) for part in _EVALUATION},
+    **{(part, "second"): _kinds({Kind.REPORT}, {Kind.NOTED}) for part in _EVALUATION},
+}
+
+
+def kinds_at(sequence: UpSequence, slot: Slot) -> Kinds:
+    """The kinds that belong at a place, but for the farewell."""
+    if sequence.has_head:
+        return WITH_HEAD[slot.item.purpose, slot.half]
+    up, down = WITHOUT_HEAD[slot.item.purpose]
+    return up, frozenset() if sequence.plan.uploads_once else down
+
+
+def check_upload(message: Message, sequence: UpSequence, task: TaskSection) -> Slot:
+    """Find the place of a site's message.
+
+    Raises:
+        Refused: 304 it belongs elsewhere, or has targets that the task has not; 306 its batch has another size;
+            312 weights that are not finite.
+    """
+    slot = sequence.slot(message.header.seq)
+    _check_kind(message, kinds_at(sequence, slot)[0])
+    if message.header.version != slot.item.version:
+        raise _misplaced(
+            message, f"was made by bottom version {message.header.version}, "
+            f"item {slot.item.number} needs {slot.item.version}"
+        )  # fmt: skip
+    _check_rows(message, slot)
+    _check_targets(message, task)
+    if message.header.kind is Kind.BOTTOM:
+        check_bounded("the weights", *message.tensors.values())
+    return slot
+
+
+def check_answer(message: Message, sequence: UpSequence, run: RunSection) -> Slot:
+    """Find the place that the server's message answers.
+
+    Raises:
+        Refused: 304 it belongs elsewhere, or judges what cannot have been judged; 306 its batch has another size.
+    """
+    header = message.header
+    slot = sequence.slot(header.seq)
+    _check_kind(message, kinds_at(sequence, slot)[1])
+    if header.reply_to != header.seq:
+        raise _misplaced(message, f"answers message {header.reply_to}")
+    _check_rows(message, slot)
+    _check_verdict(message, sequence, run, header.seq)
+    return slot
+
+
+def check_farewell(message: Message, sequence: UpSequence, run: RunSection) -> None:
+    """Let a run end behind its last message, or where `patience` evaluations brought no improvement.
+
+    Raises:
+        Refused: 304 it cannot end here.
+    """
+    seq = message.header.seq
+    _check_verdict(message, sequence, run, seq - 1)
+    at_best, at_judged = (evaluations(epoch, run.epochs, run.evaluate_every) for epoch in _verdict(message))
+    exhausted = 0 < run.patience <= at_judged - at_best
+    if seq != sequence.answers and (sequence.plan.uploads_once or not exhausted):
+        raise _misplaced(message, "ends a run that is not at its end")
+
+
+def _check_kind(message: Message, kinds: frozenset[Kind]) -> None:
+    if message.header.kind not in kinds:
+        raise _misplaced(message, f"comes where {' or '.join(sorted(kinds)) or 'nothing'} belongs")
+
+
+def _check_rows(message: Message, slot: Slot) -> None:
+    for name in ("smashed", "gradient", "activations"):
+        tensor = message.tensors.get(name)
+        if tensor is not None and len(tensor) != len(slot.item.rows):
+            raise Refused(
+                306,
+                f"{name} of {message.header.message_id} has {len(tensor)} rows, "
+                f"item {slot.item.number} has {len(slot.item.rows)}.",
+                "run the same version of nightsplit at both sides.",
+            )
+
+
+def _check_targets(message: Message, task: TaskSection) -> None:
+    targets = message.tensors.get("targets")
+    if targets is None:
+        return
+    if task.kind == "multiclass":
+        known, range_of = bool(((targets >= 0) & (targets < task.classes)).all()), f"0 to {task.classes - 1}"
+    elif task.kind == "binary":
+        known, range_of = bool(((targets == 0) | (targets == 1)).all()), "0 and 1"
+    else:
+        known, range_of = is_bounded(targets), f"numbers up to {LARGEST_NORM:g}"
+    if not known:
+        raise _misplaced(message, f"has targets beside {range_of}")
+
+
+def _check_verdict(message: Message, sequence: UpSequence, run: RunSection, seq: int) -> None:
+    """Only an epoch that the site itself has evaluated, up to message `seq`, can have been judged."""
+    best, judged = _verdict(message)
+    possible = best <= judged and all(_is_evaluated(epoch, run) for epoch in (best, judged) if epoch)
+    if possible and judged and not sequence.plan.uploads_once:
+        possible = sequence.settles(sequence.plan.end(judged)) <= seq
+    if not possible:
+        raise _misplaced(message, f"says that epoch {best} is the best, and {judged} the last that was judged")
+
+
+def _is_evaluated(epoch: int, run: RunSection) -> bool:
+    return 0 < epoch <= run.epochs and (epoch % run.evaluate_every == 0 or epoch == run.epochs)
+
+
+def _verdict(message: Message) -> tuple[int, int]:
+    return int(message.scalars["best"]), int(message.scalars["judged"])
+
+
+def _misplaced(message: Message, what: str) -> Refused:
+    return Refused(
+        304, f"{message.header.message_id} {what}.", "run the same version of nightsplit at the site and the server."
+    )
