@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from nightsplit.shared.config.load import load
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import ConfigError
-from nightsplit.shared.wire.message import FROM_SITES, Message
-from nightsplit.shared.wire.schema import TELLS, Contract, Payload, Reveals
+from nightsplit.shared.wire.message import FROM_SITES, Header
+from nightsplit.shared.wire.schema import BATCH, TELLS, Contract, Payload, Reveals
 from nightsplit.site_worker.config import PolicyConfig
 
+SETS_WEIGHTS = "server_sets_weights = true (what the server sends replaces weights of layers that work here)"
 REMEDY = "change the run; or let the hospital decide to set this in its policy."
 
 
@@ -37,7 +38,9 @@ def check_policy(
     """
     payloads = contract.values()
     denied = _denied(policy, run, payloads)
-    if any(_rows_dimension(payload) for payload in payloads):
+    if any(
+        BATCH in spec.shape for payload in payloads if payload.kind in FROM_SITES for spec in payload.tensors.values()
+    ):
         denied += [
             f"min_batch = {samples} (all of its {part} samples; the policy says {policy.min_batch})"
             for part, samples in (counts or {}).items()
@@ -66,23 +69,22 @@ class Gate:
         self._stamp = _stamp(path)
         self._policy = read_policy(path)
 
-    def __call__(self, message: Message, payload: Payload) -> None:
-        """Raise ConfigError 108 unless the message may leave; `payload` is the schema of its kind."""
+    def check_out(self, header: Header, payload: Payload, samples: int | None) -> None:
+        """See `nightsplit.shared.engine.mailbox.Gate`."""
         policy = self._present()
         denied = _denied(policy, self._run, [payload])
-        if (place := _rows_dimension(payload)) is not None:
-            name, dimension = place
-            rows = message.tensors[name].shape[dimension]
-            if rows < policy.min_batch:
-                denied.append(f"min_batch = {rows} (the samples that it holds; the policy says {policy.min_batch})")
-        if denied:
-            raise ConfigError(
-                108, f"{self._path}: {message.header.message_id} needs {', '.join(denied)}. It was not sent.", REMEDY
-            )
+        if samples is not None and samples < policy.min_batch:
+            denied.append(f"min_batch = {samples} (the samples that it holds; the policy says {policy.min_batch})")
+        self._hold(header, denied, "It was not sent")
 
-    def accepts(self, payload: Payload) -> bool:
-        """Return whether the policy lets a message of this schema set what it sets here; raises ConfigError 108."""
-        return self._present().server_sets_weights or not payload.sets_weights
+    def check_in(self, header: Header, payload: Payload) -> None:
+        """See `nightsplit.shared.engine.mailbox.Gate`."""
+        if payload.sets_weights and not self._present().server_sets_weights:
+            self._hold(header, [SETS_WEIGHTS], "It was not obeyed, and waits at the broker")
+
+    def _hold(self, header: Header, denied: Sequence[str], so: str) -> None:
+        if denied:
+            raise ConfigError(108, f"{self._path}: {header.message_id} needs {', '.join(denied)}. {so}.", REMEDY)
 
     def _present(self) -> PolicyConfig:
         stamp = _stamp(self._path)
@@ -104,7 +106,7 @@ def _denied(policy: PolicyConfig, run: RunConfig, payloads: Collection[Payload])
         if revealed in asked and revealed not in (*policy.allowed, Reveals.NOTHING)
     ]
     if any(payload.sets_weights for payload in payloads) and not policy.server_sets_weights:
-        denied.append("server_sets_weights = true (what the server sends replaces weights of layers that work here)")
+        denied.append(SETS_WEIGHTS)
     if run.run.tape and not policy.tape:
         denied.append("tape = true (the server keeps every message of the run on its disk)")
     if policy.max_epsilon is not None and run.privacy is None:
@@ -112,15 +114,6 @@ def _denied(policy: PolicyConfig, run: RunConfig, payloads: Collection[Payload])
     if run.run.batch_size < policy.min_batch:
         denied.append(f"min_batch = {run.run.batch_size} (run.batch_size; the policy says {policy.min_batch})")
     return denied
-
-
-def _rows_dimension(payload: Payload) -> tuple[str, int] | None:
-    """The tensor and its dimension by which samples in a site's message are counted; None where it holds none."""
-    if payload.kind in FROM_SITES:
-        for name, spec in payload.tensors.items():
-            if "batch" in spec.shape:
-                return name, spec.shape.index("batch")
-    return None
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

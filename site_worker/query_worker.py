@@ -24,7 +24,7 @@ from nightsplit.shared.runtime.process import StopSignal, own_folder, prepare_to
 from nightsplit.shared.storage.files import write_atomic
 from nightsplit.shared.transport import Route
 from nightsplit.shared.wire.message import SERVER
-from nightsplit.site_worker.policy import check_policy
+from nightsplit.site_worker.policy import Gate, check_policy
 from nightsplit.site_worker.predict import ROWS_AT_A_TIME, chosen
 from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
 from nightsplit.site_worker.query.client import QueryClient
@@ -116,7 +116,8 @@ class QuerySiteWorker:
                 if link is None:
                     return False
                 with link:
-                    mailbox = Mailbox(run.id, site.config.name, link, {SERVER: route}, CONTRACT.get, limit)
+                    gate = Gate(site.policy_file, site.run_config)
+                    mailbox = Mailbox(run.id, site.config.name, link, {SERVER: route}, CONTRACT.get, limit, gate)
                     if QueryClient(mailbox, role, public, queries).run(site.off_duty, idle_seconds):
                         return True
                 if idle_seconds is not None:

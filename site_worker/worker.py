@@ -36,7 +36,7 @@ from nightsplit.site_worker.config import SiteConfig
 from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.data.scaling import scale
 from nightsplit.site_worker.data.source import read_parts
-from nightsplit.site_worker.policy import check_policy, read_policy
+from nightsplit.site_worker.policy import Gate, check_policy, read_policy
 from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.role import SiteRole
 
@@ -148,7 +148,8 @@ class SiteWorker(ShiftWorker):
             self.enter(Phase.AWAY)
             return False
         with opened as link:
-            mailbox = Mailbox(config.run.id, role.name, link, {SERVER: route}, role.payload, config.wire.message_bytes)
+            gate, limit = Gate(self.policy_file, config), config.wire.message_bytes
+            mailbox = Mailbox(config.run.id, role.name, link, {SERVER: route}, role.payload, limit, gate)
             engine = Engine(
                 role, mailbox, Checkpoints(folder / "checkpoints"), SoleWriter(),
                 spend=role.account.pay if role.account else unpaid, failures=failures,

@@ -32,9 +32,11 @@ from nightsplit.console.worker_file import WorkerFile
 from nightsplit.shared.engine.mailbox import Mailbox, header_of
 from nightsplit.shared.errors import BrokerError, Refused, RunError
 from nightsplit.shared.foreign import shown
+from nightsplit.shared.protocols.spec import sketch
 from nightsplit.shared.transport import Confirmed, Delivery, Link, Route, Trouble
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.config import SiteSection
+from nightsplit.site_worker.policy import Gate
 
 PATIENCE_S = 30.0
 """How long nothing at all may arrive; an embedded queue is free 10 s after its consumer died."""
@@ -199,11 +201,12 @@ def _go_through(file: WorkerFile, prefetch: int, act: _Act) -> bool:
 
 def _mailbox(file: WorkerFile, link: Link, site: str, queues: SiteQueues) -> Mailbox:
     """The worker's mailbox: what a site sends again passes its gate once more."""
-    ours = isinstance(file.worker, SiteSection)
-    up, down = (queues.up, queues.down) if ours else (queues.down, queues.up)
-    name, peer = (site, SERVER) if ours else (SERVER, site)
-    routes = {peer: Route(outgoing=up, incoming=down, dead=queues.dead)}
-    return Mailbox(file.run.run.id, name, link, routes, lambda kind: None, file.run.wire.message_bytes)
+    run, schema, limit = file.run.run.id, sketch(file.run).get, file.run.wire.message_bytes
+    if isinstance(file.worker, SiteSection):
+        routes = {SERVER: Route(outgoing=queues.up, incoming=queues.down, dead=queues.dead)}
+        return Mailbox(run, site, link, routes, schema, limit, Gate(file.base / file.worker.policy, file.run))
+    routes = {site: Route(outgoing=queues.down, incoming=queues.up, dead=queues.dead)}
+    return Mailbox(run, SERVER, link, routes, schema, limit)
 
 
 def list_letters(file: WorkerFile, as_json: bool) -> None:

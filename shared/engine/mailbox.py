@@ -57,14 +57,14 @@ class PutAside:
 class Gate(Protocol):
     """The hospital's word on each message, see `nightsplit.site_worker.policy`."""
 
-    def check_out(self, message: Message, payload: Payload) -> None:
-        """Let a message leave.
+    def check_out(self, header: Header, payload: Payload, samples: int | None) -> None:
+        """Let a message leave that holds so many patients' samples; None where it holds none by itself.
 
         Raises:
-            ConfigError: 108 it does not.
+            ConfigError: 108 the hospital does not let it out.
         """
 
-    def check_in(self, payload: Payload) -> None:
+    def check_in(self, header: Header, payload: Payload) -> None:
         """Let a message be obeyed.
 
         Raises:
@@ -133,7 +133,7 @@ class Mailbox:
         """
         message = read_body(received.head, received.delivery.body, self.message_bytes)
         if self._gate is not None and received.head.payload is not None:
-            self._gate.check_in(received.head.payload)
+            self._gate.check_in(received.header, received.head.payload)
         return message
 
     def put_aside(self, delivery: Delivery, refusal: Refused, seq: int | None = None) -> PutAside:
@@ -182,7 +182,8 @@ class Mailbox:
         payload = self._payload_of(message.header.kind)
         assert payload is not None, message.header.kind
         if self._gate is not None:
-            self._gate.check_out(message, payload)
+            shapes = {tensor: values.shape for tensor, values in message.tensors.items()}
+            self._gate.check_out(message.header, payload, payload.samples(shapes))
         name = name or message.header.message_id
         body = encode(message, payload, self.message_bytes)
         self.link.publish(self.routes[message.header.receiver].outgoing, name, body)
@@ -200,7 +201,8 @@ class Mailbox:
         leaves = any(queue.name == route.outgoing.name for route in self.routes.values())
         if self._gate is not None and leaves:
             head = read_head(body, self._schema)
-            message = read_body(head, body, self.message_bytes)
-            assert head.payload is not None
-            self._gate.check_out(message, head.payload)
+            if head.refusal is not None or head.payload is None:
+                raise head.refusal or AssertionError(head.header.kind)
+            shapes = {entry.name: entry.shape for entry in head.entries}
+            self._gate.check_out(head.header, head.payload, head.payload.samples(shapes))
         self.link.publish(queue, name, [body])

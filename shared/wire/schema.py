@@ -6,7 +6,7 @@ made unless every part of it says what it reveals, so that a hospital's policy c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import inf
@@ -40,6 +40,9 @@ TELLS: Mapping[Reveals, str] = {
     Reveals.CIPHERTEXT: "values of patients, encrypted: this site alone can decrypt them",
     Reveals.NOTHING: "names, places in a sequence and settings of the run",
 }
+
+BATCH = "batch"
+"""Name of the dimension along which a tensor holds samples of patients."""
 
 ScalarType = type[bool] | type[int] | type[float] | type[str]
 
@@ -120,6 +123,13 @@ class Payload:
     def reveals(self) -> frozenset[Reveals]:
         """What the message tells about patients."""
         return frozenset(spec.reveals for _, spec in self._parts if spec.reveals is not None)
+
+    def samples(self, shapes: Mapping[str, Sequence[int]]) -> int | None:
+        """Count patients' samples in a message whose tensors have these shapes; None where it holds none by itself."""
+        for name, spec in self.tensors.items():
+            if BATCH in spec.shape:
+                return shapes[name][spec.shape.index(BATCH)]
+        return None
 
     @property
     def _parts(self) -> list[tuple[str, TensorSpec | ScalarSpec]]:

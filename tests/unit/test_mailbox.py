@@ -12,15 +12,16 @@ from nightsplit.shared.transport import Delivery, Route
 from nightsplit.shared.wire import head
 from nightsplit.shared.wire.format import encode
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
-from nightsplit.shared.wire.schema import Payload, TensorSpec
+from nightsplit.shared.wire.schema import Payload, Reveals, TensorSpec, contract
 from nightsplit.simulation.broker import MemoryBroker
 
 QUEUES = site_queues("run", "north", 100_000)
 ROUTE = Route(outgoing=QUEUES.up, incoming=QUEUES.down, dead=QUEUES.dead)
-SCHEMA = {
-    Kind.SMASHED: Payload({"smashed": TensorSpec(torch.float32, ("batch", 2))}),
-    Kind.CUT_GRADIENT: Payload({"gradient": TensorSpec(torch.float32, ("batch", 2))}),
-}
+ACTIVATIONS = TensorSpec(torch.float32, ("batch", 2), reveals=Reveals.ACTIVATIONS)
+SCHEMA = contract(
+    Payload(Kind.SMASHED, {"smashed": ACTIVATIONS}),
+    Payload(Kind.CUT_GRADIENT, {"gradient": TensorSpec(torch.float32, ("batch", 2))}),
+)
 SMASHED = Message(Header("run", "north", SERVER, Kind.SMASHED, 1), {"smashed": torch.ones(3, 2)})
 GRADIENT = Message(Header("run", SERVER, "north", Kind.CUT_GRADIENT, 1), {"gradient": torch.ones(3, 2)})
 
@@ -31,12 +32,12 @@ class Strict:
     def __init__(self, rows=1, obeys=True):
         self.rows, self.obeys, self.asked = rows, obeys, []
 
-    def check_out(self, message, payload):
-        self.asked.append(message.header.kind)
-        if len(message.tensors["smashed"]) < self.rows:
+    def check_out(self, header, payload, samples):
+        self.asked.append(header.kind)
+        if samples < self.rows:
             raise ConfigError(108, "too few patients.", "none.")
 
-    def check_in(self, payload):
+    def check_in(self, header, payload):
         if not self.obeys:
             raise ConfigError(108, "not obeyed.", "none.")
 
@@ -101,7 +102,7 @@ def test_another_user_of_the_broker_is_nobody(broker):
 def test_a_kind_that_has_no_place_here_is_refused_in_its_turn(broker, kind):
     """It keeps its number in the sequence, so a later message does not wait for it."""
     forged = Message(Header("run", SERVER, "north", kind, 7))
-    body = b"".join(encode(forged, Payload(), 2**20))
+    body = b"".join(encode(forged, Payload(Kind.NOTED), 2**20))
     received = site(broker).receive(delivery(forged, body))
     assert isinstance(received, Received)
     assert received.header.seq == 7
