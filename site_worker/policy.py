@@ -38,9 +38,8 @@ def check_policy(
     """
     payloads = contract.values()
     denied = _denied(policy, run, payloads)
-    if any(
-        BATCH in spec.shape for payload in payloads if payload.kind in FROM_SITES for spec in payload.tensors.values()
-    ):
+    sent = [spec for payload in payloads if payload.kind in FROM_SITES for spec in payload.tensors.values()]
+    if any(BATCH in spec.shape for spec in sent):
         denied += [
             f"min_batch = {samples} (all of its {part} samples; the policy says {policy.min_batch})"
             for part, samples in (counts or {}).items()
