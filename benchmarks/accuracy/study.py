@@ -140,7 +140,7 @@ def _split(
     bottoms: Literal["independent", "averaged"] = "independent",
 ) -> Judgement:
     """Train split; window None is a whole night, one epoch of the largest site."""
-    night = -(-max(len(part.train) for part in parts.values()) // config.run.batch_size)
+    night = max(1, *(len(part.train) // config.run.batch_size for part in parts.values()))
     run = replace(
         config.run,
         protocol=protocol,

@@ -17,7 +17,7 @@ from nightsplit.shared.protocols.spec import Shape, Shapes, spec_of
 from nightsplit.shared.protocols.stream import weights
 from nightsplit.shared.wire.codecs import encoded_size
 from nightsplit.shared.wire.message import Kind
-from nightsplit.shared.wire.schema import Payload
+from nightsplit.shared.wire.schema import BATCH, Payload
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def assemble_any(config: RunConfig, base: Path) -> Assembly | Rounds:
 
 def planned_message_bytes(config: RunConfig, contract: Mapping[Kind, Payload]) -> int:
     """Size of the largest message of a run, without compression and header."""
-    lengths = {"batch": config.run.batch_size, "slice": elements(config)}
+    lengths = {BATCH: 2 * config.run.batch_size - 1, "slice": elements(config)}  # with a rest that is folded in
 
     def size(payload: Payload) -> int:
         return sum(

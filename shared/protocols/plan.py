@@ -86,7 +86,7 @@ class Plan:
 
     Attributes:
         train, validation, test: number of samples.
-        batch_size: largest batch.
+        batch_size: smallest batch of a part that has as many samples.
         epochs: passes over the training samples.
         evaluate_every: epochs between evaluation blocks.
         average_every: training batches between averagings; None where bottoms are independent.
@@ -122,6 +122,12 @@ class Plan:
     def last(self) -> int:
         """Number of the last item."""
         return self.end(self.epochs)
+
+    @property
+    def smallest_batches(self) -> dict[Purpose, int]:
+        """Rows of the smallest batch of each part that has samples: `batch_size`, or fewer where the part has fewer."""
+        parts = {Purpose.TRAIN: self.train, Purpose.VALIDATION: self.validation, Purpose.TEST: self.test}
+        return {part: samples // self._batches(samples) for part, samples in parts.items() if samples}
 
     @property
     def averagings(self) -> int:
@@ -163,7 +169,8 @@ class Plan:
         return Item(number, Purpose.TEST, epoch, place - before, batches, rows, version, last)
 
     def _batches(self, samples: int) -> int:
-        return -(-samples // self.batch_size)
+        """Batches of a part. A rest is folded into them: a message of few patients tells much about each."""
+        return max(samples // self.batch_size, min(samples, 1))
 
     def _averagings(self, epochs: int) -> int:
         """Averagings in the first epochs."""

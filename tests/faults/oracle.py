@@ -79,7 +79,8 @@ def count(
             again += max(0, number - facts["planned"])
         lost += facts["refused"]
         # Every training batch, or every update of a round, is one line of the metrics, whatever happened.
-        batches = 1 if report["protocol"] in systems(Shape.ROUND) else -(-facts["training_samples"] // BATCH_SIZE)
+        of_round = report["protocol"] in systems(Shape.ROUND)
+        batches = 1 if of_round else max(1, facts["training_samples"] // BATCH_SIZE)
         found = Counter(line["epoch"] for line in trained if line["site"] == site)
         for epoch in range(1, report["history"][-1]["epoch"] + 1):
             lost += max(0, batches - found[epoch])

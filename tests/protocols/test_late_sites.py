@@ -10,7 +10,7 @@ from tests.harness.ward import Ward, decided, replace_run, ward_config
 
 @pytest.mark.parametrize("order", ["strict", "fair"])
 def test_a_site_that_comes_back_is_told_and_changes_nothing(order, tmp_path):
-    config = ward_config(order=order)
+    config = replace_run(ward_config(order=order), epochs=4)  # so that the others are still at work when it returns
     ward = Ward(config, tmp_path / "returns", {"south": 5})
     while not decided(ward):
         ward.turn((SERVER, *config.run.sites)[ward.turns % 4])

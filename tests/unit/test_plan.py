@@ -32,18 +32,23 @@ def evaluates(plan, epoch):
     return epoch % plan.evaluate_every == 0 or epoch == plan.epochs
 
 
+def full_batches(plan, samples):
+    """As many as can be filled; a part that fills none is one batch of what there is."""
+    return samples // plan.batch_size or bool(samples)
+
+
 def listed(plan):
     """Purpose, epoch and batch of every item, one after the other, as a site goes through them."""
     trained = 0
     for epoch in range(1, plan.epochs + 1):
-        for batch in range(-(-plan.train // plan.batch_size)):
+        for batch in range(full_batches(plan, plan.train)):
             yield Purpose.TRAIN, epoch, batch
             trained += 1
             if plan.average_every and trained % plan.average_every == 0:
                 yield Purpose.AVERAGE, epoch, batch
         if evaluates(plan, epoch):
             for purpose, samples in ((Purpose.VALIDATION, plan.validation), (Purpose.TEST, plan.test)):
-                yield from ((purpose, epoch, batch) for batch in range(-(-samples // plan.batch_size)))
+                yield from ((purpose, epoch, batch) for batch in range(full_batches(plan, samples)))
 
 
 @given(PLANS)
@@ -122,8 +127,21 @@ def test_the_order_of_halves(window, expected):
     assert " ".join(f"{slot.half[0].upper()}{slot.item.number}" for slot in slots) == expected
 
 
-def test_batches_are_even():
-    assert [len(item.rows) for item in items_of(Plan(10, 0, 0, 4, 1, 1, None, 1))] == [3, 3, 4]
+@given(PLANS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_no_message_is_left_with_few_patients(plan):
+    parts = {Purpose.TRAIN: plan.train, Purpose.VALIDATION: plan.validation, Purpose.TEST: plan.test}
+    rows = {part: [len(item.rows) for item in items_of(plan) if item.purpose is part] for part in parts}
+    for part, samples in parts.items():
+        assert all(min(samples, plan.batch_size) <= n < 2 * plan.batch_size for n in rows[part])
+        assert not rows[part] or max(rows[part]) - min(rows[part]) <= 1
+    assert plan.smallest_batches == {part: min(found) for part, found in rows.items() if found}
+
+
+def test_a_rest_is_spread():
+    rows = [len(item.rows) for item in items_of(Plan(17, 3, 1, 16, 1, 1, None, 1))]
+    assert rows == [17, 3, 1]  # and not 8, 9, 3, 1: min_batch = 16 holds for the training patients
+    assert [len(item.rows) for item in items_of(Plan(11, 0, 0, 3, 1, 1, None, 1))] == [3, 4, 4]
 
 
 def test_a_plan_of_any_length_costs_nothing():
