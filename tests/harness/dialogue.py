@@ -179,11 +179,11 @@ def forgeries(
             continue
         same = kind is genuine.header.kind
         header = genuine.header if same else replace(genuine.header, kind=kind)
-        scalars = {name: plain.get(name, EXTREMES[of][0]) for name, of in payload.scalars.items()}
+        scalars = {name: plain.get(name, EXTREMES[of.type][0]) for name, of in payload.scalars.items()}
         tensors = dict(genuine.tensors) if same else {n: filled(s, rows, 1) for n, s in payload.tensors.items()}
         yield Message(header, tensors, scalars)
         for name, of in payload.scalars.items():
-            yield from (Message(header, tensors, {**scalars, name: value}) for value in EXTREMES[of])
+            yield from (Message(header, tensors, {**scalars, name: value}) for value in EXTREMES[of.type])
         for name, spec in payload.tensors.items():
             values = FLOATS if spec.dtype.is_floating_point else INTEGERS
             yield from (Message(header, {**tensors, name: filled(spec, rows, value)}, scalars) for value in values)

@@ -128,7 +128,7 @@ def is_equal(one, other):
 
 def filled(kind, payload, message):
     """A message of another kind at the place of `message`, as its contract wants it."""
-    scalars = {name: EXTREMES[of][-1] if of is bool else of() for name, of in payload.scalars.items()}
+    scalars = {name: EXTREMES[bool][-1] if of.type is bool else of.type() for name, of in payload.scalars.items()}
     length = len(message.tensors["values"]) if "values" in message.tensors else 8
     shapes = {n: [length if isinstance(one, str) else one for one in spec.shape] for n, spec in payload.tensors.items()}
     tensors = {name: torch.zeros(shapes[name], dtype=spec.dtype) for name, spec in payload.tensors.items()}
