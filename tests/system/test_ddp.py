@@ -45,7 +45,7 @@ class Server:
 
     def start(self, processes: int) -> None:
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-        command = [sys.executable, "-m", *(launcher if processes > 1 else []), "console", "server", "server.toml"]
+        command = [sys.executable, "-m", *(launcher if processes > 1 else []), "nightsplit", "server", "server.toml"]
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log)
 
