@@ -43,9 +43,9 @@ def shaken(night: Night, seed: int) -> str:
 SYSTEMS = [
     ("split_labels", "independent", 4),
     ("split_labels", "averaged", 1),
-    ("split_labels", "averaged", 6),
+    ("split_labels", "averaged", 3),
     ("split_u", "independent", 1),
-    ("split_u", "averaged", 5),
+    ("split_u", "averaged", 2),
     ("split_frozen", "independent", 4),
     ("fedavg_transfer", "independent", 4),
     ("fedavg_dp_seg", "independent", 4),

@@ -4,7 +4,6 @@ import torch
 from safetensors.torch import load_file
 
 from nightsplit.console.cli import run
-from nightsplit.server_worker.published_vectors import publish
 from nightsplit.shared.learning.metrics import standing
 from nightsplit.shared.protocols.data_vectors import SCALES
 from nightsplit.shared.wire.message import SERVER
@@ -71,7 +70,7 @@ def test_published_vectors_are_merged_again_with_a_site_more_or_one_less(tmp_pat
     everybody = Night(tiny_rounds(protocol="data_vectors", statistics="local"), tmp_path / "all")
     everybody.together()
     server = everybody.roles[SERVER]
-    publish(tmp_path, server)
+    server.publish(tmp_path)
     files = {site: tmp_path / "vectors" / f"{site}.safetensors" for site in SITES}
 
     def merged(*arguments):
@@ -93,7 +92,7 @@ def test_published_vectors_are_merged_again_with_a_site_more_or_one_less(tmp_pat
     for changed, number in zip(others, ("E116", "E117"), strict=True):
         night = Night(tiny_rounds(protocol="data_vectors", statistics="local", **changed), tmp_path / number)
         night.together()
-        publish(tmp_path / number, night.roles[SERVER])
+        night.roles[SERVER].publish(tmp_path / number)
         stranger = tmp_path / number / "vectors" / "north.safetensors"
         assert run(["merge", str(tmp_path), "--output", str(tmp_path / "no"), "--with", str(stranger)]) == 1
         assert capsys.readouterr().err.startswith(number)

@@ -24,6 +24,7 @@ from nightsplit.shared.protocols.query import CONTRACT, HEADER_BYTES, MOST_CHUNK
 from nightsplit.shared.transport import Delivery, Route
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
+from nightsplit.shared.wire.schema import Payload
 from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
 from nightsplit.site_worker.query.client import QueryClient
@@ -287,7 +288,7 @@ def test_garbage_is_put_aside_and_the_next_query_answered(service: Service) -> N
         other = Message(Header("other", "north", SERVER, Kind.QUERY, 1), {}, {})
         wrong = Message(Header("film", "north", SERVER, Kind.REPORT, 1), {}, {})
         for name, message in (("y", other), ("z", wrong)):
-            link.publish(service.names.up, name, wire.encode(message, type(CONTRACT[Kind.UNANSWERED])(), LIMIT))
+            link.publish(service.names.up, name, wire.encode(message, Payload(Kind.NOTED), LIMIT))
         while link.unconfirmed:
             link.receive(0.1)
     service.submit()

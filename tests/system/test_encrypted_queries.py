@@ -126,7 +126,7 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (folder / "policy.toml").write_text('allowed = ["labels", "activations", "counts", "ciphertext"]\n')
     text = (folder / "run.toml").read_text()
     (folder / "run.toml").write_text(
-        text.replace("sequences:clstm", "sequences:plain_clstm").replace(", recurrent = false }", " }")
+        text.replace("models:clstm", "models:plain_clstm").replace(", recurrent = false }", " }")
     )
     assert "works on no ciphertexts" in refused(capsys, 105, "answer", server)
     (folder / "run.toml").write_text(text.replace(f"frames = {FRAMES}", "frames = 15"))

@@ -26,7 +26,7 @@ pytestmark = [
     ],
 )
 def test_a_run_on_the_gpu_survives_crashes_bit_identical(protocol, bottoms, tmp_path):
-    config = tiny_config(protocol=protocol, bottoms=bottoms, average_every=3, epochs=2)
+    config = tiny_config(protocol=protocol, bottoms=bottoms, average_every=4, epochs=2)
     calm = Night(config, tmp_path / "calm", device="cuda")
     calm.together()
     on_device = calm.roles["north"].trainer if protocol in systems(Shape.ROUND) else calm.roles[SERVER].top
