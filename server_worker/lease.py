@@ -74,9 +74,8 @@ class Lease:
         if time.monotonic() - self._renewed > TTL_SECONDS:
             self.renew(self._store)
         if self._lost:
-            raise StateError(
-                505, f"a server with a higher fence than {self.fence} is active.", "nothing is lost; stop one of them."
-            )
+            what = f"a server with a higher fence than {self.fence} is active."
+            raise StateError(505, what, "nothing is lost; stop one of them.")
 
     def release(self) -> None:
         """Stop being the active server."""

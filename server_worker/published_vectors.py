@@ -99,11 +99,8 @@ def merge(base: Vector, vectors: list[Vector], scale: float) -> dict[str, torch.
             differ = sorted(
                 name for name in {*vector.shapes, *base.shapes} if vector.shapes.get(name) != base.shapes.get(name)
             )
-            raise ConfigError(
-                117,
-                f"{vector.path}: {', '.join(differ[:3])} differ from {base.path}.",
-                "only vectors of one network with the same classes can be added.",
-            )
+            what = f"{vector.path}: {', '.join(differ[:3])} differ from {base.path}."
+            raise ConfigError(117, what, "only vectors of one network with the same classes can be added.")
         if vector.base_sha256 != base.base_sha256:
             raise ConfigError(
                 116,
@@ -131,6 +128,5 @@ def read_vector(path: Path) -> Vector:
         buffers = frozenset(json.loads(facts["buffers"]))
         return Vector(path, values, shapes, buffers, facts["base_sha256"], facts["name"], scale)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            115, f"{path} is no file of a data vector ({error}).", "name the vectors folder of a report, or its files."
-        ) from None
+        what = f"{path} is no file of a data vector ({error})."
+        raise ConfigError(115, what, "name the vectors folder of a report, or its files.") from None

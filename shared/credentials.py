@@ -45,9 +45,8 @@ class Credentials:
                 context.load_cert_chain(self.certificate, self.key)
         except (OSError, ssl.SSLError) as error:
             named = ", ".join(str(path) for path in (self.ca, self.certificate, self.key) if path is not None)
-            raise ConfigError(
-                113, f"{named}: {error.strerror or error}.", "let ca, certificate and key name the files handed to you."
-            ) from None
+            what = f"{named}: {error.strerror or error}."
+            raise ConfigError(113, what, "let ca, certificate and key name the files handed to you.") from None
         return context
 
     def secret(self) -> str | None:
@@ -83,11 +82,8 @@ def expect_private(address: str) -> None:
         return
     for host, _ in places_of(address):
         if not is_loopback(host):
-            raise ConfigError(
-                111,
-                f"{scheme}://{host} is not on this machine, and the line would be readable.",
-                "use amqps:// and rediss:// with certificates; nightsplit keys makes them.",
-            )
+            what = f"{scheme}://{host} is not on this machine, and the line would be readable."
+            raise ConfigError(111, what, "use amqps:// and rediss:// with certificates; nightsplit keys makes them.")
 
 
 # By hand: Python's urlsplit takes several hosts only as long as none is an IPv6 address.

@@ -63,12 +63,7 @@ def last_step(arithmetic: Arithmetic, judge: Judge, features: Row, before: State
 
 
 def _gates(
-    arithmetic: Arithmetic,
-    judge: Judge,
-    t: int,
-    features: Sequence[Ciphertext],
-    before: State | None,
-    weight: Numbers,
+    arithmetic: Arithmetic, judge: Judge, t: int, features: Sequence[Ciphertext], before: State | None, weight: Numbers
 ) -> tuple[list[Row], Ciphertext]:
     """i, f, o, g of each unit, times `weight` (4 hidden,); and the votes with what is known at frame t."""
     inputs, given = judge.inputs, list(features)

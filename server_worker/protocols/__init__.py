@@ -34,11 +34,8 @@ def make_server(
         ConfigError: 104, 105 the model cannot be used, 114 the run cannot be divided among processes.
     """
     if group is not None and not spec_of(config).uploads_once:
-        raise ConfigError(
-            114,
-            f"the server of {config.run.protocol} applies one message after the other, and has no work to divide.",
-            "start it as a single process: nightsplit server server.toml.",
-        )
+        what = f"the server of {config.run.protocol} applies one message after the other, and has no work to divide."
+        raise ConfigError(114, what, "start it as a single process: nightsplit server server.toml.")
     model = assemble_any(config, base)
     if isinstance(model, Rounds):
         role: type[RoundServer] = ROLES[config.run.protocol]

@@ -75,9 +75,8 @@ class DataVectorsServer(RoundServer):
         statistics = message.tensors["statistics"]
         check_size(message, statistics)
         if (statistics[:, self.layout.second_moments[self.layout.statistics]] < 0).any():
-            raise Refused(
-                307, f"{message.header.message_id} has variances below 0.", "run the same version at both sides."
-            )
+            what = f"{message.header.message_id} has variances below 0."
+            raise Refused(307, what, "run the same version at both sides.")
         return statistics.clone()
 
     def judged(self, candidate: int) -> list[Effect]:

@@ -69,9 +69,8 @@ class _Process:
             self._line.send(given)
             found: list[bytes] | Refused = self._line.recv()
         except (EOFError, OSError):
-            raise StateError(
-                509, "one that evaluates queries has ended.", "start the same command again: no query is lost."
-            ) from None
+            what = "one that evaluates queries has ended."
+            raise StateError(509, what, "start the same command again: no query is lost.") from None
         if isinstance(found, Refused):
             raise found
         return found

@@ -125,11 +125,8 @@ class QueryServer:
         keys = self._known(header.sender, str(message.scalars["keys"]))
         before, after = str(message.scalars["blinding"]), f"{self._secret_name}/{secrets.token_hex(16)}"
         if header.version > 0 and before.partition("/")[0] != self._secret_name:
-            raise Refused(
-                315,
-                f"query {header.seq} of {header.sender} was begun by a server with another secret.",
-                "none; the site begins it again.",
-            )
+            what = f"query {header.seq} of {header.sender} was begun by a server with another secret."
+            raise Refused(315, what, "none; the site begins it again.")
         evaluation = self._evaluate(keys, header.version, str(message.scalars["packing"]), pieces, before, after)
         self._evaluations[evaluation] = _Evaluation(header, delivery, after)
 
@@ -198,8 +195,5 @@ class QueryServer:
         for path in (self._keys / site).glob("*"):
             if path.name == sha256:  # compared, and not made a part of a path: it came with a message
                 return PublicKeys.of(path.read_bytes())
-        raise Refused(
-            314,
-            f"keys {sha256[:12]} of {site} are not here.",
-            "none; the site sends them and the query again.",
-        )
+        what = f"keys {sha256[:12]} of {site} are not here."
+        raise Refused(314, what, "none; the site sends them and the query again.")

@@ -17,12 +17,7 @@ class Deadline:
         now: the present moment.
     """
 
-    def __init__(
-        self,
-        hours: float,
-        told: Round,
-        now: Callable[[], datetime] = lambda: datetime.now(UTC),
-    ) -> None:
+    def __init__(self, hours: float, told: Round, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._hours = timedelta(hours=hours)
         self._now = now
         self._number, self._opened = told.number, told.opened or now()

@@ -41,11 +41,9 @@ class ActivationStore:
             write_atomic(place, as_safetensors(tensors))
         except OSError as error:
             needed = sum(tensor.nbytes for tensor in tensors.values())
-            raise StateError(
-                501,
-                f"{place} cannot be written ({error.strerror}); it needs {needed / 2**20:.1f} MiB.",
-                "make room on that disk, then start the server again: it continues where it was.",
-            ) from None
+            what = f"{place} cannot be written ({error.strerror}); it needs {needed / 2**20:.1f} MiB."
+            remedy = "make room on that disk, then start the server again: it continues where it was."
+            raise StateError(501, what, remedy) from None
 
     def get(self, site: str, q: int, rows: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
         """Item q of a site: all its rows, or only these, in this order."""

@@ -57,11 +57,8 @@ def device_of_rank(device: str) -> str:
     if not _is_one_of_several() or not device.startswith("cuda"):
         return device
     if device != "cuda":
-        raise ConfigError(
-            114,
-            f"device {device!r} is one GPU for {os.environ['WORLD_SIZE']} processes.",
-            'write device = "cuda": each process takes one of its own.',
-        )
+        what = f"device {device!r} is one GPU for {os.environ['WORLD_SIZE']} processes."
+        raise ConfigError(114, what, 'write device = "cuda": each process takes one of its own.')
     return f"cuda:{os.environ['LOCAL_RANK']}"
 
 
@@ -153,11 +150,8 @@ class DividedTop(StoredTop):
     ) -> None:
         if any(isinstance(part, _BatchNorm) for part in module.modules()):
             if group.device == "cpu":
-                raise ConfigError(
-                    114,
-                    "batch normalisation needs the whole batch, and on the CPU each process has a share of it.",
-                    "use GroupNorm, or a single process.",
-                )
+                what = "batch normalisation needs the whole batch, and on the CPU each process has a share of it."
+                raise ConfigError(114, what, "use GroupNorm, or a single process.")
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
         super().__init__(module, optimizer, task, group.device, store)
         self._group = group
@@ -259,6 +253,5 @@ def _others_alive() -> Iterator[None]:
         if not isinstance(error, distributed.DistError) and "gloo" not in told:
             raise
         reason = told.partition("] ")[2].partition(". ")[0] or told.splitlines()[0]
-        raise StateError(
-            509, f"{reason}.", "start the same command again: it goes on from the last checkpoint."
-        ) from None
+        what = f"{reason}."
+        raise StateError(509, what, "start the same command again: it goes on from the last checkpoint.") from None

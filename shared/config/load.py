@@ -61,9 +61,8 @@ def _override(content: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     *sections, last = key.strip().split(".")
     if not equals or not sections:
-        raise ConfigError(
-            103, f"--set {override}: not of the form section.key=value.", "write for example --set run.window=1."
-        )
+        what = f"--set {override}: not of the form section.key=value."
+        raise ConfigError(103, what, "write for example --set run.window=1.")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -125,9 +125,8 @@ class RoundSection(Section, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if (self.close == "all") is not (self.reports is None):
-            raise KeyConflict(
-                "reports", f'close = "{self.close}" is said', 'give reports for "quorum" and "buffered" alone.'
-            )
+            what = f'close = "{self.close}" is said'
+            raise KeyConflict("reports", what, 'give reports for "quorum" and "buffered" alone.')
 
 
 class TaskSection(Section, frozen=True, kw_only=True):

@@ -27,11 +27,8 @@ def circuit_of(judge: Judge) -> Circuit:
     if judge.state is not None:
         return REFRESH
     if judge.frames > MOST_FRAMES:
-        raise ConfigError(
-            105,
-            f"a one_shot query may have {MOST_FRAMES} frames, the model takes {judge.frames}.",
-            "train with recurrent = true, whose queries go to the server frame by frame.",
-        )
+        what = f"a one_shot query may have {MOST_FRAMES} frames, the model takes {judge.frames}."
+        raise ConfigError(105, what, "train with recurrent = true, whose queries go to the server frame by frame.")
     levels = one_shot_levels(judge.frames)
     scale = 204 // (levels + 2)
     return Circuit(8192, (scale + 7, *[scale] * levels, scale + 7), scale)

@@ -80,11 +80,7 @@ def standing(task: TaskSection, metrics: Metrics) -> tuple[float, float]:
 
 
 def measure(
-    task: TaskSection,
-    data: DataSection,
-    outputs: torch.Tensor,
-    targets: torch.Tensor,
-    patients: Sequence[str] = (),
+    task: TaskSection, data: DataSection, outputs: torch.Tensor, targets: torch.Tensor, patients: Sequence[str] = ()
 ) -> Metrics:
     """Judge predictions on held-out samples; what outputs that are not finite, or targets of no class, leave undefined
     is None.

@@ -172,11 +172,9 @@ def read_artifact(path: Path, sha256: str | None = None) -> Artifact:
         raise _unusable(path, error.strerror or "cannot be read") from None
     found = hashlib.sha256(content).hexdigest()
     if sha256 is not None and found != sha256.lower():
-        raise ConfigError(
-            116,
-            f"{path} has sha256 {found[:12]}..., {sha256[:12]}... is expected.",
-            "ask whoever published it for that file, or correct the hash if this is the model you mean.",
-        )
+        what = f"{path} has sha256 {found[:12]}..., {sha256[:12]}... is expected."
+        remedy = "ask whoever published it for that file, or correct the hash if this is the model you mean."
+        raise ConfigError(116, what, remedy)
     try:
         tensors = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])  # that of any safetensors file

@@ -134,9 +134,8 @@ def build_whole(config: RunConfig, base: Path) -> nn.Module:
     if isinstance(module, Halves):
         module = nn.Sequential(OrderedDict(module.parts))
     if not isinstance(module, nn.Module):
-        raise ConfigError(
-            104, f"{config.model.factory} returned {type(module).__name__}.", "let it return a torch.nn.Module."
-        )
+        what = f"{config.model.factory} returned {type(module).__name__}."
+        raise ConfigError(104, what, "let it return a torch.nn.Module.")
     if config.model.initial is not None:
         read_artifact(base / config.model.initial, config.model.initial_sha256).load_into(module)
     return module
@@ -151,7 +150,6 @@ def frozen_weights(module: nn.Module, freeze: list[str]) -> set[str]:
     modules = dict(module.named_modules())
     for name in freeze:
         if name not in modules:
-            raise ConfigError(
-                105, f"round.freeze names {name!r}; the model has {', '.join(n for n in modules if n)}.", "correct it."
-            )
+            what = f"round.freeze names {name!r}; the model has {', '.join(n for n in modules if n)}."
+            raise ConfigError(105, what, "correct it.")
     return {w for w in module.state_dict() if any(w.startswith(f"{name}.") for name in freeze)}

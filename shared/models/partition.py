@@ -161,42 +161,31 @@ def make(model: ModelSection, seed: int) -> Any:
         try:
             inspect.signature(factory).bind(**model.settings)
         except TypeError as error:
-            raise ConfigError(
-                104,
-                f"{model.factory} does not take model.settings: {error}{_defined(factory)}.",
-                f"set model.settings to its arguments {_arguments(factory)}.",
-            ) from error
+            what = f"{model.factory} does not take model.settings: {error}{_defined(factory)}."
+            raise ConfigError(104, what, f"set model.settings to its arguments {_arguments(factory)}.") from error
         except ValueError:
             pass  # a factory written in C has no signature: the call itself will tell
         try:
             with seeded(seed_for(seed, "model")):
                 return factory(**model.settings)
         except Exception as error:
-            raise ConfigError(
-                104,
-                f"{model.factory} failed: {_described(error)}.",
-                "correct model.settings, or the factory at that line.",
-            ) from error
+            what = f"{model.factory} failed: {_described(error)}."
+            raise ConfigError(104, what, "correct model.settings, or the factory at that line.") from error
 
 
 def _find(name: str) -> Callable[..., Any]:
     """The factory called "package.module:function"."""
     module_name, _, function = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), function)):
-        raise ConfigError(
-            104,
-            f'model.factory = "{name}" is not of the form "package.module:function".',
-            'write for example model.factory = "nightsplit.models:mlp".',
-        )
+        what = f'model.factory = "{name}" is not of the form "package.module:function".'
+        raise ConfigError(104, what, 'write for example model.factory = "nightsplit.models:mlp".')
     try:
         module = importlib.import_module(module_name)
     # A script without a main guard may call sys.exit, which would end the worker without a word.
     except (Exception, SystemExit) as error:
-        raise ConfigError(
-            104,
-            f"module {module_name} cannot be imported: {_described(error)}.",
-            f"correct model.factory or that module, or start in its folder instead of {Path.cwd()}.",
-        ) from error
+        what = f"module {module_name} cannot be imported: {_described(error)}."
+        remedy = f"correct model.factory or that module, or start in its folder instead of {Path.cwd()}."
+        raise ConfigError(104, what, remedy) from error
     factory = getattr(module, function, None)
     if callable(factory):
         return factory  # type: ignore[no-any-return]
@@ -300,9 +289,7 @@ def _checked(model: ModelSection, halves: Halves, *, with_head: bool) -> Halves:
         return halves
     wanted = "Halves(bottom=..., top=..., head=...)" if with_head else "Halves(bottom=..., top=...)"
     raise ConfigError(
-        105,
-        f"{model.factory}: {trouble}.",
-        f"let it return {wanted}, each part with weights that no other part uses.",
+        105, f"{model.factory}: {trouble}.", f"let it return {wanted}, each part with weights that no other part uses."
     )
 
 

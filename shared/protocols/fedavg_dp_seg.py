@@ -14,9 +14,8 @@ def check(config: RunConfig) -> None:
     """Raise `KeyConflict` where run.toml asks for what the system has not."""
     rounds.check(config)
     if config.privacy is None:
-        raise KeyConflict(
-            "privacy", "fedavg_dp_seg says how private it is", "give epsilon, delta and clip under [privacy]."
-        )
+        what = "fedavg_dp_seg says how private it is"
+        raise KeyConflict("privacy", what, "give epsilon, delta and clip under [privacy].")
 
 
 SPEC = ProtocolSpec(

@@ -40,8 +40,6 @@ def check_contract(stored: str, config: RunConfig, who: str) -> None:
         RunError: 601 the file changed in between.
     """
     if stored != config.contract:
-        raise RunError(
-            601,
-            f"{who} began {config.run.id} with another run.toml.",
-            "restore the file as it was, or start a new run under another id. Nothing more was sent.",
-        )
+        what = f"{who} began {config.run.id} with another run.toml."
+        remedy = "restore the file as it was, or start a new run under another id. Nothing more was sent."
+        raise RunError(601, what, remedy)

@@ -35,11 +35,8 @@ def stages_of(config: RunConfig) -> tuple[nn.Sequential, nn.Sequential]:
     whole = make(config.model, config.run.seed)
     stages = list(whole.named_children()) if isinstance(whole, nn.Sequential) else []
     if len(stages) < 2 or not isinstance(stages[-1][1], SequenceJudge):
-        raise ConfigError(
-            105,
-            f"model.factory {config.model.factory}: its last stage works on no ciphertexts.",
-            "train a model that ends with a SequenceJudge, as nightsplit.models:clstm does.",
-        )
+        what = f"model.factory {config.model.factory}: its last stage works on no ciphertexts."
+        raise ConfigError(105, what, "train a model that ends with a SequenceJudge, as nightsplit.models:clstm does.")
     return nn.Sequential(OrderedDict(stages[:-1])), nn.Sequential(OrderedDict(stages[-1:]))
 
 
@@ -62,16 +59,14 @@ def fill(part: nn.Module, folder: Path, names: Sequence[str]) -> None:
     """
     path = next((folder / name for name in names if (folder / name).exists()), None)
     if path is None:
-        raise RunError(
-            605, f"{folder} has no trained model: the run has not finished here.", "let the run finish first."
-        )
+        what = f"{folder} has no trained model: the run has not finished here."
+        raise RunError(605, what, "let the run finish first.")
     try:
         with safe_open(path, framework="pt") as file:
             part.load_state_dict({name: file.get_tensor(name) for name in part.state_dict()})
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise RunError(
-            604, f"{path}: {str(error).splitlines()[0]}.", "name the file that the finished run has written."
-        ) from None
+        what = f"{path}: {str(error).splitlines()[0]}."
+        raise RunError(604, what, "name the file that the finished run has written.") from None
 
 
 SPEC = ProtocolSpec(

@@ -25,9 +25,8 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         known = systems(*TRAINING)
         if config.run.protocol not in known:
-            raise KeyConflict(
-                "run.protocol", f"{config.run.protocol!r} is unknown", f"choose one of {', '.join(known)}."
-            )
+            what = f"{config.run.protocol!r} is unknown"
+            raise KeyConflict("run.protocol", what, f"choose one of {', '.join(known)}.")
         spec_of(config).check(config)
     except KeyConflict as conflict:
         raise conflict_in(path, conflict) from None

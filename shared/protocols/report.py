@@ -61,9 +61,6 @@ def decode_report(text: str, task: TaskSection, samples: Mapping[str, int], name
         if any((metrics["samples"] or 0) > samples[part] for part, metrics in report.items()):
             raise ValueError("too many")
     except (msgspec.MsgspecError, ValueError):
-        raise Refused(
-            304,
-            f"{name} has no figures of {', '.join(f'{samples[part]} {part}' for part in PARTS)} samples.",
-            "run the same version and the same run.toml at both sides.",
-        ) from None
+        what = f"{name} has no figures of {', '.join(f'{samples[part]} {part}' for part in PARTS)} samples."
+        raise Refused(304, what, "run the same version and the same run.toml at both sides.") from None
     return report

@@ -67,19 +67,14 @@ def check(config: RunConfig) -> None:
     """Raise `KeyConflict` where run.toml asks for what no system has that exchanges weights."""
     run, section = config.run, config.round
     if section.close == "quorum" and (section.reports or 0) > len(run.sites):
-        raise KeyConflict(
-            "round.reports", f"{section.reports} is more than there are sites", f"set at most {len(run.sites)}."
-        )
+        what = f"{section.reports} is more than there are sites"
+        raise KeyConflict("round.reports", what, f"set at most {len(run.sites)}.")
     if section.close != "all" and run.order == "strict":
-        raise KeyConflict(
-            "run.order", f'strict order waits for every site, close = "{section.close}" does not', 'set "fair".'
-        )
+        what = f'strict order waits for every site, close = "{section.close}" does not'
+        raise KeyConflict("run.order", what, 'set "fair".')
     if config.privacy is not None and config.data.scaling == "site":
-        raise KeyConflict(
-            "data.scaling",
-            "mean and spread of a site's patients would shape every update without noise",
-            'use "run" with public figures, or "none".',
-        )
+        what = "mean and spread of a site's patients would shape every update without noise"
+        raise KeyConflict("data.scaling", what, 'use "run" with public figures, or "none".')
     if run.bottoms == "averaged":
         raise KeyConflict("run.bottoms", "there are no bottoms: the whole model is averaged", "remove it.")
 
@@ -180,9 +175,8 @@ def check_size(message: Message, values: torch.Tensor) -> None:
         Refused: 307 one is.
     """
     if values.abs().max() > LARGEST:
-        raise Refused(
-            307, f"{message.header.message_id} has values beyond {LARGEST:g}.", "look at that site's training."
-        )
+        what = f"{message.header.message_id} has values beyond {LARGEST:g}."
+        raise Refused(307, what, "look at that site's training.")
 
 
 def bounded(values: torch.Tensor) -> torch.Tensor:

@@ -32,11 +32,8 @@ def check(config: RunConfig) -> None:
     """Raise `KeyConflict` where run.toml asks for what the system has not."""
     stream.check(config)
     if config.model.head_cut is None:
-        raise KeyConflict(
-            "model.head_cut",
-            "split_u needs to know where the head begins",
-            "set head_cut, after cut and before the end.",
-        )
+        what = "split_u needs to know where the head begins"
+        raise KeyConflict("model.head_cut", what, "set head_cut, after cut and before the end.")
 
 
 SPEC = ProtocolSpec(

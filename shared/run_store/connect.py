@@ -31,8 +31,5 @@ def open_store(address: str, run: str, base: Path, credentials: Credentials = NO
     if scheme in ("redis", "rediss"):
         expect_private(address)
         return RedisStore(address, run, credentials)
-    raise ConfigError(
-        107,
-        f'the store\'s address has the unknown scheme "{scheme}".',
-        'write "sqlite:file" for one host, or "rediss://user@host:6379/0".',
-    )
+    what = f'the store\'s address has the unknown scheme "{scheme}".'
+    raise ConfigError(107, what, 'write "sqlite:file" for one host, or "rediss://user@host:6379/0".')

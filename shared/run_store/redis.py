@@ -65,9 +65,8 @@ class RedisStore(RunStore):
                 retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=3),
             )
         except ValueError:  # Its text may hold the password.
-            raise ConfigError(
-                107, "the store's address is not one of Redis.", 'write "redis://user:password@host:6379/0".'
-            ) from None
+            what = "the store's address is not one of Redis."
+            raise ConfigError(107, what, 'write "redis://user:password@host:6379/0".') from None
         # Braces keep the keys of a run on one node of a Redis cluster, as scripts require.
         self._prefix = f"nightsplit:{{{run}}}"
         self._lease, self._pointer, self._journal = (
@@ -155,15 +154,12 @@ class RedisStore(RunStore):
         try:
             return command()
         except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
-            raise BrokerError(
-                207,
-                f"{self._place} refuses: {str(error).rstrip('.')}.",
-                "check user and password, and that the address names this worker's own user.",
-            ) from None
+            what = f"{self._place} refuses: {str(error).rstrip('.')}."
+            remedy = "check user and password, and that the address names this worker's own user."
+            raise BrokerError(207, what, remedy) from None
         except redis.RedisError as error:
-            raise BrokerError(
-                207, f"{self._place}: {error}.", "start Redis, or check the address of the store and the network."
-            ) from None
+            what = f"{self._place}: {error}."
+            raise BrokerError(207, what, "start Redis, or check the address of the store and the network.") from None
 
 
 @cache

@@ -54,8 +54,7 @@ class SqliteStore(RunStore):
         """See `RunStore`."""
         with self._writing() as rows:
             rows.execute(
-                "REPLACE INTO status VALUES (?, ?, ?, ?)",
-                (self._run, worker, write_status(status), time.time()),
+                "REPLACE INTO status VALUES (?, ?, ?, ?)", (self._run, worker, write_status(status), time.time())
             )
 
     def statuses(self, workers: Iterable[str]) -> dict[str, Status]:
@@ -106,8 +105,7 @@ class SqliteStore(RunStore):
         """See `RunStore`."""
         with self._writing() as rows:
             rows.execute(
-                "UPDATE lease SET owner = NULL WHERE run = ? AND owner = ? AND fence = ?",
-                (self._run, owner, fence),
+                "UPDATE lease SET owner = NULL WHERE run = ? AND owner = ? AND fence = ?", (self._run, owner, fence)
             )
 
     def pointer(self) -> Pointer | None:
@@ -122,12 +120,7 @@ class SqliteStore(RunStore):
             moved = rows.execute(
                 "REPLACE INTO pointer SELECT :run, :fence, :counter, :sha256"
                 " WHERE NOT EXISTS (SELECT 1 FROM lease WHERE run = :run AND fence > :fence)",
-                {
-                    "run": self._run,
-                    "fence": pointer.fence,
-                    "counter": pointer.counter,
-                    "sha256": pointer.sha256,
-                },
+                {"run": self._run, "fence": pointer.fence, "counter": pointer.counter, "sha256": pointer.sha256},
             )
             return moved.rowcount == 1
 

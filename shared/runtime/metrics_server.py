@@ -41,11 +41,8 @@ def served(metrics: Collector, address: str, credentials: Credentials) -> Iterat
     try:
         server = _Server(host, int(port), tls)
     except (OSError, OverflowError) as error:
-        raise ConfigError(
-            112,
-            f"{address}: {getattr(error, 'strerror', None) or error}.",
-            "give metrics an address of this machine and a port of its own.",
-        ) from None
+        what = f"{address}: {getattr(error, 'strerror', None) or error}."
+        raise ConfigError(112, what, "give metrics an address of this machine and a port of its own.") from None
     server.set_app(make_wsgi_app(registry))
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
@@ -60,11 +57,8 @@ def served(metrics: Collector, address: str, credentials: Credentials) -> Iterat
 def _tls(address: str, credentials: Credentials) -> ssl.SSLContext:
     ca, certificate, key = credentials.ca, credentials.certificate, credentials.key
     if ca is None or certificate is None or key is None:
-        raise ConfigError(
-            111,
-            f"the metrics at {address} would be readable for the whole network.",
-            "name ca, certificate and key in the same file, or let metrics be 127.0.0.1:9400.",
-        )
+        what = f"the metrics at {address} would be readable for the whole network."
+        raise ConfigError(111, what, "name ca, certificate and key in the same file, or let metrics be 127.0.0.1:9400.")
     credentials.tls()  # raises 113 for what is wrong with the files
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=ca)
     context.minimum_version = ssl.TLSVersion.TLSv1_2

@@ -36,11 +36,8 @@ def own_folder(folder: Path) -> Iterator[None]:
     """
     with locked_folder(folder) as alone:
         if not alone:
-            raise StateError(
-                503,
-                f"{folder} is used by another process.",
-                "stop the other worker, or give this one its own folder.",
-            )
+            what = f"{folder} is used by another process."
+            raise StateError(503, what, "stop the other worker, or give this one its own folder.")
         yield
 
 
@@ -82,9 +79,8 @@ def prepare_torch(threads: int, device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(
-            109, f"device {device!r}: {reason}.", 'use device = "cpu", or install a CUDA build of torch.'
-        ) from None
+        what = f"device {device!r}: {reason}."
+        raise ConfigError(109, what, 'use device = "cpu", or install a CUDA build of torch.') from None
 
 
 def _keep_memory() -> None:

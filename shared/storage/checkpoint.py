@@ -139,11 +139,9 @@ class Checkpoints:
                 continue
             return found, snapshot, damaged
         if damaged:
-            raise StateError(
-                502,
-                f"{self.folder}: {'; '.join(damaged)}.",
-                "restore the folder from a backup, or start a new run under another id. No run restarts silently.",
-            )
+            what = f"{self.folder}: {'; '.join(damaged)}."
+            remedy = "restore the folder from a backup, or start a new run under another id. No run restarts silently."
+            raise StateError(502, what, remedy)
         return None
 
     @property

@@ -73,11 +73,9 @@ def broker_errors(number: int, place: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, sqlite3.Error) as error:
-        raise BrokerError(
-            number,
-            f"{place}: {explain(error)}.",
-            "use a folder on a local disk that may be written and has 64 MiB of room.",
-        ) from None
+        what = f"{place}: {explain(error)}."
+        remedy = "use a folder on a local disk that may be written and has 64 MiB of room."
+        raise BrokerError(number, what, remedy) from None
 
 
 def is_locked(error: Exception) -> bool:
