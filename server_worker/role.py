@@ -15,7 +15,7 @@ from nightsplit.server_worker.evaluation import Evaluation
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Record, Send
 from nightsplit.shared.engine.role import Role
-from nightsplit.shared.errors import Refused
+from nightsplit.shared.errors import Refused, mismatch
 from nightsplit.shared.protocols.handshake import ANY, check_contract
 from nightsplit.shared.protocols.report import NO_FIGURES, SiteMetrics, decode_report
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
@@ -186,11 +186,9 @@ class ServerRole(Role, Generic[S]):
         sequence = self.sequence_of(site, samples)
         known = sequence.answers if hello["enrolled"] else mark
         if len(incarnation) > LONGEST_INCARNATION or not 0 <= released <= mark <= known:
-            raise Refused(
-                304,
+            raise mismatch(
                 f"{site} says hello with answer {mark}, {released} of them stored, and a name of {len(incarnation)} "
-                "characters.",
-                "run the same version of nightsplit at the site and the server.",
+                "characters."
             )
         problem: tuple[int, str] | None = None
         if site in self.left_out:
@@ -240,7 +238,7 @@ class ServerRole(Role, Generic[S]):
         if due:
             return decode_report(text, self.config.task, self.announced(message.header.sender), name)
         if text != NO_FIGURES:
-            raise Refused(304, f"{name} has figures where none are due.", "run the same version at both sides.")
+            raise mismatch(f"{name} has figures where none are due.")
         return {}
 
     def announced(self, site: str) -> dict[str, int]:

@@ -149,3 +149,8 @@ class StateError(NightsplitError):
 
 class RunError(NightsplitError):
     """Participants of a run disagree, or the run cannot go on."""
+
+
+def mismatch(sentence: str, number: int = 304) -> Refused:
+    """Return the refusal of what no worker of the same version and run would have sent."""
+    return Refused(number, sentence, "run the same version of nightsplit, with the same run.toml, at both sides.")

@@ -19,7 +19,7 @@ from nightsplit.server_worker.published_vectors import added, publish
 from nightsplit.server_worker.rounds.role import RoundServer
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect
-from nightsplit.shared.errors import Refused
+from nightsplit.shared.errors import mismatch
 from nightsplit.shared.protocols.build import Rounds
 from nightsplit.shared.protocols.data_vectors import SCALES, decode_reports
 from nightsplit.shared.protocols.report import SiteMetrics, decode_report
@@ -76,7 +76,7 @@ class DataVectorsServer(RoundServer):
         check_size(message, statistics)
         if (statistics[:, self.layout.second_moments[self.layout.statistics]] < 0).any():
             what = f"{message.header.message_id} has variances below 0."
-            raise Refused(307, what, "run the same version at both sides.")
+            raise mismatch(what, 307)
         return statistics.clone()
 
     def judged(self, candidate: int) -> list[Effect]:

@@ -10,7 +10,7 @@ import numpy as np
 from nightsplit.server_worker.he import batch, one_shot, slots
 from nightsplit.server_worker.he.arithmetic import Arithmetic
 from nightsplit.server_worker.he.batch import State
-from nightsplit.shared.errors import Refused
+from nightsplit.shared.errors import mismatch
 from nightsplit.shared.he.ckks import Ciphertext, PublicKeys, written
 from nightsplit.shared.he.packing import Packing
 from nightsplit.shared.he.sequences import BLINDING, circuit_of, packing_of, steps_of
@@ -62,7 +62,7 @@ class HeClstmServer:
         packing = packing_of(packing_name, self.circuit, self._judge)
         arithmetic = Arithmetic(self.circuit, keys, packing.rotations)
         if not 0 <= step < self.steps:
-            raise Refused(304, f"there is no step {step} of {self.steps}.", "run the same version at both sides.")
+            raise mismatch(f"there is no step {step} of {self.steps}.")
         if self._judge.state is None:
             features = self._read(pieces, [len(packing.frame(self._nothing))] * self._judge.frames)
             return [written(one_shot.logits(arithmetic, self._judge, features))]
@@ -71,7 +71,7 @@ class HeClstmServer:
         if step == self.steps - 1:
             logits = method.last_step(arithmetic, self._judge, frame, state)
             (numbers,) = self._blinding(after, 1)  # other slots than those of the logits tell of the weights
-            shown = packing.votes(packing.read_logits(numbers, packing.capacity))
+            shown = packing.votes(numbers[: packing.capacity])
             return [written(arithmetic.plus(logits, (numbers - shown).tolist()))]
         state = method.step(arithmetic, self._judge, step, frame, state)
         every = [arithmetic.bottom(part) for part in (*state.h, *state.c, state.votes)]
@@ -104,7 +104,7 @@ class HeClstmServer:
     ) -> list[list[Ciphertext]]:
         """Ciphertexts in rows of these lengths and levels; without levels, all of the highest one."""
         if len(pieces) != sum(lengths):
-            raise Refused(304, f"{len(pieces)} ciphertexts came, not {sum(lengths)}.", "run one version at both sides.")
+            raise mismatch(f"{len(pieces)} ciphertexts came, not {sum(lengths)}.")
         rest = iter(pieces)
         return [
             [self.circuit.read(next(rest), level) for _ in range(length)]

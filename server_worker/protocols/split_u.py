@@ -22,7 +22,7 @@ from nightsplit.server_worker.stream.role import StreamServer
 from nightsplit.server_worker.stream.top import Middle
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect
-from nightsplit.shared.errors import Refused
+from nightsplit.shared.errors import Refused, mismatch
 from nightsplit.shared.learning.seeds import seed_for
 from nightsplit.shared.protocols.build import Assembly
 from nightsplit.shared.protocols.plan import Item, Purpose
@@ -61,7 +61,7 @@ class SplitUServer(StreamServer):
         if kind is Kind.REPORT:
             return self._take_report(site, item, message)
         if q not in self._open[site]:
-            raise Refused(304, f"item {q} has no open forward.", "run the same version at both sides.")
+            raise mismatch(f"item {q} has no open forward.")
         version, smashed = self._open[site][q]
         gradient = message.tensors["gradient"]
         at_cut = self.top.backward(smashed, gradient, version, seed)

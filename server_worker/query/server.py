@@ -20,7 +20,7 @@ from typing import NamedTuple
 from nightsplit.server_worker.he.arithmetic import Arithmetic
 from nightsplit.server_worker.query.pool import Evaluate
 from nightsplit.shared.engine.mailbox import Mailbox, PutAside
-from nightsplit.shared.errors import Refused
+from nightsplit.shared.errors import Refused, mismatch
 from nightsplit.shared.he.ckks import Circuit, PublicKeys
 from nightsplit.shared.protocols.query import BLINDED_ELSEWHERE, KEYS_UNKNOWN, Parcels, chunks
 from nightsplit.shared.storage.files import make_private_folder, write_atomic
@@ -179,7 +179,7 @@ class QueryServer:
     def _keep_keys(self, site: str, pieces: list[bytes]) -> None:
         """Write a site's keys, once they are seen to be keys of this circuit."""
         if len(pieces) != 2:
-            raise Refused(313, f"{len(pieces)} parts are no pair of keys.", "run the same version at both sides.")
+            raise mismatch(f"{len(pieces)} parts are no pair of keys.", 313)
         keys = PublicKeys(*pieces)
         Arithmetic(self._circuit, keys)
         folder = self._keys / site

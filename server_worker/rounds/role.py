@@ -11,7 +11,7 @@ import torch
 from nightsplit.server_worker.role import Samples, ServerRole
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Record, Send
-from nightsplit.shared.errors import Refused
+from nightsplit.shared.errors import Refused, mismatch
 from nightsplit.shared.protocols.build import Rounds
 from nightsplit.shared.protocols.report import SiteMetrics
 from nightsplit.shared.protocols.rounds import RoundSequence, Work, bounded, check_slice, is_judged
@@ -117,7 +117,7 @@ class RoundServer(ServerRole[RoundSequence]):
         expected = (Kind.REPORT if site in self._final else Kind.UPDATE, self.applied[site] + 1, 0, self._begun[site])
         is_awaited = site in self.sequences and site in self.awaited()
         if not is_awaited or (header.kind, header.seq, header.reply_to, header.version) != expected:
-            raise Refused(304, f"{header.message_id} is out of turn.", "run the same version at both sides.")
+            raise mismatch(f"{header.message_id} is out of turn.")
 
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
         """See `Role`: an update less; the site goes on as if it had counted."""

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 import tenseal.sealapi as seal
 
-from nightsplit.shared.errors import Refused
+from nightsplit.shared.errors import Refused, mismatch
 
 Ciphertext: TypeAlias = Any  # seal.Ciphertext, which has no types
 Plaintext: TypeAlias = Any  # seal.Plaintext, likewise
@@ -69,12 +69,12 @@ class Circuit:
     @cached_property
     def ids(self) -> list[Any]:
         """SEAL's name of each level, from level 0."""
-        found, data = [], self.context.first_context_data()
-        while True:
-            found.append(data.parms_id())
-            if data.chain_index() == 0:
-                return found[::-1]
+        data = self.context.first_context_data()
+        found = [data.parms_id()]
+        while data.chain_index():
             data = data.next_context_data()
+            found.append(data.parms_id())
+        return found[::-1]
 
     @cached_property
     def scales(self) -> list[float]:
@@ -96,69 +96,50 @@ class Circuit:
 
     def encode(self, values: float | Sequence[float], level: int, scale: float | None = None) -> Plaintext:
         """A plaintext of a level: the same number in every slot, or a number for each (the others are 0)."""
-        plain = seal.Plaintext()
-        numbers = values if isinstance(values, float) else list(values)
+        plain, numbers = seal.Plaintext(), values if isinstance(values, float) else list(values)
         self.encoder.encode(numbers, self.ids[level], scale or self.scales[level], plain)
         return plain
 
     def read(self, content: bytes, level: int) -> Ciphertext:
-        """A ciphertext to compute with, of that level and its scale, that came from elsewhere.
-
-        Raises:
-            Refused: 313 it is none of this circuit, or not of that level.
-        """
+        """A ciphertext to compute with; Refused 313 unless it is of this circuit, that level and its scale."""
         found = self.read_any(content)
         if self.level_of(found) != level or found.scale != self.scales[level]:
-            raise Refused(313, f"a ciphertext is not of level {level}.", "run the same version at both sides.")
+            raise mismatch(f"a ciphertext is not of level {level}.", 313)
         return found
 
     def read_any(self, content: bytes) -> Ciphertext:
-        """A ciphertext to decrypt, that came from elsewhere.
-
-        Raises:
-            Refused: 313 it is none of this circuit.
-        """
-        found = seal.Ciphertext()
-        self._load(found, content)
+        """A ciphertext to decrypt; Refused 313 unless it is of this circuit."""
+        found = self._load(seal.Ciphertext(), content)
         # SEAL reads these, and fails on them later, or shows what was never encrypted.
         if found.size() != 2 or not found.is_ntt_form() or found.is_transparent() or found.scale not in self.scales:
-            raise Refused(313, "a ciphertext has not the form it should.", "run the same version at both sides.")
+            raise mismatch("a ciphertext has not the form it should.", 313)
         return found
 
     def read_relin(self, content: bytes) -> Any:
-        """Relinearization keys that came from elsewhere.
-
-        Raises:
-            Refused: 313 they are none of this circuit.
-        """
-        keys = seal.RelinKeys()
-        self._load(keys, content)
+        """Relinearization keys; Refused 313 unless they are of this circuit."""
+        keys = self._load(seal.RelinKeys(), content)
         if not keys.has_key(2):  # Galois keys have the same form, and SEAL does not look before it multiplies
-            raise Refused(313, "relinearization keys are absent.", "run the same version at both sides.")
+            raise mismatch("relinearization keys are absent.", 313)
         return keys
 
     def read_galois(self, content: bytes, rotations: Sequence[int]) -> Any:
-        """Galois keys for these steps, that came from elsewhere.
-
-        Raises:
-            Refused: 313 they are none of this circuit, or not for all steps.
-        """
-        keys = seal.GaloisKeys()
-        self._load(keys, content)
+        """Galois keys; Refused 313 unless they are of this circuit, and for all of these steps."""
+        keys = self._load(seal.GaloisKeys(), content)
         if not all(map(keys.has_key, self.elements(rotations))):
-            raise Refused(313, "a key for a rotation is absent.", "run the same version at both sides.")
+            raise mismatch("a key for a rotation is absent.", 313)
         return keys
 
     def elements(self, rotations: Sequence[int]) -> list[int]:
         """Galois elements: what SEAL takes where it should take steps."""
         return [pow(3, step, 2 * self.degree) for step in rotations]
 
-    def _load(self, into: Any, content: bytes) -> None:
+    def _load(self, into: Any, content: bytes) -> Any:
         with tempfile.NamedTemporaryFile() as file:
             file.write(content)
             file.flush()
             try:
                 into.load(self.context, file.name)  # checks that the numbers are below their primes
+                return into
             except (RuntimeError, ValueError):
                 raise Refused(313, "a ciphertext or key is damaged, or another circuit's.", "send it again.") from None
 

@@ -40,7 +40,7 @@ class Packing(Protocol):
         """h or c, (n, hidden)."""
 
     def votes(self, numbers: Numbers) -> Numbers:
-        """The logits so far, (n,); or the logits, where `read_logits` would find them."""
+        """The logits so far, (n,); or the logits, which lie in the first n slots of a vector."""
 
     def read_state(self, vectors: Sequence[Numbers], n: int) -> Numbers:
         """h or c of the first n sequences, (n, hidden)."""
@@ -48,29 +48,13 @@ class Packing(Protocol):
     def read_votes(self, vector: Numbers, n: int) -> Numbers:
         """The logits so far, (n,)."""
 
-    def read_logits(self, vector: Numbers, n: int) -> Numbers:
-        """The logits, (n,)."""
-
 
 @dataclass(frozen=True)
 class Batch:
-    """A sequence in each slot.
+    """A sequence in each slot; `capacity` is how many slots a ciphertext has."""
 
-    Attributes:
-        slots: of a ciphertext.
-    """
-
-    slots: int
-
-    @property
-    def capacity(self) -> int:
-        """See `Packing`."""
-        return self.slots
-
-    @property
-    def rotations(self) -> tuple[int, ...]:
-        """See `Packing`."""
-        return ()
+    capacity: int
+    rotations: tuple[int, ...] = ()
 
     def frame(self, numbers: Numbers) -> list[Numbers]:
         """See `Packing`."""
@@ -82,17 +66,13 @@ class Batch:
 
     def votes(self, numbers: Numbers) -> Numbers:
         """See `Packing`."""
-        return _padded(numbers, self.slots)
+        return _padded(numbers, self.capacity)
 
     def read_state(self, vectors: Sequence[Numbers], n: int) -> Numbers:
         """See `Packing`."""
         return np.stack([vector[:n] for vector in vectors], axis=1)
 
     def read_votes(self, vector: Numbers, n: int) -> Numbers:
-        """See `Packing`."""
-        return vector[:n]
-
-    def read_logits(self, vector: Numbers, n: int) -> Numbers:
         """See `Packing`."""
         return vector[:n]
 
@@ -141,8 +121,7 @@ class Slots:
     @property
     def small(self) -> int:
         """Dimensions of a giant step; baby steps go one by one, and about as often."""
-        columns = max(self.period, self.units)
-        return int(2 ** ((columns.bit_length() - 1) // 2))
+        return int(2 ** ((max(self.period, self.units).bit_length() - 1) // 2))
 
     @property
     def rotations(self) -> tuple[int, ...]:
@@ -170,10 +149,6 @@ class Slots:
         """See `Packing`; the parts of the sum lie in all dimensions."""
         votes: Numbers = self._by_dimension(vector).sum(0)[:n]
         return votes
-
-    def read_logits(self, vector: Numbers, n: int) -> Numbers:
-        """See `Packing`; only the first dimension has them."""
-        return vector[:n]
 
     def _repeated(self, numbers: Numbers, period: int) -> Numbers:
         once = np.zeros((period, self.capacity))

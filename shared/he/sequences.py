@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nightsplit.shared.errors import ConfigError, Refused
+from nightsplit.shared.errors import ConfigError, mismatch
 from nightsplit.shared.he.ckks import Circuit
 from nightsplit.shared.he.packing import Batch, Packing, Slots
 from nightsplit.shared.he.weights import Judge
@@ -58,7 +58,7 @@ def packing_of(name: str, circuit: Circuit, judge: Judge) -> Packing:
         return Batch(circuit.slots)
     if name == "slots" and judge.state is not None:
         return Slots(circuit.slots, judge.features, judge.hidden)
-    raise Refused(304, f"packing {name!r} is unknown here.", "run the same version at both sides.")
+    raise mismatch(f"packing {name!r} is unknown here.")
 
 
 def rotations_of(circuit: Circuit, judge: Judge) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.config.section import KeyConflict
-from nightsplit.shared.errors import Refused
+from nightsplit.shared.errors import mismatch
 from nightsplit.shared.protocols import rounds
 from nightsplit.shared.protocols.report import LONGEST
 from nightsplit.shared.protocols.spec import ProtocolSpec, Shape, Shapes
@@ -57,7 +57,7 @@ def decode_reports(text: str, name: str) -> list[str]:
     try:
         return _ONE_EACH.decode(text)
     except (msgspec.MsgspecError, ValueError):
-        raise Refused(304, f"{name} has no figures for {len(SCALES)} scales.", "run one version at both.") from None
+        raise mismatch(f"{name} has no figures for {len(SCALES)} scales.") from None
 
 
 SPEC = ProtocolSpec(

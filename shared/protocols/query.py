@@ -23,7 +23,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from nightsplit.shared.errors import Refused
+from nightsplit.shared.errors import Refused, mismatch
 from nightsplit.shared.protocols.handshake import REFUSAL
 from nightsplit.shared.wire.message import Header, Kind, Message, Scalar
 from nightsplit.shared.wire.schema import Payload, Reveals, ScalarSpec, TensorSpec, contract
@@ -104,7 +104,7 @@ class Parcels:
         header, scalars = message.header, message.scalars
         chunk, number = int(scalars["chunk"]), int(scalars["chunks"])
         if not 0 <= chunk < number <= MOST_CHUNKS:
-            raise Refused(304, f"chunk {chunk} of {number} is impossible.", "run the same version at both sides.")
+            raise mismatch(f"chunk {chunk} of {number} is impossible.")
         name = (header.kind, header.seq, header.version)
         parts = self._parts.setdefault(name, {})
         if any(known.scalars[same] != scalars[same] for known in parts.values() for same in ("sha256", "chunks")):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from nightsplit.shared.config.run import TaskSection
-from nightsplit.shared.errors import Refused
+from nightsplit.shared.errors import mismatch
 from nightsplit.shared.learning.metrics import FIGURES, ClassFigures, MaskFigures, Metrics, ValueFigures
 
 PARTS = ("validation", "test")
@@ -62,5 +62,5 @@ def decode_report(text: str, task: TaskSection, samples: Mapping[str, int], name
             raise ValueError("too many")
     except (msgspec.MsgspecError, ValueError):
         what = f"{name} has no figures of {', '.join(f'{samples[part]} {part}' for part in PARTS)} samples."
-        raise Refused(304, what, "run the same version and the same run.toml at both sides.") from None
+        raise mismatch(what) from None
     return report

@@ -21,7 +21,7 @@ import torch
 
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.config.section import KeyConflict
-from nightsplit.shared.errors import Refused
+from nightsplit.shared.errors import Refused, mismatch
 from nightsplit.shared.models.layout import Layout
 from nightsplit.shared.protocols.handshake import AGREEMENT, VERDICT
 from nightsplit.shared.protocols.spec import Names, Shapes
@@ -158,11 +158,10 @@ def check_slice(message: Message, layout: Layout, number: int) -> torch.Tensor:
     values = message.tensors["values"]
     expected = layout.slice(number)
     if len(values) != expected.stop - expected.start:
-        raise Refused(
-            306,
+        raise mismatch(
             f"{message.header.message_id} has {len(values)} values, slice {number} has "
             f"{expected.stop - expected.start}.",
-            "run the same version of nightsplit, and the same model, at both sides.",
+            306,
         )
     check_size(message, values)
     return values

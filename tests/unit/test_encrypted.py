@@ -85,7 +85,7 @@ def refreshed(pair: Pair, packing: Packing, half: ModuleType, judge: Judge, sequ
         votes = packing.votes(packing.read_votes(pair.seen([state.votes])[0], n))
         state = State(pair.sent(h), pair.sent(c, top - 1), pair.sent([votes], top - 1)[0])
     last = pair.sent(packing.frame(sequences[:, -1]))
-    return packing.read_logits(pair.seen([half.last_step(pair.arithmetic, judge, last, state)])[0], n)
+    return pair.seen([half.last_step(pair.arithmetic, judge, last, state)])[0][:n]
 
 
 def in_one_shot(pair: Pair, judge: Judge, sequences: Numbers) -> Numbers:
@@ -93,7 +93,7 @@ def in_one_shot(pair: Pair, judge: Judge, sequences: Numbers) -> Numbers:
     frames = [pair.sent(packing.frame(sequences[:, t])) for t in range(judge.frames)]
     answer = one_shot.logits(pair.arithmetic, judge, frames)
     assert pair.circuit.level_of(answer) == pair.circuit.top - one_shot_levels(judge.frames)
-    return packing.read_logits(pair.seen([answer])[0], len(sequences))
+    return pair.seen([answer])[0][: len(sequences)]
 
 
 # ── encrypted and plain evaluation compute the same function ────────────────────────────────────

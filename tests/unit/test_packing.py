@@ -26,7 +26,7 @@ def test_what_is_packed_comes_back(size: tuple[int, int, int, int]) -> None:
         state, votes = generator.normal(size=(n, hidden)), generator.normal(size=n)
         assert np.array_equal(packing.read_state(packing.state(state), n), state)
         assert np.array_equal(packing.read_votes(packing.votes(votes), n), votes)
-        assert np.array_equal(packing.read_logits(packing.votes(votes), n), votes)
+        assert np.array_equal(packing.votes(votes)[:n], votes)
         vectors = [*packing.frame(generator.normal(size=(n, features))), *packing.state(state), packing.votes(votes)]
         assert {vector.shape for vector in vectors} == {(slots,)}
 
@@ -73,7 +73,6 @@ def test_the_parts_of_a_vote_are_in_all_dimensions() -> None:
     packing = Slots(64, 3, 2)
     parts = np.random.default_rng(0).normal(size=(packing.dimensions, packing.capacity))
     assert np.allclose(packing.read_votes(parts.ravel(), 5), parts.sum(0)[:5])
-    assert np.array_equal(packing.read_logits(parts.ravel(), 5), parts[0, :5])
 
 
 @pytest.mark.parametrize("packing", [Batch(64), Slots(64, 3, 2)])
