@@ -50,11 +50,7 @@ class Credentials:
         return context
 
     def secret(self) -> str | None:
-        """The password, without the end of its line; None where no file holds it.
-
-        Raises:
-            ConfigError: 113 the file cannot be read.
-        """
+        """The password, without the end of its line; None where no file holds it; ConfigError 113: unreadable."""
         if self.password is None:
             return None
         try:

@@ -44,11 +44,8 @@ def load(path: Path, kind: type[T], overrides: Sequence[str] = ()) -> T:
         what, where = _place(error)
         if isinstance(error.__cause__, KeyConflict):
             raise conflict_in(path, error.__cause__, where) from None
-        raise ConfigError(
-            103,
-            f"{path}: {where or 'file'}: {what}.",
-            "correct or remove that key; docs/configuration.md lists all keys.",
-        ) from None
+        remedy = "correct or remove that key; docs/configuration.md lists all keys."
+        raise ConfigError(103, f"{path}: {where or 'file'}: {what}.", remedy) from None
 
 
 def conflict_in(path: Path, conflict: KeyConflict, table: str = "") -> ConfigError:
@@ -75,10 +72,6 @@ def _override(content: dict[str, Any], override: str) -> None:
 def _place(error: msgspec.ValidationError) -> tuple[str, str]:
     """Divide 'Expected `int`, got `str` - at `$.run.window`' into 'expected int, got str' and 'run.window'."""
     what, _, where = str(error).rpartition(" - at ") if " - at " in str(error) else (str(error), "", "")
-    what = (
-        what.replace("`", "")
-        .replace("Object contains", "has an")
-        .replace("Object missing", "misses the")
-        .replace("field", "key")
-    )
+    for theirs, ours in (("`", ""), ("Object contains", "has an"), ("Object missing", "misses the"), ("field", "key")):
+        what = what.replace(theirs, ours)
     return f"{what[0].lower()}{what[1:]}", where.strip("`").removeprefix("$").removeprefix(".")

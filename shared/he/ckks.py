@@ -53,11 +53,7 @@ class Circuit:
 
     @cached_property
     def context(self) -> Any:
-        """SEAL's context, at 128-bit security.
-
-        Raises:
-            ValueError: the primes are too large for this degree and security.
-        """
+        """SEAL's context, at 128-bit security; ValueError where the primes are too large for it and the degree."""
         parameters = seal.EncryptionParameters(seal.SCHEME_TYPE.CKKS)
         parameters.set_poly_modulus_degree(self.degree)
         parameters.set_coeff_modulus(seal.CoeffModulus.Create(self.degree, list(self.bits)))

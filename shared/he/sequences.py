@@ -49,11 +49,7 @@ SEVERAL = 700
 
 
 def packing_of(name: str, circuit: Circuit, judge: Judge) -> Packing:
-    """The packing that a query names.
-
-    Raises:
-        Refused: 304 there is none of that name for this model.
-    """
+    """The packing that a query names; Refused 304 where there is none of that name for this model."""
     if name == "batch":
         return Batch(circuit.slots)
     if name == "slots" and judge.state is not None:

@@ -22,25 +22,14 @@ def is_bounded(*tensors: torch.Tensor) -> bool:
 
 
 def check_bounded(what: str, *tensors: torch.Tensor) -> None:
-    """Let nothing be learned from values that are no numbers to calculate with.
-
-    Raises:
-        Refused: 312 they are not `is_bounded`.
-    """
+    """Let nothing be learned from values that are not `is_bounded`, but raise Refused 312."""
     if not is_bounded(*tensors):
-        raise Refused(
-            312,
-            f"{what} of this batch are not finite, or beyond {LARGEST_NORM:g}.",
-            "lower optimizer.lr, or check the site's data.",
-        )
+        sentence = f"{what} of this batch are not finite, or beyond {LARGEST_NORM:g}."
+        raise Refused(312, sentence, "lower optimizer.lr, or check the site's data.")
 
 
 def check_step(module: nn.Module, *values: torch.Tensor) -> None:
-    """Look at all that a training step is made of, before it is made: `values`, gradients, running statistics.
-
-    Raises:
-        Refused: 312 as `check_bounded`.
-    """
+    """Check what a training step is made of, before it is made: `values`, gradients, statistics; Refused 312."""
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     check_bounded("loss, gradients or running statistics", *values, *gradients, *module.buffers())
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
 from pathlib import Path
 
@@ -65,8 +65,7 @@ class Layout:
 
     @cached_property
     def _bounds(self) -> list[int]:
-        sizes = [prod(shape) for shape in self.shapes.values()]
-        return [sum(sizes[:n]) for n in range(len(sizes) + 1)]
+        return list(accumulate(map(prod, self.shapes.values()), initial=0))
 
     @property
     def length(self) -> int:
@@ -101,23 +100,19 @@ class Layout:
 
     def weights(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         """Weights by name, of a vector (length,)."""
-        views = {
-            name: vector[first:last].view(shape)
+        weights = {
+            name: vector[first:last].view(shape).clone()
             for (name, shape), (first, last) in zip(self.shapes.items(), pairwise(self._bounds), strict=True)
         }
-        return dict(self._decoded(views))
+        for name in weights:
+            if name.endswith(VARIANCE):
+                weights[name] = (weights[name] - weights[name.removesuffix(VARIANCE) + MEAN] ** 2).clamp(min=0)
+        return weights
 
     def _encoded(self, name: str, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if name.endswith(VARIANCE):
             return weights[name] + weights[name.removesuffix(VARIANCE) + MEAN] ** 2
         return weights[name]
-
-    def _decoded(self, views: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, view in views.items():
-            if name.endswith(VARIANCE):
-                yield name, (view - views[name.removesuffix(VARIANCE) + MEAN] ** 2).clamp(min=0)
-            else:
-                yield name, view.clone()
 
 
 def build_whole(config: RunConfig, base: Path) -> nn.Module:
@@ -142,11 +137,7 @@ def build_whole(config: RunConfig, base: Path) -> nn.Module:
 
 
 def frozen_weights(module: nn.Module, freeze: list[str]) -> set[str]:
-    """Names of parameters and buffers that belong to frozen modules.
-
-    Raises:
-        ConfigError: 105 there is no such module.
-    """
+    """Names of parameters and buffers that belong to frozen modules; ConfigError 105 where one is not there."""
     modules = dict(module.named_modules())
     for name in freeze:
         if name not in modules:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -36,12 +37,10 @@ def mlp(inputs: int, hidden: Sequence[int], outputs: int, dropout: float = 0.0) 
     if not hidden:
         raise ValueError("hidden is empty: the site needs one hidden layer")
     stages: OrderedDict[str, nn.Module] = OrderedDict()
-    width = inputs
-    for number, following in enumerate(hidden, start=1):
+    for number, (width, following) in enumerate(pairwise([inputs, *hidden]), start=1):
         layer = [nn.Linear(width, following), nn.ReLU()]
         stages[f"layer{number}"] = nn.Sequential(*(layer if number == 1 else [nn.Dropout(dropout), *layer]))
-        width = following
-    stages["output"] = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, outputs))
+    stages["output"] = nn.Sequential(nn.Dropout(dropout), nn.Linear(hidden[-1], outputs))
     return nn.Sequential(stages)
 
 

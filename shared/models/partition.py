@@ -138,18 +138,14 @@ def flow_shapes(parts: Mapping[str, nn.Module], input_shape: Shape) -> dict[str,
             try:
                 flow = copy.deepcopy(part).cpu().eval()(flow)
             except Exception as error:
-                raise ConfigError(
-                    104,
-                    f"the {name} does not take a sample of shape {received}: {_described(error)}.",
-                    "make model.settings fit the data: its features, or its channels and image size.",
-                ) from error
+                what = f"the {name} does not take a sample of shape {received}: {_described(error)}."
+                remedy = "make model.settings fit the data: its features, or its channels and image size."
+                raise ConfigError(104, what, remedy) from error
             if not isinstance(flow, Tensor) or flow.ndim == 0 or flow.shape[0] != 2:
-                what = f"shape {tuple(flow.shape)}" if isinstance(flow, Tensor) else type(flow).__name__
-                raise ConfigError(
-                    105,
-                    f"for 2 samples the {name} returns {what}, not a tensor with 2 rows.",
-                    "cut where the model passes on one tensor whose first dimension is the batch.",
-                )
+                returned = f"shape {tuple(flow.shape)}" if isinstance(flow, Tensor) else type(flow).__name__
+                what = f"for 2 samples the {name} returns {returned}, not a tensor with 2 rows."
+                remedy = "cut where the model passes on one tensor whose first dimension is the batch."
+                raise ConfigError(105, what, remedy)
             shapes[name] = tuple(flow.shape[1:])
     return shapes
 
@@ -238,11 +234,8 @@ def _cut(model: ModelSection, whole: nn.Sequential, *, with_head: bool) -> Halve
 
     def parts(*cuts: int) -> dict[str, nn.Module]:
         bounds = itertools.pairwise((0, *cuts, len(stages)))
-        names = ("bottom", "top", "head")
-        return {
-            name: nn.Sequential(OrderedDict(stages[first:last]))
-            for name, (first, last) in zip(names, bounds, strict=False)
-        }
+        cut = (nn.Sequential(OrderedDict(stages[first:last])) for first, last in bounds)
+        return dict(zip(("bottom", "top", "head"), cut, strict=False))
 
     asked = {"model.cut": model.cut}
     if with_head:

@@ -7,6 +7,8 @@ pixels are: else the first gradients of all records only agree on that.
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -95,14 +97,8 @@ class _UNet(nn.Module):
 
 
 def _pair(inputs: int, outputs: int, smooth: bool) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for width in (inputs, outputs):
-        layers += [
-            nn.Conv2d(width, outputs, 3, padding=1),
-            nn.GroupNorm(GROUPS, outputs),
-            nn.SiLU() if smooth else nn.ReLU(),
-        ]
-    return nn.Sequential(*layers)
+    convolutions = (nn.Conv2d(width, outputs, 3, padding=1) for width in (inputs, outputs))
+    return nn.Sequential(*chain(*(_normed(one, nn.SiLU() if smooth else nn.ReLU()) for one in convolutions)))
 
 
 def _positions(maps: torch.Tensor) -> torch.Tensor:
@@ -161,14 +157,12 @@ class _Dilated(nn.Module):
 
 def _conv(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1, dilation: int = 1) -> nn.Sequential:
     padding = dilation * (kernel - 1) // 2
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False),
-        nn.GroupNorm(GROUPS, outputs),
-        nn.ELU(),
-    )
+    return _normed(nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False), nn.ELU())
 
 
 def _double(width: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.ConvTranspose2d(width, width, 4, stride=2, padding=1, bias=False), nn.GroupNorm(GROUPS, width), nn.ELU()
-    )
+    return _normed(nn.ConvTranspose2d(width, width, 4, stride=2, padding=1, bias=False), nn.ELU())
+
+
+def _normed(convolution: nn.Conv2d | nn.ConvTranspose2d, activation: nn.Module) -> nn.Sequential:
+    return nn.Sequential(convolution, nn.GroupNorm(GROUPS, convolution.out_channels), activation)

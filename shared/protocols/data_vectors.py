@@ -49,11 +49,7 @@ def encode_reports(reports: list[str]) -> str:
 
 
 def decode_reports(text: str, name: str) -> list[str]:
-    """Reports, one per scale, of which none is read yet.
-
-    Raises:
-        Refused: 304 message `name` has no such reports.
-    """
+    """Reports, one per scale, of which none is read yet; Refused 304 where message `name` has none such."""
     try:
         return _ONE_EACH.decode(text)
     except (msgspec.MsgspecError, ValueError):

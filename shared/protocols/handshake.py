@@ -34,11 +34,7 @@ REFUSAL = {"number": _NUMBER, "reason": _TEXT}
 
 
 def check_contract(stored: str, config: RunConfig, who: str) -> None:
-    """A worker goes on with the run.toml that its state was made with.
-
-    Raises:
-        RunError: 601 the file changed in between.
-    """
+    """Let a worker go on with the run.toml that its state was made with; RunError 601 where it has changed."""
     if stored != config.contract:
         what = f"{who} began {config.run.id} with another run.toml."
         remedy = "restore the file as it was, or start a new run under another id. Nothing more was sent."

@@ -85,12 +85,7 @@ def elements(config: RunConfig) -> int:
 
 
 class Work(NamedTuple):
-    """What a site does for an update.
-
-    Attributes:
-        batches: training batches.
-        samples: samples in them, together.
-    """
+    """What a site does for an update: its training batches, and the samples in them together."""
 
     batches: int
     samples: int
@@ -150,29 +145,21 @@ class RoundSequence:
 
 
 def check_slice(message: Message, layout: Layout, number: int) -> torch.Tensor:
-    """The values of slice `number`, as many as the layout says.
+    """The values of slice `number`.
 
     Raises:
-        Refused: 306 they are not; 307 one is so large that sums of such would not be finite.
+        Refused: 306 they are not as many as the layout says; 307 as `check_size`.
     """
-    values = message.tensors["values"]
-    expected = layout.slice(number)
-    if len(values) != expected.stop - expected.start:
-        raise mismatch(
-            f"{message.header.message_id} has {len(values)} values, slice {number} has "
-            f"{expected.stop - expected.start}.",
-            306,
-        )
+    values, place = message.tensors["values"], layout.slice(number)
+    expected = place.stop - place.start
+    if len(values) != expected:
+        raise mismatch(f"{message.header.message_id} has {len(values)} values, slice {number} has {expected}.", 306)
     check_size(message, values)
     return values
 
 
 def check_size(message: Message, values: torch.Tensor) -> None:
-    """No value is too large to be added up.
-
-    Raises:
-        Refused: 307 one is.
-    """
+    """Raise Refused 307 where a value is so large that sums of such would not be finite."""
     if values.abs().max() > LARGEST:
         what = f"{message.header.message_id} has values beyond {LARGEST:g}."
         raise Refused(307, what, "look at that site's training.")

@@ -12,7 +12,6 @@ import ssl
 from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
@@ -85,14 +84,13 @@ class RedisStore(RunStore):
     def statuses(self, workers: Iterable[str]) -> dict[str, Status]:
         """See `RunStore`."""
         wanted = list(workers)
-        found = self._ask(lambda: self._entries(wanted))
+        # No script: to Redis a script wants to write whatever it names, and a site may only read the server's.
+        commands = self._redis.pipeline(transaction=False)
+        for worker in wanted:
+            commands.getrange(self._status(worker), 0, most_bytes(worker))
+        found: list[str] = self._ask(commands.execute)
         now = self.now()
-        statuses = {}
-        for worker, entry in zip(wanted, found, strict=True):
-            if entry:
-                written, report = _read(entry, worker)
-                statuses[worker] = Status(worker, report, age_seconds(now, written))
-        return statuses
+        return {worker: _read(worker, entry, now) for worker, entry in zip(wanted, found, strict=True) if entry}
 
     def now(self) -> float:
         """See `RunStore`."""
@@ -135,14 +133,6 @@ class RedisStore(RunStore):
         """See `RunStore`."""
         self._redis.close()
 
-    def _entries(self, workers: list[str]) -> list[str]:
-        """What stands under the key of each worker, as far as it is read; "" for nothing."""
-        # No script: to Redis a script wants to write whatever it names, and a site may only read the server's.
-        commands = self._redis.pipeline(transaction=False)
-        for worker in workers:
-            commands.getrange(self._status(worker), 0, most_bytes(worker))
-        return commands.execute()
-
     def _status(self, worker: str) -> str:
         """A key of its own for each worker, since Redis gives rights by key."""
         return f"{self._prefix}:status:{worker}"
@@ -167,13 +157,13 @@ def _text_of(script: str) -> str:
     return resources.files(__package__).joinpath("lua", f"{script}.lua").read_text(encoding="utf-8")
 
 
-def _read(entry: str, worker: str) -> tuple[float, WorkerStatus]:
-    """When a worker wrote its status, in seconds since 1970, and what; 0 where even that cannot be read."""
+def _read(worker: str, entry: str, now: float) -> Status:
+    """The status of a worker; of 1970 where even its time cannot be read."""
     try:
         written, record = msgspec.json.decode(entry, type=tuple[float, str])
     except (msgspec.MsgspecError, ValueError, RecursionError):  # as `read_status`
-        return 0.0, UNREADABLE
-    return written / 1000, read_status(record, worker)
+        return Status(worker, UNREADABLE, age_seconds(now, 0.0))
+    return Status(worker, read_status(record, worker), age_seconds(now, written / 1000))
 
 
 def _login(address: SplitResult, credentials: Credentials) -> dict[str, Any]:
@@ -187,12 +177,8 @@ def _login(address: SplitResult, credentials: Credentials) -> dict[str, Any]:
             "ssl_cert_reqs": "required",
             "ssl_check_hostname": True,
             "ssl_min_version": ssl.TLSVersion.TLSv1_2,
-            "ssl_ca_certs": _text(credentials.ca),
-            "ssl_certfile": _text(credentials.certificate),
-            "ssl_keyfile": _text(credentials.key),
+            "ssl_ca_certs": credentials.ca and str(credentials.ca),
+            "ssl_certfile": credentials.certificate and str(credentials.certificate),
+            "ssl_keyfile": credentials.key and str(credentials.key),
         }
     return settings
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)

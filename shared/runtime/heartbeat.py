@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from logging import WARNING
-from types import TracebackType
 
 from msgspec.structs import replace
 
@@ -47,9 +46,7 @@ class Heartbeat:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
             self._failure = error.heading if isinstance(error, NightsplitError) else type(error).__name__
         self._stop.set()

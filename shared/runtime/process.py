@@ -7,7 +7,7 @@ import fcntl
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -53,26 +53,18 @@ def locked_folder(folder: Path) -> Iterator[bool]:
         handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise StateError(501, f"{folder}: {error.strerror}.", "name a state folder on a disk with room.") from None
+    alone = False
     try:
-        yield _lock(handle)
+        with suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = True
+        yield alone
     finally:
         os.close(handle)
 
 
-def _lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def prepare_torch(threads: int, device: str) -> None:
-    """Fix the number of threads and check the device.
-
-    Raises:
-        ConfigError: 109 the device is not there.
-    """
+    """Fix the number of threads and check the device; ConfigError 109 where it is not there."""
     torch.set_num_threads(threads)
     _keep_memory()
     try:

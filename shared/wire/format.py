@@ -20,18 +20,7 @@ import torch
 
 from nightsplit.shared.wire import codecs
 from nightsplit.shared.wire.codecs import Entry, refusal
-from nightsplit.shared.wire.head import (
-    INT64,
-    MAX_DIMENSIONS,
-    MAX_HEADER,
-    MAX_SCALARS,
-    MAX_TENSORS,
-    PREFIX,
-    Head,
-    check_header,
-    pack_head,
-    read_head,
-)
+from nightsplit.shared.wire.head import INT64, PREFIX, Head, check_header, pack_head, read_head
 from nightsplit.shared.wire.message import Message, Scalar
 from nightsplit.shared.wire.schema import Payload, TensorSpec
 
@@ -65,10 +54,6 @@ def encode(message: Message, payload: Payload, max_bytes: int) -> list[bytes | m
     entries = [entry for entry, _ in encoded]
     _check_decoded_size(entries, max_bytes)
     header = pack_head(message.header, message.scalars, entries)
-    if len(header) > MAX_HEADER or len(entries) > MAX_TENSORS or len(message.scalars) > MAX_SCALARS:
-        raise refusal(308, f"Header of {len(header)} bytes and {len(entries)} tensors: above the limit.")
-    if any(len(entry.shape) > MAX_DIMENSIONS for entry in entries):
-        raise refusal(308, f"A tensor has more than {MAX_DIMENSIONS} dimensions.")
     pieces: list[bytes | memoryview] = [len(header).to_bytes(PREFIX, "big") + header]
     end = len(pieces[0])
     for _, data in encoded:
@@ -101,12 +86,8 @@ def read_body(head: Head, body: bytes, max_bytes: int) -> Message:
     for entry in entries:
         _check_codec(entry, payload.tensors[entry.name])
     _check_decoded_size(entries, max_bytes)
-    offsets = list(_offsets(body, head))
-    return Message(
-        head.header,
-        {entry.name: codecs.decode(entry, body, at) for entry, at in zip(entries, offsets, strict=True)},
-        head.scalars,
-    )
+    places = zip(entries, list(_offsets(body, head)), strict=True)
+    return Message(head.header, {entry.name: codecs.decode(entry, body, at) for entry, at in places}, head.scalars)
 
 
 def decode(body: bytes, payload: Payload, max_bytes: int) -> Message:
@@ -116,10 +97,8 @@ def decode(body: bytes, payload: Payload, max_bytes: int) -> Message:
 
 def _check_names(what: str, found: Mapping[str, object], expected: Mapping[str, object]) -> None:
     if found.keys() != expected.keys():
-        missing, extra = (
-            [name[:80] for name in heapq.nsmallest(5, names)]
-            for names in (expected.keys() - found.keys(), found.keys() - expected.keys())
-        )
+        differing = expected.keys() - found.keys(), found.keys() - expected.keys()
+        missing, extra = ([name[:80] for name in heapq.nsmallest(5, names)] for names in differing)
         raise refusal(304, f"Its {what} lack {missing!r:.200} and have {extra!r:.200} on top.")
 
 

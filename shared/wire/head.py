@@ -79,15 +79,20 @@ def pack_head(header: Header, scalars: Mapping[str, Scalar], entries: Sequence[E
     """Spell a header map.
 
     Raises:
-        Refused: 304 a string is not valid text.
+        Refused: 304 a string is not valid text, 308 a limit.
     """
     try:
         packer = _packer(header, scalars, len(entries))
         for entry in entries:
             packer.pack(_row(entry))
-        return bytes(packer.bytes())
+        packed = bytes(packer.bytes())
     except UnicodeEncodeError as error:
         raise refusal(304, f"A string is not valid text: {error.reason}.") from error
+    if len(packed) > MAX_HEADER or len(entries) > MAX_TENSORS or len(scalars) > MAX_SCALARS:
+        raise refusal(308, f"Header of {len(packed)} bytes and {len(entries)} tensors: above the limit.")
+    if any(len(entry.shape) > MAX_DIMENSIONS for entry in entries):
+        raise refusal(308, f"A tensor has more than {MAX_DIMENSIONS} dimensions.")
+    return packed
 
 
 def _packer(header: Header, scalars: Mapping[str, Scalar], tensors: int, size: int = 1024) -> Any:
@@ -197,11 +202,7 @@ def shown(value: object) -> str:
 
 
 def check_header(header: Header) -> None:
-    """Check names and counts.
-
-    Raises:
-        Refused: 301.
-    """
+    """Check names and counts; Refused 301 says which is none."""
     for name in _NAMES:
         value = getattr(header, name)
         if type(value) is not str or not 0 < len(value) <= MAX_NAME or not value.isprintable():

@@ -44,12 +44,9 @@ class Kind(StrEnum):
 UNSEQUENCED = frozenset({Kind.MANIFEST, Kind.HELLO, Kind.REJECTED})
 """Kinds whose number would depend on timing: they carry seq 0 and may be repeated."""
 
-
-FROM_SITES = frozenset(
-    {
-        Kind.HELLO, Kind.SMASHED, Kind.HEAD_GRADIENT, Kind.REPORT, Kind.BOTTOM, Kind.UPDATE, Kind.KEYS, Kind.QUERY,
-    }
-)  # fmt: skip
+FROM_SITES = frozenset({
+    Kind.HELLO, Kind.SMASHED, Kind.HEAD_GRADIENT, Kind.REPORT, Kind.BOTTOM, Kind.UPDATE, Kind.KEYS, Kind.QUERY,
+})  # fmt: skip
 """Kinds that sites send; the server sends the others."""
 
 

@@ -111,11 +111,8 @@ class Payload:
     def __post_init__(self) -> None:
         if self.kind not in FROM_SITES:
             return
-        silent = [name for name, spec in self._parts if spec.reveals is None]
-        if silent:
-            raise ValueError(
-                f"{self.kind} leaves a site, so say what it tells of patients (reveals=): {', '.join(silent)}"
-            )
+        if silent := ", ".join(name for name, spec in self._parts if spec.reveals is None):
+            raise ValueError(f"{self.kind} leaves a site, so say what it tells of patients (reveals=): {silent}")
         if self.sets_weights:
             raise ValueError(f"{self.kind} is sent by sites: it sets no weights at one")
 
@@ -141,11 +138,7 @@ Contract = Mapping[Kind, Payload]
 
 
 def contract(*payloads: Payload) -> Contract:
-    """Return the contract of these payloads.
-
-    Raises:
-        ValueError: two are of one kind.
-    """
+    """Return the contract of these payloads; ValueError where two are of one kind."""
     kinds = {payload.kind: payload for payload in payloads}
     if len(kinds) < len(payloads):
         raise ValueError("a contract has one payload of each kind")
