@@ -24,10 +24,11 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from benchmarks.accuracy import sequences_hippocampus
+from benchmarks.accuracy.plain_clstm import plain_clstm
 from benchmarks.accuracy.sequences_hippocampus import PLACES, AreaEncoder, hippocampus, pretrained
 from benchmarks.accuracy.sequences_material import FRAMES, SIDE, Material, lung_ct, xor
 from benchmarks.speed.encrypted import Setting
-from nightsplit.shared.models.sequences import SequenceJudge, clstm, plain_clstm
+from nightsplit.shared.models.sequences import SequenceJudge, clstm
 from nightsplit.shared.storage.files import write_atomic
 from nightsplit.shared.storage.tensors import as_safetensors
 from nightsplit.site_worker.data.augment import augment

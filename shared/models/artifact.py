@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import torch
@@ -77,13 +77,6 @@ class Card(Struct, frozen=True, kw_only=True):
     weights_sha256: str
 
 
-class Taken(NamedTuple):
-    """Which weights of a model come from a published one, and which are its own fresh ones; in order."""
-
-    published: list[str]
-    fresh: list[str]
-
-
 @dataclass(frozen=True, eq=False)
 class Artifact:
     """A published model file, as read and verified.
@@ -100,14 +93,11 @@ class Artifact:
     card: Card
     tensors: Mapping[str, torch.Tensor]
 
-    def load_into(self, module: nn.Module) -> Taken:
+    def load_into(self, module: nn.Module) -> None:
         """Let a model begin with these weights; its own head stays as it was made.
 
         Every weight outside the head must be in both with the same shape and dtype: a backbone that is
         taken in part would be another network than either.
-
-        Returns:
-            The names of what was taken, and of what was not.
 
         Raises:
             ConfigError: 117 the two differ outside the head; the model is unchanged.
@@ -124,7 +114,6 @@ class Artifact:
             if (theirs.shape, theirs.dtype) != (mine.shape, mine.dtype):
                 raise self._misfit(f"{name} is {_described(theirs)} in the file and {_described(mine)} in the model")
         module.load_state_dict({name: self.tensors[name] for name in wanted}, strict=False)
-        return Taken([name for name in own if name in wanted], [name for name in own if name not in wanted])
 
     def _misfit(self, what: str) -> ConfigError:
         return ConfigError(

@@ -142,24 +142,3 @@ class _KeptSmall(torch.autograd.Function):
 def _kept_small(values: torch.Tensor) -> torch.Tensor:
     kept: torch.Tensor = _KeptSmall.apply(values)  # type: ignore[no-untyped-call]
     return kept
-
-
-def plain_clstm(frames: int = 5, side: int = 32, width: int = 8, features: int = 32, hidden: int = 16) -> nn.Sequential:
-    """The same with a plain LSTM (sigmoid and tanh) and a linear layer on its last state, to compare with.
-
-    Shapes: as `clstm`.
-    """
-    return nn.Sequential(
-        OrderedDict[str, nn.Module](encoder=FrameEncoder(side, width, features), judge=_PlainJudge(features, hidden))
-    )
-
-
-class _PlainJudge(nn.Module):
-    def __init__(self, features: int, hidden: int) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(features, hidden, batch_first=True)
-        self.output = nn.Linear(hidden, 1)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        logit: torch.Tensor = self.output(self.lstm(features)[0][:, -1])
-        return logit

@@ -9,46 +9,38 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import NamedTuple
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from nightsplit.shared.run_store.status import Phase, WorkerStatus
 
-Value = float | datetime | None
+Values = Mapping[tuple[str, ...], float | datetime | None]
 
 
-class _Told(NamedTuple):
-    """A metric, and the count or the attribute of a status that it tells."""
-
-    metric: str
-    source: str
-    meaning: str
-
-
+# A metric, the count or the attribute of a status that it tells, and its meaning.
 _COUNTERS = (
-    _Told("nightsplit_messages_sent", "sent", "Messages handed to the broker."),
-    _Told("nightsplit_messages_confirmed", "confirmed", "Messages that the broker holds on disk."),
-    _Told("nightsplit_messages_applied", "applied", "Messages applied in their turn, refused ones included."),
-    _Told("nightsplit_messages_duplicate", "duplicates", "Messages that came again and were only acknowledged."),
-    _Told("nightsplit_messages_refused", "refused", "Messages put into the dead letter queue."),
-    _Told("nightsplit_sent_bytes", "sent_bytes", "Bytes of messages handed to the broker."),
-    _Told("nightsplit_received_bytes", "received_bytes", "Bytes of messages received, duplicates included."),
-    _Told("nightsplit_checkpoints", "checkpoints", "Checkpoints written."),
+    ("nightsplit_messages_sent", "sent", "Messages handed to the broker."),
+    ("nightsplit_messages_confirmed", "confirmed", "Messages that the broker holds on disk."),
+    ("nightsplit_messages_applied", "applied", "Messages applied in their turn, refused ones included."),
+    ("nightsplit_messages_duplicate", "duplicates", "Messages that came again and were only acknowledged."),
+    ("nightsplit_messages_refused", "refused", "Messages put into the dead letter queue."),
+    ("nightsplit_sent_bytes", "sent_bytes", "Bytes of messages handed to the broker."),
+    ("nightsplit_received_bytes", "received_bytes", "Bytes of messages received, duplicates included."),
+    ("nightsplit_checkpoints", "checkpoints", "Checkpoints written."),
 )
 _GAUGES = (
-    _Told("nightsplit_plan_messages", "planned", "Messages of the run's plan: a site's own, the server's of all."),
-    _Told("nightsplit_training_steps", "steps", "Training steps of the server's layers since the run began."),
-    _Told("nightsplit_epoch", "epoch", "The last epoch that was judged."),
-    _Told("nightsplit_fence", "fence", "Number of the server's incarnation."),
+    ("nightsplit_plan_messages", "planned", "Messages of the run's plan: a site's own, the server's of all."),
+    ("nightsplit_training_steps", "steps", "Training steps of the server's layers since the run began."),
+    ("nightsplit_epoch", "epoch", "The last epoch that was judged."),
+    ("nightsplit_fence", "fence", "Number of the server's incarnation."),
 )
 _SITE_GAUGES = (
-    _Told("nightsplit_queued_messages", "queued", "A site's messages at the broker that are not applied yet."),
-    _Told("nightsplit_training_loss", "loss", "Loss of the last training batch, where the server knows it."),
-    _Told("nightsplit_staleness_steps", "staleness", "Training steps between the last batch's bottom and its use."),
-    _Told("nightsplit_site_heard_timestamp_seconds", "heard", "When the server heard the site last, by its clock."),
-    _Told("nightsplit_site_left_out", "left_out", "1 when the run goes on without the site."),
+    ("nightsplit_queued_messages", "queued", "A site's messages at the broker that are not applied yet."),
+    ("nightsplit_training_loss", "loss", "Loss of the last training batch, where the server knows it."),
+    ("nightsplit_staleness_steps", "staleness", "Training steps between the last batch's bottom and its use."),
+    ("nightsplit_site_heard_timestamp_seconds", "heard", "When the server heard the site last, by its clock."),
+    ("nightsplit_site_left_out", "left_out", "1 when the run goes on without the site."),
 )
 
 
@@ -89,25 +81,22 @@ class Telemetry(Collector):
             yield self._gauge(metric, meaning, getattr(status, source))
         for metric, source, meaning in _SITE_GAUGES:
             # The server tells of every site; a site, and a batch of several sites, stand in the status itself.
-            told = {site: getattr(status.sites.get(site, status), source, None) for site in self._sites}
-            yield self._gauges(metric, meaning, "site", told)
+            told: Values = {(site,): getattr(status.sites.get(site, status), source, None) for site in self._sites}
+            yield self._gauges(metric, meaning, ["site"], told)
         done = status.answered if status.applied is None else status.applied
         yield self._gauge("nightsplit_plan_done_messages", "Messages of the plan that were applied or answered.", done)
         age = self._monotonic() - self._saved_at
         yield self._gauge("nightsplit_checkpoint_age_seconds", "Time since a checkpoint, or since the start.", age)
-        phases: dict[str, float] = {phase: phase is status.phase for phase in Phase if phase is not Phase.UNREADABLE}
-        yield self._gauges("nightsplit_state", "1 for what the worker does, 0 for the rest.", "state", phases)
+        phases: Values = {(phase,): float(phase is status.phase) for phase in Phase if phase is not Phase.UNREADABLE}
+        yield self._gauges("nightsplit_state", "1 for what the worker does, 0 for the rest.", ["state"], phases)
 
     def _gauge(self, metric: str, meaning: str, value: float | None) -> Metric:
-        gauge = GaugeMetricFamily(metric, meaning, labels=[*self._whose])
-        if value is not None:
-            gauge.add_metric([*self._whose.values()], float(value))
-        return gauge
+        return self._gauges(metric, meaning, [], {(): value})
 
-    def _gauges(self, metric: str, meaning: str, label: str, values: Mapping[str, Value]) -> Metric:
-        gauge = GaugeMetricFamily(metric, meaning, labels=[*self._whose, label])
+    def _gauges(self, metric: str, meaning: str, label: list[str], values: Values) -> Metric:
+        gauge = GaugeMetricFamily(metric, meaning, labels=[*self._whose, *label])
         for name, value in values.items():
             if value is not None:
                 number = value.timestamp() if isinstance(value, datetime) else float(value)
-                gauge.add_metric([*self._whose.values(), name], number)
+                gauge.add_metric([*self._whose.values(), *name], number)
         return gauge

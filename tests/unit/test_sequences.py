@@ -6,8 +6,9 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from benchmarks.accuracy.events import xor_of_events
+from benchmarks.accuracy.plain_clstm import plain_clstm
 from nightsplit.shared.he.weights import Judge
-from nightsplit.shared.models.sequences import FrameEncoder, SequenceJudge, clstm, plain_clstm
+from nightsplit.shared.models.sequences import FrameEncoder, SequenceJudge, clstm
 
 
 def judge_of(frames: int, features: int, hidden: int, recurrent: bool) -> SequenceJudge:
