@@ -67,19 +67,16 @@ class Evaluation:
     def _judge_if_complete(self, candidate: int) -> bool:
         if not self._sites <= set(self._reported[candidate]):
             return False
-        self._judge(candidate, self._reported.pop(candidate))
-        return True
-
-    def _judge(self, candidate: int, sites: Mapping[str, SiteMetrics]) -> None:
+        sites = self._reported.pop(candidate)
         total = {part: overall([metrics[part] for metrics in sites.values() if part in metrics]) for part in PARTS}
-        self.history.append({"epoch": candidate, "sites": dict(sites), "overall": total})
+        self.history.append({"epoch": candidate, "sites": sites, "overall": total})
         self.judged = max(candidate, self.judged)
         # Without validation patients there is nothing to choose by: the last candidate stands.
-        reached = (
-            standing(self._config.task, validation) if (validation := total[Purpose.VALIDATION])["samples"] else None
-        )
+        validation = total[Purpose.VALIDATION]
+        reached = standing(self._config.task, validation) if validation["samples"] else None
         if self._best_standing is None or (reached is not None and reached > self._best_standing):
             self.best, self._best_standing = candidate, reached
+        return True
 
     @property
     def exhausted(self) -> bool:

@@ -23,11 +23,13 @@ class MetricsLog:
 
     def __init__(self, folder: Path, resumed_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / "metrics.jsonl"
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= resumed_step]
+        path = folder / "metrics.jsonl"
+        written = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in written if line.endswith("\n")]  # a crash may have left half a one at the end
+        kept = [line for line in whole if json.loads(line)["step"] <= resumed_step]
         self._may_come_again = {line for line in kept if json.loads(line)["step"] == resumed_step}
-        write_atomic(self._path, "".join(kept).encode())
-        self._file = self._path.open("a", encoding="utf-8")
+        write_atomic(path, "".join(kept).encode())
+        self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, record: Record) -> None:
@@ -48,10 +50,3 @@ class MetricsLog:
         """Finish both files."""
         self._file.close()
         self._board.close()
-
-    def _lines(self) -> list[str]:
-        """Whole lines written so far; a crash may have left half a one at the end."""
-        if not self._path.exists():
-            return []
-        with self._path.open(encoding="utf-8") as file:
-            return [line for line in file if line.endswith("\n")]

@@ -95,12 +95,7 @@ class Attendance:
         self._applied = dict(applied)
 
     def absent(self, awaited: Collection[str], staying: Collection[str]) -> str | None:
-        """The site that the run should go on without; None to wait.
-
-        Args:
-            awaited: sites that the run waits for.
-            staying: sites that take part.
-        """
+        """The awaited site that the run, in which the staying ones take part, should go on without; None to wait."""
         silent = self._too_long(awaited)
         return silent[0] if silent and self._suffice(staying, silent) else None
 

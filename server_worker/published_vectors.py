@@ -96,18 +96,14 @@ def merge(base: Vector, vectors: list[Vector], scale: float) -> dict[str, torch.
     """
     for vector in vectors:
         if vector.shapes != base.shapes:
-            differ = sorted(
-                name for name in {*vector.shapes, *base.shapes} if vector.shapes.get(name) != base.shapes.get(name)
-            )
+            names = sorted({*vector.shapes, *base.shapes})
+            differ = [name for name in names if vector.shapes.get(name) != base.shapes.get(name)]
             what = f"{vector.path}: {', '.join(differ[:3])} differ from {base.path}."
             raise ConfigError(117, what, "only vectors of one network with the same classes can be added.")
         if vector.base_sha256 != base.base_sha256:
-            raise ConfigError(
-                116,
-                f"{vector.path} was trained from {vector.base_sha256[:12]}, not from {base.base_sha256[:12]} "
-                f"of {base.path}.",
-                "ask that hospital to begin from the same published model.",
-            )
+            theirs, ours = vector.base_sha256[:12], base.base_sha256[:12]
+            what = f"{vector.path} was trained from {theirs}, not from {ours} of {base.path}."
+            raise ConfigError(116, what, "ask that hospital to begin from the same published model.")
     layout = Layout(base.shapes, most=len(base.values), buffers=base.buffers)
     if not vectors:
         return layout.weights(base.values)
@@ -115,11 +111,7 @@ def merge(base: Vector, vectors: list[Vector], scale: float) -> dict[str, torch.
 
 
 def read_vector(path: Path) -> Vector:
-    """Read a file of `publish`.
-
-    Raises:
-        ConfigError: 115 it cannot be read, or is no such file.
-    """
+    """Read a file of `publish`; ConfigError 115 where it cannot be read, or is no such file."""
     try:
         with safe_open(path, framework="pt") as file:
             facts, values = file.metadata(), file.get_tensor("vector")

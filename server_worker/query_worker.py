@@ -107,6 +107,5 @@ class QueryServerWorker(ShiftWorker):
         try:
             return read_secret_file(path)
         except ValueError as error:
-            raise StateError(
-                511, f"{path} {error}.", f"chmod 600 {path}, or restore it, or delete it: queries then begin again."
-            ) from None
+            remedy = f"chmod 600 {path}, or restore it, or delete it: queries then begin again."
+            raise StateError(511, f"{path} {error}.", remedy) from None

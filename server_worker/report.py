@@ -23,11 +23,7 @@ def write_report(
 ) -> dict[str, Any]:
     """Write the report folder of a finished run; returns what report.json holds.
 
-    Args:
-        folder: where it goes.
-        config: the run.
-        role: the server at the end of the run.
-        heard: when each site was heard last, in UTC; None for never.
+    `heard` says when each site was heard last, in UTC; None for never.
     """
     folder.mkdir(parents=True, exist_ok=True)
     report = summarise(config, role, heard)
@@ -68,24 +64,21 @@ def summarise(config: RunConfig, role: AnyServer, heard: Mapping[str, datetime |
 
 
 def _markdown(config: RunConfig, report: Mapping[str, Any]) -> str:
-    spec = spec_of(config)
+    spec, sites = spec_of(config), report["sites"].items()
     blocks = [
         [f"# Run {report['run']}"],
         [f"{spec.name}, {spec.settings(config)}, {report['steps']} {spec.names.steps}."],
-        *_departures(config, report["sites"]),
+        *([_departure(config, site, facts)] for site, facts in sites if facts["left_out_at"] is not None),
         *_held_out(config, report),
         ["What each site gave. Share: of the training steps that were applied."],
-        _gifts(report["sites"]),
+        [
+            "| site | batches | samples in them | share | messages applied | refused | last heard (UTC) | |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
+            *(_gift(site, facts) for site, facts in sites),
+        ],
         [f"sha256 of {spec.names.share}: `{report[f'{spec.names.weights}_sha256']}`"],
     ]
     return "\n".join(line for block in blocks for line in [*block, ""])
-
-
-def _departures(config: RunConfig, sites: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """A block for each site that was left out."""
-    return [
-        [f"**{_departure(config, site, facts)}**"] for site, facts in sites.items() if facts["left_out_at"] is not None
-    ]
 
 
 def _held_out(config: RunConfig, report: Mapping[str, Any]) -> list[list[str]]:
@@ -108,15 +101,6 @@ def _held_out(config: RunConfig, report: Mapping[str, Any]) -> list[list[str]]:
     return [[said], table, ["![curves](curves.png)"]]
 
 
-def _gifts(sites: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The table of what each site gave."""
-    return [
-        "| site | batches | samples in them | share | messages applied | refused | last heard (UTC) | |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
-        *(_gift(site, facts) for site, facts in sites.items()),
-    ]
-
-
 def _gift(site: str, facts: Mapping[str, Any]) -> str:
     planned = "unknown" if facts["planned"] is None else facts["planned"]
     left_out = "" if facts["left_out_at"] is None else f"**LEFT OUT** after {facts['left_out_at']} messages"
@@ -128,10 +112,10 @@ def _gift(site: str, facts: Mapping[str, Any]) -> str:
 
 def _departure(config: RunConfig, site: str, facts: Mapping[str, Any]) -> str:
     return (
-        f"LEFT OUT: {site}, behind {facts['left_out_at']} applied messages of all sites, since it was silent for "
+        f"**LEFT OUT: {site}, behind {facts['left_out_at']} applied messages of all sites, since it was silent for "
         f"{config.run.absence_hours:g} h and {config.run.quorum} sites suffice. Last heard "
         f"{facts['last_heard'] or 'never'}. It gave {facts['batches']} batches, {100 * facts['share']:.1f} % of the "
-        "training steps; later epochs were judged without its patients."
+        "training steps; later epochs were judged without its patients.**"
     )
 
 
@@ -149,12 +133,8 @@ def _draw(path: Path, config: RunConfig, history: list[Mapping[str, Any]]) -> No
     axes = figure.subplots(1, len(names))
     for axis, name in zip(axes, names, strict=True):
         for site in [*config.run.sites, "overall"]:
-            entries = [(e["epoch"], (e["sites"] | {"overall": e["overall"]}).get(site, {})) for e in history]
-            points = [
-                (epoch, metrics[part][name])
-                for epoch, metrics in entries
-                if metrics.get(part, {}).get(name) is not None
-            ]
+            told = ((e["epoch"], (e["sites"] | {"overall": e["overall"]}).get(site, {}).get(part, {})) for e in history)
+            points = [(epoch, figures[name]) for epoch, figures in told if figures.get(name) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), label=site, linewidth=2 if site == "overall" else 1)
         axis.set_xlabel("epoch")

@@ -56,12 +56,7 @@ S = TypeVar("S", bound=Sequence)
 
 
 class ServerRole(Role, Generic[S]):
-    """Opens the run, accepts sites and their messages in sequence, and judges every candidate for the best model.
-
-    Args:
-        config: the run.
-        contract: payload of each kind.
-    """
+    """Opens the run, accepts sites and their messages in sequence, and judges every candidate for the best model."""
 
     rederives = False
 
@@ -102,11 +97,7 @@ class ServerRole(Role, Generic[S]):
 
     @abstractmethod
     def sequence_of(self, site: str, samples: Samples) -> S:
-        """What a site with so many samples sends.
-
-        Raises:
-            Refused: 308 there is no such site.
-        """
+        """What a site with so many samples sends; Refused 308 where there can be no such site."""
 
     @abstractmethod
     def awaited(self) -> list[str]:
@@ -186,10 +177,8 @@ class ServerRole(Role, Generic[S]):
         sequence = self.sequence_of(site, samples)
         known = sequence.answers if hello["enrolled"] else mark
         if len(incarnation) > LONGEST_INCARNATION or not 0 <= released <= mark <= known:
-            raise mismatch(
-                f"{site} says hello with answer {mark}, {released} of them stored, and a name of {len(incarnation)} "
-                "characters."
-            )
+            stands = f"answer {mark}, {released} of them stored"
+            raise mismatch(f"{site} says hello with {stands}, and a name of {len(incarnation)} characters.")
         problem: tuple[int, str] | None = None
         if site in self.left_out:
             problem = self._farewell_to(site)
@@ -229,11 +218,7 @@ class ServerRole(Role, Generic[S]):
         return effects
 
     def figures(self, message: Message, due: bool) -> SiteMetrics:
-        """The figures in a site's message: of its held-out samples where they are due, else none.
-
-        Raises:
-            Refused: 304 they are not what is due.
-        """
+        """The figures in a site's message: of its held-out samples where they are due, else none; Refused 304 for others."""
         text, name = str(message.scalars["metrics"]), message.header.message_id
         if due:
             return decode_report(text, self.config.task, self.announced(message.header.sender), name)
@@ -268,8 +253,8 @@ class ServerRole(Role, Generic[S]):
         return json.dumps(best and {"epoch": best["epoch"], "overall": best["overall"]}, sort_keys=True)
 
     def _manifest(self, site: str) -> Send:
-        manifest = {"config": self.config.canonical(), "contract": self.config.contract}
-        return Send(site, Kind.MANIFEST, 0, scalars=manifest)
+        config = self.config
+        return Send(site, Kind.MANIFEST, 0, scalars={"config": config.canonical(), "contract": config.contract})
 
     def _rejection(self, site: str, incarnation: str, problem: tuple[int, str]) -> Send:
         scalars: dict[str, Scalar] = {"incarnation": incarnation, "number": problem[0], "reason": problem[1]}

@@ -44,11 +44,7 @@ def taped(link: Link, config: RunConfig, state: Path) -> Link:
 
 
 class Tape:
-    """What one server process receives, as a file that is made with its first entry.
-
-    Args:
-        folder: the tape's; other processes of the same run write their files beside this one.
-    """
+    """What one server process receives, as a file in the tape's folder that is made with its first entry."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -56,15 +52,9 @@ class Tape:
         self._unsynced = 0
 
     def write(self, delivery: Delivery) -> None:
-        """Append a delivery; `sync` makes it durable.
-
-        Raises:
-            StateError: 501 the disk is full.
-        """
+        """Append a delivery; `sync` makes it durable. StateError 501 where the disk is full."""
         names = json.dumps([delivery.queue, delivery.message_id]).encode()
-        digest = hashlib.sha256(names)
-        digest.update(delivery.body)
-        head = _HEAD.pack(_MARK, len(names), len(delivery.body), digest.digest())
+        head = _HEAD.pack(_MARK, len(names), len(delivery.body), _sha256(names, delivery.body))
         self._unsynced += len(head) + len(names) + len(delivery.body)
         with self._disk_errors():
             if self._file is None:
@@ -73,11 +63,7 @@ class Tape:
                 self._file.write(piece)
 
     def sync(self) -> None:
-        """Force to disk what was written.
-
-        Raises:
-            StateError: 501 the disk is full.
-        """
+        """Force to disk what was written; StateError 501 where the disk is full."""
         if self._file is None or not self._unsynced:
             return
         with self._disk_errors():
@@ -110,22 +96,16 @@ class Tape:
         try:
             yield
         except OSError as error:
-            raise StateError(
-                501,
-                f"{self._folder} cannot be written ({error.strerror}); the next entries need {self._unsynced} bytes. "
-                f"What was acknowledged is on the tape.",
-                "make room on that disk, then start the server again: it continues where it was.",
-            ) from None
+            needed = f"the next entries need {self._unsynced} bytes. What was acknowledged is on the tape."
+            what = f"{self._folder} cannot be written ({error.strerror}); {needed}"
+            remedy = "make room on that disk, then start the server again: it continues where it was."
+            raise StateError(501, what, remedy) from None
 
 
 class TapedLink(WrappedLink):
     """A link whose deliveries are on the tape before the broker may forget them.
 
-    `receive`, `acknowledge` and `close` raise StateError 501 when the tape's disk is full.
-
-    Args:
-        link: does everything else.
-        tape: closed with the link.
+    `receive`, `acknowledge` and `close`, which also closes the tape, raise StateError 501 when its disk is full.
     """
 
     def __init__(self, link: Link, tape: Tape) -> None:
@@ -179,21 +159,22 @@ def _entries(file: BinaryIO, path: Path, damaged: list[str]) -> Iterator[Deliver
     end = os.fstat(file.fileno()).st_size
     while (place := file.tell()) < end:
         head = file.read(_HEAD.size)
-        if len(head) < _HEAD.size or not head.startswith(_MARK):
-            damaged.append(f"{path.name} from byte {place} on")
-            return
-        _, names_size, body_size, sha256 = _HEAD.unpack(head)
-        if file.tell() + names_size + body_size > end:
+        mark, names_size, body_size, sha256 = _HEAD.unpack(head.ljust(_HEAD.size))
+        if len(head) < _HEAD.size or mark != _MARK or file.tell() + names_size + body_size > end:
             damaged.append(f"{path.name} from byte {place} on")
             return
         names, body = file.read(names_size), file.read(body_size)
-        digest = hashlib.sha256(names)
-        digest.update(body)
-        if digest.digest() != sha256:
+        if _sha256(names, body) != sha256:
             damaged.append(f"{path.name} at byte {place}")
             continue
         queue, message_id = json.loads(names)
         yield Delivery(queue, message_id, body)
+
+
+def _sha256(names: bytes, body: bytes) -> bytes:
+    digest = hashlib.sha256(names)
+    digest.update(body)
+    return digest.digest()
 
 
 def _files(folder: Path) -> list[Path]:

@@ -164,11 +164,7 @@ class Broker(ABC):
 
     @abstractmethod
     def declare(self, queues: Iterable[Queue]) -> None:
-        """Create queues that do not exist; harmless for those that do.
-
-        Raises:
-            BrokerError: 201 unreachable, 202 login refused, 204 a queue exists with other settings.
-        """
+        """Create the queues that do not exist; BrokerError 201 unreachable, 202 login refused, 204 other settings."""
 
     @abstractmethod
     def link(self, consume: Sequence[Queue], prefetch: int, owner: str) -> Link:

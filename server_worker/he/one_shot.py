@@ -34,7 +34,7 @@ def logits(arithmetic: Arithmetic, judge: Judge, frames: Sequence[Sequence[Ciphe
         return arithmetic.weighted(weight * judge.inputs[row], frames[frame - 1], float(weight * judge.bias[row]))
 
     units = [Products(arithmetic, len(frames), partial(gate, unit)) for unit in range(judge.hidden)]
-    pairs = [pair for unit in units for pair in unit.pairs()]
+    pairs = [pair for unit in units for pair in unit.pairs(1, len(frames) + 1)]
     return arithmetic.plus(arithmetic.sum([arithmetic.products(pairs), votes]), judge.constant)
 
 
@@ -51,11 +51,7 @@ class Products:
         self._arithmetic, self._frames, self._gate = arithmetic, frames, gate
         self._factors: dict[tuple[int, int], Ciphertext] = {}
 
-    def pairs(self) -> list[tuple[Ciphertext, Ciphertext]]:
-        """The products whose sum is its evidence."""
-        return self._pairs(1, self._frames + 1)
-
-    def _pairs(self, first: int, end: int) -> list[tuple[Ciphertext, Ciphertext]]:
+    def pairs(self, first: int, end: int) -> list[tuple[Ciphertext, Ciphertext]]:
         """Products whose sum is what frames first ... end - 1 give, times the factors through `end`."""
         pairs = []
         while first < end:
@@ -68,7 +64,7 @@ class Products:
         """What frames first ... end give, times the factors through `end`."""
         if first == end:
             return self._arithmetic.products([(self._gate(end, 0), self._gate(end, 3))])
-        return self._arithmetic.sum([self._arithmetic.products(self._pairs(first, end)), self._given(end, end)])
+        return self._arithmetic.sum([self._arithmetic.products(self.pairs(first, end)), self._given(end, end)])
 
     def _factor(self, first: int, end: int) -> Ciphertext:
         """The product of factors first ... end."""

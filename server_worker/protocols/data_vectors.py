@@ -67,16 +67,11 @@ class DataVectorsServer(RoundServer):
         return [effect for place, metrics in enumerate(figures, 1) for effect in self.judge(site, place, metrics)]
 
     def _checked(self, message: Message) -> torch.Tensor:
-        """Statistics (scales, statistics) of which variances can be taken.
-
-        Raises:
-            Refused: 307 they are none.
-        """
+        """Statistics (scales, statistics) of which variances can be taken; Refused 307 where they are none."""
         statistics = message.tensors["statistics"]
         check_size(message, statistics)
         if (statistics[:, self.layout.second_moments[self.layout.statistics]] < 0).any():
-            what = f"{message.header.message_id} has variances below 0."
-            raise mismatch(what, 307)
+            raise mismatch(f"{message.header.message_id} has variances below 0.", 307)
         return statistics.clone()
 
     def judged(self, candidate: int) -> list[Effect]:

@@ -94,9 +94,8 @@ class SplitFrozenServer(StreamServer):
         size = self.config.run.batch_size
         per_epoch = -(-len(rows) // size)
         epoch, batch = divmod(self._trained, per_epoch)
-        order = torch.randperm(
-            len(rows), generator=torch.Generator().manual_seed(seed_for(self.config.run.seed, "store", epoch + 1))
-        )
+        generator = torch.Generator().manual_seed(seed_for(self.config.run.seed, "store", epoch + 1))
+        order = torch.randperm(len(rows), generator=generator)
         chosen = order[len(rows) * batch // per_epoch : len(rows) * (batch + 1) // per_epoch].tolist()
         seed = seed_for(self.config.run.seed, "top", "store", self._trained)
         effects: list[Effect] = []

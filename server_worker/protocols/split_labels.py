@@ -23,9 +23,7 @@ class SplitLabelsServer(StreamServer):
             record = self.trained(site, item, loss)
             return [self.answer(site, slot.seq, Kind.CUT_GRADIENT, {"gradient": gradient}), record]
         self.evaluation.add(site, item.purpose, self.top.predict(smashed), targets)
-        effects: list[Effect] = []
-        if item.ends_block:  # the answer tells the verdict
-            effects = self.close_block(site, item)
+        effects = self.close_block(site, item) if item.ends_block else []  # first: the answer tells the verdict
         return [self.answer(site, slot.seq, Kind.NOTED), *effects]
 
 

@@ -63,8 +63,7 @@ class SplitUServer(StreamServer):
         if q not in self._open[site]:
             raise mismatch(f"item {q} has no open forward.")
         version, smashed = self._open[site][q]
-        gradient = message.tensors["gradient"]
-        at_cut = self.top.backward(smashed, gradient, version, seed)
+        at_cut = self.top.backward(smashed, message.tensors["gradient"], version, seed)
         self._close(site, item)
         record = self.trained(site, item, None)
         return [self.answer(site, seq, Kind.CUT_GRADIENT, {"gradient": at_cut}), record]

@@ -25,7 +25,7 @@ from nightsplit.shared.he.ckks import Circuit, PublicKeys
 from nightsplit.shared.protocols.query import BLINDED_ELSEWHERE, KEYS_UNKNOWN, Parcels, chunks
 from nightsplit.shared.storage.files import make_private_folder, write_atomic
 from nightsplit.shared.transport import Confirmed, Delivery
-from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
+from nightsplit.shared.wire.message import Header, Kind, Message
 
 POLL_S = 0.5
 """How long it waits for a message before it looks whether it should leave."""
@@ -78,11 +78,7 @@ class QueryServer:
         self.refused = 0
 
     def run(self, leave: Callable[[], bool], idle_seconds: float | None) -> None:
-        """Answer until `leave()` holds, or nothing came for `idle_seconds`.
-
-        Raises:
-            StateError: 509 a process that evaluates is gone.
-        """
+        """Answer until `leave()` holds, or nothing came for `idle_seconds`; StateError 509: a process is gone."""
         last = time.monotonic()
         while not leave():
             event = self._mailbox.link.receive(SOON_S if self._evaluations else POLL_S)
@@ -157,9 +153,7 @@ class QueryServer:
             self._given_up.add(parcel)
         self._leaving[self._mailbox.put_aside(delivery, refusal).copy] = parcel
         if header.kind is Kind.QUERY:
-            told = Header(
-                self._mailbox.run, SERVER, header.sender, Kind.UNANSWERED, header.seq, header.seq, header.version
-            )
+            told = self._mailbox.header(header.sender, Kind.UNANSWERED, header.seq, header.seq, header.version)
             self._send(parcel, Message(told, {}, {"number": refusal.number, "reason": str(refusal)}), 0)
 
     def _confirmed(self, name: str) -> None:
@@ -187,11 +181,7 @@ class QueryServer:
         write_atomic(folder / keys.sha256, keys.content)
 
     def _known(self, site: str, sha256: str) -> PublicKeys:
-        """The keys of a site that have this name.
-
-        Raises:
-            Refused: 314 they are not here.
-        """
+        """The keys of a site that have this name; Refused 314 where they are not here."""
         for path in (self._keys / site).glob("*"):
             if path.name == sha256:  # compared, and not made a part of a path: it came with a message
                 return PublicKeys.of(path.read_bytes())

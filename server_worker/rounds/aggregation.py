@@ -5,7 +5,6 @@ An update is a list of slices, as it travelled; a sum over slices of some megaby
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -13,31 +12,7 @@ import torch
 from nightsplit.shared.config.run import RoundSection
 
 
-class Aggregation(ABC):
-    """Takes updates one after the other; all have slices of the same lengths."""
-
-    @abstractmethod
-    def add(self, name: str, update: Sequence[torch.Tensor], weight: float) -> None:
-        """Take an update, slices of float32 (elements,), which are not changed."""
-
-    @abstractmethod
-    def result(self) -> Iterator[torch.Tensor]:
-        """Slices of the combined update, float32 (elements,); none when nothing came."""
-
-    @abstractmethod
-    def clear(self) -> None:
-        """Forget all updates."""
-
-    @abstractmethod
-    def state(self) -> dict[str, torch.Tensor]:
-        """Entries for a snapshot."""
-
-    @abstractmethod
-    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Continue from `state`."""
-
-
-class WeightedMean(Aggregation):
+class WeightedMean:
     """McMahan et al., AISTATS 2017, algorithm 1: sum of n_k w_k / n. One pass, one model of memory."""
 
     def __init__(self) -> None:
@@ -45,7 +20,7 @@ class WeightedMean(Aggregation):
         self._weight = 0.0
 
     def add(self, name: str, update: Sequence[torch.Tensor], weight: float) -> None:
-        """See `Aggregation`."""
+        """Take an update, slices of float32 (elements,) as long as those of the others; they are not changed."""
         if not self._sums:
             self._sums = [values * weight for values in update]
         else:
@@ -54,25 +29,25 @@ class WeightedMean(Aggregation):
         self._weight += weight
 
     def result(self) -> Iterator[torch.Tensor]:
-        """See `Aggregation`."""
+        """Slices of the combined update, float32 (elements,); none when nothing came."""
         return (total / self._weight for total in self._sums)
 
     def clear(self) -> None:
-        """See `Aggregation`."""
+        """Forget all updates."""
         self._sums, self._weight = [], 0.0
 
     def state(self) -> dict[str, torch.Tensor]:
-        """See `Aggregation`."""
+        """Entries for a snapshot."""
         sums = {str(number): total for number, total in enumerate(self._sums)}
         return {**sums, "weight": torch.tensor(self._weight, dtype=torch.float64)}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """See `Aggregation`."""
+        """Continue from `state`."""
         self._sums = [tensors[str(number)].clone() for number in range(len(tensors) - 1)]
         self._weight = tensors["weight"].item()
 
 
-class TrimmedMean(Aggregation):
+class TrimmedMean:
     """Coordinate-wise trimmed mean (Yin et al., ICML 2018, definition 2), against a site that lies.
 
     Keeps every update until it is combined. Each counts the same, whatever its weight.
@@ -87,39 +62,36 @@ class TrimmedMean(Aggregation):
         self._updates: dict[str, list[torch.Tensor]] = {}
 
     def add(self, name: str, update: Sequence[torch.Tensor], weight: float) -> None:
-        """See `Aggregation`."""
+        """See `WeightedMean`."""
         self._updates[name] = list(update)
 
     def result(self) -> Iterator[torch.Tensor]:
-        """See `Aggregation`."""
+        """See `WeightedMean`."""
         updates = [self._updates[name] for name in sorted(self._updates)]
         return (self._combine(torch.stack(slices)) for slices in zip(*updates, strict=True))
 
     def _combine(self, values: torch.Tensor) -> torch.Tensor:
         """Of (updates, elements)."""
-        most = (len(values) - 1) // 2
-        out = min(most, int(self._trim * len(values)))
+        out = min((len(values) - 1) // 2, int(self._trim * len(values)))
         return values.sort(0).values[out : len(values) - out].mean(0)
 
     def clear(self) -> None:
-        """See `Aggregation`."""
+        """See `WeightedMean`."""
         self._updates = {}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """See `Aggregation`."""
-        return {
-            f"{number}/{name}": values for name, update in self._updates.items() for number, values in enumerate(update)
-        }
+        """See `WeightedMean`."""
+        return {f"{number}/{name}": part for name, parts in self._updates.items() for number, part in enumerate(parts)}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """See `Aggregation`."""
-        self._updates = {}
+        """See `WeightedMean`."""
+        self.clear()
         slices = {(int(number), name): key for key in tensors for number, _, name in [key.partition("/")]}
         for (_, name), key in sorted(slices.items()):
             self._updates.setdefault(name, []).append(tensors[key])
 
 
-def make_aggregation(section: RoundSection) -> Aggregation:
+def make_aggregation(section: RoundSection) -> WeightedMean | TrimmedMean:
     """What run.toml asks for."""
     if section.combine == "mean":
         return WeightedMean()

@@ -34,10 +34,6 @@ class RoundServer(ServerRole[RoundSequence]):
     An update counts whole or not at all: one of which a slice was refused does not, nor does one whose site
     left before the last slice. Its staleness is how often the server has combined since the model that the
     update began with: 0 for everybody with "all".
-
-    Args:
-        config: the run.
-        rounds: model and layout.
     """
 
     def __init__(self, config: RunConfig, rounds: Rounds) -> None:
@@ -180,10 +176,6 @@ class RoundServer(ServerRole[RoundSequence]):
 
     # -- inside ------------------------------------------------------------------------------------
 
-    @property
-    def _buffered(self) -> bool:
-        return self.config.round.close == "buffered"
-
     def _take(self, header: Header, values: torch.Tensor | None, metrics: SiteMetrics) -> list[Effect]:
         """Keep a slice of an update, None if it was refused; with the last one the site has reported."""
         site = header.sender
@@ -199,14 +191,11 @@ class RoundServer(ServerRole[RoundSequence]):
         self.batches[site] += work.batches
         self.samples[site] += work.samples
         self.steps += 1
-        effects: list[Effect] = [
-            Record(
-                {
-                    "event": "train", "step": self.steps, "site": site, "epoch": self.version + 1,
-                    "loss": None, "staleness": self.version - self._begun[site],
-                }
-            )
-        ]  # fmt: skip
+        late, epoch = self.version - self._begun[site], self.version + 1
+        trained = Record(
+            {"event": "train", "step": self.steps, "site": site, "epoch": epoch, "loss": None, "staleness": late}
+        )
+        effects: list[Effect] = [trained]
         if self.config.round.close == "all" and is_judged(self.config, self._begun[site]):
             effects += self.judge(site, self._begun[site], metrics)
         self._reported[site] = header.seq
@@ -215,7 +204,7 @@ class RoundServer(ServerRole[RoundSequence]):
             return effects + self._answer(site, self._reported.pop(site))
         if self._ready_to_close(deadline=False):
             return effects + self.close()
-        if self._buffered:
+        if self.config.round.close == "buffered":
             effects += self._answer(site, self._reported.pop(site))
         return effects
 

@@ -20,21 +20,13 @@ Row = tuple[str, int, int]
 
 
 class ActivationStore:
-    """The released activations of one run.
-
-    Args:
-        folder: belongs to this run's server alone.
-    """
+    """The released activations of one run, in a folder that belongs to its server alone."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def put(self, site: str, q: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Store item q of a site durably; storing it again changes nothing.
-
-        Raises:
-            StateError: 501 the disk is full; earlier items are intact.
-        """
+        """Store item q of a site durably, once for all; StateError 501: the disk is full, earlier items are intact."""
         place = self._place(site, q)
         try:
             make_private_folder(place.parent)

@@ -49,11 +49,7 @@ STEP_TIMEOUT = timedelta(minutes=5)
 
 
 def device_of_rank(device: str) -> str:
-    """Where this process computes: each of several that torchrun started has a GPU of its own.
-
-    Raises:
-        ConfigError: 114 when `device` is one GPU for all of them.
-    """
+    """Where this process computes: each of several has a GPU of its own; ConfigError 114 when `device` is one GPU."""
     if not _is_one_of_several() or not device.startswith("cuda"):
         return device
     if device != "cuda":
@@ -73,11 +69,7 @@ def _is_one_of_several() -> bool:
 
 @contextmanager
 def joined_group(device: str) -> Iterator[Group | None]:
-    """The group that torchrun made this process a part of; None for a process on its own.
-
-    Raises:
-        StateError: 509 when the others do not come.
-    """
+    """The group that torchrun made this process a part of, else None; StateError 509 when the others do not come."""
     if not _is_one_of_several():
         yield None
         return

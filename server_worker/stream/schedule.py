@@ -38,16 +38,18 @@ class Schedule(ABC):
             applied: messages applied so far, per site that takes part.
         """
 
-    @abstractmethod
     def choose(
         self, ready: Set[str], held: Set[str], plans: Mapping[str, UpSequence], applied: Mapping[str, int]
     ) -> str | None:
-        """The site whose next message is applied now; None to wait.
+        """The site whose next message is applied now, of several the one furthest behind its plan; None to wait.
 
         Args:
             ready: sites whose next message is here.
             Others as in `awaited`.
         """
+        candidates = [site for site in self.awaited(held, plans, applied) if site in ready and site in plans]
+        # Quotients of whole numbers below 2^26 are equal as floats only where they are equal.
+        return min(candidates, key=lambda site: (applied[site] + 1) / plans[site].last, default=None)
 
     def _open(self, held: Set[str], plans: Mapping[str, UpSequence], applied: Mapping[str, int]) -> list[str]:
         """Sites that have more to send, as far as is known, and do not wait for an averaging."""
@@ -69,12 +71,6 @@ class Strict(Schedule):
             return unknown  # their messages could come first
         return sorted(open_sites, key=lambda site: plans[site].place(applied[site] + 1))[:1]
 
-    def choose(
-        self, ready: Set[str], held: Set[str], plans: Mapping[str, UpSequence], applied: Mapping[str, int]
-    ) -> str | None:
-        """See `Schedule.choose`."""
-        return next((site for site in self.awaited(held, plans, applied) if site in ready and site in plans), None)
-
 
 class Fair(Schedule):
     """Weighted round robin over what has arrived; a site's weight is the length of its plan."""
@@ -84,14 +80,6 @@ class Fair(Schedule):
     def awaited(self, held: Set[str], plans: Mapping[str, UpSequence], applied: Mapping[str, int]) -> list[str]:
         """See `Schedule.awaited`: every site that has more to send."""
         return self._open(held, plans, applied)
-
-    def choose(
-        self, ready: Set[str], held: Set[str], plans: Mapping[str, UpSequence], applied: Mapping[str, int]
-    ) -> str | None:
-        """See `Schedule.choose`."""
-        candidates = [site for site in self._open(held, plans, applied) if site in ready and site in plans]
-        # Quotients of whole numbers below 2^26 are equal as floats only where they are equal.
-        return min(candidates, key=lambda site: (applied[site] + 1) / plans[site].last, default=None)
 
 
 SCHEDULES: Mapping[str, type[Schedule]] = {"strict": Strict, "fair": Fair}

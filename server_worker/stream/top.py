@@ -60,11 +60,7 @@ class Top:
         return loss.item(), inputs.grad.cpu()
 
     def predict(self, smashed: torch.Tensor) -> torch.Tensor:
-        """Outputs (batch, outputs) for smashed data (batch, *cut), in evaluation mode.
-
-        Raises:
-            Refused: 312 they are not finite.
-        """
+        """Outputs (batch, outputs) for smashed data (batch, *cut), in evaluation mode; Refused 312: not finite."""
         self.module.eval()
         with torch.no_grad():
             outputs: torch.Tensor = self.module(smashed.to(self._device))
@@ -77,9 +73,8 @@ class Top:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Entries for a snapshot."""
-        return dict(
-            [*flatten("top", self.module.state_dict()), *flatten("optimizer", optimizer_tensors(self._optimizer))]
-        )
+        optimizer = flatten("optimizer", optimizer_tensors(self._optimizer))
+        return dict([*flatten("top", self.module.state_dict()), *optimizer])
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Continue from `state`."""
@@ -88,12 +83,7 @@ class Top:
 
 
 class StoredTop(Top):
-    """A top that learns from stored activations.
-
-    Args:
-        store: of released activations.
-        Others as in `Top`.
-    """
+    """A top that learns from a store of released activations; other arguments as in `Top`."""
 
     def __init__(
         self, module: nn.Module, optimizer: OptimizerSection, task: TaskSection, device: str, store: ActivationStore
@@ -102,16 +92,8 @@ class StoredTop(Top):
         self.store = store
 
     def learn_stored(self, rows: Sequence[Row], seed: int) -> float:
-        """One training step on stored rows.
-
-        Returns:
-            The mean loss.
-
-        Raises:
-            Refused: 312 loss or gradients are not finite; nothing was changed.
-        """
-        loss, _ = self.learn(*self.store.gather(rows), seed)
-        return loss
+        """One training step on stored rows; returns the mean loss, and raises as `learn`."""
+        return self.learn(*self.store.gather(rows), seed)[0]
 
 
 class Middle(Top):
@@ -130,11 +112,7 @@ class Middle(Top):
         """Parameters by number of steps, for the versions that open forwards used."""
 
     def forward(self, smashed: torch.Tensor, seed: int, training: bool) -> tuple[torch.Tensor, int]:
-        """Activations (batch, *head) for the head, and the version of the weights that made them.
-
-        Raises:
-            Refused: 312 they are not finite; nothing was changed.
-        """
+        """Activations (batch, *head), and the version of their weights; not finite: Refused 312, nothing is changed."""
         if not training:
             return self.predict(smashed), self._steps
         parameters = self._stash.get(self._steps) or {

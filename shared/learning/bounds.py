@@ -29,7 +29,7 @@ def check_bounded(what: str, *tensors: torch.Tensor) -> None:
 
 
 def check_step(module: nn.Module, *values: torch.Tensor) -> None:
-    """Check what a training step is made of, before it is made: `values`, gradients, statistics; Refused 312."""
+    """Check all that a training step is made of: `values`, gradients, running statistics; Refused 312 for bad ones."""
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     check_bounded("loss, gradients or running statistics", *values, *gradients, *module.buffers())
 

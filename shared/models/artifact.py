@@ -125,18 +125,12 @@ class Artifact:
 
 
 def write_artifact(path: Path, card: Card, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Publish a model; the file is there whole or not at all.
+    """Publish a model, whole or not at all, and return the sha256 of its file; OSError: it cannot be written.
 
     Args:
-        path: the file to write.
+        path: the file.
         card: its `weights_sha256` is `weights_sha256(tensors)`.
         tensors: the weights by name.
-
-    Returns:
-        sha256 of the file.
-
-    Raises:
-        OSError: it cannot be written.
     """
     metadata = {_CARD: msgspec.json.encode(card, order="sorted").decode()}
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
@@ -146,11 +140,7 @@ def write_artifact(path: Path, card: Card, tensors: Mapping[str, torch.Tensor]) 
 
 
 def read_artifact(path: Path, sha256: str | None = None) -> Artifact:
-    """Read a published model.
-
-    Args:
-        path: the file.
-        sha256: of the file that is expected; None takes any.
+    """Read a published model, whose file has this sha256, or any for None.
 
     Raises:
         ConfigError: 115 it is missing, damaged, or no such file; 116 it is another one than expected.

@@ -110,14 +110,10 @@ def build(model: ModelSection, seed: int, *, with_head: bool) -> Halves:
 
 
 def output_shapes(halves: Halves, input_shape: Shape) -> Shapes:
-    """The shapes at the cut, at the head and at the end, for float32 data of `input_shape`.
+    """The shapes at the cut, at the head and at the end, for float32 samples of `input_shape` (without the batch).
 
     A dry forward of zeros through a copy in eval mode: weights, buffers, modes and generators of the
     model stay as they are.
-
-    Args:
-        halves: the model.
-        input_shape: shape of one sample, without the batch dimension.
 
     Raises:
         ConfigError: 104 a part does not take what comes before it; 105 a part returns no tensor with

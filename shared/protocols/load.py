@@ -12,15 +12,7 @@ from nightsplit.shared.protocols.spec import TRAINING, spec_of, systems
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run.toml.
-
-    Args:
-        path: the file.
-        overrides: as for `load`.
-
-    Raises:
-        ConfigError: 101-103 as `load`; 103 also when the run's system cannot work with it.
-    """
+    """Read a run.toml; as `load`, with ConfigError 103 also when the run's system cannot work with it."""
     config = load(path, RunConfig, overrides)
     try:
         known = systems(*TRAINING)

@@ -111,13 +111,7 @@ def is_judged(config: RunConfig, version: int) -> bool:
 
 @dataclass(frozen=True)
 class RoundSequence:
-    """What a site sends: its updates in slices, and a report behind them.
-
-    Attributes:
-        train: its training samples.
-        updates: how many updates at most.
-        slices: of an update.
-    """
+    """What a site with `train` samples sends: at most so many updates in slices each, and a report behind them."""
 
     train: int
     updates: int

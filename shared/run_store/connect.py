@@ -12,13 +12,7 @@ from nightsplit.shared.run_store.sqlite import SqliteStore
 
 
 def open_store(address: str, run: str, base: Path, credentials: Credentials = NOBODY) -> RunStore:
-    """Open the store of `run` at "sqlite:file", "redis://..." or "rediss://...".
-
-    Args:
-        address: as in site.toml and server.toml.
-        run: id of the run.
-        base: folder to which a relative file belongs.
-        credentials: for Redis.
+    """Open the store of a run at "sqlite:file" (relative to the folder `base`), "redis://..." or "rediss://...".
 
     Raises:
         ConfigError: 107 for any other address, 111 for a plain line to another machine, 113 for a file

@@ -37,11 +37,7 @@ CREATE TABLE IF NOT EXISTS journal (
 
 
 class SqliteStore(RunStore):
-    """State of `run` in the file `path`, which may hold other runs too. On a local disk only.
-
-    Raises:
-        BrokerError: 207 when the file cannot be used.
-    """
+    """State of `run` in the file `path`, on a local disk, which may hold other runs too; BrokerError 207: unusable."""
 
     def __init__(self, path: Path, run: str) -> None:
         self._path = path

@@ -71,11 +71,7 @@ class Checkpoints:
         self._damaged: set[Path] = set()
 
     def write(self, fence: int, counter: int, snapshot: Snapshot) -> Pointer:
-        """Make a snapshot durable.
-
-        Raises:
-            StateError: 501 the disk is full; older checkpoints are intact.
-        """
+        """Make a snapshot durable; StateError 501 where the disk is full, which leaves older checkpoints intact."""
         place = self._place(fence, counter)
         draft = self.folder / f".{place.name}.draft"
         try:

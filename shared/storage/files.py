@@ -102,12 +102,7 @@ def keep_private(path: Path) -> None:
 
 
 def read_secret_file(path: Path) -> bytes:
-    """The secret in `path`.
-
-    Raises:
-        ValueError: others may read it, or it is no secret; says which.
-        OSError: it cannot be read.
-    """
+    """The secret in `path`; OSError: it cannot be read, ValueError: says that others may read it, or why it is none."""
     if path.stat().st_mode & _OTHERS:
         raise ValueError("may be read by other users")
     secret = path.read_bytes()

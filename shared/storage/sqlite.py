@@ -65,11 +65,7 @@ def transaction(database: sqlite3.Connection) -> Iterator[None]:
 
 @contextmanager
 def broker_errors(number: int, place: Path) -> Iterator[None]:
-    """Tell what goes wrong with the file as error `number`.
-
-    Raises:
-        BrokerError: `number`, in place of an OSError or sqlite3.Error.
-    """
+    """Raise what goes wrong with the file, an OSError or sqlite3.Error, as BrokerError `number`."""
     try:
         yield
     except (OSError, sqlite3.Error) as error:

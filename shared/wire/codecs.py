@@ -204,14 +204,6 @@ def _view(body: bytes, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) 
     return torch.frombuffer(body, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
 
 
-def _plain_size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * dtype.itemsize
-
-
-def _half_size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * 2
-
-
 def _decode_plain(entry: Entry, body: bytes, offset: int) -> torch.Tensor:
     return _view(body, offset, entry.dtype, entry.shape)
 
@@ -254,10 +246,6 @@ def _rows(shape: tuple[int, ...]) -> int:
     return math.prod(shape[: min(2, max(0, len(shape) - 1))])
 
 
-def _int8_size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return _rows(shape) * 4 + math.prod(shape)
-
-
 def _encode_int8(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     rows = _rows(tuple(tensor.shape))
     values = tensor.reshape(rows, -1)
@@ -291,11 +279,11 @@ class _Method:
 
 
 _METHODS: dict[Codec, _Method] = {
-    "raw": _Method(lambda tensor: (tensor, 0), _decode_plain, _plain_size),
-    "fp32": _Method(lambda tensor: (tensor, 0), _decode_plain, _plain_size),
-    "fp16": _Method(_encode_fp16, _decode_fp16, _half_size, _EXPONENTS),
-    "bf16": _Method(_encode_bf16, _decode_bf16, _half_size),
-    "int8": _Method(_encode_int8, _decode_int8, _int8_size),
+    "raw": _Method(lambda tensor: (tensor, 0), _decode_plain, lambda dtype, shape: math.prod(shape) * dtype.itemsize),
+    "fp32": _Method(lambda tensor: (tensor, 0), _decode_plain, lambda dtype, shape: math.prod(shape) * 4),
+    "fp16": _Method(_encode_fp16, _decode_fp16, lambda dtype, shape: math.prod(shape) * 2, _EXPONENTS),
+    "bf16": _Method(_encode_bf16, _decode_bf16, lambda dtype, shape: math.prod(shape) * 2),
+    "int8": _Method(_encode_int8, _decode_int8, lambda dtype, shape: math.prod(shape) + _rows(shape) * 4),
 }
 if set(_METHODS) != set(get_args(Codec)):
     raise ImportError(f"codecs without an encoder or unknown: {set(_METHODS) ^ set(get_args(Codec))}")
