@@ -33,7 +33,7 @@ class Credentials:
     password: Path | None = None
 
     def tls(self) -> ssl.SSLContext:
-        """For a client: TLS 1.2 or newer, the other side verified; ConfigError 113 where a file is not what it should be."""
+        """For a client: TLS 1.2 or newer, the other side verified; ConfigError 113 where a file is missing or wrong."""
         try:
             context = ssl.create_default_context(cafile=self.ca)
             context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -46,7 +46,7 @@ class Credentials:
         return context
 
     def secret(self) -> str | None:
-        """The password, without the end of its line; None where no file holds it, ConfigError 113 for an unreadable one."""
+        """The password, without the end of its line, or None; ConfigError 113 where its file cannot be read."""
         if self.password is None:
             return None
         try:

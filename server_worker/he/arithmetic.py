@@ -102,7 +102,7 @@ class Arithmetic:
             return given
         above, one = seal.Ciphertext(), seal.Ciphertext()
         self._evaluator.mod_switch_to(given, self.circuit.ids[level + 1], above)
-        wanted = self.circuit.scales[level] * self._prime(level + 1) / above.scale
+        wanted = self.circuit.scales[level] * self.circuit.primes[level + 1] / above.scale
         self._evaluator.multiply_plain(above, self.circuit.encode(1.0, level + 1, wanted), one)
         return self.rescaled(one)
 
@@ -123,6 +123,3 @@ class Arithmetic:
         self._evaluator.rescale_to_next_inplace(given)
         given.scale = self.circuit.scales[self.circuit.level_of(given)]  # but for the rounding of a float
         return given
-
-    def _prime(self, level: int) -> int:
-        return int(self.circuit.context.first_context_data().parms().coeff_modulus()[level].value())

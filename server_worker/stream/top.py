@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import nn
@@ -155,21 +156,17 @@ class Middle(Top):
 
     def state(self) -> dict[str, torch.Tensor]:
         """Entries for a snapshot."""
-        entries = super().state()
-        entries["steps"] = torch.tensor(self._steps)
-        for version, weights in self._stash.items():
-            entries.update(flatten(f"stash/{version}", weights))
-        return entries
+        stashed = (flatten(f"stash/{version}", weights) for version, weights in self._stash.items())
+        return {**super().state(), "steps": torch.tensor(self._steps), **dict(chain.from_iterable(stashed))}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Continue from `state`."""
         super().restore(tensors)
         self._steps = int(tensors["steps"])
-        versions = {name.split("/")[0] for name in under("stash", tensors)}
-        self._stash = {
-            int(version): {name: tensor.to(self._device) for name, tensor in under(f"stash/{version}", tensors).items()}
-            for version in versions
-        }
+        self._stash = {}
+        for key, tensor in under("stash", tensors).items():
+            version, _, name = key.partition("/")
+            self._stash.setdefault(int(version), {})[name] = tensor.to(self._device)
 
     def _buffers(self) -> dict[str, torch.Tensor]:
         return {name: buffer.clone() for name, buffer in self.module.named_buffers()}

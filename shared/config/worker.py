@@ -43,8 +43,5 @@ class WorkerSection(Section, frozen=True, kw_only=True):
 
     def credentials(self, base: Path) -> Credentials:
         """Its files of certificates and password; relative ones belong to the folder `base`."""
-
-        def path(name: str | None) -> Path | None:
-            return None if name is None else base / name
-
-        return Credentials(path(self.ca), path(self.certificate), path(self.key), path(self.password))
+        names = (self.ca, self.certificate, self.key, self.password)
+        return Credentials(*(None if name is None else base / name for name in names))

@@ -73,12 +73,16 @@ class Circuit:
         return found[::-1]
 
     @cached_property
+    def primes(self) -> list[int]:
+        """The prime that a level is left by, from level 0."""
+        return [prime.value() for prime in self.context.first_context_data().parms().coeff_modulus()]
+
+    @cached_property
     def scales(self) -> list[float]:
         """Scale of a ciphertext of each level, from level 0."""
-        primes = [prime.value() for prime in self.context.first_context_data().parms().coeff_modulus()]
         scales = [2.0**self.scale_bits]
         for level in range(self.top, 0, -1):
-            scales.append(scales[-1] ** 2 / primes[level])
+            scales.append(scales[-1] ** 2 / self.primes[level])
         return scales[::-1]
 
     @cached_property

@@ -138,10 +138,8 @@ def _dice(predicted: torch.Tensor, truth: torch.Tensor, patients: Sequence[str])
     """Mean over patients of 2 |A and B| / (|A| + |B|) over all their slices; 1 where both are empty."""
     names, of_patient = np.unique(np.asarray(patients), return_inverse=True)
     index = torch.from_numpy(of_patient)
-    both, either = (
-        torch.zeros(len(names)).index_add_(0, index, pixels.flatten(1).sum(1).float())
-        for pixels in (predicted & truth, predicted.int() + truth.int())
-    )
+    counted = (pixels.flatten(1).sum(1).float() for pixels in (predicted & truth, predicted.int() + truth.int()))
+    both, either = (torch.zeros(len(names)).index_add_(0, index, pixels) for pixels in counted)
     return torch.where(either > 0, 2 * both / either.clamp(min=1), 1.0).mean().item()
 
 

@@ -268,18 +268,16 @@ def _checked(model: ModelSection, halves: Halves, *, with_head: bool) -> Halves:
         if not isinstance(part, nn.Module):
             what = f"{model.factory} returned Halves whose {name} is of type {type(part).__name__}."
             raise ConfigError(104, what, "let every part be an nn.Module.")
+    trouble = _trouble(halves.parts)
     if with_head and halves.head is None:
-        trouble: str | None = "the run needs a head, but the Halves have none"
+        trouble = "the run needs a head, but the Halves have none"
     elif halves.head is not None and not with_head:
         trouble = "the Halves have a head, but only split_u has a place for it"
-    else:
-        trouble = _trouble(halves.parts)
     if trouble is None:
         return halves
     wanted = "Halves(bottom=..., top=..., head=...)" if with_head else "Halves(bottom=..., top=...)"
-    raise ConfigError(
-        105, f"{model.factory}: {trouble}.", f"let it return {wanted}, each part with weights that no other part uses."
-    )
+    remedy = f"let it return {wanted}, each part with weights that no other part uses."
+    raise ConfigError(105, f"{model.factory}: {trouble}.", remedy)
 
 
 def _trouble(parts: Mapping[str, nn.Module]) -> str | None:

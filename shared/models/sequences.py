@@ -127,8 +127,7 @@ class _KeptSmall(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, values: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(values)
-        seen: torch.Tensor = values.view_as(values)
-        return seen
+        return values.view_as(values)
 
     @staticmethod
     @once_differentiable

@@ -15,8 +15,7 @@ from nightsplit.shared.wire.schema import Contract, Payload, Reveals, ScalarSpec
 
 def payloads(config: RunConfig, shapes: Shapes) -> Contract:
     """Return the contract of a run."""
-    wire = config.wire
-    activations = TensorSpec(torch.float32, ("batch", *shapes.head), wire.smashed, wire.zstd)
+    activations = TensorSpec(torch.float32, ("batch", *shapes.head), config.wire.smashed, config.wire.zstd)
     return contract(
         *AGREEMENT,
         Payload(Kind.SMASHED, {"smashed": stream.activations(config, shapes)}),

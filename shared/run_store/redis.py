@@ -68,9 +68,7 @@ class RedisStore(RunStore):
             raise ConfigError(107, what, 'write "redis://user:password@host:6379/0".') from None
         # Braces keep the keys of a run on one node of a Redis cluster, as scripts require.
         self._prefix = f"nightsplit:{{{run}}}"
-        self._lease, self._pointer, self._journal = (
-            f"{self._prefix}:{name}" for name in ("lease", "pointer", "journal")
-        )
+        self._lease, self._pointer, self._journal = (f"{self._prefix}:{of}" for of in ("lease", "pointer", "journal"))
         try:
             self._ask(self._redis.ping)
         except BrokerError:

@@ -49,9 +49,8 @@ class SqliteStore(RunStore):
     def put_status(self, worker: str, status: WorkerStatus) -> None:
         """See `RunStore`."""
         with self._writing() as rows:
-            rows.execute(
-                "REPLACE INTO status VALUES (?, ?, ?, ?)", (self._run, worker, write_status(status), time.time())
-            )
+            row = (self._run, worker, write_status(status), time.time())
+            rows.execute("REPLACE INTO status VALUES (?, ?, ?, ?)", row)
 
     def statuses(self, workers: Iterable[str]) -> dict[str, Status]:
         """See `RunStore`."""
@@ -100,9 +99,8 @@ class SqliteStore(RunStore):
     def release_lease(self, owner: str, fence: int) -> None:
         """See `RunStore`."""
         with self._writing() as rows:
-            rows.execute(
-                "UPDATE lease SET owner = NULL WHERE run = ? AND owner = ? AND fence = ?", (self._run, owner, fence)
-            )
+            command = "UPDATE lease SET owner = NULL WHERE run = ? AND owner = ? AND fence = ?"
+            rows.execute(command, (self._run, owner, fence))
 
     def pointer(self) -> Pointer | None:
         """See `RunStore`."""
@@ -138,9 +136,8 @@ class SqliteStore(RunStore):
         self._rows.close()
 
     def _journalled(self, rows: sqlite3.Connection, position: int) -> str | None:
-        found = rows.execute(
-            "SELECT sender FROM journal WHERE run = ? AND position = ?", (self._run, position)
-        ).fetchone()
+        query = "SELECT sender FROM journal WHERE run = ? AND position = ?"
+        found = rows.execute(query, (self._run, position)).fetchone()
         return None if found is None else str(found[0])
 
     @contextmanager

@@ -6,7 +6,7 @@
 A checkpoint is written beside its place, forced to disk, and renamed: it is there whole or not at
 all. Its name alone does not make it count: a `Pointer` (fence, counter, sha256 of the manifest)
 kept in the run store does, where several servers could write (docs/delivery.md, rule 7).
-The newest `keep` stay; when the newest is damaged, the one before it is used.
+When the newest is damaged, the one before it is used.
 """
 
 from __future__ import annotations
@@ -58,16 +58,13 @@ class Snapshot:
 
 
 class Checkpoints:
-    """The checkpoints of one worker in one run.
+    """The checkpoints of one worker in one run, in a folder that belongs to this worker alone."""
 
-    Args:
-        folder: belongs to this worker alone.
-        keep: how many stay; a damaged newest one costs nothing while an older one is there.
-    """
+    keep = 2
+    """How many stay; a damaged newest one costs nothing while an older one is there."""
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.keep = keep
         self._damaged: set[Path] = set()
 
     def write(self, fence: int, counter: int, snapshot: Snapshot) -> Pointer:
@@ -215,6 +212,5 @@ def flatten(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[
 
 def under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The entries that `flatten` stored under `prefix/`."""
-    return {
-        name.removeprefix(f"{prefix}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}/")
-    }
+    start = f"{prefix}/"
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
