@@ -218,7 +218,7 @@ class ServerRole(Role, Generic[S]):
         return effects
 
     def figures(self, message: Message, due: bool) -> SiteMetrics:
-        """The figures in a site's message: of held-out samples where they are due, else none; Refused 304 else."""
+        """The figures in a site's message: of held-out samples where they are due, else none; Refused 304 otherwise."""
         text, name = str(message.scalars["metrics"]), message.header.message_id
         if due:
             return decode_report(text, self.config.task, self.announced(message.header.sender), name)
