@@ -197,7 +197,7 @@ def test_products_over_time(frames: int, seed: int) -> None:
     """The fewest levels that a product of frames + 2 gates can have, behind that of the gates."""
     gates = np.random.default_rng(seed).uniform(-1, 1, (frames + 1, 4))
     tree = one_shot.Products(Plain(), frames, lambda frame, kind: (gates[frame, kind], 0))  # type: ignore[arg-type]
-    found, level = Plain().products(tree.pairs())
+    found, level = Plain().products(tree.pairs(1, frames + 1))
     c = 0.0
     for i, f, _, g in gates[1:]:
         c = f * c + i * g
