@@ -122,7 +122,7 @@ class Case:
         """Configuration, model and contract."""
         config = self.config(run)
         halves = build(config.model, config.run.seed, with_head=False)
-        cut = output_shapes(halves, self.shape).cut
+        cut, _, _ = output_shapes(halves, self.shape)
         return (
             config,
             halves,

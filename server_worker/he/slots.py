@@ -93,11 +93,8 @@ def _matrix(circuit: Circuit, judge: Judge, last: bool) -> tuple[list[list[Plain
     def diagonals(rows: Numbers, period: int) -> list[Plaintext]:
         matrix = np.pad(by_dimension(rows), ((0, 0), (0, period - rows.shape[1])))
         place = np.arange(packing.dimensions)
-        found = []
-        for number in range(period):
-            diagonal = np.roll(matrix[place, (place + number) % period], number - number % packing.small)
-            found.append(circuit.encode(_spread(packing, diagonal), circuit.top))
-        return found
+        turned = ((n - n % packing.small, matrix[place, (place + n) % period]) for n in range(period))
+        return [circuit.encode(_spread(packing, np.roll(diagonal, by)), circuit.top) for by, diagonal in turned]
 
     assert judge.state is not None, "gates see h"
     encoded = [diagonals(judge.inputs, packing.period), diagonals(judge.state, packing.units)]

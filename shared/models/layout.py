@@ -54,11 +54,10 @@ class Layout:
         kept = set() if config.round.statistics == "local" else set(dict(module.named_buffers())) - frozen
         shapes = {}
         for name, tensor in module.state_dict().items():
-            if name not in trained | kept or not tensor.is_floating_point():
-                continue
-            if tensor.dtype != torch.float32:
-                raise ConfigError(105, f"{name} of the model is {tensor.dtype}.", "build the model in float32.")
-            shapes[name] = tuple(tensor.shape)
+            if name in trained | kept and tensor.is_floating_point():
+                if tensor.dtype != torch.float32:
+                    raise ConfigError(105, f"{name} of the model is {tensor.dtype}.", "build the model in float32.")
+                shapes[name] = tuple(tensor.shape)
         if not trained & shapes.keys():
             raise ConfigError(105, "round.freeze leaves nothing to train.", "freeze fewer modules.")
         return cls(shapes, most, frozenset(kept & shapes.keys()))

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,14 +68,6 @@ class Halves:
         return parts if self.head is None else {**parts, "head": self.head}
 
 
-class Shapes(NamedTuple):
-    """What flows between the parts for one sample: lengths without the batch dimension."""
-
-    cut: Shape
-    head_input: Shape | None
-    output: Shape
-
-
 def build(model: ModelSection, seed: int, *, with_head: bool) -> Halves:
     """Make the model of a run and cut it.
 
@@ -109,9 +101,10 @@ def build(model: ModelSection, seed: int, *, with_head: bool) -> Halves:
     )
 
 
-def output_shapes(halves: Halves, input_shape: Shape) -> Shapes:
-    """The shapes at the cut, at the head and at the end, for float32 samples of `input_shape` (without the batch).
+def output_shapes(halves: Halves, input_shape: Shape) -> tuple[Shape, Shape | None, Shape]:
+    """The shapes at the cut, at the head if there is one, and at the end, for float32 samples of `input_shape`.
 
+    All are lengths without the batch dimension.
     A dry forward of zeros through a copy in eval mode: weights, buffers, modes and generators of the
     model stay as they are.
 
@@ -121,7 +114,7 @@ def output_shapes(halves: Halves, input_shape: Shape) -> Shapes:
     """
     shapes = flow_shapes(halves.parts, input_shape)
     last = shapes["top"]
-    return Shapes(shapes["bottom"], last if "head" in shapes else None, shapes.get("head", last))
+    return shapes["bottom"], last if "head" in shapes else None, shapes.get("head", last)
 
 
 def flow_shapes(parts: Mapping[str, nn.Module], input_shape: Shape) -> dict[str, Shape]:

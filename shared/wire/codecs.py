@@ -94,11 +94,6 @@ class Entry:
         """Bytes that the codec makes, before compression."""
         return encoded_size(self.codec, self.dtype, self.shape)
 
-    @property
-    def decoded_size(self) -> int:
-        """Bytes of the tensor in memory."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
 
 def encoded_size(codec: Codec, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     """Bytes that a codec makes of a tensor, before compression; follows from dtype and shape alone."""

@@ -147,7 +147,7 @@ def _check_size(size: int, max_bytes: int) -> None:
 
 
 def _check_decoded_size(entries: Sequence[Entry], max_bytes: int) -> None:
-    size, limit = sum(entry.decoded_size for entry in entries), MAX_EXPANSION * max_bytes
+    size, limit = sum(math.prod(e.shape) * e.dtype.itemsize for e in entries), MAX_EXPANSION * max_bytes
     if size > limit:
         raise refusal(308, f"Its tensors take {size} bytes in memory, the limit is {limit}.")
 

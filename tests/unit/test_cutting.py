@@ -10,7 +10,7 @@ from nightsplit.shared.config.run import ModelSection
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.learning.seeds import seed_for, seeded
 from nightsplit.shared.models.networks import ct_cnn, mlp, small_cnn
-from nightsplit.shared.models.partition import Halves, Shapes, build, output_shapes
+from nightsplit.shared.models.partition import Halves, build, output_shapes
 
 SMALL = "nightsplit.models:small_cnn"
 MLP = {"inputs": 4, "hidden": [8, 6], "outputs": 2}
@@ -102,7 +102,7 @@ def test_a_factory_beside_the_user(factory: Write) -> None:
 def test_a_factory_may_cut_itself(factory: Write) -> None:
     spec = factory("return Halves(nn.Linear(3, width), nn.Linear(width, 2), nn.Linear(2, 1))")
     halves = build(ModelSection(factory=spec), 0, with_head=True)
-    assert output_shapes(halves, (3,)) == Shapes(cut=(4,), head_input=(2,), output=(1,))
+    assert output_shapes(halves, (3,)) == ((4,), (2,), (1,))
 
 
 def test_a_repeated_stage_stays_repeated(factory: Write) -> None:
