@@ -76,6 +76,8 @@ class ServerRole(Role, Generic[S]):
         self.sequences: dict[str, S] = {}
         self.steps = 0
         """Training steps of the server's weights."""
+        self.version = 0
+        """How often the server has combined what sites reported; 0 in systems that do not."""
         self._contract = contract
         self._opened = False
         self._ended = False
@@ -129,11 +131,6 @@ class ServerRole(Role, Generic[S]):
         """Messages in sequence applied, per site that takes part."""
         # In the order of run.toml: a restored snapshot has its keys in the order of the alphabet.
         return {site: self.applied[site] for site in self.config.run.sites if site not in self.left_out}
-
-    @property
-    def version(self) -> int:
-        """How often the server has combined what sites reported; 0 in systems that do not."""
-        return 0
 
     @property
     def may_close(self) -> bool:

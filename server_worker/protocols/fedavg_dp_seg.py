@@ -4,4 +4,9 @@ from __future__ import annotations
 
 from nightsplit.server_worker.protocols.fedavg_transfer import FedavgTransferServer
 
-ROLE = FedavgTransferServer
+
+class FedavgDpSegServer(FedavgTransferServer):
+    """Averages noisy updates like any others."""
+
+
+ROLE = FedavgDpSegServer

@@ -43,7 +43,6 @@ class RoundServer(ServerRole[RoundSequence]):
         """The present model, float32 (length,)."""
         self.published = self.vector
         """The model that the run began with."""
-        self._version = 0
         self._strict = config.run.order == "strict"
         self.journalled = not self._strict or config.run.may_leave_out
         self._open: dict[str, list[torch.Tensor | None]] = {site: [] for site in config.run.sites}
@@ -135,18 +134,13 @@ class RoundServer(ServerRole[RoundSequence]):
         """Combine what came, and answer who waits for it. Also called when the deadline of a quorum is over."""
         self.vector = bounded(self.combine())
         self._arrived = 0
-        self._version += 1
+        self.version += 1
         self.is_last = self.version >= self.config.round.rounds or self.evaluation.exhausted
         waiting, self._reported = self._reported, {}
-        effects: list[Effect] = [Record({"event": "combine", "step": self.steps, "epoch": self._version})]
+        effects: list[Effect] = [Record({"event": "combine", "step": self.steps, "epoch": self.version})]
         for site, seq in waiting.items():
             effects += self._answer(site, seq)
         return effects
-
-    @property
-    def version(self) -> int:
-        """See `ServerRole`."""
-        return self._version
 
     @property
     def may_close(self) -> bool:
@@ -298,7 +292,7 @@ class RoundServer(ServerRole[RoundSequence]):
         self._open = {
             site: [came.get(f"{site}/{place}") for place in range(number)] for site, number in facts["open"].items()
         }
-        self._version, self._arrived = facts["version"], facts["arrived"]
+        self.version, self._arrived = facts["version"], facts["arrived"]
         self._begun, self._reported = facts["begun"], facts["reported"]
         self.is_last = facts["is_last"]
         self._final, self._through = set(facts["final"]), set(facts["through"])
