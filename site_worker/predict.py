@@ -126,9 +126,7 @@ def _fill(module: nn.Module, path: Path) -> None:
     known = module.state_dict()
     if unexpected or any(known[name].is_floating_point() for name in missing):
         raise RunError(
-            601,
-            f"{path} does not fit the model of run.toml.",
-            "use the run.toml that this file was trained with.",
+            601, f"{path} does not fit the model of run.toml.", "use the run.toml that this file was trained with."
         )
 
 

@@ -74,8 +74,8 @@ class Top:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Entries for a snapshot."""
-        optimizer = flatten("optimizer", optimizer_tensors(self._optimizer))
-        return dict([*flatten("top", self.module.state_dict()), *optimizer])
+        module, optimizer = self.module.state_dict(), optimizer_tensors(self._optimizer)
+        return {**flatten("top", module), **flatten("optimizer", optimizer)}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Continue from `state`."""

@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,10 +204,9 @@ def _write_failed(error: OSError, folder: Path, snapshot: Snapshot) -> StateErro
     )
 
 
-def flatten(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def flatten(prefix: str, tensors: Mapping[str, torch.Tensor] | Mapping[int, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Entries for `Snapshot.tensors`: CPU copies under `prefix/`."""
-    for name, tensor in tensors.items():
-        yield f"{prefix}/{name}", tensor.detach().to("cpu", copy=True)
+    return {f"{prefix}/{name}": tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -23,9 +23,7 @@ def read_cells(path: Path) -> tuple[dict[str, list[str]], Callable[[int], str]]:
         heading, cells, lines = _parquet(path) if path.suffix.lower() == ".parquet" else _csv(path)
     except OSError as error:
         raise DataError(
-            401,
-            f"{path}: {error.strerror or error}.",
-            "check data.path in site.toml and who may read the file.",
+            401, f"{path}: {error.strerror or error}.", "check data.path in site.toml and who may read the file."
         ) from None
     if len(set(heading)) != len(heading):
         twice = next(name for name in heading if heading.count(name) > 1)

@@ -9,10 +9,7 @@ _ORIGINS = {
         "COVID-CT from https://github.com/UCSD-AI4H/COVID-CT",
         "the images and an index.csv with the columns file, label_covid (0 or 1) and group (the patient)",
     ),
-    "pneumoniamnist": (
-        "PneumoniaMNIST from https://medmnist.com",
-        "the file pneumoniamnist.npz",
-    ),
+    "pneumoniamnist": ("PneumoniaMNIST from https://medmnist.com", "the file pneumoniamnist.npz"),
     "heart_uci": (
         "Heart Disease from https://archive.ics.uci.edu/dataset/45/heart+disease",
         "cleveland.csv, hungarian.csv, switzerland.csv, va.csv, with a heading, and empty cells for '?'",

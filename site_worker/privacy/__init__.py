@@ -13,13 +13,7 @@ logging.getLogger().addHandler(logging.NullHandler())
 
 
 def check_installed() -> None:
-    """Whether the packages of the extra are there; everything else in this package imports them.
-
-    Raises:
-        RunError: 614 they are missing.
-    """
-    missing = [name for name in ("opacus", "dp_accounting") if find_spec(name) is None]
+    """Raise RunError 614 where packages of the extra are missing; everything else in this package imports them."""
+    missing = " and ".join(name for name in ("opacus", "dp_accounting") if find_spec(name) is None)
     if missing:
-        raise RunError(
-            614, f"{' and '.join(missing)} cannot be imported.", "pip install nightsplit[privacy] at this site."
-        )
+        raise RunError(614, f"{missing} cannot be imported.", "pip install nightsplit[privacy] at this site.")

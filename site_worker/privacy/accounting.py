@@ -25,12 +25,10 @@ _ORDERS = (*(order / 10 for order in range(20, 110)), *range(11, 65), 80, 96, 12
 
 @dataclass(frozen=True)
 class Use:
-    """Training steps on a site's records.
+    """Training steps on a site's records, empty batches included.
 
-    Attributes:
-        rate: probability with which a record is in a step's batch, in (0, 1].
-        sigma: standard deviation of the noise, in units of the clipping norm.
-        steps: how many, empty batches included.
+    A record is in a step's batch with probability `rate`, in (0, 1]; `sigma` is the standard deviation of the noise,
+    in units of the clipping norm.
     """
 
     rate: float
@@ -40,12 +38,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Spent:
-    """Epsilon of one record.
-
-    Attributes:
-        pld: by privacy loss distributions: the figure to report.
-        rdp: by Rényi DP, never smaller: the conservative one.
-    """
+    """Epsilon of one record: the figure to report, and the one of Rényi DP, which is never smaller."""
 
     pld: float
     rdp: float
@@ -66,11 +59,7 @@ def epsilon_of(uses: Iterable[Use], delta: float) -> Spent:
 
 @lru_cache(maxsize=256)
 def noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
-    """The smallest noise, to 0.1 %, with which `steps` cost one record no more than `epsilon` at `delta`.
-
-    Returns:
-        Standard deviation in units of the clipping norm; `epsilon_of` it (`pld`) is at most `epsilon`.
-    """
+    """The smallest noise (`Use.sigma`), to 0.1 %, with which `steps` cost one record at most `epsilon` at `delta`."""
 
     def is_enough(sigma: float) -> bool:
         return bool(_losses(Use(rate, sigma, steps)).get_epsilon_for_delta(delta) <= epsilon)

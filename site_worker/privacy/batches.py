@@ -15,14 +15,7 @@ class PrivateFeed(RoundFeed):
 
     That a batch is secret is what makes it cheap: the accounting of `accounting.epsilon_of` counts on it. What
     else is drawn for a batch (augmentation, dropout) is secret as well, since a record that is left out shifts
-    what the others draw.
-
-    Args:
-        config: the run.
-        site: the site's name.
-        parts: its scaled data.
-        secret: of this run.
-        rate: probability of each record.
+    what the others draw. `secret` is the run's, `rate` the probability of each record.
     """
 
     def __init__(self, config: RunConfig, site: str, parts: Parts, secret: Secret, rate: float) -> None:

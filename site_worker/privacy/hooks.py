@@ -19,13 +19,7 @@ Gradients = dict[torch.Tensor, torch.Tensor]
 
 
 def convolution(layer: nn.Conv2d, activations: list[torch.Tensor], backprops: torch.Tensor) -> Gradients:
-    """Gradients of single records.
-
-    Args:
-        layer: the convolution.
-        activations: its input, (batch, channels, h, w), alone in a list.
-        backprops: gradient at its output, (batch, outputs, h', w').
-    """
+    """Gradients of single records, by input [(batch, channels, h, w)] and gradient at the output (batch, o, h', w')."""
     if layer.groups > 1 or isinstance(layer.padding, str) or layer.padding_mode != "zeros":
         opacus: Gradients = compute_conv_grad_sample(layer, activations, backprops)
         return opacus
@@ -49,15 +43,10 @@ def _kernel(layer: nn.Conv2d | nn.ConvTranspose2d, wide: torch.Tensor, narrow: t
         [padded[..., c * column : c * column + right * (width - 1) + 1 : right] for c in range(columns)], dim=2
     )
     flat = narrow.reshape(batch, outputs, -1)
-    parts = [
-        torch.bmm(
-            flat,
-            shifted[..., r * row : r * row + down * (height - 1) + 1 : down, :]
-            .reshape(batch, -1, height * width)
-            .transpose(1, 2),
-        ).view(batch, outputs, -1, columns)
-        for r in range(rows)
-    ]
+    parts = []
+    for r in range(rows):
+        slices = shifted[..., r * row : r * row + down * (height - 1) + 1 : down, :].reshape(batch, -1, height * width)
+        parts.append(torch.bmm(flat, slices.transpose(1, 2)).view(batch, outputs, -1, columns))
     return torch.stack(parts, dim=3)
 
 

@@ -40,11 +40,9 @@ class Entry:
     """A run in the ledger.
 
     Attributes:
-        run: its id.
         identity: keyed hash of its contract and training data: of all that its noise depends on.
         records: the site's training records in it.
         use: rate, noise, and the steps that are paid for.
-        delta: of the run.
         patients: keyed hash of who took part with how many records.
     """
 
@@ -54,11 +52,6 @@ class Entry:
     use: Use
     delta: float
     patients: bytes
-
-    @property
-    def spent(self) -> Spent:
-        """Epsilon of a record, by this run alone."""
-        return epsilon_of([self.use], self.delta)
 
 
 @dataclass(frozen=True)
@@ -168,20 +161,13 @@ class Ledger:
                         return
 
     def entries(self) -> list[Entry]:
-        """Every run, in the order of entering.
-
-        Raises:
-            RunError: 612.
-        """
+        """Every run, in the order of entering; RunError 612 where they cannot be read."""
         with self._trouble():
-            return list(self._read())
+            found = self._rows.execute("SELECT * FROM run ORDER BY rowid").fetchall()
+            return [self._entry(*row) for row in found]
 
     def total(self, run: str | None = None) -> Total:
-        """What all runs together have spent, or one run alone.
-
-        Raises:
-            RunError: 612.
-        """
+        """What all runs together have spent, or one run alone; RunError 612 where that cannot be read."""
         entries = [entry for entry in self.entries() if entry.use.steps and run in (None, entry.run)]
         if not entries:
             return Total(None, Spent(0.0, 0.0), 0.0, 0)
@@ -224,20 +210,18 @@ class Ledger:
                 self._rows.execute("INSERT INTO owner VALUES (?)", (secret.derive("ledger").key,))
         return secret
 
-    def _read(self) -> Iterator[Entry]:
-        found = self._rows.execute(
-            "SELECT run, identity, records, rate, sigma, delta, steps, patients, seal FROM run ORDER BY rowid"
-        ).fetchall()
-        for run, identity, records, rate, sigma, delta, steps, patients, seal in found:
-            entry = Entry(run, identity, records, Use(rate, sigma, steps), delta, patients)
-            if self._seal(entry) != seal or self._digest(self._patients(run)) != patients:
-                raise self._unusable(f"the row of run {run!r} does not fit its seal")
-            yield entry
+    def _entry(
+        self, run: str, identity: bytes, records: int, rate: float, sigma: float, delta: float, steps: int,
+        patients: bytes, seal: bytes,
+    ) -> Entry:  # fmt: skip
+        entry = Entry(run, identity, records, Use(rate, sigma, steps), delta, patients)
+        if self._seal(entry) != seal or self._digest(self._patients(run)) != patients:
+            raise self._unusable(f"the row of run {run!r} does not fit its seal")
+        return entry
 
     def _patients(self, run: str) -> list[tuple[bytes, int]]:
-        return self._rows.execute(
-            "SELECT patient, records FROM patient WHERE run = ? ORDER BY patient", (run,)
-        ).fetchall()
+        found = self._rows.execute("SELECT patient, records FROM patient WHERE run = ? ORDER BY patient", (run,))
+        return found.fetchall()
 
     def _seal(self, entry: Entry) -> bytes:
         figures = struct.pack("<qdddq", entry.records, entry.use.rate, entry.use.sigma, entry.delta, entry.use.steps)

@@ -40,18 +40,15 @@ class Secret:
 
     def records(self, count: int, rate: float) -> npt.NDArray[np.int64]:
         """Poisson sampling: which of `count` records are in a batch, each with probability `rate`; may be none."""
-        stream = _Keystream(self.key)
-        return np.flatnonzero(_uniform(stream, count) < rate)
+        return np.flatnonzero(_Keystream(self.key).uniform(count) < rate)
 
     def normals(self, count: int, *, secure: bool) -> npt.NDArray[np.float32]:
         """`count` independent standard normals, float32.
 
-        Args:
-            count: how many.
-            secure: from the cryptographic stream ChaCha20. Each is half the sum of four draws in float64, so
-                that the gaps between floating-point numbers do not tell what noise was added to (Mironov,
-                CCS 2012; Holohan and Braghin, ESORICS 2021; Opacus does the same in its secure mode).
-                Otherwise from Philox, whose key has 128 bits and which is not made for secrecy.
+        Where `secure`, from the cryptographic stream ChaCha20: each is half the sum of four draws in float64, so
+        that the gaps between floating-point numbers do not tell what noise was added to (Mironov, CCS 2012;
+        Holohan and Braghin, ESORICS 2021; Opacus does the same in its secure mode). Otherwise from Philox, whose
+        key has 128 bits and which is not made for secrecy.
         """
         if not secure:
             philox = np.random.Philox(key=int.from_bytes(self.key[:16], "big"))
@@ -60,7 +57,7 @@ class Secret:
         normals = np.empty(count, dtype=np.float32)
         for start in range(0, count, _BLOCK):
             length = min(_BLOCK, count - start)
-            draws = _box_muller(stream, _SUMMED * length).reshape(_SUMMED, length)
+            draws = stream.normals(_SUMMED * length).reshape(_SUMMED, length)
             normals[start : start + length] = draws.sum(axis=0) / np.sqrt(_SUMMED)
         return normals
 
@@ -75,38 +72,29 @@ def read_secret(path: Path) -> Secret:
     try:
         return Secret(read_secret_file(path))
     except ValueError as error:
-        raise RunError(
-            612, f"{path} {error}.", f"chmod 600 {path}, or restore it from a backup, with its ledger."
-        ) from None
+        remedy = f"chmod 600 {path}, or restore it from a backup, with its ledger."
+        raise RunError(612, f"{path} {error}.", remedy) from None
 
 
 def make_secret(path: Path) -> Secret:
-    """A new secret in `path`.
-
-    Raises:
-        OSError: as `make_secret_file`.
-    """
+    """A new secret in `path`; raises as `make_secret_file`."""
     return Secret(make_secret_file(path))
 
 
 class _Keystream:
-    """The bytes of ChaCha20 under a key that is used for one stream alone."""
+    """Random numbers from the bytes of ChaCha20, under a key that is used for one stream alone."""
 
     def __init__(self, key: bytes) -> None:
         self._encryptor = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
 
-    def integers(self, count: int) -> npt.NDArray[np.uint64]:
-        return np.frombuffer(self._encryptor.update(bytes(8 * count)), dtype="<u8")
+    def uniform(self, count: int) -> npt.NDArray[np.float64]:
+        """In [0, 1), multiples of 2**-53."""
+        integers = np.frombuffer(self._encryptor.update(bytes(8 * count)), dtype="<u8")
+        return (integers >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
-
-def _uniform(stream: _Keystream, count: int) -> npt.NDArray[np.float64]:
-    """In [0, 1), multiples of 2**-53."""
-    return (stream.integers(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _box_muller(stream: _Keystream, count: int) -> npt.NDArray[np.float64]:
-    """Standard normals (Box and Muller, 1958)."""
-    half = (count + 1) // 2
-    radius = np.sqrt(-2.0 * np.log1p(-_uniform(stream, half)))
-    angle = 2.0 * np.pi * _uniform(stream, half)
-    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+    def normals(self, count: int) -> npt.NDArray[np.float64]:
+        """Standard ones (Box and Muller, 1958)."""
+        half = (count + 1) // 2
+        radius = np.sqrt(-2.0 * np.log1p(-self.uniform(half)))
+        angle = 2.0 * np.pi * self.uniform(half)
+        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]

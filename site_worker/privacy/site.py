@@ -11,20 +11,14 @@ from nightsplit.shared.config.run import PrivacySection, RunConfig
 from nightsplit.shared.engine.effects import Spend
 from nightsplit.shared.protocols.rounds import Work, most_updates
 from nightsplit.site_worker.data.dataset import Parts
-from nightsplit.site_worker.privacy.accounting import Spent, Use, noise_for
+from nightsplit.site_worker.privacy.accounting import Use, noise_for
 from nightsplit.site_worker.privacy.batches import PrivateFeed
 from nightsplit.site_worker.privacy.ledger import Ledger
 from nightsplit.site_worker.privacy.trainer import PrivateTrainer
 
 
 class Account:
-    """One run's line in the ledger.
-
-    Args:
-        ledger: the site's.
-        run: the run, which has begun there.
-        most: policy.toml's max_epsilon.
-    """
+    """One run's line in the site's ledger, where it has begun; `most` is policy.toml's max_epsilon."""
 
     def __init__(self, ledger: Ledger, run: str, most: float | None) -> None:
         self.ledger = ledger
@@ -38,14 +32,6 @@ class Account:
             RunError: 611 the policy does not allow it, 612 the ledger cannot be used.
         """
         self.ledger.spend(self._run, spend.steps, self._most)
-
-    def spent(self) -> Spent:
-        """Epsilon of a record by this run, up to what is paid for.
-
-        Raises:
-            RunError: 612.
-        """
-        return next(entry.spent for entry in self.ledger.entries() if entry.run == self._run)
 
     def close(self) -> None:
         """Let go of the ledger."""
@@ -70,12 +56,8 @@ def take_part(
     privacy.epsilon over all the steps that it may take in the run.
 
     Args:
-        config: the run.
-        privacy: its [privacy].
-        site: the site's name.
-        parts: its scaled data.
-        module: the model.
-        device: where it computes.
+        privacy: that of `config`.
+        parts: the site's scaled data.
         ledger: the ledger's file.
         most: policy.toml's max_epsilon.
 

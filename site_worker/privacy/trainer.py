@@ -25,9 +25,7 @@ class PrivateTrainer(Trainer):
     without a word: `gradients` is one forward and one backward, always.
 
     Args:
-        module: the model.
-        config: the run.
-        device: where it computes.
+        module, config, device: as of `Trainer`.
         privacy: clipping norm and kind of stream.
         secret: of this run.
         sigma: standard deviation of the noise, in units of the clipping norm.
@@ -51,15 +49,13 @@ class PrivateTrainer(Trainer):
         try:
             self._hooked = Hooked(self.module)
         except NotImplementedError as error:
-            raise RunError(
-                610, f"{' '.join(str(error).split())[:200]}.", "use layers without buffers and without recurrence."
-            ) from None
+            what = " ".join(str(error).split())[:200]
+            raise RunError(610, f"{what}.", "use layers without buffers and without recurrence.") from None
 
     def step(self, inputs: torch.Tensor, targets: torch.Tensor, seed: int, rate: float) -> float:
-        """One step with noise; see `Trainer.step`. The batch may be empty: then the step is noise alone.
+        """Take one step with noise; see `Trainer.step`. The batch may be empty: then the step is noise alone.
 
-        Returns:
-            The mean loss of the batch, 0 of an empty one. It is for the site's eyes: no noise hides it.
+        The mean loss that it returns, 0 of an empty batch, is for the site's eyes: no noise hides it.
         """
         loss, total = 0.0, torch.zeros(sum(parameter.numel() for parameter in self.trained))
         if len(inputs):
@@ -85,9 +81,8 @@ class PrivateTrainer(Trainer):
         leaf = inputs.to(self.device).detach().requires_grad_()
         with seeded(seed, self.device):
             outputs = self._hooked(leaf)
-        losses = vmap(lambda output, target: loss_of(self.config.task, output[None], target[None]))(
-            outputs, targets.to(self.device)
-        )
+        loss_of_one = vmap(lambda output, target: loss_of(self.config.task, output[None], target[None]))
+        losses = loss_of_one(outputs, targets.to(self.device))
         # Down to the inputs alone: the sums over the batch, which autograd would put into .grad, are not needed.
         torch.autograd.backward(losses.sum(), inputs=[leaf])
         gradients: list[torch.Tensor] = [parameter.grad_sample for parameter in self.trained]  # type: ignore[attr-defined]
@@ -117,18 +112,13 @@ class PrivateTrainer(Trainer):
         for name, module in self.module.named_modules():
             if id(module) in frozen:
                 continue
+            what = f"{name} is {type(module).__name__}, which"
             if not has_rule(module):
-                raise RunError(
-                    610,
-                    f"{name} is {type(module).__name__}, which has no rule for gradients of single records.",
-                    "use convolutions and linear layers, or freeze that module.",
-                )
+                remedy = "use convolutions and linear layers, or freeze that module."
+                raise RunError(610, f"{what} has no rule for gradients of single records.", remedy)
             if _mixes_records(module):
-                raise RunError(
-                    610,
-                    f"{name} is {type(module).__name__}, which mixes the records of a batch.",
-                    "use GroupNorm in its place, or freeze that module.",
-                )
+                remedy = "use GroupNorm in its place, or freeze that module."
+                raise RunError(610, f"{what} mixes the records of a batch.", remedy)
 
 
 def _mixes_records(module: nn.Module) -> bool:

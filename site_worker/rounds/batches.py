@@ -18,13 +18,7 @@ from nightsplit.site_worker.data.dataset import Dataset, Parts
 
 
 class RoundFeed:
-    """The batches of one site, numbered from 0 over all its rounds.
-
-    Args:
-        config: the run.
-        site: the site's name.
-        parts: its scaled data, divided by patient.
-    """
+    """The batches of one site, numbered from 0 over all its rounds; `parts` is its scaled data."""
 
     def __init__(self, config: RunConfig, site: str, parts: Parts) -> None:
         self.train = parts.train

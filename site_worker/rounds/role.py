@@ -9,7 +9,7 @@ import torch
 
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Record, Send, Spend
-from nightsplit.shared.errors import Refused, RunError
+from nightsplit.shared.errors import Refused, RunError, mismatch
 from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.protocols.build import Rounds
 from nightsplit.shared.protocols.report import NO_FIGURES, encode_report
@@ -24,14 +24,8 @@ from nightsplit.site_worker.rounds.trainer import Trainer, diverged
 class RoundSite(SiteRole):
     """One batch of training at a time, so that a checkpoint may fall between any two.
 
-    Args:
-        name: the site.
-        config: the run, as the site's own run.toml has it.
-        rounds: layout and contract.
-        trainer: the whole model.
-        feed: the site's batches.
-        incarnation: as in `SiteRole`.
-        account: of a run with differential privacy: every update is paid for before it leaves.
+    Args as of `SiteRole`; `account` is that of a run with differential privacy: every update is paid for before it
+    leaves.
     """
 
     def __init__(
@@ -99,15 +93,18 @@ class RoundSite(SiteRole):
             return []
         update, number = self.sequence.at(self.next_seq)
         if update <= self._made:
-            return [self._send_update(update, number)]
+            part = self._updates[update][self.layout.slice(number)]
+            figures = self._figures[update] if number == self.layout.slices else NO_FIGURES
+            return [self._send(Kind.UPDATE, self._versions[update], {"values": part}, figures)]
         if self.answered // self.layout.slices < self._made:
             return []  # the model that answers the last update is not here
         if self._made + 1 not in self._figures:
             self._figures[self._made + 1] = self._judge_if_due()
             return [self._worked()]
         if self._is_final:
-            report_is_sent = self.next_seq > self._made * self.layout.slices + 1
-            return [] if report_is_sent else [self._send_report()]
+            if self.next_seq > self._made * self.layout.slices + 1:
+                return []  # the report is sent
+            return [self._send(Kind.REPORT, self._version, self.report_tensors(), self._figures[self._made + 1])]
         if self.trained < update * self.work.batches:
             self._train()
         if self.trained == update * self.work.batches:
@@ -122,14 +119,11 @@ class RoundSite(SiteRole):
         """See `SiteRole`."""
         header, scalars = message.header, message.scalars
         if not self._is_in_place(header):
-            raise Refused(304, f"{header.message_id} is out of turn.", "run the same version at both sides.")
+            raise mismatch(f"{header.message_id} is out of turn.")
         best, judged, is_final = int(scalars["best"]), int(scalars["judged"]), bool(scalars.get("final", False))
         can_be = 0 <= best <= judged and self._judged <= judged <= self.candidates(header.version)
         if not can_be or (header.kind is Kind.MODEL and not self._may_be(header, is_final)):
-            raise Refused(
-                304, f"{header.message_id} tells what cannot be of model {header.version}.",
-                "run the same version at both sides.",
-            )  # fmt: skip
+            raise mismatch(f"{header.message_id} tells what cannot be of model {header.version}.")
         _, number = self.sequence.at(header.seq)
         values = check_slice(message, self.layout, number).clone()
         model = [*self._arriving, values]
@@ -281,22 +275,9 @@ class RoundSite(SiteRole):
     def _worked(self) -> Record:
         return Record({"event": "local", "step": self.trained})
 
-    def _send_update(self, update: int, number: int) -> Send:
-        send = Send(
-            SERVER, Kind.UPDATE, self.next_seq, version=self._versions[update],
-            tensors={"values": self._updates[update][self.layout.slice(number)]},
-            scalars={"metrics": self._figures[update] if number == self.layout.slices else NO_FIGURES},
-        )  # fmt: skip
+    def _send(self, kind: Kind, version: int, tensors: Mapping[str, torch.Tensor], figures: str) -> Send:
         self.next_seq += 1
-        return send
-
-    def _send_report(self) -> Send:
-        scalars = {"metrics": self._figures[self._made + 1]}
-        send = Send(
-            SERVER, Kind.REPORT, self.next_seq, version=self._version, tensors=self.report_tensors(), scalars=scalars
-        )
-        self.next_seq += 1
-        return send
+        return Send(SERVER, kind, self.next_seq - 1, version=version, tensors=tensors, scalars={"metrics": figures})
 
     # -- snapshot ----------------------------------------------------------------------------------
 
@@ -308,16 +289,13 @@ class RoundSite(SiteRole):
             for update in [update for update in kept if update < oldest]:
                 del kept[update]
         tensors = {
-            **base.tensors, **self.trainer.state(), "base": self.base,
-            **dict(flatten("update", {str(update): tensor for update, tensor in self._updates.items()})),
-            **dict(flatten("arriving", {str(n): tensor for n, tensor in enumerate(self._arriving)})),
-            **dict(flatten("best", self._best)),
+            **base.tensors, **self.trainer.state(), "base": self.base, **flatten("update", self._updates),
+            **flatten("arriving", dict(enumerate(self._arriving))), **flatten("best", self._best),
         }  # fmt: skip
         facts: dict[str, Any] = {
             "trained": self.trained, "version": self._version, "is_final": self._is_final, "made": self._made,
-            "figures": {str(update): text for update, text in self._figures.items()},
-            "versions": {str(update): version for update, version in self._versions.items()},
-            "arriving": len(self._arriving), "under_way": self._under_way, "unread": self._unread,
+            "figures": {**self._figures}, "versions": {**self._versions}, "arriving": len(self._arriving),
+            "under_way": self._under_way, "unread": self._unread,
         }  # fmt: skip
         return Snapshot(tensors, {**base.facts, **facts})
 

@@ -21,10 +21,7 @@ ROWS_AT_A_TIME = 256
 class Trainer:
     """Trains the modules that are not frozen. The optimizer's memory stays at the site, from round to round.
 
-    Args:
-        module: the model; moved to `device`.
-        config: the run.
-        device: where it computes. Tensors go in and come out on the CPU.
+    The model is moved to `device`; tensors go in and come out on the CPU.
     """
 
     def __init__(self, module: nn.Module, config: RunConfig, device: str) -> None:
@@ -36,11 +33,10 @@ class Trainer:
             parameter.requires_grad_(name not in frozen)
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(config.optimizer, self.trained)
-        modules = dict(module.named_modules())
-        self._frozen = [modules[name] for name in config.round.freeze]
+        self._frozen = [module.get_submodule(name) for name in config.round.freeze]
 
     def step(self, inputs: torch.Tensor, targets: torch.Tensor, seed: int, rate: float) -> float:
-        """One step of the optimizer.
+        """Take one step of the optimizer; return the mean loss of the batch.
 
         Args:
             inputs: (batch, ...) float32.
@@ -48,11 +44,8 @@ class Trainer:
             seed: of dropout.
             rate: factor of the learning rate.
 
-        Returns:
-            The mean loss of the batch.
-
         Raises:
-            RunError: 603 it is not finite.
+            RunError: 603 the loss is not finite.
         """
         self.train_mode()
         with seeded(seed, self.device):
@@ -103,10 +96,7 @@ class Trainer:
 
     def predict(self, inputs: torch.Tensor) -> torch.Tensor:
         """Outputs for inputs (n, ...) float32, in evaluation mode."""
-        self.module.eval()
-        with torch.no_grad():
-            parts = [self.module(rows.to(self.device)).cpu() for rows in torch.split(inputs, ROWS_AT_A_TIME)]
-        return torch.cat(parts)
+        return outputs_of(self.module.eval(), inputs, self.device)
 
     def predict_with(self, weights: Mapping[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
         """As `predict`, with these weights, which do not stay."""
@@ -126,14 +116,19 @@ class Trainer:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Entries for a snapshot."""
-        return dict(
-            [*flatten("module", self.module.state_dict()), *flatten("optimizer", optimizer_tensors(self.optimizer))]
-        )
+        module, optimizer = self.module.state_dict(), optimizer_tensors(self.optimizer)
+        return {**flatten("module", module), **flatten("optimizer", optimizer)}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Continue from `state`."""
         self.module.load_state_dict(under("module", tensors))
         restore_optimizer(self.optimizer, under("optimizer", tensors))
+
+
+@torch.no_grad()
+def outputs_of(module: nn.Module, inputs: torch.Tensor, device: str) -> torch.Tensor:
+    """Outputs (n, ...), on the CPU, for inputs (n, ...), of which `device` holds a part at a time."""
+    return torch.cat([module(rows.to(device)).cpu() for rows in torch.split(inputs, ROWS_AT_A_TIME)])
 
 
 def diverged(what: str) -> RunError:

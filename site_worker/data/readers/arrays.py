@@ -91,9 +91,7 @@ def _load(path: Path, names: Sequence[str]) -> list[Array]:
         raise
     except Exception as error:  # zip, zlib and numpy each have their own
         raise DataError(
-            401,
-            f"{path} is no readable .npz archive ({error}).",
-            "save it again with numpy.savez, without objects.",
+            401, f"{path} is no readable .npz archive ({error}).", "save it again with numpy.savez, without objects."
         ) from None
 
 
