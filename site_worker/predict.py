@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -23,22 +22,17 @@ from nightsplit.shared.runtime.process import prepare_torch
 from nightsplit.site_worker.data.dataset import Dataset
 from nightsplit.site_worker.data.scaling import Scaling, scale
 from nightsplit.site_worker.data.source import load_dataset, read_parts
+from nightsplit.site_worker.rounds.trainer import ROWS_AT_A_TIME as ROWS_AT_A_TIME
+from nightsplit.site_worker.rounds.trainer import outputs_of
 from nightsplit.site_worker.worker import SiteWorker
-
-ROWS_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the model says about a dataset.
+    """What the model says about a dataset, row by row, and how good that is.
 
-    Attributes:
-        patients: whom each row belongs to.
-        figures: (rows, columns) float32: the probability of the positive class (binary), of each
-            class (multiclass), the value in the target's own unit (regression), or the number of pixels of the
-            foreground (segmentation).
-        columns: names of the columns.
-        metrics: how good the predictions are.
+    `figures` are float32 (rows, columns): the probability of the positive class (binary), of each class
+    (multiclass), the value in the target's own unit (regression), or the foreground's number of pixels (segmentation).
     """
 
     patients: tuple[str, ...]
@@ -58,19 +52,18 @@ def predict(site: SiteWorker, top: Path | None = None, data: Path | None = None)
     """Predict the site's held-out test patients, or the rows of another file.
 
     Args:
-        site: of a finished run; its inputs are scaled as its training patients ask for.
+        site: of a finished run.
         top: the server's half; None for the one that the run exported.
-        data: a file or folder that is read as [data] of site.toml says, labels included; all its
-            patients are predicted.
+        data: a file or folder that is read as [data] of site.toml says, labels included.
 
     Raises:
-        DataError: the data cannot be read, or (409) are not those that the site was trained with.
+        DataError: as `chosen`.
         RunError: 605 the run has not finished here, 604 there is no top, 601 a part does not fit the model.
     """
     prepare_torch(site.config.threads, site.config.device)
     model = _load_model(site, top)
     config, dataset = site.run_config, chosen(site, data)
-    outputs = torch.cat([torch.zeros(0, *config.output_shape), *_outputs(model, dataset, site.config.device)])
+    outputs = outputs_of(model, dataset.inputs, site.config.device)
     targets = standardise(config.task, config.data, dataset.targets)
     metrics = measure(config.task, config.data, outputs, targets, dataset.patients)
     return Predictions(dataset.patients, *_in_words(config.task, config.data, outputs), metrics)
@@ -98,18 +91,12 @@ def _load_model(site: SiteWorker, top: Path | None) -> nn.Module:
     parts = assemble_any(config, site.run_folder).parts
     first = next(iter(parts))
     if not (folder / f"{first}.safetensors").exists():
-        raise RunError(
-            605,
-            f"{folder} has no {first}.safetensors: {config.run.id} has not finished at {site.config.name}.",
-            "let the run finish first: nightsplit site site.toml.",
-        )
+        what = f"{folder} has no {first}.safetensors: {config.run.id} has not finished at {site.config.name}."
+        raise RunError(605, what, "let the run finish first: nightsplit site site.toml.")
     if "top" in parts and top is None and not (folder / "top.safetensors").exists():
-        raise RunError(
-            604,
-            f"{folder} has no top.safetensors, so the model is not complete here.",
-            "set run.export_top = true in the next run; or ask the server's side for top.safetensors of its "
-            "report folder, and name it with --top.",
-        )
+        what = f"{folder} has no top.safetensors, so the model is not complete here."
+        given = "ask the server's side for top.safetensors of its report folder, and name it with --top."
+        raise RunError(604, what, f"set run.export_top = true in the next run; or {given}")
     for name, module in parts.items():
         _fill(module, top if top is not None and name == "top" else folder / f"{name}.safetensors")
     return nn.Sequential(*parts.values()).to(site.config.device).eval()
@@ -125,16 +112,8 @@ def _fill(module: nn.Module, path: Path) -> None:
         missing, unexpected = [], [path.name]
     known = module.state_dict()
     if unexpected or any(known[name].is_floating_point() for name in missing):
-        raise RunError(
-            601, f"{path} does not fit the model of run.toml.", "use the run.toml that this file was trained with."
-        )
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, dataset: Dataset, device: str) -> Iterator[torch.Tensor]:
-    """Logits or standardised values, (rows, *output_shape), a part of the rows at a time."""
-    for inputs in torch.split(dataset.inputs, ROWS_AT_A_TIME):
-        yield model(inputs.to(device)).cpu()
+        remedy = "use the run.toml that this file was trained with."
+        raise RunError(601, f"{path} does not fit the model of run.toml.", remedy)
 
 
 def _in_words(task: TaskSection, data: DataSection, outputs: torch.Tensor) -> tuple[torch.Tensor, tuple[str, ...]]:

@@ -12,10 +12,10 @@ import torch
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Send, Spend
 from nightsplit.shared.engine.role import Role
-from nightsplit.shared.errors import TITLES, Refused, RunError
+from nightsplit.shared.errors import TITLES, RunError, mismatch
 from nightsplit.shared.protocols.handshake import ANY, check_contract
 from nightsplit.shared.storage.checkpoint import Snapshot
-from nightsplit.shared.wire.message import SERVER, Kind, Message
+from nightsplit.shared.wire.message import SERVER, Kind, Message, Scalar
 from nightsplit.shared.wire.schema import Payload
 
 
@@ -107,9 +107,7 @@ class SiteRole(Role):
                 return []
             number, reason = int(scalars["number"]), str(scalars["reason"])
             if number not in TITLES:
-                raise Refused(
-                    304, f"it rejects with number {number}.", "run the same version of nightsplit at both sides."
-                )
+                raise mismatch(f"it rejects with number {number}.")
             raise RunError(number, f"the server rejects {self.name}: {reason}.", "see the page of this number.")
         return self.answer(message)
 
@@ -127,11 +125,8 @@ class SiteRole(Role):
         """Agree to the run as the server opened it, before anything of a patient is sent."""
         if contract != self.config.contract:
             differences = _difference(config, self.config.canonical())
-            raise RunError(
-                601,
-                f"{self.name} and the server have different run.toml files: {differences}.",
-                "agree on one run.toml. Nothing of a patient was sent.",
-            )
+            remedy = "agree on one run.toml. Nothing of a patient was sent."
+            raise RunError(601, f"{self.name} and the server have different run.toml files: {differences}.", remedy)
         if self._enrolled:
             return []
         self._enrolled = True
@@ -140,16 +135,12 @@ class SiteRole(Role):
     def _hello(self) -> Send:
         # Not even the numbers of patients' samples leave before site and server agree on the run.
         train, validation, test = self.samples if self._enrolled else (0, 0, 0)
-        return Send(
-            SERVER,
-            Kind.HELLO,
-            0,
-            scalars={
-                "incarnation": self._incarnation, "contract": self.config.contract,
-                "enrolled": self._enrolled, "train": train, "validation": validation, "test": test,
-                "mark": self.answered, "released": self._released,
-            },
-        )  # fmt: skip
+        scalars: dict[str, Scalar] = {
+            "incarnation": self._incarnation, "contract": self.config.contract, "enrolled": self._enrolled,
+            "train": train, "validation": validation, "test": test,
+            "mark": self.answered, "released": self._released,
+        }  # fmt: skip
+        return Send(SERVER, Kind.HELLO, 0, scalars=scalars)
 
     def saved(self) -> list[Effect]:
         """See `Role`: before the broker forgets its first answer, the server hears that it may."""

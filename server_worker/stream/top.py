@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 
 import torch
 from torch import nn
@@ -156,8 +155,10 @@ class Middle(Top):
 
     def state(self) -> dict[str, torch.Tensor]:
         """Entries for a snapshot."""
-        stashed = (flatten(f"stash/{version}", weights) for version, weights in self._stash.items())
-        return {**super().state(), "steps": torch.tensor(self._steps), **dict(chain.from_iterable(stashed))}
+        entries = {**super().state(), "steps": torch.tensor(self._steps)}
+        for version, weights in self._stash.items():
+            entries |= flatten(f"stash/{version}", weights)
+        return entries
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Continue from `state`."""

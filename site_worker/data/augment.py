@@ -29,15 +29,11 @@ def augment(batch: Tensor, names: Sequence[str], generator: torch.Generator) -> 
         names: entries of `data.augment`.
         generator: a generator on the CPU, the only source of chance: equal state, equal result.
 
-    Returns:
-        A tensor of the same shape, dtype and device.
-
     Raises:
         ValueError: an unknown name.
     """
     count, _, height, width = batch.shape
-    place = torch.eye(3).repeat(count, 1, 1)  # from points of the result to points of the batch
-    moved = False
+    start = place = torch.eye(3).repeat(count, 1, 1)  # from points of the result to points of the batch
     for name in names:
         if name == "flip":
             flipped = torch.rand(count, generator=generator) < 0.5
@@ -47,8 +43,7 @@ def augment(batch: Tensor, names: Sequence[str], generator: torch.Generator) -> 
             batch = _contrast(batch, generator)
         else:
             place = place @ _step(name, count, height / width, generator)
-            moved = True
-    if not moved:
+    if place is start:
         return batch
     grid = affine_grid(place[:, :2].to(batch.device), list(batch.shape), align_corners=False)
     return grid_sample(batch, grid, mode="bilinear", padding_mode="border", align_corners=False)

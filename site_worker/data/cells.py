@@ -22,9 +22,8 @@ def read_cells(path: Path) -> tuple[dict[str, list[str]], Callable[[int], str]]:
     try:
         heading, cells, lines = _parquet(path) if path.suffix.lower() == ".parquet" else _csv(path)
     except OSError as error:
-        raise DataError(
-            401, f"{path}: {error.strerror or error}.", "check data.path in site.toml and who may read the file."
-        ) from None
+        remedy = "check data.path in site.toml and who may read the file."
+        raise DataError(401, f"{path}: {error.strerror or error}.", remedy) from None
     if len(set(heading)) != len(heading):
         twice = next(name for name in heading if heading.count(name) > 1)
         raise DataError(402, f"{path} has more than one column {twice!r}.", "rename one of them.")
@@ -56,9 +55,8 @@ def _csv(path: Path) -> Cells:
         ).fillna("")
     except ValueError as error:  # ParserError, EmptyDataError
         reason = str(error).rpartition("C error: ")[2].strip()
-        raise DataError(
-            403, f"{path}: {reason}.", "correct that line: is a quote open, or a separator too many?"
-        ) from None
+        remedy = "correct that line: is a quote open, or a separator too many?"
+        raise DataError(403, f"{path}: {reason}.", remedy) from None
     heading, *cells = frame.to_numpy().tolist()
     # A quoted cell may span lines, and blank lines are skipped: count as a person would.
     lines = list(accumulate((1 + sum(cell.count("\n") for cell in row) for row in [heading, *cells]), initial=1))[1:]
@@ -72,15 +70,11 @@ def _parquet(path: Path) -> Cells:
     try:
         frame = pd.read_parquet(path)
     except ImportError:
-        raise DataError(
-            401,
-            f"{path} is a Parquet file, and pyarrow is not installed.",
-            "pip install nightsplit[parquet], or save as CSV.",
-        ) from None
+        remedy = "pip install nightsplit[parquet], or save as CSV."
+        raise DataError(401, f"{path} is a Parquet file, and pyarrow is not installed.", remedy) from None
     except Exception as error:  # pyarrow and pandas share no exception for a broken file
-        raise DataError(
-            401, f"{path} is no readable Parquet file ({type(error).__name__}).", "export it again."
-        ) from None
+        what = f"{path} is no readable Parquet file ({type(error).__name__})."
+        raise DataError(401, what, "export it again.") from None
     if frame.index.names != [None]:
         frame = frame.reset_index()
     cells = [[_text(value) for value in row] for row in frame.astype(object).to_numpy().tolist()]

@@ -52,17 +52,10 @@ class Dataset:
         return digest.hexdigest()
 
     def expect(self, fingerprint: str) -> None:
-        """Check that this is the data a run began with.
-
-        Raises:
-            DataError: 409 the data changed in between.
-        """
+        """Check that this is the data a run began with; DataError 409 where it changed in between."""
         if self.fingerprint != fingerprint:
-            raise DataError(
-                409,
-                f"the data's fingerprint is {self.fingerprint[:12]}, the run began with {fingerprint[:12]}.",
-                "restore the files as they were, or start a new run with the new data.",
-            )
+            what = f"the data's fingerprint is {self.fingerprint[:12]}, the run began with {fingerprint[:12]}."
+            raise DataError(409, what, "restore the files as they were, or start a new run with the new data.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,11 +26,8 @@ def class_numbers(data: DataSection, task: TaskSection) -> dict[str, int]:
     count = 2 if task.kind == "binary" else task.classes
     classes = data.classes or [str(number) for number in range(count)]
     if len(classes) != count:
-        raise ConfigError(
-            103,
-            f"run.toml: data.classes has {len(classes)} entries, the task {count} classes.",
-            'give one entry per class; an entry may name several labels, e.g. classes = ["0", "1|2|3|4"].',
-        )
+        remedy = 'give one entry per class; an entry may name several labels, e.g. classes = ["0", "1|2|3|4"].'
+        raise ConfigError(103, f"run.toml: data.classes has {len(classes)} entries, the task {count} classes.", remedy)
     labels = [(plain(label), number) for number, entry in enumerate(classes) for label in entry.split("|")]
     if len(dict(labels)) != len(labels):
         raise ConfigError(103, "run.toml: data.classes names a label twice.", "name every label once.")
@@ -48,11 +45,8 @@ def read_targets(rows: Rows, chosen: Sequence[int], data: DataSection, task: Tas
     if rows.read_masks is not None:
         masks = rows.read_masks(chosen)
         if not masks.any():
-            raise DataError(
-                412,
-                f"{rows.file}: {len(chosen)} masks, and no pixel in them is foreground.",
-                "correct data.masks or data.foreground in site.toml.",
-            )
+            remedy = "correct data.masks or data.foreground in site.toml."
+            raise DataError(412, f"{rows.file}: {len(chosen)} masks, and no pixel in them is foreground.", remedy)
         return masks
     if task.kind == "regression":
         return torch.tensor(numbers(rows, rows.label, chosen, ()), dtype=torch.float32)
@@ -61,10 +55,8 @@ def read_targets(rows: Rows, chosen: Sequence[int], data: DataSection, task: Tas
     for row in chosen:
         if plain(labels[row]) not in classes:
             listed = ", ".join(data.classes or classes)
-            raise DataError(
-                403,
-                f"{rows.place(row)}: {rows.label} {labels[row]!r} is not one of data.classes ({listed}).",
-                'correct it, or list it in data.classes of run.toml ("1|2" counts two labels as one class).',
-            )
+            what = f"{rows.place(row)}: {rows.label} {labels[row]!r} is not one of data.classes ({listed})."
+            remedy = 'correct it, or list it in data.classes of run.toml ("1|2" counts two labels as one class).'
+            raise DataError(403, what, remedy)
     dtype = torch.float32 if task.kind == "binary" else torch.int64
     return torch.tensor([classes[plain(labels[row])] for row in chosen], dtype=dtype)

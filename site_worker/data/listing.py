@@ -12,7 +12,8 @@ A folder that bears a class's name counts before a folder that merely ends in it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -54,7 +55,6 @@ def list_files(
     """The files that the index lists, or that are in the folder.
 
     Args:
-        folder: data.path.
         source: `index`, `label` and `patient` (without an index: pattern of the patient's folder name).
         classes: labels that a folder may be named after; none: there are no labels without an index.
         wanted: whether a file in the folder is one; not asked about what an index lists.
@@ -88,6 +88,24 @@ def files_below(folder: Path, wanted: Callable[[Path], bool]) -> list[str]:
     return [file for file in shown if wanted(folder / file)]
 
 
+def unreadable(path: Path, what: str) -> DataError:
+    """Error 406 for a file of which `what` tells what is wrong."""
+    return DataError(406, f"{path} {what}.", "replace the file by an intact copy, or take it out of the data.")
+
+
+@contextmanager
+def reading(path: Path, listed: str = "", quotes: bool = True) -> Iterator[None]:
+    """Tell what a decoder raises as error 406, in its words if it `quotes` them; `listed` tells where the file is."""
+    try:
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise unreadable(path, f"is not there{listed}") from None
+    except Exception as error:  # decoders raise whatever they like, SyntaxError included
+        raise unreadable(path, f"cannot be read ({error if quotes else type(error).__name__}){listed}") from None
+
+
 def _label(folder: Path, file: str, classes: Collection[str]) -> str:
     """The class that the folders above a file name."""
     above = Path(file).parts[:-1]
@@ -96,11 +114,8 @@ def _label(folder: Path, file: str, classes: Collection[str]) -> str:
     if len(named) == 1:
         return named.pop()
     what = f"is in folders of {', '.join(sorted(named))}" if named else "is in no folder of a class"
-    raise DataError(
-        403,
-        f"{folder / file} {what}; data.classes names {', '.join(classes)}.",
-        "name a folder above it <class> or <anything>_<class>, or list the labels in an index (data.index).",
-    )
+    remedy = "name a folder above it <class> or <anything>_<class>, or list the labels in an index (data.index)."
+    raise DataError(403, f"{folder / file} {what}; data.classes names {', '.join(classes)}.", remedy)
 
 
 def _patient(folder: Path, file: str, pattern: str | None) -> str:
@@ -113,8 +128,5 @@ def _patient(folder: Path, file: str, pattern: str | None) -> str:
             return part
     if pattern is None:
         return file
-    raise DataError(
-        403,
-        f"{folder / file} is in no folder named {pattern!r}, which data.patient says is the patient.",
-        "correct data.patient in site.toml, or leave it out.",
-    )
+    what = f"{folder / file} is in no folder named {pattern!r}, which data.patient says is the patient."
+    raise DataError(403, what, "correct data.patient in site.toml, or leave it out.")

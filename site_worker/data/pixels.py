@@ -22,6 +22,7 @@ WINDOWS: dict[str, Window] = {
 }  # fmt: skip
 """Usual windows of CT; for other modalities they mean nothing."""
 
+LUMINANCE = (0.299, 0.587, 0.114)  # of red, green, blue (ITU-R BT.601, as Pillow's "L")
 PERCENTILES = (0.5, 99.5)  # a few bright voxels (metal, vessels) would otherwise leave the rest in the dark
 
 
@@ -53,12 +54,9 @@ def resized(images: torch.Tensor, size: int | None) -> torch.Tensor:
 
 
 def masked(values: Array, foreground: Sequence[int], size: int | None) -> torch.Tensor:
-    """Masks (n, height, width) as float32 of 0 and 1, (n, size, size), by nearest neighbour.
+    """Masks (n, height, width) as float32 of 0 and 1, (n, size, size), by nearest neighbour; None leaves the size.
 
-    Args:
-        values: labels as the file has them.
-        foreground: labels that count as 1; none: all above 0.
-        size: side of the result; None leaves the size.
+    The labels of `foreground` count as 1; where there are none, all above 0.
     """
     chosen = np.isin(values, foreground) if foreground else values > 0
     masks = torch.from_numpy(np.ascontiguousarray(chosen, dtype=np.float32)).unsqueeze(1)
@@ -68,18 +66,11 @@ def masked(values: Array, foreground: Sequence[int], size: int | None) -> torch.
 
 
 def stacked(images: Sequence[torch.Tensor], name: Callable[[int], object]) -> torch.Tensor:
-    """Equally large tensors as one; `name(i)` is the file of the i-th.
-
-    Raises:
-        DataError: 406 two sizes.
-    """
+    """Equally large tensors as one; `name(i)` is the file of the i-th. DataError 406 where there are two sizes."""
     for i, image in enumerate(images):
         if image.shape != images[0].shape:
-            raise DataError(
-                406,
-                f"{name(i)} is {_size(image)}, {name(0)} is {_size(images[0])}.",
-                "set data.image_size in run.toml, to bring all images to one size.",
-            )
+            remedy = "set data.image_size in run.toml, to bring all images to one size."
+            raise DataError(406, f"{name(i)} is {_size(image)}, {name(0)} is {_size(images[0])}.", remedy)
     return torch.stack(list(images))
 
 

@@ -31,11 +31,8 @@ def plain(text: str) -> str:
 
 def absent(file: Path, kind: str, name: str, there: Iterable[str]) -> DataError:
     """Error 402 for a column or array that a file does not have."""
-    return DataError(
-        402,
-        f"{file} has no {kind} {name!r}; it has {', '.join(there) or 'none'}.",
-        "correct the name in [data] of site.toml, or in data.features of run.toml.",
-    )
+    remedy = "correct the name in [data] of site.toml, or in data.features of run.toml."
+    return DataError(402, f"{file} has no {kind} {name!r}; it has {', '.join(there) or 'none'}.", remedy)
 
 
 @dataclass(frozen=True)
@@ -66,11 +63,7 @@ class Rows:
         return len(next(iter(self.columns.values())))
 
     def column(self, name: str) -> Sequence[str]:
-        """Cells of a column.
-
-        Raises:
-            DataError: 402 absent; the error lists the columns there are.
-        """
+        """Cells of a column; DataError 402, with the columns there are, where it is absent."""
         if name not in self.columns:
             raise absent(self.file, "column", name, self.columns)
         return self.columns[name]
@@ -89,12 +82,9 @@ def numbers(rows: Rows, name: str, chosen: Sequence[int], missing: Iterable[str]
     }
     for row in chosen:
         if values[cells[row]] is None:
-            raise DataError(
-                403,
-                f"{rows.place(row)}, column {name}: {cells[row]!r} is no number.",
-                "write it with a point and without a unit, or list it in data.missing of site.toml if it "
-                "means not measured.",
-            )
+            what = f"{rows.place(row)}, column {name}: {cells[row]!r} is no number."
+            listed = "list it in data.missing of site.toml if it means not measured."
+            raise DataError(403, what, f"write it with a point and without a unit, or {listed}")
     return [value for row in chosen if (value := values[cells[row]]) is not None]
 
 

@@ -46,12 +46,9 @@ class Scaling:
             mean, spread = torch.zeros(width), torch.ones(width)
         elif data.scaling == "run":
             if not len(data.mean) == len(data.spread) == width or not all(value > 0 for value in data.spread):
-                raise ConfigError(
-                    103,
-                    f"run.toml: data.mean has {len(data.mean)} figures, data.spread {len(data.spread)}, "
-                    f"the data {width} {'channels' if trailing else 'features'}.",
-                    'give one mean and one spread above 0 for each, or use scaling = "site".',
-                )
+                given = f"data.mean has {len(data.mean)} figures, data.spread {len(data.spread)}"
+                what = f"run.toml: {given}, the data {width} {'channels' if trailing else 'features'}."
+                raise ConfigError(103, what, 'give one mean and one spread above 0 for each, or use scaling = "site".')
             mean, spread = torch.tensor(data.mean), torch.tensor(data.spread)
             fill = mean
         return cls(*(figures.reshape(-1, *trailing) for figures in (mean, spread, fill)))

@@ -22,11 +22,8 @@ def indexed(rows: Rows) -> Mapping[str, Sequence[int]]:
     sequences: defaultdict[str, list[int]] = defaultdict(list)
     for row in sorted(range(len(rows)), key=order.__getitem__):
         if not names[row].strip() or math.isnan(order[row]):
-            raise DataError(
-                403,
-                f"{rows.place(row)}: sequence or frame is empty.",
-                "fill both in; an image that stands alone is a sequence of its own.",
-            )
+            remedy = "fill both in; an image that stands alone is a sequence of its own."
+            raise DataError(403, f"{rows.place(row)}: sequence or frame is empty.", remedy)
         sequences[names[row]].append(row)
     return sequences
 
@@ -42,22 +39,16 @@ def framed(rows: Rows, frames: int) -> Rows:
         DataError: 403 images of one sequence differ in label or patient.
     """
     if rows.sequences is None:
-        raise ConfigError(
-            103,
-            f"run.toml: data.frames is set, and {rows.file} holds no sequences.",
-            "leave data.frames out, or read volumes, dicom, or images with an index.",
-        )
+        remedy = "leave data.frames out, or read volumes, dicom, or images with an index."
+        raise ConfigError(103, f"run.toml: data.frames is set, and {rows.file} holds no sequences.", remedy)
     members = list(rows.sequences.values())
     for name in filter(None, (rows.label, rows.patient)):
         cells = rows.column(name)
         odd = next(((row, of[0]) for of in members for row in of if cells[row] != cells[of[0]]), None)
         if odd is not None:
             first, second = map(rows.place, odd)
-            raise DataError(
-                403,
-                f"{first}: its {name} is not that of {second}, and both are of one sequence.",
-                "correct the index: the images of a sequence have one label and one patient.",
-            )
+            remedy = "correct the index: the images of a sequence have one label and one patient."
+            raise DataError(403, f"{first}: its {name} is not that of {second}, and both are of one sequence.", remedy)
 
     def read(chosen: Sequence[int]) -> torch.Tensor:
         images = rows.read([members[i][k] for i in chosen for k in spaced(len(members[i]), frames)])

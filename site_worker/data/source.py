@@ -29,11 +29,7 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 
 
 def read_parts(source: SourceSection, run: RunConfig, base: Path) -> Parts:
-    """A site's data, read and divided by patient as the run asks for; not scaled.
-
-    Raises:
-        ConfigError, DataError: see `load_dataset` and `split`.
-    """
+    """A site's data, read and divided by patient as the run asks for; not scaled. Raises as what it calls."""
     dataset = load_dataset(source, run.data, run.task, base)
     return split(dataset, run.task, run.data.validation, run.data.test, run.run.seed)
 
@@ -45,15 +41,8 @@ def load_dataset(source: SourceSection, data: DataSection, task: TaskSection, ba
     error, unless `missing` names the label's column (its list may be empty): then it is left out.
     For segmentation the masks take the place of the labels.
 
-    Args:
-        source: [data] of site.toml.
-        data: [data] of run.toml.
-        task: [task] of run.toml.
-        base: folder of the site.toml; a relative path starts there.
-
-    Returns:
-        Inputs as read, neither scaled nor imputed; targets as `Dataset` says; a patient's name is the
-        cell of the patient column, or "row 7" where every row is a patient.
+    Inputs are as read, neither scaled nor imputed; targets as `Dataset` says; a patient's name is the cell of the
+    patient column, or "row 7" where every row is a patient. A relative path starts at `base`, the folder of site.toml.
 
     Raises:
         ConfigError: 103 keys of [data] do not make sense, alone or with the task.
@@ -72,11 +61,8 @@ def load_dataset(source: SourceSection, data: DataSection, task: TaskSection, ba
     mine = _share(patients.values(), source.share)
     chosen = [row for row in chosen if patients[row] in mine]
     if not chosen:
-        raise DataError(
-            405,
-            f"{rows.file}: of {len(rows)} rows none is left after data.where, data.missing and data.share.",
-            "compare data.where in site.toml with the file's values.",
-        )
+        what = f"{rows.file}: of {len(rows)} rows none is left after data.where, data.missing and data.share."
+        raise DataError(405, what, "compare data.where in site.toml with the file's values.")
     targets = read_targets(rows, chosen, data, task)
     return Dataset(rows.read(chosen), targets, tuple(patients[row] for row in chosen))
 
@@ -91,9 +77,8 @@ def locate(path: str, base: Path) -> Path:
     for first, second in _VARIABLE.findall(path):
         name = first or second
         if not os.environ.get(name):
-            remedy = f"set {name} to the folder that your data is in."
-            if origin:
-                remedy = f"{origin}; then set {name} to the folder above it."
+            own = f"set {name} to the folder that your data is in."
+            remedy = f"{origin}; then set {name} to the folder above it." if origin else own
             raise DataError(408, f"data.path is {path!r}, and the environment variable {name} is not set.", remedy)
     found = base / Path(_VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], path)).expanduser()
     if not found.exists():
@@ -108,11 +93,8 @@ def _open(path: Path, source: SourceSection, data: DataSection, task: TaskSectio
     if source.source == "arrays":
         return open_arrays(path, source, data, masks)
     if task.kind == "regression" and source.index is None:
-        raise DataError(
-            402,
-            f"{path} has no index with the figures to predict; folders only name classes.",
-            "set data.index in site.toml to a CSV with the columns file and label.",
-        )
+        remedy = "set data.index in site.toml to a CSV with the columns file and label."
+        raise DataError(402, f"{path} has no index with the figures to predict; folders only name classes.", remedy)
     classes = class_numbers(data, task)
     if source.source == "images":
         return open_images(path, source, data, classes)
@@ -120,22 +102,15 @@ def _open(path: Path, source: SourceSection, data: DataSection, task: TaskSectio
         from nightsplit.site_worker.data.readers.dicom import open_dicom
         from nightsplit.site_worker.data.readers.volumes import open_volumes
     except ImportError as error:
-        raise DataError(
-            401,
-            f'{path}: source = "{source.source}" needs the package {error.name}, which is not installed.',
-            "pip install nightsplit[medical].",
-        ) from None
+        what = f'{path}: source = "{source.source}" needs the package {error.name}, which is not installed.'
+        raise DataError(401, what, "pip install nightsplit[medical].") from None
     if source.source == "dicom":
         return open_dicom(path, source, data, classes)
     return open_volumes(path, source, data, classes, masks)
 
 
 def _masks(source: SourceSection, data: DataSection, task: TaskSection) -> str | None:
-    """Where the masks are; None for the tasks that have none.
-
-    Raises:
-        ConfigError: 103 a segmentation without masks, or with what masks cannot follow.
-    """
+    """Where the masks are, with a task that has some; ConfigError 103 where there are none, or they cannot follow."""
     if task.kind != "segmentation":
         return None
     what = None
@@ -166,11 +141,9 @@ def _labelled(rows: Rows, chosen: Sequence[int], source: SourceSection) -> list[
     kept = [row for row in chosen if plain(cells[row]) not in absent_values]
     if len(kept) < len(chosen) and rows.label not in source.missing:
         first = next(row for row in chosen if plain(cells[row]) in absent_values)
-        raise DataError(
-            403,
-            f"{rows.place(first)}: no {rows.label}, and {len(chosen) - len(kept)} rows in all without it.",
-            f"fill it in, or leave such rows out with missing.{rows.label} = [] under [data] of site.toml.",
-        )
+        what = f"{rows.place(first)}: no {rows.label}, and {len(chosen) - len(kept)} rows in all without it."
+        remedy = f"fill it in, or leave such rows out with missing.{rows.label} = [] under [data] of site.toml."
+        raise DataError(403, what, remedy)
     return kept
 
 
@@ -181,21 +154,15 @@ def _patients(rows: Rows, chosen: Sequence[int]) -> dict[int, str]:
     cells = rows.column(rows.patient)
     for row in chosen:
         if not cells[row].strip():
-            raise DataError(
-                403,
-                f"{rows.place(row)}: {rows.patient} is empty, so nobody knows which patient this is.",
-                "fill it in, or take the row out of the file.",
-            )
+            what = f"{rows.place(row)}: {rows.patient} is empty, so nobody knows which patient this is."
+            raise DataError(403, what, "fill it in, or take the row out of the file.")
     return {row: cells[row].strip() for row in chosen}
 
 
 def _share(patients: Iterable[str], share: tuple[float, float]) -> set[str]:
     first, last = share
     if not 0 <= first < last <= 1:
-        raise ConfigError(
-            103,
-            f"site.toml: data.share is [{first}, {last}].",
-            "give two figures from 0 to 1, the smaller first: [0.0, 0.5] and [0.5, 1.0] are two halves.",
-        )
+        remedy = "give two figures from 0 to 1, the smaller first: [0.0, 0.5] and [0.5, 1.0] are two halves."
+        raise ConfigError(103, f"site.toml: data.share is [{first}, {last}].", remedy)
     order = shuffled(patients, "share")  # no seed of the run: sites cut out of one file stay disjoint in every run
     return set(order[round(first * len(order)) : round(last * len(order))])

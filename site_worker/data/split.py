@@ -1,8 +1,7 @@
 """Dividing patients into training, validation and test.
 
-Patients are ordered by a hash of their name and the seed. The order does not depend on the order of
-the file, on the platform or on a library's random generator, and a patient who is added later does
-not shuffle the others.
+Patients are ordered by a hash of their name and the seed. The order does not depend on the order of the file, on the
+platform or on a library's random generator, and a patient who is added later does not shuffle the others.
 """
 
 from __future__ import annotations
@@ -28,12 +27,7 @@ def split(dataset: Dataset, task: TaskSection, validation: float, test: float, s
     patients allow, and every class keeps a patient in training. A patient's class is the most
     frequent one of its rows (the higher one if two are equally frequent).
 
-    Args:
-        dataset: all rows of the site.
-        task: tells classification from regression.
-        validation: share of the patients, 0 for none.
-        test: share of the patients, 0 for none.
-        seed: the run's seed.
+    `validation` and `test` are shares of the patients, 0 for none; `seed` is the run's.
 
     Raises:
         DataError: 405 too few patients, 404 a single class in the training part.
@@ -43,12 +37,9 @@ def split(dataset: Dataset, task: TaskSection, validation: float, test: float, s
     patients, held_out = sum(sizes), (validation > 0) + (test > 0)
     needed = max(1, len(strata)) + held_out
     if patients < needed:
-        raise DataError(
-            405,
-            f"the site has {patients} of the {needed} patients needed: {needed - held_out} for training (one "
-            f"per class), one for each of {held_out} held-out parts.",
-            "add patients, or set data.validation or data.test to 0 in run.toml.",
-        )
+        whom = f"{needed - held_out} for training (one per class), one for each of {held_out} held-out parts"
+        what = f"the site has {patients} of the {needed} patients needed: {whom}."
+        raise DataError(405, what, "add patients, or set data.validation or data.test to 0 in run.toml.")
     room = patients - len(strata)
     tests = min(max(round(patients * test), 1), room - (validation > 0)) if test else 0
     validations = min(max(round(patients * validation), 1), room - tests) if validation else 0
@@ -60,10 +51,10 @@ def split(dataset: Dataset, task: TaskSection, validation: float, test: float, s
         for position, name in enumerate(names):
             part_of[name] = "test" if position < t else "validation" if position < t + v else "train"
 
-    rows: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
-    for row, patient in enumerate(dataset.patients):
-        rows[part_of[patient]].append(row)
-    parts = Parts(**{part: dataset.select(chosen) for part, chosen in rows.items()})
+    def rows_of(part: str) -> list[int]:
+        return [row for row, patient in enumerate(dataset.patients) if part_of[patient] == part]
+
+    parts = Parts(*(dataset.select(rows_of(part)) for part in ("train", "validation", "test")))
     if _has_classes(task):
         _check_classes(parts.train)
     return parts
@@ -97,12 +88,8 @@ def _apportion(total: int, sizes: Sequence[int], room: Sequence[int]) -> list[in
 
 
 def _check_classes(train: Dataset) -> None:
-    present = {int(target) for target in train.targets.tolist()}
-    if len(present) == 1:
-        only = present.pop()
-        raise DataError(
-            404,
-            f"all {len(train)} training rows are of class {only} (entry {only + 1} of data.classes).",
-            "check data.label and data.classes, add patients of another class, or train this site's patients "
-            "together with those of another site.",
-        )
+    only, *others = {int(target) for target in train.targets.tolist()}
+    if not others:
+        what = f"all {len(train)} training rows are of class {only} (entry {only + 1} of data.classes)."
+        together = "train this site's patients together with those of another site."
+        raise DataError(404, what, f"check data.label and data.classes, add patients of another class, or {together}")

@@ -86,9 +86,7 @@ def patient_epsilon(uses: Iterable[tuple[Use, int]], delta: float) -> float:
     (Vadhan, "The Complexity of Differential Privacy", 2017, Lemma 2.2), epsilon to m epsilon and delta to
     m exp((m - 1) epsilon) delta, gives a delta above 1 for the records of a usual volume.
 
-    Args:
-        uses: in what the patient's records took part, and how many of them.
-        delta: of the patient.
+    `uses` tell in what the patient's records took part, and how many of them.
     """
     taken = [(use, records) for use, records in uses if use.steps and records]
     if not taken:

@@ -9,6 +9,7 @@ Each row is sealed with the secret. So a bit that flipped is found, and a row th
 
 from __future__ import annotations
 
+import operator
 import sqlite3
 import struct
 from collections import Counter
@@ -72,13 +73,9 @@ class Total:
 
 
 class Ledger:
-    """The ledger of a site, made with its secret where both are missing.
+    """The ledger of a site, made with its secret where both are missing; RunError 612 where it cannot be used.
 
-    Args:
-        path: the SQLite file; the secret is beside it, with the suffix .key. Processes of one host may share it.
-
-    Raises:
-        RunError: 612 it cannot be used.
+    It is a SQLite file, the secret is beside it, with the suffix .key. Processes of one host may share it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,10 +97,8 @@ class Ledger:
         """Enter a run, or find it entered. Nothing is spent yet.
 
         Args:
-            run: its id.
-            identity: what must not change under that id: its contract, and the training data's fingerprint.
+            identity: what must not change under the run's id: its contract, and the training data's fingerprint.
             use: rate, noise, and all the steps that it plans. A run that is entered keeps its first noise.
-            delta: of the run.
             patients: of each training record, whose it is.
             most: epsilon that all runs together may spend on a record; None without limit.
 
@@ -111,28 +106,19 @@ class Ledger:
             RunError: 611 the planned steps would exceed `most`; 612; 613 the id was used with another identity.
         """
         counts = sorted((self.secret.derive("patient", name).key, n) for name, n in Counter(patients).items())
-        entry = Entry(
-            run, self.secret.derive("identity", identity).key, len(patients), replace(use, steps=0), delta,
-            self._digest(counts),
-        )  # fmt: skip
+        keyed = self.secret.derive("identity", identity).key
+        entry = Entry(run, keyed, len(patients), replace(use, steps=0), delta, self._digest(counts))
         with self._trouble():
             known = {other.run: other for other in self.entries()}
             found = known.get(run, entry)
             if (found.identity, found.patients) != (entry.identity, entry.patients):
-                raise RunError(
-                    613,
-                    f"run {run!r} is in {self._path} with other data, patients or settings.",
-                    "give the new run another run.id; what the old one spent stays counted.",
-                )
-            planned = replace(found, use=replace(found.use, steps=use.steps))
-            self._refuse_above(most, {**known, run: planned}, run)
+                remedy = "give the new run another run.id; what the old one spent stays counted."
+                raise RunError(613, f"run {run!r} is in {self._path} with other data, patients or settings.", remedy)
+            self._refuse_above(most, {**known, run: replace(found, use=replace(found.use, steps=use.steps))}, run)
             if run not in known:
                 with transaction(self._rows):
-                    self._rows.execute(
-                        "INSERT INTO run VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                        (run, entry.identity, entry.records, use.rate, use.sigma, delta, 0, entry.patients,
-                         self._seal(entry)),
-                    )  # fmt: skip
+                    row = (run, keyed, entry.records, use.rate, use.sigma, delta, 0, entry.patients, self._seal(entry))
+                    self._rows.execute("INSERT INTO run VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
                     self._rows.executemany("INSERT INTO patient VALUES (?, ?, ?)", [(run, *c) for c in counts])
         return found
 
@@ -155,9 +141,8 @@ class Ledger:
                 # The arithmetic takes long, so the file is not held meanwhile: look again.
                 with transaction(self._rows):
                     if self.entries() == before:
-                        self._rows.execute(
-                            "UPDATE run SET steps = ?, seal = ? WHERE run = ?", (steps, self._seal(paid), run)
-                        )
+                        row = (steps, self._seal(paid), run)
+                        self._rows.execute("UPDATE run SET steps = ?, seal = ? WHERE run = ?", row)
                         return
 
     def entries(self) -> list[Entry]:
@@ -187,13 +172,10 @@ class Ledger:
         delta = min(entry.delta for entry in runs.values())
         spent = epsilon_of([entry.use for entry in runs.values()], delta).pld
         if spent > most:
-            raise RunError(
-                611,
-                f"run {run!r} would bring the epsilon of a record to {spent:.3g} over all {len(runs)} runs "
-                f"(delta {delta:g}); policy.toml allows {most:g}.",
-                "let the run end here, or plan it with a smaller privacy.epsilon; only the hospital may raise "
-                "max_epsilon.",
-            )
+            all_runs = f"over all {len(runs)} runs (delta {delta:g}); policy.toml allows {most:g}."
+            what = f"run {run!r} would bring the epsilon of a record to {spent:.3g} {all_runs}"
+            planned = "plan it with a smaller privacy.epsilon; only the hospital may raise max_epsilon."
+            raise RunError(611, what, f"let the run end here, or {planned}")
 
     def _own(self, key: Path) -> Secret:
         """The secret that this ledger was made with."""
@@ -242,4 +224,4 @@ class Ledger:
 
 
 def _covers(other: tuple[int, ...], one: tuple[int, ...]) -> bool:
-    return other != one and all(more >= less for more, less in zip(other, one, strict=True))
+    return other != one and all(map(operator.ge, other, one))

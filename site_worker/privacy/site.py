@@ -26,11 +26,7 @@ class Account:
         self._most = most
 
     def pay(self, spend: Spend) -> None:
-        """Pay for the run's steps from 1 on, durably, before weights that contain them leave.
-
-        Raises:
-            RunError: 611 the policy does not allow it, 612 the ledger cannot be used.
-        """
+        """Pay for the run's steps from 1 on, durably, before weights that contain them leave; see `Ledger.spend`."""
         self.ledger.spend(self._run, spend.steps, self._most)
 
     def close(self) -> None:
@@ -55,11 +51,7 @@ def take_part(
     Sites have different numbers of records, so each computes the noise that keeps its own records within
     privacy.epsilon over all the steps that it may take in the run.
 
-    Args:
-        privacy: that of `config`.
-        parts: the site's scaled data.
-        ledger: the ledger's file.
-        most: policy.toml's max_epsilon.
+    `privacy` is that of `config`, `parts` the site's scaled data, `ledger` a file, `most` policy.toml's max_epsilon.
 
     Raises:
         RunError: 610 the model mixes records; 611, 612, 613 as `Ledger.begin`.

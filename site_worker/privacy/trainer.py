@@ -25,7 +25,6 @@ class PrivateTrainer(Trainer):
     without a word: `gradients` is one forward and one backward, always.
 
     Args:
-        module, config, device: as of `Trainer`.
         privacy: clipping norm and kind of stream.
         secret: of this run.
         sigma: standard deviation of the noise, in units of the clipping norm.
@@ -69,13 +68,10 @@ class PrivateTrainer(Trainer):
         return loss
 
     def gradients(self, inputs: torch.Tensor, targets: torch.Tensor, seed: int) -> tuple[float, list[torch.Tensor]]:
-        """Mean loss, and the gradients of single records: (batch, *shape) of each trained parameter.
+        """Mean loss, and the gradients of single records: (batch, *shape) of each trained parameter; raises as `step`.
 
         The loss of a record is `loss_of` a batch of one. So a Dice loss, which is no sum over a batch, is
         taken for each record alone.
-
-        Raises:
-            RunError: 603 the loss is not finite.
         """
         self.train_mode()
         leaf = inputs.to(self.device).detach().requires_grad_()

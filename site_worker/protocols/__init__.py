@@ -22,15 +22,12 @@ def make_site(
     name: str, config: RunConfig, parts: Parts, incarnation: str, base: Path, device: str = "cpu",
     ledger: Path | None = None, max_epsilon: float | None = None,
 ) -> SiteRole:  # fmt: skip
-    """The role of a site in a run.
+    """The role of the site `name` in a run.
 
     Args:
-        name: the site.
-        config: the run.
         parts: the site's scaled data.
         incarnation: names this process.
         base: folder of run.toml.
-        device: where the site's layers compute.
         ledger: file of what runs with differential privacy have spent; needed by those.
         max_epsilon: the most that they may spend.
 

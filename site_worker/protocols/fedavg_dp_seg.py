@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from nightsplit.site_worker.protocols.fedavg_transfer import FedavgTransferSite
+from nightsplit.site_worker.rounds.role import RoundSite
 
-
-class FedavgDpSegSite(FedavgTransferSite):
-    """The same half, with the trainer, the batches and the account of a `PrivatePart`."""
-
-
-ROLE = FedavgDpSegSite
+ROLE = RoundSite
+"""With the trainer, the batches and the account of a `PrivatePart`."""

@@ -4,9 +4,4 @@ from __future__ import annotations
 
 from nightsplit.site_worker.rounds.role import RoundSite
 
-
-class FedavgTransferSite(RoundSite):
-    """Trains on its patients from the model that came last; what changed goes to the server."""
-
-
-ROLE = FedavgTransferSite
+ROLE = RoundSite

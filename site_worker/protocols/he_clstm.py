@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nightsplit.shared.errors import Refused
+from nightsplit.shared.errors import mismatch
 from nightsplit.shared.he.packing import Packing
 from nightsplit.shared.he.sequences import circuit_of, packing_for, packing_of, steps_of
 from nightsplit.shared.he.weights import Judge, Numbers
@@ -16,12 +16,7 @@ from nightsplit.site_worker.query.store import Query
 
 
 class HeClstmSite(QueryRole):
-    """Encrypts what a step of a query needs, and decrypts what came of it.
-
-    Args:
-        judge: of the model; its weights do not matter here.
-        keys: of the site.
-    """
+    """Encrypts what a step of a query needs, and decrypts what came of it; the weights of `judge` do not matter."""
 
     def __init__(self, judge: Judge, keys: SecretKeys) -> None:
         self._judge = judge
@@ -30,12 +25,12 @@ class HeClstmSite(QueryRole):
         self.steps = steps_of(judge)
 
     def packing_for(self, sequences: int) -> tuple[str, int]:
-        """The packing that suits so many sequences, and how many of them it takes at once."""
+        """See `QueryRole`."""
         name = packing_for(sequences, self._judge)
         return name, packing_of(name, self.circuit, self._judge).capacity
 
     def pieces(self, query: Query) -> list[bytes]:
-        """Ciphertexts of the query's present step."""
+        """See `QueryRole`."""
         packing, top = self._packing(query), self.circuit.top
         frames = query.features if self._judge.state is None else query.features[:, query.step : query.step + 1]
         vectors = [vector for frame in frames.swapaxes(0, 1) for vector in packing.frame(frame)]
@@ -48,32 +43,19 @@ class HeClstmSite(QueryRole):
         return [*sent, self._keys.encrypted(packing.votes(votes[:, 0]), top - 1)]
 
     def state(self, query: Query, pieces: Sequence[bytes]) -> Numbers:
-        """What the server needs back with the next frame, blinded by it.
-
-        Returns:
-            h, c and votes, float64 (capacity, 2 hidden + 1).
-
-        Raises:
-            Refused: 304, 313 the answer is none.
-        """
-        packing = self._packing(query)
-        vectors = self._decrypted(pieces)
-        hidden = (len(vectors) - 1) // 2
-        everybody = packing.capacity
+        """See `QueryRole`: h, c and votes, float64 (capacity, 2 hidden + 1)."""
+        packing, vectors = self._packing(query), self._decrypted(pieces)
+        hidden, everybody = (len(vectors) - 1) // 2, packing.capacity
         if len(vectors) != 2 * len(packing.state(np.zeros((0, self._judge.hidden)))) + 1:
-            raise Refused(304, f"an answer has {len(pieces)} ciphertexts.", "run the same version at both sides.")
+            raise mismatch(f"an answer has {len(pieces)} ciphertexts.")
         h, c = (packing.read_state(part, everybody) for part in (vectors[:hidden], vectors[hidden:-1]))
         return np.concatenate([h, c, packing.read_votes(vectors[-1], everybody)[:, None]], axis=1)
 
     def logits(self, query: Query, pieces: Sequence[bytes]) -> Numbers:
-        """The scores of the sequences, float64 (n,).
-
-        Raises:
-            Refused: 304, 313 the answer is none.
-        """
+        """See `QueryRole`."""
         vectors = self._decrypted(pieces)
         if len(vectors) != 1:
-            raise Refused(304, f"an answer has {len(pieces)} ciphertexts.", "run the same version at both sides.")
+            raise mismatch(f"an answer has {len(pieces)} ciphertexts.")
         return vectors[0][: len(query.features)]
 
     def _decrypted(self, pieces: Sequence[bytes]) -> list[Numbers]:

@@ -8,9 +8,5 @@ from __future__ import annotations
 
 from nightsplit.site_worker.protocols.split_labels import SplitLabelsSite
 
-
-class SplitFrozenSite(SplitLabelsSite):
-    """Sends like split_labels; the plan has one epoch, and a window that never closes."""
-
-
-ROLE = SplitFrozenSite
+ROLE = SplitLabelsSite
+"""The plan has one epoch, and a window that never closes."""

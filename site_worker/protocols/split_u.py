@@ -29,13 +29,7 @@ from nightsplit.site_worker.stream.role import StreamSite
 
 
 class SplitUSite(StreamSite):
-    """Holds the bottom, the head and the labels.
-
-    Args:
-        head: the layers behind the server's; trained where they are.
-        device: where the head computes.
-        Others as in `StreamSite`.
-    """
+    """Holds the bottom, the head and the labels; the head computes on `device`. Other arguments as of `StreamSite`."""
 
     def __init__(
         self,
@@ -68,13 +62,9 @@ class SplitUSite(StreamSite):
         assert head is not None
         return cls(name, config, bottom, Feed(config, name, parts), model.contract, incarnation, head, device)
 
-    def final_head(self) -> dict[str, torch.Tensor]:
-        """Parameters and buffers of the head that belongs to the best model."""
-        return self._heads.get(self.best, self.head.state_dict())
-
     def model(self) -> dict[str, dict[str, torch.Tensor]]:
         """See `SiteRole`."""
-        return {**super().model(), "head": self.final_head()}
+        return {**super().model(), "head": self._heads.get(self.best, self.head.state_dict())}
 
     def content(self, item: Item) -> Send:
         """See `StreamSite`."""
@@ -111,11 +101,7 @@ class SplitUSite(StreamSite):
         super().count_answer(slot, judged)
 
     def _train_head(self, item: Item, activations: torch.Tensor) -> torch.Tensor:
-        """One step of the head; returns the gradient (batch, *head) at its input.
-
-        Raises:
-            Refused: 312 loss or gradients are not finite; nothing was changed.
-        """
+        """One step of the head: the gradient (batch, *head) at its input, finite; else 312, and nothing was changed."""
         inputs = activations.to(self._device, copy=True).requires_grad_()
         self.head.train()
         with buffers_kept(self.head):
@@ -133,8 +119,7 @@ class SplitUSite(StreamSite):
         figures = {}
         evaluated = [self.feed.plan.item(q) for q in sorted(self._outputs)]
         for part in (Purpose.VALIDATION, Purpose.TEST):
-            items = [item for item in evaluated if item.purpose is part]
-            if items:
+            if items := [item for item in evaluated if item.purpose is part]:
                 outputs = torch.cat([self._outputs[item.number] for item in items])
                 targets = torch.cat([self.feed.targets(item) for item in items])
                 figures[part.value] = measure(self.config.task, self.config.data, outputs, targets)
@@ -148,17 +133,12 @@ class SplitUSite(StreamSite):
         for kept in (self._gradients, self._reports):
             for q in [q for q in kept if self.sequence.settles(q) < resume]:
                 del kept[q]
-        tensors = {
-            **base.tensors,
-            **dict(flatten("head", self.head.state_dict())),
-            **dict(flatten("head_optimizer", optimizer_tensors(self._optimizer))),
-            **dict(flatten("gradients", {str(q): tensor for q, tensor in self._gradients.items()})),
-            **dict(flatten("outputs", {str(q): tensor for q, tensor in self._outputs.items()})),
-        }
+        tensors = {**base.tensors, **flatten("gradients", self._gradients), **flatten("outputs", self._outputs)}
+        tensors.update(flatten("head", self.head.state_dict()))
+        tensors.update(flatten("head_optimizer", optimizer_tensors(self._optimizer)))
         for epoch, kept_head in self._heads.items():
             tensors.update(flatten(f"candidate_head/{epoch}", kept_head))
-        reports = {str(q): text for q, text in self._reports.items()}
-        return Snapshot(tensors, {**base.facts, "reports": reports, "heads": list(self._heads)})
+        return Snapshot(tensors, {**base.facts, "reports": {**self._reports}, "heads": list(self._heads)})
 
     def restore(self, snapshot: Snapshot) -> None:
         """See `Role`."""

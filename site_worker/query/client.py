@@ -30,14 +30,7 @@ _OF_KEYS = (0, 0)
 
 
 class QueryClient:
-    """Sends the queries of one site, and collects their answers.
-
-    Args:
-        mailbox: of the site, whose only route is to the server.
-        role: encrypts and decrypts.
-        keys: the site's public ones.
-        queries: what was submitted.
-    """
+    """Sends the queries of one site, and collects their answers; the only route of its mailbox is to the server."""
 
     def __init__(self, mailbox: Mailbox, role: QueryRole, keys: PublicKeys, queries: Queries) -> None:
         self._mailbox, self._role, self._public, self._queries = mailbox, role, keys, queries
@@ -53,8 +46,7 @@ class QueryClient:
     def run(self, leave: Callable[[], bool], idle_seconds: float | None) -> bool:
         """Work until every query is answered, `leave()` holds, or nothing happened for `idle_seconds`.
 
-        Returns:
-            Whether every query is answered or refused.
+        Return whether every query is answered or refused.
         """
         last = time.monotonic()
         self._queries.form(self._public.sha256, self._role.packing_for)
@@ -85,9 +77,8 @@ class QueryClient:
             query = self._queries.get(place.number)
             if not self._queries.is_announced(query.keys) and not self._leaving[_OF_KEYS]:
                 header = Header(self._mailbox.run, self._mailbox.name, SERVER, Kind.KEYS, 1)
-                self._publish(
-                    _OF_KEYS, chunks(header, [self._public.relin, self._public.galois], self._mailbox.message_bytes)
-                )
+                keys = [self._public.relin, self._public.galois]
+                self._publish(_OF_KEYS, chunks(header, keys, self._mailbox.message_bytes))
             header = Header(self._mailbox.run, self._mailbox.name, SERVER, Kind.QUERY, query.number, version=query.step)
             scalars = {"keys": query.keys, "packing": query.packing, "blinding": query.blinding}
             messages = chunks(header, self._role.pieces(query), self._mailbox.message_bytes, scalars)
@@ -143,14 +134,12 @@ class QueryClient:
         pieces = self._parcels.add(message)
         if pieces is None:
             return False
-        self._answered(query, pieces, str(message.scalars["blinding"]))
-        return True
-
-    def _answered(self, query: Query, pieces: list[bytes], blinding: str) -> None:
         if query.step == self._role.steps - 1:
             self._queries.answered(query.number, self._role.logits(query, pieces))
         else:
-            self._queries.advance(query.number, query.step + 1, self._role.state(query, pieces), blinding)
+            state, blinding = self._role.state(query, pieces), str(message.scalars["blinding"])
+            self._queries.advance(query.number, query.step + 1, state, blinding)
+        return True
 
     def _unanswered(self, query: Query, message: Message) -> None:
         if message.scalars["number"] == KEYS_UNKNOWN:

@@ -17,12 +17,7 @@ SECRET = "secret.key"
 
 
 class SecretKeys:
-    """Encrypts and decrypts. Every site makes its own; whoever has the file can read all that it sent.
-
-    Args:
-        circuit: the agreed one.
-        secret: SEAL's secret key.
-    """
+    """Encrypts and decrypts. Every site makes its own; whoever has the file can read all that it sent."""
 
     def __init__(self, circuit: Circuit, secret: seal.SecretKey) -> None:
         self.circuit = circuit
@@ -32,12 +27,9 @@ class SecretKeys:
 
     @classmethod
     def made(cls, circuit: Circuit, folder: Path, rotations: Sequence[int] = ()) -> tuple[SecretKeys, PublicKeys]:
-        """New keys; the secret one is written into `folder`, readable by its owner alone.
+        """New keys; the secret one is written into `folder`, which is made, readable by its owner alone.
 
-        Args:
-            circuit: the agreed one.
-            folder: is made.
-            rotations: steps by which a server will rotate slots.
+        `rotations` are the steps by which a server will rotate slots.
         """
         generator = seal.KeyGenerator(circuit.context)
         make_private_folder(folder)
@@ -48,20 +40,13 @@ class SecretKeys:
 
     @classmethod
     def read(cls, circuit: Circuit, folder: Path) -> SecretKeys:
-        """The keys that were made before.
-
-        Raises:
-            StateError: 511 there is no secret key of this circuit.
-        """
+        """The keys that were made before; StateError 511 where there is no secret one of this circuit."""
         secret = seal.SecretKey()
         try:
             secret.load(circuit.context, str(folder / SECRET))
         except (RuntimeError, ValueError):
-            raise StateError(
-                511,
-                f"{folder / SECRET} is missing, damaged, or of another circuit.",
-                "restore it from a backup; without it, answers to what was sent cannot be read.",
-            ) from None
+            remedy = "restore it from a backup; without it, answers to what was sent cannot be read."
+            raise StateError(511, f"{folder / SECRET} is missing, damaged, or of another circuit.", remedy) from None
         return cls(circuit, secret)
 
     def encrypted(self, numbers: NDArray[np.float64], level: int) -> bytes:

@@ -10,13 +10,10 @@ from nightsplit.site_worker.query.store import Query
 
 
 class QueryRole(ABC):
-    """The site's side of a Query system.
-
-    Attributes:
-        steps: messages to the server that a query takes.
-    """
+    """The site's side of a Query system."""
 
     steps: int
+    """Messages to the server that a query takes."""
 
     @abstractmethod
     def packing_for(self, sequences: int) -> tuple[str, int]:
@@ -28,11 +25,7 @@ class QueryRole(ABC):
 
     @abstractmethod
     def state(self, query: Query, pieces: Sequence[bytes]) -> Numbers:
-        """Return what the server needs back with the next step, blinded by it: h, c and votes, float64.
-
-        Raises:
-            Refused: 304, 313 the answer is none.
-        """
+        """Return what the server needs back, blinded by it: h, c and votes, float64; raises as `logits`."""
 
     @abstractmethod
     def logits(self, query: Query, pieces: Sequence[bytes]) -> Numbers:

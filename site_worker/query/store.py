@@ -33,13 +33,7 @@ CREATE TABLE IF NOT EXISTS announced (keys TEXT PRIMARY KEY);
 
 
 class Origin(NamedTuple):
-    """Where a sequence comes from.
-
-    Attributes:
-        submission: 1, 2, 3... at this site.
-        row: within the submission, from 1.
-        patient: whom it belongs to.
-    """
+    """Where a sequence comes from; submissions of a site, and rows of a submission, count from 1."""
 
     submission: int
     row: int
@@ -53,7 +47,6 @@ class Query:
     Attributes:
         number: 1, 2, 3... at this site.
         keys: sha256 of the public keys that it was begun with.
-        packing: of its ciphertexts.
         origins: of its sequences.
         features: float64 (n, frames, features).
         step: the one that is asked for or answered next, from 0.
@@ -87,14 +80,7 @@ class Place(NamedTuple):
 
 
 class Queries:
-    """The queries of one site and run, in a SQLite file.
-
-    Args:
-        path: the file; made where it is missing.
-
-    Raises:
-        StateError: 501 it cannot be used.
-    """
+    """The queries of one site and run, in a SQLite file; StateError 501 where that cannot be used."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -114,11 +100,9 @@ class Queries:
             )
 
     def form(self, keys: str, packing_for: Callable[[int], tuple[str, int]]) -> None:
-        """Make queries of all sequences that wait.
+        """Make queries of all sequences that wait, to be encrypted for the public keys with the sha256 `keys`.
 
-        Args:
-            keys: sha256 of the public keys that they will be encrypted for.
-            packing_for: the packing that suits so many sequences, and how many of them it takes at once.
+        `packing_for` names the packing that suits so many sequences, and how many of them it takes at once.
         """
         with self._trouble(), transaction(self._rows):
             waiting = self._rows.execute("SELECT * FROM submission ORDER BY number").fetchall()
@@ -132,12 +116,11 @@ class Queries:
             ]
             packing, capacity = packing_for(len(origins))
             for first in range(0, len(origins), capacity):
-                part = features[first : first + capacity]
+                part, whose = features[first : first + capacity], json.dumps(origins[first : first + capacity])
                 self._rows.execute(
                     "INSERT INTO query (keys, packing, origins, shape, features) VALUES (?, ?, ?, ?, ?)",
-                    (keys, packing, json.dumps(origins[first : first + capacity]), json.dumps(part.shape),
-                     part.tobytes()),
-                )  # fmt: skip
+                    (keys, packing, whose, json.dumps(part.shape), part.tobytes()),
+                )
             self._rows.execute("DELETE FROM submission")
 
     def unformed(self) -> int:
@@ -212,26 +195,17 @@ class Queries:
         try:
             yield
         except (OSError, sqlite3.Error) as error:
-            raise StateError(
-                501, f"{self._path}: {explain(error)}.", "make room, or restore the file from a backup."
-            ) from None
+            remedy = "make room, or restore the file from a backup."
+            raise StateError(501, f"{self._path}: {explain(error)}.", remedy) from None
 
 
 def _query(row: Sequence[Any]) -> Query:
     number, keys, packing, origins, shape, features, step, sent, state, width, blinding, logits, refusal = row
-    return Query(
-        number,
-        keys,
-        packing,
-        tuple(Origin(*origin) for origin in json.loads(origins)),
-        _array(features, shape),
-        step,
-        bool(sent),
-        None if state is None else np.frombuffer(state).reshape(-1, width),
-        blinding,
-        None if logits is None else np.frombuffer(logits),
-        refusal,
-    )
+    whose = tuple(Origin(*origin) for origin in json.loads(origins))
+    blinded = None if state is None else np.frombuffer(state).reshape(-1, width)
+    scores = None if logits is None else np.frombuffer(logits)
+    asked = number, keys, packing, whose, _array(features, shape)
+    return Query(*asked, step, bool(sent), blinded, blinding, scores, refusal)
 
 
 def _array(content: bytes, shape: str) -> Numbers:

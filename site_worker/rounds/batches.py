@@ -27,11 +27,6 @@ class RoundFeed:
         self._site = site
         self._shuffled = lru_cache(maxsize=2)(self._shuffle)
 
-    @property
-    def samples(self) -> tuple[int, int, int]:
-        """Numbers of training, validation and test samples."""
-        return len(self.train), len(self.held_out[Purpose.VALIDATION]), len(self.held_out[Purpose.TEST])
-
     def rows(self, k: int) -> torch.Tensor:
         """Rows, int64 (batch,), of training batch k: pass after pass over the data, each in an order of its own."""
         batches = -(-len(self.train) // self.config.run.batch_size)

@@ -73,7 +73,8 @@ class RoundSite(SiteRole):
     @property
     def samples(self) -> tuple[int, int, int]:
         """See `SiteRole`."""
-        return self.feed.samples
+        validation, test = map(len, self.feed.held_out.values())
+        return len(self.feed.train), validation, test
 
     def model(self) -> dict[str, dict[str, torch.Tensor]]:
         """See `SiteRole`: the whole model but for counters; what does not travel is the site's own."""
@@ -173,21 +174,14 @@ class RoundSite(SiteRole):
         return header.version == self.config.round.rounds or update == self.sequence.updates
 
     def _expect_trainable(self, message: Message, vector: torch.Tensor) -> None:
-        """Look at a model, float32 (length,), before it takes the place of the site's.
-
-        Raises:
-            Refused: 307 its statistics cannot be sent on, 312 it gives values for held-out samples that are not finite.
-        """
+        """Refuse a model, float32 (length,), with bad statistics (307), or bad values for held-out samples (312)."""
         weights = self.layout.weights(vector)
         check_size(message, self.layout.vector(weights))
         size = self.config.run.batch_size
         inputs = torch.cat([dataset.inputs[:size] for dataset in self.feed.held_out.values()])
         if len(inputs) and not self.trainer.predict_with(weights, inputs).isfinite().all():
-            raise Refused(
-                312,
-                f"the model of {message.header.message_id} gives values that are not finite.",
-                f"{self.name} keeps the model it had; look at what the other sites send, or lower optimizer.lr.",
-            )
+            remedy = f"{self.name} keeps the model it had; look at what the other sites send, or lower optimizer.lr."
+            raise Refused(312, f"the model of {message.header.message_id} gives values that are not finite.", remedy)
 
     def _arrived(
         self, header: Header, number: int, values: torch.Tensor | None, judged: int, is_final: bool
@@ -224,11 +218,7 @@ class RoundSite(SiteRole):
         self.trained += 1
 
     def _changed(self) -> torch.Tensor:
-        """The update, float32 (length,).
-
-        Raises:
-            RunError: 603 it cannot be sent.
-        """
+        """The update, float32 (length,); RunError 603 where it cannot be sent."""
         change = self.layout.vector(self.trainer.weights()) - self.base
         if not change.abs().max() <= LARGEST:
             raise self._located(diverged(f"training changed a weight by more than {LARGEST:g}"))
@@ -238,25 +228,19 @@ class RoundSite(SiteRole):
         """The same error, with the model that the training began with: any site's update may have spoilt it."""
         if not self._version:
             return error
-        return RunError(
-            error.number,
-            f"{error.sentence} It began with the server's model {self._version}.",
-            f"{error.remedy} If all is well here, another site's update has spoilt that model: round.combine = "
-            '"median" withstands one.',
-        )
+        sentence = f"{error.sentence} It began with the server's model {self._version}."
+        spoilt = 'another site\'s update has spoilt that model: round.combine = "median" withstands one.'
+        return RunError(error.number, sentence, f"{error.remedy} If all is well here, {spoilt}")
 
     def judge(self) -> str:
         """Figures of the present model for the site's held-out patients; none where it is not the server's."""
         if self._unread:
             return NO_FIGURES
-        figures = {
-            part.value: measure(
-                self.config.task, self.config.data, self.trainer.predict(dataset.inputs),
-                self.feed.targets(dataset), dataset.patients,
-            )
-            for part, dataset in self.feed.held_out.items()
-            if len(dataset)
-        }  # fmt: skip
+        figures = {}
+        for part, dataset in self.feed.held_out.items():
+            if len(dataset):
+                outputs, targets = self.trainer.predict(dataset.inputs), self.feed.targets(dataset)
+                figures[part.value] = measure(self.config.task, self.config.data, outputs, targets, dataset.patients)
         return encode_report(self.config.task, figures)
 
     def judge_final(self) -> str:

@@ -1,9 +1,8 @@
 """The site's layers, which learn from gradients that come late.
 
-The forward of item q uses the retained version q - window, and the gradient that answers it may
-arrive when other gradients were applied in between, or in another process on another day. So the
-weights of all versions still in flight are kept (the bottom is small), and the forward is
-recomputed from (version, inputs, seed) when the gradient arrives:
+The forward of item q uses the retained version q - window, and the gradient that answers it may arrive when other
+gradients were applied in between, or in another process on another day. So the weights of all versions still in flight
+are kept (the bottom is small), and the forward is recomputed from (version, inputs, seed) when the gradient arrives:
 
     version      0 ──g1──▶ 1 ──g2──▶ 2 ──g3──▶ 3        one step per answered item
     forward      of items 1..W      W+1      W+2        each by its retained version
@@ -16,7 +15,6 @@ recomputing it; the result is the same to the bit.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -33,28 +31,15 @@ GRAPHS = 8
 """Forwards whose graph is kept. A longer window is answered hours later, by a recomputation."""
 
 
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """One version of the bottom. Tensors are shared between versions and never changed."""
-
-    parameters: Mapping[str, torch.Tensor]
-    buffers: Mapping[str, torch.Tensor]
-
-    def all(self) -> dict[str, torch.Tensor]:
-        """Parameters and buffers by name."""
-        return {**self.parameters, **self.buffers}
+Weights = dict[str, torch.Tensor]
+"""Parameters, then buffers, of one version of the bottom. Tensors are shared between versions and never changed."""
 
 
 class Bottom:
     """The layers in front of the cut, with their versions and their optimizer.
 
-    Args:
-        module: the layers; moved to `device`.
-        optimizer: as in run.toml.
-        device: where it computes. Tensors go in and come out on the CPU.
-
-    Attributes:
-        version: answered items so far; names the present weights.
+    They are moved to `device`; tensors go in and come out on the CPU. `version`, which names the present weights,
+    counts the answered items.
     """
 
     def __init__(self, module: nn.Module, optimizer: OptimizerSection, device: str) -> None:
@@ -62,6 +47,7 @@ class Bottom:
         self.version = 0
         self._optimizer = make_optimizer(optimizer, module.parameters())
         self._device = device
+        self._parameters = [name for name, _ in module.named_parameters()]
         self._versions = {0: self._present()}
         self._graphs: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
         # A kept graph has already counted its batch into running statistics: those must be
@@ -71,11 +57,7 @@ class Bottom:
     def forward(self, item: Item, inputs: torch.Tensor, seed: int, training: bool) -> torch.Tensor:
         """Smashed data (batch, *cut) of an item by its version, which is retained; changes no weights.
 
-        Args:
-            item: under its number the graph may be kept.
-            inputs: (batch, ...) float32.
-            seed: of dropout.
-            training: training or evaluation mode.
+        `inputs` are float32 (batch, ...), `seed` is that of dropout; the graph may be kept.
         """
         keep = training and self._keeps_graphs and len(self._graphs) < GRAPHS
         with torch.set_grad_enabled(keep):
@@ -94,7 +76,8 @@ class Bottom:
         if item.number in self._graphs:
             outputs, parameters = self._graphs.pop(item.number)
         else:
-            used = Weights(self._versions[item.version].parameters, self._versions[self.version].buffers)
+            then, now = self._versions[item.version], self._versions[self.version]
+            used = {**now, **{name: then[name] for name in self._parameters}}
             outputs, parameters, buffers = self._run(used, inputs, seed, training=True)
         if outputs.requires_grad:
             gradients = torch.autograd.grad(outputs, parameters, gradient.to(self._device))
@@ -119,15 +102,15 @@ class Bottom:
         Raises:
             Refused: 312 the weights would not be finite; none was changed.
         """
-        sent, present = self._versions[version].all(), self._versions[self.version].all()
+        sent, present = self._versions[version], self._versions[self.version]
         merged = {name: mean[name].to(self._device) + (present[name] - sent[name]) for name in mean}
         check_bounded("averaged weights", *merged.values())
         self.module.load_state_dict(merged, strict=False)
         self._advance(self._present())
 
-    def weights(self, version: int) -> dict[str, torch.Tensor]:
+    def weights(self, version: int) -> Weights:
         """Parameters and buffers of a retained version; not to be changed."""
-        return self._versions[version].all()
+        return self._versions[version]
 
     def forget(self, below: int) -> None:
         """Drop versions that no item can need any more."""
@@ -135,11 +118,11 @@ class Bottom:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Entries for a snapshot."""
-        entries = dict(flatten("optimizer", optimizer_tensors(self._optimizer)))
+        entries = flatten("optimizer", optimizer_tensors(self._optimizer))
         for version, kept in self._versions.items():
             # Versions without a step between them share their weights; so do their entries.
             if version == min(self._versions) or kept is not self._versions[version - 1]:
-                entries.update(flatten(f"bottom/{version}", kept.all()))
+                entries.update(flatten(f"bottom/{version}", kept))
         entries["versions"] = torch.tensor([min(self._versions), self.version])
         return entries
 
@@ -160,18 +143,16 @@ class Bottom:
         self, weights: Weights, inputs: torch.Tensor, seed: int, training: bool
     ) -> tuple[torch.Tensor, list[torch.Tensor], dict[str, torch.Tensor]]:
         """Outputs, the leaves they depend on, and the buffers after the run."""
-        parameters = {name: tensor.detach().requires_grad_() for name, tensor in weights.parameters.items()}
-        buffers = {name: tensor.clone() for name, tensor in weights.buffers.items()}
+        parameters = {name: weights[name].detach().requires_grad_() for name in self._parameters}
+        buffers = {name: tensor.clone() for name, tensor in weights.items() if name not in parameters}
         self.module.train(training)
         with seeded(seed, self._device):
             outputs = functional_call(self.module, {**parameters, **buffers}, inputs.to(self._device))
         return outputs, list(parameters.values()), buffers
 
     def _present(self) -> Weights:
-        return Weights(
-            {name: tensor.detach().clone() for name, tensor in self.module.named_parameters()},
-            {name: tensor.clone() for name, tensor in self.module.named_buffers()},
-        )
+        present = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        return {name: tensor.detach().clone() for name, tensor in present.items()}
 
     def _advance(self, weights: Weights) -> None:
         self.version += 1

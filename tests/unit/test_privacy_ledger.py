@@ -52,7 +52,7 @@ def test_all_runs_count(tmp_path: Path) -> None:
         ledger.spend(run, 50, None)
     both = epsilon_of([Use(0.05, 2.0, 50), Use(0.05, 1.0, 50)], 1e-4)
     assert ledger.total().record == both
-    assert both.pld > ledger.entries()[1].spent.pld
+    assert both.pld > ledger.total("main").record.pld
 
 
 def test_the_patient_who_lost_most(tmp_path: Path) -> None:

@@ -12,10 +12,8 @@ import torch
 from nightsplit.shared.config.run import DataSection
 from nightsplit.shared.errors import DataError
 from nightsplit.site_worker.config import SourceSection
-from nightsplit.site_worker.data.pixels import Array, masked, resized
+from nightsplit.site_worker.data.pixels import LUMINANCE, Array, masked, resized
 from nightsplit.site_worker.data.rows import Rows, absent
-
-_LUMINANCE = torch.tensor([0.299, 0.587, 0.114])  # of red, green, blue (ITU-R BT.601, as Pillow's "L")
 
 
 def open_arrays(path: Path, source: SourceSection, data: DataSection, masks: str | None) -> Rows:
@@ -34,34 +32,24 @@ def open_arrays(path: Path, source: SourceSection, data: DataSection, masks: str
     images, *others = _load(path, [source.images, *names])
     for name, array in zip(names, others, strict=True):
         if array.shape not in ((len(images),), (len(images), 1)):
-            raise DataError(
-                407,
-                f"{path}: {name!r} has shape {array.shape}, {source.images!r} has {len(images)} entries.",
-                f"{name!r} needs one value per image; export both from the same rows.",
-            )
+            what = f"{path}: {name!r} has shape {array.shape}, {source.images!r} has {len(images)} entries."
+            raise DataError(407, what, f"{name!r} needs one value per image; export both from the same rows.")
     grey = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))
     if not (grey and images.size and (images.dtype == np.uint8 or images.dtype.kind == "f")):
-        raise DataError(
-            407,
-            f"{path}: {source.images!r} is {images.dtype} of shape {images.shape}.",
-            "store images as uint8 or float32 of shape (n, height, width) or (n, height, width, 3).",
-        )
+        remedy = "store images as uint8 or float32 of shape (n, height, width) or (n, height, width, 3)."
+        raise DataError(407, f"{path}: {source.images!r} is {images.dtype} of shape {images.shape}.", remedy)
     broken = np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(axis=1))
     if len(broken):
-        raise DataError(
-            403,
-            f"{path}, row {broken[0] + 1}: {source.images!r} holds values that are no finite numbers.",
-            "correct those images, or leave them out of the archive.",
-        )
+        what = f"{path}, row {broken[0] + 1}: {source.images!r} holds values that are no finite numbers."
+        raise DataError(403, what, "correct those images, or leave them out of the archive.")
 
     def read(chosen: Sequence[int]) -> torch.Tensor:
         return _inputs(images[np.asarray(chosen, dtype=np.int64)], data.image_size)
 
     # There is always a column, whatever the names are, so that rows can be counted and chosen.
     columns: dict[str, list[str]] = {"row": [str(row + 1) for row in range(len(images))]}
-    columns |= {
-        name: [str(value) for value in array.ravel().tolist()] for name, array in zip(names, others, strict=True)
-    }
+    for name, array in zip(names, others, strict=True):
+        columns[name] = [str(value) for value in array.ravel().tolist()]
     rows = Rows(path, columns, source.label, source.patient, lambda row: f"{path}, row {row + 1}", read)
     return replace(rows, read_masks=_mask_reader(path, masks, images, source, data)) if masks else rows
 
@@ -71,11 +59,8 @@ def _mask_reader(
 ) -> Callable[[Sequence[int]], torch.Tensor]:
     (masks,) = _load(path, [name])
     if masks.shape != images.shape[:3] or masks.dtype.kind not in "biuf":
-        raise DataError(
-            407,
-            f"{path}: {name!r} is {masks.dtype} of shape {masks.shape}, {source.images!r} has shape {images.shape}.",
-            "store one mask of whole numbers per image, of the image's height and width.",
-        )
+        what = f"{path}: {name!r} is {masks.dtype} of shape {masks.shape}, {source.images!r} has shape {images.shape}."
+        raise DataError(407, what, "store one mask of whole numbers per image, of the image's height and width.")
     return lambda chosen: masked(masks[np.asarray(chosen, dtype=np.int64)], source.foreground, data.image_size)
 
 
@@ -90,9 +75,8 @@ def _load(path: Path, names: Sequence[str]) -> list[Array]:
     except DataError:
         raise
     except Exception as error:  # zip, zlib and numpy each have their own
-        raise DataError(
-            401, f"{path} is no readable .npz archive ({error}).", "save it again with numpy.savez, without objects."
-        ) from None
+        remedy = "save it again with numpy.savez, without objects."
+        raise DataError(401, f"{path} is no readable .npz archive ({error}).", remedy) from None
 
 
 def _inputs(images: Array, size: int | None) -> torch.Tensor:
@@ -100,5 +84,5 @@ def _inputs(images: Array, size: int | None) -> torch.Tensor:
     if images.dtype == np.uint8:
         values /= 255
     if values.ndim == 4:
-        values = values @ _LUMINANCE if values.shape[3] == 3 else values[..., 0]
+        values = values @ torch.tensor(LUMINANCE) if values.shape[3] == 3 else values[..., 0]
     return resized(values.unsqueeze(1), size)

@@ -28,15 +28,9 @@ Entry = tuple[int, Frame]
 def open_dicom(folder: Path, source: SourceSection, data: DataSection, classes: Collection[str]) -> Rows:
     """The images of a folder of DICOM files; inputs are float32 (n, 1, size, size) in [0, 1].
 
-    Intensities are brought to [0, 1] by data.window, else by the file's own window, else by the 0.5th and
-    99.5th percentiles of the series. A patient is a hash of the patient's ID, unless data.patient says
-    otherwise. Files without pixels (reports, plans) are passed over.
-
-    Args:
-        folder: where the files are, at any depth.
-        source: as for `list_files`.
-        data: `image_size` and `window`.
-        classes: labels that a folder may be named after.
+    Intensities are brought to [0, 1] by data.window, else by the file's own window, else by the 0.5th and 99.5th
+    percentiles of the series. A patient is a hash of the patient's ID, unless data.patient says otherwise. Files are
+    found at any depth; those without pixels (reports, plans) are passed over. Arguments are those of `list_files`.
 
     Raises:
         DataError: see `list_files`; 406 a file that cannot be read, 410 text is burned into an image,
@@ -83,11 +77,9 @@ def _frames_of(listing: Listing, i: int, file: str) -> list[Frame]:
 def _refuse_burned_in(frames: Sequence[Frame]) -> None:
     files = sorted({frame.file for frame in frames if frame.burned_in})
     if files:
-        raise DataError(
-            410,
-            f"{files[0]} says that text is burned into its image ({len(files)} such files in all).",
-            "take such files out of the folder or the index; a name in the pixels cannot be hidden.",
-        )
+        what = f"{files[0]} says that text is burned into its image ({len(files)} such files in all)."
+        remedy = "take such files out of the folder or the index; a name in the pixels cannot be hidden."
+        raise DataError(410, what, remedy)
 
 
 def in_order(entries: Sequence[Entry]) -> list[Entry]:
@@ -100,8 +92,7 @@ def in_order(entries: Sequence[Entry]) -> list[Entry]:
     )  # fmt: skip
 
     def key(entry: Entry) -> tuple[float, int, int, Path]:
-        frame = entry[1]
-        depth = 0.0
+        frame, depth = entry[1], 0.0
         if parallel and first is not None and frame.position is not None:
             depth = round(float(np.cross(first[:3], first[3:]) @ np.array(frame.position)), 3)
         return depth, frame.instance, frame.number, frame.file
@@ -119,10 +110,9 @@ def _read_series(
         every = [values[frame] if frame in values else read_pixels(frame) for frame in series]
         window = percentile_window(np.concatenate([image.ravel() for image in every]))
     images = []
-    for frame in wanted:
+    for frame in wanted:  # one may be wanted twice
         shown = window or frame.window
         assert shown is not None
         image = levelled(values[frame], shown)
-        image = 1 - image if frame.inverted else image
-        images.append(resized(torch.from_numpy(image)[None, None], size)[0])
+        images.append(resized(torch.from_numpy(1 - image if frame.inverted else image)[None, None], size)[0])
     return images

@@ -23,7 +23,8 @@ from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID
 
 from nightsplit.shared.errors import DataError
-from nightsplit.site_worker.data.pixels import Array, Window
+from nightsplit.site_worker.data.listing import reading, unreadable
+from nightsplit.site_worker.data.pixels import LUMINANCE, Array, Window
 
 _LOG = logging.getLogger("pydicom")
 _LOG.disabled = True  # what it says itself
@@ -35,7 +36,6 @@ _TAGS = [
     "WindowCenter", "WindowWidth", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
 _SUFFIXES = (".dcm", ".dicom", ".ima", "")
-_LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # of red, green, blue (ITU-R BT.601)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,6 @@ class Frame:
     """One image of a DICOM file.
 
     Attributes:
-        file: where it is.
         number: which image of the file, from 0.
         patient: hash of the patient's ID; "" without one.
         series: hash of the series' UID, or the file's folder.
@@ -73,10 +72,7 @@ class Frame:
 def is_dicom(path: Path) -> bool:
     """Whether a file in a folder of DICOM files is meant to be one: by its first bytes, or by its name.
 
-    A DICOMDIR, a viewer and a text beside the images are none.
-
-    Raises:
-        DataError: 406 it cannot be opened.
+    A DICOMDIR, a viewer and a text beside the images are none. DataError 406 where it cannot be opened.
     """
     with _quietly(path), path.open("rb") as file:
         marked = file.read(132)[128:] == b"DICM"
@@ -84,11 +80,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def read_frames(path: Path, listed: str = "") -> list[Frame]:
-    """The images of a file; none of a report or a plan, which has no pixels.
-
-    Args:
-        path: the file.
-        listed: where it is listed, for the end of a sentence.
+    """The images of a file; none of a report or a plan, which has no pixels. `listed` is for the end of a sentence.
 
     Raises:
         DataError: 406 it is not there, no DICOM file, or damaged.
@@ -104,20 +96,19 @@ def read_pixels(frame: Frame) -> Array:
     """The real values of an image, float32 (height, width); of a colour image the luminance.
 
     Raises:
-        DataError: 406 damaged, or of a kind that is not read; 411 compressed in a way that nothing
-            installed here can decode.
+        DataError: 406 damaged, or of a kind that is not read; 411 no decoder for it is installed.
     """
     with _quietly(frame.file):
         header = dcmread(frame.file, stop_before_pixels=True, specific_tags=["PhotometricInterpretation"])
         syntax = header.file_meta.TransferSyntaxUID
         _expect_decoder(frame.file, syntax)
         if header.get("PhotometricInterpretation") == "PALETTE COLOR":
-            raise _unreadable(frame.file, "is coloured by a palette")
+            raise unreadable(frame.file, "is coloured by a palette")
         # From the file one image is read alone; a deflated file has to be inflated as a whole.
         stored = pixel_array(dcmread(frame.file) if syntax.is_deflated else frame.file, index=frame.number)
     values = stored.astype(np.float32)
     if values.ndim == 3:
-        values = values @ _LUMINANCE
+        values = values @ np.array(LUMINANCE, dtype=np.float32)
     real: Array = values * np.float32(frame.slope) + np.float32(frame.intercept)
     return real
 
@@ -174,28 +165,14 @@ def _expect_decoder(path: Path, syntax: UID) -> None:
     except (NotImplementedError, ValueError):
         known = False
     if not known:
-        raise DataError(
-            411,
-            f"{path} is compressed as {name}, and no decoder for it is installed.",
-            "install pylibjpeg with pylibjpeg-libjpeg, or gdcm, at this site, or export the images uncompressed.",
-        )
+        remedy = "install pylibjpeg with pylibjpeg-libjpeg, or gdcm, at this site, or export the images uncompressed."
+        raise DataError(411, f"{path} is compressed as {name}, and no decoder for it is installed.", remedy)
 
 
 @contextmanager
 def _quietly(path: Path, listed: str = "") -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), reading(path, listed, quotes=False):
         try:
             yield
-        except DataError:
-            raise
-        except FileNotFoundError:
-            raise _unreadable(path, f"is not there{listed}") from None
         except InvalidDicomError:
-            raise _unreadable(path, f"is no DICOM file{listed}") from None
-        except Exception as error:
-            raise _unreadable(path, f"cannot be read ({type(error).__name__}){listed}") from None
-
-
-def _unreadable(path: Path, what: str) -> DataError:
-    return DataError(406, f"{path} {what}.", "replace the file by an intact copy, or take it out of the data.")
+            raise unreadable(path, f"is no DICOM file{listed}") from None

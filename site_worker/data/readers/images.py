@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 
 from nightsplit.shared.config.run import DataSection
-from nightsplit.shared.errors import DataError
 from nightsplit.site_worker.config import SourceSection
-from nightsplit.site_worker.data.listing import list_files
+from nightsplit.site_worker.data.listing import list_files, reading
 from nightsplit.site_worker.data.pixels import stacked
 from nightsplit.site_worker.data.rows import Rows
 from nightsplit.site_worker.data.sequences import indexed
@@ -26,12 +25,7 @@ def open_images(folder: Path, source: SourceSection, data: DataSection, classes:
 
     Without data.image_size the images keep their size, which must then be the same for all. With
     data.frames the index's columns `sequence` and `frame` say which images belong together, and their order.
-
-    Args:
-        folder: where the images are.
-        source: as for `list_files`.
-        data: `image_size` and `frames`.
-        classes: labels that a folder may be named after.
+    Arguments are those of `list_files`.
 
     Raises:
         DataError: see `list_files` and `indexed`; 406 an image that cannot be read (when reading).
@@ -48,17 +42,12 @@ def open_images(folder: Path, source: SourceSection, data: DataSection, classes:
 
 def _read_image(path: Path, size: int | None, listed: str) -> torch.Tensor:
     """One image, float32 (1, height, width) in [0, 1]."""
-    try:
+    with reading(path, listed):
         with Image.open(path) as image:
             # convert("L") would clip 16-bit radiographs to white.
             deep = image.mode.startswith("I")
             grey = image.convert("I" if deep else "L").convert("F")
         if size is not None and grey.size != (size, size):
             grey = grey.resize((size, size), Image.Resampling.BILINEAR)
-    except Exception as error:  # decoders raise whatever they like, SyntaxError included
-        reason = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-        raise DataError(
-            406, f"{path} {reason}{listed}.", "replace the file by an intact copy, or take it out of the data."
-        ) from None
     array = np.asarray(grey, dtype=np.float32) / np.float32(65535 if deep else 255)
     return torch.from_numpy(array).unsqueeze(0)

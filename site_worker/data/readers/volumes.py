@@ -9,8 +9,7 @@ all files are cut the same way, however they are stored, and an axial slice look
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -24,10 +23,11 @@ from nibabel.spatialimages import SpatialImage
 from nightsplit.shared.config.run import DataSection
 from nightsplit.shared.errors import DataError
 from nightsplit.site_worker.config import SourceSection
-from nightsplit.site_worker.data.listing import list_files
+from nightsplit.site_worker.data.listing import list_files, reading, unreadable
 from nightsplit.site_worker.data.pixels import Array, levelled, masked, percentile_window, resized, stacked, window_of
 from nightsplit.site_worker.data.rows import Rows
 
+SUFFIXES = (".nii", ".nii.gz")
 _DICOM_AXES = axcodes2ornt(("L", "P", "S"))
 
 Slice = tuple[int, int]
@@ -40,19 +40,13 @@ def open_volumes(
     """The slices of a folder of volumes; inputs are float32 (n, 1, size, size) in [0, 1].
 
     A volume's intensities are brought to [0, 1] by data.window, else by its 0.5th and 99.5th percentiles.
-
-    Args:
-        folder: where the volumes are.
-        source: as for `list_files`; `axis`, `foreground`.
-        data: `image_size` and `window`.
-        classes: labels that a folder may be named after.
-        masks: folder of the masks, relative to `folder`; a mask has the name of its volume, or its whole path
-            where two volumes have one name.
+    `masks` is the folder of the masks, relative to `folder`; a mask has the name of its volume, or its whole path
+    where two volumes have one name. Other arguments are those of `list_files`.
 
     Raises:
         DataError: see `list_files`; 406 a volume that cannot be read, 412 a mask that does not fit.
     """
-    listing = list_files(folder, source, classes, _is_volume, "NIfTI volume")
+    listing = list_files(folder, source, classes, lambda path: path.name.lower().endswith(SUFFIXES), "NIfTI volume")
     paths = [listing.base / file for file in listing.files]
     counts = [_count(path, source.axis, listing.listed(i)) for i, path in enumerate(paths)]
     slices = [(i, k) for i, count in enumerate(counts) for k in range(count)]
@@ -64,7 +58,7 @@ def open_volumes(
     def image(i: int, chosen: Sequence[int]) -> torch.Tensor:
         values = _cut(paths[i], source.axis).astype(np.float32)
         if not np.isfinite(values).all():
-            raise _unreadable(paths[i], "holds values that are no finite numbers")
+            raise unreadable(paths[i], "holds values that are no finite numbers")
         levels = levelled(values[chosen], window or percentile_window(values))
         return resized(torch.from_numpy(levels).unsqueeze(1), data.image_size)
 
@@ -76,9 +70,8 @@ def open_volumes(
     )  # fmt: skip
     if masks is None:
         return rows
-    names = [path.name for path in paths]
-    if len(set(names)) < len(names):
-        names = listing.files
+    distinct = len({path.name for path in paths}) == len(paths)
+    names = [path.name for path in paths] if distinct else listing.files
 
     def mask(i: int, chosen: Sequence[int]) -> torch.Tensor:
         labels = _cut_mask(folder / masks / names[i], paths[i], source.axis)
@@ -100,20 +93,16 @@ def _reader(
     return of_rows
 
 
-def _is_volume(path: Path) -> bool:
-    return path.name.lower().endswith((".nii", ".nii.gz"))
-
-
 def _count(path: Path, axis: int, listed: str) -> int:
     """Slices across an axis; the header alone is read."""
-    with _reading(path, listed):
+    with reading(path, listed):
         image = _load(path)
         return int(image.shape[int(np.flatnonzero(_turn(image)[:, 0] == axis)[0])])
 
 
 def _cut(path: Path, axis: int) -> Array:
     """The slices (n, height, width) across an axis."""
-    with _reading(path):
+    with reading(path):
         image = _load(path)
         values = np.asarray(image.as_reoriented(_turn(image)).dataobj)
         return np.moveaxis(values.reshape(values.shape[:3]), axis, 0).swapaxes(1, 2)
@@ -123,7 +112,7 @@ def _cut_mask(path: Path, image: Path, axis: int) -> Array:
     """The slices of a mask, which must lie on those of the image."""
     if not path.is_file():
         raise _no_fit(path, "is not there", f"put the mask of {image.name} there; its name is that of the volume")
-    with _reading(path):
+    with reading(path):
         mask = _load(path)
     volume = _load(image)
     if mask.shape[:3] != volume.shape[:3]:
@@ -137,30 +126,15 @@ def _load(path: Path) -> SpatialImage:
     """A volume (x, y, z); (x, y, z, 1) counts as one. Its voxels are read later."""
     image = nibabel.load(path)
     if not isinstance(image, SpatialImage):
-        raise _unreadable(path, "is no volume")
+        raise unreadable(path, "is no volume")
     if len(image.shape) < 3 or any(extent > 1 for extent in image.shape[3:]):
-        raise _unreadable(path, f"has the shape {image.shape}, a volume has three dimensions")
+        raise unreadable(path, f"has the shape {image.shape}, a volume has three dimensions")
     return image
 
 
 def _turn(image: SpatialImage) -> Array:
     turn: Array = ornt_transform(io_orientation(image.affine), _DICOM_AXES)
     return turn
-
-
-@contextmanager
-def _reading(path: Path, listed: str = "") -> Iterator[None]:
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:  # nibabel, gzip and zlib each have their own
-        absent = isinstance(error, FileNotFoundError)
-        raise _unreadable(path, f"{'is not there' if absent else f'cannot be read ({error})'}{listed}") from None
-
-
-def _unreadable(path: Path, what: str) -> DataError:
-    return DataError(406, f"{path} {what}.", "replace the file by an intact copy, or take it out of the data.")
 
 
 def _no_fit(mask: Path, what: str, remedy: str) -> DataError:
