@@ -1,6 +1,7 @@
 """Baselines: the uncut model, trained as a run trains its halves."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +9,13 @@ from msgspec.structs import replace
 
 from nightsplit.console.demo.baselines import alone, centralized
 from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.protocols.build import assemble_rounds
+from nightsplit.shared.protocols.rounds import Work
 from nightsplit.simulation.evaluate import Judgement, judge
 from nightsplit.simulation.run import simulate
 from nightsplit.site_worker.data.dataset import Parts
+from nightsplit.site_worker.rounds.batches import RoundFeed
+from nightsplit.site_worker.rounds.trainer import Trainer
 from tests.harness.night import tiny_config, tiny_parts, tiny_rounds
 
 SITES = ("north", "south")
@@ -24,22 +29,31 @@ def config(**run: object) -> RunConfig:
     return tiny_config(SITES, dropout=0.0, codec="fp32", epochs=4, **run)
 
 
-@pytest.mark.parametrize("protocol", ["split_labels", "split_u"])
-def test_a_synchronous_run_of_one_site_is_the_uncut_model(protocol: str) -> None:
-    one = tiny_config(("north",), dropout=0.0, codec="fp32", epochs=4, window=1, protocol=protocol)
+def test_a_synchronous_run_of_one_site_is_the_baseline_wherever_it_is_cut() -> None:
+    one = tiny_config(("north",), dropout=0.0, codec="fp32", epochs=4, window=1, protocol="split_u")
     own = {"north": tiny_parts("north")}
-    cut, uncut = simulate(one, own).judgement(), alone(one, "north", own)
-    assert cut.pooled == pytest.approx(uncut.pooled, abs=1e-5)
+    cut, baseline = simulate(one, own).judgement(), alone(one, "north", own)
+    assert cut.pooled == pytest.approx(baseline.pooled, abs=1e-5)
     assert cut.sites["north"] == cut.pooled
 
 
-@pytest.mark.parametrize("settings", [{"decay": "cosine"}, {"patience": 1, "rounds": 6}, {"local_batches": 2}])
+@pytest.mark.parametrize("settings", [{"decay": "cosine"}, {"local_batches": 2}])
 def test_rounds_of_one_site_are_training_it_alone(settings: dict[str, object]) -> None:
-    one = tiny_rounds(("north",), protocol="fedavg_transfer", **settings)
+    one = tiny_rounds(("north",), protocol="fedavg_transfer", evaluate_every=4, **settings)
     own = {"north": tiny_parts("north")}
-    federated, by_itself = simulate(one, own).judgement(), alone(one, "north", own)
+    trainer, feed = Trainer(assemble_rounds(one, Path()).module, one, "cpu"), RoundFeed(one, "north", own["north"])
+    for k in range(one.round.rounds * Work.of(one, len(feed.train)).batches):
+        trainer.step(*feed.batch(k), feed.seed("trainer", k), feed.rate(k))
+    by_itself = judge(one, own, lambda site, inputs: trainer.predict(inputs))
     # Weights that travel as differences, and variances as second moments, are rounded on the way.
-    assert federated.pooled == pytest.approx(by_itself.pooled, abs=1e-3)
+    assert alone(one, "north", own).pooled == pytest.approx(by_itself.pooled, abs=1e-3)
+
+
+def test_a_private_run_is_compared_with_training_without_noise() -> None:
+    private, own = tiny_rounds(("north",), protocol="fedavg_dp_seg", rounds=2), {"north": tiny_parts("north")}
+    assert private.privacy is not None
+    plain = replace(private, privacy=None, run=replace(private.run, protocol="fedavg_transfer"))
+    assert alone(private, "north", own) == alone(plain, "north", own)
 
 
 def test_pooled_data_teach_more_than_chance_and_every_site_is_judged() -> None:
