@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,31 @@ _NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 
 _ABOUT = """Train one neural network with several hospitals, without moving the patients' records and
 without anybody having to be online at the same time. Begin with: nightsplit demo"""
+
+_VERBS = {
+    "demo": ("demo.demo:run_demo", "folder json at"),
+    "open": ("commands.work:open_run", "file set"),
+    "server": ("commands.work:work_as_server", "file set leave_when_idle"),
+    "site": ("commands.work:work_as_site", "file set leave_when_idle"),
+    "status": ("commands.status:show_status", "worker json"),
+    "pretrain": ("commands.pretrain:pretrain", "file"),
+    "merge": ("commands.merge:run_merge", "report output added without scale"),
+    "predict": ("commands.predict:write_predictions", "file set top data output"),
+    "query": ("commands.query:ask", "file set submit output leave_when_idle new_keys"),
+    "answer": ("commands.query:answer", "file set leave_when_idle"),
+    "doctor": ("doctor.checks:show_findings", "file set json"),
+    "replay": ("commands.replay:show_replay", "worker until json"),
+    "privacy": ("commands.privacy:show_privacy", "worker json"),
+    "dlq list": ("commands.dlq:list_letters", "worker json"),
+    "dlq show": ("commands.dlq:show_letter", "worker id json"),
+    "dlq replay": ("commands.dlq:replay_letters", "worker letters"),
+    "dlq discard": ("commands.dlq:discard_letters", "worker letters"),
+    "explain": ("commands.explain:explain", "number"),
+    "keys init": ("keys.commands:init", "folder broker store management"),
+    "keys new-site": ("keys.commands:new_sites", "folder names"),
+    "keys revoke": ("keys.commands:revoke", "folder name"),
+}
+"""The function of each verb, which returns an exit code or None for 0, and which options it is called with."""
 
 
 def main() -> int:
@@ -44,7 +70,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         chosen = _parser().parse_args(arguments)
         json_log.switch(getattr(chosen, "log_format", "text") == "json")
-        code: int = chosen.verb(chosen)
+        code = _carry_out(chosen)
         sys.stdout.flush()
         return code
     except NightsplitError as error:
@@ -95,126 +121,30 @@ def _crashed(error: BaseException | None) -> None:
     print(f"{what}." if kept is None else f"{what}; nothing is lost. {report}", file=sys.stderr)
 
 
-def _demo(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.demo.demo import run_demo
-
-    return run_demo(chosen.folder, chosen.json, chosen.at)
-
-
-def _open(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.commands.work import open_run
-
-    return open_run(chosen.file, chosen.set)
+def _carry_out(chosen: argparse.Namespace) -> int:
+    """Call the verb's function, which is imported now; returns the exit code."""
+    place, names = _VERBS[" ".join([chosen.verb, *([chosen.action] if "action" in chosen else [])])]
+    module, function = place.split(":")
+    arguments = [_argument(chosen, name) for name in names.split()]
+    return getattr(import_module(f"nightsplit.console.{module}"), function)(*arguments) or 0
 
 
-def _server(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.commands.work import work_as_server
+def _argument(chosen: argparse.Namespace, name: str) -> Any:
+    if name == "worker":
+        from nightsplit.console.worker_file import read_worker_file
 
-    return work_as_server(chosen.file, chosen.set, chosen.leave_when_idle)
-
-
-def _site(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.commands.work import work_as_site
-
-    return work_as_site(chosen.file, chosen.set, chosen.leave_when_idle)
-
-
-def _status(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.commands.status import show_status
-    from nightsplit.console.worker_file import read_worker_file
-
-    show_status(read_worker_file(chosen.file, chosen.set), chosen.json)
-    return 0
-
-
-def _doctor(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.doctor.checks import show_findings
-
-    return 0 if show_findings(chosen.file, chosen.set, chosen.json) else 1
-
-
-def _predict(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.commands.predict import write_predictions
-
-    return write_predictions(chosen.file, chosen.set, chosen.top, chosen.data, chosen.output)
-
-
-def _query(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.commands.query import ask
-
-    return ask(chosen.file, chosen.set, chosen.submit, chosen.output, chosen.leave_when_idle, chosen.new_keys)
-
-
-def _answer(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.commands.query import answer
-
-    return answer(chosen.file, chosen.set, chosen.leave_when_idle)
-
-
-def _pretrain(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.commands.pretrain import pretrain
-
-    return pretrain(chosen.file)
-
-
-def _merge(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.commands.merge import run_merge
-
-    return run_merge(chosen.report, chosen.output, chosen.added, chosen.without, chosen.scale)
-
-
-def _replay(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.commands.replay import show_replay
-    from nightsplit.console.worker_file import read_worker_file
-
-    return 0 if show_replay(read_worker_file(chosen.file, chosen.set), chosen.until, chosen.json) else 1
-
-
-def _privacy(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.commands.privacy import show_privacy
-    from nightsplit.console.worker_file import read_worker_file
-
-    show_privacy(read_worker_file(chosen.file, chosen.set), chosen.json)
-    return 0
-
-
-def _dlq(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.commands.dlq import discard_letters, list_letters, replay_letters, show_letter
-    from nightsplit.console.worker_file import read_worker_file
-
-    file = read_worker_file(chosen.file, chosen.set)
-    if chosen.action == "list":
-        list_letters(file, chosen.json)
-    elif chosen.action == "show":
-        show_letter(file, chosen.id, chosen.json)
-    else:
-        settle = replay_letters if chosen.action == "replay" else discard_letters
-        settle(file, None if chosen.all else chosen.ids)
-    return 0
-
-
-def _explain(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.commands.explain import explain
-
-    return explain(chosen.number)
-
-
-def _keys(chosen: argparse.Namespace) -> int:
-    from nightsplit.console.keys import commands
-
-    if chosen.action == "init":
-        return commands.init(chosen.folder, chosen.broker, chosen.store, chosen.management)
-    if chosen.action == "new-site":
-        return commands.new_sites(chosen.folder, chosen.names)
-    return commands.revoke(chosen.folder, chosen.name)
+        return read_worker_file(chosen.file, chosen.set)
+    if name == "letters":
+        return None if chosen.all else chosen.ids
+    return getattr(chosen, name)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nightsplit", description=_ABOUT)
     parser.add_argument("--version", action="version", version=f"nightsplit {version('nightsplit')}")
-    verbs = parser.add_subparsers(metavar="command", required=True)
+    verbs = parser.add_subparsers(metavar="command", dest="verb", required=True)
 
-    demo = _add(verbs, "demo", "see it work on this computer, in about a minute", """
+    demo = verbs.add_parser("demo", help="see it work on this computer, in about a minute", description="""
         Play an example with a process for each hospital and one for the server: nights without a server,
         days without a hospital, and the end together. No service has to be installed.""")  # fmt: skip
     demo.add_argument(
@@ -225,65 +155,65 @@ def _parser() -> argparse.ArgumentParser:
         help="play at this RabbitMQ and Redis, e.g. amqp://guest@localhost redis://localhost",
     )  # fmt: skip
 
-    opening = _add(verbs, "open", "open a run, so that sites can begin without a server", """
+    opening = verbs.add_parser("open", help="open a run, so that sites can begin without a server", description="""
         Make the queues of a run at the broker and put its configuration into them. Sites can then work a
         whole night before any server runs. It may be repeated.""")  # fmt: skip
 
-    server = _add(verbs, "server", "train the server's half of the model", """
+    server = verbs.add_parser("server", help="train the server's half of the model", description="""
         Train on what the sites have queued, and queue the answers for them. The server may be stopped at
         any time: start the same command again, and it goes on.""")  # fmt: skip
 
-    site = _add(verbs, "site", "work for one hospital", """
+    site = verbs.add_parser("site", help="work for one hospital", description="""
         Send what the hospital's policy allows, and learn from the answers as they come. The site may be
         stopped at any time: start the same command again, and it goes on.""")  # fmt: skip
 
-    status = _add(verbs, "status", "see how a run stands", """
+    status = verbs.add_parser("status", help="see how a run stands", description="""
         Show each worker's state and counts. It changes nothing, and works while nobody is online.
         """)  # fmt: skip
 
-    pretrain = _add(verbs, "pretrain", "train a first model on public data", """
+    pretrain = verbs.add_parser("pretrain", help="train a first model on public data", description="""
         Stage 1 of a transfer: train a network on public data, and write a file with its weights and a card
         that says what they learned from. A run of fedavg_transfer or data_vectors begins from it.""")  # fmt: skip
 
-    merging = _add(verbs, "merge", "add up published data vectors again", """
+    merging = verbs.add_parser("merge", help="add up published data vectors again", description="""
         Add up the vectors in the report of a data_vectors run, with a hospital more or without one, and
         write the merged model. Nothing is trained.""")  # fmt: skip
 
-    predict = _add(verbs, "predict", "use the trained model at a site", """
+    predict = verbs.add_parser("predict", help="use the trained model at a site", description="""
         Predict this site's held-out test patients, or the rows of another file, and write a CSV with row,
         patient and prediction. Nothing leaves the site.""")  # fmt: skip
 
-    query = _add(verbs, "query", "have sequences judged while they are encrypted", """
+    query = verbs.add_parser("query", help="have sequences judged while they are encrypted", description="""
         Submit a site's sequences to the server's half of a finished run's model, encrypted with a key that
         never leaves the site; or come back for the scores. Nobody has to be online at the same time.""")  # fmt: skip
 
-    answer = _add(verbs, "answer", "judge encrypted sequences", """
+    answer = verbs.add_parser("answer", help="judge encrypted sequences", description="""
         Answer the sites' queries with the finished run's model. It decrypts nothing, and keeps nothing but
         public keys; it may be stopped at any time.""")  # fmt: skip
 
-    doctor = _add(verbs, "doctor", "check that a worker can do its work", """
+    doctor = verbs.add_parser("doctor", help="check that a worker can do its work", description="""
         Look at files, data, model, broker, run store, disk, device and clock, and say for each problem how
         it is mended. No patient's value is shown.""")  # fmt: skip
 
-    replay = _add(verbs, "replay", "train a recorded run again, and compare", """
+    replay = verbs.add_parser("replay", help="train a recorded run again, and compare", description="""
         Train the server's half again from the tape of a run (tape = true in run.toml), and compare its
         sha256 with the report's. Exit code 1 when they differ. Nothing is sent, and nothing of the run
         is changed.""")  # fmt: skip
 
-    privacy = _add(verbs, "privacy", "see what private runs have spent at a site", """
+    privacy = verbs.add_parser("privacy", help="see what private runs have spent at a site", description="""
         Show the site's ledger: for each run with differential privacy its noise, its steps and the epsilon
         of a record and of the patient who lost most; and what all runs spent together.""")  # fmt: skip
 
-    dlq = _add(verbs, "dlq", "see what was refused, send it again or let it go", """
+    dlq = verbs.add_parser("dlq", help="see what was refused, send it again or let it go", description="""
         Messages that a worker refused lie in a dead letter queue for each site. A site's file shows that
         site's, the server's file those of all.""")  # fmt: skip
     listing, show, again, discard = _actions(dlq)
 
-    explain = _add(verbs, "explain", "read the page of an error", """
+    explain = verbs.add_parser("explain", help="read the page of an error", description="""
         Print what the error of a number means, how it is mended, and whether anything is lost.""")  # fmt: skip
     explain.add_argument("number", metavar="NUMBER", help="as its line says it: 104, or E104")
 
-    keys = _add(verbs, "keys", "let hospitals in, and shut them out", """
+    keys = verbs.add_parser("keys", help="let hospitals in, and shut them out", description="""
         At the coordinating centre: make certificates, users and rights for the broker, the run store, the
         server and each site. docs/deployment.md tells how they are used.""")  # fmt: skip
     _key_actions(keys)
@@ -389,10 +319,3 @@ def _key_actions(keys: argparse.ArgumentParser) -> None:
         action.add_argument(
             "--folder", type=Path, default=Path("keys"), metavar="FOLDER", help="where keys are (default: keys)"
         )
-
-
-def _add(verbs: Any, name: str, help: str, description: str) -> argparse.ArgumentParser:
-    """A verb, carried out by the function of its name."""
-    added: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=description)
-    added.set_defaults(verb=globals()[f"_{name}"])
-    return added

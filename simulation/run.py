@@ -84,6 +84,7 @@ def simulate(config: RunConfig, parts: Mapping[str, Parts], base: Path = Path())
         base: folder of run.toml.
     """
     broker = MemoryBroker()
+    broker.max_message_bytes = config.wire.message_bytes
     queues = {site: site_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites}
     for site_queue in queues.values():
         broker.declare(site_queue)

@@ -39,8 +39,8 @@ from nightsplit.shared.transport import Confirmed, Delivery, Event, Link, Queue,
 from nightsplit.shared.wire.message import SERVER
 
 
-def show_replay(file: WorkerFile, until: int | None, as_json: bool) -> bool:
-    """Replay a run and print what came of it; False when it is not what the run left behind.
+def show_replay(file: WorkerFile, until: int | None, as_json: bool) -> int:
+    """Replay a run and print what came of it; returns the exit code, 1 when it is not what the run left behind.
 
     Args:
         file: the server's.
@@ -54,7 +54,7 @@ def show_replay(file: WorkerFile, until: int | None, as_json: bool) -> bool:
     summary = summarise(file, until)
     if as_json:
         print(json.dumps(summary, indent=2))
-        return summary["equal"] is not False
+        return int(summary["equal"] is False)
     console = screen()
     end = ", the end of the run" if summary["finished"] else ""
     console.print(
@@ -68,7 +68,7 @@ def show_replay(file: WorkerFile, until: int | None, as_json: bool) -> bool:
             verdict = "equal" if found["replayed"] == found["recorded"] else "NOT EQUAL"
             where = {"best": "report", "last": "checkpoint"}[part]
             console.print(f"  in the {where}: {found['recorded'] or 'nothing'}: {verdict}", soft_wrap=True)
-    return summary["equal"] is not False
+    return int(summary["equal"] is False)
 
 
 def summarise(file: WorkerFile, until: int | None) -> dict[str, Any]:

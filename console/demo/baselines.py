@@ -1,8 +1,8 @@
 """Baselines of a run: the same training on all sites' data in one place, and on one site's.
 
-Each is a run of a single site that waits for every answer and sends at full precision. Cut or not, and sent back and
-forth or not, it is then the model in one piece: to the bit, but for what rounds lose when weights travel as differences.
-A run with differential privacy is compared with training without noise.
+Each is a run of a single site that waits for every answer and sends at full precision, which is training the model in
+one piece: to the bit, but for what rounds lose when weights travel as differences. A run with
+differential privacy is compared with training without noise.
 """
 
 from __future__ import annotations

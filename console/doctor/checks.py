@@ -40,19 +40,19 @@ STATE_BYTES = 2**30
 """Room that a disk should have for checkpoints, and for what an embedded broker queues."""
 
 
-def show_findings(path: Path, overrides: Sequence[str], as_json: bool) -> bool:
-    """Check a worker's file and print what was found; returns whether nothing failed."""
+def show_findings(path: Path, overrides: Sequence[str], as_json: bool) -> int:
+    """Check a worker's file and print what was found; returns the exit code, 1 when something failed."""
     findings = examine(path, overrides)
     healthy = not any(finding.failed for finding in findings)
     if as_json:
         print(json.dumps({"ok": healthy, "checks": [asdict(finding) for finding in findings]}, indent=2))
-        return healthy
+        return int(not healthy)
     table = columns("", "check", "found", "fix")
     for finding in findings:
         mark = "FAILED" if finding.failed else "note" if finding.fix else "ok"
         table.add_row(mark, finding.check, finding.found, finding.fix or "")
     screen().print(table)
-    return healthy
+    return int(not healthy)
 
 
 def examine(path: Path, overrides: Sequence[str] = ()) -> list[Finding]:

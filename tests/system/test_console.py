@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import re
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
+from nightsplit.console import cli
 from nightsplit.console.cli import run
 from nightsplit.console.ui.progress import Progress
 from nightsplit.console.ui.text import counted, duration, screen, server_offline
@@ -60,6 +63,14 @@ def test_help_is_there_at_once_and_says_what_the_verbs_do():
     assert out.endswith("False\n"), "--help loads torch"
     for verb in ("demo", "open", "server", "site", "status", "predict", "doctor"):
         assert re.search(rf"^    {verb}\s+\w", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("verb", cli._VERBS)
+def test_every_verb_has_its_function_with_these_arguments(verb):
+    place, arguments = cli._VERBS[verb]
+    module, function = place.split(":")
+    signature = inspect.signature(getattr(import_module(f"nightsplit.console.{module}"), function))
+    assert len(signature.bind(*arguments.split()).arguments) == len(signature.parameters)
 
 
 def test_a_night_and_a_day(study, capsys, tmp_path):
