@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nightsplit.console.exit_codes import CRASHED, INTERRUPTED, STOPPED
+from nightsplit.console.exit_codes import CRASHED, stopped
 from nightsplit.console.ui import json_log
 from nightsplit.shared.errors import NightsplitError, StateError
 from nightsplit.shared.foreign import shown
@@ -37,7 +37,7 @@ _VERBS = {
     "site": ("commands.work:work_as_site", "file set leave_when_idle"),
     "status": ("commands.status:show_status", "worker json"),
     "pretrain": ("commands.pretrain:pretrain", "file"),
-    "merge": ("commands.merge:run_merge", "report output added without scale"),
+    "merge": ("commands.merge:run_merge", "report output with without scale"),
     "predict": ("commands.predict:write_predictions", "file set top data output"),
     "query": ("commands.query:ask", "file set submit output leave_when_idle new_keys"),
     "answer": ("commands.query:answer", "file set leave_when_idle"),
@@ -76,10 +76,7 @@ def run(arguments: Sequence[str]) -> int:
     except NightsplitError as error:
         return _failed(error)
     except KeyboardInterrupt:
-        event("stopped")
-        if not json_log.is_on():
-            print(f"\n{STOPPED}", file=sys.stderr)
-        return INTERRUPTED
+        return stopped()
     except BrokenPipeError:
         # Whoever read our output has seen enough; Python would complain once more while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -147,9 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = verbs.add_parser("demo", help="see it work on this computer, in about a minute", description="""
         Play an example with a process for each hospital and one for the server: nights without a server,
         days without a hospital, and the end together. No service has to be installed.""")  # fmt: skip
-    demo.add_argument(
-        "folder", type=Path, nargs="?", metavar="FOLDER", help="the example's folder (default: examples/cholesterol)"
-    )
+    where = "the example's folder (default: examples/cholesterol)"
+    demo.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help=where)
     demo.add_argument(
         "--at", nargs=2, metavar=("BROKER", "STORE"),
         help="play at this RabbitMQ and Redis, e.g. amqp://guest@localhost redis://localhost",
@@ -231,9 +227,7 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
     merging.add_argument("report", type=Path, metavar="REPORT", help="report folder of the run")
     merging.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the merged model goes")
-    merging.add_argument(
-        "--with", action="append", default=[], type=Path, dest="added", metavar="FILE", help="add this vector"
-    )
+    merging.add_argument("--with", action="append", default=[], type=Path, metavar="FILE", help="add this vector")
     merging.add_argument("--without", action="append", default=[], metavar="SITE", help="leave this site's vector out")
     merging.add_argument("--scale", type=float, help="factor of the sum; otherwise the one that the run chose")
     pretrain.add_argument("file", type=Path, metavar="PRETRAIN.TOML", help="what is trained, and on what")
@@ -255,9 +249,8 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
     for verb in (demo, status, doctor, replay, privacy, listing, show):
         verb.add_argument("--json", action="store_true", help="print one JSON object, for other programs")
-    predict.add_argument(
-        "--top", type=Path, metavar="FILE", help="the server's half of the model, where the run did not export it"
-    )
+    exported = "the server's half of the model, where the run did not export it"
+    predict.add_argument("--top", type=Path, metavar="FILE", help=exported)
     predict.add_argument(
         "--data", type=Path, metavar="FILE",
         help="predict the rows of this file; its columns are those of the site's own data, label included",
@@ -300,15 +293,12 @@ def _key_actions(keys: argparse.ArgumentParser) -> None:
     init = actions.add_parser("init", help="once, at the beginning", description="""
         Make an authority, the keys and configuration of RabbitMQ and Redis, and the keys of the server.
         Where they are there, nothing is changed.""")  # fmt: skip
-    init.add_argument(
-        "--broker", required=True, metavar="HOST[:PORT]", help="where sites reach RabbitMQ (port 5671 unless named)"
-    )
-    init.add_argument(
-        "--store", required=True, metavar="HOST[:PORT]", help="where sites reach Redis (port 6379 unless named)"
-    )
-    init.add_argument(
-        "--management", metavar="HOST[:PORT]", help="where its management is reached (broker's host, port 15671)"
-    )
+    for option, needed, what in (
+        ("--broker", True, "where sites reach RabbitMQ (port 5671 unless named)"),
+        ("--store", True, "where sites reach Redis (port 6379 unless named)"),
+        ("--management", False, "where its management is reached (broker's host, port 15671)"),
+    ):
+        init.add_argument(option, required=needed, metavar="HOST[:PORT]", help=what)
     new = actions.add_parser("new-site", help="let a hospital in", description="""
         Make the folder to hand to a hospital, and let it log in with rights on its own queues alone.""")  # fmt: skip
     out = actions.add_parser("revoke", help="shut a hospital out", description="""
@@ -316,6 +306,5 @@ def _key_actions(keys: argparse.ArgumentParser) -> None:
     new.add_argument("names", nargs="+", metavar="NAME", help="the site's name, as in run.sites")
     out.add_argument("name", metavar="NAME", help="the site's name")
     for action in (init, new, out):
-        action.add_argument(
-            "--folder", type=Path, default=Path("keys"), metavar="FOLDER", help="where keys are (default: keys)"
-        )
+        where = "where keys are (default: keys)"
+        action.add_argument("--folder", type=Path, default=Path("keys"), metavar="FOLDER", help=where)

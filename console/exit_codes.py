@@ -1,5 +1,24 @@
 """How a command ends."""
 
-STOPPED = "stopped; start the same command again to go on"
+from __future__ import annotations
+
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from nightsplit.console.ui import json_log
+from nightsplit.shared.log import event
+
+if TYPE_CHECKING:
+    from nightsplit.shared.runtime.process import StopSignal  # loads torch
+
 INTERRUPTED, CRASHED = 130, 70
 """Exit codes: as a shell reports Ctrl-C, and EX_SOFTWARE of sysexits.h."""
+
+
+def stopped(stop: StopSignal | None = None) -> int:
+    """Say that the user has stopped the command, by a signal or (None) by Ctrl-C; returns the exit code."""
+    event("stopped")
+    if not json_log.is_on():
+        print(f"{'' if stop else chr(10)}stopped; start the same command again to go on", file=sys.stderr)
+    return INTERRUPTED if stop is None or stop.number == signal.SIGINT else 0

@@ -102,11 +102,8 @@ def read_worker_file(path: Path, overrides: Sequence[str] = ()) -> WorkerFile:
     tables = load(path, _Tables)
     if tables.server is None and tables.site is None:
         raise ConfigError(103, f"{path}: has neither [server] nor [site].", "name a server.toml or a site.toml.")
-    worker: SiteSection | ServerSection
-    source = None
     if tables.server is not None:
-        worker = load(path, ServerConfig).server
-    else:
-        site = load(path, SiteConfig)
-        worker, source = site.site, site.data
-    return WorkerFile(path, worker, source, load_run(path.parent / worker.run, overrides))
+        server = load(path, ServerConfig).server
+        return WorkerFile(path, server, None, load_run(path.parent / server.run, overrides))
+    site = load(path, SiteConfig)
+    return WorkerFile(path, site.site, site.data, load_run(path.parent / site.site.run, overrides))

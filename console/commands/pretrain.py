@@ -120,7 +120,10 @@ def pretrain(path: Path) -> int:
     torch.set_num_threads(config.pretrain.threads)
     run, parts = config.run(), _read(config, path)
     trainer = Trainer(assemble_rounds(run, path.parent).module, run, "cpu")
-    _check_head(config, path, trainer)
+    names, head = list(trainer.weights()), config.pretrain.head
+    if not any(name.startswith(f"{head}.") for name in names):
+        what = f"{path}: pretrain.head: the model has no weights under {head!r}."
+        raise ConfigError(103, what, f"name the module with the last layer; the last weight is {names[-1]}.")
     _train(trainer, RoundFeed(run, "sources", _pooled(config, parts)))
 
     card = _card(config, trainer, parts)
@@ -138,30 +141,17 @@ def pretrain(path: Path) -> int:
 def _read(config: PretrainConfig, path: Path) -> list[Parts]:
     """Each source by itself: divided, and scaled as its own training part asks for; targets from 0."""
     if any(len(source.classes) < 2 for source in config.source) or not config.source:
-        raise ConfigError(
-            103, f"{path}: source: each needs a name and two classes or more.", "list its labels in classes."
-        )
+        what = f"{path}: source: each needs a name and two classes or more."
+        raise ConfigError(103, what, "list its labels in classes.")
     if config.data.classes:
-        raise ConfigError(
-            103, f"{path}: data.classes: every source has classes of its own.", "move them to the [[source]]."
-        )
-    read = []
+        what = f"{path}: data.classes: every source has classes of its own."
+        raise ConfigError(103, what, "move them to the [[source]].")
+    run, read = config.run(), []
     for source in config.source:
-        run = config.run()
         task = TaskSection(kind="multiclass", classes=len(source.classes))
-        run = replace(run, task=task, data=replace(run.data, classes=source.classes))
-        read.append(scale(read_parts(source, run, path.parent), run.data))
+        data = replace(run.data, classes=source.classes)
+        read.append(scale(read_parts(source, replace(run, task=task, data=data), path.parent), data))
     return read
-
-
-def _check_head(config: PretrainConfig, path: Path, trainer: Trainer) -> None:
-    names = list(trainer.weights())
-    if not any(name.startswith(f"{config.pretrain.head}.") for name in names):
-        raise ConfigError(
-            103,
-            f"{path}: pretrain.head: the model has no weights under {config.pretrain.head!r}.",
-            f"name the module with the last layer; the last weight is {names[-1]}.",
-        )
 
 
 def _outputs(config: PretrainConfig) -> list[slice]:

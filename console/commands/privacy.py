@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     from nightsplit.site_worker.privacy.ledger import Total
 
 ALL = "all runs"
-FIGURES = ("records", "rate", "sigma", "steps", "delta", "epsilon", "epsilon RDP", "patient's records", "patient")
+FIGURES = {
+    "records": "records", "rate": "rate", "sigma": "sigma", "steps": "steps", "delta": "delta", "epsilon": "epsilon",
+    "epsilon RDP": "epsilon_rdp", "patient's records": "patient_records", "patient": "patient_epsilon",
+}  # fmt: skip
 
 
 def show_privacy(file: WorkerFile, as_json: bool) -> None:
@@ -37,10 +41,7 @@ def show_privacy(file: WorkerFile, as_json: bool) -> None:
         return
     table = columns("run", *FIGURES, numbers=FIGURES)
     for line in [*summary["runs"], summary["total"]]:
-        table.add_row(
-            line["run"], *(_short(line.get(key)) for key in ("records", "rate", "sigma", "steps", "delta")),
-            *(_short(line[key]) for key in ("epsilon", "epsilon_rdp", "patient_records", "patient_epsilon")),
-        )  # fmt: skip
+        table.add_row(line["run"], *(_short(line.get(key)) for key in FIGURES.values()))
     console.print(table)
     most = summary["max_epsilon"]
     allowed = "policy.toml has no max_epsilon" if most is None else f"policy.toml allows {most:g}"
@@ -69,8 +70,7 @@ def _read(path: Path) -> dict[str, Any]:
 
     if not path.exists() and not path.with_suffix(".key").exists():
         return {"runs": [], "total": None}
-    ledger = Ledger(path)
-    try:
+    with closing(Ledger(path)) as ledger:
         runs = [
             {
                 "run": entry.run, "records": entry.records, "rate": entry.use.rate, "sigma": entry.use.sigma,
@@ -79,8 +79,6 @@ def _read(path: Path) -> dict[str, Any]:
             for entry in ledger.entries()
         ]  # fmt: skip
         return {"runs": runs, "total": {"run": ALL, **_spent(ledger.total())}}
-    finally:
-        ledger.close()
 
 
 def _spent(total: Total) -> dict[str, Any]:

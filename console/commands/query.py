@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import signal
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from nightsplit.console.exit_codes import INTERRUPTED, STOPPED
+from nightsplit.console.exit_codes import stopped
 from nightsplit.console.output import write_output
 from nightsplit.console.ui.text import counted
 from nightsplit.shared.errors import RunError
@@ -50,7 +49,7 @@ def ask(
         print(f"{counted(refused, 'sequence')} refused; to be submitted again", file=sys.stderr)
     if not finished:
         print(f"{counted(waiting, 'sequence')} not answered yet; start the same command again", file=sys.stderr)
-    return _left(stop)
+    return stopped(stop) if stop.asked else 0
 
 
 def answer(path: Path, overrides: Sequence[str], idle_seconds: float | None) -> int:
@@ -63,13 +62,7 @@ def answer(path: Path, overrides: Sequence[str], idle_seconds: float | None) -> 
     worker = QueryServerWorker(path, overrides, stop=stop)
     worker.work(idle_seconds)
     print(f"{counted(worker.answered, 'message')} answered", file=sys.stderr)
-    return _left(stop)
-
-
-def _left(stop: StopSignal) -> int:
-    if stop.asked:
-        print(STOPPED, file=sys.stderr)
-    return INTERRUPTED if stop.number == signal.SIGINT else 0
+    return stopped(stop) if stop.asked else 0
 
 
 def check_encryption() -> None:

@@ -12,7 +12,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,10 +42,7 @@ from nightsplit.shared.wire.message import SERVER
 def show_replay(file: WorkerFile, until: int | None, as_json: bool) -> int:
     """Replay a run and print what came of it; returns the exit code, 1 when it is not what the run left behind.
 
-    Args:
-        file: the server's.
-        until: position to stop at, as in `Replay`; None for the end of the run.
-        as_json: print one object in place of lines.
+    It stops at position `until` as `Replay.go` does.
 
     Raises:
         ConfigError: 103 the file is a site's.
@@ -57,9 +54,8 @@ def show_replay(file: WorkerFile, until: int | None, as_json: bool) -> int:
         return int(summary["equal"] is False)
     console = screen()
     end = ", the end of the run" if summary["finished"] else ""
-    console.print(
-        f"{summary['run']}: {counted(summary['messages'], 'message')} replayed, position {summary['position']}{end}"
-    )
+    played = counted(summary["messages"], "message")
+    console.print(f"{summary['run']}: {played} replayed, position {summary['position']}{end}")
     if summary["last"] is not None:
         console.print("last applied: " + ", ".join(f"{k} {v}" for k, v in summary["last"].items() if v is not None))
     for part, found in summary["sha256"].items():
@@ -80,29 +76,26 @@ def summarise(file: WorkerFile, until: int | None) -> dict[str, Any]:
     if not isinstance(server, ServerSection):
         raise ConfigError(103, f"{file.path}: has no [server].", "name the server.toml: the server holds the tape.")
     prepare_torch(server.threads, server.device)
-    store = file.store()
-    try:
+    with closing(file.store()) as store:
         replay = Replay(file.run, file.run_folder, file.state / FOLDER, store, server.device)
         replay.go(until)
-    finally:
-        store.close()
     best, last = replay.weights()
-    left = _left_behind(file, replay.role) if replay.finished else {"best": None, "last": None}
+    recorded_best, recorded_last = _left_behind(file, replay.role) if replay.finished else (None, None)
     return {
         "run": file.run.run.id,
-        "messages": replay.messages,
+        "messages": replay.player.played,
         "position": replay.position,
         "finished": replay.finished,
         "last": replay.last and asdict(replay.last),
         "sha256": {
-            "best": {"replayed": best, "recorded": left["best"]},
-            "last": {"replayed": last, "recorded": left["last"]},
+            "best": {"replayed": best, "recorded": recorded_best},
+            "last": {"replayed": last, "recorded": recorded_last},
         },
-        "equal": (best, last) == (left["best"], left["last"]) if replay.finished else None,
+        "equal": (best, last) == (recorded_best, recorded_last) if replay.finished else None,
     }
 
 
-def _left_behind(file: WorkerFile, role: AnyServer) -> dict[str, str | None]:
+def _left_behind(file: WorkerFile, role: AnyServer) -> tuple[str | None, str | None]:
     """sha256 of the best weights as reported, and of the last ones in the newest checkpoint; None if not there."""
     assert isinstance(file.worker, ServerSection)
     best = None
@@ -110,7 +103,7 @@ def _left_behind(file: WorkerFile, role: AnyServer) -> dict[str, str | None]:
         report = (file.base / file.worker.report / "report.json").read_text(encoding="utf-8")
         best = json.loads(report).get(f"{spec_of(file.run).names.weights}_sha256")
     found = Checkpoints(file.state / "checkpoints").load()
-    return {"best": best, "last": found and weights_sha256(role.weights_in(found[1]))}
+    return best, found and weights_sha256(role.weights_in(found[1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,19 +132,18 @@ class Replay:
         device: where the server's layers computed, and compute.
 
     Attributes:
+        role: the server that is trained, from `go` on.
+        player: of the tape.
         last: the last message that was applied.
     """
 
+    role: AnyServer
+
     def __init__(self, config: RunConfig, base: Path, tape: Path, store: RunStore, device: str) -> None:
-        self._config = config
-        self._base = base
-        self._tape = tape
-        self._device = device
+        self._config, self._base, self._tape, self._device = config, base, tape, device
         self._order = _Order(store, tape)
-        self._queues = {site: site_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites}
-        self._player = _Player(tape)
+        self.player = _Player(tape)
         self._loss: float | None = None
-        self._role: AnyServer
         self._engine: Engine
         self.last: Applied | None = None
 
@@ -167,10 +159,11 @@ class Replay:
             StateError: 507 there is no tape, 508 it lacks what comes next.
         """
         with TemporaryDirectory(prefix="nightsplit-replay-") as scratch:
-            self._role = role = make_server(self._config, Path(scratch), self._base, self._device)
-            routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in self._queues.items()}
-            limit = self._config.wire.message_bytes
-            mailbox = Mailbox(self._config.run.id, SERVER, self._player, routes, role.payload, limit)
+            self.role = role = make_server(self._config, Path(scratch), self._base, self._device)
+            run, wire = self._config.run, self._config.wire
+            queues = {site: site_queues(run.id, site, wire.queue_bytes) for site in run.sites}
+            routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in queues.items()}
+            mailbox = Mailbox(run.id, SERVER, self.player, routes, role.payload, wire.message_bytes)
             self._engine = engine = Engine(
                 role, mailbox, Checkpoints(Path(scratch) / "checkpoints"), self._order, self._record,
                 interval_seconds=math.inf,
@@ -178,13 +171,8 @@ class Replay:
             engine.start()
             while not engine.finished and (until is None or engine.position < until):
                 # A role that has all its messages may have work of its own (split_frozen).
-                if not self._step() and self._player.at_end and not role.done:
+                if not self._step() and self.player.at_end and not role.done:
                     raise self._incomplete()
-
-    @property
-    def messages(self) -> int:
-        """Deliveries taken off the tape; greetings and copies are among them."""
-        return self._player.played
 
     @property
     def position(self) -> int:
@@ -196,15 +184,10 @@ class Replay:
         """Whether the run's end was reached."""
         return self._engine.finished
 
-    @property
-    def role(self) -> AnyServer:
-        """The server that was trained."""
-        return self._role
-
     def weights(self) -> tuple[str | None, str]:
         """sha256 of the best weights (None: no epoch was judged) and of the last ones."""
-        best = self._role.best_weights
-        return weights_sha256(best) if best else None, weights_sha256(self._role.weights())
+        best = self.role.best_weights
+        return weights_sha256(best) if best else None, weights_sha256(self.role.weights())
 
     def _step(self) -> bool:
         """One turn of the engine, which applies one message at most; whether there was anything to do."""
@@ -212,8 +195,7 @@ class Replay:
         worked = self._engine.step(0.0)
         last = self._engine.last
         if last is not None and last is not before:
-            refused = str(last.refusal) if last.refusal else None
-            self.last = Applied(last.header.message_id, self._loss, refused)
+            self.last = Applied(last.header.message_id, self._loss, str(last.refusal) if last.refusal else None)
         return worked
 
     def _record(self, line: Record) -> None:
@@ -223,51 +205,44 @@ class Replay:
 
     def _incomplete(self) -> StateError:
         missing = []
-        for site in self._role.awaited():
-            due = self._role.applied[site] + 1
-            if site not in self._role.sequences:
+        for site in self.role.awaited():
+            due = self.role.applied[site] + 1
+            if site not in self.role.sequences:
                 missing.append(f"a greeting of {site} that fits run.toml")
             elif site not in self._engine.ready:
                 missing.append(f"message {due} of {site}")
-        damaged = f" Damaged: {', '.join(self._player.damaged)}." if self._player.damaged else ""
+        damaged = f" Damaged: {', '.join(self.player.damaged)}." if self.player.damaged else ""
         what = " and ".join(missing) or "whom the order journal names next"
         return _tape_ends(self._tape, self.position, f"{what} is missing.{damaged}")
 
 
 def _tape_ends(tape: Path, position: int, why: str) -> StateError:
-    return StateError(
-        508,
-        f"{tape} leads to position {position}: {why}",
-        f"restore it from a copy; or replay what is there: --until {position}.",
-    )
+    remedy = f"restore it from a copy; or replay what is there: --until {position}."
+    return StateError(508, f"{tape} leads to position {position}: {why}", remedy)
 
 
+@dataclass(frozen=True)
 class _Order(SoleWriter):
     """The order that was written down where timing decided it; it is followed, and never written."""
 
-    def __init__(self, store: RunStore, tape: Path) -> None:
-        self._store = store
-        self._tape = tape
+    store: RunStore
+    tape: Path
 
     def journalled(self, position: int) -> str | None:
         """See `Authority`."""
-        return self._store.journalled(position)
+        return self.store.journalled(position)
 
     def journal(self, position: int, sender: str) -> str:
-        """Where the journal ends, nobody knows what was applied next.
-
-        Raises:
-            StateError: 508.
-        """
+        """Raise StateError 508: where the journal ends, nobody knows what was applied next."""
         why = f"the order journal in the run store does not go on, though a message of {sender} is there."
-        raise _tape_ends(self._tape, position - 1, why)
+        raise _tape_ends(self.tape, position - 1, why)
 
 
 class _Player(Link):
     """A link that delivers a tape, and confirms what is published without sending it anywhere.
 
     Attributes:
-        played: deliveries so far.
+        played: deliveries so far; greetings and copies are among them.
         at_end: whether there are no more.
         damaged: places of the tape that cannot be read, as far as it was played.
     """
@@ -289,11 +264,8 @@ class _Player(Link):
             self._pauses = False
             return None
         delivery = next(self._tape, None)
-        if delivery is None:
-            self.at_end = True
-            return None
-        self._pauses = True
-        self.played += 1
+        self._pauses, self.at_end = delivery is not None, delivery is None
+        self.played += self._pauses
         return delivery
 
     def publish(

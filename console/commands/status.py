@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 from nightsplit.console.ui.text import columns, counted, duration, screen, server_offline, state_of
@@ -14,6 +15,7 @@ from nightsplit.shared.run_store.status import Phase, SiteStatus, WorkerStatus
 from nightsplit.shared.wire.message import SERVER
 
 COUNTS = ("sent", "confirmed", "answered", "applied", "queued", "refused", "duplicates")
+QUEUES = ("up", "down", "dead")
 GIVEN = ("batches", "samples", "share", "left_out_at")
 """What the server says of each site's part in the training."""
 
@@ -42,15 +44,12 @@ def show_status(file: WorkerFile, as_json: bool) -> None:
     console.print(table)
     for line in summary["workers"]:
         if line["passed_over"]:
-            console.print(
-                f"warning: {line['worker']} passed over a damaged checkpoint: {'; '.join(line['passed_over'])}"
-            )
+            damaged = "; ".join(line["passed_over"])
+            console.print(f"warning: {line['worker']} passed over a damaged checkpoint: {damaged}")
     for site, waiting in summary["queries"].items():
         if waiting["ask"] is not None:
-            console.print(
-                f"encrypted queries of {site}: {counted(waiting['ask'], 'message')} for the server, "
-                f"{waiting['answer']} for the site"
-            )
+            asked, answered = counted(waiting["ask"], "message"), waiting["answer"]
+            console.print(f"encrypted queries of {site}: {asked} for the server, {answered} for the site")
     if summary["broker"] is not None:
         console.print(summary["broker"])
 
@@ -61,23 +60,17 @@ def summarise(file: WorkerFile) -> dict[str, Any]:
     Raises:
         BrokerError, RunError: see `show_status`.
     """
-    store = file.store()
-    try:
+    with closing(file.store()) as store:
         statuses = store.statuses([SERVER, *file.sites])
-    finally:
-        store.close()
     depths, queries, broker = _depths(file)
     absent = all(depth is None for site in depths.values() for depth in site.values())
     if not statuses and absent and broker is None:
-        raise RunError(
-            605,
-            f"run {file.run.run.id!r} has left no trace at the broker and in the run store.",
-            "open it with: nightsplit open server.toml; or check run.id, broker and store.",
-        )
+        what = f"run {file.run.run.id!r} has left no trace at the broker and in the run store."
+        raise RunError(605, what, "open it with: nightsplit open server.toml; or check run.id, broker and store.")
     server = statuses.get(SERVER)
     told = server.report.sites if server is not None else {}
     workers = [_line(SERVER, server)]
-    workers += [_site(site, statuses.get(site), told.get(site), depths[site]) for site in file.sites]
+    workers += [_site(_line(site, statuses.get(site)), told.get(site), depths[site]) for site in file.sites]
     return {
         "run": file.run.run.id,
         "sentence": _sentence(server, sum(line["queued"] or 0 for line in workers[1:])),
@@ -94,18 +87,13 @@ Depths = dict[str, dict[str, int | None]]
 def _depths(file: WorkerFile) -> tuple[Depths, Depths, str | None]:
     """Messages that wait in each site's queues, those for queries apart; and why nothing is known of them."""
     try:
-        broker = file.broker()
-        run: Depths = {
-            site: {name: broker.depth(getattr(queues, name)) for name in ("up", "down", "dead")}
-            for site, queues in file.queues().items()
-        }
-        queries: Depths = {
-            site: {"ask": broker.depth(queues.up), "answer": broker.depth(queues.down)}
-            for site, queues in file.query_queues().items()
-        }
+        broker, run, queries = file.broker(), {}, {}
+        for site, queues in file.queues().items():
+            run[site] = {name: broker.depth(queue) for name, queue in zip(QUEUES, queues, strict=True)}
+        for site, queues in file.query_queues().items():
+            queries[site] = {"ask": broker.depth(queues.up), "answer": broker.depth(queues.down)}
     except BrokerError as error:
-        unknown: Depths = {site: {"up": None, "down": None, "dead": None} for site in file.sites}
-        return unknown, {}, str(error)
+        return {site: dict.fromkeys(QUEUES) for site in file.sites}, {}, str(error)
     return run, queries, None
 
 
@@ -125,22 +113,18 @@ def _sentence(server: Status | None, queued: int) -> str:
     of = f" of {report.planned}" if report.planned is not None else ""
     applied = f"{report.applied or 0}{of} messages applied"
     sentence = f"server is {_loudly(report)}; {applied}, {counted(queued, 'batch')} queued"
-    if report.lacking:
-        sentence += (
-            f"; WAITS for {', '.join(report.lacking)}: silent for too long, but without them the quorum is not met"
-        )
-    return sentence
+    if not report.lacking:
+        return sentence
+    lacking = ", ".join(report.lacking)
+    return f"{sentence}; WAITS for {lacking}: silent for too long, but without them the quorum is not met"
 
 
-def _site(
-    site: str, status: Status | None, told: SiteStatus | None, depths: Mapping[str, int | None]
-) -> dict[str, Any]:
-    """What a site and the server say of the site's messages.
+def _site(line: dict[str, Any], told: SiteStatus | None, depths: Mapping[str, int | None]) -> dict[str, Any]:
+    """The line of a site, with what the server says of its messages.
 
     What is queued is what the broker has confirmed and the server has not applied. The depth of the
     queue says less: it counts greetings, and what is applied and not in two checkpoints yet.
     """
-    line = _line(site, status)
     if told is not None:
         line |= {name: getattr(told, name) for name in ("applied", *GIVEN)}
     confirmed = line["confirmed"]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
 
-from nightsplit.console.exit_codes import INTERRUPTED, STOPPED
+from nightsplit.console.exit_codes import stopped
 from nightsplit.console.ui import json_log
 from nightsplit.console.ui.progress import Progress
 from nightsplit.console.ui.text import screen
@@ -92,10 +90,7 @@ class _Watch:
         if finished:
             self._console.print(end, soft_wrap=True)
         elif self.stop.asked:
-            event("stopped")
-            if not json_log.is_on():
-                print(STOPPED, file=sys.stderr)
-            return INTERRUPTED if self.stop.number == signal.SIGINT else 0
+            return stopped(self.stop)
         else:
             self._console.print("nothing more to do for now; start the same command again to go on")
         return 0

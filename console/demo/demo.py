@@ -43,12 +43,8 @@ from nightsplit.site_worker.data.dataset import Parts
 from nightsplit.site_worker.worker import SiteWorker
 
 EXAMPLES = Path(nightsplit.__file__).parent / "examples"
-FIGURES: Mapping[str, tuple[str, ...]] = {
-    "binary": ("auc", "balanced_accuracy"),
-    "multiclass": ("auc", "balanced_accuracy"),
-    "regression": ("r2", "mae"),
-    "segmentation": ("dice",),
-}
+_CLASSES = ("auc", "balanced_accuracy")
+FIGURES = {"binary": _CLASSES, "multiclass": _CLASSES, "regression": ("r2", "mae"), "segmentation": ("dice",)}
 """What the table shows, by kind of task."""
 
 Results = Mapping[str, Mapping[str, Metrics]]
@@ -90,8 +86,7 @@ def run_demo(folder: Path | None, json: bool, at: Sequence[str] | None = None) -
     prepare_torch(1, "cpu")
     if not Play(work, console).nights_and_days():
         return 1
-    report = _report(work)
-    results = _results(config, parts, report["best"], work)
+    results = _results(config, parts, work)
     console.print()
     console.print(f"Test patients, {' / '.join(FIGURES[config.task.kind])}; all: mean by samples")
     console.print(_table(config, results))
@@ -139,10 +134,8 @@ def _ask(work: Path, config: RunConfig, console: Console) -> dict[str, Any] | No
     if asked is None:
         return None
     aucs = f"AUC {_cell(asked.auc)}, in the clear {_cell(asked.plain_auc)}"
-    console.print(
-        f"{counted(asked.sequences, 'sequence')} judged: {aucs}; logits differ by {asked.difference:.1g} at most, "
-        f"decisions that differ: {asked.decisions}"
-    )
+    differences = f"logits differ by {asked.difference:.1g} at most, decisions that differ: {asked.decisions}"
+    console.print(f"{counted(asked.sequences, 'sequence')} judged: {aucs}; {differences}")
     return {f"encrypted_{name}": value for name, value in asdict(asked).items()}
 
 
@@ -151,11 +144,7 @@ def tell_difference(
 ) -> bool:
     """Say whether two plays of one run, given as sha256 by worker, ended with the same weights; whether they did.
 
-    Args:
-        before, after: of the plays.
-        kills: in the second one.
-        console: where to say it.
-        share: what the server has of the model.
+    `kills` are those of the second one; `share` is what the server has of the model.
     """
     console.print()
     console.print(f"sha256 of {share}")
@@ -224,9 +213,8 @@ def _move(work: Path, broker: str, store: str) -> None:
         text = text.replace('"embedded:broker"', json_text.dumps(broker))
         text = text.replace('"sqlite:run.sqlite"', json_text.dumps(store))
         if file.name == "run.toml":
-            text = re.sub(
-                r'^id = "(.+)"$', rf'id = "\1-{work.name.removeprefix("demo-")}"', text, count=1, flags=re.MULTILINE
-            )
+            own = rf'id = "\1-{work.name.removeprefix("demo-")}"'
+            text = re.sub(r'^id = "(.+)"$', own, text, count=1, flags=re.MULTILINE)
         file.write_text(text, encoding="utf-8")
 
 
@@ -241,8 +229,9 @@ def _share_secrets(first: Path, work: Path, config: RunConfig) -> None:
             shutil.copy(file, (work / ledger).parent)
 
 
-def _results(config: RunConfig, parts: Mapping[str, Parts], best: Mapping[str, Any], work: Path) -> Results:
+def _results(config: RunConfig, parts: Mapping[str, Parts], work: Path) -> Results:
     """Test figures of the run, as its report has them, and of the baselines."""
+    best = _report(work)["best"]
     of_sites = {site: metrics["test"] for site, metrics in best["sites"].items()}
     results = {spec_of(config).names.heading: {**of_sites, "all": best["overall"]["test"]}}
     baselines = {"centralized": centralized(config, parts, work)}
@@ -266,15 +255,10 @@ def _cell(value: float | None) -> str:
 def _flat(config: RunConfig, results: Results, work: Path) -> dict[str, Any]:
     """Everything under keys such as split_north_r2 and north_alone_all_mae."""
     report = _report(work)
-    figures = {
+    facts = {"run": report["run"], "best_epoch": report["best_epoch"], "sha256": _sha256(work, config)}
+    return facts | {
         f"{name.replace(',', '').replace(' ', '_')}_{group}_{figure}": metrics[figure]
         for name, groups in results.items()
         for group, metrics in groups.items()
         for figure in FIGURES[config.task.kind]
-    }
-    return {
-        "run": report["run"],
-        "best_epoch": report["best_epoch"],
-        "sha256": _sha256(work, config),
-        **figures,
     }

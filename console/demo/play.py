@@ -47,6 +47,7 @@ ABSENT_SECONDS = 1.5
 """How long a killed worker stays away: the others have time to meet its absence, and to say so."""
 
 Workers = dict[str, BaseProcess]
+Observer = Callable[[Workers], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +77,7 @@ def warm_up() -> None:
 
 
 class Play:
-    """Starts, awaits and kills the workers of one run.
-
-    Args:
-        work: folder with the run's files.
-        console: told what happens.
-    """
+    """Starts, awaits and kills the workers of the run in folder `work`, and tells what happens."""
 
     def __init__(self, work: Path, console: Console) -> None:
         self._work, self._console = work, console
@@ -102,9 +98,9 @@ class Play:
                 if not self._let_work([SERVER], IDLE_SECONDS):
                     return False
                 before, (sent, applied, answered) = applied, self._counts(store)
+                done, queued = counted(applied - before, noun), counted(applied - answered, reply)
                 self._console.print(
-                    f"day {night},   08:00  sites are offline; the server {self._names.done} "
-                    f"{counted(applied - before, noun)}, {counted(applied - answered, reply)} queued, "
+                    f"day {night},   08:00  sites are offline; the server {self._names.done} {done}, {queued} queued, "
                     f"{counted(sent - applied, noun)} held until those of another site come"
                 )
             self._console.print(f"night {NIGHTS + 1}, 22:00  everybody is online, until the run is over")
@@ -113,11 +109,7 @@ class Play:
     def killed(self, steps: int) -> list[Kill] | None:
         """Play the whole run together, while first the server and then a site is killed in the middle of its work.
 
-        Args:
-            steps: training steps of the whole run.
-
-        Returns:
-            Who was killed; None when a worker failed by itself.
+        Returns who was killed, or None when a worker failed by itself; the run has `steps` training steps.
         """
         due = [(steps // 3, SERVER), (2 * steps // 3, self._run.sites[0])]
         kills: list[Kill] = []
@@ -132,13 +124,13 @@ class Play:
                 time.sleep(ABSENT_SECONDS)
                 kills.append(Kill(victim, self._step(), self._lost(victim, store)))
                 self._console.print(f"{kills[-1]}; started again")
-                workers[victim] = self._start(victim, None)
+                workers[victim] = start(_work, victim, self._work, None)
 
         self._server.open_run()
         with closing(self._server.open_store()) as store:
             return kills if self._together(store, strike) else None
 
-    def _together(self, store: RunStore, strike: Callable[[Workers], None] = lambda workers: None) -> bool:
+    def _together(self, store: RunStore, strike: Observer = lambda workers: None) -> bool:
         """Everybody until the run is over; whether no worker failed."""
         with Progress(console=self._console, transient=True, disable=not self._console.is_terminal) as progress:
             bar = progress.add_task("batches", total=None)
@@ -151,13 +143,10 @@ class Play:
             return self._let_work([SERVER, *self._run.sites], None, observe)
 
     def _let_work(
-        self,
-        names: Sequence[str],
-        idle_seconds: float | None,
-        observe: Callable[[Workers], None] = lambda workers: None,
+        self, names: Sequence[str], idle_seconds: float | None, observe: Observer = lambda workers: None
     ) -> bool:
         """Start these workers and wait until all have left; when one fails, send the others home."""
-        workers = {name: self._start(name, idle_seconds) for name in names}
+        workers = {name: start(_work, name, self._work, idle_seconds) for name in names}
         try:
             while any(worker.is_alive() for worker in workers.values()):
                 if any(worker.exitcode for worker in workers.values()):
@@ -169,13 +158,6 @@ class Play:
                 worker.terminate()
                 worker.join()
         return not any(worker.exitcode for worker in workers.values())
-
-    def _start(self, name: str, idle_seconds: float | None) -> BaseProcess:
-        process = multiprocessing.get_context("forkserver").Process(
-            target=_worker, args=(name, self._work, idle_seconds)
-        )
-        process.start()
-        return process
 
     def _counts(self, store: RunStore) -> tuple[int, int, int]:
         """Batches that sites have sent, that the server has applied, whose answers the sites have."""
@@ -200,18 +182,27 @@ class Play:
         return (known.applied if known else 0) - int(role["answered"])
 
 
-def _worker(name: str, work: Path, idle_seconds: float | None) -> None:
-    """What a worker's process runs: `nightsplit server server.toml`, or `nightsplit site <name>.toml`."""
-    stop = StopSignal()
-    stop.install()
+def start(work: Callable[..., None], *arguments: object) -> BaseProcess:
+    """Do a worker's work in a process of its own, which says why it fails."""
+    process = multiprocessing.get_context("forkserver").Process(target=_try, args=(work, *arguments))
+    process.start()
+    return process
+
+
+def _try(work: Callable[..., None], *arguments: object) -> None:
     try:
-        if name == SERVER:
-            ServerWorker(work / "server.toml", stop=stop).work(idle_seconds)
-        else:
-            SiteWorker(work / f"{name}.toml", stop=stop).work(idle_seconds)
+        work(*arguments)
     except NightsplitError as error:
         print(shown(str(error)), file=sys.stderr)
         sys.exit(1)
+
+
+def _work(name: str, folder: Path, idle_seconds: float | None) -> None:
+    """What `nightsplit server server.toml` does, or `nightsplit site <name>.toml`."""
+    stop = StopSignal()
+    stop.install()
+    worker: type[ServerWorker | SiteWorker] = ServerWorker if name == SERVER else SiteWorker
+    worker(folder / f"{name}.toml", stop=stop).work(idle_seconds)
 
 
 def _told(store: RunStore, worker: str) -> WorkerStatus:

@@ -9,30 +9,24 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
 
+from nightsplit.console.demo.play import IDLE_SECONDS, start
 from nightsplit.console.ui.text import counted
 from nightsplit.server_worker.query_worker import QueryServerWorker
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.errors import NightsplitError
-from nightsplit.shared.foreign import shown
 from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.predict import chosen, predict
 from nightsplit.site_worker.query_worker import QuerySiteWorker
 from nightsplit.site_worker.worker import SiteWorker
-
-IDLE_SECONDS = 1.0
-"""A worker leaves when nothing happened for so long."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +49,7 @@ class Asked:
 
 
 def play_queries(work: Path, config: RunConfig, console: Console) -> Asked | None:
-    """Have every site's test patients judged encrypted, and compare; None when a worker failed.
-
-    Args:
-        work: folder of the finished run.
-        config: the run.
-        console: told what happens.
-    """
+    """Have every site's test patients judged encrypted in the folder of a finished run; None when a worker failed."""
     sites = config.run.sites
     console.print()
     console.print("The model is asked, encrypted: keys stay at the sites, the server never sees a number.")
@@ -84,28 +72,21 @@ def play_queries(work: Path, config: RunConfig, console: Console) -> Asked | Non
 
 def _alone(work: Path, names: Sequence[str], submit: bool = False) -> bool:
     """Let these work until they have nothing more to do; whether none failed."""
-    context = get_context("forkserver")
-    workers = [context.Process(target=_worker, args=(name, work, submit)) for name in names]
-    for worker in workers:
-        worker.start()
+    workers = [start(_work, name, work, submit) for name in names]
     for worker in workers:
         worker.join()
     return not any(worker.exitcode for worker in workers)
 
 
-def _worker(name: str, work: Path, submit: bool) -> None:
-    """What a worker's process runs: `nightsplit answer server.toml`, or `nightsplit query <name>.toml`."""
-    try:
-        if name == SERVER:
-            QueryServerWorker(work / "server.toml").work(IDLE_SECONDS)
-            return
-        site = QuerySiteWorker(work / f"{name}.toml")
-        if submit:
-            site.submit(None)
-        site.work(IDLE_SECONDS)
-    except NightsplitError as error:
-        print(shown(str(error)), file=sys.stderr)
-        sys.exit(1)
+def _work(name: str, folder: Path, submit: bool) -> None:
+    """What `nightsplit answer server.toml` does, or `nightsplit query <name>.toml`."""
+    if name == SERVER:
+        QueryServerWorker(folder / "server.toml").work(IDLE_SECONDS)
+        return
+    site = QuerySiteWorker(folder / f"{name}.toml")
+    if submit:
+        site.submit(None)
+    site.work(IDLE_SECONDS)
 
 
 def _compared(work: Path, config: RunConfig) -> Asked:

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +27,6 @@ from nightsplit.shared.protocols.spec import sketch
 from nightsplit.shared.run_store.status import Phase
 from nightsplit.shared.runtime.process import prepare_torch
 from nightsplit.shared.runtime.shift import Shift
-from nightsplit.shared.transport import Broker
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.config import SiteSection
 from nightsplit.site_worker.data.dataset import Dataset
@@ -87,16 +87,10 @@ def _failure(check: str, error: NightsplitError) -> Finding:
 def _configuration(file: WorkerFile) -> Finding:
     run = file.run.run
     if isinstance(file.worker, SiteSection) and file.worker.name not in run.sites:
-        raise RunError(
-            602,
-            f"{file.worker.name} is not among the sites of {run.id}: {', '.join(run.sites)}.",
-            "correct site.name in site.toml.",
-        )
-    return Finding(
-        "configuration",
-        f"run {run.id}, {run.protocol}, sites {', '.join(run.sites)}; contract {file.run.contract[:12]} "
-        "(the same twelve characters at every participant)",
-    )
+        what = f"{file.worker.name} is not among the sites of {run.id}: {', '.join(run.sites)}."
+        raise RunError(602, what, "correct site.name in site.toml.")
+    found = f"run {run.id}, {run.protocol}, sites {', '.join(run.sites)}; contract {file.run.contract[:12]}"
+    return Finding("configuration", f"{found} (the same twelve characters at every participant)")
 
 
 def _policy(file: WorkerFile) -> Finding:
@@ -130,19 +124,14 @@ def _model(file: WorkerFile) -> Finding:
     made = assemble_any(file.run, file.run_folder)
     parts = [f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in made.parts.items()]
     largest = planned_message_bytes(file.run, made.contract)
-    found = (
-        f"parameters: {', '.join(parts)}; largest planned message {size(largest)}, "
-        f"wire.message_bytes {size(file.run.wire.message_bytes)}"
-    )
-    if largest > RABBITMQ_MESSAGE_BYTES and file.worker.broker.startswith("amqp"):
-        return Finding(
-            "model and messages", found, "raise max_message_size at RabbitMQ: version 4 refuses more than 16 MiB."
-        )
-    return Finding("model and messages", found)
+    limits = f"largest planned message {size(largest)}, wire.message_bytes {size(file.run.wire.message_bytes)}"
+    too_large = largest > RABBITMQ_MESSAGE_BYTES and file.worker.broker.startswith("amqp")
+    fix = "raise max_message_size at RabbitMQ: version 4 refuses more than 16 MiB." if too_large else None
+    return Finding("model and messages", f"parameters: {', '.join(parts)}; {limits}", fix)
 
 
 def _broker(file: WorkerFile) -> Finding:
-    broker: Broker = file.broker()
+    broker = file.broker()
     queues = [queue for of_site in file.queues().values() for queue in of_site]
     absent = [queue.name for queue in queues if broker.depth(queue) is None]
     if absent:
@@ -155,25 +144,19 @@ def _broker(file: WorkerFile) -> Finding:
 
 
 def _store(file: WorkerFile) -> Finding:
-    store = file.store()
-    try:
+    with closing(file.store()) as store:
         statuses = store.statuses([SERVER, *file.sites])
-    finally:
-        store.close()
     theirs = statuses[SERVER].report.contract if SERVER in statuses else None
     if theirs is not None and theirs != file.run.contract:
-        raise RunError(
-            601,
-            f"the server's contract is {theirs[:12]}, this one's {file.run.contract[:12]}.",
-            "agree on one run.toml.",
-        )
+        what = f"the server's contract is {theirs[:12]}, this one's {file.run.contract[:12]}."
+        raise RunError(601, what, "agree on one run.toml.")
     heard = [f"{name} {duration(status.age_seconds)} ago" for name, status in statuses.items()]
     found = f"reached; heard of {', '.join(heard) or 'nobody yet'}"
     unreadable = [name for name, status in statuses.items() if status.report.phase is Phase.UNREADABLE]
-    if unreadable:
-        found += f"; the status of {', '.join(unreadable)} cannot be read"
-        return Finding("run store", found, "upgrade that worker, or find out who else writes in its name.")
-    return Finding("run store", found)
+    if not unreadable:
+        return Finding("run store", found)
+    found += f"; the status of {', '.join(unreadable)} cannot be read"
+    return Finding("run store", found, "upgrade that worker, or find out who else writes in its name.")
 
 
 def _state_folder(file: WorkerFile) -> Finding:

@@ -70,9 +70,8 @@ def _greeted(file: WorkerFile, host: str, port: int) -> tuple[str, datetime]:
             end = ssl.cert_time_to_seconds(str((secure.getpeercert() or {})["notAfter"]))
             return str(secure.version()), datetime.fromtimestamp(end, UTC)
     except OSError as error:
-        raise BrokerError(
-            201, f"{host}:{port}: {error}.", "check the address, and that ca is the centre's authority."
-        ) from None
+        remedy = "check the address, and that ca is the centre's authority."
+        raise BrokerError(201, f"{host}:{port}: {error}.", remedy) from None
 
 
 def check_rights(file: WorkerFile) -> Finding:
@@ -126,20 +125,16 @@ def check_passage(file: WorkerFile) -> Finding:
     """Sends as many bytes as the largest planned message has, as far as an exchange; they reach no queue."""
     largest = planned_message_bytes(file.run, assemble_any(file.run, file.run_folder).contract)
     probe = Probe(file.worker.broker, file.credentials)
-    own = file.queues()[file.sites[0]].up
     began = time.monotonic()
     try:
-        probe.send(own, largest)
+        probe.send(file.queues()[file.sites[0]].up, largest)
     except BrokerError as error:
         if error.number == 205:
             return Finding("passage", "the run is not open yet", "nightsplit open server.toml; then ask again.")
         raise
-    seconds = time.monotonic() - began
-    return Finding(
-        "passage",
-        f"the largest planned message, {size(largest)}, passes (in {seconds:.2f} s). consumer_timeout does no harm: "
-        "what waits longer for its turn (RabbitMQ: 30 min unless changed) is delivered again",
-    )
+    passes = f"the largest planned message, {size(largest)}, passes (in {time.monotonic() - began:.2f} s)"
+    harmless = "consumer_timeout does no harm: what waits longer for its turn (RabbitMQ: 30 min unless changed)"
+    return Finding("passage", f"{passes}. {harmless} is delivered again")
 
 
 def check_clock(file: WorkerFile) -> Finding:

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,7 @@ PLUGINS = "[rabbitmq_management,rabbitmq_prometheus].\n"
 
 
 class Centre:
-    """Users of broker and store, in the files that these read.
-
-    Args:
-        folder: keys/centre.
-    """
+    """Users of broker and store, in the files that these read; they lie in keys/centre."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -94,13 +91,9 @@ class Centre:
         _write(self.folder / "redis.conf", REDIS.format(folder=folder, **ports))
         _write(self.folder / "enabled_plugins", PLUGINS)
         lazy = {"vhost": VHOST, "name": "lazy", "pattern": rf"^{PREFIX}\.", "apply-to": "queues", "priority": 0}
-        nobody = {
-            "vhosts": [{"name": VHOST}],
-            "users": [],
-            "permissions": [],
-            # A night's messages belong on the disk; without this they fill the memory first.
-            "policies": [{**lazy, "definition": {"queue-mode": "lazy"}}],
-        }
+        # A night's messages belong on the disk; without this they fill the memory first.
+        policies = [{**lazy, "definition": {"queue-mode": "lazy"}}]
+        nobody = {"vhosts": [{"name": VHOST}], "users": [], "permissions": [], "policies": policies}
         _write(self._definitions, json.dumps(nobody, indent=2))
         _write(self._acl, "user default off\n")
 
@@ -141,8 +134,7 @@ class Centre:
         told = self.definitions
         algorithm = "rabbit_password_hashing_sha256"
         user = {"name": name, "password_hash": password_hash, "hashing_algorithm": algorithm, "tags": tags}
-        permission = {"user": name, "vhost": VHOST}
-        permission |= {"configure": rights.configure, "write": rights.write, "read": rights.read}
+        permission = {"user": name, "vhost": VHOST, **asdict(rights)}
         told["users"] = [*(known for known in told["users"] if known["name"] != name), user]
         told["permissions"] = [*(known for known in told["permissions"] if known["user"] != name), permission]
         _write(self._definitions, json.dumps(told, indent=2))

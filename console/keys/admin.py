@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from contextlib import closing
+from dataclasses import dataclass
 from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,20 @@ from nightsplit.shared.errors import BrokerError
 PATIENCE_S = 10.0
 
 
+@dataclass(frozen=True, slots=True)
 class Live:
     """Broker and store at their addresses, seen as the administrator.
 
-    Args:
+    Attributes:
         centre: what they shall be told.
         credentials: of the administrator.
         management, store: "host:port" of RabbitMQ's management and of Redis.
     """
 
-    def __init__(self, centre: Centre, credentials: Credentials, management: str, store: str) -> None:
-        self._centre = centre
-        self._credentials = credentials
-        self._management = management
-        self._store = store
+    centre: Centre
+    credentials: Credentials
+    management: str
+    store: str
 
     def tell_broker(self) -> None:
         """Users and rights. RabbitMQ itself ends the connections of a user that it has to forget.
@@ -39,10 +40,10 @@ class Live:
         Raises:
             BrokerError: 211 it cannot be told.
         """
-        told = self._centre.definitions
+        told = self.centre.definitions
         self.ask("POST", "/api/definitions", told)
         for user in told["users"]:
-            if not self._centre.knows(user["name"]):
+            if not self.centre.knows(user["name"]):
                 self.ask("DELETE", f"/api/users/{user['name']}")
 
     def tell_store(self) -> None:
@@ -55,15 +56,15 @@ class Live:
             with closing(self.redis()) as client:
                 client.execute_command("ACL", "LOAD")
         except redis.RedisError as error:
-            raise _untold(f"Redis at {self._store}: {error}") from None
+            raise _untold(f"Redis at {self.store}: {error}") from None
 
     def redis(self) -> Any:
         """A connection to Redis as the administrator."""
-        host, _, port = self._store.rpartition(":")
+        host, _, port = self.store.rpartition(":")
         return redis.Redis(
-            host=host, port=int(port), username=ADMIN, password=self._credentials.secret(), ssl=True,
-            ssl_ca_certs=str(self._credentials.ca), ssl_certfile=str(self._credentials.certificate),
-            ssl_keyfile=str(self._credentials.key), socket_timeout=PATIENCE_S, socket_connect_timeout=PATIENCE_S,
+            host=host, port=int(port), username=ADMIN, password=self.credentials.secret(), ssl=True,
+            ssl_ca_certs=str(self.credentials.ca), ssl_certfile=str(self.credentials.certificate),
+            ssl_keyfile=str(self.credentials.key), socket_timeout=PATIENCE_S, socket_connect_timeout=PATIENCE_S,
         )  # fmt: skip
 
     def ask(self, method: str, path: str, content: object = None) -> Any:
@@ -72,20 +73,19 @@ class Live:
         Raises:
             BrokerError: 211 it cannot be reached, or refuses.
         """
-        host, _, port = self._management.rpartition(":")
-        login = base64.b64encode(f"{ADMIN}:{self._credentials.secret()}".encode()).decode()
+        host, _, port = self.management.rpartition(":")
+        login = base64.b64encode(f"{ADMIN}:{self.credentials.secret()}".encode()).decode()
         headers = {"Authorization": f"Basic {login}", "Content-Type": "application/json"}
         body = None if content is None else json.dumps(content)
         try:
-            line = HTTPSConnection(host, int(port), timeout=PATIENCE_S, context=self._credentials.tls())
-            with closing(line):
+            with closing(HTTPSConnection(host, int(port), timeout=PATIENCE_S, context=self.credentials.tls())) as line:
                 line.request(method, path, body, headers)
                 answer = line.getresponse()
                 text = answer.read()
         except (OSError, HTTPException) as error:
-            raise _untold(f"RabbitMQ's management at {self._management}: {error}") from None
+            raise _untold(f"RabbitMQ's management at {self.management}: {error}") from None
         if answer.status >= 400:
-            raise _untold(f"RabbitMQ's management at {self._management}: {answer.status} {answer.reason}")
+            raise _untold(f"RabbitMQ's management at {self.management}: {answer.status} {answer.reason}")
         return json.loads(text) if text else None
 
 
@@ -95,6 +95,5 @@ def administrator(folder: Path) -> Credentials:
 
 
 def _untold(what: str) -> BrokerError:
-    return BrokerError(
-        211, f"{what}.", "the files are written: start the service, or correct its address, and give the command again."
-    )
+    remedy = "the files are written: start the service, or correct its address, and give the command again."
+    return BrokerError(211, f"{what}.", remedy)

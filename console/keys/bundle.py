@@ -38,40 +38,35 @@ class Addresses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def hosts(self) -> set[str]:
         """Every name that the certificate has to hold."""
-        places = ",".join((self.broker, self.management, self.store)).split(",")
+        places = ",".join(msgspec.structs.astuple(self)).split(",")
         return {place.rpartition(":")[0] for place in places} | {"localhost", "127.0.0.1"}
 
 
 @dataclass(frozen=True)
 class Keys:
-    """A folder of keys.
-
-    Args:
-        folder: where it is.
-    """
+    """A folder of keys."""
 
     folder: Path
 
     def init(self, addresses: Addresses) -> bool:
         """Make authority, service and server; False, and nothing is changed, when they are there."""
-        centre = Centre(self.folder / "centre")
         if self._addresses_file.exists():
             return False
+        centre = self._centre
         centre.folder.mkdir(parents=True, exist_ok=True)
         authority = Authority(self.folder / "authority")
         write_atomic(centre.folder / "ca.pem", authority.pem)
-        authority.issue(
-            "nightsplit service", centre.folder / "service.pem", centre.folder / "service.key", addresses.hosts
-        )
-        ports = (_port(address) for address in (addresses.broker, addresses.management, addresses.store))
-        centre.configure(*ports)
+        certificate, key = centre.folder / "service.pem", centre.folder / "service.key"
+        authority.issue("nightsplit service", certificate, key, addresses.hosts)
+        places = msgspec.structs.astuple(addresses)
+        centre.configure(*(int(place.rpartition(":")[2]) for place in places))
         admin = new_password()
         write_atomic(centre.folder / "admin_password", admin.encode())
         centre.admit_admin(admin)
         centre.admit_server(self._hand_over(SERVER, centre.folder / SERVER, authority))
         write_atomic(centre.folder / SERVER / "server.toml", self._filled(SERVER_TOML, SERVER, addresses))
         # Last, since it says that all else is there.
-        lines = [f'{name} = "{getattr(addresses, name)}"\n' for name in ("broker", "management", "store")]
+        lines = [f'{name} = "{place}"\n' for name, place in msgspec.structs.asdict(addresses).items()]
         write_atomic(self._addresses_file, "".join(lines).encode())
         return True
 
@@ -81,12 +76,10 @@ class Keys:
         Raises:
             ConfigError: 103 no name for a site, 113 there are no keys here.
         """
-        addresses, centre = self._made(), Centre(self.folder / "centre")
+        addresses, centre = self._made(), self._centre
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", name) or name in RESERVED:
-            raise ConfigError(
-                103, f"{name!r} is no name for a site.",
-                f"use small letters, digits, - and _, and none of {', '.join(sorted(RESERVED))}.",
-            )  # fmt: skip
+            remedy = f"use small letters, digits, - and _, and none of {', '.join(sorted(RESERVED))}."
+            raise ConfigError(103, f"{name!r} is no name for a site.", remedy)
         if centre.knows(name):
             return None
         site = self.folder / "sites" / name
@@ -103,7 +96,7 @@ class Keys:
             ConfigError: 113 there are no keys here, or no such site.
         """
         self._made()
-        centre = Centre(self.folder / "centre")
+        centre = self._centre
         if name in RESERVED or not any(user["name"] == name for user in centre.definitions["users"]):
             raise ConfigError(113, f"{self.folder} knows no site {name}.", "look into centre/definitions.json.")
         centre.revoke(name)
@@ -111,8 +104,12 @@ class Keys:
 
     def live(self) -> Live:
         """Broker and store where they run."""
-        addresses, centre = self._made(), self.folder / "centre"
-        return Live(Centre(centre), administrator(centre), addresses.management, addresses.store)
+        addresses, centre = self._made(), self._centre
+        return Live(centre, administrator(centre.folder), addresses.management, addresses.store)
+
+    @property
+    def _centre(self) -> Centre:
+        return Centre(self.folder / "centre")
 
     @property
     def _addresses_file(self) -> Path:
@@ -142,7 +139,3 @@ def with_port(address: str, port: int) -> str:
     """ "host:port", with `port` where `address` names none; so for each of several, divided by commas."""
     places = address.split(",")
     return ",".join(place if re.search(r":\d+$", place) else f"{place}:{port}" for place in places)
-
-
-def _port(address: str) -> int:
-    return int(address.rpartition(":")[2])

@@ -13,12 +13,8 @@ from nightsplit.shared.foreign import shown
 
 def init(folder: Path, broker: str, store: str, management: str | None) -> int:
     """Make a folder of keys; harmless where there is one."""
-    addresses = Addresses(
-        with_port(broker, BROKER_PORT),
-        with_port(management or re.split("[:,]", broker)[0], MANAGEMENT_PORT),
-        with_port(store, STORE_PORT),
-    )
-    if Keys(folder).init(addresses):
+    management = with_port(management or re.split("[:,]", broker)[0], MANAGEMENT_PORT)
+    if Keys(folder).init(Addresses(with_port(broker, BROKER_PORT), management, with_port(store, STORE_PORT))):
         print(f"made {folder}: authority, centre and the server's keys. Keep {folder}/authority off every worker.")
     else:
         print(f"{folder} has its keys; nothing is changed")
@@ -49,13 +45,10 @@ def revoke(folder: Path, name: str) -> int:
     """Shut a site out, now. Raises BrokerError 211 when broker or store could not be told."""
     keys = Keys(folder)
     keys.revoke(name)
-    live, failures = keys.live(), []
-    for tell in (live.tell_broker, live.tell_store):
-        try:
-            tell()
-        except BrokerError as error:
-            failures.append(error)
-    if failures:
-        raise failures[0]
+    live = keys.live()
+    try:
+        live.tell_store()
+    finally:
+        live.tell_broker()
     print(f"{name} is shut out of broker and store, and its connections are closed")
     return 0

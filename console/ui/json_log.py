@@ -39,15 +39,9 @@ class JsonHandler(logging.Handler):
 
     def format(self, record: logging.LogRecord) -> str:
         """See `logging.Handler`."""
-        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        line = {
-            "time": moment.replace("+00:00", "Z"),
-            "level": record.levelname.lower(),
-            "worker": self.worker,
-            "run": self.run,
-            "event": record.getMessage(),
-        }
-        return json.dumps(line | getattr(record, "facts", {}))
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        line = {"time": moment, "level": record.levelname.lower(), "worker": self.worker, "run": self.run}
+        return json.dumps({**line, "event": record.getMessage(), **getattr(record, "facts", {})})
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler`. A reader that went away does not disturb the work."""

@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console, Group
@@ -27,12 +26,7 @@ RATE_SECONDS = 30.0
 
 
 class Progress:
-    """Shows the status that a worker's heartbeat reports. `observe` may be called from any one thread.
-
-    Args:
-        worker: site name, or `SERVER`.
-        console: where to show them.
-    """
+    """Shows the status that a worker's heartbeat reports. `observe` may be called from any one thread."""
 
     def __init__(self, worker: str, console: Console) -> None:
         self._worker = worker
@@ -47,9 +41,7 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._live is not None:
             self._live.stop()
 
