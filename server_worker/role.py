@@ -265,7 +265,7 @@ class ServerRole(Role, Generic[S]):
 
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         """See `Role`; shapes add to it."""
-        tensors = {**self.evaluation.tensors(), **dict(flatten("best", self.best_weights))}
+        tensors = {**self.evaluation.tensors(), **flatten("best", self.best_weights)}
         facts: dict[str, Any] = {
             "contract": self.config.contract,
             "opened": self._opened, "ended": self._ended, "steps": self.steps, "applied": dict(self.applied),

@@ -103,7 +103,7 @@ class DataVectorsServer(RoundServer):
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         """See `Role`."""
         base = super().snapshot(first_unconfirmed)
-        own = {**dict(flatten("vectors", self.vectors)), **dict(flatten("statistics", self._statistics))}
+        own = {**flatten("vectors", self.vectors), **flatten("statistics", self._statistics)}
         return Snapshot({**base.tensors, "sum": self._sum, **own}, base.facts)
 
     def restore(self, snapshot: Snapshot) -> None:

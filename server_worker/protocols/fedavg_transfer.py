@@ -42,7 +42,7 @@ class FedavgTransferServer(RoundServer):
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         """See `Role`."""
         base = super().snapshot(first_unconfirmed)
-        return Snapshot({**base.tensors, **dict(flatten("aggregation", self._aggregation.state()))}, base.facts)
+        return Snapshot({**base.tensors, **flatten("aggregation", self._aggregation.state())}, base.facts)
 
     def restore(self, snapshot: Snapshot) -> None:
         """See `Role`."""

@@ -274,7 +274,7 @@ class RoundServer(ServerRole[RoundSequence]):
             for place, values in enumerate(slices)
             if values is not None
         }
-        tensors = {**base.tensors, "vector": self.vector, **dict(flatten("open", came))}
+        tensors = {**base.tensors, "vector": self.vector, **flatten("open", came)}
         facts: dict[str, Any] = {
             "version": self.version, "begun": dict(self._begun),
             "open": {site: len(slices) for site, slices in self._open.items()},

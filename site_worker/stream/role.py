@@ -207,7 +207,7 @@ class StreamSite(SiteRole):
         if oldest <= self.sequence.last:
             self.bottom.forget(below=self._oldest_version(oldest))
         base = super().snapshot(first_unconfirmed)
-        tensors = {**self.bottom.state(), **dict(flatten("exported_top", self.exported_top))}
+        tensors = {**self.bottom.state(), **flatten("exported_top", self.exported_top)}
         for epoch, kept in self._candidates.items():
             tensors.update(flatten(f"candidate/{epoch}", kept))
         return Snapshot(tensors, {**base.facts, "candidates": list(self._candidates)})
