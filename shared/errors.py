@@ -139,12 +139,6 @@ class Refused(NightsplitError):
     """A message that will not be applied; it goes to the dead letter queue with this text."""
 
 
-def mismatch(sentence: str, number: int = 304) -> Refused:
-    """A message that a participant of the same version, in the same run, would not have sent."""
-    remedy = "run the same version of nightsplit, with the same run.toml, at both sides."
-    return Refused(number, sentence, remedy)
-
-
 class DataError(NightsplitError):
     """A site's data cannot be used as configured."""
 
