@@ -35,6 +35,10 @@ def absent(file: Path, kind: str, name: str, there: Iterable[str]) -> DataError:
     return DataError(402, f"{file} has no {kind} {name!r}; it has {', '.join(there) or 'none'}.", remedy)
 
 
+Read = Callable[[Sequence[int]], torch.Tensor]
+"""Reads what the given rows have, float32 (len(rows), ...)."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """The rows of one source, in the order of its file.
@@ -45,7 +49,7 @@ class Rows:
         label: column of the label.
         patient: column of the patient; None: every row is a patient.
         place: where a row stands, for people: "heart.csv, line 7".
-        read: inputs of the given rows: float32 (len(rows), ...).
+        read: inputs of the given rows.
         sequences: rows that are frames of one volume, series or film, in order; None: the source has none.
         read_masks: masks of the given rows: float32 (len(rows), height, width) of 0 and 1; None: there are none.
     """
@@ -55,9 +59,9 @@ class Rows:
     label: str
     patient: str | None
     place: Callable[[int], str]
-    read: Callable[[Sequence[int]], torch.Tensor]
+    read: Read
     sequences: Mapping[str, Sequence[int]] | None = None
-    read_masks: Callable[[Sequence[int]], torch.Tensor] | None = None
+    read_masks: Read | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))

@@ -21,8 +21,7 @@ Gradients = dict[torch.Tensor, torch.Tensor]
 def convolution(layer: nn.Conv2d, activations: list[torch.Tensor], backprops: torch.Tensor) -> Gradients:
     """Gradients of single records, by input [(batch, channels, h, w)] and gradient at the output (batch, o, h', w')."""
     if layer.groups > 1 or isinstance(layer.padding, str) or layer.padding_mode != "zeros":
-        opacus: Gradients = compute_conv_grad_sample(layer, activations, backprops)
-        return opacus
+        return dict(compute_conv_grad_sample(layer, activations, backprops))
     return _gradients(layer, _kernel(layer, activations[0], backprops), backprops)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.storage.sqlite import explain, open_database, transaction
@@ -148,8 +149,7 @@ class Ledger:
     def entries(self) -> list[Entry]:
         """Every run, in the order of entering; RunError 612 where they cannot be read."""
         with self._trouble():
-            found = self._rows.execute("SELECT * FROM run ORDER BY rowid").fetchall()
-            return [self._entry(*row) for row in found]
+            return [self._entry(row) for row in self._rows.execute("SELECT * FROM run ORDER BY rowid").fetchall()]
 
     def total(self, run: str | None = None) -> Total:
         """What all runs together have spent, or one run alone; RunError 612 where that cannot be read."""
@@ -192,10 +192,8 @@ class Ledger:
                 self._rows.execute("INSERT INTO owner VALUES (?)", (secret.derive("ledger").key,))
         return secret
 
-    def _entry(
-        self, run: str, identity: bytes, records: int, rate: float, sigma: float, delta: float, steps: int,
-        patients: bytes, seal: bytes,
-    ) -> Entry:  # fmt: skip
+    def _entry(self, row: Sequence[Any]) -> Entry:
+        run, identity, records, rate, sigma, delta, steps, patients, seal = row
         entry = Entry(run, identity, records, Use(rate, sigma, steps), delta, patients)
         if self._seal(entry) != seal or self._digest(self._patients(run)) != patients:
             raise self._unusable(f"the row of run {run!r} does not fit its seal")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from nightsplit.site_worker.rounds.role import RoundSite
+from nightsplit.site_worker.protocols.fedavg_transfer import FedavgTransferSite
 
-ROLE = RoundSite
-"""With the trainer, the batches and the account of a `PrivatePart`."""
+
+class FedavgDpSegSite(FedavgTransferSite):
+    """The same half, with the trainer, the batches and the account of a `PrivatePart`."""
+
+
+ROLE = FedavgDpSegSite

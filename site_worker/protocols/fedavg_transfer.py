@@ -4,4 +4,9 @@ from __future__ import annotations
 
 from nightsplit.site_worker.rounds.role import RoundSite
 
-ROLE = RoundSite
+
+class FedavgTransferSite(RoundSite):
+    """Trains on its patients from the model that came last; what changed goes to the server."""
+
+
+ROLE = FedavgTransferSite

@@ -8,5 +8,9 @@ from __future__ import annotations
 
 from nightsplit.site_worker.protocols.split_labels import SplitLabelsSite
 
-ROLE = SplitLabelsSite
-"""The plan has one epoch, and a window that never closes."""
+
+class SplitFrozenSite(SplitLabelsSite):
+    """Sends like split_labels; the plan has one epoch, and a window that never closes."""
+
+
+ROLE = SplitFrozenSite

@@ -204,8 +204,8 @@ def _query(row: Sequence[Any]) -> Query:
     whose = tuple(Origin(*origin) for origin in json.loads(origins))
     blinded = None if state is None else np.frombuffer(state).reshape(-1, width)
     scores = None if logits is None else np.frombuffer(logits)
-    asked = number, keys, packing, whose, _array(features, shape)
-    return Query(*asked, step, bool(sent), blinded, blinding, scores, refusal)
+    asked = _array(features, shape)
+    return Query(number, keys, packing, whose, asked, step, bool(sent), blinded, blinding, scores, refusal)
 
 
 def _array(content: bytes, shape: str) -> Numbers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from nightsplit.shared.config.run import DataSection
 from nightsplit.shared.errors import DataError
 from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.pixels import LUMINANCE, Array, masked, resized
-from nightsplit.site_worker.data.rows import Rows, absent
+from nightsplit.site_worker.data.rows import Read, Rows, absent
 
 
 def open_arrays(path: Path, source: SourceSection, data: DataSection, masks: str | None) -> Rows:
@@ -54,9 +54,7 @@ def open_arrays(path: Path, source: SourceSection, data: DataSection, masks: str
     return replace(rows, read_masks=_mask_reader(path, masks, images, source, data)) if masks else rows
 
 
-def _mask_reader(
-    path: Path, name: str, images: Array, source: SourceSection, data: DataSection
-) -> Callable[[Sequence[int]], torch.Tensor]:
+def _mask_reader(path: Path, name: str, images: Array, source: SourceSection, data: DataSection) -> Read:
     (masks,) = _load(path, [name])
     if masks.shape != images.shape[:3] or masks.dtype.kind not in "biuf":
         what = f"{path}: {name!r} is {masks.dtype} of shape {masks.shape}, {source.images!r} has shape {images.shape}."

@@ -25,7 +25,7 @@ from nightsplit.shared.errors import DataError
 from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.listing import list_files, reading, unreadable
 from nightsplit.site_worker.data.pixels import Array, levelled, masked, percentile_window, resized, stacked, window_of
-from nightsplit.site_worker.data.rows import Rows
+from nightsplit.site_worker.data.rows import Read, Rows
 
 SUFFIXES = (".nii", ".nii.gz")
 _DICOM_AXES = axcodes2ornt(("L", "P", "S"))
@@ -80,9 +80,7 @@ def open_volumes(
     return replace(rows, read_masks=_reader(paths, slices, mask))
 
 
-def _reader(
-    paths: Sequence[Path], slices: Sequence[Slice], read: Callable[[int, Sequence[int]], torch.Tensor]
-) -> Callable[[Sequence[int]], torch.Tensor]:
+def _reader(paths: Sequence[Path], slices: Sequence[Slice], read: Callable[[int, list[int]], torch.Tensor]) -> Read:
     """Reads rows volume by volume, so that a file is opened once and one volume is in memory."""
 
     def of_rows(chosen: Sequence[int]) -> torch.Tensor:
