@@ -174,7 +174,8 @@ def _find(name: str) -> Callable[..., Any]:
     factory = getattr(module, function, None)
     if callable(factory):
         return factory  # type: ignore[no-any-return]
-    own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module_name]
+    defined = (key for key, value in vars(module).items() if getattr(value, "__module__", None) == module_name)
+    own = [*getattr(module, "__all__", defined)]
     near = difflib.get_close_matches(function, own, n=1, cutoff=0.0)
     remedy = f'set model.factory = "{module_name}:{near[0]}".' if near else "define it, or name another module."
     raise ConfigError(104, f"{module_name} ({module.__file__}) has no function {function}.", remedy)

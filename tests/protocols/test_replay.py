@@ -199,7 +199,11 @@ def test_a_poison_message_is_replayed_to_the_same_weights_and_named(name, tmp_pa
         assert refused == []
     else:
         (last,) = refused
-        assert (last.message, last.refused.split()[0], last.loss) == ("poison", f"E{number}", None)
+        assert (last.message.split("/")[1:3], last.refused.split()[0], last.loss) == (
+            ["north", "server"],
+            f"E{number}",
+            None,
+        )
 
 
 def test_copies_of_messages_change_nothing(tmp_path):
