@@ -2,7 +2,7 @@
 
 A role opens no socket, file or clock, and starts no thread: it takes messages and returns
 effects, so a test compares lists of effects and needs no mock. Everything it must remember is in
-its snapshot. The shapes of a role (design.md section 6) are base classes beside the systems:
+its snapshot. The shapes of a role (stream, rounds) are base classes beside the systems:
 `nightsplit.site_worker.stream.role` and `nightsplit.server_worker.stream.role`.
 """
 
