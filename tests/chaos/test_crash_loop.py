@@ -134,7 +134,9 @@ def check_command_line(hospital: Hospital, capsys) -> None:
     assert capsys.readouterr().out == "0 dead letters\n"
     assert run(["dlq", "discard", south, ids[0]]) == 1
     assert capsys.readouterr().err.startswith("E606 No such dead letter: ")
-    assert run(["dlq", "replay", north, ids[0]]) == 0
+    assert run(["dlq", "replay", north, ids[0]]) == 1, "what cannot be read does not leave the hospital"
+    assert capsys.readouterr().err.startswith("E301 ")
+    assert run(["dlq", "replay", server, ids[0]]) == 0
     assert capsys.readouterr().out == "1 dead letter sent again\n"
     assert run(["dlq", "discard", server, "--all"]) == 0
     assert capsys.readouterr().out == f"{len(ids) - 1} dead letters discarded\n"
