@@ -21,9 +21,11 @@ from nightsplit.console.ui.text import Screen, columns, screen
 from nightsplit.server_worker.report import write_report
 from nightsplit.shared.foreign import in_markdown, shown
 from nightsplit.shared.protocols.handshake import AGREEMENT, ANY
+from nightsplit.shared.run_store.status import Phase, WorkerStatus
 from nightsplit.shared.transport import Queue
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
+from nightsplit.shared.wire.schema import contract
 from nightsplit.simulation.broker import MemoryBroker
 from tests.harness.night import Night, tiny_config
 from tests.harness.study import SITES, change, write_study
@@ -91,7 +93,7 @@ def test_a_server_that_rejects(study, capsys):
     """What it says goes into the line of the error, the line of progress, the log, and the run store."""
     header = Header("ward", SERVER, "north", Kind.REJECTED, 0)
     message = Message(header, {}, {"incarnation": ANY, "number": 601, "reason": HOSTILE})
-    publish(study, QUEUES["north"].down, b"".join(wire.encode(message, AGREEMENT[Kind.REJECTED], 2**24)), {})
+    publish(study, QUEUES["north"].down, b"".join(wire.encode(message, contract(*AGREEMENT)[Kind.REJECTED], 2**24)), {})
     assert run(["site", "north.toml"]) == 1
     out, err = capsys.readouterr()
     inert(out)
@@ -128,7 +130,7 @@ def test_what_a_worker_says_of_itself(capsys):
     for console in (screen(), Screen(file=terminal, force_terminal=True, width=200)):
         with Progress("north", console) as progress:
             progress.warn([HOSTILE])
-            progress.observe({"state": f"blocked: {HOSTILE}"})
+            progress.observe(WorkerStatus(phase=Phase.BLOCKED, detail=HOSTILE))
     inert(capsys.readouterr().out)
     drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())  # what the library draws with
     inert(drawn.replace("\r", ""))
