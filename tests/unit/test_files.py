@@ -110,8 +110,9 @@ def test_a_folder_that_is_not_ours_to_close_is_refused(
             pytest.skip("giving a folder away needs root")
         os.chown(folder, 65534, 65534)
         tmp_path.chmod(0o755)
-        for parent in tmp_path.parents[:2]:
-            parent.chmod(0o755)
+        for parent in tmp_path.parents[:3]:  # one more where tests run side by side
+            if parent.stat().st_uid == os.getuid() and parent.name.startswith(("pytest-", "popen-")):
+                parent.chmod(0o755)
         os.seteuid(65533)
     try:
         refused = r"E513 .*shared is not ours to close\."
