@@ -36,7 +36,7 @@ def sites_far_ahead(broker: Broker, folder: Path) -> Night:
 
 
 def file_of(night: Night, site: str | None = None) -> WorkerFile:
-    """As a worker's file names it; the broker is the night's own."""
+    """As a worker's file names it; the broker is the night's own, and the hospital lets labels out."""
 
     class Here(WorkerFile):
         def broker(self) -> Broker:
@@ -44,7 +44,8 @@ def file_of(night: Night, site: str | None = None) -> WorkerFile:
 
     place = {"broker": "embedded:broker", "store": "sqlite:run.db"}
     worker = ServerSection(**place) if site is None else SiteSection(name=site, **place)
-    return Here(Path("worker.toml"), worker, None, night.config)
+    (night.folder / "policy.toml").write_text('allowed = ["activations", "labels", "counts"]\n')
+    return Here(night.folder / "worker.toml", worker, None, night.config)
 
 
 def listed(file: WorkerFile, capsys) -> list[dict]:

@@ -17,7 +17,7 @@ from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.rabbitmq.link import RabbitLink
 from nightsplit.console.commands.dlq import FEW, replay_letters
 from nightsplit.shared.crash_points import EXIT_CODE
-from nightsplit.shared.errors import NightsplitError
+from nightsplit.shared.errors import ConfigError, NightsplitError
 from nightsplit.shared.transport import Broker, Delivery
 from nightsplit.shared.wire import head
 from nightsplit.shared.wire.message import SERVER
@@ -102,6 +102,20 @@ def test_what_another_version_refused_is_replayed_and_the_run_ends_bit_identical
     finish(night)
     assert night.fingerprint() == calm
     assert night.roles[SERVER].refusals == {}
+
+
+def test_what_the_hospital_no_longer_lets_out_stays(night, capsys):
+    """Its letters were sent once; since then the hospital keeps labels to itself."""
+    sent_all(night)
+    queues = night.queues["north"]
+    _, batch = first_batch(night)
+    put(night, queues.dead, (f"dead/{batch.message_id}/1", batch.body, {"queue": queues.up.name, "number": "302"}))
+    before, north = night.broker.depth(queues.up), file_of(night, "north")
+    (night.folder / "policy.toml").write_text('allowed = ["activations", "counts"]\n')
+    with pytest.raises(ConfigError, match='needs "labels" in allowed'):
+        replay_letters(north, None)
+    depth(night, queues.up, before)
+    assert [letter["message_id"] for letter in listed(file_of(night), capsys)] == [batch.message_id]
 
 
 def first_batch(night: Night) -> tuple[int, Delivery]:
