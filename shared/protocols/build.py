@@ -122,7 +122,7 @@ def planned_message_bytes(config: RunConfig, contract: Mapping[Kind, Payload]) -
             for spec in payload.tensors.values()
         )
 
-    return max(size(payload) for payload in contract.values())
+    return max(map(size, contract.values()), default=0)
 
 
 def _check_outputs(config: RunConfig, found: tuple[int, ...]) -> None:

@@ -48,7 +48,7 @@ def test_prefetch_fits_the_memory():
 def test_planned_bytes_follow_the_codec():
     spec = TensorSpec(torch.float32, ("batch", 16, 4, 4), "fp16")
     payload = Payload(Kind.CUT_GRADIENT, {"smashed": spec, "targets": TensorSpec(torch.int64, ("batch",))})
-    assert planned_message_bytes(tiny_config(), contract(payload)) == 8 * (256 * 2 + 8)
+    assert planned_message_bytes(tiny_config(), contract(payload)) == (2 * 8 - 1) * (256 * 2 + 8)
 
 
 def test_a_heartbeat_speaks_until_the_end_and_survives_a_store_that_is_away():
