@@ -13,7 +13,9 @@ from nightsplit.shared.config.run import TaskSection
 from nightsplit.shared.errors import Refused, RunError
 from nightsplit.shared.protocols.places import check_upload, kinds_at
 from nightsplit.shared.protocols.plan import Plan, Purpose
+from nightsplit.shared.protocols.spec import sketch
 from nightsplit.shared.protocols.stream import UpSequence
+from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from tests.harness.dialogue import (
     Dialogue,
@@ -94,7 +96,7 @@ def test_every_kind_at_every_place_is_answered_or_refused_and_changes_nothing(ru
                 sendable(role, effects)
                 role = talk.clone(name)
     assert counts["applied"] > 3 or (run == "split_frozen" and receiver == "north")
-    assert counts["refused"] > 20
+    assert counts["refused"] > (5 if run == "split_frozen" and receiver == "north" else 20)  # which gets FINISH alone
 
 
 @pytest.mark.parametrize("run", RUNS | PATIENT)
@@ -119,8 +121,10 @@ def test_a_run_with_forgeries_goes_on_to_its_end(run, seed, tmp_path):
             if slot is not None and dice.random() < 1 / 7:
                 plain = {n: value for n, value in genuine.scalars.items() if n in ("best", "judged")}
                 made = forgeries(genuine, talk.roles[name].payload, len(slot.item.rows) or 1, plain)
-                talk.swap(genuine, dice.choice([forged for forged in made if forged.header.kind is not Kind.FINISH]))
-                swapped += 1
+                lies = [forged for forged in made if forged.header.kind is not Kind.FINISH]
+                if lies:
+                    talk.swap(genuine, dice.choice(lies))
+                    swapped += 1
     except RunError as stopped:
         error = stopped
     assert error is None or error.number == 603  # a gradient may be large enough to spoil a bottom
@@ -187,7 +191,6 @@ def hello(config, **changed):
     [
         ({"train": 2**63 - 1}, 308),
         ({"test": 10**9}, 308),
-        ({"validation": -1}, 308),
         ({"incarnation": "n" * 250_000}, 304),
         ({"mark": 2**63 - 1, "released": 2**63 - 1}, 304),
         ({"mark": 3, "released": 4}, 304),
@@ -201,6 +204,13 @@ def test_a_hello_has_sane_counts(run, changed, number, tmp_path):
     with pytest.raises(Refused, match=f"E{number}"):
         server.on(hello(server.config, **changed))
     assert_unchanged(before, server.snapshot(None), changed)
+
+
+def test_no_hello_with_negative_counts_is_read():
+    config = tiny_config(("north",))
+    payload, message = sketch(config)[Kind.HELLO], hello(config, validation=-1)
+    with pytest.raises(Refused, match="E307"):
+        wire.encode(message, payload, 2**20)
 
 
 def test_hellos_are_not_hoarded(tmp_path):
