@@ -22,7 +22,7 @@ def hospital(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hospita
     umask, protocol = request.param
     hospital = Hospital(tmp_path / "study", protocol=protocol, sites=SITES, epochs=3, begin=Fresh)
     change(hospital.folder / "run.toml", "export_top = true\n", "export_top = true\ntape = true\n")
-    change(hospital.folder / "policy.toml", "labels = true\n", "labels = true\ntape = true\n")
+    change(hospital.folder / "policy.toml", "server_sets_weights = true", "server_sets_weights = true\ntape = true")
     for worker in ("server", *SITES):
         (hospital.folder / f"{worker}.log").touch()  # redirected by a shell, not written by us
     before = os.umask(umask)
