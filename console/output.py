@@ -1,4 +1,4 @@
-"""What a verb was asked for: printed, or in a file for the user alone."""
+"""The result of a verb: printed, or in a file for the user alone."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def _markdown(config: RunConfig, report: Mapping[str, Any]) -> str:
 
 
 def _held_out(config: RunConfig, report: Mapping[str, Any]) -> list[list[str]]:
-    """What was chosen, how good it is for whom, and the curves; nothing where nothing was judged."""
+    """Describe the chosen model, its figures and the curves; nothing where nothing was judged."""
     best = report["best"]
     if best is None:
         return []

@@ -154,7 +154,7 @@ class ServerRole(Role, Generic[S]):
         return self.batches[site] / max(1, self.batches.total())
 
     def outcome(self) -> dict[str, Any]:
-        """What else the report of the run says."""
+        """Return further entries for the report."""
         return {}
 
     def publish(self, folder: Path) -> None:

@@ -111,7 +111,7 @@ class ServerShift:
             self.attendance.look(self.role.applied, self.role.awaited(), self._statuses, listening)
 
     def _decide(self) -> OrderEntry | None:
-        """What goes into the journal in place of a message: a round is closed, or a site left out."""
+        """Decide on a journal entry in place of a message: a round is closed, or a site left out."""
         if self.role.may_close and self._deadline.is_over:
             return CloseRound()
         absent = self.attendance.absent(self.role.awaited(), self.role.staying)

@@ -9,7 +9,7 @@ from nightsplit.shared.transport import Event, Recovered, Trouble
 
 
 class Inbox:
-    """What the I/O thread has for the worker: events, and the error that no retry can mend."""
+    """Events for the worker, and the error that no retry can mend."""
 
     def __init__(self) -> None:
         self.events: SimpleQueue[Event | None] = SimpleQueue()

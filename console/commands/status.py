@@ -17,7 +17,7 @@ from nightsplit.shared.wire.message import SERVER
 COUNTS = ("sent", "confirmed", "answered", "applied", "queued", "refused", "duplicates")
 QUEUES = ("up", "down", "dead")
 GIVEN = ("batches", "samples", "share", "left_out_at")
-"""What the server says of each site's part in the training."""
+"""The part of each site in the training, as the server tells it."""
 
 
 def show_status(file: WorkerFile, as_json: bool) -> None:

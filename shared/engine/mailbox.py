@@ -58,14 +58,14 @@ class Gate(Protocol):
     """The hospital's word on each message, see `nightsplit.site_worker.policy`."""
 
     def check_out(self, header: Header, payload: Payload, samples: int | None) -> None:
-        """Let a message leave that holds so many patients' samples; None where it holds none by itself.
+        """Check a message that leaves, with the number of samples in it; None where it holds none by itself.
 
         Raises:
             ConfigError: 108 the hospital does not let it out.
         """
 
     def check_in(self, header: Header, payload: Payload) -> None:
-        """Let a message be obeyed.
+        """Check a message before it is obeyed.
 
         Raises:
             ConfigError: 108 it sets what the hospital keeps to itself.

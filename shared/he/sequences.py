@@ -1,4 +1,4 @@
-"""What site and server of a query to a `SequenceJudge` agree on: circuit, steps and packing."""
+"""Circuit, steps and packing of a query to a `SequenceJudge`, on which site and server agree."""
 
 from __future__ import annotations
 

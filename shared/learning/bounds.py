@@ -16,13 +16,13 @@ so is what an optimizer makes of them."""
 
 
 def is_bounded(*tensors: torch.Tensor) -> bool:
-    """Whether no tensor holds NaN, or has a norm beyond `LARGEST_NORM`; integers always are."""
+    """Return whether no tensor holds NaN, or has a norm beyond `LARGEST_NORM`; integers always are."""
     norms = [torch.linalg.vector_norm(tensor.detach()).float() for tensor in tensors if tensor.is_floating_point()]
     return not norms or bool((torch.stack(norms) <= LARGEST_NORM).all())  # one look at a GPU, not one per tensor
 
 
 def check_bounded(what: str, *tensors: torch.Tensor) -> None:
-    """Let nothing be learned from values that are not `is_bounded`, but raise Refused 312."""
+    """Raise Refused 312 unless the values are `is_bounded`, before anything is learned from them."""
     if not is_bounded(*tensors):
         sentence = f"{what} of this batch are not finite, or beyond {LARGEST_NORM:g}."
         raise Refused(312, sentence, "lower optimizer.lr, or check the site's data.")

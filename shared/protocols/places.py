@@ -24,7 +24,7 @@ from nightsplit.shared.protocols.stream import Half, Slot, UpSequence
 from nightsplit.shared.wire.message import Kind, Message
 
 Kinds = tuple[frozenset[Kind], frozenset[Kind]]
-"""What the site may send at a place, and what the server may answer."""
+"""The kinds that the site may send at a place, and those that the server may answer."""
 
 
 def _kinds(up: set[Kind], down: set[Kind]) -> Kinds:
@@ -93,7 +93,7 @@ def check_answer(message: Message, sequence: UpSequence, run: RunSection) -> Slo
 
 
 def check_farewell(message: Message, sequence: UpSequence, run: RunSection) -> None:
-    """Let a run end behind its last message, or where `patience` evaluations brought no improvement.
+    """Check that a run may end here: behind its last message, or where `patience` evaluations brought no improvement.
 
     Raises:
         Refused: 304 it cannot end here.

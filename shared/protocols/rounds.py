@@ -40,7 +40,7 @@ NAMES = Names(
 )  # fmt: skip
 
 FIGURES = ScalarSpec(str, Reveals.COUNTS)
-"""What a site has measured on its held-out patients."""
+"""The figures that a site has measured on its held-out patients."""
 
 
 def payloads(config: RunConfig, shapes: Shapes) -> Contract:
