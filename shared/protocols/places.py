@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nightsplit.shared.config.run import RunSection, TaskSection
-from nightsplit.shared.errors import Refused
+from nightsplit.shared.errors import Refused, mismatch
 from nightsplit.shared.learning.bounds import LARGEST_NORM, check_bounded, is_bounded
 from nightsplit.shared.protocols.plan import Purpose, evaluations
 from nightsplit.shared.protocols.stream import Half, Slot, UpSequence
@@ -115,12 +115,8 @@ def _check_rows(message: Message, slot: Slot) -> None:
     for name in ("smashed", "gradient", "activations"):
         tensor = message.tensors.get(name)
         if tensor is not None and len(tensor) != len(slot.item.rows):
-            raise Refused(
-                306,
-                f"{name} of {message.header.message_id} has {len(tensor)} rows, "
-                f"item {slot.item.number} has {len(slot.item.rows)}.",
-                "run the same version of nightsplit at both sides.",
-            )
+            rows = f"{len(tensor)} rows, item {slot.item.number} has {len(slot.item.rows)}"
+            raise mismatch(f"{name} of {message.header.message_id} has {rows}.", 306)
 
 
 def _check_targets(message: Message, task: TaskSection) -> None:
@@ -156,6 +152,4 @@ def _verdict(message: Message) -> tuple[int, int]:
 
 
 def _misplaced(message: Message, what: str) -> Refused:
-    return Refused(
-        304, f"{message.header.message_id} {what}.", "run the same version of nightsplit at the site and the server."
-    )
+    return mismatch(f"{message.header.message_id} {what}.")

@@ -20,7 +20,7 @@ from torch import nn
 
 from nightsplit.shared.config.run import RoundSection, RunConfig
 from nightsplit.shared.config.section import KeyConflict
-from nightsplit.shared.errors import Refused
+from nightsplit.shared.errors import mismatch
 from nightsplit.shared.protocols.handshake import REFUSAL, VERDICT
 from nightsplit.shared.protocols.plan import Item, Place, Plan
 from nightsplit.shared.protocols.spec import Names, Shape, Shapes, systems
@@ -167,11 +167,7 @@ class UpSequence:
             Refused: 304 the site sends no such message.
         """
         if not 0 < seq <= self.last:
-            raise Refused(
-                304,
-                f"message {seq} has no place in a sequence of {self.last}.",
-                "run the same version of nightsplit at the site and the server.",
-            )
+            raise mismatch(f"message {seq} has no place in a sequence of {self.last}.")
         return self._slots(seq)
 
     @cached_property
