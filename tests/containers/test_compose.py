@@ -90,7 +90,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
 
 def test_a_new_user_gets_a_report(undisturbed: dict[str, object]) -> None:
     assert undisturbed["run"] == "cholesterol"
-    assert undisturbed["steps"] == 1140
+    assert undisturbed["steps"] == 1020
 
 
 def test_the_image_is_small_and_its_user_is_nobody_special(undisturbed: dict[str, object]) -> None:
