@@ -1,7 +1,5 @@
 """From an address in a worker's file to a broker."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from nightsplit.broker.embedded.broker import EmbeddedBroker

@@ -1,7 +1,5 @@
 """A link that passes everything on to another, for those that only watch or change a part of it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from nightsplit.shared.transport import Delivery, Event, Link, Queue

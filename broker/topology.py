@@ -16,8 +16,6 @@ neither side could confirm, checkpoint and acknowledge (docs/delivery.md). No qu
 limit: the broker would drop messages that were already answered.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

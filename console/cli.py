@@ -1,7 +1,5 @@
 """nightsplit: the command line. What takes time to load is imported by the verb that needs it."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import logging

@@ -1,7 +1,5 @@
 """The result of a verb: printed, or in a file for the user alone."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

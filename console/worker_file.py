@@ -1,7 +1,5 @@
 """A worker's file and what it refers to, whichever side it is of."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """server.toml, as a frozen object."""
 
-from __future__ import annotations
-
 from nightsplit.shared.config.section import Section
 from nightsplit.shared.config.worker import WorkerSection
 

@@ -6,8 +6,6 @@ on the validation patients of all sites (`nightsplit.shared.learning.metrics.sta
 never used to choose.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The lease of the active server: one server per run, and a fence that grows with every take-over."""
 
-from __future__ import annotations
-
 import os
 import socket
 import time

@@ -1,7 +1,5 @@
 """Metrics as they happen: JSON lines for machines, TensorBoard event files for people."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

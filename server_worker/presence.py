@@ -9,8 +9,6 @@ ever read. Silence goes on where the last server left off.
 This is the rule and not the decision: that is an entry of the order journal (`nightsplit.shared.engine.order`).
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime

@@ -8,8 +8,6 @@ A sum does not depend on the order, and a site counts once, so that adding a lat
 gives, to the bit, what a run with these hospitals would have added up.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The server worker for queries to the model of a finished run."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress

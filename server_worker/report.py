@@ -1,7 +1,5 @@
 """The report of a run: report.json for machines, report.md and curves.png for people, the top's weights."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from datetime import datetime

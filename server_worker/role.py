@@ -1,7 +1,5 @@
 """What the server's side of every system does: it opens the run, greets the sites, counts what they give, and ends."""
 
-from __future__ import annotations
-
 import json
 from abc import abstractmethod
 from collections import Counter

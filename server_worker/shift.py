@@ -1,7 +1,5 @@
 """One shift of the active server: the engine at work, who is there meanwhile, and what it tells of both."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 

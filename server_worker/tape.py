@@ -13,8 +13,6 @@ its own: an entry that was cut short by a crash is the last of its file and was 
 and a server that was replaced while it slept cannot damage what its successor writes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

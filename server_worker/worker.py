@@ -1,7 +1,5 @@
 """The server worker: waits for its shift, becomes the active server, works until the shift ends, reports."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial

@@ -1,7 +1,5 @@
 """Time as the workers see it, so that tests can run three nights in seconds."""
 
-from __future__ import annotations
-
 import time
 from abc import ABC, abstractmethod
 from datetime import UTC, datetime

@@ -10,8 +10,6 @@ NIGHTSPLIT_CRASH="before_ack:3" ends the process when it reaches `before_ack` fo
 process ends without a word: no handler, no flush, no farewell to the broker.
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from typing import Literal, get_args

@@ -4,8 +4,6 @@ Every line to another machine is TLS 1.2 or newer with the other side's certific
 plain one leads to this machine alone.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import ssl
 from collections.abc import Iterator

@@ -12,8 +12,6 @@ Each number has a title in `TITLES` and a page `docs/errors/<number>.md`, which 
 test keeps both complete.
 """
 
-from __future__ import annotations
-
 TITLES: dict[int, str] = {
     101: "Configuration file missing or unreadable",
     102: "Configuration file is not valid TOML",

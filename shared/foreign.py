@@ -1,7 +1,5 @@
 """Strings that came from elsewhere (a broker, another worker, a file's name), shown as text and as nothing else."""
 
-from __future__ import annotations
-
 _IN_CODE = str.maketrans({"`": "'", "|": "/"})
 
 

@@ -14,8 +14,6 @@ full queue, an alarm or a lost connection, until the broker confirms it or the l
 What was not confirmed when a link closes was never sent.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

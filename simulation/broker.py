@@ -1,7 +1,5 @@
 """A broker inside one process, for unit tests. Its queues, dead letters included, can be read."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import deque

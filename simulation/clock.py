@@ -1,7 +1,5 @@
 """A clock that a test or a simulation moves by hand."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime, timedelta
 
 from nightsplit.shared.clock import Clock

@@ -1,7 +1,5 @@
 """Figures of a model on every site's test patients."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 

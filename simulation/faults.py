@@ -19,8 +19,6 @@ Time is counted in turns, the calls of `receive`, never in seconds. Over a broke
 thread, all faults of a link follow from the seed, its owner and how many links it opened before.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -125,12 +123,7 @@ class FaultyLink(WrappedLink):
     """
 
     def __init__(
-        self,
-        connect: Callable[[int], Link],
-        prefetch: int,
-        faults: Faults,
-        dice: random.Random,
-        counts: Counter[str],
+        self, connect: Callable[[int], Link], prefetch: int, faults: Faults, dice: random.Random, counts: Counter[str]
     ) -> None:
         self._connect = connect
         self._faults = faults

@@ -4,8 +4,6 @@ Workers take turns, so a run costs what its arithmetic costs. In strict order th
 run with real processes and real nights, to the bit.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass

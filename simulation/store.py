@@ -1,7 +1,5 @@
 """The run store inside one process, for unit tests: workers in one process share the object."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Iterable

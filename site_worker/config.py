@@ -1,7 +1,5 @@
 """The files of a hospital, as frozen objects: site.toml and policy.toml."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 import msgspec

@@ -1,7 +1,5 @@
 """The hospital decides: what a run asks for, and each message on its way out, held against policy.toml."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Predictions with the trained model, at the site: its own bottom, the exported top, its own head."""
 
-from __future__ import annotations
-
 import csv
 from dataclasses import dataclass
 from pathlib import Path

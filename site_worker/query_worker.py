@@ -1,7 +1,5 @@
 """The site worker for queries to the model of a finished run: submits sequences, and comes back for the scores."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Sequence
 from contextlib import closing

@@ -1,7 +1,5 @@
 """What the site's side of every system does: it agrees to the run, numbers what it sends, and ends."""
 
-from __future__ import annotations
-
 import json
 from abc import abstractmethod
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The site worker: waits for its shift, publishes and learns until the shift ends, and comes back the next night."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -8,8 +8,6 @@ changes nothing.
 For local disks only: SQLite's locks and shared memory cannot be trusted on network file systems.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path

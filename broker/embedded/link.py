@@ -11,8 +11,6 @@ messages share an fsync. `Confirmed` means that body file, directory and row wer
 order.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import math
@@ -105,11 +103,7 @@ class EmbeddedLink(Link):
     # The worker's thread ---------------------------------------------------------------------
 
     def publish(
-        self,
-        queue: Queue,
-        message_id: str,
-        body: Sequence[bytes | memoryview],
-        headers: Mapping[str, str] = {},
+        self, queue: Queue, message_id: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str] = {}
     ) -> None:
         """Hand a message to the courier; see `Link.publish` for 203 and 205."""
         size = sum(memoryview(piece).nbytes for piece in body)

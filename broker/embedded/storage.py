@@ -8,8 +8,6 @@ A row is what makes a message exist. A crash therefore leaves no half message, a
 without a row; they are removed when nobody holds the lock.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os
@@ -137,8 +135,7 @@ class Folder:
     def insert(self, rows: sqlite3.Connection, messages: Iterable[NewRow]) -> None:
         """Append messages; their body files are synced."""
         rows.executemany(
-            "INSERT INTO message (queue, message_id, headers, size, body, file) VALUES (?, ?, ?, ?, ?, ?)",
-            messages,
+            "INSERT INTO message (queue, message_id, headers, size, body, file) VALUES (?, ?, ?, ?, ?, ?)", messages
         )
 
     def next_row(self, rows: sqlite3.Connection, queue: str, link: str, taken: int) -> Row | None:

@@ -1,7 +1,5 @@
 """Where a RabbitMQ server or cluster is, and a short visit to it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress

@@ -15,8 +15,6 @@ after two heartbeats for a machine or a line. A restart under the same name wait
 All state in the right column belongs to the I/O thread; the inbox is the only way back.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from nightsplit.broker.rabbitmq.address import connected, read_addresses

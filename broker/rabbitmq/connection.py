@@ -3,8 +3,6 @@
 It belongs to a link's I/O thread; see the drawing in `nightsplit.broker.rabbitmq.broker`.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import math

@@ -3,8 +3,6 @@
 Errors are recognised by what they carry, so that pika itself is not needed here.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 
@@ -96,9 +94,7 @@ def disagreement(queue: Queue, parameters: Any) -> BrokerError:
 def unreachable(error: BaseException | None, parameters: Any) -> BrokerError:
     """The error for a broker that does not answer at all."""
     return BrokerError(
-        201,
-        f"{_place(parameters)}: {sentence(error)}.",
-        "start the broker, or correct host and port in the address.",
+        201, f"{_place(parameters)}: {sentence(error)}.", "start the broker, or correct host and port in the address."
     )
 
 

@@ -1,7 +1,5 @@
 """Events on their way from the I/O thread of a link to the worker."""
 
-from __future__ import annotations
-
 from queue import SimpleQueue
 
 from nightsplit.shared.errors import BrokerError

@@ -1,7 +1,5 @@
 """The worker's side of a link to RabbitMQ; see the drawing in `nightsplit.broker.rabbitmq.broker`."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -24,13 +22,7 @@ class RabbitLink(Link):
     """The worker's side: hands everything to the I/O thread, and takes events out of the inbox."""
 
     def __init__(
-        self,
-        loop: Any,
-        inbox: Inbox,
-        publishing: Publishing,
-        consuming: Consuming,
-        max_message_bytes: int,
-        owner: str,
+        self, loop: Any, inbox: Inbox, publishing: Publishing, consuming: Consuming, max_message_bytes: int, owner: str
     ) -> None:
         self._loop = loop
         self._inbox = inbox
@@ -57,11 +49,7 @@ class RabbitLink(Link):
                     raise connection.unreachable()
 
     def publish(
-        self,
-        queue: Queue,
-        message_id: str,
-        body: Sequence[bytes | memoryview],
-        headers: Mapping[str, str] = {},
+        self, queue: Queue, message_id: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str] = {}
     ) -> None:
         """Hand a message over; see `Link.publish`. The only copy of the body here is made by joining it.
 

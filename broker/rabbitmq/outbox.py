@@ -3,8 +3,6 @@
 Bookkeeping only: no socket, no thread, no clock.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field

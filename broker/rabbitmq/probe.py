@@ -1,7 +1,5 @@
 """Tries single things at a RabbitMQ and leaves nothing behind, for `nightsplit doctor`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

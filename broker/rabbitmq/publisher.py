@@ -1,7 +1,5 @@
 """The half of a link to RabbitMQ that publishes; see the drawing in `nightsplit.broker.rabbitmq.broker`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any

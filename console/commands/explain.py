@@ -1,7 +1,5 @@
 """nightsplit explain: the page of an error, which is installed with the packages."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import nightsplit

@@ -1,7 +1,5 @@
 """nightsplit merge: add up the published vectors of a data_vectors run again, with a hospital more or one less."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

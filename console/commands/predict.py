@@ -1,7 +1,5 @@
 """nightsplit predict: the trained model at a site, as a CSV; its figures go to stderr."""
 
-from __future__ import annotations
-
 import io
 import sys
 from collections.abc import Sequence

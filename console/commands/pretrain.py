@@ -5,8 +5,6 @@ where there is no secret; stage 2 goes on with the hospitals (`fedavg_transfer`)
 the classes of all sources apart, in one layer of outputs: [MedNIST's six | chest X-ray's two].
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from itertools import accumulate

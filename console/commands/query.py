@@ -1,7 +1,5 @@
 """The verbs of encrypted queries: query at a site, answer at the server."""
 
-from __future__ import annotations
-
 import io
 import sys
 from collections.abc import Sequence

@@ -6,8 +6,6 @@
 Engine and role are those of the run. Where timing decided the order, they follow the run's journal.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections import deque

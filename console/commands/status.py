@@ -1,7 +1,5 @@
 """nightsplit status: what the run store and the broker know of a run, one line per worker."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from contextlib import closing

@@ -1,7 +1,5 @@
 """The verbs that work: open, server, site."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path

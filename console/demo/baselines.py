@@ -5,8 +5,6 @@ one piece: to the bit, but for what rounds lose when weights travel as differenc
 differential privacy is compared with training without noise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -8,8 +8,6 @@ strict order both plays end with the same weights, to the bit; the demo compares
 a run store of the user's own, the run is played once, under an id of its own.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json as json_text
 import re

@@ -10,8 +10,6 @@
 In strict order none of this shows in the result: both end with the same bits.
 """
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import sys

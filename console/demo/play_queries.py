@@ -5,8 +5,6 @@ day     the server alone answers what is queued           as often as the model'
 night   each site alone collects                           once (one_shot), or once for each frame (refresh)
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import time

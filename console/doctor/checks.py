@@ -1,7 +1,5 @@
 """nightsplit doctor: what could keep a worker from its work, found before the night and not in it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """What doctor finds, check by check."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """What doctor finds about the lines to broker and store: encryption, rights, and what passes through."""
 
-from __future__ import annotations
-
 import socket
 import ssl
 import time

@@ -4,8 +4,6 @@ RabbitMQ reads `definitions.json` and `rabbitmq.conf`, Redis `users.acl` and `re
 listen with TLS alone and ask for a certificate of our authority; then comes the password.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

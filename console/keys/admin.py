@@ -1,7 +1,5 @@
 """Tells a broker and a store that already run who may log in: a change holds at once, also for open connections."""
 
-from __future__ import annotations
-
 import base64
 import json
 from contextlib import closing

@@ -1,7 +1,5 @@
 """The folder of keys: made once by `init`, then sites come and go."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The consortium's own certificate authority: X.509 (RFC 5280) with ECDSA keys on P-256."""
 
-from __future__ import annotations
-
 import ipaddress
 import secrets
 from collections.abc import Collection

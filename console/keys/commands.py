@@ -1,7 +1,5 @@
 """The actions of nightsplit keys: change the files, then tell broker and store if they run."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a worker shows while it works: lines redrawn on a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Sequence

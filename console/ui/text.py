@@ -1,7 +1,5 @@
 """How the console says things: durations, counts, and that a silent server is a normal night."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 

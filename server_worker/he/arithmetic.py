@@ -1,7 +1,5 @@
 """Sums and products of ciphertexts that keep to the levels and scales of a circuit."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import numpy as np

@@ -3,8 +3,6 @@
 The cost is that of one sequence or of thousands.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

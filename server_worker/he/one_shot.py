@@ -6,8 +6,6 @@ The output gate is one more factor, behind the last forget gate. Factors 2 ... f
 frames + 1 is o_T. As many sequences at once as a ciphertext has slots, one in each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 

@@ -8,8 +8,6 @@ the site packs anew what it reads, and a rotation for the votes stops before the
 same, so cover it before the site can decrypt it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """The server's sides of the systems."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -7,8 +7,6 @@ held-out patients, with normalization statistics that it has measured anew for i
 that is best for the validation patients of all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

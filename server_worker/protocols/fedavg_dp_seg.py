@@ -1,7 +1,5 @@
 """fedavg_dp_seg (Ziller et al., arXiv 2107.02586): the noise is in the updates before they come."""
 
-from __future__ import annotations
-
 from nightsplit.server_worker.protocols.fedavg_transfer import FedavgTransferServer
 
 

@@ -1,7 +1,5 @@
 """fedavg_transfer (Zhang and Li, arXiv 2203.12803), stage 2: averaging (McMahan et al., AISTATS 2017)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """he_clstm (Yue et al., ACM TOIT 21(3):57, HE-CLSTM), the server's half: it judges sequences that it cannot read."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

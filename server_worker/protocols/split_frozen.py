@@ -5,8 +5,6 @@ The server stores them, and when all have come it trains on them for as many epo
 while no site is online. No gradient returns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self

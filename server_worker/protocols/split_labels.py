@@ -1,7 +1,5 @@
 """split_labels (Ha et al., IEEE Access 2021, doi 10.1109/ACCESS.2021.3108455): labels travel with the activations."""
 
-from __future__ import annotations
-
 from nightsplit.server_worker.stream.role import StreamServer
 from nightsplit.shared.engine.effects import Effect
 from nightsplit.shared.learning.seeds import seed_for

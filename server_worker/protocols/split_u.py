@@ -9,8 +9,6 @@
 Of held-out patients the server learns the site's own figures (Report), not their labels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self

@@ -3,8 +3,6 @@
 thread ──▶ its process ──▶ thread         a line for each: when a process dies, its line breaks, and nothing waits
 """
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence

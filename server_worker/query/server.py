@@ -7,8 +7,6 @@ Until the last step the broker has the query: a server that dies before it is an
 number of servers may stand by, and a second answer to the same query does no harm.
 """
 
-from __future__ import annotations
-
 import secrets
 import time
 from collections import defaultdict

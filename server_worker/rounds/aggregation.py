@@ -3,8 +3,6 @@
 An update is a list of slices, as it travelled; a sum over slices of some megabytes stays in the processor's cache.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch

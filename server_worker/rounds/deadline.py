@@ -1,7 +1,5 @@
 """How long the open round of a run has been open, and whether it has been long enough."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 

@@ -1,7 +1,5 @@
 """The server's side of the Round shape: who has reported, when a round closes, what everybody goes on with."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence, Set
 from typing import Any

@@ -3,8 +3,6 @@
 One safetensors file per message, read by memory mapping: the store may be larger than memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The server's side of the Stream shape: order, evaluation, averaging, the end. Systems add `learn`."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Mapping, Set

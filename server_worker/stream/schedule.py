@@ -8,8 +8,6 @@ fair     among the messages that have arrived, the one whose site is furthest be
 A site that was left out is not among `applied`: no schedule waits for it, or chooses it.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
 

@@ -1,7 +1,5 @@
 """The server's layers: they learn from smashed data, and give back the gradient at the cut."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Reads a file that a user wrote. Every key is checked: an error names the file, the key and the fix."""
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """run.toml, as frozen objects. All participants of a run hold the same one; its `contract` is what they compare."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import Annotated, Any, Literal
 

@@ -1,7 +1,5 @@
 """A table of a TOML file, and the types of its values."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from msgspec import Meta, Struct

@@ -1,7 +1,5 @@
 """The section that site.toml and server.toml have in common."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """What an engine has done since it began and what holds it up: for `status`, for Prometheus, and in the log."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What a role may ask of the engine. Roles decide, the engine acts."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

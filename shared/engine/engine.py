@@ -14,8 +14,6 @@ and publishes byte-equal messages again, which receivers drop by their marks; a 
 gets deliveries below the marks, and only acknowledges them. docs/delivery.md has the whole contract.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -5,8 +5,6 @@
 The role is a new one, restored: the state of one that failed half-way cannot be trusted.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

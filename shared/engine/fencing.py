@@ -1,7 +1,5 @@
 """The right to let checkpoints count, where several workers could hold one role."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from nightsplit.shared.storage.checkpoint import Pointer

@@ -7,8 +7,6 @@ The stages in brackets are empty: a sealed message would be opened and verified 
 sealed behind its encoding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime

@@ -1,7 +1,5 @@
 """The order in which messages of several senders are applied: the role's choice, written down where timing decides."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Inputs until they may be acknowledged, sends until they are confirmed, a snapshot until it may be written."""
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

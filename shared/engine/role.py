@@ -6,8 +6,6 @@ its snapshot. The shapes of a role (stream, rounds) are base classes beside the 
 `nightsplit.site_worker.stream.role` and `nightsplit.server_worker.stream.role`.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Set
 from typing import ClassVar

@@ -8,8 +8,6 @@ What a site decrypts from a state may be packed and encrypted again as it is. Bo
 numbers r to all slots before takes `packing.state(packing.read_state(r, packing.capacity))` away afterwards.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol

@@ -1,7 +1,5 @@
 """Circuit, steps and packing of a query to a `SequenceJudge`, on which site and server agree."""
 
-from __future__ import annotations
-
 from nightsplit.shared.errors import ConfigError, mismatch
 from nightsplit.shared.he.ckks import Circuit
 from nightsplit.shared.he.packing import Batch, Packing, Slots

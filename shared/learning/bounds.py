@@ -1,7 +1,5 @@
 """Bounds of what is learned from: no message may leave weights behind with which nobody can go on."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """What a task asks a model to minimise."""
 
-from __future__ import annotations
-
 import torch
 from torch.nn import functional
 

@@ -1,7 +1,5 @@
 """The figures by which a model is judged on held-out patients."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated

@@ -1,7 +1,5 @@
 """Optimizers, and module and optimizer state as flat tensors for snapshots."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Seeds derived from what they are for, so that a replay needs no saved generator state."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager

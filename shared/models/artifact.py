@@ -7,8 +7,6 @@ One file, so that weights and card cannot be parted. Its name in a run is its sh
 prints: whoever begins from it states the hash, and anything else is refused.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """One hash for named weights."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 

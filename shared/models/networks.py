@@ -13,8 +13,6 @@ output layer, for `model.head_cut`. Four rules keep training steady when sites a
 - No module occurs in two stages, so any cut is possible.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise

@@ -9,8 +9,6 @@ Everything that can be wrong with a cut is found here, before a patient's data i
 error says which cut would do (as in torchgpipe's `split_module`).
 """
 
-from __future__ import annotations
-
 import copy
 import difflib
 import importlib

@@ -5,8 +5,6 @@ or clipping it (differential privacy) bounds nothing. Both begin with a bias tha
 pixels are: else the first gradients of all records only agree on that.
 """
 
-from __future__ import annotations
-
 from itertools import chain
 
 import torch

@@ -7,8 +7,6 @@ After Yue et al., ACM TOIT 21(3):57 (HE-CLSTM): convolutions per frame, an LSTM 
 mixes spatial and temporal evidence, and a vote of the frames.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from typing import Any
 

@@ -3,8 +3,6 @@
 A module of this package with a `SPEC` is a system; nothing lists them.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from pkgutil import iter_modules
 

@@ -1,7 +1,5 @@
 """From run.toml to the modules of a run and the contract between participants; the same at every one of them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """data_vectors: each site trains alone, once; what changed is added up, and every site reports on every scale."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import Annotated

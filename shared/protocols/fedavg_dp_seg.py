@@ -1,7 +1,5 @@
 """fedavg_dp_seg: as fedavg_transfer, with differential privacy at the site."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from nightsplit.shared.config.run import RunConfig

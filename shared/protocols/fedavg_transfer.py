@@ -1,7 +1,5 @@
 """fedavg_transfer: what sites' training changed in a published model is averaged, round by round."""
 
-from __future__ import annotations
-
 from nightsplit.shared.protocols import rounds
 from nightsplit.shared.protocols.spec import ProtocolSpec, Shape
 

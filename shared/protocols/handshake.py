@@ -1,7 +1,5 @@
 """How a site and the server agree on a run before anything of a patient is sent; the same in every system."""
 
-from __future__ import annotations
-
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import TITLES, RunError
 from nightsplit.shared.wire.message import Kind

@@ -8,8 +8,6 @@ A system of the Query shape. It asks a model that is there: the one of a finishe
     one_shot   gates see x_t alone: one message each way, made for a site that is offline until tomorrow.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path

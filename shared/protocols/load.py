@@ -1,7 +1,5 @@
 """Reads run.toml, and has the run's system check it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

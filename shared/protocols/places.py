@@ -12,8 +12,6 @@ In place of any answer there may be `refused`. A site that uploads once gets no 
 behind the last one; earlier only where the run may end early.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from nightsplit.shared.config.run import RunSection, TaskSection

@@ -14,8 +14,6 @@ A parcel is what belongs together: all ciphertexts of a query, say. It travels i
 a chunk names the sha256 of the whole parcel, so that nothing is computed with what was altered on the way.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate

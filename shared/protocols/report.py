@@ -3,8 +3,6 @@
 {"test": {"auc": 0.91, "balanced_accuracy": 0.83, "loss": 0.4, "samples": 12.0}, "validation": {...}}
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any, Literal

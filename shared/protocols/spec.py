@@ -7,8 +7,6 @@
 A system is these three files. Nothing else names one: whoever has to treat systems differently asks the `SPEC`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum, auto

@@ -1,7 +1,5 @@
 """split_frozen: activations of a bottom that is never trained are released once; the server trains on its store."""
 
-from __future__ import annotations
-
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.config.section import KeyConflict
 from nightsplit.shared.protocols import stream

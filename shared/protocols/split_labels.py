@@ -1,7 +1,5 @@
 """split_labels: activations and labels go to the server, gradients return."""
 
-from __future__ import annotations
-
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.protocols import stream
 from nightsplit.shared.protocols.handshake import AGREEMENT

@@ -1,7 +1,5 @@
 """split_u, U-shaped: the last layers and the labels stay at the site."""
 
-from __future__ import annotations
-
 import torch
 
 from nightsplit.shared.config.run import RunConfig

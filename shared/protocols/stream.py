@@ -8,8 +8,6 @@ Every message of a site but split_frozen's has exactly one answer, so that the s
 a site runs in step with the site's own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache

@@ -9,8 +9,6 @@
 One interface, three stores (memory, SQLite, Redis), one conformance suite.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass

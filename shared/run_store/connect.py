@@ -1,7 +1,5 @@
 """The run store that an address names. `MemoryStore` has none: its users share the object."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from nightsplit.shared.credentials import NOBODY, Credentials, expect_private

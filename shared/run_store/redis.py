@@ -6,8 +6,6 @@ the journal and the pointer of a run that must survive that too need `appendfsyn
 are the Redis server's own, so clocks of workers may differ.
 """
 
-from __future__ import annotations
-
 import ssl
 from collections.abc import Callable, Iterable
 from functools import cache

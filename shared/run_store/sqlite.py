@@ -5,8 +5,6 @@ clock takes no lease away; one that reaches further ahead than it can last is fr
 Ages of statuses are read off the wall clock, since they have to make sense after a reboot.
 """
 
-from __future__ import annotations
-
 import sqlite3
 import threading
 import time

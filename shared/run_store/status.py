@@ -6,8 +6,6 @@ to its reader, never an error. For the same reason nothing of a patient is ever 
 our own words, names of queues and hosts, or the heading of an error, which quotes nothing.
 """
 
-from __future__ import annotations
-
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Literal

@@ -4,8 +4,6 @@ Counters begin at zero with every process and every shift, as Prometheus expects
 run, which a restart may move back a little, are gauges. docs/operations.md lists all of them.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime

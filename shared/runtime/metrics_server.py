@@ -1,7 +1,5 @@
 """The address where Prometheus reads a worker's metrics: HTTP on this machine, HTTPS beyond it."""
 
-from __future__ import annotations
-
 import socket
 import ssl
 import threading

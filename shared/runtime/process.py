@@ -1,7 +1,5 @@
 """What the workers of both sides need around the engine: a folder of their own, threads, a voice."""
 
-from __future__ import annotations
-
 import ctypes
 import fcntl
 import os

@@ -5,8 +5,6 @@ clocks change. A wall-clock time that occurs twice is its first occurrence; one 
 skips is as far after the last one before it as the text says.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, time, timedelta

@@ -1,7 +1,5 @@
 """What a site's worker and the server's have in common: a run, a shift, and when to leave."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from logging import INFO, WARNING

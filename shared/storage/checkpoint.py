@@ -9,8 +9,6 @@ kept in the run store does, where several servers could write (docs/delivery.md,
 When the newest is damaged, the one before it is used.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

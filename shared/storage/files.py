@@ -1,7 +1,5 @@
 """Files that outlive a power cut, are there whole or not at all, and are their owner's alone."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import stat

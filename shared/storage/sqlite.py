@@ -4,8 +4,6 @@ What was committed survives a power cut (write-ahead log, synchronous=FULL). A w
 the file locked waits; SQLite does not queue those who wait, so keep transactions short.
 """
 
-from __future__ import annotations
-
 import errno
 import sqlite3
 import time

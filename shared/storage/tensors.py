@@ -1,7 +1,5 @@
 """Tensors as the content of a file."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Mapping

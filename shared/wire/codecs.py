@@ -12,8 +12,6 @@ values are finite. The same tensor always gives the same bytes: each operation b
 rounds as IEEE 754 demands, so neither the processor nor the number of threads can show.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import warnings

@@ -10,8 +10,6 @@ last part. A header has exactly one spelling: it must pack back into the bytes i
 All sizes are checked before anything is decoded or allocated.
 """
 
-from __future__ import annotations
-
 import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The header map of a message: read once, checked by itself, in its one spelling."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args

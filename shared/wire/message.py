@@ -4,8 +4,6 @@ Content is a pure function of (configuration, data, run seed, applied history), 
 that is published again after a crash is byte-equal to its first copy, but for the fence.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum

@@ -4,8 +4,6 @@ Sender and receiver hold the same `Payload`; what differs from it is refused. A 
 made unless every part of it says what it reveals, so that a hospital's policy can never be asked about an unknown.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum

@@ -1,7 +1,5 @@
 """Random variants of a batch of training images, in torch alone and reproducible from a generator."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

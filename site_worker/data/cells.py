@@ -1,7 +1,5 @@
 """The cells of a CSV file (comma, semicolon or tab) or a Parquet file, as text."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from itertools import accumulate

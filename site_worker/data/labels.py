@@ -4,8 +4,6 @@
 that count as one class: ["0", "1|2|3|4"] makes every stage of a disease the positive class.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

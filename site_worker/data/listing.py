@@ -10,8 +10,6 @@ and the patient is the nearest folder named patient*, else every file is a patie
 A folder that bears a class's name counts before a folder that merely ends in it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Grey images of one size and one scale: what volumes, DICOM, arrays and images have in common."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

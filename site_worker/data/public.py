@@ -1,7 +1,5 @@
 """Where the public data sets of the examples come from. The project contains none of their data."""
 
-from __future__ import annotations
-
 from pathlib import PurePath
 
 _ORIGINS = {

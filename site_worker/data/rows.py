@@ -5,8 +5,6 @@
 Everything is text until it is needed as a number, so that an error can quote what the file says.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

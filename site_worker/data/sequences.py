@@ -1,7 +1,5 @@
 """Several images as one sample: frames that are evenly spaced over a volume, a series or a film."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

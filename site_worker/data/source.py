@@ -5,8 +5,6 @@
 Rows are chosen before any input is read, so a site with a share of a large folder reads its own images only.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable, Sequence

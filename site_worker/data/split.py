@@ -4,8 +4,6 @@ Patients are ordered by a hash of their name and the seed. The order does not de
 platform or on a library's random generator, and a patient who is added later does not shuffle the others.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """Differential privacy at the site: noise, accounting, the ledger of what was spent. See docs/privacy.md."""
 
-from __future__ import annotations
-
 import logging
 from importlib.util import find_spec
 

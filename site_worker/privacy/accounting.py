@@ -7,8 +7,6 @@ upwards. The figure of Rényi DP (Mironov et al., arXiv 1908.10530) is looser, a
 theory. Gaussian DP is left out: it is an approximation that comes out too low.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, reduce

@@ -1,7 +1,5 @@
 """Batches for training with noise: each record is in a batch by chance, and nobody else can tell which are."""
 
-from __future__ import annotations
-
 import torch
 
 from nightsplit.shared.config.run import RunConfig

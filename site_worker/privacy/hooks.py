@@ -4,8 +4,6 @@ Opacus copies the input of a convolution once for every element of the kernel (u
 it is copied once for every column of the kernel: shifted by a row, a copy is its own slice.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

@@ -7,8 +7,6 @@ the records of each patient in the run, under a name that only the site's secret
 Each row is sealed with the secret. So a bit that flipped is found, and a row that somebody wrote by hand.
 """
 
-from __future__ import annotations
-
 import operator
 import sqlite3
 import struct

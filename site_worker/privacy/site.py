@@ -1,7 +1,5 @@
 """A site's part in a private run: its own noise, its sampling, and an account in its ledger."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """DP-SGD at a site: clip each record's gradient, add noise to the sum (Abadi et al., CCS 2016)."""
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

@@ -1,7 +1,5 @@
 """The site's sides of the systems."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from nightsplit.shared.config.run import RunConfig

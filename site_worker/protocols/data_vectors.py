@@ -1,7 +1,5 @@
 """data_vectors (Tian et al., arXiv 2408.13038): a hospital trains alone, reports what changed once, and judges sums."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """fedavg_dp_seg (Ziller et al., arXiv 2107.02586): the site adds noise to its training, and keeps an account of it."""
 
-from __future__ import annotations
-
 from nightsplit.site_worker.protocols.fedavg_transfer import FedavgTransferSite
 
 

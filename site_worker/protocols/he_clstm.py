@@ -1,7 +1,5 @@
 """he_clstm (Yue et al., ACM TOIT 21(3):57, HE-CLSTM), the site's half: sequences leave encrypted, scores come back."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

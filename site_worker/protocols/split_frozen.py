@@ -4,8 +4,6 @@ The bottom keeps its first weights. Its activations are released once; after tha
 to go. Nothing comes back but the news that the run has finished.
 """
 
-from __future__ import annotations
-
 from nightsplit.site_worker.protocols.split_labels import SplitLabelsSite
 
 

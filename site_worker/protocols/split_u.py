@@ -1,7 +1,5 @@
 """split_u, the U-shaped extension of Ha et al.: the last layers and the labels stay at the site."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Self
 

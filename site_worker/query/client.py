@@ -7,8 +7,6 @@ Each arrow is a durable change in the site's own file before the broker is told.
 the step before once more: what it sends then is encrypted anew, and means the same; what it gets twice it drops.
 """
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence

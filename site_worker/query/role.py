@@ -1,7 +1,5 @@
 """What the client of encrypted queries asks of a system: to encrypt a step, and to read what came back."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 

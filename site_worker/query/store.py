@@ -3,8 +3,6 @@
 submissions ──▶ wait ──▶ queries of the packing that suits all that wait ──▶ scores, by submission
 """
 
-from __future__ import annotations
-
 import json
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Which samples a training batch of a round holds: a pure function of (data, run seed, site, batch)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from functools import lru_cache

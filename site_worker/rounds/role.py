@@ -1,7 +1,5 @@
 """The site's side of the Round shape: train, report what changed, go on with the model that comes back."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Set
 from typing import Any
 

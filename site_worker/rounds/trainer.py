@@ -1,7 +1,5 @@
 """A whole model at a site: one local training step after the other."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Which samples an item of the plan holds: a pure function of (data, run seed, site, item)."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch

@@ -12,8 +12,6 @@ While a process lives, the graph of a forward is still there when its gradient a
 recomputing it; the result is the same to the bit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """The site's side of the Stream shape: what is sent when, and what becomes of the answers."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Self

@@ -1,7 +1,5 @@
 """NumPy archives (.npz): named arrays with one entry per sample, as MedMNIST publishes them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

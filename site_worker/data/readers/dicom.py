@@ -3,8 +3,6 @@
 An index lists files, or folders whose files share a label; without one the folders name the classes.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from itertools import accumulate, groupby

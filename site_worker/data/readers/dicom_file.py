@@ -4,8 +4,6 @@ No other text of a header is read, let alone kept. The patient's ID and the seri
 hashes. What pydicom says of a file, in warnings and errors, may quote its header, so it is never shown.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import warnings

@@ -1,7 +1,5 @@
 """Folders of images, grey; labels and patients as `listing` finds them."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tables, one row per sample."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -7,8 +7,6 @@ all files are cut the same way, however they are stored, and an axial slice look
     labelsTr/hippocampus_001.nii.gz     (the layout of the Medical Segmentation Decathlon)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import accumulate, groupby
