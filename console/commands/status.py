@@ -14,7 +14,7 @@ from nightsplit.shared.wire.message import SERVER
 
 COUNTS = ("sent", "confirmed", "answered", "applied", "queued", "refused", "duplicates")
 QUEUES = ("up", "down", "dead")
-GIVEN = ("batches", "samples", "share", "left_out_at")
+GIVEN = ("batches", "samples", "share", "excluded_at")
 """The part of each site in the training, as the server tells it."""
 
 
@@ -41,9 +41,9 @@ def show_status(file: WorkerFile, as_json: bool) -> None:
         table.add_row(line["worker"], _words(line), *counts, batches, share, heard)
     console.print(table)
     for line in summary["workers"]:
-        if line["passed_over"]:
-            damaged = "; ".join(line["passed_over"])
-            console.print(f"warning: {line['worker']} passed over a damaged checkpoint: {damaged}")
+        if line["skipped_checkpoints"]:
+            damaged = "; ".join(line["skipped_checkpoints"])
+            console.print(f"warning: {line['worker']} skipped a damaged checkpoint: {damaged}")
     for site, waiting in summary["queries"].items():
         if waiting["ask"] is not None:
             asked, answered = counted(waiting["ask"], "message"), waiting["answer"]
@@ -141,7 +141,7 @@ def _line(worker: str, status: Status | None) -> dict[str, Any]:
         "online": status is not None and status.online,
         "age_seconds": None if status is None else round(status.age_seconds, 1),
         **{name: told and getattr(told, name) for name in (*COUNTS, "planned")},
-        "passed_over": list(told.passed_over) if told else [],
+        "skipped_checkpoints": list(told.skipped_checkpoints) if told else [],
         **dict.fromkeys(GIVEN),
     }
 
@@ -155,7 +155,7 @@ def _words(line: Mapping[str, Any]) -> str:
         words = _loudly(status)
         if not (line["online"] or status.phase.has_left):
             words = f"OFFLINE since {duration(line['age_seconds'])} (was {words})"
-    return words if line["left_out_at"] is None else f"LEFT OUT after {line['left_out_at']} messages ({words})"
+    return words if line["excluded_at"] is None else f"EXCLUDED after {line['excluded_at']} messages ({words})"
 
 
 def _loudly(status: WorkerStatus) -> str:
