@@ -97,7 +97,7 @@ def one_class(folder: Path) -> None:
         (106, "begins when it ends", edit("south.toml", "[site]", '[site]\nshift = "22:00-22:00 UTC"')),
         (106, "is not of the form HH:MM-HH:MM Zone", edit("south.toml", "[site]", '[site]\nshift = "22:00-06:00"')),
         (107, 'unknown scheme "mqtt"', edit("south.toml", "embedded:broker", "mqtt://ward")),
-        (108, 'needs "labels" in allowed (what is to be predicted', edit("policy.toml", '"labels", ', "")),
+        (108, 'needs "labels" in allowed (true labels', edit("policy.toml", '"labels", ', "")),
         (109, "device 'cuda:7'", edit("south.toml", "[site]", '[site]\ndevice = "cuda:7"')),
         (401, "nowhere.csv does not exist", edit("south.toml", "patients.csv", "nowhere.csv")),
         (401, "not UTF-8 text", rewrite("patients.csv", b"age,outcome\n\xff\xfe,1\n")),
