@@ -1,4 +1,4 @@
-"""Reads a file that a user wrote. Every key is checked: an error names the file, the key and the fix."""
+"""Loader of configuration files. Every key is checked: an error names the file, the key and the fix."""
 
 import tomllib
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Struct
 
-from nightsplit.shared.config.section import KeyConflict
+from nightsplit.shared.config.section import KeyConflictError
 from nightsplit.shared.errors import ConfigError
 
 T = TypeVar("T", bound=Struct)
@@ -19,7 +19,7 @@ def load(path: Path, kind: type[T], overrides: Sequence[str] = ()) -> T:
 
     Args:
         path: the TOML file.
-        kind: what it must be: SiteConfig, ServerConfig, PolicyConfig. A run.toml is read by
+        kind: class of its content: SiteConfig, ServerConfig or PolicyConfig. A run.toml is read by
             `nightsplit.shared.protocols.load.load_run`.
         overrides: "section.key=value" with a TOML value (a bare word is taken as text).
 
@@ -29,9 +29,9 @@ def load(path: Path, kind: type[T], overrides: Sequence[str] = ()) -> T:
     try:
         content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(101, f"{path}: {error.strerror}.", "check the path and who may read it.") from None
+        raise ConfigError(101, f"{path}: {error.strerror}.", "check the path and the file's permissions.") from None
     except UnicodeDecodeError:
-        raise ConfigError(102, f"{path}: not a UTF-8 text.", "save the file as UTF-8.") from None
+        raise ConfigError(102, f"{path}: not UTF-8 text.", "save the file as UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(102, f"{path}: {error}.", "correct that line.") from None
     for override in overrides:
@@ -39,25 +39,25 @@ def load(path: Path, kind: type[T], overrides: Sequence[str] = ()) -> T:
     try:
         return msgspec.convert(content, kind)
     except msgspec.ValidationError as error:
-        what, where = _place(error)
-        if isinstance(error.__cause__, KeyConflict):
-            raise conflict_in(path, error.__cause__, where) from None
+        sentence, key = _split_error(error)
+        if isinstance(error.__cause__, KeyConflictError):
+            raise conflict_in(path, error.__cause__, key) from None
         remedy = "correct or remove that key; docs/configuration.md lists all keys."
-        raise ConfigError(103, f"{path}: {where or 'file'}: {what}.", remedy) from None
+        raise ConfigError(103, f"{path}: {key or 'file'}: {sentence}.", remedy) from None
 
 
-def conflict_in(path: Path, conflict: KeyConflict, table: str = "") -> ConfigError:
-    """Return the error of a conflict in a file, found in a table of it or in the whole."""
+def conflict_in(path: Path, conflict: KeyConflictError, table: str = "") -> ConfigError:
+    """Return the ConfigError for a conflict in a table of a file, or in the file as a whole."""
     key = f"{table}.{conflict.key}" if table else conflict.key
-    return ConfigError(103, f"{path}: {key}: {conflict.what}.", conflict.remedy)
+    return ConfigError(103, f"{path}: {key}: {conflict.sentence}.", conflict.remedy)
 
 
 def _override(content: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     *sections, last = key.strip().split(".")
     if not equals or not sections:
-        what = f"--set {override}: not of the form section.key=value."
-        raise ConfigError(103, what, "write for example --set run.window=1.")
+        sentence = f"--set {override}: not of the form section.key=value."
+        raise ConfigError(103, sentence, "write for example --set run.window=1.")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -67,9 +67,9 @@ def _override(content: dict[str, Any], override: str) -> None:
     content[last] = value
 
 
-def _place(error: msgspec.ValidationError) -> tuple[str, str]:
-    """Divide 'Expected `int`, got `str` - at `$.run.window`' into 'expected int, got str' and 'run.window'."""
-    what, _, where = str(error).rpartition(" - at ") if " - at " in str(error) else (str(error), "", "")
+def _split_error(error: msgspec.ValidationError) -> tuple[str, str]:
+    """Split 'Expected `int`, got `str` - at `$.run.window`' into 'expected int, got str' and 'run.window'."""
+    sentence, _, key = str(error).rpartition(" - at ") if " - at " in str(error) else (str(error), "", "")
     for theirs, ours in (("`", ""), ("Object contains", "has an"), ("Object missing", "misses the"), ("field", "key")):
-        what = what.replace(theirs, ours)
-    return f"{what[0].lower()}{what[1:]}", where.strip("`").removeprefix("$").removeprefix(".")
+        sentence = sentence.replace(theirs, ours)
+    return f"{sentence[0].lower()}{sentence[1:]}", key.strip("`").removeprefix("$").removeprefix(".")

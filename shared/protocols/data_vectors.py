@@ -9,7 +9,7 @@ import torch
 from msgspec import Meta
 
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.config.section import KeyConflict
+from nightsplit.shared.config.section import KeyConflictError
 from nightsplit.shared.errors import mismatch
 from nightsplit.shared.protocols import rounds
 from nightsplit.shared.protocols.report import LONGEST
@@ -33,12 +33,13 @@ def payloads(config: RunConfig, shapes: Shapes) -> Contract:
 
 
 def check(config: RunConfig) -> None:
-    """Raise `KeyConflict` where run.toml asks for what the system has not."""
+    """Raise `KeyConflictError` where run.toml asks for what the system has not."""
     rounds.check(config)
     if "base" in config.run.sites:
-        raise KeyConflict("run.sites", "'base' is the name of the published model's file", "rename the site.")
+        raise KeyConflictError("run.sites", "'base' is the name of the published model's file", "rename the site.")
     if config.round.rounds > 1 or config.round.close == "buffered":
-        raise KeyConflict("round.rounds", "vectors are reported once", 'set rounds = 1, and close = "all" or "quorum".')
+        remedy = 'set rounds = 1, and close = "all" or "quorum".'
+        raise KeyConflictError("round.rounds", "vectors are reported once", remedy)
 
 
 def encode_reports(reports: list[str]) -> str:

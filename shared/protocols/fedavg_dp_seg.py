@@ -3,17 +3,17 @@
 from dataclasses import replace
 
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.config.section import KeyConflict
+from nightsplit.shared.config.section import KeyConflictError
 from nightsplit.shared.protocols import rounds
 from nightsplit.shared.protocols.spec import ProtocolSpec, Shape
 
 
 def check(config: RunConfig) -> None:
-    """Raise `KeyConflict` where run.toml asks for what the system has not."""
+    """Raise `KeyConflictError` where run.toml asks for what the system has not."""
     rounds.check(config)
     if config.privacy is None:
         what = "fedavg_dp_seg says how private it is"
-        raise KeyConflict("privacy", what, "give epsilon, delta and clip under [privacy].")
+        raise KeyConflictError("privacy", what, "give epsilon, delta and clip under [privacy].")
 
 
 SPEC = ProtocolSpec(

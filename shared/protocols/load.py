@@ -5,7 +5,7 @@ from pathlib import Path
 
 from nightsplit.shared.config.load import conflict_in, load
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.config.section import KeyConflict
+from nightsplit.shared.config.section import KeyConflictError
 from nightsplit.shared.protocols.spec import TRAINING, spec_of, systems
 
 
@@ -16,8 +16,8 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         known = systems(*TRAINING)
         if config.run.protocol not in known:
             what = f"{config.run.protocol!r} is unknown"
-            raise KeyConflict("run.protocol", what, f"choose one of {', '.join(known)}.")
+            raise KeyConflictError("run.protocol", what, f"choose one of {', '.join(known)}.")
         spec_of(config).check(config)
-    except KeyConflict as conflict:
+    except KeyConflictError as conflict:
         raise conflict_in(path, conflict) from None
     return config

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.config.section import KeyConflict
+from nightsplit.shared.config.section import KeyConflictError
 from nightsplit.shared.errors import Refused, mismatch
 from nightsplit.shared.models.layout import WeightLayout
 from nightsplit.shared.protocols.handshake import AGREEMENT, VERDICT
@@ -64,19 +64,19 @@ def settings(config: RunConfig) -> str:
 
 
 def check(config: RunConfig) -> None:
-    """Raise `KeyConflict` where run.toml asks for what no system has that exchanges weights."""
+    """Raise `KeyConflictError` where run.toml asks for what no system has that exchanges weights."""
     run, section = config.run, config.round
     if section.close == "quorum" and (section.reports or 0) > len(run.sites):
         what = f"{section.reports} is more than there are sites"
-        raise KeyConflict("round.reports", what, f"set at most {len(run.sites)}.")
+        raise KeyConflictError("round.reports", what, f"set at most {len(run.sites)}.")
     if section.close != "all" and run.order == "strict":
         what = f'strict order waits for every site, close = "{section.close}" does not'
-        raise KeyConflict("run.order", what, 'set "fair".')
+        raise KeyConflictError("run.order", what, 'set "fair".')
     if config.privacy is not None and config.data.scaling == "site":
         what = "mean and spread of a site's patients would shape every update without noise"
-        raise KeyConflict("data.scaling", what, 'use "run" with public figures, or "none".')
+        raise KeyConflictError("data.scaling", what, 'use "run" with public figures, or "none".')
     if run.bottoms == "averaged":
-        raise KeyConflict("run.bottoms", "there are no bottoms: the whole model is averaged", "remove it.")
+        raise KeyConflictError("run.bottoms", "there are no bottoms: the whole model is averaged", "remove it.")
 
 
 def elements(config: RunConfig) -> int:

@@ -90,7 +90,7 @@ class ProtocolSpec:
         shape: how its participants work together.
         payloads: the contract of a run whose model has these shapes.
         names: what users read.
-        check: raises `KeyConflict` where run.toml asks for what the system has not.
+        check: raises `KeyConflictError` where run.toml asks for what the system has not.
         settings: the settings of a run that its report begins with, in words.
         has_head: the last layers and the labels stay at the site.
         trains_bottom: the site's layers are trained.

@@ -1,7 +1,7 @@
 """split_frozen: activations of a bottom that is never trained are released once; the server trains on its store."""
 
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.config.section import KeyConflict
+from nightsplit.shared.config.section import KeyConflictError
 from nightsplit.shared.protocols import stream
 from nightsplit.shared.protocols.handshake import AGREEMENT
 from nightsplit.shared.protocols.spec import ProtocolSpec, Shape, Shapes
@@ -16,10 +16,10 @@ def payloads(config: RunConfig, shapes: Shapes) -> Contract:
 
 
 def check(config: RunConfig) -> None:
-    """Raise `KeyConflict` where run.toml asks for what the system has not."""
+    """Raise `KeyConflictError` where run.toml asks for what the system has not."""
     stream.check(config)
     if config.run.bottoms == "averaged":
-        raise KeyConflict("run.bottoms", "a bottom that is never trained needs no averaging", "remove it.")
+        raise KeyConflictError("run.bottoms", "a bottom that is never trained needs no averaging", "remove it.")
 
 
 SPEC = ProtocolSpec(

@@ -3,7 +3,7 @@
 import torch
 
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.config.section import KeyConflict
+from nightsplit.shared.config.section import KeyConflictError
 from nightsplit.shared.protocols import stream
 from nightsplit.shared.protocols.handshake import AGREEMENT, VERDICT
 from nightsplit.shared.protocols.spec import ProtocolSpec, Shape, Shapes
@@ -26,11 +26,11 @@ def payloads(config: RunConfig, shapes: Shapes) -> Contract:
 
 
 def check(config: RunConfig) -> None:
-    """Raise `KeyConflict` where run.toml asks for what the system has not."""
+    """Raise `KeyConflictError` where run.toml asks for what the system has not."""
     stream.check(config)
     if config.model.head_cut is None:
         what = "split_u needs to know where the head begins"
-        raise KeyConflict("model.head_cut", what, "set head_cut, after cut and before the end.")
+        raise KeyConflictError("model.head_cut", what, "set head_cut, after cut and before the end.")
 
 
 SPEC = ProtocolSpec(

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from nightsplit.shared.config.run import RoundSection, RunConfig
-from nightsplit.shared.config.section import KeyConflict
+from nightsplit.shared.config.section import KeyConflictError
 from nightsplit.shared.errors import mismatch
 from nightsplit.shared.protocols.handshake import REFUSAL, VERDICT
 from nightsplit.shared.protocols.plan import Item, Place, Plan
@@ -38,18 +38,18 @@ def settings(config: RunConfig) -> str:
 
 
 def check(config: RunConfig) -> None:
-    """Raise `KeyConflict` where run.toml asks for what no system has that exchanges activations."""
+    """Raise `KeyConflictError` where run.toml asks for what no system has that exchanges activations."""
     protocol, rounds = config.run.protocol, ", ".join(systems(Shape.ROUND))
     if config.round != RoundSection():
-        raise KeyConflict(
+        raise KeyConflictError(
             "round", f"{protocol} exchanges no weights", "remove [round], or choose another run.protocol."
         )
     if config.privacy is not None:
-        raise KeyConflict("privacy", f"{protocol} trains without noise", f"choose one of {rounds}.")
+        raise KeyConflictError("privacy", f"{protocol} trains without noise", f"choose one of {rounds}.")
     if config.model.initial is not None:
-        raise KeyConflict("model.initial", f"{protocol} begins with fresh weights", "remove it.")
+        raise KeyConflictError("model.initial", f"{protocol} begins with fresh weights", "remove it.")
     if config.task.kind == "segmentation":
-        raise KeyConflict("task.kind", f"{protocol} cannot segment", f"choose one of {rounds}.")
+        raise KeyConflictError("task.kind", f"{protocol} cannot segment", f"choose one of {rounds}.")
 
 
 def activations(config: RunConfig, shapes: Shapes, stored: bool = False) -> TensorSpec:

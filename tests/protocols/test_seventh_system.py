@@ -134,4 +134,6 @@ def test_a_part_that_does_not_say_what_it_tells_cannot_be_sent(house: Path) -> N
     path = house / "shared" / "protocols" / "split_signs.py"
     path.write_text(SPEC.replace("stream.targets(config)", "replace(stream.targets(config), reveals=None)"))
     told = python(house, PLAY).stderr.splitlines()[-1]
-    assert told.startswith("ValueError: smashed leaves a site: declare what it reveals about patients (reveals=): notes")
+    assert told.startswith(
+        "ValueError: smashed leaves a site: declare what it reveals about patients (reveals=): notes"
+    )

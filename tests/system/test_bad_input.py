@@ -85,7 +85,7 @@ def one_class(folder: Path) -> None:
         (101, "run.toml: No such file", remove("run.toml")),
         (101, "south.toml: No such file", remove("south.toml")),
         (102, "run.toml: Expected '=' after a key", edit("run.toml", "window = 1000", "window 1000")),
-        (102, "not a UTF-8 text", rewrite("south.toml", b'[site]\nname = "s\xfcd"\n')),
+        (102, "not UTF-8 text", rewrite("south.toml", b'[site]\nname = "s\xfcd"\n')),
         (103, "run: has an unknown key windows", edit("run.toml", "window =", "windows =")),
         (103, "model: misses the required key factory", edit("run.toml", "factory =", "# factory =")),
         (103, "run.window: expected int, got str", edit("run.toml", "window = 1000", 'window = "wide"')),
