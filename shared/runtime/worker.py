@@ -15,7 +15,7 @@ from nightsplit.shared.log import event
 from nightsplit.shared.protocols.load import load_run
 from nightsplit.shared.run_store.base import RunStore
 from nightsplit.shared.run_store.connect import open_store
-from nightsplit.shared.run_store.status import Phase, WorkerStatus, brief
+from nightsplit.shared.run_store.status import Phase, WorkerStatus, clean_detail
 from nightsplit.shared.runtime.process import StopSignal
 from nightsplit.shared.runtime.shift import Shift
 
@@ -89,10 +89,10 @@ class Worker:
             phase, detail = Phase.BLOCKED, self._counters.trouble
         return WorkerStatus(
             phase=phase,
-            detail=None if detail is None else brief(detail),
+            detail=None if detail is None else clean_detail(detail),
             run=self.run_config.run.id,
             digest=self.run_config.digest,
-            skipped_checkpoints=tuple(map(brief, self.recovered)),
+            skipped_checkpoints=tuple(map(clean_detail, self.recovered)),
         )
 
     @contextmanager
