@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 from nightsplit.shared.config.run import RunSection, TaskSection
 from nightsplit.shared.errors import Refused, mismatch
-from nightsplit.shared.learning.bounds import LARGEST_NORM, check_bounded, is_bounded
+from nightsplit.shared.learning.bounds import NORM_MAX, check_bounded, is_bounded
 from nightsplit.shared.protocols.plan import Purpose, evaluations
 from nightsplit.shared.protocols.stream import Half, Slot, StreamSequence
 from nightsplit.shared.wire.message import Kind, Message
@@ -126,7 +126,7 @@ def _check_targets(message: Message, task: TaskSection) -> None:
     elif task.kind == "binary":
         known, range_of = bool(((targets == 0) | (targets == 1)).all()), "0 and 1"
     else:
-        known, range_of = is_bounded(targets), f"numbers up to {LARGEST_NORM:g}"
+        known, range_of = is_bounded(targets), f"numbers up to {NORM_MAX:g}"
     if not known:
         raise _misplaced(message, f"has targets beside {range_of}")
 
