@@ -100,7 +100,7 @@ def build_whole_model(config: RunConfig, base: Path) -> WholeModel:
         )
     module = build_network(config, base)
     _check_outputs(config, flow_shapes({"model": module}, config.data.input_shape)["model"])
-    layout = WeightLayout.of(module, config, most=elements(config))
+    layout = WeightLayout.of(module, config, slice_length=elements(config))
     shapes = Shapes(statistics=int(layout.statistics.sum()))
     return WholeModel(module, layout, spec_of(config).payloads(config, shapes))
 
