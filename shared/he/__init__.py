@@ -1,1 +1,1 @@
-"""Encrypted arithmetic that both sides know: parameters, packing, weights. Needs the extra `he`."""
+"""Homomorphic encryption on both sides: parameters, packing, weights. Needs the extra `he`."""
