@@ -1,4 +1,4 @@
-"""fedavg_dp_seg: as fedavg_transfer, with differential privacy at the site."""
+"""fedavg_dp_seg: fedavg_transfer with differential privacy at the site."""
 
 from dataclasses import replace
 
@@ -9,11 +9,11 @@ from nightsplit.shared.protocols.spec import ProtocolSpec, Shape
 
 
 def check(config: RunConfig) -> None:
-    """Raise `KeyConflictError` where run.toml asks for what the system has not."""
+    """Raise `KeyConflictError` if run.toml has settings that the protocol does not support."""
     rounds.check(config)
     if config.privacy is None:
-        what = "fedavg_dp_seg says how private it is"
-        raise KeyConflictError("privacy", what, "give epsilon, delta and clip under [privacy].")
+        remedy = "give epsilon, delta and clip under [privacy]."
+        raise KeyConflictError("privacy", "fedavg_dp_seg needs a privacy budget", remedy)
 
 
 SPEC = ProtocolSpec(

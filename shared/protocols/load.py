@@ -1,4 +1,4 @@
-"""Reads run.toml, and has the run's system check it."""
+"""Loader of run.toml, with the checks of the run's protocol."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +10,13 @@ from nightsplit.shared.protocols.spec import TRAINING, spec_of, systems
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run.toml; as `load`, with ConfigError 103 also when the run's system cannot work with it."""
+    """Read a run.toml; as `load`, with ConfigError 103 also if the run's protocol does not support it."""
     config = load(path, RunConfig, overrides)
     try:
-        known = systems(*TRAINING)
-        if config.run.protocol not in known:
-            what = f"{config.run.protocol!r} is unknown"
-            raise KeyConflictError("run.protocol", what, f"choose one of {', '.join(known)}.")
+        protocols = systems(*TRAINING)
+        if config.run.protocol not in protocols:
+            remedy = f"choose one of {', '.join(protocols)}."
+            raise KeyConflictError("run.protocol", f"{config.run.protocol!r} is unknown", remedy)
         spec_of(config).check(config)
     except KeyConflictError as conflict:
         raise conflict_in(path, conflict) from None
