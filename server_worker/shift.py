@@ -105,7 +105,7 @@ class ServerShift:
         self._lease.check()
         self._deadline.look(self.role.version)
         if self.silence.is_due:
-            listening = listening and self.counters.trouble is None
+            listening = listening and self.counters.blocked_reason is None
             self.silence.look(self.role.applied, self.role.awaited(), self._statuses, listening)
 
     def _decide(self) -> OrderEntry | None:

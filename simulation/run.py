@@ -16,7 +16,7 @@ from torch.func import functional_call
 from nightsplit.broker.topology import site_queues
 from nightsplit.server_worker.protocols import AnyServer, make_server
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.engine.effects import unpaid
+from nightsplit.shared.engine.effects import forbid_spending
 from nightsplit.shared.engine.engine import Engine
 from nightsplit.shared.engine.fencing import SoleWriter
 from nightsplit.shared.engine.mailbox import Mailbox
@@ -88,22 +88,22 @@ def simulate(config: RunConfig, splits: Mapping[str, Splits], base: Path = Path(
         broker.declare(site_queue)
     with tempfile.TemporaryDirectory(prefix="nightsplit-") as folder:
 
-        def engine(role: Role, routes: Mapping[str, Route]) -> Engine:
+        def make_engine(role: Role, routes: Mapping[str, Route]) -> Engine:
             link = broker.link([route.incoming for route in routes.values()], PREFETCH, role.name)
             mailbox = Mailbox(config.run.id, role.name, link, routes, role.payload, config.wire.message_bytes)
             account = role.account if isinstance(role, SiteRole) else None
-            return Engine(
-                role, mailbox, Checkpoints(Path(folder) / role.name), SoleWriter(),
-                spend=account.pay if account else unpaid, interval_seconds=3600.0,
-            )  # fmt: skip
+            spend = account.pay if account else forbid_spending
+            engine = Engine(role, mailbox, Checkpoints(Path(folder) / role.name), SoleWriter(), spend=spend)
+            engine.interval_seconds = 3600.0
+            return engine
 
         server = make_server(config, Path(folder), base)
         sites = {
             site: make_site(site, config, splits[site], site, base, ledger=Path(folder) / f"{site}.db")
             for site in config.run.sites
         }
-        engines = [engine(server, {site: Route(q.down, q.up, q.dead) for site, q in queues.items()})]
-        engines += [engine(sites[site], {SERVER: Route(q.up, q.down, q.dead)}) for site, q in queues.items()]
+        engines = [make_engine(server, {site: Route(q.down, q.up, q.dead) for site, q in queues.items()})]
+        engines += [make_engine(sites[site], {SERVER: Route(q.up, q.down, q.dead)}) for site, q in queues.items()]
         for one in engines:
             one.start()
         while engines:

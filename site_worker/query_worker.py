@@ -16,7 +16,7 @@ from nightsplit.shared.he.ckks import PublicKeys
 from nightsplit.shared.he.sequences import parameters_for, rotations_of, steps_of
 from nightsplit.shared.he.weights import FloatArray
 from nightsplit.shared.protocols.he_clstm import SPEC, classifier_of, fill, stages_of
-from nightsplit.shared.protocols.query import CONTRACT, CHUNKS_MAX
+from nightsplit.shared.protocols.query import CHUNKS_MAX, CONTRACT
 from nightsplit.shared.protocols.spec import Shapes
 from nightsplit.shared.runtime.process import StopSignal, lock_folder, prepare_torch
 from nightsplit.shared.storage.files import write_atomic

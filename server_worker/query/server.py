@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from nightsplit.server_worker.he.arithmetic import Arithmetic
 from nightsplit.server_worker.query.pool import Evaluate
-from nightsplit.shared.engine.mailbox import Mailbox, PutAside
+from nightsplit.shared.engine.mailbox import DeadLetter, Mailbox
 from nightsplit.shared.errors import Refused, mismatch
 from nightsplit.shared.he.ckks import CkksParameters, PublicKeys
 from nightsplit.shared.protocols.query import BLINDED_ELSEWHERE, KEYS_UNKNOWN, Parcels, chunks
@@ -94,7 +94,7 @@ class QueryServer:
 
     def _take(self, delivery: Delivery) -> None:
         received = self._mailbox.receive(delivery)
-        if isinstance(received, PutAside):
+        if isinstance(received, DeadLetter):
             self.refused += 1
             self._aside[received.copy] = delivery
             return
@@ -151,7 +151,7 @@ class QueryServer:
         parcel = _parcel(header)
         if refusal.number not in (KEYS_UNKNOWN, BLINDED_ELSEWHERE):  # then the site sends it once more
             self._given_up.add(parcel)
-        self._leaving[self._mailbox.put_aside(delivery, refusal).copy] = parcel
+        self._leaving[self._mailbox.dead_letter(delivery, refusal).copy] = parcel
         if header.kind is Kind.QUERY:
             told = self._mailbox.header(header.sender, Kind.UNANSWERED, header.seq, header.seq, header.version)
             self._send(parcel, Message(told, {}, {"number": refusal.number, "reason": str(refusal)}), 0)

@@ -85,8 +85,8 @@ class Worker:
     def _present(self) -> WorkerStatus:
         """What every worker can tell; one at work may be held up by the broker."""
         phase, detail = self.phase, self._detail
-        if phase is Phase.WORKING and self._counters.trouble is not None:
-            phase, detail = Phase.BLOCKED, self._counters.trouble
+        if phase is Phase.WORKING and self._counters.blocked_reason is not None:
+            phase, detail = Phase.BLOCKED, self._counters.blocked_reason
         return WorkerStatus(
             phase=phase,
             detail=None if detail is None else clean_detail(detail),

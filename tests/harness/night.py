@@ -24,7 +24,7 @@ from nightsplit.shared.config.run import (
     TaskSection,
     WireSection,
 )
-from nightsplit.shared.engine.effects import unpaid
+from nightsplit.shared.engine.effects import forbid_spending
 from nightsplit.shared.engine.engine import Engine
 from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.engine.order import Exclude
@@ -196,7 +196,7 @@ class Night:
         mailbox = Mailbox(self.config.run.id, name, link, routes, role.payload, self.config.wire.message_bytes)
         engine = Engine(
             role, mailbox, Checkpoints(self.folder / name / "checkpoints"), authority, self.lines.append,
-            spend=account.pay if (account := getattr(role, "account", None)) else unpaid,
+            spend=account.pay if (account := getattr(role, "account", None)) else forbid_spending,
             decide=lambda: self.decide(), failures=self.failures[name],
         )  # fmt: skip
         engine.recover()
