@@ -43,7 +43,7 @@ class ServerShift:
         role: restored.
         silence: who is there.
         counters: of the engine.
-        recovered: damaged checkpoints that were passed over.
+        skipped_checkpoints: name and damage of each checkpoint that was skipped.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class ServerShift:
         mailbox = Mailbox(config.run.id, SERVER, link, routes, role.payload, config.wire.message_bytes)
         self._engine = Engine(role, mailbox, checkpoints, lease, self._record, decide=self._decide, failures=failures)
         self.counters = mailbox.counters
-        self.recovered = self._engine.recover()
+        self.skipped_checkpoints = self._engine.recover()
         self._log = MetricsLog(report, role.steps)  # which begins where the restored checkpoint ends
 
     def run(self, listening: Callable[[], bool], stop: Callable[[], bool], idle_seconds: float | None) -> bool:

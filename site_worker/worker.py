@@ -153,7 +153,7 @@ class SiteWorker(Worker):
                 spend=role.account.pay if role.account else forbid_spending, failures=failures,
             )  # fmt: skip
             self._counters = engine.counters
-            self.recovered = engine.recover()
+            self.skipped_checkpoints = engine.recover()
             self.enter(Phase.WORKING)
             finished = engine.run(self.off_duty, idle_seconds)
         if role.account is not None:

@@ -47,7 +47,7 @@ def ask(
         print(f"{counted(refused, 'sequence')} refused; to be submitted again", file=sys.stderr)
     if not finished:
         print(f"{counted(waiting, 'sequence')} not answered yet; start the same command again", file=sys.stderr)
-    return stopped(stop) if stop.asked else 0
+    return stopped(stop) if stop.requested else 0
 
 
 def answer(path: Path, overrides: Sequence[str], idle_seconds: float | None) -> int:
@@ -60,7 +60,7 @@ def answer(path: Path, overrides: Sequence[str], idle_seconds: float | None) -> 
     worker = QueryServerWorker(path, overrides, stop=stop)
     worker.work(idle_seconds)
     print(f"{counted(worker.answered, 'message')} answered", file=sys.stderr)
-    return stopped(stop) if stop.asked else 0
+    return stopped(stop) if stop.requested else 0
 
 
 def check_encryption() -> None:
