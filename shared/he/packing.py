@@ -147,7 +147,7 @@ class Slots(Packing):
 
     @override
     def read_state(self, vectors: Sequence[FloatArray], n: int) -> FloatArray:
-        (vector,) = vectors  # whose dimensions behind those of the units hold no state
+        (vector,) = vectors  # dimensions after those of the units hold no state
         return self._by_dimension(vector)[: self.hidden, :n].T
 
     @override

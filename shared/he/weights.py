@@ -14,7 +14,7 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class ClassifierWeights:
-    """Weights of a `SequenceClassifier`, whose docstring has the formulas.
+    """Weights of a `SequenceClassifier`; its docstring has the formulas.
 
     Attributes:
         inputs: W, float64 (4 hidden, features), in the order i, f, o, g.

@@ -135,7 +135,7 @@ def write_artifact(path: Path, card: Card, tensors: Mapping[str, torch.Tensor]) 
 
 
 def read_artifact(path: Path, sha256: str | None = None) -> Artifact:
-    """Read a published model whose file has this SHA-256, or any for None.
+    """Read a published model; its file must have this SHA-256, if one is given.
 
     Raises:
         ConfigError: 115 it is missing, damaged or not a model file; 116 it has another hash.

@@ -1,4 +1,4 @@
-"""Whole model of a run whose participants exchange weights, and the layout of the weights they send."""
+"""Whole model for protocols that exchange weights, and the layout of the weights they send."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def load_roles(side: str) -> dict[str, type[Any]]:
         module = f"{side}.{name}"
         if find_spec(module) is None:
             raise ImportError(f"{name} has no role in {side}: write {module}, with the class of its role as ROLE")
-        if spec.shape is not Shape.QUERY:  # whose library is an extra, and is imported with the first query
+        if spec.shape is not Shape.QUERY:  # its library is an extra, imported with the first query
             try:
                 roles[name] = import_module(module).ROLE
             except AttributeError:

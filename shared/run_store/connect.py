@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from nightsplit.shared.credentials import NOBODY, Credentials, expect_private
+from nightsplit.shared.credentials import NO_CREDENTIALS, Credentials, expect_private
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.run_store.base import RunStore
 from nightsplit.shared.run_store.redis import RedisStore
 from nightsplit.shared.run_store.sqlite import SqliteStore
 
 
-def open_store(address: str, run: str, base: Path, credentials: Credentials = NOBODY) -> RunStore:
+def open_store(address: str, run: str, base: Path, credentials: Credentials = NO_CREDENTIALS) -> RunStore:
     """Open the store of a run at "sqlite:file" (relative to the folder `base`), "redis://..." or "rediss://...".
 
     Raises:

@@ -19,7 +19,7 @@ from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 from typing_extensions import override
 
-from nightsplit.shared.credentials import NOBODY, Credentials
+from nightsplit.shared.credentials import NO_CREDENTIALS, Credentials
 from nightsplit.shared.errors import BrokerError, ConfigError
 from nightsplit.shared.run_store.base import RunStore, Status, age_seconds
 from nightsplit.shared.run_store.status import UNREADABLE, WorkerStatus, read_status, record_bytes_max, write_status
@@ -49,7 +49,7 @@ class RedisStore(RunStore):
         BrokerError: 207 the server cannot be reached or refuses the login.
     """
 
-    def __init__(self, url: str, run: str, credentials: Credentials = NOBODY) -> None:
+    def __init__(self, url: str, run: str, credentials: Credentials = NO_CREDENTIALS) -> None:
         try:
             address = urlsplit(url)
             self._server = f"{address.scheme}://{address.hostname}:{address.port or 6379}"  # without the password
@@ -62,7 +62,7 @@ class RedisStore(RunStore):
                 socket_connect_timeout=TIMEOUT_SECONDS,
                 retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=3),
             )
-        except ValueError:  # whose text may hold the password
+        except ValueError:  # the text may hold the password
             sentence = "the store's address is not one of Redis."
             raise ConfigError(107, sentence, 'write "redis://user:password@host:6379/0".') from None
         # Braces keep the keys of a run on one node of a Redis cluster, as scripts require.

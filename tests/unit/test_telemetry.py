@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from nightsplit.console.keys.ca import Authority
-from nightsplit.shared.credentials import NOBODY, Credentials
+from nightsplit.shared.credentials import NO_CREDENTIALS, Credentials
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.run_store.status import Phase, Presence, SiteStatus, WorkerStatus
 from nightsplit.shared.runtime.metrics import Telemetry
@@ -115,10 +115,10 @@ def ask(url: str) -> str:
 
 def test_a_port_that_somebody_has_is_an_error_with_a_number() -> None:
     address = f"127.0.0.1:{free_port()}"
-    with serve_metrics(Telemetry("ldl", "north", ["north"]), address, NOBODY):
+    with serve_metrics(Telemetry("ldl", "north", ["north"]), address, NO_CREDENTIALS):
         with (
             pytest.raises(ConfigError) as caught,
-            serve_metrics(Telemetry("ldl", "south", ["south"]), address, NOBODY),
+            serve_metrics(Telemetry("ldl", "south", ["south"]), address, NO_CREDENTIALS),
         ):
             pass
         assert caught.value.number == 112
@@ -130,7 +130,7 @@ def test_a_port_that_somebody_has_is_an_error_with_a_number() -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.7", "", "[::]", "monitoring.example.org"])
 def test_beyond_this_machine_nothing_is_told_without_certificates(host: str, tmp_path: Path) -> None:
-    for credentials in (NOBODY, Credentials(certificate=tmp_path / "north.pem", key=tmp_path / "north.key")):
+    for credentials in (NO_CREDENTIALS, Credentials(certificate=tmp_path / "north.pem", key=tmp_path / "north.key")):
         with (
             pytest.raises(ConfigError) as caught,
             serve_metrics(Telemetry("ldl", "north", []), f"{host}:9400", credentials),
