@@ -27,7 +27,7 @@ SITES = ("north", "south", "east")
 CRASH_LOOP = """
 import json, os
 # what takes the time of a start, once for all of them:
-import nightsplit.server_worker.worker, nightsplit.console.commands.work, torch._dynamo
+import nightsplit.server_worker.worker, nightsplit.console.watch, torch._dynamo
 from nightsplit.console.cli import run
 
 codes = []

@@ -25,7 +25,7 @@ def night(tmp_path_factory) -> Path:
     folder = write_study(tmp_path_factory.mktemp("night"))
     assert run(["open", str(folder / "server.toml")]) == 0
     for _ in range(2):
-        assert run(["site", str(folder / "north.toml"), "--leave-when-idle", "0.3"]) == 0
+        assert run(["site", str(folder / "north.toml"), "--exit-when-idle", "0.3"]) == 0
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return folder
@@ -205,7 +205,7 @@ def test_one_checkpoint_is_damaged(study, capsys):
     before, newest = queued(study, "north"), checkpoints(study)[1]
     damage(newest)
     capsys.readouterr()
-    assert run(["site", str(study / "north.toml"), "--leave-when-idle", "0.3"]) == 0
+    assert run(["site", str(study / "north.toml"), "--exit-when-idle", "0.3"]) == 0
     out, err = capsys.readouterr()
     assert f"warning: damaged checkpoint passed over: {newest.name}: the tensors are damaged" in out
     assert err == ""

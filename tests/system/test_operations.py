@@ -205,7 +205,7 @@ def events(lines: list[dict[str, object]]) -> list[object]:
 
 @pytest.mark.timeout(300)
 def test_the_log_tells_every_transition_and_nothing_of_a_patient(study: Path) -> None:
-    night = log_of(study, "site", "north.toml", "--leave-when-idle", "1")
+    night = log_of(study, "site", "north.toml", "--exit-when-idle", "1")
     assert events(night) == ["started", "working", "away"]
     assert {(line["worker"], line["run"]) for line in night} == {("north", "ward")}
     assert night[-1]["event"] == "progress"
@@ -215,16 +215,16 @@ def test_the_log_tells_every_transition_and_nothing_of_a_patient(study: Path) ->
     with EmbeddedBroker(study / "broker").link([], 8, "somebody") as link:
         link.publish(up, PATIENT, [f"{PATIENT} {VALUE}".encode()])
         wait_until(lambda: link.receive(0.1) is not None, 30, "the confirm")
-    day = log_of(study, "server", "server.toml", "--leave-when-idle", "3")
+    day = log_of(study, "server", "server.toml", "--exit-when-idle", "3")
     assert events(day) == ["started", "active", "working", "refused", "away"]
     facts = {str(line["event"]): {n: v for n, v in line.items() if n not in STANDARD} for line in day}
     assert facts["active"] == {"fence": 2}
     assert facts["refused"] == {"number": 301, "sender": "north", "seq": None}
 
-    log_of(study, "site", "north.toml", "--leave-when-idle", "1")
+    log_of(study, "site", "north.toml", "--exit-when-idle", "1")
     newest = max((study / "state" / "north" / "checkpoints").iterdir())
     (newest / "tensors.safetensors").write_bytes(b"")
-    again = log_of(study, "site", "north.toml", "--leave-when-idle", "1")
+    again = log_of(study, "site", "north.toml", "--exit-when-idle", "1")
     assert events(again) == ["started", "passed_over", "working", "away"]
 
 

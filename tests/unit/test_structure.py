@@ -97,7 +97,7 @@ def test_only_the_mailbox_reads_headers_and_publishes() -> None:
             for call in ast.walk(tree)
             if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("link.publish")
         ]
-        if name_of(path) == "console/commands/dlq.py":
+        if name_of(path) == "console/dead_letters.py":
             assert publishes == ["self._queues.dead"]
         elif name_of(path) not in pipeline:
             assert not reads, f"{name_of(path)} reads messages beside the mailbox"

@@ -1,8 +1,7 @@
-"""The verbs that work: open, server, site."""
+"""A worker under the eyes of its user."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 
 from rich.console import Console
 
@@ -10,54 +9,14 @@ from nightsplit.console.exit_codes import stopped
 from nightsplit.console.ui import json_log
 from nightsplit.console.ui.progress import Progress
 from nightsplit.console.ui.text import screen
-from nightsplit.server_worker.stream.ddp import is_helper
 from nightsplit.server_worker.worker import ServerWorker
 from nightsplit.shared.log import event
-from nightsplit.shared.run_store.status import Phase, WorkerStatus
+from nightsplit.shared.run_store.status import WorkerStatus
 from nightsplit.shared.runtime.process import StopSignal
-from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.worker import SiteWorker
 
 
-def open_run(path: Path, overrides: Sequence[str]) -> int:
-    """Open a run; returns the exit code."""
-    watch = _Watch()
-
-    def observe(status: WorkerStatus) -> None:
-        if status.phase is Phase.STANDBY:  # all else is over in a moment
-            watch.observe(status)
-
-    server = ServerWorker(path, overrides, stop=watch.stop, observe=observe)
-    run = server.run_config.run
-
-    def opened() -> bool:
-        server.open_run()
-        return not watch.stop.asked
-
-    return watch.over(SERVER, server, opened, f"run {run.id} is open; {', '.join(run.sites)} may begin")
-
-
-def work_as_server(path: Path, overrides: Sequence[str], idle_seconds: float | None) -> int:
-    """Work as the server; returns the exit code."""
-    watch = _Watch()
-    server = ServerWorker(path, overrides, stop=watch.stop, observe=watch.observe)
-    if is_helper():
-        watch.stop.install()  # nothing asks it: a helper leaves with its server
-        server.help()
-        return 0
-    end = f"run {server.run_config.run.id} is finished; report in {server.report_folder}"
-    return watch.over(SERVER, server, lambda: server.work(idle_seconds), end)
-
-
-def work_as_site(path: Path, overrides: Sequence[str], idle_seconds: float | None) -> int:
-    """Work as a site; returns the exit code."""
-    watch = _Watch()
-    site = SiteWorker(path, overrides, stop=watch.stop, observe=watch.observe)
-    end = f"run {site.run_config.run.id} is finished; the site's part of the model is in {site.model_folder}"
-    return watch.over(site.config.name, site, lambda: site.work(idle_seconds), end)
-
-
-class _Watch:
+class Watch:
     """The user's view of a worker, and the user's way to stop it."""
 
     def __init__(self) -> None:
