@@ -33,7 +33,7 @@ from nightsplit.shared.engine.mailbox import Mailbox, header_of
 from nightsplit.shared.errors import BrokerError, Refused, RunError
 from nightsplit.shared.foreign import shown
 from nightsplit.shared.protocols.spec import sketch
-from nightsplit.shared.transport import Confirmed, Delivery, Link, Route, Trouble
+from nightsplit.shared.transport import Blocked, Confirmed, Delivery, Link, Route
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.config import SiteSection
 from nightsplit.site_worker.policy import Gate
@@ -134,7 +134,7 @@ class _Pass:
                         f"nothing came from {self._queues.dead.name} for {PATIENCE_S:.0f} s.",
                         "wait until the other dlq command has ended, then try again.",
                     )
-                case Trouble(reason):
+                case Blocked(reason):
                     raise BrokerError(209, f"{reason}.", "try again when this is over; no dead letter is lost.")
                 case Confirmed(message_id) if message_id in self._replayed:
                     self._confirmed(message_id)

@@ -32,13 +32,13 @@ from nightsplit.shared.learning.metrics import Metrics, measure
 from nightsplit.shared.models.artifact import Card, SourceCard, write_artifact
 from nightsplit.shared.models.hashing import weights_sha256
 from nightsplit.shared.protocols import fedavg_transfer
-from nightsplit.shared.protocols.build import assemble_rounds
+from nightsplit.shared.protocols.build import build_whole_model
 from nightsplit.shared.protocols.rounds import Work
 from nightsplit.site_worker.config import SourceSection
-from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.dataset import Dataset, Splits
 from nightsplit.site_worker.data.scaling import scale
-from nightsplit.site_worker.data.source import read_parts
-from nightsplit.site_worker.rounds.batches import RoundFeed
+from nightsplit.site_worker.data.source import read_splits
+from nightsplit.site_worker.rounds.batches import RoundBatches
 from nightsplit.site_worker.rounds.trainer import Trainer
 
 
@@ -116,15 +116,15 @@ def train_first_model(path: Path) -> None:
     """
     config = load(path, PretrainConfig)
     torch.set_num_threads(config.pretrain.threads)
-    run, parts = config.run(), _read(config, path)
-    trainer = Trainer(assemble_rounds(run, path.parent).module, run, "cpu")
+    run, splits = config.run(), _read(config, path)
+    trainer = Trainer(build_whole_model(run, path.parent).module, run, "cpu")
     names, head = list(trainer.weights()), config.pretrain.head
     if not any(name.startswith(f"{head}.") for name in names):
         what = f"{path}: pretrain.head: the model has no weights under {head!r}."
         raise ConfigError(103, what, f"name the module with the last layer; the last weight is {names[-1]}.")
-    _train(trainer, RoundFeed(run, "sources", _pooled(config, parts)))
+    _train(trainer, RoundBatches(run, "sources", _pooled(config, splits)))
 
-    card = _card(config, trainer, parts)
+    card = _card(config, trainer, splits)
     output = path.parent / config.pretrain.output
     sha256 = write_artifact(output, card, trainer.weights())
     console = screen()
@@ -135,7 +135,7 @@ def train_first_model(path: Path) -> None:
     console.print(f"{output}", f'initial_sha256 = "{sha256}"', sep="\n", soft_wrap=True)
 
 
-def _read(config: PretrainConfig, path: Path) -> list[Parts]:
+def _read(config: PretrainConfig, path: Path) -> list[Splits]:
     """Each source by itself: divided, and scaled as its own training part asks for; targets from 0."""
     if any(len(source.classes) < 2 for source in config.source) or not config.source:
         what = f"{path}: source: each needs a name and two classes or more."
@@ -147,7 +147,7 @@ def _read(config: PretrainConfig, path: Path) -> list[Parts]:
     for source in config.source:
         task = TaskSection(kind="multiclass", classes=len(source.classes))
         data = replace(run.data, classes=source.classes)
-        read.append(scale(read_parts(source, replace(run, task=task, data=data), path.parent), data))
+        read.append(scale(read_splits(source, replace(run, task=task, data=data), path.parent), data))
     return read
 
 
@@ -157,30 +157,30 @@ def _outputs(config: PretrainConfig) -> list[slice]:
     return [slice(end - len(source.classes), end) for source, end in zip(config.source, ends, strict=True)]
 
 
-def _pooled(config: PretrainConfig, parts: Sequence[Parts]) -> Parts:
+def _pooled(config: PretrainConfig, splits: Sequence[Splits]) -> Splits:
     """All training samples as those of one site."""
     train = Dataset(
-        torch.cat([part.train.inputs for part in parts]),
-        torch.cat([part.train.targets + own.start for part, own in zip(parts, _outputs(config), strict=True)]),
-        tuple(f"{number}/{name}" for number, part in enumerate(parts) for name in part.train.patients),
+        torch.cat([part.train.inputs for part in splits]),
+        torch.cat([part.train.targets + own.start for part, own in zip(splits, _outputs(config), strict=True)]),
+        tuple(f"{number}/{name}" for number, part in enumerate(splits) for name in part.train.patients),
     )
     nothing = train.select([])
-    return Parts(train, nothing, nothing)
+    return Splits(train, nothing, nothing)
 
 
-def _train(trainer: Trainer, feed: RoundFeed) -> None:
+def _train(trainer: Trainer, batches: RoundBatches) -> None:
     """The one round of a run whose only site has all sources."""
-    console, epochs = screen(), feed.config.round.local_epochs
-    steps = Work.of(feed.config, len(feed.train)).batches
+    console, epochs = screen(), batches.config.round.local_epochs
+    steps = Work.of(batches.config, len(batches.train)).batches
     losses = []
     for k in range(steps):
-        losses.append(trainer.step(*feed.batch(k), feed.seed("dropout", k), feed.rate(k)))
+        losses.append(trainer.step(*batches.batch(k), batches.seed("dropout", k), batches.rate(k)))
         if len(losses) == steps // epochs:
             console.print(f"epoch {(k + 1) * epochs // steps} of {epochs}: loss {sum(losses) / len(losses):.4f}")
             losses.clear()
 
 
-def _card(config: PretrainConfig, trainer: Trainer, parts: Sequence[Parts]) -> Card:
+def _card(config: PretrainConfig, trainer: Trainer, splits: Sequence[Splits]) -> Card:
     section, weights = config.pretrain, trainer.weights()
     sources = [
         SourceCard(
@@ -191,7 +191,7 @@ def _card(config: PretrainConfig, trainer: Trainer, parts: Sequence[Parts]) -> C
             held_out=len(part.test),
             figures=_judge(trainer, config.data, own, part.test),
         )
-        for source, part, own in zip(config.source, parts, _outputs(config), strict=True)
+        for source, part, own in zip(config.source, splits, _outputs(config), strict=True)
     ]
     return Card(
         name=section.name,

@@ -13,7 +13,7 @@ from nightsplit.shared.wire.message import SERVER
 
 COUNTS = ("sent", "confirmed", "answered", "applied", "queued", "refused", "duplicates")
 QUEUES = ("up", "down", "dead")
-GIVEN = ("batches", "samples", "share", "left_out_at")
+GIVEN = ("batches", "samples", "share", "excluded_at")
 """The part of each site in the training, as the server tells it."""
 
 
@@ -107,7 +107,7 @@ def _line(worker: str, status: Status | None) -> dict[str, Any]:
         "online": status is not None and status.online,
         "age_seconds": None if status is None else round(status.age_seconds, 1),
         **{name: told and getattr(told, name) for name in (*COUNTS, "planned")},
-        "passed_over": list(told.passed_over) if told else [],
+        "skipped_checkpoints": list(told.skipped_checkpoints) if told else [],
         **dict.fromkeys(GIVEN),
     }
 
@@ -121,7 +121,7 @@ def in_words(line: Mapping[str, Any]) -> str:
         words = _loudly(status)
         if not (line["online"] or status.phase.has_left):
             words = f"OFFLINE since {duration(line['age_seconds'])} (was {words})"
-    return words if line["left_out_at"] is None else f"LEFT OUT after {line['left_out_at']} messages ({words})"
+    return words if line["excluded_at"] is None else f"EXCLUDED after {line['excluded_at']} messages ({words})"
 
 
 def _loudly(status: WorkerStatus) -> str:

@@ -31,7 +31,7 @@ class Watch:
         """Show what the worker reports."""
         if self._worker.recovered != self._warned:
             self._warned = self._worker.recovered
-            self._progress.warn([f"damaged checkpoint passed over: {line}" for line in self._warned])
+            self._progress.warn([f"skipped a damaged checkpoint: {line}" for line in self._warned])
         self._progress.observe(status)
         self._pulse.observe(status)
 

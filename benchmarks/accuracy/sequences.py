@@ -1,4 +1,4 @@
-"""How well networks judge sequences that can also be evaluated encrypted (`he_clstm`), beside simple baselines.
+"""How well networks classify sequences that can also be evaluated encrypted (`he_clstm`), beside simple baselines.
 
     python -m benchmarks.accuracy.sequences              all tables (about 35 minutes of one core)
     python -m benchmarks.accuracy.sequences --write      and put them into docs/results.md
@@ -61,7 +61,7 @@ SETTINGS = {"refresh, slots": (Job(), "slots"), "one_shot, batch": (Job(network=
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Test figures of networks that judge sequences.")
+    parser = argparse.ArgumentParser(description="Test figures of networks that classifier sequences.")
     parser.add_argument("--quick", action="store_true", help="one seed, a single pass: shows that it works")
     parser.add_argument("--case", choices=CASES, action="append", help="this case alone (may be repeated)")
     parser.add_argument(
@@ -180,7 +180,7 @@ DESCRIPTION: dict[Case, str] = {
         {EXTENT}x{EXTENT}. Label: whether the hippocampus, by the expert's mask of the whole volume, is larger than the
         median of the training volumes. {TEST:.0%} of the volumes are for the test. A training volume gives
         {len(PLACES)} sequences, 1 mm apart. But for one row, the encoder has learned the experts' masks of all slices
-        of the training volumes, and stays as it is when a judge learns from what it says.""",
+        of the training volumes, and stays as it is when a classifier learns from what it says.""",
     "lung CT figures": f"""Images of one figure or one case, in the order of their numbers, as {FRAMES} frames of
         {SIDE}x{SIDE}. COVID-19 or not; divided by article or case, {TEST:.0%} of them for the test.""",
     "XOR of two events": """Made by chance: 32 features, two events, each up or down in a frame of its own. The label is

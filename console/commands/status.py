@@ -30,9 +30,9 @@ def status(file: EitherFile, overrides: Overrides = [], as_json: AsJson = False)
         table.add_row(line["worker"], in_words(line), *counts, batches, share, heard)
     console.print(table)
     for line in summary["workers"]:
-        if line["passed_over"]:
-            damaged = "; ".join(line["passed_over"])
-            console.print(f"warning: {line['worker']} passed over a damaged checkpoint: {damaged}")
+        if line["skipped_checkpoints"]:
+            damaged = "; ".join(line["skipped_checkpoints"])
+            console.print(f"warning: {line['worker']} skipped a damaged checkpoint: {damaged}")
     for site, waiting in summary["queries"].items():
         if waiting["ask"] is not None:
             asked, answered = counted(waiting["ask"], "message"), waiting["answer"]

@@ -37,7 +37,7 @@ from nightsplit.shared.runtime.process import prepare_torch
 from nightsplit.shared.storage.files import make_private_folder
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.shared.wire.schema import Reveals
-from nightsplit.site_worker.data.dataset import Parts
+from nightsplit.site_worker.data.dataset import Splits
 from nightsplit.site_worker.worker import SiteWorker
 
 EXAMPLES = Path(nightsplit.__file__).parent / "examples"
@@ -73,8 +73,8 @@ def run_demo(folder: Path, as_json: bool, at: Sequence[str] | None = None) -> in
     if at is not None:
         _move(work, *at)
     config = load_run(work / "run.toml")
-    parts = {site: SiteWorker(work / f"{site}.toml").load_parts() for site in config.run.sites}
-    sizes = ", ".join(f"{site} {len(part.train)}" for site, part in parts.items())
+    splits = {site: SiteWorker(work / f"{site}.toml").load_splits() for site in config.run.sites}
+    sizes = ", ".join(f"{site} {len(part.train)}" for site, part in splits.items())
     in_rounds = spec_of(config).shape is Shape.ROUND
     pace = counted(config.round.rounds, "round") if in_rounds else f"window {config.run.window}"
     console.print(f"{example.name}: {config.run.protocol}, {pace}")
@@ -84,7 +84,7 @@ def run_demo(folder: Path, as_json: bool, at: Sequence[str] | None = None) -> in
     prepare_torch(1, "cpu")
     if not Play(work, console).nights_and_days():
         return 1
-    results = _results(config, parts, work)
+    results = _results(config, splits, work)
     console.print()
     console.print(f"Test patients, {' / '.join(FIGURES[config.task.kind])}; all: mean by samples")
     console.print(_table(config, results))
@@ -151,9 +151,9 @@ def tell_difference(
     different = [worker for worker in before if before[worker] != after[worker]]
     sites = ", ".join(worker for worker in before if worker != SERVER)
     if different:
-        console.print(f"NOT EQUAL: the parts of {', '.join(different)} differ. This is a defect; please report it.")
+        console.print(f"NOT EQUAL: the splits of {', '.join(different)} differ. This is a defect; please report it.")
     else:
-        console.print(f"  equal to the bit, and so are the parts of {sites}")
+        console.print(f"  equal to the bit, and so are the splits of {sites}")
     return not different
 
 
@@ -226,13 +226,13 @@ def _share_secrets(first: Path, work: Path, config: RunConfig) -> None:
             shutil.copy(file, (work / ledger).parent)
 
 
-def _results(config: RunConfig, parts: Mapping[str, Parts], work: Path) -> Results:
+def _results(config: RunConfig, splits: Mapping[str, Splits], work: Path) -> Results:
     """Test figures of the run, as its report has them, and of the baselines."""
     best = _report(work)["best"]
     of_sites = {site: metrics["test"] for site, metrics in best["sites"].items()}
     results = {spec_of(config).names.heading: {**of_sites, "all": best["overall"]["test"]}}
-    baselines = {"centralized": centralized(config, parts, work)}
-    baselines |= {f"{site} alone": alone(config, site, parts, work) for site in parts}
+    baselines = {"centralized": centralized(config, splits, work)}
+    baselines |= {f"{site} alone": alone(config, site, splits, work) for site in splits}
     return results | {name: {**b.sites, "all": b.overall} for name, b in baselines.items()}
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from nightsplit.console.cli import run
 from nightsplit.shared.errors import TITLES
-from nightsplit.shared.runtime.process import own_folder
+from nightsplit.shared.runtime.process import lock_folder
 from tests.harness.services import RabbitNode, free_port
 from tests.harness.study import change, contents, queued, write_study
 
@@ -172,7 +172,7 @@ def test_the_run_store_cannot_be_used(study, capsys):
 
 
 def test_the_state_folder_is_in_use(study, capsys):
-    with own_folder(study / "state" / "north"):
+    with lock_folder(study / "state" / "north"):
         refused(study, capsys, 503, "site", "north.toml")
 
 
@@ -207,6 +207,6 @@ def test_one_checkpoint_is_damaged(study, capsys):
     capsys.readouterr()
     assert run(["site", str(study / "north.toml"), "--exit-when-idle", "0.3"]) == 0
     out, err = capsys.readouterr()
-    assert f"warning: damaged checkpoint passed over: {newest.name}: the tensors are damaged" in out
+    assert f"warning: skipped a damaged checkpoint: {newest.name}: the tensors are damaged" in out
     assert err == ""
     assert queued(study, "north") >= before

@@ -15,7 +15,7 @@ from nightsplit.server_worker.worker import ServerWorker
 from nightsplit.shared.config.load import load
 from nightsplit.shared.errors import ConfigError, DataError
 from nightsplit.shared.models.hashing import weights_sha256
-from nightsplit.shared.protocols.build import assemble_any
+from nightsplit.shared.protocols.build import build_model
 from nightsplit.shared.protocols.load import load_run
 from nightsplit.shared.protocols.spec import Shape, systems
 from nightsplit.simulation.run import simulate
@@ -61,8 +61,8 @@ def test_its_files_agree(name: str) -> None:
 def test_its_model_fits_its_task_in_every_system_of_its_shape(name: str, protocol: str) -> None:
     config = load_run(EXAMPLES / name / "run.toml")
     config = replace(config, run=replace(config.run, protocol=protocol))
-    assembly = assemble_any(config, EXAMPLES / name)  # an output that does not fit is refused
-    assert sum(weights.numel() for part in assembly.parts.values() for weights in part.parameters()) > 100
+    assembly = build_model(config, EXAMPLES / name)  # an output that does not fit is refused
+    assert sum(weights.numel() for part in assembly.modules.values() for weights in part.parameters()) > 100
 
 
 @pytest.mark.parametrize("name", ["heart", "lung_ct", "radiograph", *IN_ROUNDS])
@@ -71,7 +71,7 @@ def test_without_the_data_it_says_where_they_are(name: str, monkeypatch: pytest.
     sites = load_run(EXAMPLES / name / "run.toml").run.sites
     for site in sites:
         with pytest.raises(DataError, match=r"E408 .*download .* https?://.*set NIGHTSPLIT_DATA"):
-            SiteWorker(EXAMPLES / name / f"{site}.toml").load_parts()
+            SiteWorker(EXAMPLES / name / f"{site}.toml").load_splits()
 
 
 def test_without_the_data_nothing_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,7 @@ def test_the_demo_plays_nights_and_days_to_the_result_of_one_undisturbed_night(
     assert "sha256 of the server's half" in (work / "report" / "report.md").read_text(encoding="utf-8")
 
     config = load_run(work / "run.toml")
-    parts = {site: SiteWorker(work / f"{site}.toml").load_parts() for site in config.run.sites}
+    parts = {site: SiteWorker(work / f"{site}.toml").load_splits() for site in config.run.sites}
     undisturbed = simulate(config, parts)
     assert shown["sha256"] == weights_sha256(undisturbed.server.best_weights)
     judgement = undisturbed.judgement()

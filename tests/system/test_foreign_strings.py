@@ -115,7 +115,13 @@ def test_a_server_that_rejects(study, capsys):
 def test_statuses_that_anybody_wrote_into_the_store(study, capsys):
     with sqlite3.connect(study / "run.db") as rows:
         for worker in (SERVER, *SITES):
-            facts = {"state": HOSTILE, "passed_over": HOSTILE, "lacking": HOSTILE, "applied": 3, "contract": HOSTILE}
+            facts = {
+                "state": HOSTILE,
+                "skipped_checkpoints": HOSTILE,
+                "lacking": HOSTILE,
+                "applied": 3,
+                "digest": HOSTILE,
+            }
             said = ("ward", worker, json.dumps(facts), time.time())
             rows.execute("REPLACE INTO status VALUES (?, ?, ?, ?)", said)
     rows.close()

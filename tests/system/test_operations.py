@@ -142,8 +142,8 @@ def test_the_metrics_tell_what_happened(seen: tuple[dict[str, list[Samples]], Ho
             known = {line[fact] for line in trained if line["site"] == site}
             assert set(values(server, metric, "server", site)) <= known
             assert values(server, metric, "server", site), metric
-        assert values(server, "nightsplit_site_heard_timestamp_seconds", "server", site)
-        assert set(values(server, "nightsplit_site_left_out", "server", site)) == {0}
+        assert values(server, "nightsplit_site_last_seen_timestamp_seconds", "server", site)
+        assert set(values(server, "nightsplit_site_excluded", "server", site)) == {0}
 
 
 def test_dashboard_and_alarms_name_what_is_there_and_all_of_it(
@@ -225,7 +225,7 @@ def test_the_log_tells_every_transition_and_nothing_of_a_patient(study: Path) ->
     newest = max((study / "state" / "north" / "checkpoints").iterdir())
     (newest / "tensors.safetensors").write_bytes(b"")
     again = log_of(study, "site", "north.toml", "--exit-when-idle", "1")
-    assert events(again) == ["started", "passed_over", "working", "away"]
+    assert events(again) == ["started", "checkpoint_skipped", "working", "away"]
 
 
 def test_the_log_tells_how_a_worker_ends(study: Path) -> None:
