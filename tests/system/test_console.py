@@ -179,7 +179,7 @@ def test_doctor_finds_nothing_wrong(study, capsys):
         checks["data"]["found"],
     )
     assert checks["broker"]["found"] == "reached; all 3 queues are there"
-    assert checks["configuration"]["found"].startswith("run ward, split_labels, sites north, south; contract ")
+    assert checks["configuration"]["found"].startswith("run ward, split_labels, sites north, south; run digest ")
     assert set(doctor(study / "server.toml", capsys, 0)) == set(checks) - {"policy", "data"}
     assert run(["doctor", str(study / "south.toml")]) == 0
     assert capsys.readouterr().out.split()[:3] == ["check", "found", "fix"]
