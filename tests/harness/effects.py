@@ -1,6 +1,6 @@
 """Roles fed by hand: a message goes in, a list of effects comes out, and both are plain values that a test can spell.
 
-assert seen(site.on(told(Kind.AVERAGE, 4, reply_to=4, ...))) == []
+assert site.on(told(Kind.AVERAGE, 4, reply_to=4, ...)) == []
 assert seen(site.next()) == [sent(SERVER, Kind.SMASHED, 5, version=4, shapes={"smashed": (4, 8), "targets": (4,)})]
 """
 
@@ -10,30 +10,29 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 
-from nightsplit.server_worker.protocols import make_server
-from nightsplit.server_worker.role import ServerRole
+from nightsplit.server_worker.protocols import AnyServer, make_server
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Record, Send, Spend
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.storage.checkpoint import Snapshot
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message, Scalar
 from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.role import SiteRole
 from tests.harness.dialogue import assert_unchanged, copied
 from tests.harness.night import tiny_parts
 
-RUN = "night"
+Tensors = Mapping[str, torch.Tensor]
+R = TypeVar("R", bound=Role)
 
 
 @dataclass(frozen=True)
 class Sent:
-    """A `Send` as a test spells it; of a tensor its shape, or all its values."""
+    """A `Send`; in place of each tensor stands its shape, or all its values."""
 
     receiver: str
     kind: Kind
@@ -52,36 +51,26 @@ class Finished:
 
 
 def sent(
-    receiver: str, kind: Kind, seq: int, reply_to: int = 0, version: int = 0,
-    shapes: Mapping[str, tuple[int, ...]] = {}, **scalars: Scalar,
+    receiver: str, kind: Kind, seq: int, reply_to: int = 0, version: int = 0, shapes: Mapping[str, Any] = {}, **scalars: Scalar
 ) -> Sent:  # fmt: skip
-    """What `seen` makes of such a `Send`."""
     return Sent(receiver, kind, seq, reply_to, version, shapes, scalars)
 
 
-def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
+def seen(
+    effects: list[Effect], look: Callable[[torch.Tensor], Any] = lambda tensor: tuple(tensor.shape)
+) -> list[Sent | Finished | Record | Spend]:
+    """Effects in their order, as plain values."""
 
-
-def seen(effects: list[Effect], look: Callable[[torch.Tensor], Any] = _shape) -> list[Sent | Finished | Record | Spend]:
-    """Effects as plain values, in their order."""
-
-    def spelled(send: Send) -> Sent:
-        tensors = {name: look(tensor) for name, tensor in send.tensors.items()}
-        return Sent(
-            send.receiver, send.kind, send.seq, send.reply_to, send.version, tensors, dict(send.scalars)
-        )  # fmt: skip
-
-    plain: list[Sent | Finished | Record | Spend] = []
-    for effect in effects:
+    def plain(effect: Any) -> Any:
         match effect:
-            case Send():
-                plain.append(spelled(effect))
+            case Send(receiver, kind, seq, reply_to, version, tensors, scalars):
+                looks = {name: look(tensor) for name, tensor in tensors.items()}
+                return Sent(receiver, kind, seq, reply_to, version, looks, dict(scalars))
             case Finish(farewell):
-                plain.append(Finished([spelled(send) for send in farewell]))
-            case Record() | Spend():
-                plain.append(effect)
-    return plain
+                return Finished([plain(send) for send in farewell])
+        return effect
+
+    return [plain(effect) for effect in effects]
 
 
 exact = partial(seen, look=torch.Tensor.tolist)
@@ -93,42 +82,35 @@ def site_of(config: RunConfig, name: str, folder: Path, incarnation: int = 1) ->
     return make_site(name, config, tiny_parts(name), f"{name}-{incarnation}", folder, ledger=folder / f"{name}.db")
 
 
-def server_of(config: RunConfig, folder: Path) -> ServerRole[Any]:
+def server_of(config: RunConfig, folder: Path) -> AnyServer:
     """The server's role as a new process makes it; `folder` is for released activations, in split_frozen."""
     return make_server(config, folder / SERVER, folder)
 
 
 def told(
-    kind: Kind, seq: int, reply_to: int = 0, version: int = 0,
-    tensors: Mapping[str, torch.Tensor] = {}, site: str = "east", **scalars: Scalar,
+    kind: Kind, seq: int, reply_to: int = 0, version: int = 0, tensors: Tensors = {}, site: str = "east", **scalars: Scalar
 ) -> Message:  # fmt: skip
-    """A message of the server to a site."""
-    return Message(Header(RUN, SERVER, site, kind, seq, reply_to, version), tensors, scalars)
+    """A message of the server."""
+    return Message(Header("night", SERVER, site, kind, seq, reply_to, version), tensors, scalars)
 
 
-def said(
-    site: str, kind: Kind, seq: int, version: int = 0, tensors: Mapping[str, torch.Tensor] = {}, **scalars: Scalar
-) -> Message:
-    """A message of a site to the server."""
-    return Message(Header(RUN, site, SERVER, kind, seq, 0, version), tensors, scalars)
+def said(site: str, kind: Kind, seq: int, version: int = 0, tensors: Tensors = {}, **scalars: Scalar) -> Message:
+    """A message of a site."""
+    return Message(Header("night", site, SERVER, kind, seq, 0, version), tensors, scalars)
 
 
 def manifest(config: RunConfig, site: str = "east") -> Message:
-    """The run as the server opens it."""
     return told(Kind.MANIFEST, 0, site=site, config=config.canonical(), contract=config.contract)
 
 
 def greeting(config: RunConfig, site: str, **changed: Scalar) -> dict[str, Scalar]:
-    """What a site's hello says, once it is enrolled."""
-    parts = tiny_parts(site)
-    return {
-        "incarnation": f"{site}-1", "contract": config.contract, "enrolled": True, "train": len(parts.train),
-        "validation": len(parts.validation), "test": len(parts.test), "mark": 0, "released": 0, **changed,
-    }  # fmt: skip
+    """What an enrolled site's hello says."""
+    counts = {name: len(getattr(tiny_parts(site), name)) for name in ("train", "validation", "test")}
+    known = {"incarnation": f"{site}-1", "contract": config.contract, "enrolled": True}
+    return {**known, **counts, "mark": 0, "released": 0, **changed}
 
 
 def hello(config: RunConfig, site: str, **changed: Scalar) -> Message:
-    """A site's hello."""
     return said(site, Kind.HELLO, 0, **greeting(config, site, **changed))
 
 
@@ -141,7 +123,7 @@ def refusal_of(role: Role, message: Message) -> Refused:
     return refusal.value
 
 
-def restored(role: Role, fresh: Role, first_unconfirmed: int | None = None) -> Role:
+def restored(role: Role, fresh: R, first_unconfirmed: int | None = None) -> R:
     """A fresh role that goes on where another stands."""
     fresh.restore(copied(role.snapshot(first_unconfirmed)))
     return fresh

@@ -62,7 +62,7 @@ def test_a_site_counts_its_patients_for_nobody_before_it_knows_the_run(config, s
 def test_a_site_sends_nothing_into_another_run(config, protocol, site):
     site.start()
     other = tiny_config(SITES, protocol=protocol, order="strict", quorum=1)
-    with pytest.raises(RunError, match="run.order") as stopped:
+    with pytest.raises(RunError, match=r"run\.order") as stopped:
         site.on(manifest(other))
     assert stopped.value.number == 601
     assert site.next() == []
