@@ -5,14 +5,13 @@ import json
 import pytest
 import torch
 
-from nightsplit.shared.engine.effects import Record
+from nightsplit.shared.engine.effects import Finish, Record
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.protocols.data_vectors import SCALES
 from nightsplit.shared.protocols.handshake import ANY
 from nightsplit.shared.protocols.report import NO_FIGURES
 from nightsplit.shared.wire.message import Kind
 from tests.harness.effects import (
-    Finished,
     exact,
     hello,
     refusal_of,
@@ -94,10 +93,10 @@ def model(server, site, number, version, final=False, best=0, judged=0):
 def ends(server, first, **verdict):
     """The farewell, whose slices begin with number `first` at every site."""
     scalars = {"summary": server.summary, **verdict}
-    return Finished([
+    return Finish(tuple(
         send for site in SITES if site not in server.left_out
         for send in slices(server, Kind.FINISH, site, first, 0, server.version, **scalars)
-    ])  # fmt: skip
+    ))  # fmt: skip
 
 
 def evaluated(epoch, step):

@@ -8,13 +8,12 @@ import json
 import pytest
 import torch
 
-from nightsplit.shared.engine.effects import Record, Spend
+from nightsplit.shared.engine.effects import Finish, Record, Spend
 from nightsplit.shared.errors import Refused, RunError
 from nightsplit.shared.protocols.data_vectors import SCALES
 from nightsplit.shared.protocols.report import NO_FIGURES
 from nightsplit.shared.wire.message import SERVER, Kind
 from tests.harness.effects import (
-    Finished,
     Sent,
     exact,
     greeting,
@@ -118,9 +117,9 @@ def test_a_site_trains_reports_and_ends(protocol, tmp_path):
     assert seen(effects) == [worked(4), sent(SERVER, Kind.REPORT, 7, version=2, metrics=figures_of(effects))]
     *begun, last = farewell(site, 7, 2, best=2, judged=2)
     give(site, begun)
-    assert seen(site.on(last)) == [Finished([])]
+    assert seen(site.on(last)) == [Finish()]
     assert site.next() == []
-    assert seen(again(site, tmp_path).start()) == [Finished([])]
+    assert seen(again(site, tmp_path).start()) == [Finish()]
 
 
 def test_an_update_is_what_training_changed_and_training_begins_with_the_model(tmp_path):
@@ -273,7 +272,7 @@ def test_data_vectors_trains_once_and_judges_every_scale(tmp_path):
     assert len(set(texts)) > 1, "scales differ"
     *begun, last = farewell(site, 4, 1, best=3, judged=10)
     give(site, begun)
-    assert seen(site.on(last)) == [Finished([])]
+    assert seen(site.on(last)) == [Finish()]
     assert site.best == 3
 
 

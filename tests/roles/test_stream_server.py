@@ -1,26 +1,21 @@
-"""The server's side of the Stream systems: the answer to each message, averaging, judging, the end.
+"""The server's side of the Stream shape, as in split_labels: each answer, averaging, judging, the end.
 
-With batches of twelve, south has two training batches, east has one; both have one of each held-out part:
-
-    south   1 T   2 T   3 V   4 S
-    east    1 T   2 V   3 S
+Messages are those of `tests.roles.streams`.
 """
 
 import pytest
 import torch
 
-from nightsplit.shared.engine.effects import Record
+from nightsplit.shared.engine.effects import Finish, Record
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.learning.losses import loss_of
 from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.protocols.build import assemble
 from nightsplit.shared.protocols.handshake import ANY
-from nightsplit.shared.protocols.report import NO_FIGURES, encode_report
+from nightsplit.shared.protocols.report import NO_FIGURES
 from nightsplit.shared.wire.message import Kind
 from tests.harness.effects import (
-    Finished,
     exact,
-    hello,
     refusal_of,
     restored,
     said,
@@ -28,74 +23,21 @@ from tests.harness.effects import (
     sent,
     server_of,
 )
-from tests.harness.night import tiny_config
-
-SITES = ("south", "east")
-VERDICT = {"best": 0, "judged": 0}
-GRADIENT = {"gradient": (12, 8)}
-ILLEGIBLE = Refused(306, "it was short.", "send it whole.")
-
-
-def config_of(protocol, **run):
-    settings = {"protocol": protocol, "window": 2, "epochs": 1, "batch_size": 12, "dropout": 0.0}
-    return tiny_config(SITES, **{**settings, **run})
-
-
-def opened(config, folder):
-    server = server_of(config, folder)
-    server.start()
-    for site in SITES:
-        server.on(hello(config, site))
-    return server
-
-
-def samples(rows, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, 8, generator=generator), torch.arange(rows, dtype=torch.float32) % 2
-
-
-def smashed(site, seq, rows, version=0, labels=True, seed=1):
-    values, targets = samples(rows, seed)
-    tensors = {"smashed": values, "targets": targets} if labels else {"smashed": values}
-    return said(site, Kind.SMASHED, seq, version, tensors)
-
-
-def trained(step, site, loss, staleness=0):
-    return Record(
-        {"event": "train", "step": step, "site": site, "epoch": 1, "loss": loss, "staleness": staleness}
-    )  # fmt: skip
-
-
-def cut_gradient(site, seq, **verdict):
-    return sent(site, Kind.CUT_GRADIENT, seq, reply_to=seq, shapes=GRADIENT, **{**VERDICT, **verdict})
-
-
-def noted(site, seq, **verdict):
-    return sent(site, Kind.NOTED, seq, reply_to=seq, **{**VERDICT, **verdict})
-
-
-def refused(site, seq, **verdict):
-    told = {"number": 306, "reason": "it was short."}
-    return sent(site, Kind.REFUSED, seq, reply_to=seq, **{**told, **VERDICT, **verdict})
-
-
-def evaluations(effects):
-    """Whose figures of what are recorded, and the other effects."""
-    lines = [one.metrics for one in effects if isinstance(one, Record) and one.metrics["event"] == "evaluate"]
-    others = [one for one in effects if not (isinstance(one, Record) and one.metrics["event"] == "evaluate")]
-    return [(line["site"], line["part"]) for line in lines], others
-
-
-EVERYBODY = [(site, part) for site in ("south", "east", "overall") for part in ("validation", "test")]
-
-
-def ends(server, last, **verdict):
-    """The farewell to sites whose last message had these numbers."""
-    return Finished([
-        sent(site, Kind.FINISH, seq + 1, reply_to=seq + 1, summary=server.summary, **verdict)
-        for site, seq in last.items()
-    ])  # fmt: skip
-
+from tests.roles.streams import (
+    EVERYBODY,
+    ILLEGIBLE,
+    VERDICT,
+    config_of,
+    cut_gradient,
+    ends,
+    evaluations,
+    noted,
+    opened,
+    refused,
+    samples,
+    smashed,
+    trained,
+)
 
 # ── split_labels ────────────────────────────────────────────────────────────────────────────────
 
@@ -265,7 +207,7 @@ def test_a_run_that_no_longer_improves_ends_behind_the_answer(tmp_path):
                 # Training is refused, so the second epoch is as good as the first.
                 message = smashed(site, seq, rows if item.evaluates else 12, item.version)
                 effects = server.on(message) if item.evaluates else server.refused(message.header, ILLEGIBLE)
-                ended = any(isinstance(one, Finished) for one in seen(effects))
+                ended = any(isinstance(one, Finish) for one in seen(effects))
         if ended:
             break
     assert epoch == 1
@@ -332,146 +274,3 @@ def test_a_site_that_is_left_out_has_no_part_in_the_mean(averaged):
     assert rejection.kind is Kind.REJECTED
     assert seen([mean]) == [average("south", 2)]
     assert torch.equal(mean.tensors["0.bias"], torch.full((8,), 3.0))
-
-
-# ── split_u ─────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def u_shaped(tmp_path):
-    """With window 1: first and second half of item 1, of item 2, and so on."""
-    return opened(config_of("split_u", window=1), tmp_path)
-
-
-def first_half(site, seq, rows=12, version=0):
-    return smashed(site, seq, rows, version, labels=False)
-
-
-def head_input(site, seq, rows=12):
-    return sent(site, Kind.HEAD_INPUT, seq, reply_to=seq, shapes={"activations": (rows, 8)}, **VERDICT)
-
-
-def head_gradient(site, seq, version=0):
-    return said(site, Kind.HEAD_GRADIENT, seq, version, {"gradient": torch.ones(12, 8)})
-
-
-def report(site, seq, version, metrics=NO_FIGURES):
-    return said(site, Kind.REPORT, seq, version, metrics=metrics)
-
-
-def test_split_u_computes_the_middle_and_goes_back_through_it(u_shaped):
-    config = u_shaped.config
-    middle, inputs = assemble(config).halves.top, samples(12)[0].requires_grad_()
-    outputs = middle(inputs)
-    outputs.backward(torch.ones(12, 8))
-    forward = u_shaped.on(first_half("south", 1))
-    assert seen(forward) == [head_input("south", 1)]
-    assert torch.allclose(forward[0].tensors["activations"], outputs.detach())
-    backward = u_shaped.on(head_gradient("south", 2))
-    assert seen(backward) == [cut_gradient("south", 2), trained(1, "south", None)]
-    assert torch.allclose(backward[0].tensors["gradient"], inputs.grad)
-
-
-def test_split_u_uses_the_weights_of_the_forward_though_others_learned_since(u_shaped, tmp_path):
-    forward = {site: u_shaped.on(first_half(site, 1)) for site in SITES}
-    assert exact(forward["south"])[0].tensors == exact(forward["east"])[0].tensors
-    again = restored(u_shaped, server_of(u_shaped.config, tmp_path))
-    gradients = []
-    for server in (u_shaped, again):
-        gradients += [server.on(head_gradient(site, 2))[0].tensors["gradient"].tolist() for site in SITES]
-    assert gradients[0] == gradients[1] == gradients[2] == gradients[3]
-
-
-def test_split_u_refuses_a_gradient_without_a_forward(u_shaped):
-    u_shaped.on(first_half("south", 1))
-    u_shaped.refused(first_half("east", 1).header, ILLEGIBLE)
-    refusal = refusal_of(u_shaped, head_gradient("east", 2))
-    assert (refusal.number, refusal.sentence) == (304, "item 1 has no open forward.")
-    assert seen(u_shaped.on(report("east", 2, 0))) == [noted("east", 2)]
-    assert seen(u_shaped.refused(head_gradient("south", 2).header, ILLEGIBLE)) == [refused("south", 2)]
-    assert refusal_of(u_shaped, head_gradient("south", 2)).number == 304, "its forward is closed"
-
-
-def test_split_u_judges_by_the_figures_of_the_sites(u_shaped):
-    config = u_shaped.config
-    figures = {
-        part: measure(config.task, config.data, torch.zeros(rows, 1), torch.arange(rows) % 2.0)
-        for part, rows in (("test", 4), ("validation", 3))
-    }
-    text = encode_report(config.task, figures)
-    for site, batches, rows in (("south", 2, 6), ("east", 1, 4)):
-        for item in range(1, batches + 1):
-            u_shaped.on(first_half(site, 2 * item - 1, version=item - 1))
-            u_shaped.on(head_gradient(site, 2 * item, version=item - 1))
-        first = 2 * batches + 1
-        assert seen(u_shaped.on(first_half(site, first, rows, batches))) == [head_input(site, first, rows)]
-        lie = report(site, first + 1, batches, text)
-        assert refusal_of(u_shaped, lie).sentence.endswith("has figures where none are due.")
-        assert seen(u_shaped.on(report(site, first + 1, batches))) == [noted(site, first + 1)]
-        u_shaped.on(first_half(site, first + 2, rows, batches))
-        effects = u_shaped.on(report(site, first + 3, batches, text))
-    recorded, others = evaluations(effects)
-    assert recorded == [(site, part) for site in SITES for part in figures] + EVERYBODY[4:]
-    assert all(
-        effects[place].metrics.items() >= figures[part].items() for place, part in ((1, "test"), (2, "validation"))
-    )
-    assert others[0].kind is Kind.NOTED
-    assert seen(others)[1] == ends(u_shaped, {"south": 8, "east": 6}, best=1, judged=1)
-
-
-# ── split_frozen ────────────────────────────────────────────────────────────────────────────────
-
-
-def frozen_messages(site, batches, rows):
-    parts = [12] * batches + [rows, rows]
-    return [smashed(site, seq, length, seed=seq) for seq, length in enumerate(parts, 1)]
-
-
-def test_split_frozen_stores_first_and_trains_when_all_is_there(tmp_path):
-    config = config_of("split_frozen", epochs=2)
-    server = opened(config, tmp_path)
-    for message in [*frozen_messages("south", 2, 6), *frozen_messages("east", 1, 4)]:
-        assert server.next() == []
-        assert server.on(message) == []
-    any_loss = pytest.approx(0.7, abs=0.2)
-    recorded, steps = [], []
-    for _ in range(6):
-        twin = restored(server, server_of(config, tmp_path))
-        effects = server.next()
-        assert exact(twin.next()) == exact(effects)
-        lines, others = evaluations(effects)
-        recorded.append(lines)
-        steps.append(seen(others))
-    assert recorded == [[], [], EVERYBODY, [], [], EVERYBODY]
-    assert [step[0] for step in steps] == [
-        Record({"event": "train", "step": step, "epoch": 1 + (step > 3), "loss": any_loss}) for step in range(1, 7)
-    ]  # fmt: skip
-    verdict = {"best": server.evaluation.best, "judged": 2}
-    assert [step[1:] for step in steps[:-1]] == [[]] * 5
-    assert steps[-1][1:] == [ends(server, {"south": 0, "east": 0}, **verdict)], "the only message that they get"
-
-
-def test_split_frozen_answers_no_refusal_and_does_without_what_it_was_about(tmp_path):
-    server = opened(config_of("split_frozen"), tmp_path)
-    for message in [*frozen_messages("south", 2, 6), *frozen_messages("east", 1, 4)]:
-        if message.header.sender == "south" and message.header.seq == 2:
-            assert refusal_of(server, smashed("south", 2, 12, version=1)).number == 304
-            assert server.refused(message.header, ILLEGIBLE) == []
-        else:
-            assert server.on(message) == []
-    assert [one.metrics["step"] for one in server.next()] == [1]
-    effects = server.next()
-    assert effects[0].metrics["step"] == 2
-    assert seen(effects)[-1] == ends(server, {"south": 0, "east": 0}, best=1, judged=1)
-    assert server.contribution("south")["samples"] == 12
-
-
-def test_split_frozen_trains_on_what_a_site_gave_before_it_was_left_out(tmp_path):
-    server = opened(config_of("split_frozen", quorum=1), tmp_path)
-    server.on(frozen_messages("east", 1, 4)[0])
-    for message in frozen_messages("south", 2, 6):
-        server.on(message)
-    assert [one.kind for one in server.excuse("east")] == [Kind.REJECTED]
-    effects = [server.next() for _ in range(3)]
-    assert [step[0].metrics["step"] for step in effects] == [1, 2, 3]
-    assert seen(effects[-1])[-1] == ends(server, {"south": 0}, best=1, judged=1)

@@ -10,11 +10,11 @@ East has twelve training samples here, four for validation and four for the test
 import pytest
 import torch
 
+from nightsplit.shared.engine.effects import Finish
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.protocols.report import NO_FIGURES
 from nightsplit.shared.wire.message import SERVER, Header, Kind
 from tests.harness.effects import (
-    Finished,
     exact,
     greeting,
     manifest,
@@ -86,9 +86,9 @@ def test_split_labels_sends_its_plan_as_far_as_the_window_allows(labels):
     assert seen(everything(labels)) == [smashed(5, 2)]
     assert labels.on(noted(4)) == labels.on(noted(5, best=1, judged=1)) == []
     assert everything(labels) == []
-    assert seen(labels.on(farewell(6))) == [Finished([])]
+    assert seen(labels.on(farewell(6))) == [Finish()]
     assert everything(labels) == []
-    assert seen(labels.start()) == [Finished([])]
+    assert seen(labels.start()) == [Finish()]
 
 
 def test_what_a_gradient_changes_is_seen_a_window_later(tmp_path):
@@ -146,7 +146,7 @@ def test_a_farewell_that_cannot_be_used_ends_the_run_all_the_same(labels):
         labels.on(cut_gradient(seq) if seq < 4 else noted(seq))
     refusal = refusal_of(labels, farewell(6, best=10, judged=10))
     assert labels.refused(farewell(6).header, refusal) == []
-    assert seen(labels.next()) == [Finished([])]
+    assert seen(labels.next()) == [Finish()]
     assert labels.next() == []
 
 
@@ -197,7 +197,7 @@ def test_the_best_bottom_is_kept_until_it_cannot_be_the_best_any_more(tmp_path):
         site.on(noted(seq, **verdict) if seq in (4, 5, 9, 10) else cut_gradient(seq, **verdict))
     assert bottoms[1] != bottoms[2]
     site = restored(site, site_of(site.config, "east", tmp_path, 2))
-    assert seen(site.on(farewell(11, best=1, judged=2))) == [Finished([])]
+    assert seen(site.on(farewell(11, best=1, judged=2))) == [Finish()]
     assert {name: tensor.tolist() for name, tensor in site.model()["bottom"].items()} == bottoms[1]
 
 
@@ -211,7 +211,7 @@ def test_the_top_comes_with_the_farewell_where_the_run_exports_it(tmp_path):
     site.on(farewell(6, tensors=top))
     assert site.model()["top"].keys() == top.keys()
     again = restored(site, site_of(site.config, "east", tmp_path, 2))
-    assert seen(again.start()) == [Finished([])]
+    assert seen(again.start()) == [Finish()]
     assert again.model()["top"].keys() == top.keys()
 
 
@@ -296,7 +296,7 @@ def test_split_u_sends_second_halves_half_a_window_behind_the_first(u_shaped):
     assert '"samples": 4.0' in figures.scalars["metrics"]
     assert u_shaped.on(noted(9)) == u_shaped.on(noted(10, best=1, judged=1)) == []
     assert everything(u_shaped) == []
-    assert seen(u_shaped.on(farewell(11))) == [Finished([])]
+    assert seen(u_shaped.on(farewell(11))) == [Finish()]
 
 
 def test_split_u_has_no_place_for_labels(u_shaped):
@@ -360,7 +360,7 @@ def test_split_frozen_sends_all_at_once_by_its_first_bottom_and_waits_for_the_en
     again = restored(site, site_of(site.config, "east", tmp_path, 2), first_unconfirmed=4)
     assert exact(everything(again)) == exact(released)[3:]
     for role in (site, again):
-        assert seen(role.on(farewell(1))) == [Finished([])]
+        assert seen(role.on(farewell(1))) == [Finish()]
         assert everything(role) == []
 
 
@@ -369,7 +369,7 @@ def test_split_frozen_ends_although_its_farewell_cannot_be_used(tmp_path):
     everything(site)
     refusal = refusal_of(site, farewell(1, best=2, judged=2))
     assert site.refused(farewell(1).header, refusal) == []
-    assert seen(everything(site)) == [Finished([])]
+    assert seen(everything(site)) == [Finish()]
 
 
 def test_a_bottom_whose_activations_are_not_finite_sends_nothing(tmp_path):
