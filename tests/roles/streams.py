@@ -11,12 +11,7 @@ import torch
 from nightsplit.shared.engine.effects import Finish, Record
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.wire.message import Kind
-from tests.harness.effects import (
-    hello,
-    said,
-    sent,
-    server_of,
-)
+from tests.harness.effects import hello, said, sent, server_of
 from tests.harness.night import tiny_config
 
 SITES = ("south", "east")
@@ -50,9 +45,7 @@ def smashed(site, seq, rows, version=0, labels=True, seed=1):
 
 
 def trained(step, site, loss, staleness=0):
-    return Record(
-        {"event": "train", "step": step, "site": site, "epoch": 1, "loss": loss, "staleness": staleness}
-    )  # fmt: skip
+    return Record({"event": "train", "step": step, "site": site, "epoch": 1, "loss": loss, "staleness": staleness})
 
 
 def cut_gradient(site, seq, **verdict):

@@ -6,18 +6,7 @@ from nightsplit.shared.errors import RunError
 from nightsplit.shared.protocols.handshake import ANY
 from nightsplit.shared.protocols.spec import TRAINING, systems
 from nightsplit.shared.wire.message import SERVER, Kind
-from tests.harness.effects import (
-    greeting,
-    hello,
-    manifest,
-    refusal_of,
-    restored,
-    seen,
-    sent,
-    server_of,
-    site_of,
-    told,
-)
+from tests.harness.effects import greeting, hello, manifest, refusal_of, restored, seen, sent, server_of, site_of, told
 from tests.harness.night import tiny_config
 
 SITES = ("south", "east")

@@ -5,22 +5,13 @@ import json
 import pytest
 import torch
 
-from nightsplit.shared.engine.effects import Finish, Record
+from nightsplit.shared.engine.effects import Finish, Record, Send
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.protocols.data_vectors import SCALES
 from nightsplit.shared.protocols.handshake import ANY
 from nightsplit.shared.protocols.report import NO_FIGURES
 from nightsplit.shared.wire.message import Kind
-from tests.harness.effects import (
-    exact,
-    hello,
-    refusal_of,
-    restored,
-    said,
-    seen,
-    sent,
-    server_of,
-)
+from tests.harness.effects import exact, hello, refusal_of, restored, said, seen, sent, server_of
 from tests.harness.night import tiny_rounds
 
 SITES = ("south", "east")
@@ -66,9 +57,8 @@ def give(server, messages):
 
 
 def trained(step, site, epoch, staleness=0):
-    return Record(
-        {"event": "train", "step": step, "site": site, "epoch": epoch, "loss": None, "staleness": staleness}
-    )  # fmt: skip
+    line = {"event": "train", "step": step, "site": site, "epoch": epoch, "loss": None, "staleness": staleness}
+    return Record(line)
 
 
 def combined(step, version):
@@ -85,9 +75,8 @@ def slices(server, kind, site, first, reply_to, version, **scalars):
 
 def model(server, site, number, version, final=False, best=0, judged=0):
     """The model that answers update `number`."""
-    return slices(
-        server, Kind.MODEL, site, 3 * number - 2, 3 * number, version, final=final, best=best, judged=judged
-    )  # fmt: skip
+    verdict = {"final": final, "best": best, "judged": judged}
+    return slices(server, Kind.MODEL, site, 3 * number - 2, 3 * number, version, **verdict)
 
 
 def ends(server, first, **verdict):
@@ -116,10 +105,10 @@ def without_figures(effects):
 
 
 def values(effects, kind, site):
-    """The vector in the slices of a kind for a site."""
-    sends = [one for effect in effects for one in getattr(effect, "farewell", (effect,))]
-    return torch.cat([one.tensors["values"] for one in sends if one.__class__.__name__ == "Send"
-                      and (one.kind, one.receiver) == (kind, site)])  # fmt: skip
+    """The vector in the slices of a kind for a site, of the farewell too."""
+    said_at_last = [send for effect in effects if isinstance(effect, Finish) for send in effect.farewell]
+    sends = [effect for effect in effects if isinstance(effect, Send)] + said_at_last
+    return torch.cat([send.tensors["values"] for send in sends if (send.kind, send.receiver) == (kind, site)])
 
 
 # ── fedavg_transfer and fedavg_dp_seg ───────────────────────────────────────────────────────────
@@ -150,6 +139,8 @@ def test_a_run_of_two_rounds_from_the_first_update_to_the_farewell(protocol, tmp
     last = server.on(said("east", Kind.REPORT, 7, 2, metrics=figures(0.8)))
     assert without_figures(last) == evaluated(2, 4)
     assert seen(last)[6:] == [ends(server, 7, best=1, judged=2)]
+    assert json.loads(server.summary)["epoch"] == 1
+    assert json.loads(server.summary)["overall"]["test"]["auc"] == pytest.approx(0.9)
     assert torch.equal(values(last, Kind.FINISH, "east"), values(first, Kind.MODEL, "east")), "the better of the two"
     assert server.choose(everybody) is None
     assert exact(server.start()) == exact(last)[6:], "a server that is started again says it again"

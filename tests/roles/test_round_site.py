@@ -13,18 +13,7 @@ from nightsplit.shared.errors import Refused, RunError
 from nightsplit.shared.protocols.data_vectors import SCALES
 from nightsplit.shared.protocols.report import NO_FIGURES
 from nightsplit.shared.wire.message import SERVER, Kind
-from tests.harness.effects import (
-    Sent,
-    exact,
-    greeting,
-    manifest,
-    refusal_of,
-    restored,
-    seen,
-    sent,
-    site_of,
-    told,
-)
+from tests.harness.effects import Sent, exact, greeting, manifest, refusal_of, restored, seen, sent, site_of, told
 from tests.harness.night import tiny_rounds
 
 LENGTHS = {

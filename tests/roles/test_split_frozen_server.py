@@ -4,22 +4,8 @@ import pytest
 
 from nightsplit.shared.engine.effects import Record
 from nightsplit.shared.wire.message import Kind
-from tests.harness.effects import (
-    exact,
-    refusal_of,
-    restored,
-    seen,
-    server_of,
-)
-from tests.roles.streams import (
-    EVERYBODY,
-    ILLEGIBLE,
-    config_of,
-    ends,
-    evaluations,
-    opened,
-    smashed,
-)
+from tests.harness.effects import exact, refusal_of, restored, seen, server_of
+from tests.roles.streams import EVERYBODY, ILLEGIBLE, config_of, ends, evaluations, opened, smashed
 
 
 def frozen_messages(site, batches, rows):

@@ -7,15 +7,7 @@ from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.protocols.build import assemble
 from nightsplit.shared.protocols.report import NO_FIGURES, encode_report
 from nightsplit.shared.wire.message import Kind
-from tests.harness.effects import (
-    exact,
-    refusal_of,
-    restored,
-    said,
-    seen,
-    sent,
-    server_of,
-)
+from tests.harness.effects import exact, refusal_of, restored, said, seen, sent, server_of
 from tests.roles.streams import (
     EVERYBODY,
     ILLEGIBLE,

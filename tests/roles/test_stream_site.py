@@ -14,17 +14,7 @@ from nightsplit.shared.engine.effects import Finish
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.protocols.report import NO_FIGURES
 from nightsplit.shared.wire.message import SERVER, Header, Kind
-from tests.harness.effects import (
-    exact,
-    greeting,
-    manifest,
-    refusal_of,
-    restored,
-    seen,
-    sent,
-    site_of,
-    told,
-)
+from tests.harness.effects import exact, greeting, manifest, refusal_of, restored, seen, sent, site_of, told
 from tests.harness.night import tiny_config
 
 VERDICT = {"best": 0, "judged": 0}
