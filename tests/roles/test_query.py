@@ -114,13 +114,19 @@ def test_one_shot_asks_once(one_shot):
     np.testing.assert_allclose(one_shot.site.logits(query, answered), one_shot.expected(), atol=1e-4)
 
 
+@pytest.mark.parametrize("step", [-1, FRAMES])
+def test_the_server_refuses_a_step_that_is_none(refresh, second_query, step):
+    with pytest.raises(Refused, match=f"there is no step {step} of {FRAMES}") as refusal:
+        refresh.server.answer(refresh.keys, step, "slots", refresh.site.pieces(second_query), "nonce 1", "nonce 2")
+    assert refusal.value.number == 304
+
+
 @pytest.mark.parametrize(
     ("step", "packing", "copies", "number"),
-    [(2, "slots", 1, 304), (-1, "slots", 1, 304), (0, "boxes", 1, 304), (0, "slots", 2, 304), (0, "slots", 0, 304),
-     (1, "slots", 4, 313)],
-    ids=["beyond", "before", "packing", "too many", "none", "levels"],
-)  # fmt: skip
-def test_the_server_refuses_a_step_that_is_none(refresh, first_step, step, packing, copies, number):
+    [(0, "boxes", 1, 304), (0, "slots", 2, 304), (0, "slots", 0, 304), (1, "slots", 4, 313)],
+    ids=["packing", "too many", "none", "levels"],
+)
+def test_the_server_refuses_other_ciphertexts_than_a_step_has(refresh, first_step, step, packing, copies, number):
     with pytest.raises(Refused) as refusal:
         refresh.server.answer(refresh.keys, step, packing, first_step[0] * copies, "", "nonce")
     assert refusal.value.number == number

@@ -231,6 +231,7 @@ def test_a_round_goes_on_without_a_site_that_is_left_out(tmp_path):
     assert (rejection.receiver, rejection.scalars["incarnation"], rejection.scalars["number"]) == ("east", ANY, 608)
     assert seen(others) == [combined(1, 1), *model(server, "south", 1, 1)]
     assert torch.allclose(values(others, Kind.MODEL, "south"), server.published + 0.3), "half an update is none"
+    assert not any(name.startswith("open/") for name in server.snapshot(None).tensors), "nor is it kept"
     give(server, update(server, "south", 2, 0.0, figures(0.9)))
     last = server.on(said("south", Kind.REPORT, 7, 2, metrics=figures(0.8)))
     assert seen(last)[-1] == ends(server, 7, best=1, judged=2)

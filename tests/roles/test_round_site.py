@@ -147,6 +147,16 @@ def test_what_was_not_confirmed_is_sent_again_to_the_bit(tmp_path):
     assert everything(again(site, tmp_path)) == []
 
 
+def test_an_update_is_sent_again_as_it_was_though_its_model_is_here(tmp_path):
+    site = enrolled("fedavg_transfer", tmp_path)
+    sends = exact(everything(site))[3:]
+    give(site, model(site, 1))
+    other = again(site, tmp_path, first_unconfirmed=2)
+    following = exact(everything(site))
+    assert [send.version for send in sends + following[3:]] == [0, 0, 0, 1, 1, 1]
+    assert exact(everything(other)) == [*sends[1:], *following]
+
+
 def test_a_model_that_is_half_here_is_whole_after_a_restore(tmp_path):
     site = enrolled("fedavg_transfer", tmp_path)
     everything(site)
