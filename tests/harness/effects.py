@@ -24,7 +24,7 @@ from nightsplit.shared.wire.message import SERVER, Header, Kind, Message, Scalar
 from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.role import SiteRole
 from tests.harness.dialogue import assert_unchanged, copied
-from tests.harness.night import tiny_parts
+from tests.harness.night import tiny_splits
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -69,7 +69,7 @@ exact = partial(seen, look=torch.Tensor.tolist)
 
 def site_of(config: RunConfig, name: str, folder: Path, incarnation: int = 1) -> SiteRole:
     """A site's role as a new process makes it; `folder` is for its ledger, in a private run."""
-    return make_site(name, config, tiny_parts(name), f"{name}-{incarnation}", folder, ledger=folder / f"{name}.db")
+    return make_site(name, config, tiny_splits(name), f"{name}-{incarnation}", folder, ledger=folder / f"{name}.db")
 
 
 def server_of(config: RunConfig, folder: Path) -> AnyServer:
@@ -90,13 +90,13 @@ def said(site: str, kind: Kind, seq: int, version: int = 0, tensors: Tensors = {
 
 
 def manifest(config: RunConfig, site: str = "east") -> Message:
-    return told(Kind.MANIFEST, 0, site=site, config=config.canonical(), contract=config.contract)
+    return told(Kind.MANIFEST, 0, site=site, config=config.canonical(), contract=config.digest)
 
 
 def greeting(config: RunConfig, site: str, **changed: Scalar) -> dict[str, Scalar]:
     """What an enrolled site's hello says."""
-    counts = {name: len(getattr(tiny_parts(site), name)) for name in ("train", "validation", "test")}
-    known = {"incarnation": f"{site}-1", "contract": config.contract, "enrolled": True}
+    counts = {name: len(getattr(tiny_splits(site), name)) for name in ("train", "validation", "test")}
+    known = {"incarnation": f"{site}-1", "contract": config.digest, "enrolled": True}
     return {**known, **counts, "mark": 0, "released": 0, **changed}
 
 

@@ -1,4 +1,4 @@
-"""How site and server agree on a run, in every system: hello, manifest, rejection; and how a site is left out."""
+"""How site and server agree on a run, in every system: hello, manifest, rejection; and how a site is excluded."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def server(config, tmp_path):
 
 
 def opening(config, site):
-    return sent(site, Kind.MANIFEST, 0, config=config.canonical(), contract=config.contract)
+    return sent(site, Kind.MANIFEST, 0, config=config.canonical(), contract=config.digest)
 
 
 def rejection(site, incarnation, number, reason):
@@ -132,11 +132,11 @@ def test_a_hello_that_cannot_be_true_is_refused(config, server):
     assert (refusal.number, "answer 1, 2 of them stored" in refusal.sentence) == (304, True)
 
 
-def test_a_site_that_is_left_out_is_told_now_and_whenever_it_comes(config, server, tmp_path):
+def test_a_site_that_is_excluded_is_told_now_and_whenever_it_comes(config, server, tmp_path):
     server.on(hello(config, "east"))
     silence = "it was silent for 72 h, and the run went on without it"
-    assert seen(server.excuse("south")) == [rejection("south", ANY, 608, silence)]
-    assert server.left_out == {"south": 0}
+    assert seen(server.exclude("south")) == [rejection("south", ANY, 608, silence)]
+    assert server.excluded == {"south": 0}
     for role in (server, restored(server, server_of(config, tmp_path))):
         assert seen(role.on(hello(config, "south"))) == [rejection("south", "south-1", 608, silence)]
         assert role.choose({"south"}) is None

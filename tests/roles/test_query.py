@@ -13,9 +13,9 @@ import torch
 
 from nightsplit.server_worker.protocols.he_clstm import HeClstmServer
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.he.sequences import circuit_of, rotations_of
-from nightsplit.shared.he.weights import Judge
-from nightsplit.shared.models.sequences import SequenceJudge
+from nightsplit.shared.he.sequences import parameters_for, rotations_of
+from nightsplit.shared.he.weights import ClassifierWeights
+from nightsplit.shared.models.sequences import SequenceClassifier
 from nightsplit.shared.protocols.query import HEADER_BYTES, Parcels, chunks
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
@@ -36,14 +36,14 @@ class Sides:
 
     def __init__(self, folder, recurrent):
         torch.manual_seed(2)
-        self.network = SequenceJudge(FRAMES, FEATURES, HIDDEN, recurrent).double()
-        self.judge = Judge.of(self.network.state_dict())
-        self.circuit = circuit_of(self.judge)
-        secret, self.keys = SecretKeys.made(self.circuit, folder, rotations_of(self.circuit, self.judge))
-        self.site, self.server = HeClstmSite(self.judge, secret), HeClstmServer(self.judge, SECRET)
+        self.network = SequenceClassifier(FRAMES, FEATURES, HIDDEN, recurrent).double()
+        self.classifier = ClassifierWeights.of(self.network.state_dict())
+        self.ckks = parameters_for(self.classifier)
+        secret, self.keys = SecretKeys.made(self.ckks, folder, rotations_of(self.ckks, self.classifier))
+        self.site, self.server = HeClstmSite(self.classifier, secret), HeClstmServer(self.classifier, SECRET)
 
     def levels(self, pieces):
-        return [self.circuit.level_of(self.circuit.read_any(piece)) for piece in pieces]
+        return [self.ckks.level_of(self.ckks.read_any(piece)) for piece in pieces]
 
     def expected(self):
         with torch.no_grad():
@@ -88,7 +88,7 @@ def test_another_server_with_the_same_secret_goes_on(refresh, second_query):
     """A server has nothing to restore: the query brings it all."""
     pieces = refresh.site.pieces(second_query)
     right, wrong = (
-        HeClstmServer(refresh.judge, secret).answer(refresh.keys, 1, "slots", pieces, "nonce 1", "nonce 2")
+        HeClstmServer(refresh.classifier, secret).answer(refresh.keys, 1, "slots", pieces, "nonce 1", "nonce 2")
         for secret in (SECRET, b"t" * 32)
     )
     np.testing.assert_allclose(refresh.site.logits(second_query, right), refresh.expected(), atol=1e-4)
@@ -106,9 +106,9 @@ def test_the_site_does_not_see_its_state(refresh, first_step):
 def test_one_shot_asks_once(one_shot):
     query = replace(QUERY, packing="batch")
     assert one_shot.site.steps == one_shot.server.steps == 1
-    assert one_shot.site.packing_for(3) == ("batch", one_shot.circuit.slots)
+    assert one_shot.site.packing_for(3) == ("batch", one_shot.ckks.slots)
     pieces = one_shot.site.pieces(query)
-    assert one_shot.levels(pieces) == [one_shot.circuit.top] * FRAMES * FEATURES
+    assert one_shot.levels(pieces) == [one_shot.ckks.top] * FRAMES * FEATURES
     answered = one_shot.server.answer(one_shot.keys, 0, "batch", pieces, "", "nonce")
     assert len(answered) == 1
     np.testing.assert_allclose(one_shot.site.logits(query, answered), one_shot.expected(), atol=1e-4)

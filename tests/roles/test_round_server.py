@@ -83,7 +83,7 @@ def ends(server, first, **verdict):
     """The farewell, whose slices begin with number `first` at every site."""
     scalars = {"summary": server.summary, **verdict}
     return Finish(tuple(
-        send for site in SITES if site not in server.left_out
+        send for site in SITES if site not in server.excluded
         for send in slices(server, Kind.FINISH, site, first, 0, server.version, **scalars)
     ))  # fmt: skip
 
@@ -222,12 +222,12 @@ def test_a_report_that_was_refused_counts_without_figures(tmp_path):
     assert seen(last)[4:] == [ends(server, 4, best=1, judged=1)]
 
 
-def test_a_round_goes_on_without_a_site_that_is_left_out(tmp_path):
+def test_a_round_goes_on_without_a_site_that_is_excluded(tmp_path):
     server = opened(tmp_path, quorum=1)
     give(server, update(server, "south", 1, 0.3))
     for message in update(server, "east", 1, 0.9)[:2]:
         server.on(message)
-    rejection, *others = server.excuse("east")
+    rejection, *others = server.exclude("east")
     assert (rejection.receiver, rejection.scalars["incarnation"], rejection.scalars["number"]) == ("east", ANY, 608)
     assert seen(others) == [combined(1, 1), *model(server, "south", 1, 1)]
     assert torch.allclose(values(others, Kind.MODEL, "south"), server.published + 0.3), "half an update is none"
@@ -237,12 +237,12 @@ def test_a_round_goes_on_without_a_site_that_is_left_out(tmp_path):
     assert seen(last)[-1] == ends(server, 7, best=1, judged=2)
 
 
-def test_the_last_report_is_not_waited_for_when_its_site_is_left_out(tmp_path):
+def test_the_last_report_is_not_waited_for_when_its_site_is_excluded(tmp_path):
     server = opened(tmp_path, quorum=1, rounds=1)
     for site in SITES:
         give(server, update(server, site, 1, 0.3))
     assert server.on(said("south", Kind.REPORT, 4, 1, metrics=figures(0.8))) == []
-    effects = server.excuse("east")
+    effects = server.exclude("east")
     assert effects[0].kind is Kind.REJECTED
     assert without_figures(effects) == [line for line in evaluated(1, 2) if line["site"] != "east"]
     assert seen(effects)[-1] == ends(server, 4, best=1, judged=1)

@@ -52,12 +52,12 @@ def test_split_frozen_answers_no_refusal_and_does_without_what_it_was_about(tmp_
     assert server.contribution("south")["samples"] == 12
 
 
-def test_split_frozen_trains_on_what_a_site_gave_before_it_was_left_out(tmp_path):
+def test_split_frozen_trains_on_what_a_site_gave_before_it_was_excluded(tmp_path):
     server = opened(config_of("split_frozen", quorum=1), tmp_path)
     server.on(frozen_messages("east", 1, 4)[0])
     for message in frozen_messages("south", 2, 6):
         server.on(message)
-    assert [one.kind for one in server.excuse("east")] == [Kind.REJECTED]
+    assert [one.kind for one in server.exclude("east")] == [Kind.REJECTED]
     effects = [server.next() for _ in range(3)]
     assert [step[0].metrics["step"] for step in effects] == [1, 2, 3]
     assert seen(effects[-1])[-1] == ends(server, {"south": 0}, best=1, judged=1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nightsplit.shared.learning.metrics import measure
-from nightsplit.shared.protocols.build import assemble
+from nightsplit.shared.protocols.build import build_split_model
 from nightsplit.shared.protocols.report import NO_FIGURES, encode_report
 from nightsplit.shared.wire.message import Kind
 from tests.harness.effects import exact, refusal_of, restored, said, seen, sent, server_of
@@ -50,7 +50,7 @@ def report(site, seq, version, metrics=NO_FIGURES):
 
 def test_split_u_computes_the_middle_and_goes_back_through_it(u_shaped):
     config = u_shaped.config
-    middle, inputs = assemble(config).halves.top, samples(12)[0].requires_grad_()
+    middle, inputs = build_split_model(config).parts.top, samples(12)[0].requires_grad_()
     outputs = middle(inputs)
     outputs.backward(torch.ones(12, 8))
     forward = u_shaped.on(first_half("south", 1))

@@ -10,7 +10,7 @@ from nightsplit.shared.engine.effects import Finish, Record
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.learning.losses import loss_of
 from nightsplit.shared.learning.metrics import measure
-from nightsplit.shared.protocols.build import assemble
+from nightsplit.shared.protocols.build import build_split_model
 from nightsplit.shared.protocols.handshake import ANY
 from nightsplit.shared.protocols.report import NO_FIGURES
 from nightsplit.shared.wire.message import Kind
@@ -42,7 +42,7 @@ def labels(tmp_path):
 def reference(config, smashed, targets):
     """Loss and gradient at the cut, by the top as the run begins."""
     inputs = smashed.clone().requires_grad_()
-    loss = loss_of(config.task, assemble(config).halves.top(inputs), targets)
+    loss = loss_of(config.task, build_split_model(config).parts.top(inputs), targets)
     loss.backward()
     return loss.item(), inputs.grad
 
@@ -94,7 +94,7 @@ def test_figures_are_those_of_the_top_on_what_was_sent(labels):
     for site, first, rows, version in (("south", 3, 6, 1), ("east", 2, 4, 0)):
         labels.on(smashed(site, first, rows, version, seed=first))
         effects = labels.on(smashed(site, first + 1, rows, version, seed=first + 1))
-    top = assemble(config).halves.top.eval()
+    top = build_split_model(config).parts.top.eval()
     found = {(one.metrics["site"], one.metrics["part"]): one.metrics for one in effects if isinstance(one, Record)}
     for site, part, rows, seed in (("south", "validation", 6, 3), ("east", "test", 4, 3)):
         values, targets = samples(rows, seed)
@@ -175,12 +175,12 @@ def test_a_restored_server_gives_the_same_answers(labels, tmp_path):
     )  # fmt: skip
 
 
-def test_a_site_that_is_left_out_is_waited_for_no_more(tmp_path):
+def test_a_site_that_is_excluded_is_waited_for_no_more(tmp_path):
     server = opened(config_of("split_labels", quorum=1), tmp_path)
     for message in (smashed("south", 1, 12), smashed("south", 2, 12), smashed("south", 3, 6, 1)):
         server.on(message)
     assert seen(server.on(smashed("south", 4, 6, 1))) == [noted("south", 4)]
-    recorded, others = evaluations(server.excuse("east"))
+    recorded, others = evaluations(server.exclude("east"))
     assert recorded == EVERYBODY[:2] + EVERYBODY[4:]
     told, farewell = seen(others)
     assert (told.receiver, told.kind, told.scalars["number"]) == ("east", Kind.REJECTED, 608)
@@ -260,9 +260,9 @@ def test_a_bottom_that_was_refused_has_no_part_in_the_mean(averaged):
     assert torch.equal(effects[1].tensors["0.bias"], torch.full((8,), 3.0))
 
 
-def test_a_site_that_is_left_out_has_no_part_in_the_mean(averaged):
+def test_a_site_that_is_excluded_has_no_part_in_the_mean(averaged):
     averaged.on(bottom("south", 2, 3.0))
-    rejection, mean = averaged.excuse("east")
+    rejection, mean = averaged.exclude("east")
     assert rejection.kind is Kind.REJECTED
     assert seen([mean]) == [average("south", 2)]
     assert torch.equal(mean.tensors["0.bias"], torch.full((8,), 3.0))

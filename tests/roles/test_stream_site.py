@@ -99,7 +99,7 @@ def test_the_bottom_takes_the_step_that_its_optimizer_would(tmp_path):
     everything(site)
     linear = torch.nn.Linear(6, 8)
     linear.load_state_dict({name.removeprefix("0."): value for name, value in site.bottom.weights(0).items()})
-    torch.relu(linear(site.feed.inputs(site.sequence.slot(1).item))).backward(GRADIENT["gradient"])
+    torch.relu(linear(site.batches.inputs(site.sequence.slot(1).item))).backward(GRADIENT["gradient"])
     site.on(cut_gradient(1))
     stepped = site.bottom.weights(1)
     assert torch.allclose(stepped["0.weight"], linear.weight - 0.01 * linear.weight.grad)
