@@ -209,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
 
     keys = verbs.add_parser("keys", help="let hospitals in, and shut them out", description="""
         At the coordinating centre: make certificates, users and rights for the broker, the run store, the
-        server and each site. docs/deployment.md tells how they are used.""")  # fmt: skip
+        server and each site. docs/how-to/deployment.md tells how they are used.""")  # fmt: skip
     _key_actions(keys)
 
     for verb, metavar in (
@@ -278,7 +278,7 @@ def _actions(dlq: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
                 Send dead letters to the queues that they came from. This helps where a message was refused
                 before it could be counted (it had no readable header, say, or its receiver was an older
                 version), and the cause is mended. A message that was refused in its place in the sequence
-                was answered: it is then only counted as a duplicate, and trains nothing. docs/delivery.md
+                was answered: it is then only counted as a duplicate, and trains nothing. docs/explanation/delivery.md
                 tells which is which."""),
             ("discard", "delete them for good", "Delete dead letters. Nothing brings them back."),
         )

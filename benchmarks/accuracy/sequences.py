@@ -1,7 +1,7 @@
 """How well networks judge sequences that can also be evaluated encrypted (`he_clstm`), beside simple baselines.
 
     python -m benchmarks.accuracy.sequences              all tables (about 35 minutes of one core)
-    python -m benchmarks.accuracy.sequences --write      and put them into docs/results.md
+    python -m benchmarks.accuracy.sequences --write      and put them into docs/reference/results.md
 
 Networks are trained in the clear; those that can be are also asked encrypted. What is done is kept in the folder of
 `--keep`, so that an interrupted study goes on. Needs the public data sets of the examples: set NIGHTSPLIT_DATA, or see
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--keep", type=Path, default=Path("runs/sequences"), metavar="FOLDER", help="what is done (%(default)s)"
     )
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/results.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/reference/results.md")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     began = time.monotonic()
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Tables:
-    """What docs/results.md says.
+    """What docs/reference/results.md says.
 
     Args:
         study: trains.

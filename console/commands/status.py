@@ -53,7 +53,7 @@ def show_status(file: WorkerFile, as_json: bool) -> None:
 
 
 def summarise(file: WorkerFile) -> dict[str, Any]:
-    """Everything that the status says, as plain data; docs/operations.md explains the keys.
+    """Everything that the status says, as plain data; docs/reference/logs_and_metrics.md explains the keys.
 
     Raises:
         BrokerError, RunError: see `show_status`.

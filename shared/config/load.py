@@ -42,7 +42,7 @@ def load(path: Path, kind: type[T], overrides: Sequence[str] = ()) -> T:
         what, where = _place(error)
         if isinstance(error.__cause__, KeyConflict):
             raise conflict_in(path, error.__cause__, where) from None
-        remedy = "correct or remove that key; docs/configuration.md lists all keys."
+        remedy = "correct or remove that key; docs/reference/configuration.md lists all keys."
         raise ConfigError(103, f"{path}: {where or 'file'}: {what}.", remedy) from None
 
 

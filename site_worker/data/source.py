@@ -121,7 +121,7 @@ def _masks(source: SourceSection, data: DataSection, task: TaskSection) -> str |
     elif moved := [name for name in data.augment if name != "contrast"]:
         what = f"run.toml: data.augment moves the images ({', '.join(moved)}), and their masks would not follow"
     if what:
-        raise ConfigError(103, f"{what}.", "see Segmentation in docs/data.md.")
+        raise ConfigError(103, f"{what}.", "see Segmentation in docs/reference/data.md.")
     return source.masks
 
 
