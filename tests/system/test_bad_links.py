@@ -47,7 +47,7 @@ EPOCHS = 8
 BACK_S = 30.0
 """Within half a minute of the line being back, a site is."""
 BERLIN = ZoneInfo("Europe/Berlin")
-DOWN = "blocked: the line to the broker is down"
+DOWN = "blocked: the connection to the broker is lost"
 
 
 def small_run(folder: Path, broker: str = "embedded:broker", store: str = "sqlite:run.db") -> Hospital:

@@ -324,7 +324,7 @@ def test_all_of_one_moment_is_restored_and_a_store_alone_is_not_replaced(
             file.unlink()
         before = sorted(checkpoints.iterdir())
         assert hospital.start("server").wait(60) == 1
-        assert "E510 Run store has forgotten the run" in hospital.logs()
+        assert "E510 Run store lost the run" in hospital.logs()
         assert sorted(checkpoints.iterdir()) == before
 
         # Everything goes on for a while on the restored files, and everything is lost at once; then it is restored.
