@@ -202,7 +202,7 @@ def test_an_outage_of_two_and_a_half_hours_over_the_end_of_a_shift(
         hospital.wait_for_steps(steps + 2, BACK_S)
         said = north.finish()
         hospital.wait_for_end()
-    assert [word for word in ("is down", "its shift", "for the broker") if word not in said] == []
+    assert [word for word in ("is lost", "its shift", "for the broker") if word not in said] == []
     assert hospital.models() == undisturbed
 
 
