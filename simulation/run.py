@@ -21,14 +21,14 @@ from nightsplit.shared.engine.engine import Engine
 from nightsplit.shared.engine.fencing import SoleWriter
 from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.engine.role import Role
-from nightsplit.shared.protocols.build import assemble_any
+from nightsplit.shared.protocols.build import build_model
 from nightsplit.shared.protocols.spec import spec_of
 from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.transport import Route
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.simulation.broker import MemoryBroker
-from nightsplit.simulation.evaluate import Judgement, judge
-from nightsplit.site_worker.data.dataset import Parts
+from nightsplit.simulation.evaluate import ModelFigures, judge
+from nightsplit.site_worker.data.dataset import Splits
 from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.role import SiteRole
 
@@ -46,18 +46,18 @@ class Simulation:
     """
 
     config: RunConfig
-    parts: Mapping[str, Parts]
+    splits: Mapping[str, Splits]
     server: AnyServer
     sites: Mapping[str, SiteRole]
     base: Path
 
-    def judgement(self, parts: Mapping[str, Parts] | None = None) -> Judgement:
-        """The best model on test patients: each site's own parts of it, the server's best weights.
+    def judgement(self, splits: Mapping[str, Splits] | None = None) -> ModelFigures:
+        """The best model on test patients: each site's own splits of it, the server's best weights.
 
         Args:
-            parts: whose test patients, where it is not the sites of the run.
+            splits: whose test patients, where it is not the sites of the run.
         """
-        modules = assemble_any(self.config, self.base).parts
+        modules = build_model(self.config, self.base).modules
 
         def predict(site: str, inputs: torch.Tensor) -> torch.Tensor:
             role = self.sites.get(site) or next(iter(self.sites.values()))
@@ -70,15 +70,15 @@ class Simulation:
                 flow = _forward(module, weights[name], flow)
             return flow
 
-        return judge(self.config, parts or self.parts, predict)
+        return judge(self.config, splits or self.splits, predict)
 
 
-def simulate(config: RunConfig, parts: Mapping[str, Parts], base: Path = Path()) -> Simulation:
+def simulate(config: RunConfig, splits: Mapping[str, Splits], base: Path = Path()) -> Simulation:
     """Train until the run is over.
 
     Args:
         config: the run, in strict order.
-        parts: scaled data by site.
+        splits: scaled data by site.
         base: folder of run.toml.
     """
     broker = MemoryBroker()
@@ -99,7 +99,7 @@ def simulate(config: RunConfig, parts: Mapping[str, Parts], base: Path = Path())
 
         server = make_server(config, Path(folder), base)
         sites = {
-            site: make_site(site, config, parts[site], site, base, ledger=Path(folder) / f"{site}.db")
+            site: make_site(site, config, splits[site], site, base, ledger=Path(folder) / f"{site}.db")
             for site in config.run.sites
         }
         engines = [engine(server, {site: Route(q.down, q.up, q.dead) for site, q in queues.items()})]
@@ -112,7 +112,7 @@ def simulate(config: RunConfig, parts: Mapping[str, Parts], base: Path = Path())
                 if one.finished:
                     one.leave()
                     engines.remove(one)
-    return Simulation(config, parts, server, sites, base)
+    return Simulation(config, splits, server, sites, base)
 
 
 def _forward(module: nn.Module, weights: Mapping[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:

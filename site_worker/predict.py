@@ -15,11 +15,11 @@ from nightsplit.shared.config.run import DataSection, TaskSection
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.learning.losses import standardise
 from nightsplit.shared.learning.metrics import Metrics, measure
-from nightsplit.shared.protocols.build import assemble_any
+from nightsplit.shared.protocols.build import build_model
 from nightsplit.shared.runtime.process import prepare_torch
 from nightsplit.site_worker.data.dataset import Dataset
 from nightsplit.site_worker.data.scaling import Scaling, scale
-from nightsplit.site_worker.data.source import load_dataset, read_parts
+from nightsplit.site_worker.data.source import load_dataset, read_splits
 from nightsplit.site_worker.rounds.trainer import ROWS_AT_A_TIME as ROWS_AT_A_TIME
 from nightsplit.site_worker.rounds.trainer import outputs_of
 from nightsplit.site_worker.worker import SiteWorker
@@ -74,7 +74,7 @@ def chosen(site: SiteWorker, data: Path | None) -> Dataset:
         DataError: the data cannot be read, or (409) are not those that the site was trained with.
     """
     config = site.run_config
-    parts = read_parts(site.source, config, site.base)
+    parts = read_splits(site.source, config, site.base)
     scaled = scale(parts, config.data)
     site.expect_same_data(scaled)
     if data is None:
@@ -86,7 +86,7 @@ def chosen(site: SiteWorker, data: Path | None) -> Dataset:
 def _load_model(site: SiteWorker, top: Path | None) -> nn.Module:
     """The parts, in the order of the forward pass, with the weights of the best model."""
     folder, config = site.model_folder, site.run_config
-    parts = assemble_any(config, site.run_folder).parts
+    parts = build_model(config, site.run_folder).modules
     first = next(iter(parts))
     if not (folder / f"{first}.safetensors").exists():
         what = f"{folder} has no {first}.safetensors: {config.run.id} has not finished at {site.config.name}."

@@ -13,12 +13,12 @@ from nightsplit.broker.topology import query_queues
 from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.errors import StateError
 from nightsplit.shared.he.ckks import PublicKeys
-from nightsplit.shared.he.sequences import circuit_of, rotations_of, steps_of
-from nightsplit.shared.he.weights import Numbers
-from nightsplit.shared.protocols.he_clstm import SPEC, fill, judge_of, stages_of
+from nightsplit.shared.he.sequences import parameters_for, rotations_of, steps_of
+from nightsplit.shared.he.weights import FloatArray
+from nightsplit.shared.protocols.he_clstm import SPEC, classifier_of, fill, stages_of
 from nightsplit.shared.protocols.query import CONTRACT, MOST_CHUNKS
 from nightsplit.shared.protocols.spec import Shapes
-from nightsplit.shared.runtime.process import StopSignal, own_folder, prepare_torch
+from nightsplit.shared.runtime.process import StopSignal, lock_folder, prepare_torch
 from nightsplit.shared.storage.files import write_atomic
 from nightsplit.shared.transport import Route
 from nightsplit.shared.wire.message import SERVER
@@ -27,7 +27,7 @@ from nightsplit.site_worker.predict import ROWS_AT_A_TIME, chosen
 from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
 from nightsplit.site_worker.query.client import QueryClient
 from nightsplit.site_worker.query.keys import SECRET, SecretKeys
-from nightsplit.site_worker.query.store import Queries
+from nightsplit.site_worker.query.store import QueryStore
 from nightsplit.site_worker.worker import SiteWorker
 
 PUBLIC = "public.keys"
@@ -37,7 +37,7 @@ WEIGHTS = ("bottom.safetensors", "model.safetensors")
 
 
 class QuerySiteWorker:
-    """Queries of one site. They are in `queries.db` of its state folder, beside its own pair of keys.
+    """QueryStore of one site. They are in `queries.db` of its state folder, beside its own pair of keys.
 
     Args:
         path: site.toml of the finished run.
@@ -54,13 +54,13 @@ class QuerySiteWorker:
         run = self.site.run_config
         check_policy(self.site.policy, run, SPEC.payloads(run, Shapes()), self.site.policy_file)
         self._front, last = stages_of(self.site.run_config)
-        self._judge = judge_of(last)
-        self.circuit = circuit_of(self._judge)
+        self._classifier = classifier_of(last)
+        self.ckks = parameters_for(self._classifier)
 
     @property
     def steps(self) -> int:
         """Messages of a query each way."""
-        return steps_of(self._judge)
+        return steps_of(self._classifier)
 
     @property
     def _keys(self) -> Path:
@@ -82,7 +82,7 @@ class QuerySiteWorker:
         """
         prepare_torch(self.site.config.threads, self.site.config.device)
         fill(self._front, self.site.model_folder, WEIGHTS)
-        with own_folder(self.site.state_folder):
+        with lock_folder(self.site.state_folder):
             dataset = chosen(self.site, data)
             features = self._features(dataset.inputs)
             with closing(self._queries()) as queries:
@@ -105,9 +105,9 @@ class QuerySiteWorker:
         limit = site.run_config.wire.message_bytes
         names = query_queues(run.id, site.config.name, site.run_config.wire.queue_bytes)
         route = Route(outgoing=names.up, incoming=names.down, dead=names.dead)
-        with own_folder(site.state_folder), closing(self._queries()) as queries:
+        with lock_folder(site.state_folder), closing(self._queries()) as queries:
             secret, public = self._own_keys()
-            role = HeClstmSite(self._judge, secret)
+            role = HeClstmSite(self._classifier, secret)
             broker = open_broker(site.config.broker, site.base, limit, site.credentials)
             while site.wait_for_shift():
                 link = site.link(broker, route, 2 * MOST_CHUNKS, idle_seconds)
@@ -128,7 +128,7 @@ class QuerySiteWorker:
         Raises:
             StateError: 512 queries are open, whose answers only the present keys can read.
         """
-        with own_folder(self.site.state_folder):
+        with lock_folder(self.site.state_folder):
             with closing(self._queries()) as queries:
                 waiting = len(queries.open())
             if waiting:
@@ -162,19 +162,19 @@ class QuerySiteWorker:
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _features(self, inputs: torch.Tensor) -> Numbers:
+    def _features(self, inputs: torch.Tensor) -> FloatArray:
         self._front.eval()
         with torch.no_grad():
             rows = [self._front(part) for part in torch.split(inputs, ROWS_AT_A_TIME)]
         return torch.cat(rows).double().numpy()
 
-    def _queries(self) -> Queries:
-        return Queries(self.site.state_folder / "queries.db")
+    def _queries(self) -> QueryStore:
+        return QueryStore(self.site.state_folder / "queries.db")
 
     def _own_keys(self) -> tuple[SecretKeys, PublicKeys]:
         path = self._keys / PUBLIC
         if path.exists():
-            return SecretKeys.read(self.circuit, self._keys), PublicKeys.of(path.read_bytes())
-        secret, public = SecretKeys.made(self.circuit, self._keys, rotations_of(self.circuit, self._judge))
+            return SecretKeys.read(self.ckks, self._keys), PublicKeys.of(path.read_bytes())
+        secret, public = SecretKeys.made(self.ckks, self._keys, rotations_of(self.ckks, self._classifier))
         write_atomic(path, public.content)
         return secret, public

@@ -11,7 +11,7 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Send, Spend
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.errors import TITLES, RunError, mismatch
-from nightsplit.shared.protocols.handshake import ANY, check_contract
+from nightsplit.shared.protocols.handshake import ANY, check_digest
 from nightsplit.shared.storage.checkpoint import Snapshot
 from nightsplit.shared.wire.message import SERVER, Kind, Message, Scalar
 from nightsplit.shared.wire.schema import Payload
@@ -70,7 +70,7 @@ class SiteRole(Role):
     @property
     @abstractmethod
     def samples(self) -> tuple[int, int, int]:
-        """Numbers of training, validation and test samples."""
+        """FloatArray of training, validation and test samples."""
 
     @abstractmethod
     def answer(self, message: Message) -> list[Effect]:
@@ -115,13 +115,13 @@ class SiteRole(Role):
         """Whether an epoch is the best, or may still turn out to be."""
         return epoch > self._judged or epoch == self.best
 
-    def heard(self, seq: int, judged: int) -> None:
+    def record_answer(self, seq: int, judged: int) -> None:
         """Count an answer, and the verdict that came with it."""
         self.answered, self._judged = seq, max(judged, self._judged)
 
     def _enrol(self, config: str, contract: str) -> list[Effect]:
         """Agree to the run as the server opened it, before anything of a patient is sent."""
-        if contract != self.config.contract:
+        if contract != self.config.digest:
             differences = _difference(config, self.config.canonical())
             remedy = "agree on one run.toml. Nothing of a patient was sent."
             raise RunError(601, f"{self.name} and the server have different run.toml files: {differences}.", remedy)
@@ -134,7 +134,7 @@ class SiteRole(Role):
         # Not even the numbers of patients' samples leave before site and server agree on the run.
         train, validation, test = self.samples if self._enrolled else (0, 0, 0)
         scalars: dict[str, Scalar] = {
-            "incarnation": self._incarnation, "contract": self.config.contract, "enrolled": self._enrolled,
+            "incarnation": self._incarnation, "contract": self.config.digest, "enrolled": self._enrolled,
             "train": train, "validation": validation, "test": test,
             "mark": self.answered, "released": self._released,
         }  # fmt: skip
@@ -157,7 +157,7 @@ class SiteRole(Role):
         """See `Role`; shapes add to it."""
         self._in_snapshot = self.answered
         facts: dict[str, Any] = {
-            "contract": self.config.contract, "next": self.resume(first_unconfirmed), "answered": self.answered,
+            "digest": self.config.digest, "next": self.resume(first_unconfirmed), "answered": self.answered,
             "finished": self.finished, "enrolled": self._enrolled, "released": self._released,
             "best": self.best, "judged": self._judged,
         }  # fmt: skip
@@ -166,7 +166,7 @@ class SiteRole(Role):
     def restore(self, snapshot: Snapshot) -> None:
         """See `Role`; shapes add to it."""
         facts = snapshot.facts
-        check_contract(facts["contract"], self.config, self.name)
+        check_digest(facts["digest"], self.config, self.name)
         self.next_seq, self.answered = facts["next"], facts["answered"]
         self.best, self._judged = facts["best"], facts["judged"]
         self.finished, self._enrolled, self._released = facts["finished"], facts["enrolled"], facts["released"]

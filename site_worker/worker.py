@@ -23,17 +23,17 @@ from nightsplit.shared.protocols.spec import sketch
 from nightsplit.shared.run_store.base import RunStore, Status
 from nightsplit.shared.run_store.status import Phase, WorkerStatus
 from nightsplit.shared.runtime.heartbeat import Heartbeat
-from nightsplit.shared.runtime.process import StopSignal, own_folder, prefetch_for, prepare_torch
-from nightsplit.shared.runtime.worker import Observer, ShiftWorker
+from nightsplit.shared.runtime.process import StopSignal, lock_folder, prefetch_for, prepare_torch
+from nightsplit.shared.runtime.worker import Observer, Worker
 from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.storage.files import make_private_folder, write_atomic
 from nightsplit.shared.storage.tensors import as_safetensors
 from nightsplit.shared.transport import Broker, Link, Route
 from nightsplit.shared.wire.message import SERVER, Kind
 from nightsplit.site_worker.config import SiteConfig
-from nightsplit.site_worker.data.dataset import Parts
+from nightsplit.site_worker.data.dataset import Splits
 from nightsplit.site_worker.data.scaling import scale
-from nightsplit.site_worker.data.source import read_parts
+from nightsplit.site_worker.data.source import read_splits
 from nightsplit.site_worker.policy import Gate, check_policy, read_policy
 from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.role import SiteRole
@@ -42,12 +42,12 @@ _DOWN = (Kind.CUT_GRADIENT, Kind.HEAD_INPUT, Kind.AVERAGE, Kind.MODEL)
 """Kinds that may be large on their way to a site."""
 
 
-class SiteWorker(ShiftWorker):
+class SiteWorker(Worker):
     """One site of one run.
 
     Args:
         path: its site.toml.
-        overrides, clock, stop, observe: see `ShiftWorker`.
+        overrides, clock, stop, observe: see `Worker`.
 
     Raises:
         ConfigError: a file is wrong, or the hospital's policy forbids the run (108).
@@ -88,9 +88,9 @@ class SiteWorker(ShiftWorker):
         """Where the site's part of the trained model goes."""
         return self.state_folder / "model"
 
-    def load_parts(self) -> Parts:
+    def load_splits(self) -> Splits:
         """The site's data: read, divided by patient, scaled. DataError says what is wrong with it."""
-        return scale(read_parts(self.source, self.run_config, self.base), self.run_config.data)
+        return scale(read_splits(self.source, self.run_config, self.base), self.run_config.data)
 
     def work(self, idle_seconds: float | None = None) -> bool:
         """Work shift after shift until the run is over.
@@ -106,34 +106,34 @@ class SiteWorker(ShiftWorker):
         """
         prepare_torch(self.config.threads, self.config.device)
         folder = self.state_folder
-        with own_folder(folder), self.telemetry(self.config.name, [self.config.name]):
-            parts = self.load_parts()
-            self.expect_same_data(parts)
-            check_policy(self.policy, self.run_config, sketch(self.run_config), self.policy_file, parts.counts)
+        with lock_folder(folder), self.telemetry(self.config.name, [self.config.name]):
+            splits = self.load_splits()
+            self.expect_same_data(splits)
+            check_policy(self.policy, self.run_config, sketch(self.run_config), self.policy_file, splits.counts)
             with Heartbeat(self.config.name, self.open_store, self._status, self._observe, self._look_for_server):
                 while self.wait_for_shift():
-                    finished = refusing_failures(partial(self._one_shift, folder, parts, idle_seconds))
+                    finished = refusing_failures(partial(self._one_shift, folder, splits, idle_seconds))
                     if finished or idle_seconds is not None:
                         return finished
         return False
 
-    def expect_same_data(self, parts: Parts) -> None:
-        """A run goes on with the data that it began with; `parts` as `load_parts` gives them."""
+    def expect_same_data(self, splits: Splits) -> None:
+        """A run goes on with the data that it began with; `splits` as `load_splits` gives them."""
         path = self.state_folder / "data.sha256"
-        fingerprints = " ".join(part.fingerprint for part in (parts.train, parts.validation, parts.test))
+        fingerprints = " ".join(part.fingerprint for part in (splits.train, splits.validation, splits.test))
         if not path.exists():
             write_atomic(path, fingerprints.encode("ascii"))
         for part, known in zip(
-            (parts.train, parts.validation, parts.test), path.read_text("ascii").split(), strict=True
+            (splits.train, splits.validation, splits.test), path.read_text("ascii").split(), strict=True
         ):
             part.expect(known)
 
     def _one_shift(
-        self, folder: Path, parts: Parts, idle_seconds: float | None, failures: Mapping[str, Refused]
+        self, folder: Path, splits: Splits, idle_seconds: float | None, failures: Mapping[str, Refused]
     ) -> bool:
         config = self.run_config
         role = make_site(
-            self.config.name, config, parts, uuid.uuid4().hex, self.run_folder, self.config.device,
+            self.config.name, config, splits, uuid.uuid4().hex, self.run_folder, self.config.device,
             self.base / self.config.ledger, self.policy.max_epsilon,
         )  # fmt: skip
         self._role = role

@@ -44,7 +44,7 @@ from nightsplit.shared.storage.files import write_atomic
 
 BEGIN = "<!-- figures: written by benchmarks/accuracy/federated.py -->"
 SEEDS = 3
-"""From 1; each gives another split into parts, another division, other first weights and another order."""
+"""From 1; each gives another split into splits, another division, other first weights and another order."""
 QUARTER = 0.25
 WITHIN, TRANSFER_GAIN, BEST = 1.0, 3.0, 0.90
 """Aims of fedavg_transfer: points below centralized, points above scratch at 25 % of the labels, best AUC."""
@@ -73,7 +73,7 @@ class Done:
         """Train, unless the same was trained before."""
         job = self._at(job, seed)
         config, _ = self._study.prepare(job)
-        key = f"{config.contract} {job.system}, {job.division}, labels {job.labels}"
+        key = f"{config.digest} {job.system}, {job.division}, labels {job.labels}"
         if key not in self._kept:
             self._kept[key] = self._study.carry_out(job)
             write_atomic(self._path, (json.dumps(self._kept, indent=1) + "\n").encode())

@@ -1,4 +1,4 @@
-"""How well networks judge sequences that can also be evaluated encrypted (`he_clstm`), beside simple baselines.
+"""How well networks classify sequences that can also be evaluated encrypted (`he_clstm`), beside simple baselines.
 
     python -m benchmarks.accuracy.sequences              all tables (about 35 minutes of one core)
     python -m benchmarks.accuracy.sequences --write      and put them into docs/reference/results.md
@@ -61,7 +61,7 @@ SETTINGS = {"refresh, slots": (Job(), "slots"), "one_shot, batch": (Job(network=
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Test figures of networks that judge sequences.")
+    parser = argparse.ArgumentParser(description="Test figures of networks that classifier sequences.")
     parser.add_argument("--quick", action="store_true", help="one seed, a single pass: shows that it works")
     parser.add_argument("--case", choices=CASES, action="append", help="this case alone (may be repeated)")
     parser.add_argument(

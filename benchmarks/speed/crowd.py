@@ -24,7 +24,7 @@ from nightsplit.shared.runtime.process import prefetch_for, prepare_torch
 from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.transport import Route
 from nightsplit.shared.wire.message import SERVER
-from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.dataset import Dataset, Splits
 from nightsplit.site_worker.protocols import make_site
 
 INPUTS, WIDTH, BATCH = 16, 64, 32
@@ -94,7 +94,7 @@ class LightSite:
         train = Dataset(inputs, (inputs[:, 0] > 0).float(), tuple(map(str, range(len(inputs)))))
         nobody = train.select([])
         queues = site_queues(config.run.id, name, config.wire.queue_bytes)
-        self.role = make_site(name, config, Parts(train, nobody, nobody), name, Path())
+        self.role = make_site(name, config, Splits(train, nobody, nobody), name, Path())
         self.link = RabbitBroker(url).link([queues.down], prefetch_for(MESSAGE_BYTES), name)
         routes = {SERVER: Route(queues.up, queues.down, queues.dead)}
         mailbox = Mailbox(config.run.id, name, self.link, routes, self.role.payload, config.wire.message_bytes)

@@ -45,7 +45,7 @@ from nightsplit.shared.runtime.process import prefetch_for, prepare_torch
 from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.transport import Broker, Delivery, Event, Link, Queue, Route
 from nightsplit.shared.wire.message import SERVER
-from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.dataset import Dataset, Splits
 from nightsplit.site_worker.protocols import make_site
 
 SITES = ("north", "south", "east", "west")
@@ -162,7 +162,7 @@ def take_part(line: Connection, place: Place, run: str, rounds: int, folder: Pat
     nobody = one.select([])
     engines, links = [], []
     for site, queues in _queues(run).items():
-        role = make_site(site, config, Parts(one, nobody, nobody), site, folder)
+        role = make_site(site, config, Splits(one, nobody, nobody), site, folder)
         link = place.broker().link([queues.down], prefetch_for(8 * MiB), site)
         routes = {SERVER: Route(queues.up, queues.down, queues.dead)}
         mailbox = Mailbox(run, site, link, routes, role.payload, config.wire.message_bytes)
@@ -238,7 +238,7 @@ def main() -> None:
             results.console.print(f"round {number + 1}:")
             results.round("overhead", partial(overhead, place, 4 if options.quick else 12))
             results.round("combine", partial(combined, UPDATES, WEIGHTS // (10 if options.quick else 1)))
-    results.finish("Rounds", options.json)
+    results.finish("WholeModel", options.json)
 
 
 if __name__ == "__main__":

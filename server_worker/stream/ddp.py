@@ -149,7 +149,7 @@ class DividedTop(StoredTop):
         self._group = group
         self._parallel: DistributedDataParallel | None = None
 
-    def learn_stored(self, rows: Sequence[Row], seed: int) -> float:
+    def train_stored(self, rows: Sequence[Row], seed: int) -> float:
         """Rank 0: see `StoredTop`."""
         if self._parallel is None:
             self._group.say(STATE, save({name: tensor.contiguous() for name, tensor in self.state().items()}))

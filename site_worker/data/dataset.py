@@ -59,7 +59,7 @@ class Dataset:
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
+class Splits:
     """A dataset divided by patient; a part whose share is 0 is empty."""
 
     train: Dataset

@@ -13,7 +13,7 @@ import torch
 
 from nightsplit.shared.config.run import DataSection
 from nightsplit.shared.errors import ConfigError
-from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.dataset import Dataset, Splits
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +59,10 @@ class Scaling:
         return Dataset((filled - self.mean) / self.spread, dataset.targets, dataset.patients)
 
 
-def scale(parts: Parts, data: DataSection) -> Parts:
-    """All parts, scaled as the training part asks for."""
-    scaling = Scaling.fit(parts.train, data)
-    return Parts(scaling.apply(parts.train), scaling.apply(parts.validation), scaling.apply(parts.test))
+def scale(splits: Splits, data: DataSection) -> Splits:
+    """All splits, scaled as the training part asks for."""
+    scaling = Scaling.fit(splits.train, data)
+    return Splits(scaling.apply(splits.train), scaling.apply(splits.validation), scaling.apply(splits.test))
 
 
 def _moments(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

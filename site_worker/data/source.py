@@ -13,7 +13,7 @@ from pathlib import Path
 from nightsplit.shared.config.run import DataSection, RunConfig, TaskSection
 from nightsplit.shared.errors import ConfigError, DataError
 from nightsplit.site_worker.config import SourceSection
-from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.dataset import Dataset, Splits
 from nightsplit.site_worker.data.labels import class_numbers, read_targets
 from nightsplit.site_worker.data.public import how_to_get
 from nightsplit.site_worker.data.readers.arrays import open_arrays
@@ -26,7 +26,7 @@ from nightsplit.site_worker.data.split import shuffled, split
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 
 
-def read_parts(source: SourceSection, run: RunConfig, base: Path) -> Parts:
+def read_splits(source: SourceSection, run: RunConfig, base: Path) -> Splits:
     """A site's data, read and divided by patient as the run asks for; not scaled. Raises as what it calls."""
     dataset = load_dataset(source, run.data, run.task, base)
     return split(dataset, run.task, run.data.validation, run.data.test, run.run.seed)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from nightsplit.shared.config.run import TaskSection
 from nightsplit.shared.errors import DataError
-from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.dataset import Dataset, Splits
 
 
 def shuffled(patients: Iterable[str], seed: int | str) -> list[str]:
@@ -18,7 +18,7 @@ def shuffled(patients: Iterable[str], seed: int | str) -> list[str]:
     return sorted(set(patients), key=lambda name: (hashlib.sha256(f"{seed}/{name}".encode()).digest(), name))
 
 
-def split(dataset: Dataset, task: TaskSection, validation: float, test: float, seed: int) -> Parts:
+def split(dataset: Dataset, task: TaskSection, validation: float, test: float, seed: int) -> Splits:
     """Divide a dataset by patient; the rows of a patient stay together, in the dataset's order.
 
     For classification each part gets the classes in the proportion of the whole as far as whole
@@ -35,7 +35,7 @@ def split(dataset: Dataset, task: TaskSection, validation: float, test: float, s
     patients, held_out = sum(sizes), (validation > 0) + (test > 0)
     needed = max(1, len(strata)) + held_out
     if patients < needed:
-        whom = f"{needed - held_out} for training (one per class), one for each of {held_out} held-out parts"
+        whom = f"{needed - held_out} for training (one per class), one for each of {held_out} held-out splits"
         what = f"the site has {patients} of the {needed} patients needed: {whom}."
         raise DataError(405, what, "add patients, or set data.validation or data.test to 0 in run.toml.")
     room = patients - len(strata)
@@ -52,10 +52,10 @@ def split(dataset: Dataset, task: TaskSection, validation: float, test: float, s
     def rows_of(part: str) -> list[int]:
         return [row for row, patient in enumerate(dataset.patients) if part_of[patient] == part]
 
-    parts = Parts(*(dataset.select(rows_of(part)) for part in ("train", "validation", "test")))
+    splits = Splits(*(dataset.select(rows_of(part)) for part in ("train", "validation", "test")))
     if _has_classes(task):
-        _check_classes(parts.train)
-    return parts
+        _check_classes(splits.train)
+    return splits
 
 
 def _has_classes(task: TaskSection) -> bool:

@@ -8,9 +8,9 @@ from torch import nn
 from nightsplit.shared.config.run import PrivacySection, RunConfig
 from nightsplit.shared.engine.effects import Spend
 from nightsplit.shared.protocols.rounds import Work, most_updates
-from nightsplit.site_worker.data.dataset import Parts
+from nightsplit.site_worker.data.dataset import Splits
 from nightsplit.site_worker.privacy.accounting import Use, noise_for
-from nightsplit.site_worker.privacy.batches import PrivateFeed
+from nightsplit.site_worker.privacy.batches import PrivateBatches
 from nightsplit.site_worker.privacy.ledger import Ledger
 from nightsplit.site_worker.privacy.trainer import PrivateTrainer
 
@@ -32,36 +32,36 @@ class Account:
         self.ledger.close()
 
 
-class PrivatePart(NamedTuple):
-    """What a site needs in place of `Trainer` and `RoundFeed`."""
+class PrivateSplit(NamedTuple):
+    """What a site needs in place of `Trainer` and `RoundBatches`."""
 
     trainer: PrivateTrainer
-    feed: PrivateFeed
+    batches: PrivateBatches
     account: Account
 
 
 def take_part(
-    config: RunConfig, privacy: PrivacySection, site: str, parts: Parts,
+    config: RunConfig, privacy: PrivacySection, site: str, splits: Splits,
     module: nn.Module, device: str, ledger: Path, most: float | None,
-) -> PrivatePart:  # fmt: skip
+) -> PrivateSplit:  # fmt: skip
     """Enter a private run in the ledger, and make what trains in it.
 
     Sites have different numbers of records, so each computes the noise that keeps its own records within
     privacy.epsilon over all the steps that it may take in the run.
 
-    `privacy` is that of `config`, `parts` the site's scaled data, `ledger` a file, `most` policy.toml's max_epsilon.
+    `privacy` is that of `config`, `splits` the site's scaled data, `ledger` a file, `most` policy.toml's max_epsilon.
 
     Raises:
         RunError: 610 the model mixes records; 611, 612, 613 as `Ledger.begin`.
     """
-    records = len(parts.train)
+    records = len(splits.train)
     rate = min(1.0, config.run.batch_size / records)
     steps = most_updates(config) * Work.of(config, records).batches
     use = Use(rate, noise_for(privacy.epsilon, privacy.delta, rate, steps), steps)
     book = Ledger(ledger)
-    identity = f"{config.contract} {site} {parts.train.fingerprint}"
-    entry = book.begin(config.run.id, identity, use, privacy.delta, parts.train.patients, most)
+    identity = f"{config.digest} {site} {splits.train.fingerprint}"
+    entry = book.begin(config.run.id, identity, use, privacy.delta, splits.train.patients, most)
     secret = book.secret.derive("run", config.run.id, identity)
     # The entry's noise, and not the one just computed: another version of dp-accounting may round otherwise.
     trainer = PrivateTrainer(module, config, device, privacy, secret, entry.use.sigma, rate * records)
-    return PrivatePart(trainer, PrivateFeed(config, site, parts, secret, rate), Account(book, config.run.id, most))
+    return PrivateSplit(trainer, PrivateBatches(config, site, splits, secret, rate), Account(book, config.run.id, most))

@@ -16,7 +16,7 @@ from nightsplit.site_worker.rounds.trainer import Trainer
 
 
 class PrivateTrainer(Trainer):
-    """Trains with noise, on batches that `PrivateFeed` has sampled.
+    """Trains with noise, on batches that `PrivateBatches` has sampled.
 
     Gradients of single records come from Opacus' hooks (Yousefpour et al., arXiv 2109.12298). The hooks keep
     the inputs of each layer on a stack, so that two forwards before a backward would give wrong gradients

@@ -21,7 +21,7 @@ class DataVectorsSite(RoundSite):
         texts, statistics = [], []
         for scale in SCALES:
             self.trainer.load(self.layout.weights(self.published + scale * (self.base - self.published)))
-            self.trainer.measure_statistics(self.feed.train.inputs)
+            self.trainer.measure_statistics(self.batches.train.inputs)
             statistics.append(self.layout.vector(self.trainer.weights())[self.layout.statistics])
             texts.append(self.judge())
         if self.layout.statistics.any():
@@ -40,7 +40,7 @@ class DataVectorsSite(RoundSite):
         """See `SiteRole`; statistics that stay local are measured for the merged model."""
         self.trainer.load(super().model()["model"])
         if not self.layout.buffers:
-            self.trainer.measure_statistics(self.feed.train.inputs)
+            self.trainer.measure_statistics(self.batches.train.inputs)
         return super().model()
 
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:

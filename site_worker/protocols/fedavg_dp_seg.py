@@ -4,7 +4,7 @@ from nightsplit.site_worker.protocols.fedavg_transfer import FedavgTransferSite
 
 
 class FedavgDpSegSite(FedavgTransferSite):
-    """The same half, with the trainer, the batches and the account of a `PrivatePart`."""
+    """The same half, with the trainer, the batches and the account of a `PrivateSplit`."""
 
 
 ROLE = FedavgDpSegSite

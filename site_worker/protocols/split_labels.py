@@ -11,11 +11,11 @@ class SplitLabelsSite(StreamSite):
 
     def content(self, item: Item) -> Send:
         """See `StreamSite`."""
-        return self.send(item, Kind.SMASHED, {"smashed": self.forward(item), "targets": self.feed.targets(item)})
+        return self.send(item, Kind.SMASHED, {"smashed": self.forward(item), "targets": self.batches.targets(item)})
 
     def take(self, item: Item, message: Message) -> None:
         """See `StreamSite`."""
-        self.learn(item, message.tensors["gradient"])
+        self.apply_gradient(item, message.tensors["gradient"])
 
 
 ROLE = SplitLabelsSite

@@ -13,15 +13,15 @@ from nightsplit.shared.learning.losses import loss_of
 from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.learning.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
 from nightsplit.shared.learning.seeds import seeded
-from nightsplit.shared.protocols.build import Assembly
+from nightsplit.shared.protocols.build import SplitModel
 from nightsplit.shared.protocols.plan import Item, Purpose
 from nightsplit.shared.protocols.report import NO_FIGURES, encode_report
 from nightsplit.shared.protocols.stream import Slot
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Kind, Message
 from nightsplit.shared.wire.schema import Payload
-from nightsplit.site_worker.data.dataset import Parts
-from nightsplit.site_worker.stream.batches import Feed
+from nightsplit.site_worker.data.dataset import Splits
+from nightsplit.site_worker.stream.batches import StreamBatches
 from nightsplit.site_worker.stream.bottom import Bottom
 from nightsplit.site_worker.stream.role import StreamSite
 
@@ -34,13 +34,13 @@ class SplitUSite(StreamSite):
         name: str,
         config: RunConfig,
         bottom: Bottom,
-        feed: Feed,
+        batches: StreamBatches,
         contract: Mapping[Kind, Payload],
         incarnation: str,
         head: nn.Module,
         device: str,
     ) -> None:
-        super().__init__(name, config, bottom, feed, contract, incarnation)
+        super().__init__(name, config, bottom, batches, contract, incarnation)
         self.head = head.to(device)
         self._device = device
         self._optimizer = make_optimizer(config.optimizer, head.parameters())
@@ -54,11 +54,13 @@ class SplitUSite(StreamSite):
         """The head that each epoch was evaluated with, while that epoch may still be the best."""
 
     @classmethod
-    def make(cls, name: str, config: RunConfig, model: Assembly, parts: Parts, incarnation: str, device: str) -> Self:
+    def make(
+        cls, name: str, config: RunConfig, model: SplitModel, splits: Splits, incarnation: str, device: str
+    ) -> Self:
         """See `StreamSite`."""
-        bottom, head = Bottom(model.halves.bottom, config.optimizer, device), model.halves.head
+        bottom, head = Bottom(model.parts.bottom, config.optimizer, device), model.parts.head
         assert head is not None
-        return cls(name, config, bottom, Feed(config, name, parts), model.contract, incarnation, head, device)
+        return cls(name, config, bottom, StreamBatches(config, name, splits), model.contract, incarnation, head, device)
 
     def model(self) -> dict[str, dict[str, torch.Tensor]]:
         """See `SiteRole`."""
@@ -77,7 +79,7 @@ class SplitUSite(StreamSite):
     def take(self, item: Item, message: Message) -> None:
         """See `StreamSite`: the head's turn, or the gradient at the cut."""
         if message.header.kind is Kind.CUT_GRADIENT:
-            self.learn(item, message.tensors["gradient"])
+            self.apply_gradient(item, message.tensors["gradient"])
             return
         activations = message.tensors["activations"]
         if item.purpose is Purpose.TRAIN:
@@ -103,8 +105,8 @@ class SplitUSite(StreamSite):
         inputs = activations.to(self._device, copy=True).requires_grad_()
         self.head.train()
         with buffers_kept(self.head):
-            with seeded(self.feed.seed("head", item), self._device):
-                loss = loss_of(self.config.task, self.head(inputs), self.feed.targets(item).to(self._device))
+            with seeded(self.batches.seed("head", item), self._device):
+                loss = loss_of(self.config.task, self.head(inputs), self.batches.targets(item).to(self._device))
             self._optimizer.zero_grad()
             torch.autograd.backward(loss)
             assert inputs.grad is not None
@@ -115,11 +117,11 @@ class SplitUSite(StreamSite):
     def _judge(self) -> str:
         """The figures of the block that just ended, as JSON."""
         figures = {}
-        evaluated = [self.feed.plan.item(q) for q in sorted(self._outputs)]
+        evaluated = [self.batches.plan.item(q) for q in sorted(self._outputs)]
         for part in (Purpose.VALIDATION, Purpose.TEST):
             if items := [item for item in evaluated if item.purpose is part]:
                 outputs = torch.cat([self._outputs[item.number] for item in items])
-                targets = torch.cat([self.feed.targets(item) for item in items])
+                targets = torch.cat([self.batches.targets(item) for item in items])
                 figures[part.value] = measure(self.config.task, self.config.data, outputs, targets)
         self._outputs.clear()
         return encode_report(self.config.task, figures)

@@ -18,19 +18,19 @@ from nightsplit.shared.protocols.query import BLINDED_ELSEWHERE, KEYS_UNKNOWN, P
 from nightsplit.shared.transport import Confirmed, Delivery
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.site_worker.query.role import QueryRole
-from nightsplit.site_worker.query.store import Place, Queries, Query
+from nightsplit.site_worker.query.store import OpenQuery, Query, QueryStore
 
 POLL_S = 0.5
 """How long it waits for a message before it looks whether it should leave."""
 MOST_LEAVING = 2
-"""Queries that are on their way to the broker at the same time: more would only fill the memory."""
+"""QueryStore that are on their way to the broker at the same time: more would only fill the memory."""
 _OF_KEYS = (0, 0)
 
 
 class QueryClient:
     """Sends the queries of one site, and collects their answers; the only route of its mailbox is to the server."""
 
-    def __init__(self, mailbox: Mailbox, role: QueryRole, keys: PublicKeys, queries: Queries) -> None:
+    def __init__(self, mailbox: Mailbox, role: QueryRole, keys: PublicKeys, queries: QueryStore) -> None:
         self._mailbox, self._role, self._public, self._queries = mailbox, role, keys, queries
         self._parcels = Parcels()
         self._held: defaultdict[tuple[int, int], list[Delivery]] = defaultdict(list)
@@ -66,7 +66,7 @@ class QueryClient:
 
     # -- what leaves -------------------------------------------------------------------------------
 
-    def _send_due(self, waiting: Sequence[Place]) -> None:
+    def _send_due(self, waiting: Sequence[OpenQuery]) -> None:
         for place in waiting:
             if place.sent or self._leaving[place.number, place.step]:
                 continue

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from nightsplit.shared.he.weights import Numbers
+from nightsplit.shared.he.weights import FloatArray
 from nightsplit.site_worker.query.store import Query
 
 
@@ -22,11 +22,11 @@ class QueryRole(ABC):
         """Encrypt the query's present step."""
 
     @abstractmethod
-    def state(self, query: Query, pieces: Sequence[bytes]) -> Numbers:
+    def state(self, query: Query, pieces: Sequence[bytes]) -> FloatArray:
         """Return what the server needs back, blinded by it: h, c and votes, float64; raises as `logits`."""
 
     @abstractmethod
-    def logits(self, query: Query, pieces: Sequence[bytes]) -> Numbers:
+    def logits(self, query: Query, pieces: Sequence[bytes]) -> FloatArray:
         """Return the scores of the sequences, float64 (n,).
 
         Raises:

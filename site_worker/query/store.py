@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nightsplit.shared.errors import StateError
-from nightsplit.shared.he.weights import Numbers
+from nightsplit.shared.he.weights import FloatArray
 from nightsplit.shared.storage.sqlite import explain, open_database, transaction
 
 _SCHEMA = """
@@ -60,16 +60,16 @@ class Query:
     keys: str
     packing: str
     origins: tuple[Origin, ...]
-    features: Numbers
+    features: FloatArray
     step: int
     sent: bool
-    state: Numbers | None
+    state: FloatArray | None
     blinding: str
-    logits: Numbers | None
+    logits: FloatArray | None
     refusal: str | None
 
 
-class Place(NamedTuple):
+class OpenQuery(NamedTuple):
     """Where an open query is; attributes as of `Query`."""
 
     number: int
@@ -77,7 +77,7 @@ class Place(NamedTuple):
     sent: bool
 
 
-class Queries:
+class QueryStore:
     """The queries of one site and run, in a SQLite file; StateError 501 where that cannot be used."""
 
     def __init__(self, path: Path) -> None:
@@ -89,7 +89,7 @@ class Queries:
         """Release the file."""
         self._rows.close()
 
-    def submit(self, patients: Sequence[str], features: Numbers) -> None:
+    def submit(self, patients: Sequence[str], features: FloatArray) -> None:
         """Take sequences in, float64 (n, frames, features)."""
         with self._trouble(), transaction(self._rows):
             self._rows.execute(
@@ -127,13 +127,13 @@ class Queries:
             rows = self._rows.execute("SELECT patients FROM submission").fetchall()
         return sum(len(json.loads(patients)) for (patients,) in rows)
 
-    def open(self) -> list[Place]:
-        """Queries to which an answer may come, in the order of their numbers."""
+    def open(self) -> list[OpenQuery]:
+        """QueryStore to which an answer may come, in the order of their numbers."""
         with self._trouble():
             rows = self._rows.execute(
                 "SELECT number, step, sent FROM query WHERE logits IS NULL AND refusal IS NULL ORDER BY number"
             ).fetchall()
-        return [Place(number, step, bool(sent)) for number, step, sent in rows]
+        return [OpenQuery(number, step, bool(sent)) for number, step, sent in rows]
 
     def get(self, number: int) -> Query:
         """The query of that number, which there is."""
@@ -167,7 +167,7 @@ class Queries:
         with self._trouble(), transaction(self._rows):
             self._rows.execute("UPDATE query SET sent = 1 WHERE number = ? AND step = ?", (number, step))
 
-    def advance(self, number: int, step: int, state: Numbers, blinding: str) -> None:
+    def advance(self, number: int, step: int, state: FloatArray, blinding: str) -> None:
         """The next step may be sent."""
         self._set(number, step=step, sent=False, state=state.tobytes(), width=state.shape[1], blinding=blinding)
 
@@ -175,7 +175,7 @@ class Queries:
         """No server can go on with it."""
         self._set(number, step=0, sent=False, state=None, blinding="")
 
-    def answered(self, number: int, logits: Numbers) -> None:
+    def answered(self, number: int, logits: FloatArray) -> None:
         """The scores are there."""
         self._set(number, logits=logits.tobytes(), state=None)
 
@@ -206,5 +206,5 @@ def _query(row: Sequence[Any]) -> Query:
     return Query(number, keys, packing, whose, asked, step, bool(sent), blinded, blinding, scores, refusal)
 
 
-def _array(content: bytes, shape: str) -> Numbers:
+def _array(content: bytes, shape: str) -> FloatArray:
     return np.frombuffer(content).reshape(json.loads(shape))

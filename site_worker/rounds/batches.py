@@ -12,15 +12,15 @@ from nightsplit.shared.learning.seeds import seed_for
 from nightsplit.shared.protocols.plan import Purpose
 from nightsplit.shared.protocols.rounds import Work
 from nightsplit.site_worker.data.augment import augment
-from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.dataset import Dataset, Splits
 
 
-class RoundFeed:
-    """The batches of one site, numbered from 0 over all its rounds; `parts` is its scaled data."""
+class RoundBatches:
+    """The batches of one site, numbered from 0 over all its rounds; `splits` is its scaled data."""
 
-    def __init__(self, config: RunConfig, site: str, parts: Parts) -> None:
-        self.train = parts.train
-        self.held_out: Mapping[Purpose, Dataset] = {Purpose.VALIDATION: parts.validation, Purpose.TEST: parts.test}
+    def __init__(self, config: RunConfig, site: str, splits: Splits) -> None:
+        self.train = splits.train
+        self.held_out: Mapping[Purpose, Dataset] = {Purpose.VALIDATION: splits.validation, Purpose.TEST: splits.test}
         self.config = config
         self._site = site
         self._shuffled = lru_cache(maxsize=2)(self._shuffle)

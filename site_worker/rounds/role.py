@@ -9,13 +9,13 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Record, Send, Spend
 from nightsplit.shared.errors import Refused, RunError, mismatch
 from nightsplit.shared.learning.metrics import measure
-from nightsplit.shared.protocols.build import Rounds
+from nightsplit.shared.protocols.build import WholeModel
 from nightsplit.shared.protocols.report import NO_FIGURES, encode_report
-from nightsplit.shared.protocols.rounds import LARGEST, RoundSequence, Work, check_size, check_slice, is_judged
+from nightsplit.shared.protocols.rounds import LARGEST, RoundSequence, Work, check_size, check_slice, is_evaluated
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.site_worker.role import Account, SiteRole
-from nightsplit.site_worker.rounds.batches import RoundFeed
+from nightsplit.site_worker.rounds.batches import RoundBatches
 from nightsplit.site_worker.rounds.trainer import Trainer, diverged
 
 
@@ -27,16 +27,16 @@ class RoundSite(SiteRole):
     """
 
     def __init__(
-        self, name: str, config: RunConfig, rounds: Rounds, trainer: Trainer, feed: RoundFeed, incarnation: str,
-        account: Account | None = None,
+        self, name: str, config: RunConfig, model: WholeModel, trainer: Trainer, batches: RoundBatches,
+        incarnation: str, account: Account | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(name, config, rounds.contract, incarnation)
-        self.layout = layout = rounds.layout
+        super().__init__(name, config, model.contract, incarnation)
+        self.layout = layout = model.layout
         self.trainer = trainer
-        self.feed = feed
+        self.batches = batches
         self.account = account
-        self.work = Work.of(config, len(feed.train))
-        self.sequence = RoundSequence.of(config, len(feed.train), layout)
+        self.work = Work.of(config, len(batches.train))
+        self.sequence = RoundSequence.of(config, len(batches.train), layout)
         self.trained = 0
         """Training batches so far, over all rounds."""
         self.base = layout.vector(trainer.weights())
@@ -71,8 +71,8 @@ class RoundSite(SiteRole):
     @property
     def samples(self) -> tuple[int, int, int]:
         """See `SiteRole`."""
-        validation, test = map(len, self.feed.held_out.values())
-        return len(self.feed.train), validation, test
+        validation, test = map(len, self.batches.held_out.values())
+        return len(self.batches.train), validation, test
 
     def model(self) -> dict[str, dict[str, torch.Tensor]]:
         """See `SiteRole`: the whole model but for counters; what does not travel is the site's own."""
@@ -98,7 +98,7 @@ class RoundSite(SiteRole):
         if self.answered // self.layout.slices < self._made:
             return []  # the model that answers the last update is not here
         if self._made + 1 not in self._figures:
-            self._figures[self._made + 1] = self._judge_if_due()
+            self._figures[self._made + 1] = self._evaluate_if_due()
             return [self._worked()]
         if self._is_final:
             if self.next_seq > self._made * self.layout.slices + 1:
@@ -176,7 +176,7 @@ class RoundSite(SiteRole):
         weights = self.layout.weights(vector)
         check_size(message, self.layout.vector(weights))
         size = self.config.run.batch_size
-        inputs = torch.cat([dataset.inputs[:size] for dataset in self.feed.held_out.values()])
+        inputs = torch.cat([dataset.inputs[:size] for dataset in self.batches.held_out.values()])
         if len(inputs) and not self.trainer.predict_with(weights, inputs).isfinite().all():
             remedy = f"{self.name} keeps the model it had; look at what the other sites send, or lower optimizer.lr."
             raise Refused(312, f"the model of {message.header.message_id} gives values that are not finite.", remedy)
@@ -189,7 +189,7 @@ class RoundSite(SiteRole):
             self._under_way = [header.kind.value, header.version]
         if values is not None:
             self._arriving.append(values)
-        self.heard(header.seq, judged)
+        self.record_answer(header.seq, judged)
         if number < self.layout.slices:
             return []
         slices, self._arriving = self._arriving, []
@@ -208,9 +208,9 @@ class RoundSite(SiteRole):
 
     def _train(self) -> None:
         k = self.trained
-        inputs, targets = self.feed.batch(k)
+        inputs, targets = self.batches.batch(k)
         try:
-            self.trainer.step(inputs, targets, self.feed.seed("trainer", k), self.feed.rate(k))
+            self.trainer.step(inputs, targets, self.batches.seed("trainer", k), self.batches.rate(k))
         except RunError as error:
             raise self._located(error) from None
         self.trained += 1
@@ -235,9 +235,9 @@ class RoundSite(SiteRole):
         if self._unread:
             return NO_FIGURES
         figures = {}
-        for part, dataset in self.feed.held_out.items():
+        for part, dataset in self.batches.held_out.items():
             if len(dataset):
-                outputs, targets = self.trainer.predict(dataset.inputs), self.feed.targets(dataset)
+                outputs, targets = self.trainer.predict(dataset.inputs), self.batches.targets(dataset)
                 figures[part.value] = measure(self.config.task, self.config.data, outputs, targets, dataset.patients)
         return encode_report(self.config.task, figures)
 
@@ -249,10 +249,10 @@ class RoundSite(SiteRole):
         """What goes with the report."""
         return {}
 
-    def _judge_if_due(self) -> str:
+    def _evaluate_if_due(self) -> str:
         if self._is_final:
             return self.judge_final()
-        return self.judge() if is_judged(self.config, self._version) else NO_FIGURES
+        return self.judge() if is_evaluated(self.config, self._version) else NO_FIGURES
 
     def _worked(self) -> Record:
         return Record({"event": "local", "step": self.trained})

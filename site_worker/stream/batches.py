@@ -10,24 +10,24 @@ from nightsplit.shared.learning.seeds import seed_for
 from nightsplit.shared.protocols.plan import Item, Plan, Purpose
 from nightsplit.shared.protocols.spec import spec_of
 from nightsplit.site_worker.data.augment import augment
-from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.dataset import Dataset, Splits
 
 
-class Feed:
+class StreamBatches:
     """The batches of one site.
 
     Args:
         config: the run.
         site: the site's name.
-        parts: its scaled data, divided by patient.
+        splits: its scaled data, divided by patient.
     """
 
-    def __init__(self, config: RunConfig, site: str, parts: Parts) -> None:
-        self.plan = Plan.of(config, len(parts.train), len(parts.validation), len(parts.test))
+    def __init__(self, config: RunConfig, site: str, splits: Splits) -> None:
+        self.plan = Plan.of(config, len(splits.train), len(splits.validation), len(splits.test))
         self._config = config
         self._site = site
         self._parts: dict[Purpose, Dataset] = {
-            Purpose.TRAIN: parts.train, Purpose.VALIDATION: parts.validation, Purpose.TEST: parts.test,
+            Purpose.TRAIN: splits.train, Purpose.VALIDATION: splits.validation, Purpose.TEST: splits.test,
         }  # fmt: skip
         self._shuffled = lru_cache(maxsize=4)(self._shuffle)
 

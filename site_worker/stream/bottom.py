@@ -64,7 +64,7 @@ class Bottom:
             self._graphs[item.number] = outputs, parameters
         return outputs.detach().cpu()
 
-    def learn(self, item: Item, inputs: torch.Tensor, seed: int, gradient: torch.Tensor) -> None:
+    def apply_gradient(self, item: Item, inputs: torch.Tensor, seed: int, gradient: torch.Tensor) -> None:
         """Apply the gradient (batch, *cut) of a training item; inputs and seed are those of its forward.
 
         Raises:
@@ -86,7 +86,7 @@ class Bottom:
         self.module.load_state_dict(buffers, strict=False)
         self._advance(self._present())
 
-    def pass_over(self, item: Item) -> None:
+    def skip_checkpoint(self, item: Item) -> None:
         """Count an item as answered without a gradient."""
         self._graphs.pop(item.number, None)
         self._advance(self._versions[self.version])

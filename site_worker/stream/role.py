@@ -9,18 +9,18 @@ import torch
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Send
 from nightsplit.shared.errors import Refused, RunError
-from nightsplit.shared.protocols.build import Assembly
+from nightsplit.shared.protocols.build import SplitModel
 from nightsplit.shared.protocols.places import check_answer, check_farewell
 from nightsplit.shared.protocols.plan import Item, Purpose
 from nightsplit.shared.protocols.spec import spec_of
-from nightsplit.shared.protocols.stream import Slot, UpSequence, weights
+from nightsplit.shared.protocols.stream import Slot, StreamSequence, weights
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.codecs import is_finite
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.shared.wire.schema import Payload
-from nightsplit.site_worker.data.dataset import Parts
+from nightsplit.site_worker.data.dataset import Splits
 from nightsplit.site_worker.role import SiteRole
-from nightsplit.site_worker.stream.batches import Feed
+from nightsplit.site_worker.stream.batches import StreamBatches
 from nightsplit.site_worker.stream.bottom import Bottom
 
 
@@ -31,7 +31,7 @@ class StreamSite(SiteRole):
         name: the site.
         config: the run, as the site's own run.toml has it.
         bottom: the site's layers.
-        feed: the site's batches.
+        batches: the site's batches.
         contract: payload of each kind.
         incarnation: of this process; a rejection of an earlier one is ignored.
     """
@@ -41,24 +41,26 @@ class StreamSite(SiteRole):
         name: str,
         config: RunConfig,
         bottom: Bottom,
-        feed: Feed,
+        batches: StreamBatches,
         contract: Mapping[Kind, Payload],
         incarnation: str,
     ) -> None:
         super().__init__(name, config, contract, incarnation)
         self.bottom = bottom
-        self.feed = feed
-        self.sequence = UpSequence(feed.plan, has_head=Kind.HEAD_INPUT in contract)
+        self.batches = batches
+        self.sequence = StreamSequence(batches.plan, has_head=Kind.HEAD_INPUT in contract)
         self.exported_top: dict[str, torch.Tensor] = {}
         """The server's half of the best model, where the run exports it."""
         self._candidates: dict[int, dict[str, torch.Tensor]] = {}
         """The bottom that each epoch was evaluated with, while that epoch may still be the best."""
 
     @classmethod
-    def make(cls, name: str, config: RunConfig, model: Assembly, parts: Parts, incarnation: str, device: str) -> Self:
+    def make(
+        cls, name: str, config: RunConfig, model: SplitModel, splits: Splits, incarnation: str, device: str
+    ) -> Self:
         """Make the role of a site with this data (scaled), whose layers compute on `device`."""
-        bottom = Bottom(model.halves.bottom, config.optimizer, device)
-        return cls(name, config, bottom, Feed(config, name, parts), model.contract, incarnation)
+        bottom = Bottom(model.parts.bottom, config.optimizer, device)
+        return cls(name, config, bottom, StreamBatches(config, name, splits), model.contract, incarnation)
 
     # -- what a system fills in ------------------------------------------------------------------
 
@@ -88,7 +90,7 @@ class StreamSite(SiteRole):
     @property
     def samples(self) -> tuple[int, int, int]:
         """See `SiteRole`."""
-        return self.feed.plan.train, self.feed.plan.validation, self.feed.plan.test
+        return self.batches.plan.train, self.batches.plan.validation, self.batches.plan.test
 
     def next(self) -> list[Effect]:
         """The next message of the plan, when the answers that it depends on are here."""
@@ -123,7 +125,7 @@ class StreamSite(SiteRole):
             self.bottom.merge(slot.item.version, message.tensors)
         elif kind in (Kind.NOTED, Kind.REFUSED):
             if slot.settles:
-                self.bottom.pass_over(slot.item)
+                self.bottom.skip_checkpoint(slot.item)
         else:
             self.take(slot.item, message)
         self.best = int(scalars["best"])
@@ -133,11 +135,11 @@ class StreamSite(SiteRole):
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
         """See `Role`: an answer that cannot be used counts as one without a gradient."""
         if header.seq >= self.sequence.answers:
-            self.heard(header.seq, 0)
+            self.record_answer(header.seq, 0)
             return []
         slot = self.sequence.slot(header.seq)
         if slot.settles:
-            self.bottom.pass_over(slot.item)
+            self.bottom.skip_checkpoint(slot.item)
         self.count_answer(slot, 0)
         return []
 
@@ -150,7 +152,7 @@ class StreamSite(SiteRole):
     def forward(self, item: Item) -> torch.Tensor:
         """Smashed data (batch, *cut) of an item, by the version that its place in the plan fixes."""
         training = item.purpose is Purpose.TRAIN and spec_of(self.config).trains_bottom
-        smashed = self.bottom.forward(item, self.feed.inputs(item), self.feed.seed("bottom", item), training)
+        smashed = self.bottom.forward(item, self.batches.inputs(item), self.batches.seed("bottom", item), training)
         if not is_finite(smashed):
             raise RunError(
                 603,
@@ -159,9 +161,9 @@ class StreamSite(SiteRole):
             )
         return smashed
 
-    def learn(self, item: Item, gradient: torch.Tensor) -> None:
+    def apply_gradient(self, item: Item, gradient: torch.Tensor) -> None:
         """Apply the gradient (batch, *cut) that answers a training item."""
-        self.bottom.learn(item, self.feed.inputs(item), self.feed.seed("bottom", item), gradient)
+        self.bottom.apply_gradient(item, self.batches.inputs(item), self.batches.seed("bottom", item), gradient)
 
     def final_bottom(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers of the bottom that belongs to the best model."""
@@ -177,7 +179,7 @@ class StreamSite(SiteRole):
         """Number of the answer without which a message cannot be made."""
         if slot.half == "second":
             return self.sequence.seq_of_first(slot.item.number)
-        behind = slot.item.number - self.feed.plan.window
+        behind = slot.item.number - self.batches.plan.window
         return self.sequence.settles(behind) if behind >= 1 else 0
 
     def _oldest_version(self, seq: int) -> int:
@@ -191,7 +193,7 @@ class StreamSite(SiteRole):
         item = slot.item
         if item.evaluates and item.epoch not in self._candidates:
             self._candidates[item.epoch] = self.bottom.weights(item.version)
-        self.heard(slot.seq, judged)
+        self.record_answer(slot.seq, judged)
         self._candidates = {epoch: kept for epoch, kept in self._candidates.items() if self.open_candidate(epoch)}
 
     def _finish(self, top: Mapping[str, torch.Tensor]) -> list[Effect]:

@@ -20,7 +20,7 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.engine import Engine
 from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.errors import Refused, RunError
-from nightsplit.shared.protocols.build import assemble_any
+from nightsplit.shared.protocols.build import build_model
 from nightsplit.shared.protocols.spec import PROTOCOLS, TRAINING, systems
 from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.transport import Route
@@ -31,7 +31,7 @@ from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.simulation.store import MemoryStore
 from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.role import SiteRole
-from tests.harness.night import Authority, Night, tiny_config, tiny_parts
+from tests.harness.night import Authority, Night, tiny_config, tiny_splits
 
 LIMIT = 2**20
 EXTREMES: dict[type, tuple[Scalar, ...]] = {
@@ -66,11 +66,11 @@ def bodies(kind: Kind, payload: Payload, header: Header, plain: dict[str, Scalar
 @pytest.mark.parametrize("protocol", systems(*TRAINING))
 def test_no_worker_dies_of_a_message(protocol: str, to_server: bool, kind: Kind, tmp_path: Path) -> None:
     config = config_of(protocol)
-    payload = assemble_any(config, tmp_path).contract.get(kind, Payload(kind))
+    payload = build_model(config, tmp_path).contract.get(kind, Payload(kind))
     sender, receiver = ("north", SERVER) if to_server else (SERVER, "north")
     header = Header(config.run.id, sender, receiver, kind, 0 if kind in UNSEQUENCED else 2 if to_server else 1)
     plain: dict[str, Scalar] = {
-        "contract": config.contract, "config": config.canonical(), "incarnation": "north-2", "enrolled": True,
+        "contract": config.digest, "config": config.canonical(), "incarnation": "north-2", "enrolled": True,
         "train": 40, "validation": 10, "test": 10, "mark": 0, "released": 0, "number": 601,
     }  # fmt: skip
     night = Night(config, tmp_path)
@@ -83,7 +83,7 @@ def test_no_worker_dies_of_a_message(protocol: str, to_server: bool, kind: Kind,
         if to_server:
             made: SiteRole | ServerRole = make_server(config, tmp_path / SERVER, tmp_path)
         else:
-            made = make_site("north", config, tiny_parts("north"), "north-2", tmp_path, ledger=tmp_path / "ledger.db")
+            made = make_site("north", config, tiny_splits("north"), "north-2", tmp_path, ledger=tmp_path / "ledger.db")
         made.restore(snapshot)
         began = time.thread_time()
         try:

@@ -36,7 +36,7 @@ from nightsplit.shared.transport import Broker, Route
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.simulation.store import MemoryStore
-from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.dataset import Dataset, Splits
 from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.protocols.data_vectors import DataVectorsSite
 from nightsplit.site_worker.role import SiteRole
@@ -71,7 +71,7 @@ def tiny_factory(dropout: float = 0.3) -> torch.nn.Sequential:
 
 
 PLAIN = ("fedavg_transfer", "data_vectors", None)
-"""Rounds without differential privacy, which forbids running statistics."""
+"""WholeModel without differential privacy, which forbids running statistics."""
 
 
 def tiny_whole(width: int = 128, norm: bool = True) -> torch.nn.Sequential:
@@ -121,7 +121,7 @@ def tiny_config(sites: tuple[str, ...] = ("north", "south", "east"), **run: obje
     )
 
 
-def tiny_parts(site: str) -> Parts:
+def tiny_splits(site: str) -> Splits:
     generator = torch.Generator().manual_seed(len(site) * 7 + ord(site[0]))
 
     def part(n: int) -> Dataset:
@@ -130,7 +130,7 @@ def tiny_parts(site: str) -> Parts:
         return Dataset(inputs, targets, tuple(str(i) for i in range(n)))
 
     n = SIZES[site]
-    return Parts(part(n), part(max(4, n // 4)), part(max(4, n // 4)))
+    return Splits(part(n), part(max(4, n // 4)), part(max(4, n // 4)))
 
 
 class Authority:
@@ -186,9 +186,9 @@ class Night:
             routes = {site: Route(q.down, q.up, q.dead) for site, q in self.queues.items()}
             authority = Authority(self.store, self.store.acquire_lease(SERVER, 60) or 0)
         else:
-            ledger = Path(_LEDGERS.name) / f"{self.config.contract}-{name}.db"
+            ledger = Path(_LEDGERS.name) / f"{self.config.digest}-{name}.db"
             incarnation = f"{name}-{self.starts}"
-            role = make_site(name, self.config, tiny_parts(name), incarnation, self.folder, self.device, ledger)
+            role = make_site(name, self.config, tiny_splits(name), incarnation, self.folder, self.device, ledger)
             queues = self.queues[name]
             routes = {SERVER: Route(queues.up, queues.down, queues.dead)}
             authority = Authority(None, 0)
@@ -226,11 +226,11 @@ class Night:
                     engine.leave()
                     self.kill(name)
 
-    def fingerprint(self, *left_out: str) -> str:
+    def fingerprint(self, *excluded: str) -> str:
         """sha256 of all final weights, but for those of sites that left: what is trained, and the best of it."""
         digest = hashlib.sha256()
         for name in [SERVER, *self.config.run.sites]:
-            for state in [] if name in left_out else _states(self.roles[name]):
+            for state in [] if name in excluded else _states(self.roles[name]):
                 for key in sorted(state):
                     digest.update(key.encode() + state[key].cpu().numpy().tobytes())
         return digest.hexdigest()

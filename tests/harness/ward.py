@@ -5,7 +5,7 @@ import random
 
 import msgspec
 
-from nightsplit.server_worker.presence import Attendance
+from nightsplit.server_worker.presence import SilenceTracker
 from nightsplit.shared.engine.order import Exclude, from_journal
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.run_store.status import Phase, SiteStatus, WorkerStatus
@@ -31,7 +31,7 @@ class Ward(Night):
         self.finished = set()
         self.told = {}
         """Errors that ended a site."""
-        self.absent = lambda: self.attendance.absent(self.server.awaited(), self.server.staying)
+        self.absent = lambda: self.silence.overdue(self.server.awaited(), self.server.active_sites)
 
     @property
     def server(self):
@@ -41,7 +41,7 @@ class Ward(Night):
         if name == SERVER:
             known = self.store.statuses([SERVER]).get(SERVER)
             before = known.report.sites if known is not None else {}
-            self.attendance = Attendance(self.config, before, lambda: SECONDS * self.turns)
+            self.silence = SilenceTracker(self.config, before, lambda: SECONDS * self.turns)
         return super().start(name)
 
     def is_gone(self, name):
@@ -51,11 +51,9 @@ class Ward(Night):
         return sent >= self.goes[name] and (name not in self.links or not self.links[name].unconfirmed)
 
     def look(self):
-        self.attendance.look(
-            self.server.applied, self.server.awaited(), self.store.statuses(self.config.run.sites), True
-        )
-        lacking = self.attendance.lacking(self.server.awaited(), self.server.staying)
-        sites = {site: SiteStatus(presence=presence) for site, presence in self.attendance.sites.items()}
+        self.silence.look(self.server.applied, self.server.awaited(), self.store.statuses(self.config.run.sites), True)
+        lacking = self.silence.lacking(self.server.awaited(), self.server.active_sites)
+        sites = {site: SiteStatus(presence=presence) for site, presence in self.silence.sites.items()}
         self.store.put_status(SERVER, WorkerStatus(phase=Phase.WORKING, lacking=tuple(lacking), sites=sites))
 
     def turn(self, name, steps=1):
@@ -99,7 +97,7 @@ class Ward(Night):
             if self.over:
                 return self
             self.turn((SERVER, *self.config.run.sites)[number % (1 + len(self.config.run.sites))], 3)
-        raise AssertionError(f"the run hangs: {self.server.applied}, {self.server.left_out}")
+        raise AssertionError(f"the run hangs: {self.server.applied}, {self.server.excluded}")
 
     def shaken(self, seed):
         """Workers die at random."""
@@ -111,7 +109,7 @@ class Ward(Night):
             self.turn(name, dice.randint(1, 12))
             if name in self.engines and dice.random() < 0.15:
                 self.kill(name)
-        raise AssertionError(f"the run hangs: {self.server.applied}, {self.server.left_out}")
+        raise AssertionError(f"the run hangs: {self.server.applied}, {self.server.excluded}")
 
     def journal(self):
         entries = []
@@ -122,7 +120,7 @@ class Ward(Night):
     def outcome(self):
         """The decisions, the figures, and all that the server and the sites that stayed end with."""
         history = json.dumps(self.server.evaluation.history, sort_keys=True)
-        return dict(self.server.left_out), history, self.fingerprint(*self.goes)
+        return dict(self.server.excluded), history, self.fingerprint(*self.goes)
 
 
 def ward_config(protocol="split_labels", bottoms="independent", window=4, order="strict", **run):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nightsplit.console.commands.replay import Replay
+from nightsplit.console.replay import Replay
 from nightsplit.server_worker.tape import FOLDER, Tape, TapedLink
 from nightsplit.shared.engine.effects import Record
 from nightsplit.shared.errors import StateError
@@ -110,12 +110,12 @@ def test_a_site_that_was_left_out_is_left_out_at_the_same_place(order, tmp_path)
     while not server.finished:
         if (turns := turns + 1) == 12:
             night.kill("east")
-            night.absent = lambda: next(iter({"east"} & night.roles[SERVER].staying.keys()), None)
+            night.absent = lambda: next(iter({"east"} & night.roles[SERVER].active_sites.keys()), None)
         for engine in list(night.engines.values()):
             engine.step(0.0)
     server.leave()
     night.kill(SERVER)
-    assert set(night.roles[SERVER].left_out) == {"east"}
+    assert set(night.roles[SERVER].excluded) == {"east"}
     replay = replayed(night)
     assert replay.weights() == weights_of(night)
     assert replay.position == sum(night.roles[SERVER].applied.values()) + 1

@@ -9,9 +9,9 @@ from msgspec.structs import replace
 
 from nightsplit.server_worker.rounds.aggregation import TrimmedMean, WeightedMean
 from nightsplit.shared.engine.order import CloseRound
-from nightsplit.shared.protocols.build import assemble_rounds
+from nightsplit.shared.protocols.build import build_whole_model
 from nightsplit.shared.wire.message import SERVER, Kind
-from tests.harness.night import Night, tiny_parts, tiny_rounds
+from tests.harness.night import Night, tiny_rounds, tiny_splits
 from tests.protocols.test_crashes import shaken
 from tests.protocols.test_faults import replayed
 
@@ -131,7 +131,7 @@ def test_a_site_that_leaves_for_ever_is_not_waited_for(tmp_path):
     config = tiny_rounds(quorum=2)
     night = Night(config, tmp_path)
     gone = []
-    night.absent = lambda: "east" if gone and "east" not in night.roles[SERVER].left_out else None
+    night.absent = lambda: "east" if gone and "east" not in night.roles[SERVER].excluded else None
     for name in (SERVER, *SITES):
         night.start(name).start()
     while night.roles[SERVER].version < 2:
@@ -142,7 +142,7 @@ def test_a_site_that_leaves_for_ever_is_not_waited_for(tmp_path):
     server = night.roles[SERVER]
     assert night.engines[SERVER].finished
     assert server.version == 4
-    assert set(server.left_out) == {"east"}
+    assert set(server.excluded) == {"east"}
     assert server.evaluation.best > 0
     assert 0 < server.contribution("east")["batches"] < server.contribution("north")["batches"]
 
@@ -162,7 +162,7 @@ def test_a_round_is_the_weighted_mean_of_what_sites_would_reach_alone(tmp_path):
         while role._made < 1:
             night.engines[site].step(0.0)
         updates[site] = role._updates[1]
-    sizes = {site: len(tiny_parts(site).train) for site in SITES}
+    sizes = {site: len(tiny_splits(site).train) for site in SITES}
     mean = sum(sizes[site] * updates[site] for site in SITES) / sum(sizes.values())
     rest(night, [SERVER, *SITES], turns=2000)
     torch.testing.assert_close(night.roles[SERVER].vector, first + mean)
@@ -171,8 +171,8 @@ def test_a_round_is_the_weighted_mean_of_what_sites_would_reach_alone(tmp_path):
 def test_running_statistics_are_those_of_the_pooled_samples():
     """Variances of sites with different means do not average to the variance of all their samples."""
     config = tiny_rounds()
-    layout = assemble_rounds(config, Path()).layout
-    module = assemble_rounds(config, Path()).module
+    layout = build_whole_model(config, Path()).layout
+    module = build_whole_model(config, Path()).module
     weights = dict(module.state_dict())
     vectors, samples = [], []
     for shift in (0.0, 4.0):
@@ -188,7 +188,7 @@ def test_running_statistics_are_those_of_the_pooled_samples():
 
 def test_local_statistics_stay_at_the_site(tmp_path):
     config = tiny_rounds(statistics="local", rounds=2)
-    assert not [name for name in assemble_rounds(config, tmp_path).layout.shapes if "running" in name]
+    assert not [name for name in build_whole_model(config, tmp_path).layout.shapes if "running" in name]
     night = Night(config, tmp_path)
     night.together()
     means = [night.roles[site].model()["model"]["1.running_mean"] for site in SITES]
@@ -199,7 +199,7 @@ def test_local_statistics_stay_at_the_site(tmp_path):
 
 def test_what_is_frozen_keeps_its_weights_and_does_not_travel(tmp_path):
     config = tiny_rounds(freeze=["0", "1"])
-    made = assemble_rounds(config, tmp_path)
+    made = build_whole_model(config, tmp_path)
     assert {name.split(".")[0] for name in made.layout.shapes} == {"4", "6"}
     night = Night(config, tmp_path)
     night.together()
@@ -251,7 +251,7 @@ def test_an_update_of_which_a_slice_cannot_be_read_does_not_count(tmp_path):
     assert all(engine.finished for engine in night.engines.values())
     assert server.refusals["east"] == 1
     assert night.broker.depth(night.queues["east"].dead) == 1
-    sizes = {site: len(tiny_parts(site).train) for site in ("north", "south")}
+    sizes = {site: len(tiny_splits(site).train) for site in ("north", "south")}
     mean = sum(size * updates[site] for site, size in sizes.items()) / sum(sizes.values())
     torch.testing.assert_close(server.vector, first + mean)
 
@@ -273,7 +273,7 @@ def test_a_late_update_counts_whole_in_one_round(tmp_path):
     allowed = {"north", "south"}
     while server.version < 1:
         rest(night, [SERVER, "north", "south"], turns=1)
-    sizes = {site: len(tiny_parts(site).train) for site in SITES}
+    sizes = {site: len(tiny_splits(site).train) for site in SITES}
     on_time = sum(sizes[site] * updates[site] for site in allowed) / (sizes["north"] + sizes["south"])
     torch.testing.assert_close(server.vector, first + on_time)
     before = server.vector

@@ -142,8 +142,8 @@ def test_the_metrics_tell_what_happened(seen: tuple[dict[str, list[Samples]], Ho
             known = {line[fact] for line in trained if line["site"] == site}
             assert set(values(server, metric, "server", site)) <= known
             assert values(server, metric, "server", site), metric
-        assert values(server, "nightsplit_site_heard_timestamp_seconds", "server", site)
-        assert set(values(server, "nightsplit_site_left_out", "server", site)) == {0}
+        assert values(server, "nightsplit_site_last_seen_timestamp_seconds", "server", site)
+        assert set(values(server, "nightsplit_site_excluded", "server", site)) == {0}
 
 
 def test_dashboard_and_alarms_name_what_is_there_and_all_of_it(
@@ -205,7 +205,7 @@ def events(lines: list[dict[str, object]]) -> list[object]:
 
 @pytest.mark.timeout(300)
 def test_the_log_tells_every_transition_and_nothing_of_a_patient(study: Path) -> None:
-    night = log_of(study, "site", "north.toml", "--leave-when-idle", "1")
+    night = log_of(study, "site", "north.toml", "--exit-when-idle", "1")
     assert events(night) == ["started", "working", "away"]
     assert {(line["worker"], line["run"]) for line in night} == {("north", "ward")}
     assert night[-1]["event"] == "progress"
@@ -215,17 +215,17 @@ def test_the_log_tells_every_transition_and_nothing_of_a_patient(study: Path) ->
     with EmbeddedBroker(study / "broker").link([], 8, "somebody") as link:
         link.publish(up, PATIENT, [f"{PATIENT} {VALUE}".encode()])
         wait_until(lambda: link.receive(0.1) is not None, 30, "the confirm")
-    day = log_of(study, "server", "server.toml", "--leave-when-idle", "3")
+    day = log_of(study, "server", "server.toml", "--exit-when-idle", "3")
     assert events(day) == ["started", "active", "working", "refused", "away"]
     facts = {str(line["event"]): {n: v for n, v in line.items() if n not in STANDARD} for line in day}
     assert facts["active"] == {"fence": 2}
     assert facts["refused"] == {"number": 301, "sender": "north", "seq": None}
 
-    log_of(study, "site", "north.toml", "--leave-when-idle", "1")
+    log_of(study, "site", "north.toml", "--exit-when-idle", "1")
     newest = max((study / "state" / "north" / "checkpoints").iterdir())
     (newest / "tensors.safetensors").write_bytes(b"")
-    again = log_of(study, "site", "north.toml", "--leave-when-idle", "1")
-    assert events(again) == ["started", "passed_over", "working", "away"]
+    again = log_of(study, "site", "north.toml", "--exit-when-idle", "1")
+    assert events(again) == ["started", "checkpoint_skipped", "working", "away"]
 
 
 def test_the_log_tells_how_a_worker_ends(study: Path) -> None:

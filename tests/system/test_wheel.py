@@ -116,7 +116,7 @@ def test_a_model_in_the_projects_own_shared(installed, project):
     assert checks["model and messages"].startswith("parameters: bottom 28, top 8;")
     assert err == "shared of the project\n"
     output(installed / "nightsplit", "open", "server.toml", cwd=project)
-    out, err = output(installed / "nightsplit", "site", "north.toml", "--leave-when-idle", "1", cwd=project)
+    out, err = output(installed / "nightsplit", "site", "north.toml", "--exit-when-idle", "1", cwd=project)
     assert "server is offline; " in out
     assert err == "shared of the project\n"
 

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 from nightsplit.server_worker.he.arithmetic import Arithmetic
 from nightsplit.shared.errors import Refused, StateError
-from nightsplit.shared.he.ckks import Circuit, PublicKeys, written
-from nightsplit.shared.he.weights import Numbers
+from nightsplit.shared.he.ckks import CkksParameters, PublicKeys, to_bytes
+from nightsplit.shared.he.weights import FloatArray
 from nightsplit.site_worker.query.keys import SecretKeys
 
 # ── what is refused ─────────────────────────────────────────────────────────────────────────────
 
-LITTLE = Circuit(4096, (30, 24, 24, 31), 24)
-LARGE = Circuit(8192, (38, 33, 33, 33, 33, 48), 33)
+LITTLE = CkksParameters(4096, (30, 24, 24, 31), 24)
+LARGE = CkksParameters(8192, (38, 33, 33, 33, 33, 48), 33)
 
 
 @dataclass
@@ -33,12 +33,12 @@ class Little:
     public: PublicKeys
     ciphertext: bytes
 
-    def computed(self, relin: bytes, galois: bytes, ciphertext: bytes) -> Numbers:
+    def computed(self, relin: bytes, galois: bytes, ciphertext: bytes) -> FloatArray:
         """As a server and a site do it together."""
         arithmetic = Arithmetic(LITTLE, PublicKeys(relin, galois), (1,))
         given = LITTLE.read(ciphertext, 2)
         product = arithmetic.products([(arithmetic.rotated(given, 1), given)])
-        answer = written(arithmetic.bottom(arithmetic.weighted([0.5], [product], 0.25)))
+        answer = to_bytes(arithmetic.bottom(arithmetic.weighted([0.5], [product], 0.25)))
         return self.secret.decrypted(LITTLE.read_any(answer))
 
 
@@ -67,7 +67,7 @@ def altered_or_refused(little: Little, part: str, alter: Callable[[bytes], bytes
     """Never an exception of another kind, and numbers in every slot otherwise."""
     sent = {"relin": little.public.relin, "galois": little.public.galois, "ciphertext": little.ciphertext}
     if part == "long ciphertext":  # both parts in full, in place of the second's seed
-        part, sent["ciphertext"] = "ciphertext", written(LITTLE.read(little.ciphertext, 2))
+        part, sent["ciphertext"] = "ciphertext", to_bytes(LITTLE.read(little.ciphertext, 2))
     sent[part] = alter(sent[part])
     try:
         assert little.computed(**sent).shape == (LITTLE.slots,)
@@ -121,7 +121,7 @@ FORM, SCALE = 32, 57
 )
 def test_a_forged_ciphertext(little: Little, at: int, new: bytes) -> None:
     """Well-formed files, with what SEAL itself lets pass."""
-    content = written(LITTLE.read(little.ciphertext, 2))
+    content = to_bytes(LITTLE.read(little.ciphertext, 2))
     numbers = uncompressed(content)
     assert numbers[FORM] == 1
     assert numbers[SCALE : SCALE + 8] == struct.pack("<d", 2.0**24)
@@ -147,7 +147,7 @@ def test_another_level(little: Little) -> None:
 def test_another_circuit(little: Little) -> None:
     refused(lambda: LARGE.read(little.ciphertext, 4))
     refused(lambda: Arithmetic(LARGE, little.public))
-    other = Circuit(4096, (31, 24, 24, 30), 24)  # other primes of the same number
+    other = CkksParameters(4096, (31, 24, 24, 30), 24)  # other primes of the same number
     refused(lambda: other.read(little.ciphertext, 2))
 
 
@@ -159,12 +159,13 @@ def test_keys_that_do_not_suffice(little: Little) -> None:
     refused(lambda: Arithmetic(LITTLE, PublicKeys(public.relin, public.relin), (1,)))
 
 
-@pytest.mark.parametrize("circuit", [
-    Circuit(4096, (30, 30, 30, 30), 30), Circuit(8192, (60, 60, 60, 60), 30), Circuit(2048, (30, 30), 20),
+@pytest.mark.parametrize("ckks", [
+    CkksParameters(4096, (30, 30, 30, 30), 30), CkksParameters(8192, (60, 60, 60, 60), 30),
+    CkksParameters(2048, (30, 30), 20),
 ])  # fmt: skip
-def test_less_than_128_bits_of_security(circuit: Circuit) -> None:
+def test_less_than_128_bits_of_security(ckks: CkksParameters) -> None:
     with pytest.raises(ValueError, match="secur"):
-        circuit.context  # noqa: B018
+        ckks.context  # noqa: B018
 
 
 # ── keys ────────────────────────────────────────────────────────────────────────────────────────
@@ -213,7 +214,7 @@ def test_the_secret_key_is_in_nothing_that_is_sent(tmp_path: Path) -> None:
     secret, public = SecretKeys.made(LITTLE, tmp_path, (1, 2))
     file = (tmp_path / "secret.key").read_bytes()
     short = secret.encrypted(np.linspace(-1, 1, LITTLE.slots), 2)
-    sent = {"relin": public.relin, "galois": public.galois, "short": short, "long": written(LITTLE.read(short, 2))}
+    sent = {"relin": public.relin, "galois": public.galois, "short": short, "long": to_bytes(LITTLE.read(short, 2))}
     key = uncompressed(file)
     assert len(key) > 4 * 4096 * 8  # for each of four primes, 4096 numbers
     windows = [key[at : at + 32] for at in range(len(key) - 4 * 4096 * 8, len(key), 1024)]

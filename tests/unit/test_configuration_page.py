@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from nightsplit.console.commands.pretrain import PretrainSection, PublicSource
+from nightsplit.console.pretrain import PretrainSection, PublicSource
 from nightsplit.server_worker.config import ServerSection
 from nightsplit.shared.config.run import (
     DataSection,

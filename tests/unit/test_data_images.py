@@ -253,8 +253,8 @@ def test_covid_ct() -> None:
     assert dataset.inputs.shape == (746, 1, 64, 64)
     assert dataset.targets.sum() == 349
     assert 0 <= dataset.inputs.min() < dataset.inputs.max() <= 1
-    parts = split(dataset, BINARY, 0.15, 0.2, seed=0)
-    assert not set(parts.train.patients) & set(parts.test.patients)
+    splits = split(dataset, BINARY, 0.15, 0.2, seed=0)
+    assert not set(splits.train.patients) & set(splits.test.patients)
     sites = [set(load(Path(), **keys, share=s).patients) for s in ((0.0, 0.5), (0.5, 0.8), (0.8, 1.0))]
     assert set.union(*sites) == set(dataset.patients)
     assert sum(map(len, sites)) == len(set(dataset.patients))

@@ -96,7 +96,7 @@ def test_sequences_of_lung_ct() -> None:
     names = {"path": "$NIGHTSPLIT_DATA/covid_ct", "label": "label_covid", "patient": "group"}
     dataset = load(Path(), frames=4, **names)
     assert dataset.inputs.shape == (452, 4, 4, 4)
-    parts = split(dataset, BINARY, 0.15, 0.2, seed=0)
-    assert not set(parts.train.patients) & set(parts.test.patients)
-    scaled = scale(parts, DataSection())
+    splits = split(dataset, BINARY, 0.15, 0.2, seed=0)
+    assert not set(splits.train.patients) & set(splits.test.patients)
+    scaled = scale(splits, DataSection())
     assert torch.allclose(scaled.train.inputs.mean((0, 2, 3)), torch.zeros(4), atol=1e-4)

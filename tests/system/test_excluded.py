@@ -40,12 +40,12 @@ def test_real_workers_go_on_without_one_that_was_killed(tmp_path):
     finally:
         hospital.close()
     report = json.loads((hospital.folder / "report" / "report.json").read_text())
-    behind = report["sites"]["east"]["left_out_at"]
+    behind = report["sites"]["east"]["excluded_at"]
     assert 10 <= behind < report["sites"]["north"]["planned"]
     assert report["sites"]["east"]["batches"] > 0
     assert set(report["history"][-1]["sites"]) == {"north", "south"}
     assert east.returncode == 1
     assert east.stderr.startswith("E608 Site was excluded: the server rejects east: ")
-    assert line["left_out_at"] == behind
-    assert f"LEFT OUT after {behind} messages" in words
+    assert line["excluded_at"] == behind
+    assert f"EXCLUDED after {behind} messages" in words
     assert line["batches"] == report["sites"]["east"]["batches"]

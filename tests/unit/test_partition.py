@@ -10,7 +10,7 @@ from nightsplit.shared.config.run import ModelSection
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.learning.seeds import seed_for, seeded
 from nightsplit.shared.models.networks import ct_cnn, mlp, small_cnn
-from nightsplit.shared.models.partition import Halves, build, output_shapes
+from nightsplit.shared.models.partition import ModelParts, build, output_shapes
 
 SMALL = "nightsplit.models:small_cnn"
 MLP = {"inputs": 4, "hidden": [8, 6], "outputs": 2}
@@ -26,7 +26,7 @@ def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     monkeypatch.delitem(sys.modules, name, raising=False)
 
     def write(body: str) -> str:
-        lines = ["from torch import nn", "from nightsplit.models import Halves", "def make(width=4):"]
+        lines = ["from torch import nn", "from nightsplit.models import ModelParts", "def make(width=4):"]
         (tmp_path / f"{name}.py").write_text("\n".join([*lines, *(f"    {line}" for line in body.splitlines())]))
         return f"{name}:make"
 
@@ -58,19 +58,19 @@ def test_parts_compose_to_the_whole_bit_for_bit(
         for head_cut in (None, *range(cut + 1, stages)):
             model = ModelSection(factory=spec, settings=settings, cut=cut, head_cut=head_cut)
             try:
-                halves = build(model, 3, with_head=head_cut is not None)
+                parts = build(model, 3, with_head=head_cut is not None)
             except ConfigError as error:
                 assert "has no weights" in error.sentence  # noqa: PT017  a part is only pooling
                 continue
             flow = x
-            for part in halves.parts.values():
+            for part in parts.modules.values():
                 flow = part.eval()(flow)
             assert torch.equal(flow, whole)
 
 
 def test_state_dicts_of_the_parts_are_the_whole_models() -> None:
-    halves = build(ModelSection(factory=SMALL, cut=2, head_cut=4), 0, with_head=True)
-    names = [name for part in halves.parts.values() for name in part.state_dict()]
+    parts = build(ModelSection(factory=SMALL, cut=2, head_cut=4), 0, with_head=True)
+    names = [name for part in parts.modules.values() for name in part.state_dict()]
     assert names == list(small_cnn().state_dict())
 
 
@@ -80,36 +80,36 @@ def test_every_participant_builds_the_same_weights_and_no_generator_moves() -> N
     first, second = build(model, 7, with_head=False), build(model, 7, with_head=False)
     other = build(model, 8, with_head=False)
     assert torch.equal(before, torch.get_rng_state())
-    for a, b, c in zip(*(halves.top.parameters() for halves in (first, second, other)), strict=True):
+    for a, b, c in zip(*(parts.top.parameters() for parts in (first, second, other)), strict=True):
         assert torch.equal(a, b)
         assert a.ndim == 1 or not torch.equal(a, c)  # norms start at one whatever the seed
 
 
 def test_head_cut_is_ignored_without_a_head() -> None:
-    halves = build(ModelSection(factory=SMALL, head_cut=4), 0, with_head=False)
-    assert halves.head is None
-    assert list(dict(halves.top.named_children())) == ["block2", "block3", "pool", "output"]
+    parts = build(ModelSection(factory=SMALL, head_cut=4), 0, with_head=False)
+    assert parts.head is None
+    assert list(dict(parts.top.named_children())) == ["block2", "block3", "pool", "output"]
 
 
 def test_a_factory_beside_the_user(factory: Write) -> None:
     spec = factory("return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))")
     path = list(sys.path)
-    halves = build(ModelSection(factory=spec, settings={"width": 5}, cut=2), 0, with_head=False)
-    assert output_shapes(halves, (3,)) == ((5,), None, (1,))
+    parts = build(ModelSection(factory=spec, settings={"width": 5}, cut=2), 0, with_head=False)
+    assert output_shapes(parts, (3,)) == ((5,), None, (1,))
     assert sys.path == path
 
 
 def test_a_factory_may_cut_itself(factory: Write) -> None:
-    spec = factory("return Halves(nn.Linear(3, width), nn.Linear(width, 2), nn.Linear(2, 1))")
-    halves = build(ModelSection(factory=spec), 0, with_head=True)
-    assert output_shapes(halves, (3,)) == ((4,), (2,), (1,))
+    spec = factory("return ModelParts(nn.Linear(3, width), nn.Linear(width, 2), nn.Linear(2, 1))")
+    parts = build(ModelSection(factory=spec), 0, with_head=True)
+    assert output_shapes(parts, (3,)) == ((4,), (2,), (1,))
 
 
 def test_a_repeated_stage_stays_repeated(factory: Write) -> None:
     """An activation without weights may be one object; named_children() would lose its second place."""
     spec = factory("relu = nn.ReLU()\nreturn nn.Sequential(nn.Linear(3, 3), relu, nn.Linear(3, 3), relu)")
-    halves = build(ModelSection(factory=spec, cut=2), 0, with_head=False)
-    assert [len(part) for part in halves.parts.values() if isinstance(part, nn.Sequential)] == [2, 2]
+    parts = build(ModelSection(factory=spec, cut=2), 0, with_head=False)
+    assert [len(part) for part in parts.modules.values() if isinstance(part, nn.Sequential)] == [2, 2]
 
 
 # ------------------------------------------------------------------------------------------- E104
@@ -179,7 +179,7 @@ def test_a_factory_written_in_c_is_called_without_asking() -> None:
     [
         ("return nn.Linear(3, 1)", "returned Linear, which is neither"),
         ("return None", "returned NoneType, which is neither"),
-        ("return Halves(nn.Linear(3, 1), 'top')", "top is of type str"),
+        ("return ModelParts(nn.Linear(3, 1), 'top')", "top is of type str"),
         (
             "class Odd(nn.Sequential):\n    def forward(self, x):\n        return x\nreturn Odd()",
             "returned Odd, which is neither",
@@ -264,44 +264,44 @@ def test_lazy_modules_start_differently_at_every_participant(factory: Write) -> 
 @pytest.mark.parametrize(
     ("body", "with_head", "said"),
     [
-        ("return Halves(nn.Linear(3, 2), nn.Linear(2, 1))", True, "the Halves have none"),
-        ("return Halves(nn.Linear(3, 2), nn.Linear(2, 2), nn.Linear(2, 1))", False, "only split_u"),
-        ("a = nn.Linear(3, 3)\nreturn Halves(a, nn.Sequential(a, nn.Linear(3, 1)))", False, "share weights"),
-        ("return Halves(nn.Flatten(), nn.Linear(3, 1))", False, "the bottom has no weights"),
+        ("return ModelParts(nn.Linear(3, 2), nn.Linear(2, 1))", True, "the ModelParts have none"),
+        ("return ModelParts(nn.Linear(3, 2), nn.Linear(2, 2), nn.Linear(2, 1))", False, "only split_u"),
+        ("a = nn.Linear(3, 3)\nreturn ModelParts(a, nn.Sequential(a, nn.Linear(3, 1)))", False, "share weights"),
+        ("return ModelParts(nn.Flatten(), nn.Linear(3, 1))", False, "the bottom has no weights"),
     ],
 )
 def test_halves_that_do_not_fit_the_run(factory: Write, body: str, with_head: bool, said: str) -> None:
     error = refused(ModelSection(factory=factory(body)), 105, with_head=with_head)
     assert said in error.sentence
-    assert "let it return Halves(bottom=..., top=..." in error.remedy
+    assert "let it return ModelParts(bottom=..., top=..." in error.remedy
 
 
 # ----------------------------------------------------------------------------------------- shapes
 
 
 def test_shapes_of_the_reference_networks() -> None:
-    halves = build(ModelSection(factory=SMALL, head_cut=4), 0, with_head=True)
-    assert output_shapes(halves, (1, 28, 28)) == ((16, 14, 14), (64,), (1,))
+    parts = build(ModelSection(factory=SMALL, head_cut=4), 0, with_head=True)
+    assert output_shapes(parts, (1, 28, 28)) == ((16, 14, 14), (64,), (1,))
 
 
 def test_a_dry_forward_leaves_no_trace() -> None:
     bottom = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout())
-    halves = Halves(bottom, nn.Linear(4, 1).eval())
+    parts = ModelParts(bottom, nn.Linear(4, 1).eval())
     state = {name: value.clone() for name, value in bottom.state_dict().items()}
     before = torch.get_rng_state()
-    output_shapes(halves, (3,))
+    output_shapes(parts, (3,))
     assert torch.equal(before, torch.get_rng_state())
     assert bottom.training
-    assert not halves.top.training
+    assert not parts.top.training
     assert all(torch.equal(value, state[name]) for name, value in bottom.state_dict().items())
 
 
 def test_data_that_the_model_does_not_take() -> None:
-    halves = build(ModelSection(factory=SMALL), 0, with_head=False)
+    parts = build(ModelSection(factory=SMALL), 0, with_head=False)
     with pytest.raises(
         ConfigError, match=r"the bottom does not take a sample of shape \(13,\): RuntimeError"
     ) as caught:
-        output_shapes(halves, (13,))
+        output_shapes(parts, (13,))
     assert caught.value.number == 104
     assert "model.settings" in caught.value.remedy
 
@@ -319,5 +319,5 @@ class Total(nn.Linear):
 @pytest.mark.parametrize(("bottom", "said"), [(Pair(3, 3), "returns tuple"), (Total(3, 3), r"returns shape \(\)")])
 def test_a_part_that_returns_no_row_per_sample(bottom: nn.Module, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as caught:
-        output_shapes(Halves(bottom, nn.Linear(3, 1)), (3,))
+        output_shapes(ModelParts(bottom, nn.Linear(3, 1)), (3,))
     assert caught.value.number == 105
