@@ -18,7 +18,7 @@ GIVEN = ("batches", "samples", "share", "excluded_at")
 
 
 def summarise(file: WorkerFile) -> dict[str, Any]:
-    """Everything that the status says, as plain data; docs/operations.md explains the keys.
+    """Everything that the status says, as plain data; docs/reference/logs_and_metrics.md explains the keys.
 
     Raises:
         BrokerError: 207 the run store cannot be reached.

@@ -54,7 +54,7 @@ def replay(file: EitherFile, ids: Ids = [], every: All = False, overrides: Overr
     Send dead letters to the queues that they came from. This helps where a message was refused before it could
     be counted (it had no readable header, say, or its receiver was an older version), and the cause is mended.
     A message that was refused in its place in the sequence was answered: it is then only counted as a
-    duplicate, and trains nothing. docs/delivery.md tells which is which.
+    duplicate, and trains nothing. docs/explanation/delivery.md tells which is which.
     """
     chosen = _chosen(ids, every)
     from nightsplit.console.dead_letters import replay_letters

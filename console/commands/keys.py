@@ -17,7 +17,7 @@ keys = typer.Typer(
     help="""Create and revoke the sites' certificates and accounts.
 
     At the coordinating centre: make certificates, users and rights for the broker, the run store, the server
-    and each site. docs/deployment.md tells how they are used.
+    and each site. docs/how-to/deployment.md tells how they are used.
     """,
 )
 

@@ -48,7 +48,7 @@ def load(path: Path, kind: type[T], overrides: Sequence[str] = ()) -> T:
         unknown = re.search("(?:unknown key|enum value) '?(.+?)'?$", what)
         meant = did_you_mean(unknown[1], words_of(type_info(kind))) if unknown else ""
         what = f"{path}: {where or 'file'}: {what}{meant}."
-        remedy = "correct or remove that key; docs/configuration.md lists all keys."
+        remedy = "correct or remove that key; docs/reference/configuration.md lists all keys."
         raise ConfigError(103, what, remedy) from None
 
 

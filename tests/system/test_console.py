@@ -161,7 +161,7 @@ def test_a_silent_worker_is_offline_and_its_last_words_are_kept(study, capsys):
 def test_nothing_is_known_of_a_run_that_was_never_opened(tmp_path, capsys):
     write_study(tmp_path)
     assert run(["status", str(tmp_path / "server.toml")]) == 1
-    assert capsys.readouterr().err.startswith("E605 Nothing is known of this run: ")
+    assert capsys.readouterr().err.startswith("E605 Run is unknown: ")
 
 
 def doctor(file: Path, capsys, code: int, *more: str) -> dict[str, dict]:

@@ -107,7 +107,7 @@ def test_it_starts_beside_a_project_with_such_folders(installed, project):
     assert output(installed / "python", "-m", "nightsplit", "explain", "E104", cwd=project)[0] == page
     for wrong in ("999", "../errors/104", "²"):
         _, err = output(installed / "nightsplit", "explain", wrong, cwd=project, code=1)
-        assert err.startswith(f"E120 No error has this number: {wrong}. Fix: ")
+        assert err.startswith(f"E120 Unknown error number: {wrong}. Fix: ")
 
 
 def test_a_model_in_the_projects_own_shared(installed, project):

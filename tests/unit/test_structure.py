@@ -4,7 +4,6 @@ in .importlinter.
 
 import ast
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -215,29 +214,3 @@ def test_the_registry_needs_no_library_of_encrypted_queries() -> None:
     code = "import sys, nightsplit.site_worker.protocols, nightsplit.server_worker.protocols as p; p.ROLES; "
     code += "sys.exit('tenseal' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-
-
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-
-
-def test_links_of_the_documents() -> None:
-    broken = [
-        f"{name_of(path)} points to {target}"
-        for path in DOCUMENTS
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8"))
-        if "://" not in target and not (path.parent / target).exists()
-    ]
-    assert broken == []
-
-
-@pytest.mark.parametrize("name", ["delivery.md", "decisions.md", "concepts.md"])
-def test_names_in_the_documents_exist(name: str) -> None:
-    """`Class.method`, `a/file.py` and (a/file.py) in a text must be there in the source."""
-    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
-    source = {path: path.read_text(encoding="utf-8") for path in SOURCE}
-    for kind, member in re.findall(r"`([A-Z][A-Za-z]+)\.([a-z_]+)`", text):
-        homes = [code for code in source.values() if re.search(rf"^class {kind}\b", code, re.MULTILINE)]
-        assert homes, f"{name}: no class {kind}"
-        assert any(re.search(rf"\b{member}\b", code) for code in homes), f"{name}: no {kind}.{member}"
-    for file in re.findall(r"\b((?:broker|shared|site_worker|server_worker|simulation|console)/[a-z_/]+\.py)", text):
-        assert ROOT / file in source, f"{name}: no {file}"
