@@ -72,7 +72,7 @@ def expect_private(address: str) -> None:
         return
     for host, _ in hosts_of(address):
         if not is_loopback(host):
-            sentence = f"{scheme}://{host} is not on this machine, and the connection would be unencrypted."
+            sentence = f"{scheme}://{host} is not on this machine, and the connection would be readable."
             remedy = "use amqps:// and rediss:// with certificates; nightsplit keys creates them."
             raise ConfigError(111, sentence, remedy)
 

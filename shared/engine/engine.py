@@ -11,7 +11,7 @@
 Inputs stay at the broker, which serves as the write-ahead log, until two checkpoints with their effects
 are durable. A crash before [3] replays the same inputs from the same state and publishes byte-equal
 messages again, which receivers drop by their marks; after a crash behind [3], deliveries below the marks
-are only acknowledged. docs/delivery.md has all rules.
+are only acknowledged. docs/explanation/delivery.md has all rules.
 """
 
 import time

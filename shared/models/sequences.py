@@ -71,8 +71,8 @@ class SequenceClassifier(nn.Module):
         logit = sum over t of v_t evidence_t                                    (vote; v_t > 0, their sum is 1)
 
     Gates are the first-order polynomials of the sigmoid and of tanh, with learned weights in front, and a penalty
-    keeps every gate and state within [-1, 1] (`_penalize_large`). In the experiments of docs/he_clstm.md the
-    products make it as accurate as an LSTM with sigmoid and tanh.
+    keeps every gate and state within [-1, 1] (`_penalize_large`). The products make it as accurate as an LSTM with
+    sigmoid and tanh in the experiments of docs/explanation/he_clstm.md.
 
     Shapes: float32 (batch, frames, features) within [-1, 1] -> (batch, 1).
 

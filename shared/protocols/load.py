@@ -6,6 +6,7 @@ from pathlib import Path
 from nightsplit.shared.config.load import conflict_in, load
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.config.section import KeyConflictError
+from nightsplit.shared.config.suggest import did_you_mean
 from nightsplit.shared.protocols.spec import TRAINING, spec_of, systems
 
 
@@ -16,7 +17,8 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         protocols = systems(*TRAINING)
         if config.run.protocol not in protocols:
             remedy = f"choose one of {', '.join(protocols)}."
-            raise KeyConflictError("run.protocol", f"{config.run.protocol!r} is unknown", remedy)
+            hint = did_you_mean(config.run.protocol, protocols)
+            raise KeyConflictError("run.protocol", f"{config.run.protocol!r} is unknown{hint}", remedy)
         spec_of(config).check(config)
     except KeyConflictError as conflict:
         raise conflict_in(path, conflict) from None

@@ -5,7 +5,7 @@
 
 A checkpoint is written as a draft, forced to disk and renamed, so that it exists whole or not at all.
 Where several servers could write, it is valid only once a `Pointer` in the run store (fence, counter,
-SHA-256 of the manifest) names it or a later one (docs/delivery.md, rule 7). When the newest is
+SHA-256 of the manifest) names it or a later one (docs/explanation/delivery.md, rule 7). When the newest is
 damaged, the one before it is used.
 """
 

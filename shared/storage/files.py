@@ -96,7 +96,7 @@ def keep_private(path: Path) -> None:
         path.chmod(stat.S_IMODE(mode) & ~_OTHERS_RIGHTS)
     except PermissionError:
         remedy = "name a folder of your own, or a new one inside it, which is created for you alone."
-        raise StateError(513, f"{path} is another user's, or open to all users.", remedy) from None
+        raise StateError(513, f"{path} is shared with other users.", remedy) from None
 
 
 def read_secret_file(path: Path) -> bytes:

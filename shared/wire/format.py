@@ -1,4 +1,4 @@
-"""Encoding and decoding of whole messages. `docs/wire.md` describes the format and every reason for a refusal.
+"""Encoding and decoding of whole messages. `docs/reference/wire.md` describes the format and all refusals.
 
     0                  4                      64·a           64·b
     ┌──────────────────┬────────────────┬─────┬────────┬─────┬────────┐

@@ -29,13 +29,13 @@ class Reveals(StrEnum):
 
 
 TELLS: Mapping[Reveals, str] = {
-    Reveals.LABELS: "true labels of each patient in a message",
+    Reveals.LABELS: "the values to be predicted, of each patient in a message",
     Reveals.ACTIVATIONS: "outputs of the site's layers for each patient in a message",
     Reveals.STORED_ACTIVATIONS: "activations that the server keeps, to train on them again or to replay the run",
-    Reveals.GRADIENTS: "gradients at the head for each patient in a message; labels can be read from them",
-    Reveals.WEIGHTS: "weights trained on the site's patients, or their change by training here",
+    Reveals.GRADIENTS: "gradients at the head for each patient in a message; labels can be derived from them",
+    Reveals.WEIGHTS: "weights trained on patients of the site, or their change by training at the site",
     Reveals.COUNTS: "numbers of samples, and figures over all held-out patients of the site",
-    Reveals.CIPHERTEXT: "encrypted values of patients: this site alone can decrypt them",
+    Reveals.CIPHERTEXT: "encrypted values of patients: only this site can decrypt them",
     Reveals.NOTHING: "names, sequence numbers and settings of the run",
 }
 

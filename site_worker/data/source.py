@@ -121,7 +121,7 @@ def _masks(source: SourceSection, data: DataSection, task: TaskSection) -> str |
     elif moved := [name for name in data.augment if name != "contrast"]:
         what = f"run.toml: data.augment moves the images ({', '.join(moved)}), and their masks would not follow"
     if what:
-        raise ConfigError(103, f"{what}.", "see Segmentation in docs/data.md.")
+        raise ConfigError(103, f"{what}.", "see Segmentation in docs/reference/data.md.")
     return source.masks
 
 
@@ -152,7 +152,7 @@ def _patients(rows: Rows, chosen: Sequence[int]) -> dict[int, str]:
     cells = rows.column(rows.patient)
     for row in chosen:
         if not cells[row].strip():
-            what = f"{rows.place(row)}: {rows.patient} is empty, so nobody knows which patient this is."
+            what = f"{rows.place(row)}: {rows.patient} is empty, so the patient of this row is not known."
             raise DataError(403, what, "fill it in, or take the row out of the file.")
     return {row: cells[row].strip() for row in chosen}
 

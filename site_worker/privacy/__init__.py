@@ -1,4 +1,4 @@
-"""Differential privacy at the site: noise, accounting, the ledger of what was spent. See docs/privacy.md."""
+"""Differential privacy at the site: noise, accounting, the ledger of what was spent (docs/explanation/privacy.md)."""
 
 import logging
 from importlib.util import find_spec
