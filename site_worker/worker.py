@@ -126,7 +126,7 @@ class SiteWorker(Worker):
         for part, known in zip(
             (splits.train, splits.validation, splits.test), path.read_text("ascii").split(), strict=True
         ):
-            part.expect(known)
+            part.check_fingerprint(known)
 
     def _one_shift(
         self, folder: Path, splits: Splits, idle_seconds: float | None, failures: Mapping[str, Refused]
