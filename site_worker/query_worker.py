@@ -147,7 +147,7 @@ class QuerySiteWorker:
         scores = csv.writer(file, lineterminator="\n")
         scores.writerow(["submission", "row", "patient", "logit", "probability"])
         with closing(self._queries()) as queries:
-            waiting, refused = queries.unformed(), 0
+            waiting, refused = queries.count_waiting(), 0
             for query in queries.all():
                 if query.refusal is not None:
                     refused += len(query.origins)
@@ -175,6 +175,6 @@ class QuerySiteWorker:
         path = self._keys / PUBLIC
         if path.exists():
             return SecretKeys.read(self.ckks, self._keys), PublicKeys.of(path.read_bytes())
-        secret, public = SecretKeys.made(self.ckks, self._keys, rotations_of(self.ckks, self._classifier))
+        secret, public = SecretKeys.make(self.ckks, self._keys, rotations_of(self.ckks, self._classifier))
         write_atomic(path, public.content)
         return secret, public
