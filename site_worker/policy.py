@@ -38,7 +38,7 @@ def check_policy(
         ConfigError: 108 with every key that the hospital would have to change.
     """
     payloads = contract.values()
-    denied = _denied(policy, run, payloads)
+    denied = _find_denied(policy, run, payloads)
     sent = [spec for payload in payloads if payload.kind in FROM_SITES for spec in payload.tensors.values()]
     if any(BATCH in spec.shape for spec in sent):
         denied += [
@@ -72,7 +72,7 @@ class Gate(mailbox.Gate):
     @override
     def check_out(self, header: Header, payload: Payload, samples: int | None) -> None:
         policy = self._read_again()
-        denied = _denied(policy, self._run, [payload])
+        denied = _find_denied(policy, self._run, [payload])
         if samples is not None and samples < policy.min_batch:
             denied.append(f"min_batch = {samples} (samples in this message; the policy says {policy.min_batch})")
         self._refuse(header, denied, "It was not sent")
@@ -97,7 +97,7 @@ class Gate(mailbox.Gate):
         return self._policy
 
 
-def _denied(policy: PolicyConfig, run: RunConfig, payloads: Collection[Payload]) -> list[str]:
+def _find_denied(policy: PolicyConfig, run: RunConfig, payloads: Collection[Payload]) -> list[str]:
     """List the settings that the policy lacks for these payloads of a run."""
     required = {revealed for payload in payloads if payload.kind in FROM_SITES for revealed in payload.reveals}
     denied = [

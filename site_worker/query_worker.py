@@ -81,8 +81,8 @@ class QuerySiteWorker:
         fill(self._front, self.site.model_folder, WEIGHTS)
         with lock_folder(self.site.state_folder):
             dataset = select_dataset(self.site, data)
-            features = self._features(dataset.inputs)
-            with closing(self._queries()) as queries:
+            features = self._compute_features(dataset.inputs)
+            with closing(self._open_store()) as queries:
                 queries.submit(dataset.patients, features)
         return len(features)
 
@@ -102,8 +102,8 @@ class QuerySiteWorker:
         limit = site.run_config.wire.message_bytes
         names = query_queues(run.id, site.config.name, site.run_config.wire.queue_bytes)
         route = Route(outgoing=names.up, incoming=names.down, dead=names.dead)
-        with lock_folder(site.state_folder), closing(self._queries()) as queries:
-            secret, public = self._own_keys()
+        with lock_folder(site.state_folder), closing(self._open_store()) as queries:
+            secret, public = self._load_keys()
             role = HeClstmSite(self._classifier, secret)
             broker = open_broker(site.config.broker, site.base, limit, site.credentials)
             while site.wait_for_shift():
@@ -126,7 +126,7 @@ class QuerySiteWorker:
             StateError: 512 queries are open, and only the present keys can decrypt their answers.
         """
         with lock_folder(self.site.state_folder):
-            with closing(self._queries()) as queries:
+            with closing(self._open_store()) as queries:
                 waiting = len(queries.open())
             if waiting:
                 sentence = f"{waiting} queries are not answered yet."
@@ -141,7 +141,7 @@ class QuerySiteWorker:
         """
         scores = csv.writer(file, lineterminator="\n")
         scores.writerow(["submission", "row", "patient", "logit", "probability"])
-        with closing(self._queries()) as queries:
+        with closing(self._open_store()) as queries:
             waiting, refused = queries.count_waiting(), 0
             for query in queries.all():
                 if query.refusal is not None:
@@ -155,13 +155,13 @@ class QuerySiteWorker:
                     scores.writerow([*origin, f"{logit:.6f}", f"{probability:.6g}"])
         return waiting, refused
 
-    def _features(self, inputs: torch.Tensor) -> FloatArray:
+    def _compute_features(self, inputs: torch.Tensor) -> FloatArray:
         return compute_outputs(self._front.eval(), inputs, "cpu").double().numpy()
 
-    def _queries(self) -> QueryStore:
+    def _open_store(self) -> QueryStore:
         return QueryStore(self.site.state_folder / "queries.db")
 
-    def _own_keys(self) -> tuple[SecretKeys, PublicKeys]:
+    def _load_keys(self) -> tuple[SecretKeys, PublicKeys]:
         path = self._keys / PUBLIC
         if path.exists():
             return SecretKeys.read(self.ckks, self._keys), PublicKeys.of(path.read_bytes())

@@ -124,7 +124,7 @@ class SiteRole(Role):
     def _enrol(self, config: str, digest: str) -> list[Effect]:
         """Compare run.toml with the server's, before any patient data is sent."""
         if digest != self.config.digest:
-            differences = _difference(config, self.config.canonical())
+            differences = _describe_difference(config, self.config.canonical())
             remedy = "agree on one run.toml. Nothing of a patient was sent."
             raise RunError(601, f"{self.name} and the server have different run.toml files: {differences}.", remedy)
         if self._enrolled:
@@ -175,7 +175,7 @@ class SiteRole(Role):
         self.finished, self._enrolled, self._released = facts["finished"], facts["enrolled"], facts["released"]
 
 
-def _difference(theirs: str, ours: str) -> str:
+def _describe_difference(theirs: str, ours: str) -> str:
     """List the keys in which two canonical configurations differ; a missing section is null there."""
 
     def lines(text: str) -> dict[str, None]:

@@ -209,7 +209,7 @@ class SiteWorker(Worker):
             planned=role.planned,
             answered=role.answered,
             confirmed=confirmed,
-            queued=max(0, confirmed - max(role.answered, self._applied())),
+            queued=max(0, confirmed - max(role.answered, self._count_applied())),
             duplicates=counts["duplicates"],
             refused=counts["refused"],
             checkpoints=counts["checkpoints"],
@@ -223,7 +223,7 @@ class SiteWorker(Worker):
             return "finished"
         return "online" if self._server.online else "offline"
 
-    def _applied(self) -> int:
+    def _count_applied(self) -> int:
         """Return the number of this site's messages that the server has applied, by its own status."""
         own = self._server.report.sites.get(self.config.name) if self._server is not None else None
         return own.applied if own is not None else 0

@@ -38,16 +38,16 @@ def augment(batch: Tensor, names: Sequence[str], generator: torch.Generator) -> 
             # Exact, not interpolated; its order among the transforms does not change the distribution.
             batch = torch.where(flipped.to(batch.device).view(-1, 1, 1, 1), batch.flip(-1), batch)
         elif name == "contrast":
-            batch = _contrast(batch, generator)
+            batch = _change_contrast(batch, generator)
         else:
-            transform = transform @ _transform(name, count, height / width, generator)
+            transform = transform @ _draw_transform(name, count, height / width, generator)
     if transform is start:
         return batch
     grid = affine_grid(transform[:, :2].to(batch.device), list(batch.shape), align_corners=False)
     return grid_sample(batch, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def _transform(name: str, count: int, aspect: float, generator: torch.Generator) -> Tensor:
+def _draw_transform(name: str, count: int, aspect: float, generator: torch.Generator) -> Tensor:
     """Draw a geometric transform as matrices (count, 3, 3) in coordinates from -1 to 1."""
 
     def draw(limit: float) -> Tensor:
@@ -67,7 +67,7 @@ def _transform(name: str, count: int, aspect: float, generator: torch.Generator)
     return matrix
 
 
-def _contrast(batch: Tensor, generator: torch.Generator) -> Tensor:
+def _change_contrast(batch: Tensor, generator: torch.Generator) -> Tensor:
     """Draw gain and offset relative to each image's own mean and deviation, so that inputs may be scaled."""
     gain, offset = (torch.rand(2, len(batch), generator=generator) * 2 - 1).to(batch.device).view(2, -1, 1, 1, 1)
     deviation, mean = torch.std_mean(batch, dim=(1, 2, 3), keepdim=True, correction=0)

@@ -18,7 +18,7 @@ def read_cells(path: Path) -> tuple[dict[str, list[str]], Callable[[int], str]]:
             403 a line with more cells than the heading.
     """
     try:
-        heading, cells, lines = _parquet(path) if path.suffix.lower() == ".parquet" else _csv(path)
+        heading, cells, lines = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
     except OSError as error:
         remedy = "check data.path in site.toml, and the permissions of the file."
         raise DataError(401, f"{path}: {error.strerror or error}.", remedy) from None
@@ -35,7 +35,7 @@ def read_cells(path: Path) -> tuple[dict[str, list[str]], Callable[[int], str]]:
 Cells = tuple[list[str], list[list[str]], list[int]]  # heading, cells by row, line or row numbers from 1
 
 
-def _csv(path: Path) -> Cells:
+def _read_csv(path: Path) -> Cells:
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
@@ -62,7 +62,7 @@ def _csv(path: Path) -> Cells:
     return [name.strip() for name in heading], [cells[i] for i in filled], [lines[i] for i in filled]
 
 
-def _parquet(path: Path) -> Cells:
+def _read_parquet(path: Path) -> Cells:
     if not path.is_file():
         raise FileNotFoundError(2, "No such file")
     try:
@@ -75,11 +75,11 @@ def _parquet(path: Path) -> Cells:
         raise DataError(401, sentence, "export it again.") from None
     if frame.index.names != [None]:
         frame = frame.reset_index()
-    cells = [[_text(value) for value in row] for row in frame.astype(object).to_numpy().tolist()]
+    cells = [[_to_text(value) for value in row] for row in frame.astype(object).to_numpy().tolist()]
     return [str(name) for name in frame.columns], cells, list(range(1, len(cells) + 1))
 
 
-def _text(value: object) -> str:
+def _to_text(value: object) -> str:
     if isinstance(value, bool):
         return str(int(value))
     return "" if value is None or value is pd.NA or value != value else str(value)

@@ -74,9 +74,9 @@ def list_files(
     files = files_below(folder, is_wanted)
     if not files:
         raise DataError(401, f"{folder} contains no {kind}.", "check data.path in site.toml and data.source.")
-    columns = {"file": files, "patient": [_patient(folder, file, source.patient) for file in files]}
+    columns = {"file": files, "patient": [_find_patient(folder, file, source.patient) for file in files]}
     if classes:
-        columns[source.label] = [_label(folder, file, classes) for file in files]
+        columns[source.label] = [_find_label(folder, file, classes) for file in files]
     return Listing(folder, folder, files, columns, "patient", lambda i: str(folder / files[i]))
 
 
@@ -106,7 +106,7 @@ def reading(path: Path, reference: str = "", quotes: bool = True) -> Iterator[No
         raise unreadable_error(path, f"cannot be read ({reason}){reference}") from None
 
 
-def _label(folder: Path, file: str, classes: Collection[str]) -> str:
+def _find_label(folder: Path, file: str, classes: Collection[str]) -> str:
     """Return the class in the names of the folders above a file."""
     above = Path(file).parts[:-1]
     labels = {normalize(part) for part in above} & set(classes)
@@ -118,7 +118,7 @@ def _label(folder: Path, file: str, classes: Collection[str]) -> str:
     raise DataError(403, f"{folder / file} {reason}; data.classes names {', '.join(classes)}.", remedy)
 
 
-def _patient(folder: Path, file: str, pattern: str | None) -> str:
+def _find_patient(folder: Path, file: str, pattern: str | None) -> str:
     """Return the nearest folder above a file that matches the patient's pattern; without a pattern, the file.
 
     The patient is the folder's name without its path: in MURA a patient's elbow and wrist are in different branches.

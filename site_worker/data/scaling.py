@@ -40,7 +40,7 @@ class Scaling:
             ConfigError: 103 "run" without one mean and one spread per feature or channel.
         """
         width, trailing = train.inputs.shape[1], [1] * (train.inputs.ndim - 2)
-        mean, spread = _moments(train.inputs)
+        mean, spread = _measure(train.inputs)
         fill = mean
         if data.scaling == "none":
             mean, spread = torch.zeros(width), torch.ones(width)
@@ -66,7 +66,7 @@ def scale(splits: Splits, data: DataSection) -> Splits:
     return Splits(scaling.apply(splits.train), scaling.apply(splits.validation), scaling.apply(splits.test))
 
 
-def _moments(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _measure(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and standard deviation, float32 (width,), over all dimensions but 1, without NaN."""
     mean, spread = [], []
     for values in inputs.transpose(0, 1):

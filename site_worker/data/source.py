@@ -86,7 +86,7 @@ def locate(path: str, base: Path) -> Path:
 
 
 def _open(path: Path, source: SourceSection, data: DataSection, task: TaskSection) -> Rows:
-    masks = _masks(source, data, task)
+    masks = _check_masks(source, data, task)
     if source.source == "table":
         return open_table(path, source, data)
     if source.source == "arrays":
@@ -108,7 +108,7 @@ def _open(path: Path, source: SourceSection, data: DataSection, task: TaskSectio
     return open_volumes(path, source, data, classes, masks)
 
 
-def _masks(source: SourceSection, data: DataSection, task: TaskSection) -> str | None:
+def _check_masks(source: SourceSection, data: DataSection, task: TaskSection) -> str | None:
     """Return data.masks for segmentation; ConfigError 103 if there are no masks or if they cannot be used."""
     if task.kind != "segmentation":
         return None

@@ -29,7 +29,7 @@ def split(dataset: Dataset, task: TaskSection, validation: float, test: float, s
     Raises:
         DataError: 405 too few patients, 404 a single class in the training split.
     """
-    strata = _strata(dataset, task, seed)
+    strata = _stratify(dataset, task, seed)
     sizes = [len(names) for names in strata]
     patients, held_out = sum(sizes), (validation > 0) + (test > 0)
     needed = max(1, len(strata)) + held_out
@@ -61,7 +61,7 @@ def _has_classes(task: TaskSection) -> bool:
     return task.kind in ("binary", "multiclass")
 
 
-def _strata(dataset: Dataset, task: TaskSection, seed: int) -> list[list[str]]:
+def _stratify(dataset: Dataset, task: TaskSection, seed: int) -> list[list[str]]:
     """Return the shuffled patients of each class, in the order of classes; one list for a task without classes."""
     if not _has_classes(task):
         return [shuffled(dataset.patients, f"split/{seed}")]

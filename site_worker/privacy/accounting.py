@@ -51,7 +51,7 @@ def epsilon_of(uses: Iterable[Use], delta: float) -> Epsilon:
     for use in uses:
         event = dp_event.PoissonSampledDpEvent(use.rate, dp_event.GaussianDpEvent(use.sigma))
         accountant.compose(event, use.steps)
-    losses = reduce(pld.PrivacyLossDistribution.compose, map(_losses, uses))
+    losses = reduce(pld.PrivacyLossDistribution.compose, map(_compose_losses, uses))
     return Epsilon(float(losses.get_epsilon_for_delta(delta)), float(accountant.get_epsilon(delta)))
 
 
@@ -60,7 +60,7 @@ def noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
     """Return the smallest noise (`Use.sigma`), to 0.1 %, for at most `epsilon` of a record at `delta` after `steps`."""
 
     def is_enough(sigma: float) -> bool:
-        return bool(_losses(Use(rate, sigma, steps)).get_epsilon_for_delta(delta) <= epsilon)
+        return bool(_compose_losses(Use(rate, sigma, steps)).get_epsilon_for_delta(delta) <= epsilon)
 
     # Bracket from above, since the distribution of little noise is long and slow to compute.
     high = 1.0
@@ -90,18 +90,18 @@ def patient_epsilon(uses: Iterable[tuple[Use, int]], delta: float) -> float:
     if not uses:
         return 0.0
     step = _STEP * max(records for _, records in uses)
-    losses = reduce(pld.PrivacyLossDistribution.compose, (_group_losses(*use, step) for use in uses))
+    losses = reduce(pld.PrivacyLossDistribution.compose, (_compose_group_losses(*use, step) for use in uses))
     return float(losses.get_epsilon_for_delta(delta))
 
 
 @lru_cache(maxsize=256)
-def _losses(use: Use) -> pld.PrivacyLossDistribution:
+def _compose_losses(use: Use) -> pld.PrivacyLossDistribution:
     losses = pld.from_gaussian_mechanism(use.sigma, sampling_prob=use.rate, value_discretization_interval=_STEP)
     return losses.self_compose(use.steps)
 
 
 @lru_cache(maxsize=256)
-def _group_losses(use: Use, records: int, step: float) -> pld.PrivacyLossDistribution:
+def _compose_group_losses(use: Use, records: int, step: float) -> pld.PrivacyLossDistribution:
     counts = list(range(records + 1))
     probabilities = [comb(records, k) * use.rate**k * (1 - use.rate) ** (records - k) for k in counts]
     losses = pld.from_mixture_gaussian_mechanism(use.sigma, counts, probabilities, value_discretization_interval=step)

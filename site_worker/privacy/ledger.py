@@ -83,7 +83,7 @@ class Ledger:
         with self._errors():
             self._rows = open_database(path, _SCHEMA)
             if self._rows.execute("PRAGMA quick_check").fetchone() != ("ok",):
-                raise self._unusable("the file is damaged")
+                raise self._error("the file is damaged")
             self.secret = self._open_secret(key)
 
     def close(self) -> None:
@@ -133,7 +133,7 @@ class Ledger:
                 before = self.entries()
                 entries = {entry.run: entry for entry in before}
                 if run not in entries:
-                    raise self._unusable(f"run {run!r} is missing from it")
+                    raise self._error(f"run {run!r} is missing from it")
                 if steps <= entries[run].use.steps:
                     return
                 paid = replace(entries[run], use=replace(entries[run].use, steps=steps))
@@ -148,7 +148,7 @@ class Ledger:
     def entries(self) -> list[Entry]:
         """Return all entries, oldest first; RunError 612 if they cannot be read."""
         with self._errors():
-            return [self._entry(row) for row in self._rows.execute("SELECT * FROM run ORDER BY rowid").fetchall()]
+            return [self._parse_entry(row) for row in self._rows.execute("SELECT * FROM run ORDER BY rowid").fetchall()]
 
     def total(self, run: str | None = None) -> Total:
         """Return the epsilon of all runs together, or of one run; RunError 612 if the entries cannot be read."""
@@ -158,7 +158,7 @@ class Ledger:
         delta = min(entry.delta for entry in entries)
         uses = [entry.use for entry in entries]
         with self._errors():
-            shares = [dict(self._patients(entry.run)) for entry in entries]
+            shares = [dict(self._read_patients(entry.run)) for entry in entries]
         # Only profiles (records in each run) that no other dominates can have the largest epsilon.
         profiles = {tuple(share.get(patient, 0) for share in shares) for patient in set().union(*shares)}
         largest = [profile for profile in profiles if not any(_dominates(other, profile) for other in profiles)]
@@ -183,22 +183,22 @@ class Ledger:
             if key.exists():
                 secret = read_secret(key)
                 if found != [(secret.derive("ledger").key,)]:
-                    raise self._unusable(f"it is empty, or was not made with {key}")
+                    raise self._error(f"it is empty, or was not made with {key}")
             elif found:
-                raise self._unusable(f"its secret {key} is missing")
+                raise self._error(f"its secret {key} is missing")
             else:
                 secret = make_secret(key)
                 self._rows.execute("INSERT INTO owner VALUES (?)", (secret.derive("ledger").key,))
         return secret
 
-    def _entry(self, row: Sequence[Any]) -> Entry:
+    def _parse_entry(self, row: Sequence[Any]) -> Entry:
         run, identity, records, rate, sigma, delta, steps, patients, seal = row
         entry = Entry(run, identity, records, Use(rate, sigma, steps), delta, patients)
-        if self._seal(entry) != seal or self._digest(self._patients(run)) != patients:
-            raise self._unusable(f"the row of run {run!r} does not fit its seal")
+        if self._seal(entry) != seal or self._digest(self._read_patients(run)) != patients:
+            raise self._error(f"the row of run {run!r} does not fit its seal")
         return entry
 
-    def _patients(self, run: str) -> list[tuple[bytes, int]]:
+    def _read_patients(self, run: str) -> list[tuple[bytes, int]]:
         found = self._rows.execute("SELECT patient, records FROM patient WHERE run = ? ORDER BY patient", (run,))
         return found.fetchall()
 
@@ -215,9 +215,9 @@ class Ledger:
         try:
             yield
         except (OSError, sqlite3.Error, struct.error, TypeError) as error:
-            raise self._unusable(explain(error)) from None
+            raise self._error(explain(error)) from None
 
-    def _unusable(self, reason: str) -> RunError:
+    def _error(self, reason: str) -> RunError:
         return RunError(612, f"{self._path}: {reason}.", _RESTORE)
 
 

@@ -106,7 +106,7 @@ class QueryStore:
             waiting = self._rows.execute("SELECT * FROM submission ORDER BY number").fetchall()
             if not waiting:
                 return
-            features = np.concatenate([_array(content, shape) for _, _, shape, content in waiting])
+            features = np.concatenate([_parse_array(content, shape) for _, _, shape, content in waiting])
             origins = [
                 Origin(number, row, patient)
                 for number, patients, _, _ in waiting
@@ -138,7 +138,7 @@ class QueryStore:
     def get(self, number: int) -> Query:
         """Return the query with this number, which must exist."""
         with self._errors():
-            return _query(self._rows.execute("SELECT * FROM query WHERE number = ?", (number,)).fetchone())
+            return _parse_query(self._rows.execute("SELECT * FROM query WHERE number = ?", (number,)).fetchone())
 
     def all(self) -> Iterator[Query]:
         """Yield all queries, by number."""
@@ -198,14 +198,14 @@ class QueryStore:
             raise StateError(501, f"{self._path}: {explain(error)}.", remedy) from None
 
 
-def _query(row: Sequence[Any]) -> Query:
+def _parse_query(row: Sequence[Any]) -> Query:
     number, keys, packing, origins, shape, features, step, sent, state, width, blinding, logits, refusal = row
     return Query(
-        number, keys, packing, tuple(Origin(*origin) for origin in json.loads(origins)), _array(features, shape),
+        number, keys, packing, tuple(Origin(*origin) for origin in json.loads(origins)), _parse_array(features, shape),
         step, bool(sent), None if state is None else np.frombuffer(state).reshape(-1, width), blinding,
         None if logits is None else np.frombuffer(logits), refusal,
     )  # fmt: skip
 
 
-def _array(content: bytes, shape: str) -> FloatArray:
+def _parse_array(content: bytes, shape: str) -> FloatArray:
     return np.frombuffer(content).reshape(json.loads(shape))

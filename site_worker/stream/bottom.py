@@ -44,7 +44,7 @@ class Bottom:
         self._optimizer = make_optimizer(optimizer, module.parameters())
         self._device = device
         self._parameters = [name for name, _ in module.named_parameters()]
-        self._versions = {0: self._present()}
+        self._versions = {0: self._copy_weights()}
         self._graphs: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
         # A kept graph has already updated the running statistics, which must change when the gradient is applied:
         # a bottom with buffers always recomputes.
@@ -82,7 +82,7 @@ class Bottom:
                 parameter.grad = parameter_gradient
             self._optimizer.step()
         self.module.load_state_dict(buffers, strict=False)
-        self._advance(self._present())
+        self._advance(self._copy_weights())
 
     def skip(self, item: Item) -> None:
         """Count an item as answered without a gradient."""
@@ -102,7 +102,7 @@ class Bottom:
         merged = {name: mean[name].to(self._device) + (present[name] - sent[name]) for name in mean}
         check_bounded("averaged weights", *merged.values())
         self.module.load_state_dict(merged, strict=False)
-        self._advance(self._present())
+        self._advance(self._copy_weights())
 
     def weights(self, version: int) -> Weights:
         """Return the parameters and buffers of a retained version; not to be changed."""
@@ -130,7 +130,7 @@ class Bottom:
             stored = under(f"bottom/{version}", tensors)
             if stored or version == first:
                 self.module.load_state_dict(stored)
-                self._versions[version] = self._present()
+                self._versions[version] = self._copy_weights()
             else:
                 self._versions[version] = self._versions[version - 1]
         restore_optimizer(self._optimizer, under("optimizer", tensors))
@@ -146,7 +146,7 @@ class Bottom:
             outputs = functional_call(self.module, {**parameters, **buffers}, inputs.to(self._device))
         return outputs, list(parameters.values()), buffers
 
-    def _present(self) -> Weights:
+    def _copy_weights(self) -> Weights:
         present = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         return {name: tensor.detach().clone() for name, tensor in present.items()}
 

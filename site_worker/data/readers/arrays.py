@@ -41,17 +41,17 @@ def open_arrays(path: Path, source: SourceSection, data: DataSection, masks: str
         raise DataError(403, sentence, "correct those images, or remove them from the archive.")
 
     def read(indices: Sequence[int]) -> torch.Tensor:
-        return _inputs(images[np.asarray(indices, dtype=np.int64)], data.image_size)
+        return _to_inputs(images[np.asarray(indices, dtype=np.int64)], data.image_size)
 
     # `Rows` counts the cells of a column, and all other names may be missing.
     columns: dict[str, list[str]] = {"row": [str(row + 1) for row in range(len(images))]}
     for name, array in zip(names, others, strict=True):
         columns[name] = [str(value) for value in array.ravel().tolist()]
     rows = Rows(path, columns, source.label, source.patient, lambda row: f"{path}, row {row + 1}", read)
-    return replace(rows, read_masks=_mask_reader(path, masks, images, source, data)) if masks else rows
+    return replace(rows, read_masks=_make_mask_reader(path, masks, images, source, data)) if masks else rows
 
 
-def _mask_reader(path: Path, name: str, images: Array, source: SourceSection, data: DataSection) -> Reader:
+def _make_mask_reader(path: Path, name: str, images: Array, source: SourceSection, data: DataSection) -> Reader:
     (masks,) = _load(path, [name])
     if masks.shape != images.shape[:3] or masks.dtype.kind not in "biuf":
         sentence = (
@@ -76,7 +76,7 @@ def _load(path: Path, names: Sequence[str]) -> list[Array]:
         raise DataError(401, f"{path} is not a readable .npz archive ({error}).", remedy) from None
 
 
-def _inputs(images: Array, size: int | None) -> torch.Tensor:
+def _to_inputs(images: Array, size: int | None) -> torch.Tensor:
     values = torch.from_numpy(images).to(torch.float32)
     if images.dtype == np.uint8:
         values /= 255

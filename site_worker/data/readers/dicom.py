@@ -35,7 +35,7 @@ def open_dicom(folder: Path, source: SourceSection, data: DataSection, classes: 
             411 a compression that cannot be decoded here.
     """
     listing = list_files(folder, source, classes, is_dicom, "DICOM file")
-    entries = [(i, frame) for i, file in enumerate(listing.files) for frame in _frames_of(listing, i, file)]
+    entries = [(i, frame) for i, file in enumerate(listing.files) for frame in _read_entry(listing, i, file)]
     if not entries:
         raise DataError(401, f"{folder} contains no image.", "check data.path in site.toml.")
     _refuse_burned_in([frame for _, frame in entries])
@@ -66,7 +66,7 @@ def open_dicom(folder: Path, source: SourceSection, data: DataSection, classes: 
     return Rows(listing.source, columns, source.label, patient, location, read, sequences)
 
 
-def _frames_of(listing: Listing, i: int, file: str) -> list[Frame]:
+def _read_entry(listing: Listing, i: int, file: str) -> list[Frame]:
     """Read the images of a file in the listing, or of all files in a folder in the listing."""
     path = listing.base / file
     paths = [path / name for name in files_below(path, is_dicom)] if path.is_dir() else [path]

@@ -88,7 +88,7 @@ def read_frames(path: Path, reference: str = "") -> list[Frame]:
         header = dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
         if "Rows" not in header:
             return []
-        return [_frame(path, header, number) for number in range(int(header.get("NumberOfFrames") or 1))]
+        return [_parse_frame(path, header, number) for number in range(int(header.get("NumberOfFrames") or 1))]
 
 
 def read_pixels(frame: Frame) -> Array:
@@ -112,7 +112,7 @@ def read_pixels(frame: Frame) -> Array:
     return real
 
 
-def _frame(path: Path, header: Dataset, number: int) -> Frame:
+def _parse_frame(path: Path, header: Dataset, number: int) -> Frame:
     def read(group: str, name: str) -> Any:
         """Return an attribute of this image: per frame or shared (enhanced multi-frame), or of the header."""
         own = list(header.get("PerFrameFunctionalGroupsSequence") or [])[number : number + 1]
@@ -137,13 +137,13 @@ def _frame(path: Path, header: Dataset, number: int) -> Frame:
         read_numbers("PlanePositionSequence", "ImagePositionPatient"),
         1.0 if slope is None else float(slope),
         0.0 if intercept is None else float(intercept),
-        _window(read("FrameVOILUTSequence", "WindowCenter"), read("FrameVOILUTSequence", "WindowWidth")),
+        _parse_window(read("FrameVOILUTSequence", "WindowCenter"), read("FrameVOILUTSequence", "WindowWidth")),
         header.get("PhotometricInterpretation") == "MONOCHROME1",
         str(header.get("BurnedInAnnotation") or "").strip().upper() == "YES",
     )
 
 
-def _window(centre: Any, width: Any) -> Window | None:
+def _parse_window(centre: Any, width: Any) -> Window | None:
     """Return the first window of the file, or None if it has no usable one."""
     centres, widths = np.atleast_1d(centre), np.atleast_1d(width)
     if centre is None or width is None or not centres.size or not widths.size or float(widths[0]) <= 0:

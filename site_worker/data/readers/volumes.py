@@ -63,7 +63,7 @@ def open_volumes(
     rows = Rows(
         listing.source, columns, source.label, listing.patient or "volume",
         lambda row: f"{paths[slices[row][0]]}, slice {slices[row][1]}",
-        _reader(paths, slices, image),
+        _make_reader(paths, slices, image),
         {file: range(starts[i], starts[i + 1]) for i, file in enumerate(listing.files)},
     )  # fmt: skip
     if masks is None:
@@ -75,10 +75,12 @@ def open_volumes(
         labels = _cut_mask(folder / masks / names[i], paths[i], source.axis)
         return binarize(labels[indices], source.foreground, data.image_size)
 
-    return replace(rows, read_masks=_reader(paths, slices, mask))
+    return replace(rows, read_masks=_make_reader(paths, slices, mask))
 
 
-def _reader(paths: Sequence[Path], slices: Sequence[Slice], read: Callable[[int, list[int]], torch.Tensor]) -> Reader:
+def _make_reader(
+    paths: Sequence[Path], slices: Sequence[Slice], read: Callable[[int, list[int]], torch.Tensor]
+) -> Reader:
     """Make a reader of rows that opens each file once and has one volume in memory."""
 
     def read_rows(indices: Sequence[int]) -> torch.Tensor:
