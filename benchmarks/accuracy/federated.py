@@ -1,7 +1,7 @@
 """How good federated transfer and added data vectors are, beside pooled data and each hospital alone.
 
     python -m benchmarks.accuracy.federated              all tables (about half an hour on one core)
-    python -m benchmarks.accuracy.federated --write      and put them into docs/results.md
+    python -m benchmarks.accuracy.federated --write      and put them into docs/reference/results.md
 
 What has been trained is kept in the folder of `--keep`, by the contract of its run, so that an interrupted study
 goes on. Needs the public data sets of the examples: set NIGHTSPLIT_DATA, or see the error that says so.
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--keep", type=Path, default=Path("runs/federated"), metavar="FOLDER", help="what is done (%(default)s)"
     )
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/results.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/reference/results.md")
     chosen = parser.parse_args(arguments)
     tables = [TABLES[name] for name in chosen.table or TABLES]
     chosen.keep.mkdir(parents=True, exist_ok=True)

@@ -17,8 +17,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from benchmarks.accuracy.divisions import DIVISIONS, IID, divide, keep
-from nightsplit.console.commands.pretrain import pretrain
 from nightsplit.console.demo.baselines import alone, centralized
+from nightsplit.console.pretrain import train_first_model
 from nightsplit.server_worker.protocols.data_vectors import DataVectorsServer
 from nightsplit.shared.config.load import load
 from nightsplit.shared.config.run import DataSection, RunConfig
@@ -164,7 +164,7 @@ def model_of(source: str, config: RunConfig, folder: Path, quick: bool) -> Artif
     if not output.exists():
         folder.mkdir(exist_ok=True)
         (folder / "pretrain.toml").write_text(recipe, encoding="utf-8")
-        pretrain(folder / "pretrain.toml")
+        train_first_model(folder / "pretrain.toml")
     return read_artifact(output)
 
 

@@ -1,7 +1,7 @@
 """What differential privacy costs in Dice: hippocampus MRI at three sites, without it and at epsilon 8, 3 and 1.
 
     python -m benchmarks.accuracy.segmentation [--row NAME] [--seeds N]     train; about 20 minutes of one core per seed
-    python -m benchmarks.accuracy.segmentation --write                      and put table and picture into docs/
+    python -m benchmarks.accuracy.segmentation --write                      and put both into docs/reference
     python -m benchmarks.accuracy.segmentation --quick                      a few steps of each row: shows that it works
 
 Slices of $NIGHTSPLIT_DATA, divided by volume: 20 volumes that belong to no site ("public"), and three sites of
@@ -55,7 +55,7 @@ from nightsplit.site_worker.privacy.accounting import Use, epsilon_of, noise_for
 SITES = ("north", "south", "east")
 PUBLIC, VOLUMES = 20, 260
 DELTA, CLIP = 1.9e-4, 1.0
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[2] / "docs" / "reference"
 BEGIN, END = "<!-- segmentation: written by benchmarks/accuracy/segmentation.py -->", "<!-- end of segmentation -->"
 
 
@@ -310,7 +310,7 @@ class Shelf:
 
 
 def table(constant: ModelFigures, done: Mapping[Row, Sequence[Result]], ratio: str) -> str:
-    """What docs/results.md shows; figures are means over seeds, and of privacy those of the site that loses most."""
+    """Return the tables of the results page: means over seeds; of privacy, those of the site that loses most."""
     lines = [
         f"| trained | Dice | {' | '.join(SITES)} | aim | steps | s |",
         f"| --- |{' ---: |' * (len(SITES) + 4)}",

@@ -1,4 +1,4 @@
-"""What an encrypted query costs the longer its sequences are: a picture and a table for docs/results.md.
+"""What an encrypted query costs the longer its sequences are: a picture and a table for docs/reference/results.md.
 
     python -m benchmarks.speed.encrypted_lengths [--write]
 
@@ -114,7 +114,7 @@ def draw(costs: dict[str, dict[int, Cost]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What encrypted queries cost, by the length of sequences.")
-    parser.add_argument("--write", action="store_true", help="put table and picture into docs")
+    parser.add_argument("--write", action="store_true", help="put table and picture into docs/reference")
     chosen = parser.parse_args()
     costs: dict[str, dict[int, Cost]] = {}
     for name, (recurrent, packing) in SETTINGS.items():

@@ -171,7 +171,7 @@ def night_and_day(
 
 
 def _node(folder: Path) -> RabbitNode:
-    """A node as docs/scaling.md recommends it for many sites."""
+    """A node as docs/how-to/scaling.md recommends it for many sites."""
     node = RabbitNode(folder)
     with (folder / "rabbitmq.conf").open("a") as settings:
         settings.write("tcp_listen_options.sndbuf = 131072\ntcp_listen_options.recbuf = 131072\n")

@@ -102,7 +102,7 @@ def connection_lost(error: BaseException | None, parameters: Any) -> str:
     """What a worker's user reads while the link tries again."""
     what = "nothing was heard from it" if type(error).__name__ == "AMQPHeartbeatTimeout" else sentence(error)
     place = f"{parameters.host}:{parameters.port}"
-    return f"the line to the broker is down ({place}: {what}); trying again, nothing is lost"
+    return f"the connection to the broker is lost ({place}: {what}); trying again, nothing is lost"
 
 
 def _place(parameters: Any) -> str:

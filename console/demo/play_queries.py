@@ -77,7 +77,7 @@ def _alone(work: Path, names: Sequence[str], submit: bool = False) -> bool:
 
 
 def _work(name: str, folder: Path, submit: bool) -> None:
-    """What `nightsplit answer server.toml` does, or `nightsplit query <name>.toml`."""
+    """What `nightsplit serve-queries server.toml` does, or `nightsplit query <name>.toml`."""
     if name == SERVER:
         QueryServerWorker(folder / "server.toml").work(IDLE_SECONDS)
         return

@@ -1,13 +1,11 @@
-"""nightsplit doctor: what could keep a worker from its work, found before the night and not in it."""
+"""The checks of nightsplit doctor."""
 
-import json
 import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import torch
 
 from nightsplit.console.doctor.finding import Finding, size
 from nightsplit.console.doctor.links import checks_of_lines
-from nightsplit.console.ui.text import columns, duration, screen
+from nightsplit.console.ui.text import duration
 from nightsplit.console.worker_file import WorkerFile, read_worker_file
 from nightsplit.server_worker.config import ServerSection
 from nightsplit.shared.clock import SystemClock
@@ -36,21 +34,6 @@ RABBITMQ_MESSAGE_BYTES = 16 * 2**20
 
 STATE_BYTES = 2**30
 """Room that a disk should have for checkpoints, and for what an embedded broker queues."""
-
-
-def show_findings(path: Path, overrides: Sequence[str], as_json: bool) -> int:
-    """Check a worker's file and print what was found; returns the exit code, 1 when something failed."""
-    findings = examine(path, overrides)
-    healthy = not any(finding.failed for finding in findings)
-    if as_json:
-        print(json.dumps({"ok": healthy, "checks": [asdict(finding) for finding in findings]}, indent=2))
-        return int(not healthy)
-    table = columns("", "check", "found", "fix")
-    for finding in findings:
-        mark = "FAILED" if finding.failed else "note" if finding.fix else "ok"
-        table.add_row(mark, finding.check, finding.found, finding.fix or "")
-    screen().print(table)
-    return int(not healthy)
 
 
 def examine(path: Path, overrides: Sequence[str] = ()) -> list[Finding]:

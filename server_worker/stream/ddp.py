@@ -246,4 +246,4 @@ def _others_alive() -> Iterator[None]:
             raise
         reason = told.partition("] ")[2].partition(". ")[0] or told.splitlines()[0]
         what = f"{reason}."
-        raise StateError(509, what, "start the same command again: it goes on from the last checkpoint.") from None
+        raise StateError(509, what, "start the same command again: it continues from the last checkpoint.") from None

@@ -11,7 +11,7 @@
 Inputs stay at the broker until a checkpoint that contains their effect is durable, twice over:
 the broker is the write-ahead log. A crash before [3] replays the same inputs from the same state
 and publishes byte-equal messages again, which receivers drop by their marks; a crash after [3]
-gets deliveries below the marks, and only acknowledges them. docs/delivery.md has the whole contract.
+gets deliveries below the marks, and only acknowledges them. docs/explanation/delivery.md has the whole contract.
 """
 
 import time

@@ -71,7 +71,7 @@ class SequenceClassifier(nn.Module):
 
     Gates are the first-order polynomials of the sigmoid and of tanh: what is between is learned, and a penalty
     keeps every gate and state within [-1, 1] (`_kept_small`). The products make it as strong as an LSTM with
-    curves on what was tried (docs/he_clstm.md).
+    curves on what was tried (docs/explanation/he_clstm.md).
 
     Shapes: float32 (batch, frames, features) within [-1, 1] -> (batch, 1).
 

@@ -1,7 +1,7 @@
 """Metrics of a worker for Prometheus: the status of its heartbeat and the counts of its engine.
 
 Counters begin at zero with every process and every shift, as Prometheus expects of them. Places in a
-run, which a restart may move back a little, are gauges. docs/operations.md lists all of them.
+run, which a restart may move back a little, are gauges. docs/reference/logs_and_metrics.md lists all of them.
 """
 
 import time

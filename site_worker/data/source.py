@@ -122,7 +122,7 @@ def _check_masks(source: SourceSection, data: DataSection, task: TaskSection) ->
     elif geometric := [name for name in data.augment if name != "contrast"]:
         sentence = f"run.toml: data.augment moves the images ({', '.join(geometric)}), but not their masks"
     if sentence:
-        raise ConfigError(103, f"{sentence}.", "see Segmentation in docs/data.md.")
+        raise ConfigError(103, f"{sentence}.", "see Segmentation in docs/reference/data.md.")
     return source.masks
 
 

@@ -1,4 +1,4 @@
-"""Differential privacy at the site: noise, accounting, and the ledger of the epsilon that was spent."""
+"""Differential privacy at the site: noise, accounting, and the ledger (docs/explanation/privacy.md)."""
 
 import logging
 from importlib.util import find_spec

@@ -32,7 +32,7 @@ CREATE TABLE IF NOT EXISTS patient (
     run TEXT NOT NULL, patient BLOB NOT NULL, records INTEGER NOT NULL, PRIMARY KEY (run, patient)
 );
 """
-_RESTORE = "restore ledger and key from a backup; without them nothing shows how much epsilon was spent."
+_RESTORE = "restore ledger and key from a backup; the privacy spent is not known without them."
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from datetime import datetime
 import pytest
 from msgspec.structs import replace
 
-from nightsplit.console.commands.status import _sentence
+from nightsplit.console.status import _sentence
 from nightsplit.server_worker.report import write_report
 from nightsplit.shared.protocols.plan import Purpose
 from nightsplit.shared.run_store.base import Status

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nightsplit.console.commands.replay import Replay
+from nightsplit.console.replay import Replay
 from nightsplit.server_worker.tape import FOLDER, Tape, TapedLink
 from nightsplit.shared.engine.effects import Record
 from nightsplit.shared.errors import StateError

@@ -47,7 +47,7 @@ EPOCHS = 8
 BACK_S = 30.0
 """Within half a minute of the line being back, a site is."""
 BERLIN = ZoneInfo("Europe/Berlin")
-DOWN = "blocked: the line to the broker is down"
+DOWN = "blocked: the connection to the broker is lost"
 
 
 def small_run(folder: Path, broker: str = "embedded:broker", store: str = "sqlite:run.db") -> Hospital:
@@ -202,7 +202,7 @@ def test_an_outage_of_two_and_a_half_hours_over_the_end_of_a_shift(
         hospital.wait_for_steps(steps + 2, BACK_S)
         said = north.finish()
         hospital.wait_for_end()
-    assert [word for word in ("is down", "its shift", "for the broker") if word not in said] == []
+    assert [word for word in ("is lost", "its shift", "for the broker") if word not in said] == []
     assert hospital.models() == undisturbed
 
 

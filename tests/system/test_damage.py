@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from nightsplit.console.commands.status import summarise
+from nightsplit.console.status import summarise
 from nightsplit.console.worker_file import read_worker_file
 from nightsplit.shared.run_store.sqlite import SqliteStore
 from nightsplit.shared.storage.checkpoint import MANIFEST, TENSORS

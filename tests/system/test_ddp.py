@@ -105,7 +105,7 @@ def upload(tmp_path_factory):
     try:
         assert hospital.call("open", "server.toml").returncode == 0
         for site in SHARES:
-            hospital.start(site, "--leave-when-idle", "1")
+            hospital.start(site, "--exit-when-idle", "1")
         hospital.wait_for_end(200)
     finally:
         hospital.close()

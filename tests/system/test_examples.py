@@ -86,7 +86,7 @@ def test_the_demo_plays_nights_and_days_to_the_result_of_one_undisturbed_night(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_demo(None, json=True) == 0
+    assert run_demo(Path("cholesterol"), as_json=True) == 0
     shown = json.loads(capfd.readouterr().out)
     work, killed = sorted((tmp_path / "runs").iterdir())
     assert killed.name.startswith("demo-killed-")
@@ -152,7 +152,7 @@ def averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_demo_plays_rounds_and_draws_the_same_noise_after_kills(
     averaged: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_demo(averaged, json=True) == 0
+    assert run_demo(averaged, as_json=True) == 0
     shown = json.loads(capfd.readouterr().out)
     assert (shown["kills"], shown["sha256_equal"]) == (2, True)
     assert {"federated_noise_all_mae", "centralized_all_mae", "east_alone_north_mae"} <= shown.keys()
@@ -165,7 +165,7 @@ def test_the_demo_plays_at_a_broker_and_a_store_of_the_user(
     averaged: Path, rabbitmq: RabbitNode, redis_server: RedisServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The broker may know the example's run: every play has an id of its own."""
-    assert run_demo(averaged, json=True, at=(rabbitmq.vhost(), redis_server.url)) == 0
+    assert run_demo(averaged, as_json=True, at=(rabbitmq.vhost(), redis_server.url)) == 0
     shown = json.loads(capfd.readouterr().out)
     assert shown["run"].startswith("lipids-")
     assert shown["sha256_killed"] is None
@@ -189,4 +189,4 @@ def test_an_unknown_example_is_told_with_those_that_there_are() -> None:
         ConfigError,
         match=r"E110 .*cholesterol, data_vectors, dp_segmentation, encrypted_sequences, fedavg_transfer, heart",
     ):
-        run_demo(Path("examples/liver"), json=False)
+        run_demo(Path("examples/liver"), as_json=False)

@@ -45,7 +45,7 @@ def test_real_workers_go_on_without_one_that_was_killed(tmp_path):
     assert report["sites"]["east"]["batches"] > 0
     assert set(report["history"][-1]["sites"]) == {"north", "south"}
     assert east.returncode == 1
-    assert east.stderr.startswith("E608 Site was left out: the server rejects east: ")
+    assert east.stderr.startswith("E608 Site was excluded: the server rejects east: ")
     assert line["excluded_at"] == behind
     assert f"EXCLUDED after {behind} messages" in words
     assert line["batches"] == report["sites"]["east"]["batches"]

@@ -177,11 +177,27 @@ def test_names_of_files_columns_and_patients(study, capsys, number):
         assert f"E{number} " in inert(capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [HOSTILE], ["dlq", HOSTILE], ["site", f"--{HOSTILE}"], ["site", f"-{HOSTILE}"], ["site", f"--set={HOSTILE}"],
+        ["site", "north.toml", HOSTILE], ["site", "north.toml", "--exit-when-idle", HOSTILE],
+        ["site", "north.toml", "--log-format", HOSTILE], ["replay", "server.toml", f"--until={HOSTILE}"],
+    ],
+)  # fmt: skip
+def test_a_command_line_that_is_wrong(arguments, capsys):
+    assert run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert inert(err).startswith("nightsplit")
+    assert err.count("\n") == 1
+
+
 def test_what_is_kept_of_a_crash(study, capsys, monkeypatch):
     def broken(*_: object) -> None:
         raise ValueError(HOSTILE)
 
-    monkeypatch.setattr("nightsplit.console.commands.status.show_status", broken)
+    monkeypatch.setattr("nightsplit.console.status.summarise", broken)
     assert run(["status", "server.toml"]) == 70
     inert(capsys.readouterr().err)
     (log,) = study.glob("nightsplit-crash-*.log")

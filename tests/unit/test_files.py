@@ -115,7 +115,7 @@ def test_a_folder_that_is_not_ours_to_close_is_refused(
                 parent.chmod(0o755)
         os.seteuid(65533)
     try:
-        refused = r"E513 .*shared is not ours to close\."
+        refused = r"E513 .*shared is shared with other users\."
         with pytest.raises(StateError, match=refused), lock_folder(folder):
             pass
         with pytest.raises(StateError, match=refused):
