@@ -44,7 +44,7 @@ class Service:
         self.network = SequenceClassifier(FRAMES, FEATURES, HIDDEN, recurrent).double()
         self.classifier = ClassifierWeights.of(self.network.state_dict())
         self.ckks = parameters_for(self.classifier)
-        secret, self.public = SecretKeys.made(self.ckks, folder / "site", rotations_of(self.ckks, self.classifier))
+        secret, self.public = SecretKeys.make(self.ckks, folder / "site", rotations_of(self.ckks, self.classifier))
         self.queries = QueryStore(folder / "queries.db")
         self.half = HeClstmSite(self.classifier, secret)
         self.broker, self.names = MemoryBroker(), query_queues("film", "north", 2**30)
@@ -134,10 +134,10 @@ def test_what_waits_is_asked_together(service: Service) -> None:
     """As one query, in the packing that suits the sum; scores come by submission."""
     for _ in range(3):
         service.queries.submit(["a", "b,c", "d"], service.features)
-    assert service.queries.unformed() == 9
+    assert service.queries.count_waiting() == 9
     service.settle()
     (query,) = service.queries.all()
-    assert service.queries.unformed() == 0
+    assert service.queries.count_waiting() == 0
     assert [tuple(origin) for origin in query.origins[2:5]] == [(1, 3, "d"), (2, 1, "a"), (2, 2, "b,c")]
     assert query.logits is not None
     np.testing.assert_allclose(query.logits, np.tile(service.expected(), 3), atol=1e-4)
@@ -218,7 +218,7 @@ def test_answers_to_the_same_query_are_blinded_with_other_numbers(service: Servi
         for body in bodies:
             pieces = parcels.add(wire.decode(body, CONTRACT[Kind.ANSWER], LIMIT))
             if pieces is not None and service.classifier.state is not None:
-                states.append(service.half.state(query, pieces))
+                states.append(service.half.decrypt_state(query, pieces))
         return bodies
 
     service.edit("down", kept)
@@ -299,7 +299,7 @@ def test_garbage_is_put_aside_and_the_next_query_answered(service: Service) -> N
 
 def test_what_fits_no_step_is_refused(service: Service) -> None:
     half, number = HeClstmServer(service.classifier, b"s" * 32), service.submit()
-    pieces = service.half.pieces(service.queries.get(number))
+    pieces = service.half.encrypt_step(service.queries.get(number))
     name = service.queries.get(number).packing
     for step, packing, sent in ((0, "spiral", pieces), (half.steps, name, pieces), (-1, name, pieces), (0, name, [])):
         with pytest.raises(Refused, match="304"):

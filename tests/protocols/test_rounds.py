@@ -159,7 +159,7 @@ def test_a_round_is_the_weighted_mean_of_what_sites_would_reach_alone(tmp_path):
     for site in SITES:
         role = night.roles[site]
         rest(night, [SERVER, site], turns=3)
-        while role._made < 1:
+        while role._last_update < 1:
             night.engines[site].step(0.0)
         updates[site] = role._updates[1]
     sizes = {site: len(tiny_splits(site).train) for site in SITES}
@@ -215,7 +215,7 @@ def test_a_hostile_site_does_not_decide(combine, tmp_path):
 
     def size_with(rule):
         night = begun(tiny_rounds(rounds=1, combine=rule, trim=0.34), tmp_path / rule)
-        while night.roles["east"]._made < 1:
+        while night.roles["east"]._last_update < 1:
             rest(night, [SERVER, *SITES], turns=1)
         night.roles["east"]._updates[1] = torch.full_like(night.roles["east"]._updates[1], 1e6)
         rest(night, [SERVER, *SITES], turns=2000)
@@ -227,7 +227,7 @@ def test_a_hostile_site_does_not_decide(combine, tmp_path):
 
 def test_values_that_no_sum_could_hold_are_refused(tmp_path):
     night = begun(tiny_rounds(rounds=2), tmp_path)
-    while night.roles["east"]._made < 1:
+    while night.roles["east"]._last_update < 1:
         rest(night, [SERVER, *SITES], turns=1)
     night.roles["east"]._updates[1] = torch.full_like(night.roles["east"]._updates[1], 3e38)
     rest(night, [SERVER, *SITES], turns=3000)
@@ -240,10 +240,10 @@ def test_an_update_of_which_a_slice_cannot_be_read_does_not_count(tmp_path):
     night = begun(tiny_rounds(rounds=1), tmp_path)
     first = night.roles[SERVER].vector
     layout = night.roles[SERVER].layout
-    while night.roles["east"]._made < 1:
+    while night.roles["east"]._last_update < 1:
         rest(night, [SERVER, *SITES], turns=1)
     night.roles["east"]._updates[1] = night.roles["east"]._updates[1][: layout.slice(layout.slices).stop - 7]
-    while not all(night.roles[site]._made for site in SITES):
+    while not all(night.roles[site]._last_update for site in SITES):
         rest(night, [SERVER, *SITES], turns=1)
     updates = {site: night.roles[site]._updates[1] for site in SITES}
     rest(night, [SERVER, *SITES], turns=2000)
@@ -263,7 +263,7 @@ def test_a_late_update_counts_whole_in_one_round(tmp_path):
     server, allowed = night.roles[SERVER], set()
     choose = server.choose
     server.choose = lambda ready: choose(ready & allowed)
-    while not all(night.roles[site]._made for site in SITES):
+    while not all(night.roles[site]._last_update for site in SITES):
         rest(night, [SERVER, *SITES], turns=1)
     first, updates = server.vector, {site: night.roles[site]._updates[1] for site in SITES}
     allowed = {"east"}
@@ -312,9 +312,9 @@ def test_a_model_that_cannot_be_read_leaves_the_site_with_its_own(version, tmp_p
 def test_figures_that_are_none_are_refused(kind, tmp_path):
     night = begun(tiny_rounds(rounds=1), tmp_path)
     place = 2 if kind is Kind.REPORT else 1
-    while place not in night.roles["east"]._figures:
+    while place not in night.roles["east"]._metrics:
         rest(night, [SERVER, *SITES], turns=1)
-    night.roles["east"]._figures[place] = '{"test": {"auc": "high"}}'
+    night.roles["east"]._metrics[place] = '{"test": {"auc": "high"}}'
     rest(night, [SERVER, *SITES], turns=2000)
     assert all(engine.finished for engine in night.engines.values())
     assert night.roles[SERVER].refusals["east"] == 1

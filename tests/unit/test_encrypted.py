@@ -40,19 +40,19 @@ class Pair:
 
     def sent(self, vectors: Sequence[FloatArray], level: int | None = None) -> list[Ciphertext]:
         level = self.ckks.top if level is None else level
-        return [self.ckks.read(self.secret.encrypted(vector, level), level) for vector in vectors]
+        return [self.ckks.read(self.secret.encrypt(vector, level), level) for vector in vectors]
 
     def seen(self, ciphertexts: Sequence[Ciphertext]) -> list[FloatArray]:
         """What the site reads of an answer."""
         sent = [to_bytes(self.arithmetic.bottom(one)) for one in ciphertexts]
-        return [self.secret.decrypted(self.ckks.read_any(one)) for one in sent]
+        return [self.secret.decrypt(self.ckks.read_any(one)) for one in sent]
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     @cache
     def pair(ckks: CkksParameters, rotations: tuple[int, ...]) -> Pair:
-        secret, public = SecretKeys.made(ckks, tmp_path_factory.mktemp("keys"), rotations)
+        secret, public = SecretKeys.make(ckks, tmp_path_factory.mktemp("keys"), rotations)
         return Pair(secret, Arithmetic(ckks, public, rotations))
 
     return pair
