@@ -59,6 +59,7 @@ class Engine:
         decide: as in `DeliveryOrder`; asked of a journalled role.
         interval_seconds: longest time between checkpoints while there is something to save.
         failures: messages to refuse since a role failed on them, as in `refusing_failures`.
+        monotonic: seconds on the clock by which checkpoints are due.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Engine:
         decide: Callable[[], OrderEntry | None] = lambda: None,
         interval_seconds: float = 30.0,
         failures: Mapping[str, Refused] = {},
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.counters = mailbox.counters
         self._role = role
@@ -82,7 +84,7 @@ class Engine:
         self._authority = authority
         self._record = record
         self._spend = spend
-        self._interval = interval_seconds
+        self._interval, self._monotonic = interval_seconds, monotonic
         self._failures = Failures(failures, mailbox.counters)
         # A quarter of the prefetch each for: messages out of order, applied since the last
         # snapshot, in a snapshot being confirmed, and in the newest of the two kept checkpoints.
@@ -100,7 +102,7 @@ class Engine:
         self._unconfirmed = UnconfirmedSends()
         self._pending: PendingSnapshot | None = None
         self._dirty = False
-        self._last_snapshot = time.monotonic()
+        self._last_snapshot = self._monotonic()
         self._finish: Finish | None = None
 
     def recover(self) -> list[str]:
@@ -339,7 +341,7 @@ class Engine:
                 self._commit(self._pending)
             return
         # What is sealed must become free even on a quiet day: consumer_timeout would close the channel.
-        late = (self._dirty or self._unacked.sealed) and time.monotonic() - self._last_snapshot > self._interval
+        late = (self._dirty or self._unacked.sealed) and self._monotonic() - self._last_snapshot > self._interval
         if force or late or self._unacked.most_open >= self._share:
             self._pending = self._snapshot()
 
@@ -364,7 +366,7 @@ class Engine:
         )
         self._unacked.seal()
         self._dirty = False
-        self._last_snapshot = time.monotonic()
+        self._last_snapshot = self._monotonic()
         return pending
 
     def _commit(self, pending: PendingSnapshot) -> None:

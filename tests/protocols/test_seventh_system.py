@@ -80,8 +80,7 @@ from tests.harness.night import SERVER, Night, tiny_config
 house = Path(sys.argv[1])
 assert Path(nightsplit.__file__).is_relative_to(house)
 config = tiny_config(protocol="split_signs")
-night = Night(config, house / "run")
-night.together()
+night = Night(config, house / "run").run()
 server, north = night.roles[SERVER], night.roles["north"]
 assert (type(server).__name__, type(north).__name__) == ("SplitSignsServer", "SplitSignsSite")
 assert north.finished and server.done and server.evaluation.best and server.steps == 27
