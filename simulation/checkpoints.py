@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from nightsplit.shared.errors import StateError
 from nightsplit.shared.storage.checkpoint import Checkpoints, Pointer, Snapshot
 
 
@@ -31,6 +32,8 @@ class MemoryCheckpoints(Checkpoints):
         numbers = (pointer.fence, pointer.counter) if pointer is not None else max(self._kept, default=None)
         if numbers is None:
             return None
+        if numbers not in self._kept:
+            raise StateError(502, f"checkpoint {numbers} is gone.", "start a new run: this one's state was in memory.")
         tensors, written = self._kept[numbers]
         snapshot = Snapshot({name: tensor.clone() for name, tensor in tensors.items()}, json.loads(written))
         return Pointer(*numbers, ""), snapshot, []

@@ -10,7 +10,6 @@ import pytest
 from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import site_queues
-from nightsplit.shared.protocols.spec import TRAINING, systems
 from nightsplit.shared.transport import Confirmed, Delivery, Recovered, Trouble
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.simulation.broker import MemoryBroker
@@ -41,10 +40,6 @@ class BadNight(Night):
 
 def config_of(protocol, bottoms, window, **run):
     return tiny_config(protocol=protocol, bottoms=bottoms, average_every=3, window=window, epochs=2, **run)
-
-
-def test_every_system_is_here():
-    assert {protocol for protocol, _, _ in SYSTEMS} == set(systems(*TRAINING))
 
 
 @pytest.fixture(params=[("memory", 0), ("embedded", 2)], ids=lambda param: f"{param[0]}-{param[1]}")
