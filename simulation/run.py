@@ -10,7 +10,6 @@ a run with real processes and real nights, to the bit. Seeded faults are a matte
 
 import hashlib
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +31,6 @@ from nightsplit.shared.engine.engine import Engine
 from nightsplit.shared.engine.fencing import CheckpointAuthority, SoleWriter
 from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.engine.order import OrderEntry
-from nightsplit.shared.errors import Refused
 from nightsplit.shared.protocols.build import assemble_any
 from nightsplit.shared.protocols.spec import spec_of
 from nightsplit.shared.storage.checkpoint import Checkpoints
@@ -77,7 +75,6 @@ class Simulation:
         finished: workers that came to the end of the run.
         lines: metrics, of all workers.
         decide: says what is written into the order journal when nothing can be applied.
-        failures: messages that a worker's role failed on, by id, for each worker.
         ledgers: folder of what private runs have spent.
         interval_seconds: longest time between checkpoints, on the simulation's clock.
     """
@@ -96,7 +93,10 @@ class Simulation:
         on_disk: bool = False,
     ) -> None:
         self.config, self.parts, self.folder, self.base = config, parts, folder, base
-        self.broker = broker or MemoryBroker()
+        if broker is None:
+            broker = MemoryBroker()
+            broker.max_message_bytes = config.wire.message_bytes
+        self.broker = broker
         self.clock = clock or ManualClock(START)
         self.workers = workers or (SERVER, *config.run.sites)
         self.store = MemoryStore()
@@ -112,7 +112,6 @@ class Simulation:
         self.finished: set[str] = set()
         self.lines: list[Record] = []
         self.decide: Callable[[], OrderEntry | None] = lambda: None
-        self.failures: defaultdict[str, dict[str, Refused]] = defaultdict(dict)
         self.ledgers = folder
         self.interval_seconds = 30.0
         self._prefetch, self._device = prefetch, device
@@ -165,33 +164,31 @@ class Simulation:
         """Let one worker, alone, work until it has nothing left to do; returns whether it has finished."""
         finished = self._recovered(worker).run(lambda: False, idle_seconds)
         self.kill(worker)
+        if finished:
+            self.finished.add(worker)
         return finished
 
     def _recovered(self, worker: str) -> Engine:
         self._starts += 1
-        run, wire = self.config.run, self.config.wire
+        config, spend = self.config, unpaid
         authority: CheckpointAuthority = SoleWriter()
-        spend = unpaid
         if worker == SERVER:
-            role: SiteRole | AnyServer = make_server(self.config, self.folder / SERVER, self.base, self._device)
+            role: SiteRole | AnyServer = make_server(config, self.folder / SERVER, self.base, self._device)
             routes = {site: Route(q.down, q.up, q.dead) for site, q in self.queues.items()}
             authority = lease = Lease(self.store, SERVER)
             lease.acquire(lambda seconds: True)
         else:
-            incarnation, ledger = f"{worker}-{self._starts}", self.ledgers / f"{self.config.contract}-{worker}.db"
-            role = make_site(
-                worker, self.config, self.parts[worker], incarnation, self.base, self._device, ledger=ledger
-            )
+            incarnation, ledger = f"{worker}-{self._starts}", self.ledgers / f"{config.contract}-{worker}.db"
+            role = make_site(worker, config, self.parts[worker], incarnation, self.base, self._device, ledger)
             queues = self.queues[worker]
             routes = {SERVER: Route(queues.up, queues.down, queues.dead)}
             spend = role.account.pay if role.account else unpaid
-        link = _Ringing(
-            self.broker.link([route.incoming for route in routes.values()], self._prefetch, worker), self._ring
-        )
+        consume = [route.incoming for route in routes.values()]
+        link = _Ringing(self.broker.link(consume, self._prefetch, worker), self._ring)
+        mailbox = Mailbox(config.run.id, worker, link, routes, role.payload, config.wire.message_bytes)
         engine = Engine(
-            role, Mailbox(run.id, worker, link, routes, role.payload, wire.message_bytes), self.checkpoints[worker],
-            authority, self.lines.append, spend, lambda: self.decide(), self.interval_seconds, self.failures[worker],
-            monotonic=lambda: self.clock.now().timestamp(),
+            role, mailbox, self.checkpoints[worker], authority, self.lines.append, spend, lambda: self.decide(),
+            self.interval_seconds, monotonic=lambda: self.clock.now().timestamp(),
         )  # fmt: skip
         engine.recover()
         self.links[worker], self.roles[worker], self.engines[worker] = link, role, engine
@@ -256,10 +253,8 @@ class Simulation:
 
 def simulate(config: RunConfig, parts: Mapping[str, Parts], base: Path = Path()) -> Simulation:
     """Train until the run is over; arguments as of `Simulation`."""
-    broker = MemoryBroker()
-    broker.max_message_bytes = config.wire.message_bytes
     with tempfile.TemporaryDirectory(prefix="nightsplit-") as folder:
-        return Simulation(config, parts, Path(folder), base, broker).run()
+        return Simulation(config, parts, Path(folder), base).run()
 
 
 class _Ringing(WrappedLink):
