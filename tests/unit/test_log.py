@@ -92,6 +92,7 @@ def test_a_refused_message_is_told_by_number_sender_and_seq(lines, tmp_path: Pat
 def test_a_site_that_is_left_out_is_told_with_its_place(lines, tmp_path: Path):
     night = Night(tiny_config(("north", "south"), quorum=1), tmp_path)
     night.decide = lambda: None if night.server.left_out else Exclude("south")
+    night.start(SERVER)
     night.step(SERVER)
     (line,) = [line for line in lines() if line["event"] == "left_out"]
     assert line["site"] == "south"
