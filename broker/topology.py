@@ -6,13 +6,13 @@ Each run and site has one direct exchange with three queues:
                              ──down──▶ nightsplit.<run>.<site>.down    server -> site, unbounded
                              ──dead──▶ nightsplit.<run>.<site>.dead    what either side refused
 
-and two more when the finished run's model is asked for encrypted sequences (docs/he_clstm.md):
+and two more when the finished run's model is asked for encrypted sequences (docs/explanation/he_clstm.md):
 
                              ──ask────▶ nightsplit.<run>.<site>.ask      site -> server, bounded
                              ──answer─▶ nightsplit.<run>.<site>.answer   server -> site, unbounded
 
 Only up queues push back: a bounded down queue beside a bounded up queue can deadlock, since
-neither side could confirm, checkpoint and acknowledge (docs/delivery.md). No queue has a delivery
+neither side could confirm, checkpoint and acknowledge (docs/explanation/delivery.md). No queue has a delivery
 limit: the broker would drop messages that were already answered.
 """
 

@@ -2,7 +2,7 @@
 
 A candidate has a number: an epoch of a stream, the version of a model in rounds, a place among the scales of
 data_vectors. It is judged when every site that takes part has evaluated it. The best one has the best headline figure
-on the validation patients of all sites (`nightsplit.shared.learning.metrics.standing`); test figures are only reported,
+on the validation patients of all sites (`nightsplit.shared.learning.metrics.score`); test figures are only reported,
 never used to choose.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.learning.metrics import measure, overall, standing
+from nightsplit.shared.learning.metrics import measure, overall, score
 from nightsplit.shared.protocols.plan import Purpose
 from nightsplit.shared.protocols.report import PARTS, SiteMetrics
 
@@ -31,7 +31,7 @@ class Evaluation:
         self._sites = set(config.run.sites)
         self._collected: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._reported: dict[int, dict[str, SiteMetrics]] = {}
-        self._best_standing: tuple[float, float] | None = None
+        self._best_score: tuple[float, float] | None = None
         self.best = 0
         self.judged = 0
         self.history: list[dict[str, Any]] = []
@@ -53,16 +53,16 @@ class Evaluation:
     def report(self, site: str, candidate: int, metrics: SiteMetrics) -> bool:
         """A site's own figures for a candidate; whether it is judged with them."""
         self._reported.setdefault(candidate, {})[site] = metrics
-        return self._judge_if_complete(candidate)
+        return self._evaluate_if_complete(candidate)
 
-    def excuse(self, site: str) -> list[int]:
+    def exclude(self, site: str) -> list[int]:
         """Wait for a site no more; the candidates that are judged thereby. What it has reported stays."""
         self._sites.discard(site)
         for part in PARTS:
             self._collected.pop(f"{site}/{part}", None)
-        return [candidate for candidate in sorted(self._reported) if self._judge_if_complete(candidate)]
+        return [candidate for candidate in sorted(self._reported) if self._evaluate_if_complete(candidate)]
 
-    def _judge_if_complete(self, candidate: int) -> bool:
+    def _evaluate_if_complete(self, candidate: int) -> bool:
         if not self._sites <= set(self._reported[candidate]):
             return False
         sites = self._reported.pop(candidate)
@@ -71,9 +71,9 @@ class Evaluation:
         self.judged = max(candidate, self.judged)
         # Without validation patients there is nothing to choose by: the last candidate stands.
         validation = total[Purpose.VALIDATION]
-        reached = standing(self._config.task, validation) if validation["samples"] else None
-        if self._best_standing is None or (reached is not None and reached > self._best_standing):
-            self.best, self._best_standing = candidate, reached
+        reached = score(self._config.task, validation) if validation["samples"] else None
+        if self._best_score is None or (reached is not None and reached > self._best_score):
+            self.best, self._best_score = candidate, reached
         return True
 
     @property
@@ -100,7 +100,7 @@ class Evaluation:
         return {
             "sites": sorted(self._sites),
             "reported": {str(candidate): dict(sites) for candidate, sites in self._reported.items()},
-            "standing": self._best_standing, "best": self.best, "judged": self.judged,
+            "score": self._best_score, "best": self.best, "judged": self.judged,
             "history": list(self.history),
         }  # fmt: skip
 
@@ -108,7 +108,7 @@ class Evaluation:
         """Continue from `tensors` and `facts`."""
         self._sites = set(facts["sites"])
         self._reported = {int(candidate): sites for candidate, sites in facts["reported"].items()}
-        self._best_standing = tuple(facts["standing"]) if facts["standing"] else None
+        self._best_score = tuple(facts["score"]) if facts["score"] else None
         self.best, self.judged = facts["best"], facts["judged"]
         self.history = facts["history"]
         self._collected = {}

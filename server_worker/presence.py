@@ -27,7 +27,7 @@ LISTENED_FIRST = 600.0
 """Seconds that a server listens itself before it leaves a site out, whatever it was told of the time before."""
 
 
-class Attendance:
+class SilenceTracker:
     """Keeps the silence of each site.
 
     Args:
@@ -61,9 +61,9 @@ class Attendance:
         """Messages of each site at the last look; empty before the first."""
 
     @property
-    def heard(self) -> dict[str, datetime | None]:
+    def last_seen(self) -> dict[str, datetime | None]:
         """When each site was heard last; None for never."""
-        return {site: presence.heard for site, presence in self.sites.items()}
+        return {site: presence.last_seen for site, presence in self.sites.items()}
 
     @property
     def is_due(self) -> bool:
@@ -87,23 +87,23 @@ class Attendance:
         for site, known in self.sites.items():
             beat = statuses[site].report.beat if site in statuses else None
             if beat not in (None, known.beat) or applied[site] > self._applied.get(site, applied[site]):
-                self.sites[site] = Presence(beat=beat or known.beat, heard=self._now().replace(microsecond=0))
+                self.sites[site] = Presence(beat=beat or known.beat, last_seen=self._now().replace(microsecond=0))
             elif site in awaited:
                 self.sites[site] = replace(known, silent_seconds=known.silent_seconds + passed)
         self._applied = dict(applied)
 
-    def absent(self, awaited: Collection[str], staying: Collection[str]) -> str | None:
-        """The awaited site that the run, in which the staying ones take part, should go on without; None to wait."""
+    def overdue(self, awaited: Collection[str], active_sites: Collection[str]) -> str | None:
+        """The awaited site that the run, in which the active sites take part, should go on without; None to wait."""
         silent = self._too_long(awaited)
-        return silent[0] if silent and self._suffice(staying, silent) else None
+        return silent[0] if silent and self._suffice(active_sites, silent) else None
 
-    def lacking(self, awaited: Collection[str], staying: Collection[str]) -> list[str]:
-        """Silent sites without which the quorum is not met, so that the run waits; arguments as in `absent`."""
+    def lacking(self, awaited: Collection[str], active_sites: Collection[str]) -> list[str]:
+        """Silent sites without which the quorum is not met, so that the run waits; arguments as in `overdue`."""
         silent = self._too_long(awaited)
-        return [] if self._suffice(staying, silent) else silent
+        return [] if self._suffice(active_sites, silent) else silent
 
     def _too_long(self, awaited: Collection[str]) -> list[str]:
         return [site for site in awaited if self.sites[site].silent_seconds >= self._limit]
 
-    def _suffice(self, staying: Collection[str], silent: Collection[str]) -> bool:
-        return len(staying) - len(silent) >= self._quorum
+    def _suffice(self, active_sites: Collection[str], silent: Collection[str]) -> bool:
+        return len(active_sites) - len(silent) >= self._quorum

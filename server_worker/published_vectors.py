@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.models.hashing import weights_sha256
-from nightsplit.shared.models.layout import Layout
+from nightsplit.shared.models.layout import WeightLayout
 from nightsplit.shared.storage.files import write_atomic
 from nightsplit.shared.storage.tensors import as_safetensors
 
@@ -34,7 +34,7 @@ class Vector:
 
     Attributes:
         path: of the file.
-        values: float32 (length,), as `Layout.vector` encodes weights.
+        values: float32 (length,), as `WeightLayout.vector` encodes weights.
         shapes: of the weights, by name.
         buffers: which of them are statistics.
         base_sha256: of theta_pre.
@@ -57,7 +57,7 @@ def added(vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def publish(
-    folder: Path, layout: Layout, base: torch.Tensor, vectors: Mapping[str, torch.Tensor], scale: float | None
+    folder: Path, layout: WeightLayout, base: torch.Tensor, vectors: Mapping[str, torch.Tensor], scale: float | None
 ) -> None:
     """Write the vectors of a finished run below its report folder.
 
@@ -102,7 +102,7 @@ def merge(base: Vector, vectors: list[Vector], scale: float) -> dict[str, torch.
             theirs, ours = vector.base_sha256[:12], base.base_sha256[:12]
             what = f"{vector.path} was trained from {theirs}, not from {ours} of {base.path}."
             raise ConfigError(116, what, "ask that hospital to begin from the same published model.")
-    layout = Layout(base.shapes, most=len(base.values), buffers=base.buffers)
+    layout = WeightLayout(base.shapes, most=len(base.values), buffers=base.buffers)
     if not vectors:
         return layout.weights(base.values)
     return layout.weights(base.values + scale * added({vector.name: vector.values for vector in vectors}))

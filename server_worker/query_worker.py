@@ -9,17 +9,17 @@ from pathlib import Path
 from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import query_queues
 from nightsplit.server_worker.config import ServerConfig
-from nightsplit.server_worker.query.pool import evaluating
+from nightsplit.server_worker.query.pool import evaluation_pool
 from nightsplit.server_worker.query.server import QueryServer
 from nightsplit.shared.config.load import load
 from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.errors import StateError
-from nightsplit.shared.he.sequences import circuit_of
-from nightsplit.shared.protocols.he_clstm import fill, judge_of, stages_of
+from nightsplit.shared.he.sequences import parameters_for
+from nightsplit.shared.protocols.he_clstm import classifier_of, fill, stages_of
 from nightsplit.shared.protocols.query import CONTRACT, MOST_CHUNKS
 from nightsplit.shared.run_store.status import Phase
-from nightsplit.shared.runtime.process import StopSignal, locked_folder, prepare_torch
-from nightsplit.shared.runtime.worker import ShiftWorker
+from nightsplit.shared.runtime.process import StopSignal, prepare_torch, try_lock_folder
+from nightsplit.shared.runtime.worker import Worker
 from nightsplit.shared.storage.files import make_private_folder, make_secret_file, read_secret_file
 from nightsplit.shared.transport import Route
 from nightsplit.shared.wire.message import SERVER
@@ -28,7 +28,7 @@ WEIGHTS = ("top.safetensors", "model.safetensors")
 """Of the last stage: after a split run, or after rounds."""
 
 
-class QueryServerWorker(ShiftWorker):
+class QueryServerWorker(Worker):
     """One server, which evaluates in `server.threads` processes; others may work for the same run.
 
     With the same state folder they know the same keys, and may go on with each other's queries.
@@ -61,8 +61,8 @@ class QueryServerWorker(ShiftWorker):
         """
         prepare_torch(1, "cpu")
         fill(self._last, self.base / self.config.report, WEIGHTS)
-        judge, secret = judge_of(self._last), self._secret()
-        circuit, secret_name = circuit_of(judge), hashlib.sha256(secret).hexdigest()
+        classifier, secret = classifier_of(self._last), self._secret()
+        ckks, secret_name = parameters_for(classifier), hashlib.sha256(secret).hexdigest()
         config, processes = self.run_config, self.config.threads
         keys, limit = self.state_folder / "keys", config.wire.message_bytes
         broker = open_broker(self.config.broker, self.base, limit, self.credentials)
@@ -73,12 +73,12 @@ class QueryServerWorker(ShiftWorker):
         with self._own_name() as owner:
             while self.wait_for_shift():
                 with (
-                    evaluating(judge, secret, processes) as evaluate,
+                    evaluation_pool(classifier, secret, processes) as evaluate,
                     broker.link(incoming, (processes + 1) * MOST_CHUNKS, owner) as link,
                 ):
                     self.enter(Phase.WORKING, "answering queries")
                     mailbox = Mailbox(config.run.id, SERVER, link, routes, CONTRACT.get, limit)
-                    server = QueryServer(mailbox, circuit, evaluate, secret_name, keys)
+                    server = QueryServer(mailbox, ckks, evaluate, secret_name, keys)
                     try:
                         server.run(self.off_duty, idle_seconds)
                     finally:
@@ -92,7 +92,7 @@ class QueryServerWorker(ShiftWorker):
         with ExitStack() as locks:
             for number in count(1):
                 folder = self.state_folder / f"answering-{number}"
-                if locks.enter_context(locked_folder(folder)):
+                if locks.enter_context(try_lock_folder(folder)):
                     yield f"{SERVER}:{folder.resolve()}"
                     return
 

@@ -17,14 +17,14 @@ from nightsplit.shared.storage.tensors import as_safetensors
 
 
 def write_report(
-    folder: Path, config: RunConfig, role: AnyServer, heard: Mapping[str, datetime | None]
+    folder: Path, config: RunConfig, role: AnyServer, last_seen: Mapping[str, datetime | None]
 ) -> dict[str, Any]:
     """Write the report folder of a finished run; returns what report.json holds.
 
-    `heard` says when each site was heard last, in UTC; None for never.
+    `last_seen` says when each site was last_seen last, in UTC; None for never.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    report = summarise(config, role, heard)
+    report = summarise(config, role, last_seen)
     write_atomic(folder / f"{spec_of(config).names.weights}.safetensors", as_safetensors(role.best_weights))
     role.publish(folder)
     write_atomic(folder / "report.json", (json.dumps(report, indent=2, sort_keys=True) + "\n").encode())
@@ -34,12 +34,12 @@ def write_report(
     return report
 
 
-def summarise(config: RunConfig, role: AnyServer, heard: Mapping[str, datetime | None]) -> dict[str, Any]:
+def summarise(config: RunConfig, role: AnyServer, last_seen: Mapping[str, datetime | None]) -> dict[str, Any]:
     """Everything that the report says, as plain data; arguments as in `write_report`."""
     sites: dict[str, dict[str, Any]] = {
         site: {
             **role.contribution(site),
-            "last_heard": moment.isoformat() if (moment := heard[site]) else None,
+            "last_seen": moment.isoformat() if (moment := last_seen[site]) else None,
             "messages": role.applied[site],
             "planned": sequence.last if (sequence := role.sequences.get(site)) else None,
             "training_samples": sequence.train if sequence else None,
@@ -50,7 +50,7 @@ def summarise(config: RunConfig, role: AnyServer, heard: Mapping[str, datetime |
     return {
         "run": config.run.id,
         "protocol": config.run.protocol,
-        "contract": config.contract,
+        "digest": config.digest,
         **role.outcome(),
         "best_epoch": role.evaluation.best,
         "best": role.evaluation.of(role.evaluation.best),
@@ -66,11 +66,11 @@ def _markdown(config: RunConfig, report: Mapping[str, Any]) -> str:
     blocks = [
         [f"# Run {report['run']}"],
         [f"{spec.name}, {spec.settings(config)}, {report['steps']} {spec.names.steps}."],
-        *([_departure(config, site, facts)] for site, facts in sites if facts["left_out_at"] is not None),
+        *([_departure(config, site, facts)] for site, facts in sites if facts["excluded_at"] is not None),
         *_held_out(config, report),
         ["What each site gave. Share: of the training steps that were applied."],
         [
-            "| site | batches | samples in them | share | messages applied | refused | last heard (UTC) | |",
+            "| site | batches | samples in them | share | messages applied | refused | last last_seen (UTC) | |",
             "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
             *(_gift(site, facts) for site, facts in sites),
         ],
@@ -101,18 +101,18 @@ def _held_out(config: RunConfig, report: Mapping[str, Any]) -> list[list[str]]:
 
 def _gift(site: str, facts: Mapping[str, Any]) -> str:
     planned = "unknown" if facts["planned"] is None else facts["planned"]
-    left_out = "" if facts["left_out_at"] is None else f"**LEFT OUT** after {facts['left_out_at']} messages"
+    excluded = "" if facts["excluded_at"] is None else f"**EXCLUDED** after {facts['excluded_at']} messages"
     return (
         f"| {site} | {facts['batches']} | {facts['samples']} | {100 * facts['share']:.1f} % "
-        f"| {facts['messages']} of {planned} | {facts['refused']} | {facts['last_heard'] or 'never'} | {left_out} |"
+        f"| {facts['messages']} of {planned} | {facts['refused']} | {facts['last_seen'] or 'never'} | {excluded} |"
     )
 
 
 def _departure(config: RunConfig, site: str, facts: Mapping[str, Any]) -> str:
     return (
-        f"**LEFT OUT: {site}, behind {facts['left_out_at']} applied messages of all sites, since it was silent for "
-        f"{config.run.absence_hours:g} h and {config.run.quorum} sites suffice. Last heard "
-        f"{facts['last_heard'] or 'never'}. It gave {facts['batches']} batches, {100 * facts['share']:.1f} % of the "
+        f"**EXCLUDED: {site}, behind {facts['excluded_at']} applied messages of all sites, since it was silent for "
+        f"{config.run.absence_hours:g} h and {config.run.quorum} sites suffice. Last last_seen "
+        f"{facts['last_seen'] or 'never'}. It gave {facts['batches']} batches, {100 * facts['share']:.1f} % of the "
         "training steps; later epochs were judged without its patients.**"
     )
 

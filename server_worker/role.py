@@ -14,7 +14,7 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Record, Send
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.errors import Refused, mismatch
-from nightsplit.shared.protocols.handshake import ANY, check_contract
+from nightsplit.shared.protocols.handshake import ANY, check_digest
 from nightsplit.shared.protocols.report import NO_FIGURES, SiteMetrics, decode_report
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import SERVER, Kind, Message, Scalar
@@ -82,7 +82,7 @@ class ServerRole(Role, Generic[S]):
         self._counts: dict[str, Samples] = {}
         self._released = dict.fromkeys(config.run.sites, 0)
         """Answers that each site's queue has forgotten, as far as the site has told."""
-        self._welcomed: dict[str, list[str]] = {site: [] for site in config.run.sites}
+        self._greeted: dict[str, list[str]] = {site: [] for site in config.run.sites}
         """Incarnations of each site whose hello was accepted, the latest few: nobody listens for an earlier one."""
 
     # -- what a shape fills in -------------------------------------------------------------------
@@ -125,10 +125,10 @@ class ServerRole(Role, Generic[S]):
     # -- what the worker asks ----------------------------------------------------------------------
 
     @property
-    def staying(self) -> dict[str, int]:
+    def active_sites(self) -> dict[str, int]:
         """Messages in sequence applied, per site that takes part."""
         # In the order of run.toml: a restored snapshot has its keys in the order of the alphabet.
-        return {site: self.applied[site] for site in self.config.run.sites if site not in self.left_out}
+        return {site: self.applied[site] for site in self.config.run.sites if site not in self.excluded}
 
     @property
     def may_close(self) -> bool:
@@ -138,13 +138,13 @@ class ServerRole(Role, Generic[S]):
     @property
     def done(self) -> bool:
         """Whether the last message of every site that takes part was applied."""
-        return all(s in self.sequences and n == self.sequences[s].last for s, n in self.staying.items())
+        return all(s in self.sequences and n == self.sequences[s].last for s, n in self.active_sites.items())
 
     def contribution(self, site: str) -> dict[str, Scalar | None]:
         """What a site gave to the training, and behind how many messages it was left out, if it was."""
         return {
             "batches": self.batches[site], "samples": self.samples[site], "share": self.share(site),
-            "left_out_at": self.left_out.get(site),
+            "excluded_at": self.excluded.get(site),
         }  # fmt: skip
 
     def share(self, site: str) -> float:
@@ -164,7 +164,7 @@ class ServerRole(Role, Generic[S]):
 
     # -- parts that shapes use ---------------------------------------------------------------------
 
-    def welcome(self, message: Message) -> list[Effect]:
+    def handle_hello(self, message: Message) -> list[Effect]:
         """Accept a site's plan, or say why not."""
         site, hello = message.header.sender, message.scalars
         samples = Samples(int(hello["train"]), int(hello["validation"]), int(hello["test"]))
@@ -175,23 +175,23 @@ class ServerRole(Role, Generic[S]):
             stands = f"answer {mark}, {released} of them stored"
             raise mismatch(f"{site} says hello with {stands}, and a name of {len(incarnation)} characters.")
         problem: tuple[int, str] | None = None
-        if site in self.left_out:
-            problem = self._farewell_to(site)
-        elif hello["contract"] != self.config.contract:
+        if site in self.excluded:
+            problem = self._exclusion_notice(site)
+        elif hello["contract"] != self.config.digest:
             problem = 601, "the site's run.toml differs from the server's"
         elif hello["enrolled"] and samples.train < 1:
             problem = 405, "the site has nothing to train on"
         elif hello["enrolled"] and self._counts.get(site, samples) != samples:
             problem = 409, "the site's data changed since the run began"
-        elif incarnation not in self._welcomed[site] and mark < self._released[site]:
+        elif incarnation not in self._greeted[site] and mark < self._released[site]:
             problem = 504, f"the site stands at answer {mark}, but had stored {self._released[site]} before"
         if problem is not None:
             return [self._rejection(site, incarnation, problem)]
         if not hello["enrolled"]:
             return [self._manifest(site)]
         # A hello may come again after a later one; only a new process can have lost its state.
-        if incarnation not in self._welcomed[site]:
-            self._welcomed[site] = [*self._welcomed[site], incarnation][-MOST_INCARNATIONS:]
+        if incarnation not in self._greeted[site]:
+            self._greeted[site] = [*self._greeted[site], incarnation][-MOST_INCARNATIONS:]
         self._released[site] = max(self._released[site], released)
         self.sequences[site], self._counts[site] = sequence, samples
         return []
@@ -204,12 +204,12 @@ class ServerRole(Role, Generic[S]):
             "check the site's data; a run may have ten million messages per site.",
         )
 
-    def leave_out(self, site: str) -> list[Effect]:
+    def drop_site(self, site: str) -> list[Effect]:
         """Take a site off the run, tell it so, and judge what waited for it alone."""
-        self.left_out[site] = sum(self.applied.values())
-        effects: list[Effect] = [self._rejection(site, ANY, self._farewell_to(site))]
-        for candidate in self.evaluation.excuse(site):
-            effects += self.judged(candidate)
+        self.excluded[site] = sum(self.applied.values())
+        effects: list[Effect] = [self._rejection(site, ANY, self._exclusion_notice(site))]
+        for candidate in self.evaluation.exclude(site):
+            effects += self.describe_candidate(candidate)
         return effects
 
     def figures(self, message: Message, due: bool) -> SiteMetrics:
@@ -225,7 +225,7 @@ class ServerRole(Role, Generic[S]):
         """How many samples of each part the site's hello has announced."""
         return self._counts[site]._asdict()
 
-    def judged(self, candidate: int) -> list[Effect]:
+    def describe_candidate(self, candidate: int) -> list[Effect]:
         """Lines of metrics about a candidate that was judged."""
         entry = self.evaluation.of(candidate)
         assert entry is not None
@@ -237,7 +237,7 @@ class ServerRole(Role, Generic[S]):
         ]
 
     @property
-    def verdict(self) -> dict[str, int]:
+    def progress(self) -> dict[str, int]:
         """In every answer: the best candidate so far, and the last one that was judged."""
         return {"best": self.evaluation.best, "judged": self.evaluation.judged}
 
@@ -249,13 +249,13 @@ class ServerRole(Role, Generic[S]):
 
     def _manifest(self, site: str) -> Send:
         config = self.config
-        return Send(site, Kind.MANIFEST, 0, scalars={"config": config.canonical(), "contract": config.contract})
+        return Send(site, Kind.MANIFEST, 0, scalars={"config": config.canonical(), "contract": config.digest})
 
     def _rejection(self, site: str, incarnation: str, problem: tuple[int, str]) -> Send:
         scalars: dict[str, Scalar] = {"incarnation": incarnation, "number": problem[0], "reason": problem[1]}
         return Send(site, Kind.REJECTED, 0, scalars=scalars)
 
-    def _farewell_to(self, site: str) -> tuple[int, str]:
+    def _exclusion_notice(self, site: str) -> tuple[int, str]:
         hours = self.config.run.absence_hours
         return (608, f"it was silent for {hours:g} h, and the run went on without it")
 
@@ -265,12 +265,12 @@ class ServerRole(Role, Generic[S]):
         """See `Role`; shapes add to it."""
         tensors = {**self.evaluation.tensors(), **flatten("best", self.best_weights)}
         facts: dict[str, Any] = {
-            "contract": self.config.contract,
+            "digest": self.config.digest,
             "opened": self._opened, "ended": self._ended, "steps": self.steps, "applied": dict(self.applied),
             "released": dict(self._released), "refusals": dict(self.refusals),
-            "welcomed": {site: list(incarnations) for site, incarnations in self._welcomed.items()},
+            "greeted": {site: list(incarnations) for site, incarnations in self._greeted.items()},
             "counts": {site: list(samples) for site, samples in self._counts.items()},
-            "left_out": dict(self.left_out),
+            "excluded": dict(self.excluded),
             "batches": dict(self.batches), "samples": dict(self.samples),
             "evaluation": self.evaluation.facts(),
         }  # fmt: skip
@@ -279,12 +279,12 @@ class ServerRole(Role, Generic[S]):
     def restore(self, snapshot: Snapshot) -> None:
         """See `Role`; shapes add to it."""
         tensors, facts = snapshot.tensors, snapshot.facts
-        check_contract(facts["contract"], self.config, self.name)
+        check_digest(facts["digest"], self.config, self.name)
         self.evaluation.restore(tensors, facts["evaluation"])
         self.best_weights = under("best", tensors)
         self._opened, self._ended, self.steps = facts["opened"], facts["ended"], facts["steps"]
         self.applied, self._released = facts["applied"], facts["released"]
-        self._welcomed, self.left_out = facts["welcomed"], facts["left_out"]
+        self._greeted, self.excluded = facts["greeted"], facts["excluded"]
         self._counts = {site: Samples(*counts) for site, counts in facts["counts"].items()}
         self.sequences = {site: self.sequence_of(site, samples) for site, samples in self._counts.items()}
         self.refusals = Counter(facts["refusals"])

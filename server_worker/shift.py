@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from nightsplit.server_worker.lease import Lease
 from nightsplit.server_worker.metrics_log import MetricsLog
-from nightsplit.server_worker.presence import Attendance
+from nightsplit.server_worker.presence import SilenceTracker
 from nightsplit.server_worker.protocols import AnyServer
 from nightsplit.server_worker.rounds.deadline import Deadline
 from nightsplit.shared.config.run import RunConfig
@@ -41,7 +41,7 @@ class ServerShift:
 
     Attributes:
         role: restored.
-        attendance: who is there.
+        silence: who is there.
         counters: of the engine.
         recovered: damaged checkpoints that were passed over.
     """
@@ -63,7 +63,7 @@ class ServerShift:
         self._lease = lease
         self._statuses = statuses
         told = statuses[SERVER].report if SERVER in statuses else UNREADABLE
-        self.attendance = Attendance(config, told.sites)
+        self.silence = SilenceTracker(config, told.sites)
         self._deadline = Deadline(config.round.deadline_hours, told.round)
         self._trained: dict[str, Record] = {}
         """The last training batch, per site or `TOGETHER`."""
@@ -104,16 +104,16 @@ class ServerShift:
         """Between two steps: stop when replaced, and take note of rounds and of who is there."""
         self._lease.check()
         self._deadline.look(self.role.version)
-        if self.attendance.is_due:
+        if self.silence.is_due:
             listening = listening and self.counters.trouble is None
-            self.attendance.look(self.role.applied, self.role.awaited(), self._statuses, listening)
+            self.silence.look(self.role.applied, self.role.awaited(), self._statuses, listening)
 
     def _decide(self) -> OrderEntry | None:
         """Decide on a journal entry in place of a message: a round is closed, or a site left out."""
         if self.role.may_close and self._deadline.is_over:
             return CloseRound()
-        absent = self.attendance.absent(self.role.awaited(), self.role.staying)
-        return Exclude(absent) if absent else None
+        overdue = self.silence.overdue(self.role.awaited(), self.role.active_sites)
+        return Exclude(overdue) if overdue else None
 
     def _record(self, line: Record) -> None:
         self._log.write(line)
@@ -126,7 +126,7 @@ class ServerShift:
         """Add what only the server knows to what every worker tells."""
         role, counts = self.role, self.counters.counts
         last = {site: sequence.last for site, sequence in dict(role.sequences).items()}
-        planned = sum(role.applied[site] if site in role.left_out else last[site] for site in last)
+        planned = sum(role.applied[site] if site in role.excluded else last[site] for site in last)
         entry = role.evaluation.history[-1] if role.evaluation.history else None
         loss, staleness = self._last_batch(TOGETHER)
         return replace(
@@ -135,7 +135,7 @@ class ServerShift:
             steps=role.steps,
             epoch=entry["epoch"] if entry else 0,
             applied=sum(role.applied.values()),
-            planned=planned if role.staying.keys() <= last.keys() else None,
+            planned=planned if role.active_sites.keys() <= last.keys() else None,
             refused=sum(role.refusals.values()),
             sent=counts["sent"],
             confirmed=counts["confirmed"],
@@ -143,7 +143,7 @@ class ServerShift:
             checkpoints=counts["checkpoints"],
             loss=loss,
             staleness=staleness,
-            lacking=tuple(self.attendance.lacking(role.awaited(), role.staying)),
+            lacking=tuple(self.silence.lacking(role.awaited(), role.active_sites)),
             round=self._deadline.round,
             sites={site: self._site(site) for site in self._sites},
         )
@@ -157,10 +157,10 @@ class ServerShift:
             batches=role.batches[site],
             samples=role.samples[site],
             share=role.share(site),
-            left_out_at=role.left_out.get(site),
+            excluded_at=role.excluded.get(site),
             loss=loss,
             staleness=staleness,
-            presence=self.attendance.sites[site],
+            presence=self.silence.sites[site],
         )
 
     def _queued(self, site: str) -> int | None:

@@ -22,8 +22,8 @@ from nightsplit.shared.log import event
 from nightsplit.shared.protocols.build import planned_message_bytes
 from nightsplit.shared.run_store.status import Phase
 from nightsplit.shared.runtime.heartbeat import Heartbeat
-from nightsplit.shared.runtime.process import StopSignal, locked_folder, prefetch_for, prepare_torch
-from nightsplit.shared.runtime.worker import Observer, ShiftWorker
+from nightsplit.shared.runtime.process import StopSignal, prefetch_for, prepare_torch, try_lock_folder
+from nightsplit.shared.runtime.worker import Observer, Worker
 from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.transport import Route
 from nightsplit.shared.wire.message import SERVER, Kind
@@ -32,12 +32,12 @@ _UP = (Kind.SMASHED, Kind.HEAD_GRADIENT, Kind.BOTTOM, Kind.UPDATE)
 """Kinds that may be large on their way to the server."""
 
 
-class ServerWorker(ShiftWorker):
+class ServerWorker(Worker):
     """One server of one run.
 
     Args:
         path: its server.toml.
-        overrides, clock, stop, observe: see `ShiftWorker`.
+        overrides, clock, stop, observe: see `Worker`.
 
     Raises:
         ConfigError: a file is wrong.
@@ -88,7 +88,7 @@ class ServerWorker(ShiftWorker):
             role.help()
 
     def enter(self, phase: Phase, detail: str | None = None, reason: str | None = None) -> None:
-        """See `ShiftWorker`. While it waits no heartbeat shows it: the run store is left to the active server."""
+        """See `Worker`. While it waits no heartbeat shows it: the run store is left to the active server."""
         super().enter(phase, detail, reason)
         if phase in (Phase.WAITING, Phase.STANDBY):
             self._observe(self._present())
@@ -97,7 +97,7 @@ class ServerWorker(ShiftWorker):
         prepare_torch(self.config.threads, self._device)
         with (
             joined_group(self._device) as self._group,
-            locked_folder(self.state_folder) as alone,
+            try_lock_folder(self.state_folder) as alone,
             closing(self.open_store()) as store,
         ):
             lease = Lease(store, owner_of(self.state_folder, alone))
@@ -134,7 +134,7 @@ class ServerWorker(ShiftWorker):
                 finished = shift.run(lambda: heartbeat.error is None, stop, idle_seconds)
                 self.enter(Phase.FINISHED if finished else Phase.AWAY)
         if finished:
-            write_report(self.report_folder, self.run_config, shift.role, shift.attendance.heard)
+            write_report(self.report_folder, self.run_config, shift.role, shift.silence.last_seen)
         return finished
 
     @contextmanager

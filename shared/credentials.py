@@ -72,7 +72,7 @@ def expect_private(address: str) -> None:
         return
     for host, _ in places_of(address):
         if not is_loopback(host):
-            what = f"{scheme}://{host} is not on this machine, and the line would be readable."
+            what = f"{scheme}://{host} is not on this machine, and the connection would be readable."
             raise ConfigError(111, what, "use amqps:// and rediss:// with certificates; nightsplit keys makes them.")
 
 

@@ -23,7 +23,7 @@ def event(name: str, level: int = logging.INFO, /, **facts: Scalar | None) -> No
     """Log an event.
 
     Args:
-        name: one word, from the table in docs/operations.md.
+        name: one word, from the table in docs/reference/logs_and_metrics.md.
         level: of `logging`: INFO for the course of things, WARNING for what may need somebody, ERROR for
             the end of a worker.
         facts: whatever belongs to it.

@@ -6,8 +6,8 @@ A link is a single stream of events, so that a worker waits in one place:
 
     worker ──publish──▶ link ──▶ broker          Confirmed   the broker holds the message durably
     worker ◀─receive─── link ◀── broker          Delivery    a message, at least once, in order
-                                                 Trouble     the broker refuses or is away; the link goes on trying
-                                                 Recovered   it accepts again
+                                                 Blocked     the broker refuses or is away; the link goes on trying
+                                                 Unblocked   it accepts again
 
 Publishing never fails for a passing reason: a link keeps a message, and offers it again after a
 full queue, an alarm or a lost connection, until the broker confirms it or the link is closed.
@@ -84,18 +84,18 @@ class Confirmed:
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
+class Blocked:
     """Publishing or consuming is held up; nothing is lost and the link goes on trying."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Recovered:
-    """What `Trouble` reported is over."""
+class Unblocked:
+    """What `Blocked` reported is over."""
 
 
-Event = Delivery | Confirmed | Trouble | Recovered
+Event = Delivery | Confirmed | Blocked | Unblocked
 
 
 class Link(ABC):

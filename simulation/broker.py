@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
 from nightsplit.shared.errors import BrokerError
-from nightsplit.shared.transport import Broker, Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
+from nightsplit.shared.transport import Blocked, Broker, Confirmed, Delivery, Event, Link, Queue, Unblocked
 
 
 class _Stored:
@@ -151,7 +151,7 @@ class _MemoryLink(Link):
             stored = self._broker._stored(queue)
             if queue.limit_bytes is not None and stored.bytes + len(message.body) > queue.limit_bytes:
                 if not self._troubled:
-                    self._events.append(Trouble(f"queue {queue.name} is full"))
+                    self._events.append(Blocked(f"queue {queue.name} is full"))
                 self._troubled = True
                 return
             self._outbox.popleft()
@@ -161,7 +161,7 @@ class _MemoryLink(Link):
             )
             self._events.append(Confirmed(message.message_id))
             if self._troubled:
-                self._events.append(Recovered())
+                self._events.append(Unblocked())
             self._troubled = False
             self._broker._changed.notify_all()
 

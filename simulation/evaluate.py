@@ -8,11 +8,11 @@ import torch
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.learning.losses import standardise
 from nightsplit.shared.learning.metrics import Metrics, measure, overall
-from nightsplit.site_worker.data.dataset import Parts
+from nightsplit.site_worker.data.dataset import Splits
 
 
 @dataclass(frozen=True)
-class Judgement:
+class ModelFigures:
     """Figures on held-out test patients.
 
     Attributes:
@@ -27,21 +27,21 @@ class Judgement:
 
 
 def judge(
-    config: RunConfig, parts: Mapping[str, Parts], predict: Callable[[str, torch.Tensor], torch.Tensor]
-) -> Judgement:
-    """Judge a model on every site's test patients.
+    config: RunConfig, splits: Mapping[str, Splits], predict: Callable[[str, torch.Tensor], torch.Tensor]
+) -> ModelFigures:
+    """ClassifierWeights a model on every site's test patients.
 
     Args:
         config: the run.
-        parts: scaled data by site.
+        splits: scaled data by site.
         predict: from a site's name and inputs (batch, ...) to outputs (batch, outputs).
     """
-    outputs = {site: predict(site, part.test.inputs) for site, part in parts.items()}
-    targets = {site: standardise(config.task, config.data, part.test.targets) for site, part in parts.items()}
+    outputs = {site: predict(site, part.test.inputs) for site, part in splits.items()}
+    targets = {site: standardise(config.task, config.data, part.test.targets) for site, part in splits.items()}
     sites = {
         site: measure(config.task, config.data, outputs[site], targets[site], part.test.patients)
-        for site, part in parts.items()
+        for site, part in splits.items()
     }
-    everyone = [f"{site}/{patient}" for site, part in parts.items() for patient in part.test.patients]
+    everyone = [f"{site}/{patient}" for site, part in splits.items() for patient in part.test.patients]
     pooled = measure(config.task, config.data, torch.cat([*outputs.values()]), torch.cat([*targets.values()]), everyone)
-    return Judgement(sites, overall(list(sites.values())), pooled)
+    return ModelFigures(sites, overall(list(sites.values())), pooled)

@@ -4,8 +4,8 @@
            ◀─Confirmed───── │ outbox      │ ◀─✗ stored, and the worker never hears it  lose_confirm
            ◀─Delivery────── │ arrived ⤨   │ ◀── overtaken by later ones                reorder
            ◀─None────────── │ silence     │ ◀── nothing for a while                    delay
-           ◀─Trouble─────── │             │ ✗   closed and opened anew                 disconnect
-           ◀─Recovered───── └─────────────┘
+           ◀─Blocked─────── │             │ ✗   closed and opened anew                 disconnect
+           ◀─Unblocked───── └─────────────┘
 
 A duplicate is a message of its own at the broker, with its own tag: to acknowledge one copy says
 nothing about another. That is also how duplicates come about: a confirm is lost, the connection
@@ -27,7 +27,7 @@ from functools import partial
 from heapq import heappop, heappush
 
 from nightsplit.broker.proxy import WrappedLink
-from nightsplit.shared.transport import Broker, Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
+from nightsplit.shared.transport import Blocked, Broker, Confirmed, Delivery, Event, Link, Queue, Unblocked
 
 MOST_COPIES = 3
 """Of a message that is duplicated, at one publishing."""
@@ -158,7 +158,7 @@ class FaultyLink(WrappedLink):
             return None
         if self._troubled:
             self._troubled = False
-            return Recovered()
+            return Unblocked()
         self._take_in(timeout)
         if not self._arrived:
             return self._idle()
@@ -220,7 +220,7 @@ class FaultyLink(WrappedLink):
                     self._counts["lost_confirms"] += 1
                     self._patience = self._patience or self._some_turns()
                     return
-            case Trouble() | Recovered():
+            case Blocked() | Unblocked():
                 put_back = 0.0  # these mean nothing in another order
         heappush(self._arrived, (self._arrivals + put_back, self._arrivals, event, sent))
         self._arrivals += 1
@@ -240,7 +240,7 @@ class FaultyLink(WrappedLink):
                 return self._reconnect()
         return None
 
-    def _reconnect(self) -> Trouble:
+    def _reconnect(self) -> Blocked:
         """Lose the connection, and open another."""
         self._counts["disconnects"] += 1
         self._link.close()
@@ -252,4 +252,4 @@ class FaultyLink(WrappedLink):
             self._offer(sent)
         self._silence = self._some_turns()
         self._troubled = True
-        return Trouble("the connection was lost")
+        return Blocked("the connection was lost")

@@ -1,6 +1,6 @@
 """A whole run in one process: the real roles, engines and wire format, any broker, a clock that is moved by hand.
 
-    config, parts ──▶ Simulation ──run()──▶ fingerprint(), judgement()
+    config, splits ──▶ Simulation ──run()──▶ fingerprint(), judgement()
                          │ step(worker), kill(worker), restart(worker): whoever wants to decide what happens when
 
 A worker can be thrown away between any two steps, as SIGKILL would do it; what its process would leave behind stays:
@@ -31,7 +31,7 @@ from nightsplit.shared.engine.engine import Engine
 from nightsplit.shared.engine.fencing import CheckpointAuthority, SoleWriter
 from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.engine.order import OrderEntry
-from nightsplit.shared.protocols.build import assemble_any
+from nightsplit.shared.protocols.build import build_model
 from nightsplit.shared.protocols.spec import spec_of
 from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.transport import Broker, Link, Queue, Route
@@ -39,10 +39,10 @@ from nightsplit.shared.wire.message import SERVER
 from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.simulation.checkpoints import MemoryCheckpoints
 from nightsplit.simulation.clock import ManualClock
-from nightsplit.simulation.evaluate import Judgement, judge
+from nightsplit.simulation.evaluate import ModelFigures, judge
 from nightsplit.simulation.scheduler import Scheduler
 from nightsplit.simulation.store import MemoryStore
-from nightsplit.site_worker.data.dataset import Parts
+from nightsplit.site_worker.data.dataset import Splits
 from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.protocols.data_vectors import DataVectorsSite
 from nightsplit.site_worker.role import SiteRole
@@ -59,7 +59,7 @@ class Simulation:
 
     Args:
         config: the run.
-        parts: scaled data by site.
+        splits: scaled data by site.
         folder: for what workers keep on disk: released activations, ledgers, and checkpoints if they are not in memory.
         base: folder of run.toml, where `model.initial` is.
         broker: in memory, if not another one.
@@ -82,7 +82,7 @@ class Simulation:
     def __init__(
         self,
         config: RunConfig,
-        parts: Mapping[str, Parts],
+        splits: Mapping[str, Splits],
         folder: Path,
         base: Path = Path(),
         broker: Broker | None = None,
@@ -92,7 +92,7 @@ class Simulation:
         device: str = "cpu",
         on_disk: bool = False,
     ) -> None:
-        self.config, self.parts, self.folder, self.base = config, parts, folder, base
+        self.config, self.splits, self.folder, self.base = config, splits, folder, base
         if broker is None:
             broker = MemoryBroker()
             broker.max_message_bytes = config.wire.message_bytes
@@ -178,8 +178,8 @@ class Simulation:
             authority = lease = Lease(self.store, SERVER)
             lease.acquire(lambda seconds: True)
         else:
-            incarnation, ledger = f"{worker}-{self._starts}", self.ledgers / f"{config.contract}-{worker}.db"
-            role = make_site(worker, config, self.parts[worker], incarnation, self.base, self._device, ledger)
+            incarnation, ledger = f"{worker}-{self._starts}", self.ledgers / f"{config.digest}-{worker}.db"
+            role = make_site(worker, config, self.splits[worker], incarnation, self.base, self._device, ledger)
             queues = self.queues[worker]
             routes = {SERVER: Route(queues.up, queues.down, queues.dead)}
             spend = role.account.pay if role.account else unpaid
@@ -220,22 +220,22 @@ class Simulation:
             entries.append(entry)
         return entries
 
-    def fingerprint(self, *left_out: str) -> str:
+    def fingerprint(self, *excluded: str) -> str:
         """sha256 of all final weights, but for those of sites that left: what is trained, and the best of it."""
         digest = hashlib.sha256()
         for worker in self.workers:
-            for state in [] if worker in left_out else _states(self.roles[worker]):
+            for state in [] if worker in excluded else _states(self.roles[worker]):
                 for key in sorted(state):
                     digest.update(key.encode() + state[key].cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def judgement(self, parts: Mapping[str, Parts] | None = None) -> Judgement:
-        """The best model on test patients: each site's own parts of it, the server's best weights.
+    def judgement(self, splits: Mapping[str, Splits] | None = None) -> ModelFigures:
+        """The best model on test patients: each site's own splits of it, the server's best weights.
 
         Args:
-            parts: whose test patients, where it is not the sites of the run.
+            splits: whose test patients, where it is not the sites of the run.
         """
-        modules = assemble_any(self.config, self.base).parts
+        modules = build_model(self.config, self.base).modules
 
         def predict(site: str, inputs: torch.Tensor) -> torch.Tensor:
             role = self.sites.get(site) or next(iter(self.sites.values()))
@@ -248,13 +248,13 @@ class Simulation:
                 flow = _forward(module, weights[name], flow)
             return flow
 
-        return judge(self.config, parts or self.parts, predict)
+        return judge(self.config, splits or self.splits, predict)
 
 
-def simulate(config: RunConfig, parts: Mapping[str, Parts], base: Path = Path()) -> Simulation:
+def simulate(config: RunConfig, splits: Mapping[str, Splits], base: Path = Path()) -> Simulation:
     """Train until the run is over; arguments as of `Simulation`."""
     with tempfile.TemporaryDirectory(prefix="nightsplit-") as folder:
-        return Simulation(config, parts, Path(folder), base).run()
+        return Simulation(config, splits, Path(folder), base).run()
 
 
 class _Ringing(WrappedLink):

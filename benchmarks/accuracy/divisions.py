@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.dataset import Dataset, Splits
 from nightsplit.site_worker.data.split import shuffled
 
 FEWEST = 8
@@ -42,7 +42,7 @@ DIVISIONS: Mapping[str, Shares] = {
 """Dirichlet: each class by shares of its own (Hsu, Qi and Brown, arXiv 1909.06335). The lower, the more skewed."""
 
 
-def divide(whole: Parts, sites: Sequence[str], division: str, seed: int) -> dict[str, Parts]:
+def divide(whole: Splits, sites: Sequence[str], division: str, seed: int) -> dict[str, Splits]:
     """Divide the training patients among sites by a key of `DIVISIONS`, and held-out patients evenly.
 
     Held-out patients are the same together in every division, so that divisions can be compared.
@@ -55,7 +55,7 @@ def divide(whole: Parts, sites: Sequence[str], division: str, seed: int) -> dict
     """
     train = _among(whole.train, len(sites), DIVISIONS[division], seed)
     validation, test = (_among(part, len(sites), _even, seed) for part in (whole.validation, whole.test))
-    return {site: Parts(*parts) for site, *parts in zip(sites, train, validation, test, strict=True)}
+    return {site: Splits(*splits) for site, *splits in zip(sites, train, validation, test, strict=True)}
 
 
 def keep(dataset: Dataset, share: float, seed: int) -> Dataset:

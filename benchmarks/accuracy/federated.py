@@ -1,7 +1,7 @@
 """How good federated transfer and added data vectors are, beside pooled data and each hospital alone.
 
     python -m benchmarks.accuracy.federated              all tables (about half an hour on one core)
-    python -m benchmarks.accuracy.federated --write      and put them into docs/results.md
+    python -m benchmarks.accuracy.federated --write      and put them into docs/reference/results.md
 
 What has been trained is kept in the folder of `--keep`, by the contract of its run, so that an interrupted study
 goes on. Needs the public data sets of the examples: set NIGHTSPLIT_DATA, or see the error that says so.
@@ -44,7 +44,7 @@ from nightsplit.shared.storage.files import write_atomic
 
 BEGIN = "<!-- figures: written by benchmarks/accuracy/federated.py -->"
 SEEDS = 3
-"""From 1; each gives another split into parts, another division, other first weights and another order."""
+"""From 1; each gives another split into splits, another division, other first weights and another order."""
 QUARTER = 0.25
 WITHIN, TRANSFER_GAIN, BEST = 1.0, 3.0, 0.90
 """Aims of fedavg_transfer: points below centralized, points above scratch at 25 % of the labels, best AUC."""
@@ -73,7 +73,7 @@ class Done:
         """Train, unless the same was trained before."""
         job = self._at(job, seed)
         config, _ = self._study.prepare(job)
-        key = f"{config.contract} {job.system}, {job.division}, labels {job.labels}"
+        key = f"{config.digest} {job.system}, {job.division}, labels {job.labels}"
         if key not in self._kept:
             self._kept[key] = self._study.carry_out(job)
             write_atomic(self._path, (json.dumps(self._kept, indent=1) + "\n").encode())
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--keep", type=Path, default=Path("runs/federated"), metavar="FOLDER", help="what is done (%(default)s)"
     )
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/results.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/reference/results.md")
     chosen = parser.parse_args(arguments)
     tables = [TABLES[name] for name in chosen.table or TABLES]
     chosen.keep.mkdir(parents=True, exist_ok=True)

@@ -17,20 +17,20 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from benchmarks.accuracy.divisions import DIVISIONS, IID, divide, keep
-from nightsplit.console.commands.pretrain import pretrain
 from nightsplit.console.demo.baselines import alone, centralized
+from nightsplit.console.pretrain import train_first_model
 from nightsplit.server_worker.protocols.data_vectors import DataVectorsServer
 from nightsplit.shared.config.load import load
 from nightsplit.shared.config.run import DataSection, RunConfig
 from nightsplit.shared.models.artifact import Artifact, read_artifact
-from nightsplit.shared.protocols.build import assemble_rounds
+from nightsplit.shared.protocols.build import build_whole_model
 from nightsplit.shared.protocols.load import load_run
 from nightsplit.simulation.evaluate import judge
 from nightsplit.simulation.run import simulate
 from nightsplit.site_worker.config import SiteConfig
-from nightsplit.site_worker.data.dataset import Parts
+from nightsplit.site_worker.data.dataset import Splits
 from nightsplit.site_worker.data.scaling import scale
-from nightsplit.site_worker.data.source import read_parts
+from nightsplit.site_worker.data.source import read_splits
 from nightsplit.site_worker.rounds.trainer import Trainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -61,7 +61,7 @@ class Job(Struct, frozen=True, kw_only=True):
     """One training.
 
     Attributes:
-        seed: of split into parts, division, first weights and order.
+        seed: of split into splits, division, first weights and order.
         system: "federated", "centralized", "north alone" (or another site), "data_vectors".
         case: key of `CASES`.
         source: what the first weights learned from, one of `SOURCES`.
@@ -164,7 +164,7 @@ def model_of(source: str, config: RunConfig, folder: Path, quick: bool) -> Artif
     if not output.exists():
         folder.mkdir(exist_ok=True)
         (folder / "pretrain.toml").write_text(recipe, encoding="utf-8")
-        pretrain(folder / "pretrain.toml")
+        train_first_model(folder / "pretrain.toml")
     return read_artifact(output)
 
 
@@ -217,28 +217,28 @@ class Study:
         """Train; AUC on the test patients of all sites as one group, by what was trained."""
         torch.set_num_threads(1)
         config, base = self.prepare(job)
-        parts = _parts(job, config.data)
+        splits = _parts(job, config.data)
         if job.system == "data_vectors":
-            return _vectors(config, parts, base)
+            return _vectors(config, splits, base)
         if job.system == "centralized":
-            judgement = centralized(config, parts, base)
+            judgement = centralized(config, splits, base)
         elif job.system == "federated":
-            judgement = simulate(config, parts, base).judgement()
+            judgement = simulate(config, splits, base).judgement()
         else:
-            judgement = alone(config, job.system.removesuffix(" alone"), parts, base)
+            judgement = alone(config, job.system.removesuffix(" alone"), splits, base)
         return {"auc": _auc(judgement.pooled["auc"])}
 
 
-def _vectors(config: RunConfig, parts: Mapping[str, Parts], base: Path) -> dict[str, float]:
+def _vectors(config: RunConfig, splits: Mapping[str, Splits], base: Path) -> dict[str, float]:
     """Hospitals that train alone, and what becomes of adding them up."""
-    server = simulate(config, parts, base).server
+    server = simulate(config, splits, base).server
     assert isinstance(server, DataVectorsServer)
     assert server.scale is not None
-    trainer = Trainer(assemble_rounds(config, base).module, config, "cpu")
+    trainer = Trainer(build_whole_model(config, base).module, config, "cpu")
 
     def auc(added: torch.Tensor) -> float:
         trainer.load(server.layout.weights(server.published + added))
-        return _auc(judge(config, parts, lambda site, inputs: trainer.predict(inputs)).pooled["auc"])
+        return _auc(judge(config, splits, lambda site, inputs: trainer.predict(inputs)).pooled["auc"])
 
     generator = torch.Generator().manual_seed(config.run.seed)
     taus = [server.vectors[site] for site in SITES]
@@ -253,7 +253,7 @@ def _vectors(config: RunConfig, parts: Mapping[str, Parts], base: Path) -> dict[
         "sum": auc(total),
         "merged": auc(server.scale * total),
         "random vectors": auc(server.scale * noise),
-        "all data": _auc(centralized(config, parts, base).pooled["auc"]),
+        "all data": _auc(centralized(config, splits, base).pooled["auc"]),
         "scale": server.scale,
     }
 
@@ -263,23 +263,23 @@ def _auc(value: float | None) -> float:
     return value
 
 
-def _parts(job: Job, data: DataSection) -> dict[str, Parts]:
+def _parts(job: Job, data: DataSection) -> dict[str, Splits]:
     """Each site's patients."""
-    parts = divide(_whole(job.case, job.seed, job.quick, data.validation), SITES, job.division, job.seed)
+    splits = divide(_whole(job.case, job.seed, job.quick, data.validation), SITES, job.division, job.seed)
     return {
-        site: Parts(keep(own.train, job.labels, job.seed), keep(own.validation, job.labels, job.seed), own.test)
-        for site, own in parts.items()
+        site: Splits(keep(own.train, job.labels, job.seed), keep(own.validation, job.labels, job.seed), own.test)
+        for site, own in splits.items()
     }
 
 
 @lru_cache(maxsize=2)
-def _whole(case: str, seed: int, quick: bool, validation: float) -> Parts:
+def _whole(case: str, seed: int, quick: bool, validation: float) -> Splits:
     """All patients, scaled as the training patients ask for."""
     config = _config(case)
     config = replace(config, run=replace(config.run, seed=seed), data=replace(config.data, validation=validation))
     source = load(EXAMPLES / CASES[case] / "north.toml", SiteConfig).data
     source = replace(source, share=(0.0, 0.1 if quick else 1.0))
-    return scale(read_parts(source, config, EXAMPLES), config.data)
+    return scale(read_splits(source, config, EXAMPLES), config.data)
 
 
 def _config(case: str) -> RunConfig:

@@ -9,15 +9,15 @@ import matplotlib
 import torch
 
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.protocols.build import assemble_rounds
-from nightsplit.site_worker.data.dataset import Parts
+from nightsplit.shared.protocols.build import build_whole_model
+from nightsplit.site_worker.data.dataset import Splits
 
 COLOURS = ("white", "tab:cyan", "tab:orange")
 """Of the truth, and of two models."""
 
 
 def draw(
-    parts: Mapping[str, Parts], models: Mapping[str, tuple[RunConfig, Mapping[str, torch.Tensor]]], path: Path
+    parts: Mapping[str, Splits], models: Mapping[str, tuple[RunConfig, Mapping[str, torch.Tensor]]], path: Path
 ) -> None:
     """Two slices of a test volume of each site.
 
@@ -50,13 +50,13 @@ def draw(
 
 def _predicted(config: RunConfig, weights: Mapping[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
     """Probability of foreground, (n, h, w)."""
-    module = assemble_rounds(config, Path()).module.eval()
+    module = build_whole_model(config, Path()).module.eval()
     module.load_state_dict(dict(weights))
     with torch.no_grad():
         return torch.sigmoid(module(images[:, None])).squeeze(1)
 
 
-def _chosen(parts: Mapping[str, Parts]) -> tuple[torch.Tensor, torch.Tensor]:
+def _chosen(parts: Mapping[str, Splits]) -> tuple[torch.Tensor, torch.Tensor]:
     """Images and masks (n, h, w): of a site's first test volume the largest mask, and one near the organ's end."""
     images, masks = [], []
     for part in parts.values():

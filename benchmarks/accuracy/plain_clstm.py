@@ -16,11 +16,13 @@ def plain_clstm(frames: int = 5, side: int = 32, width: int = 8, features: int =
     Shapes: as `clstm`.
     """
     return nn.Sequential(
-        OrderedDict[str, nn.Module](encoder=FrameEncoder(side, width, features), judge=_PlainJudge(features, hidden))
+        OrderedDict[str, nn.Module](
+            encoder=FrameEncoder(side, width, features), classifier=_PlainClassifier(features, hidden)
+        )
     )
 
 
-class _PlainJudge(nn.Module):
+class _PlainClassifier(nn.Module):
     def __init__(self, features: int, hidden: int) -> None:
         super().__init__()
         self.lstm = nn.LSTM(features, hidden, batch_first=True)

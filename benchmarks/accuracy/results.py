@@ -1,7 +1,7 @@
 """How good the models are: every case study, system and sweep, several seeds, beside the aim.
 
     python -m benchmarks.accuracy.results              all of it (about 20 minutes on two cores)
-    python -m benchmarks.accuracy.results --write      and put the tables into docs/results.md
+    python -m benchmarks.accuracy.results --write      and put the tables into docs/reference/results.md
 
 Needs the public data sets of the examples: set NIGHTSPLIT_DATA, or see the error that says so.
 """
@@ -26,7 +26,7 @@ from nightsplit.shared.errors import NightsplitError
 from nightsplit.shared.learning.metrics import Metrics
 
 PROCESSES = 2
-PAGE = Path(__file__).parents[2] / "docs" / "results.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "results.md"
 BEGIN, END = "<!-- figures: written by benchmarks/accuracy/results.py -->", "<!-- end of figures -->"
 WITHIN = {SWEPT: 1.0, "split_labels, a night": 2.5, "split_frozen": 1.0}
 """Lung CT: points of AUC that a system may lose against centralized training."""
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one seed, a fifth of the epochs: shows that it works")
     parser.add_argument("--case", choices=list(CASES), action="append", help="this case alone (may be repeated)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write means and deviations to FILE, flat")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/results.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/reference/results.md")
     chosen = parser.parse_args(arguments)
     cases = [CASES[name] for name in chosen.case or CASES]
     began = time.monotonic()
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write_section(begin: str, text: str) -> None:
-    """Put a text into docs/results.md between `begin` and the next `END`; at the end, where `begin` is not there."""
+    """Put a text into the results page between `begin` and the next `END`; at the end, where `begin` is not there."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
     after = rest.partition(END)[2] or "\n"
     PAGE.write_text(f"{before}{begin}\n\n{text}\n{END}{after}", encoding="utf-8")
@@ -95,7 +95,7 @@ def _carry_out(todo: Sequence[Job]) -> Done:
 
 
 def _section(case: Case, done: Done) -> str:
-    """What docs/results.md says of a case."""
+    """What docs/reference/results.md says of a case."""
     seeds = len({job.seed for job in done if job.case == case.name})
     part = "" if case.subset == 1 else f", {case.subset:.0%} of the patients"
     text = [

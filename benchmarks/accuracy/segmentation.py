@@ -1,7 +1,7 @@
 """What differential privacy costs in Dice: hippocampus MRI at three sites, without it and at epsilon 8, 3 and 1.
 
     python -m benchmarks.accuracy.segmentation [--row NAME] [--seeds N]     train; about 20 minutes of one core per seed
-    python -m benchmarks.accuracy.segmentation --write                      and put table and picture into docs/
+    python -m benchmarks.accuracy.segmentation --write                      and put both into docs/reference
     python -m benchmarks.accuracy.segmentation --quick                      a few steps of each row: shows that it works
 
 Slices of $NIGHTSPLIT_DATA, divided by volume: 20 volumes that belong to no site ("public"), and three sites of
@@ -45,17 +45,17 @@ from nightsplit.shared.errors import NightsplitError
 from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.models.segmentation import unet
 from nightsplit.shared.runtime.process import prepare_torch
-from nightsplit.simulation.evaluate import Judgement, judge
+from nightsplit.simulation.evaluate import ModelFigures, judge
 from nightsplit.simulation.run import simulate
 from nightsplit.site_worker.config import SourceSection
-from nightsplit.site_worker.data.dataset import Dataset, Parts
-from nightsplit.site_worker.data.source import read_parts
+from nightsplit.site_worker.data.dataset import Dataset, Splits
+from nightsplit.site_worker.data.source import read_splits
 from nightsplit.site_worker.privacy.accounting import Use, epsilon_of, noise_for, patient_epsilon
 
 SITES = ("north", "south", "east")
 PUBLIC, VOLUMES = 20, 260
 DELTA, CLIP = 1.9e-4, 1.0
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[2] / "docs" / "reference"
 BEGIN, END = "<!-- segmentation: written by benchmarks/accuracy/segmentation.py -->", "<!-- end of segmentation -->"
 
 
@@ -173,7 +173,7 @@ class Result:
 # ── data ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_volumes() -> tuple[dict[str, Parts], Dataset]:
+def read_volumes() -> tuple[dict[str, Splits], Dataset]:
     """The sites' volumes, and the public ones.
 
     Raises:
@@ -182,7 +182,7 @@ def read_volumes() -> tuple[dict[str, Parts], Dataset]:
     config = next(iter(ROWS.values())).config(seed=0)
     edges = [(PUBLIC + (VOLUMES - PUBLIC) * i / len(SITES)) / VOLUMES for i in range(len(SITES) + 1)]
 
-    def read(first: float, last: float, config: RunConfig) -> Parts:
+    def read(first: float, last: float, config: RunConfig) -> Splits:
         source = SourceSection(
             source="arrays",
             path="$NIGHTSPLIT_DATA/hippocampus_msd/hippocampus_2d.npz",
@@ -190,38 +190,38 @@ def read_volumes() -> tuple[dict[str, Parts], Dataset]:
             patient="volume",
             share=(first, last),
         )
-        return read_parts(source, config, Path())
+        return read_splits(source, config, Path())
 
     everything = changed(config, data=changed(config.data, validation=0.0, test=0.0))
-    parts = {site: read(edges[i], edges[i + 1], config) for i, site in enumerate(SITES)}
-    return parts, read(0.0, edges[0], everything).train
+    splits = {site: read(edges[i], edges[i + 1], config) for i, site in enumerate(SITES)}
+    return splits, read(0.0, edges[0], everything).train
 
 
 # ── training ────────────────────────────────────────────────────────────────────────────────────
 
 
-def carry_out(row: Row, seed: int, parts: Mapping[str, Parts], public: Dataset) -> tuple[Result, dict[str, Any]]:
+def carry_out(row: Row, seed: int, splits: Mapping[str, Splits], public: Dataset) -> tuple[Result, dict[str, Any]]:
     """Train a row; its result, and the model's weights where sites trained together."""
     config = row.config(seed)
     began = time.process_time()
     if row.trained == "sites":
-        simulation = simulate(config, parts)
+        simulation = simulate(config, splits)
         judgement = simulation.judgement()
         seconds = time.process_time() - began
         evaluation = simulation.server.evaluation
         validation = (evaluation.of(evaluation.best) or {})["overall"]["validation"]["dice"]
-        privacy = {} if row.epsilon is None else {site: spent(config, part.train) for site, part in parts.items()}
+        privacy = {} if row.epsilon is None else {site: spent(config, part.train) for site, part in splits.items()}
         return _result(judgement, validation, seconds, privacy), dict(simulation.server.best_weights)
     if row.trained == "pooled sites":
-        judgement = centralized(config, parts)
+        judgement = centralized(config, splits)
     else:
         nobody = public.select([])
-        lent = {site: Parts(public, nobody, part.test) for site, part in parts.items()}
+        lent = {site: Splits(public, nobody, part.test) for site, part in splits.items()}
         judgement = alone(config, SITES[0], lent)
     return _result(judgement, None, time.process_time() - began, {}), {}
 
 
-def _result(judgement: Judgement, validation: float | None, seconds: float, privacy: dict[str, Privacy]) -> Result:
+def _result(judgement: ModelFigures, validation: float | None, seconds: float, privacy: dict[str, Privacy]) -> Result:
     sites = {site: metrics["dice"] or 0.0 for site, metrics in judgement.sites.items()}
     return Result(validation, judgement.pooled["dice"] or 0.0, sites, seconds, privacy)
 
@@ -236,19 +236,19 @@ def spent(config: RunConfig, train: Dataset) -> Privacy:
     return Privacy(len(train), use.sigma, epsilon.pld, epsilon.rdp, most, patient_epsilon([(use, most)], delta))
 
 
-def mean_mask(parts: Mapping[str, Parts]) -> Judgement:
+def mean_mask(splits: Mapping[str, Splits]) -> ModelFigures:
     """The same mask for every slice: where the sites' training masks overlap often enough.
 
     How often that is, is chosen on validation volumes.
     """
     config = ROWS["FedAvg"].config(seed=0)
-    often = torch.cat([part.train.targets for part in parts.values()]).mean(0)
+    often = torch.cat([part.train.targets for part in splits.values()]).mean(0)
 
     def logits(count: int, threshold: float) -> torch.Tensor:
         return (often - threshold).expand(count, 1, *often.shape)
 
     def on_validation(threshold: float) -> float:
-        held_out = [part.validation for part in parts.values()]
+        held_out = [part.validation for part in splits.values()]
         dice = [
             measure(config.task, config.data, logits(len(part), threshold), part.targets, part.patients)["dice"]
             for part in held_out
@@ -256,7 +256,7 @@ def mean_mask(parts: Mapping[str, Parts]) -> Judgement:
         return statistics.mean(value or 0.0 for value in dice)
 
     best = max((step / 40 for step in range(1, 24)), key=on_validation)
-    return judge(config, parts, lambda site, inputs: logits(len(inputs), best))
+    return judge(config, splits, lambda site, inputs: logits(len(inputs), best))
 
 
 def step_ratio(steps: int, batch: int) -> str:
@@ -286,7 +286,7 @@ class Shelf:
     def _path(self, row: Row, seed: int, suffix: str) -> Path:
         # Other settings are another row: the contract has them all.
         name = row.name.replace(", ", "-").replace(" ", "-").lower()
-        return self._folder / f"{name}-{row.config(seed).contract[:8]}{suffix}"
+        return self._folder / f"{name}-{row.config(seed).digest[:8]}{suffix}"
 
     def get(self, row: Row, seed: int) -> Result | None:
         """What is known of a row."""
@@ -309,8 +309,8 @@ class Shelf:
 # ── table ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def table(constant: Judgement, done: Mapping[Row, Sequence[Result]], ratio: str) -> str:
-    """What docs/results.md shows; figures are means over seeds, and of privacy those of the site that loses most."""
+def table(constant: ModelFigures, done: Mapping[Row, Sequence[Result]], ratio: str) -> str:
+    """Return the tables of the results page: means over seeds; of privacy, those of the site that loses most."""
     lines = [
         f"| trained | Dice | {' | '.join(SITES)} | aim | steps | s |",
         f"| --- |{' ---: |' * (len(SITES) + 4)}",
@@ -365,11 +365,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shelf = Shelf(chosen.folder)
     done: dict[Row, list[Result]] = {row: [] for row in rows}
     try:
-        parts, public = read_volumes()
+        splits, public = read_volumes()
         for row, seed in ((row, seed) for seed in range(1, chosen.seeds + 1) for row in rows):
             result = shelf.get(row, seed)
             if result is None:
-                result, weights = carry_out(row, seed, parts, public)
+                result, weights = carry_out(row, seed, splits, public)
                 shelf.put(row, seed, result, weights)
             told = "" if result.validation is None else f"Dice {result.validation:.3f} on validation volumes, "
             print(f"{row.name}, seed {seed}: {told}{result.seconds:.0f} s", file=sys.stderr, flush=True)
@@ -377,12 +377,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NightsplitError as error:
         print(error, file=sys.stderr)
         return 1
-    text = table(mean_mask(parts), done, step_ratio(*((2, 8) if chosen.quick else (15, 128))))
+    text = table(mean_mask(splits), done, step_ratio(*((2, 8) if chosen.quick else (15, 128))))
     print(text)
     if chosen.write:
         drawn = [row for row in rows if row.name in DRAWN]
         models = {row.name: (row.config(seed=1), shelf.weights(row, seed=1)) for row in drawn}
-        draw(parts, models, chosen.docs / "segmentation.png")
+        draw(splits, models, chosen.docs / "segmentation.png")
         page = chosen.docs / "results.md"
         before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
         after = rest.partition(END)[2]

@@ -1,7 +1,7 @@
-"""How well networks judge sequences that can also be evaluated encrypted (`he_clstm`), beside simple baselines.
+"""How well networks classify sequences that can also be evaluated encrypted (`he_clstm`), beside simple baselines.
 
     python -m benchmarks.accuracy.sequences              all tables (about 35 minutes of one core)
-    python -m benchmarks.accuracy.sequences --write      and put them into docs/results.md
+    python -m benchmarks.accuracy.sequences --write      and put them into docs/reference/results.md
 
 Networks are trained in the clear; those that can be are also asked encrypted. What is done is kept in the folder of
 `--keep`, so that an interrupted study goes on. Needs the public data sets of the examples: set NIGHTSPLIT_DATA, or see
@@ -44,7 +44,7 @@ REFERENCE = "polynomial LSTM"
 HEAD = (
     "## Sequences of images",
     "",
-    "`python -m benchmarks.accuracy.sequences --write`: the networks of `he_clstm`, trained in the clear, with all",
+    "`python -m benchmarks.accuracy.sequences --write`: the networks of `he_clstm`, trained unencrypted, with all",
     "data in one place. Schedules were chosen on other divisions of the same volumes.",
     "",
 )
@@ -61,13 +61,13 @@ SETTINGS = {"refresh, slots": (Job(), "slots"), "one_shot, batch": (Job(network=
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Test figures of networks that judge sequences.")
+    parser = argparse.ArgumentParser(description="Test figures of networks that classifier sequences.")
     parser.add_argument("--quick", action="store_true", help="one seed, a single pass: shows that it works")
     parser.add_argument("--case", choices=CASES, action="append", help="this case alone (may be repeated)")
     parser.add_argument(
         "--keep", type=Path, default=Path("runs/sequences"), metavar="FOLDER", help="what is done (%(default)s)"
     )
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/results.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/reference/results.md")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     began = time.monotonic()
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Tables:
-    """What docs/results.md says.
+    """What docs/reference/results.md says.
 
     Args:
         study: trains.
@@ -119,7 +119,7 @@ class Tables:
         )
         columns = f"AUC | points against {REFERENCE} | sensitivity at specificity {SPECIFICITY:g} | balanced accuracy"
         lines = [f"### Sequences: {case}", "", *_paragraph(about), ""]
-        lines += [f"| judged by | {columns} |", "| --- | ---: | ---: | ---: | ---: |"]
+        lines += [f"| classifier | {columns} |", "| --- | ---: | ---: | ---: | ---: |"]
         rows = found | {f"logistic regression: {name}": [of[name] for of in simple] for name in seen[0].simple}
         for name, figures in rows.items():
             gains = points(_values(figures, "auc"), reference)
@@ -135,8 +135,8 @@ class Tables:
 
     def _encrypted(self, case: Case) -> list[str]:
         """What changes when features are encrypted at the site and judged so."""
-        lines = ["Test sequences judged encrypted, each seed with a new pair of keys. Differences: the largest.", ""]
-        lines.append("| asked | AUC | AUC, from plain | decisions that changed | error of a logit | aim |")
+        lines = ["Test sequences classified encrypted, each seed with a new key pair. Differences: the largest.", ""]
+        lines.append("| setting | AUC | difference to plain | changed decisions | error of a logit | aim |")
         lines.append("| --- | ---: | ---: | ---: | ---: | --- |")
         for name, (job, packing) in SETTINGS.items():
             jobs = [replace(job, case=case, seed=seed, quick=self._quick) for seed in self._seeds]
@@ -179,12 +179,12 @@ DESCRIPTION: dict[Case, str] = {
     "hippocampus": f"""{SLICES} slices, {PITCH} mm apart, around the middle of each of 260 MRI volumes, a pixel a mm,
         {EXTENT}x{EXTENT}. Label: whether the hippocampus, by the expert's mask of the whole volume, is larger than the
         median of the training volumes. {TEST:.0%} of the volumes are for the test. A training volume gives
-        {len(PLACES)} sequences, 1 mm apart. But for one row, the encoder has learned the experts' masks of all slices
-        of the training volumes, and stays as it is when a judge learns from what it says.""",
+        {len(PLACES)} sequences, 1 mm apart. In all rows but one the encoder was trained on the experts' masks
+        of all slices of the training volumes, and is not changed when a classifier is trained on its outputs.""",
     "lung CT figures": f"""Images of one figure or one case, in the order of their numbers, as {FRAMES} frames of
         {SIDE}x{SIDE}. COVID-19 or not; divided by article or case, {TEST:.0%} of them for the test.""",
-    "XOR of two events": """Made by chance: 32 features, two events, each up or down in a frame of its own. The label is
-        whether they differ; no weighted sum of the features tells. No encoder.""",
+    "XOR of two events": """Random: 32 features, two events, each up or down in a frame of its own. The label is
+        whether they differ; no weighted sum of the features determines it. No encoder.""",
 }
 
 

@@ -16,7 +16,7 @@ from nightsplit.shared.config.run import DataSection, ModelSection, RunConfig, R
 from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.dataset import Dataset
 from nightsplit.site_worker.data.scaling import scale
-from nightsplit.site_worker.data.source import read_parts
+from nightsplit.site_worker.data.source import read_splits
 
 FRAMES, SIDE = 5, 32
 TEST = 0.3
@@ -53,7 +53,7 @@ def lung_ct(seed: int) -> Material:
         task=TaskSection(kind="binary"),
         data=DataSection(image_size=SIDE, frames=FRAMES, classes=["0", "1"], validation=0.0, test=TEST),
     )
-    parts = read_parts(source, run, Path())
+    parts = read_splits(source, run, Path())
 
     def simple(dataset: Dataset) -> NDArray[np.float64]:
         changes = [sum(not torch.equal(one, other) for one, other in pairwise(sequence)) for sequence in dataset.inputs]

@@ -1,4 +1,4 @@
-"""The study of `benchmarks.accuracy.sequences`: which networks judge which sequences, and how they are trained."""
+"""The study of `benchmarks.accuracy.sequences`: which networks classify which sequences, and how they are trained."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from benchmarks.accuracy.plain_clstm import plain_clstm
 from benchmarks.accuracy.sequences_hippocampus import PLACES, AreaEncoder, hippocampus, pretrained
 from benchmarks.accuracy.sequences_material import FRAMES, SIDE, Material, lung_ct, xor
 from benchmarks.speed.encrypted import Setting
-from nightsplit.shared.models.sequences import SequenceJudge, clstm
+from nightsplit.shared.models.sequences import SequenceClassifier, clstm
 from nightsplit.shared.storage.files import write_atomic
 from nightsplit.shared.storage.tensors import as_safetensors
 from nightsplit.site_worker.data.augment import augment
@@ -49,7 +49,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         case: what is judged.
-        network: "polynomial" and "one_shot" are `SequenceJudge` with and without gates that see h.
+        network: "polynomial" and "one_shot" are `SequenceClassifier` with and without gates that see h.
         without: what is left out: the state is not asked, the frames' features are not, votes are equal; for
             hippocampus also the masks: the encoder learns from the labels of whole sequences.
         weight: of the ill in the loss.
@@ -66,7 +66,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def features_only(self) -> bool:
-        """The encoder has learned before, or there is none: a judge alone is trained."""
+        """The encoder has learned before, or there is none: a classifier alone is trained."""
         return self.case == "XOR of two events" or (self.case == "hippocampus" and self.without != "masks")
 
 
@@ -121,13 +121,13 @@ def network(job: Job) -> nn.Sequential:
         model.encoder = nn.Identity()
     elif job.case == "hippocampus":
         model.encoder = AreaEncoder()
-    judge = model.judge
+    classifier = model.classifier
     if job.without in ("LSTM", "weighted unit", "voting"):
-        assert isinstance(judge, SequenceJudge)
+        assert isinstance(classifier, SequenceClassifier)
         fixed, value = {
-            "LSTM": (judge.mixture, ALL_OR_NOTHING),
-            "weighted unit": (judge.mixture, -ALL_OR_NOTHING),
-            "voting": (judge.votes, 0.0),
+            "LSTM": (classifier.mixture, ALL_OR_NOTHING),
+            "weighted unit": (classifier.mixture, -ALL_OR_NOTHING),
+            "voting": (classifier.votes, 0.0),
         }[job.without]
         nn.init.constant_(fixed.requires_grad_(False), value)
     return model
@@ -191,13 +191,13 @@ class Study:
         """The test features judged as `he_clstm` does it, with a new pair of keys; a quick job asks one ciphertext."""
 
         def found() -> Figures:
-            judge, test = self.trained(job).judge, self.material(job).test
-            assert isinstance(judge, SequenceJudge)
-            setting = Setting(judge.double(), packing)
+            classifier, test = self.trained(job).classifier, self.material(job).test
+            assert isinstance(classifier, SequenceClassifier)
+            setting = Setting(classifier.double(), packing)
             asked = min(len(test), setting.capacity) if job.quick else len(test)
             sequences, truth = test.inputs[:asked].double(), test.targets[:asked].numpy()
             with torch.no_grad():
-                plain = judge(sequences).squeeze(1).numpy()
+                plain = classifier(sequences).squeeze(1).numpy()
             secret = np.concatenate([setting.judged(part.numpy()) for part in sequences.split(setting.capacity)])
             return {
                 "sequences": len(truth),

@@ -23,12 +23,12 @@ from nightsplit.shared.config.load import load
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.learning.metrics import Metrics
 from nightsplit.shared.protocols.load import load_run
-from nightsplit.simulation.evaluate import Judgement
+from nightsplit.simulation.evaluate import ModelFigures
 from nightsplit.simulation.run import simulate
 from nightsplit.site_worker.config import SiteConfig, SourceSection
-from nightsplit.site_worker.data.dataset import Parts
+from nightsplit.site_worker.data.dataset import Splits
 from nightsplit.site_worker.data.scaling import scale
-from nightsplit.site_worker.data.source import read_parts
+from nightsplit.site_worker.data.source import read_splits
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 AS_IS = "as in the example"
@@ -43,7 +43,7 @@ class Case:
 
     Attributes:
         name: folder of the example.
-        seeds: how many seeds, from 1; each gives another split into parts, other weights, another order.
+        seeds: how many seeds, from 1; each gives another split into splits, other weights, another order.
         figures: of `Metrics`, the first one leads.
         sweeps: whether the number of sites and their imbalance are varied; needs data in one file.
         subset: part of each site's patients that is used.
@@ -98,7 +98,7 @@ def jobs(case: Case, seeds: int, hurry: bool) -> list[Job]:
     return [Job(case.name, seed, division, system, hurry) for seed in range(1, seeds + 1) for division, system in pairs]
 
 
-System = Callable[[RunConfig, Mapping[str, Parts]], Judgement]
+System = Callable[[RunConfig, Mapping[str, Splits]], ModelFigures]
 
 
 def systems(sites: list[str]) -> dict[str, System]:
@@ -119,28 +119,28 @@ def systems(sites: list[str]) -> dict[str, System]:
 def carry_out(job: Job) -> dict[str, Metrics]:
     """Train once; figures on test patients by site, their mean by samples under "all", and "pooled"."""
     torch.set_num_threads(1)
-    config, parts = _prepared(job.case, job.seed, job.division)
+    config, splits = _prepared(job.case, job.seed, job.division)
     if job.hurry:
         epochs = max(1, config.run.epochs // 5)
         run = replace(config.run, epochs=epochs, evaluate_every=min(epochs, config.run.evaluate_every))
         config = replace(config, run=run)
-    judgement = systems(config.run.sites)[job.system](config, parts)
+    judgement = systems(config.run.sites)[job.system](config, splits)
     return {**judgement.sites, "all": judgement.overall, "pooled": judgement.pooled}
 
 
-def _alone(site: str, config: RunConfig, parts: Mapping[str, Parts]) -> Judgement:
-    return alone(config, site, parts)
+def _alone(site: str, config: RunConfig, splits: Mapping[str, Splits]) -> ModelFigures:
+    return alone(config, site, splits)
 
 
 def _split(
     protocol: str,
     window: int | None,
     config: RunConfig,
-    parts: Mapping[str, Parts],
+    splits: Mapping[str, Splits],
     bottoms: Literal["independent", "averaged"] = "independent",
-) -> Judgement:
+) -> ModelFigures:
     """Train split; window None is a whole night, one epoch of the largest site."""
-    night = max(1, *(len(part.train) // config.run.batch_size for part in parts.values()))
+    night = max(1, *(len(part.train) // config.run.batch_size for part in splits.values()))
     run = replace(
         config.run,
         protocol=protocol,
@@ -149,17 +149,17 @@ def _split(
         bottoms=bottoms,
         average_every=4,
     )
-    return simulate(replace(config, run=run), parts).judgement()
+    return simulate(replace(config, run=run), splits).judgement()
 
 
 @lru_cache(maxsize=2)
-def _prepared(name: str, seed: int, division: str) -> tuple[RunConfig, dict[str, Parts]]:
+def _prepared(name: str, seed: int, division: str) -> tuple[RunConfig, dict[str, Splits]]:
     """A case's configuration and scaled data with a seed and a division."""
     config, case = _config(name), CASES[name]
     sources = _sources(case, division)
     config = replace(config, run=replace(config.run, seed=seed, sites=list(sources)))
     folder = _folder(name)
-    return config, {site: scale(read_parts(source, config, folder), config.data) for site, source in sources.items()}
+    return config, {site: scale(read_splits(source, config, folder), config.data) for site, source in sources.items()}
 
 
 def _sources(case: Case, division: str) -> dict[str, SourceSection]:

@@ -18,13 +18,13 @@ from nightsplit.shared.config.run import (
     TaskSection,
     WireSection,
 )
-from nightsplit.shared.models.partition import Halves, build, output_shapes
+from nightsplit.shared.models.partition import ModelParts, build, output_shapes
 from nightsplit.shared.protocols import split_labels
 from nightsplit.shared.protocols.spec import Shapes
 from nightsplit.shared.protocols.stream import weights
 from nightsplit.shared.wire.codecs import FloatCodec
 from nightsplit.shared.wire.schema import Contract
-from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.dataset import Dataset, Splits
 
 SITE = "north"
 BATCHES_PER_EPOCH = 16
@@ -106,7 +106,7 @@ class Case:
             data=DataSection(image_size=self.side, frames=3),
         )  # fmt: skip
 
-    def parts(self) -> Parts:
+    def parts(self) -> Splits:
         """Noise with labels: an epoch of training data, nothing held out."""
         count = self.batch * min(BATCHES_PER_EPOCH, self.batches)
         generator = torch.Generator().manual_seed(1)
@@ -116,17 +116,17 @@ class Case:
             targets = torch.randint(0, 10, (n,), generator=generator)
             return Dataset(inputs, targets, tuple(str(i) for i in range(n)))
 
-        return Parts(part(count), part(0), part(0))
+        return Splits(part(count), part(0), part(0))
 
-    def assemble(self, run: str) -> tuple[RunConfig, Halves, Contract]:
+    def assemble(self, run: str) -> tuple[RunConfig, ModelParts, Contract]:
         """Configuration, model and contract."""
         config = self.config(run)
-        halves = build(config.model, config.run.seed, with_head=False)
-        cut, _, _ = output_shapes(halves, self.shape)
+        parts = build(config.model, config.run.seed, with_head=False)
+        cut, _, _ = output_shapes(parts, self.shape)
         return (
             config,
-            halves,
-            split_labels.payloads(config, Shapes(cut, (), weights(halves.bottom), weights(halves.top))),
+            parts,
+            split_labels.payloads(config, Shapes(cut, (), weights(parts.bottom), weights(parts.top))),
         )
 
     def queues(self, run: str) -> SiteQueues:

@@ -17,12 +17,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from nightsplit.server_worker.he.arithmetic import Arithmetic
-from nightsplit.shared.he.ckks import Ciphertext, Circuit, Plaintext
-from nightsplit.shared.he.weights import Numbers
+from nightsplit.shared.he.ckks import Ciphertext, CkksParameters, Plaintext
+from nightsplit.shared.he.weights import FloatArray
 
 Grid = Sequence[Sequence[Ciphertext]]
 
-CIRCUIT = Circuit(8192, (60, 60, 60), 30)
+CIRCUIT = CkksParameters(8192, (60, 60, 60), 30)
 """For outputs below 256."""
 UNIT = 2.0**-25
 """As exact as weights are."""
@@ -30,7 +30,7 @@ WEIGHTS = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 """G of the minimal filtering: 3 weights to 4."""
 
 
-def convolved(arithmetic: Arithmetic, filters: Numbers, bias: Numbers, pixels: Grid) -> list[Grid]:
+def convolved(arithmetic: Arithmetic, filters: FloatArray, bias: FloatArray, pixels: Grid) -> list[Grid]:
     """What each filter makes of the images.
 
     Args:
@@ -43,9 +43,9 @@ def convolved(arithmetic: Arithmetic, filters: Numbers, bias: Numbers, pixels: G
         For each filter, (height - 2) / 2 rows of (width - 2) / 2 ciphertexts, one level below the pixels, of numbers
         that are outputs / `UNIT`^2.
     """
-    circuit, half = arithmetic.circuit, 0.5 / UNIT  # half of everything, so that the sum of four squares is their mean
+    ckks, half = arithmetic.ckks, 0.5 / UNIT  # half of everything, so that the sum of four squares is their mean
     weights = [
-        [[circuit.encode(weight, circuit.top, 1.0) for weight in row] for row in (WEIGHTS @ one @ WEIGHTS.T).tolist()]
+        [[ckks.encode(weight, ckks.top, 1.0) for weight in row] for row in (WEIGHTS @ one @ WEIGHTS.T).tolist()]
         for one in half * filters
     ]
     found: list[list[list[Ciphertext]]] = [[] for _ in filters]

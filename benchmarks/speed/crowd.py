@@ -17,7 +17,7 @@ from nightsplit.shared.clock import SystemClock
 from nightsplit.shared.protocols.load import load_run
 from nightsplit.shared.runtime.process import prefetch_for, prepare_torch
 from nightsplit.simulation.run import Simulation
-from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.dataset import Dataset, Splits
 
 INPUTS, WIDTH, BATCH = 16, 64, 32
 MESSAGE_BYTES = BATCH * (2 * WIDTH + 4)
@@ -77,22 +77,22 @@ class Crowd:
         (folder / "server.toml").write_text(SERVER_FILE.format(broker=broker, store=store))
 
 
-def parts_of(name: str, batches: int) -> Parts:
+def parts_of(name: str, batches: int) -> Splits:
     """Data of a site: so many batches, and nobody to test on."""
     generator = torch.Generator().manual_seed(int(name.removeprefix("site")))
     inputs = torch.randn(batches * BATCH, INPUTS, generator=generator)
     train = Dataset(inputs, (inputs[:, 0] > 0).float(), tuple(map(str, range(len(inputs)))))
     nobody = train.select([])
-    return Parts(train, nobody, nobody)
+    return Splits(train, nobody, nobody)
 
 
 def sites(line: Connection, planned: Mapping[str, int], folder: Path, url: str) -> None:
     """Sites in one process: connects them, then at a word of ours works a night, and at the next one a day."""
     prepare_torch(1, "cpu")
     config = load_run(folder / "run.toml")
-    parts = {name: parts_of(name, batches) for name, batches in planned.items()}
+    splits = {name: parts_of(name, batches) for name, batches in planned.items()}
     crowd = Simulation(
-        config, parts, folder, broker=RabbitBroker(url), prefetch=prefetch_for(MESSAGE_BYTES), clock=SystemClock(),
+        config, splits, folder, broker=RabbitBroker(url), prefetch=prefetch_for(MESSAGE_BYTES), clock=SystemClock(),
         workers=list(planned), on_disk=True,
     )  # fmt: skip
 

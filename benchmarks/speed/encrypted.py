@@ -2,8 +2,8 @@
 
     python -m benchmarks.speed.encrypted [--quick] [--rounds N] [--json FILE]
 
-Sequences of 5 frames of 32 features, a judge of 16 units that was trained on the exclusive or of two events, both
-halves of he_clstm without a broker. Seconds are CPU seconds of the server in a process of its own with one thread:
+Sequences of 5 frames of 32 features, a classifier of 16 units that was trained on the exclusive or of two events, both
+parts of he_clstm without a broker. Seconds are CPU seconds of the server in a process of its own with one thread:
 reading keys and ciphertexts, evaluation, blinding, writing. Every round has new keys, 4,096 new sequences in batch
 packing, and several ciphertexts of 64 in slot packing; the first of each is not counted, it encodes the weights.
 Two processes over one is of wall-clock time, with the server's own processes: it needs two cores that nobody else uses.
@@ -29,11 +29,11 @@ from benchmarks.speed.convolution import CIRCUIT, UNIT, convolved
 from benchmarks.speed.figures import Figure, Results, arguments
 from nightsplit.server_worker.he.arithmetic import Arithmetic
 from nightsplit.server_worker.protocols.he_clstm import HeClstmServer
-from nightsplit.server_worker.query.pool import Evaluate, evaluating
+from nightsplit.server_worker.query.pool import Evaluate, evaluation_pool
 from nightsplit.shared.he.ckks import PublicKeys
-from nightsplit.shared.he.sequences import circuit_of, packing_of
-from nightsplit.shared.he.weights import Judge, Numbers
-from nightsplit.shared.models.sequences import SequenceJudge
+from nightsplit.shared.he.sequences import packing_of, parameters_for
+from nightsplit.shared.he.weights import ClassifierWeights, FloatArray
+from nightsplit.shared.models.sequences import SequenceClassifier
 from nightsplit.shared.runtime.process import prepare_torch
 from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
 from nightsplit.site_worker.query.keys import SecretKeys
@@ -66,32 +66,32 @@ FIGURES = [
 ]
 
 
-def trained(recurrent: bool) -> SequenceJudge:
+def trained(recurrent: bool) -> SequenceClassifier:
     """On what logistic regression cannot tell; the same weights at every call."""
     torch.manual_seed(1)
-    judge = SequenceJudge(FRAMES, FEATURES, HIDDEN, recurrent)
+    classifier = SequenceClassifier(FRAMES, FEATURES, HIDDEN, recurrent)
     sequences, labels = xor_of_events(4000, FRAMES, FEATURES, seed=1)
-    optimizer = torch.optim.Adam(judge.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=0.01)
     for _ in range(15):
         for x, y in zip(sequences.split(200), labels.split(200), strict=True):
             optimizer.zero_grad()
-            nn.functional.binary_cross_entropy_with_logits(judge(x)[:, 0], y).backward()
+            nn.functional.binary_cross_entropy_with_logits(classifier(x)[:, 0], y).backward()
             optimizer.step()
-    return judge.double()
+    return classifier.double()
 
 
 class Setting:
-    """Both halves with new keys, for one packing."""
+    """Both parts with new keys, for one packing."""
 
-    def __init__(self, network: SequenceJudge, packing: str) -> None:
-        judge = Judge.of(network.state_dict())
-        circuit = circuit_of(judge)
+    def __init__(self, network: SequenceClassifier, packing: str) -> None:
+        classifier = ClassifierWeights.of(network.state_dict())
+        ckks = parameters_for(classifier)
         with scratch() as folder:
-            rotations = packing_of(packing, circuit, judge).rotations
-            secret, self.public = SecretKeys.made(circuit, folder, rotations)
-        self.capacity = packing_of(packing, circuit, judge).capacity
+            rotations = packing_of(packing, ckks, classifier).rotations
+            secret, self.public = SecretKeys.make(ckks, folder, rotations)
+        self.capacity = packing_of(packing, ckks, classifier).capacity
         self._packing = packing
-        self._site, self._server = HeClstmSite(judge, secret), HeClstmServer(judge, bytes(32))
+        self._site, self._server = HeClstmSite(classifier, secret), HeClstmServer(classifier, bytes(32))
         self.queries, self.seconds, self.up, self.down, self.refreshed = 0, 0.0, 0, 0, 0
 
     @property
@@ -99,7 +99,7 @@ class Setting:
         """Bytes of ciphertexts of the last query, both ways; `refreshed` are those between two of its frames."""
         return self.up + self.down
 
-    def query(self, sequences: Numbers) -> Query:
+    def query(self, sequences: FloatArray) -> Query:
         """A query with these sequences."""
         self.queries += 1
         origins = tuple(Origin(1, row, "") for row in range(1, len(sequences) + 1))
@@ -108,17 +108,17 @@ class Setting:
             step=0, sent=False, state=None, blinding="", logits=None, refusal=None,
         )  # fmt: skip
 
-    def first_pieces(self, sequences: Numbers) -> list[bytes]:
+    def first_pieces(self, sequences: FloatArray) -> list[bytes]:
         """What the site sends first."""
-        return self._site.pieces(self.query(sequences))
+        return self._site.encrypt_step(self.query(sequences))
 
-    def judged(self, sequences: Numbers) -> Numbers:
+    def judged(self, sequences: FloatArray) -> FloatArray:
         """The logits of a query, all its messages one after the other; CPU seconds and bytes are counted."""
         query, self.seconds, self.up, self.down, self.refreshed = self.query(sequences), 0.0, 0, 0, 0
         answer: list[bytes] = []
         for step in range(self._site.steps):
             query = replace(query, step=step)
-            pieces = self._site.pieces(query)
+            pieces = self._site.encrypt_step(query)
             if answer:  # it goes up again, encrypted afresh, behind the features
                 self.refreshed = sum(map(len, [*answer, *pieces[-len(answer) :]]))
             began = time.process_time()
@@ -127,16 +127,16 @@ class Setting:
             self.seconds += time.process_time() - began
             self.up, self.down = self.up + sum(map(len, pieces)), self.down + sum(map(len, answer))
             if step < self._site.steps - 1:
-                query = replace(query, state=self._site.state(query, answer))
-        return self._site.logits(query, answer)
+                query = replace(query, state=self._site.decrypt_state(query, answer))
+        return self._site.decrypt_logits(query, answer)
 
 
-def _drawn(n: int) -> tuple[torch.Tensor, Numbers]:
+def _drawn(n: int) -> tuple[torch.Tensor, FloatArray]:
     sequences, labels = xor_of_events(n, FRAMES, FEATURES, seed=time.time_ns() % 2**62)
     return sequences.double(), labels.numpy()
 
 
-def judge(line: Connection, recurrent: bool, packing: str, queries: int) -> None:
+def answer_queries(line: Connection, recurrent: bool, packing: str, queries: int) -> None:
     """Says, over so many queries that are full: seconds of one, largest error, AUC, and the like."""
     prepare_torch(1, "cpu")
     network = trained(recurrent)
@@ -170,7 +170,7 @@ def accuracy(rounds: int) -> dict[str, float]:
     for name, recurrent, packing, queries in [
         ("slots", True, "slots", rounds), ("batch", True, "batch", 1), ("one_shot", False, "batch", 1),
     ]:  # fmt: skip
-        with Worker(judge, recurrent, packing, queries) as worker:
+        with Worker(answer_queries, recurrent, packing, queries) as worker:
             found |= {f"{name}_{key}": value for key, value in worker.hear().items()}
     found["slots_s"] = found["slots_seconds"]
     found["one_shot_auc_below"] = 1000 * (found["batch_auc"] - found["one_shot_auc"])
@@ -180,7 +180,7 @@ def accuracy(rounds: int) -> dict[str, float]:
 def two_processes() -> dict[str, float]:
     """The server's own processes, beside one of them alone, before and after; they count as others' programs."""
     network, secret = trained(True), bytes(32)
-    setting, judge = Setting(network, "slots"), Judge.of(network.state_dict())
+    setting, classifier = Setting(network, "slots"), ClassifierWeights.of(network.state_dict())
     pieces = setting.first_pieces(_drawn(setting.capacity)[0].numpy())
 
     def seconds(evaluate: Evaluate, queries: int) -> float:
@@ -188,7 +188,7 @@ def two_processes() -> dict[str, float]:
         wait([evaluate(setting.public, 0, "slots", pieces, "", "1") for _ in range(queries)])
         return time.perf_counter() - began
 
-    with evaluating(judge, secret, 1) as one, evaluating(judge, secret, 2) as two:
+    with evaluation_pool(classifier, secret, 1) as one, evaluation_pool(classifier, secret, 2) as two:
         for evaluate in (one, two):
             seconds(evaluate, 120)  # until each process has come up, and has encoded the weights
         alone = [seconds(one, 40)]
@@ -204,10 +204,10 @@ def convolve(line: Connection, side: int) -> None:
     filters, bias = generator.normal(0, 0.3, (FILTERS, 3, 3)), generator.normal(0, 0.3, FILTERS)
     images = generator.uniform(size=(IMAGES, side, side))
     with scratch() as folder:
-        secret, public = SecretKeys.made(CIRCUIT, folder)
+        secret, public = SecretKeys.make(CIRCUIT, folder)
     arithmetic, top = Arithmetic(CIRCUIT, PublicKeys(public.relin, b"")), CIRCUIT.top
     pixels = [
-        [CIRCUIT.read(secret.encrypted(images[:, row, column], top), top) for column in range(side)]
+        [CIRCUIT.read(secret.encrypt(images[:, row, column], top), top) for column in range(side)]
         for row in range(side)
     ]
     began = time.process_time()
@@ -216,7 +216,7 @@ def convolve(line: Connection, side: int) -> None:
     tensors = (torch.from_numpy(one[:, None] if one.ndim == 3 else one) for one in (images, filters, bias))
     clear = nn.functional.avg_pool2d(nn.functional.conv2d(*tensors).square(), 2).numpy()
     error = max(
-        np.abs(UNIT**2 * secret.decrypted(one) - clear[:, number, row, column]).max()
+        np.abs(UNIT**2 * secret.decrypt(one) - clear[:, number, row, column]).max()
         for number, rows in enumerate(outputs)
         for row, ciphertexts in enumerate(rows)
         for column, one in enumerate(ciphertexts)

@@ -1,4 +1,4 @@
-"""What an encrypted query costs the longer its sequences are: a picture and a table for docs/results.md.
+"""What an encrypted query costs the longer its sequences are: a picture and a table for docs/reference/results.md.
 
     python -m benchmarks.speed.encrypted_lengths [--write]
 
@@ -21,7 +21,7 @@ import torch
 from benchmarks.accuracy.results import PAGE, write_section
 from benchmarks.speed.common import MiB, Worker, resident_bytes
 from benchmarks.speed.encrypted import FEATURES, HIDDEN, Setting
-from nightsplit.shared.models.sequences import SequenceJudge
+from nightsplit.shared.models.sequences import SequenceClassifier
 from nightsplit.shared.runtime.process import prepare_torch
 
 matplotlib.use("Agg")
@@ -33,7 +33,7 @@ SETTINGS = {
     "refresh, batch": (True, "batch"),
     "one_shot, batch": (False, "batch"),
 }
-BEGIN = "<!-- figures: written by benchmarks/speed/encrypted_lengths.py -->"
+BEGIN = "<!-- figures: to_bytes by benchmarks/speed/encrypted_lengths.py -->"
 PICTURE = PAGE.parent / "encrypted.png"
 
 
@@ -46,7 +46,7 @@ class Cost(NamedTuple):
         up, down: MB of ciphertexts to the server, and back.
         refresh: MB down and up between two frames; 0 where there is none.
         keys: MB of public keys.
-        memory: MB that both halves added to the process at most.
+        memory: MB that both parts added to the process at most.
         error, mean_error: of a logit, the largest and the mean of absolute ones.
     """
 
@@ -66,14 +66,14 @@ def measure(line: Connection, frames: int, recurrent: bool, packing: str) -> Non
     prepare_torch(1, "cpu")
     torch.manual_seed(frames)
     before = resident_bytes()
-    judge = SequenceJudge(frames, FEATURES, HIDDEN, recurrent).double()
-    setting = Setting(judge, packing)
+    classifier = SequenceClassifier(frames, FEATURES, HIDDEN, recurrent).double()
+    setting = Setting(classifier, packing)
     features = torch.tanh(torch.randn(setting.capacity, frames, FEATURES, dtype=torch.float64))
     for _ in range(2):
         found = setting.judged(features.numpy())
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with torch.no_grad():
-        errors = np.abs(found - judge(features)[:, 0].numpy())
+        errors = np.abs(found - classifier(features)[:, 0].numpy())
     line.send(
         Cost(
             setting.capacity, setting.seconds, setting.up / 1e6, setting.down / 1e6, setting.refreshed / 1e6,
@@ -114,7 +114,7 @@ def draw(costs: dict[str, dict[int, Cost]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What encrypted queries cost, by the length of sequences.")
-    parser.add_argument("--write", action="store_true", help="put table and picture into docs")
+    parser.add_argument("--write", action="store_true", help="put table and picture into docs/reference")
     chosen = parser.parse_args()
     costs: dict[str, dict[int, Cost]] = {}
     for name, (recurrent, packing) in SETTINGS.items():
@@ -125,7 +125,7 @@ def main() -> None:
         "### Sequences: what a query costs",
         "",
         "`python -m benchmarks.speed.encrypted_lengths --write`: full queries of 32 features and 16 units, one core of",
-        "the server; memory is what both halves added to one process.",
+        "the server; memory is what both parts added to one process.",
         "",
         "![Seconds of a query and milliseconds of a sequence, by frames](encrypted.png)",
         "",

@@ -36,7 +36,7 @@ from nightsplit.shared.wire.codecs import FloatCodec
 from nightsplit.simulation.run import simulate
 from nightsplit.site_worker.config import SiteConfig
 from nightsplit.site_worker.data.scaling import scale
-from nightsplit.site_worker.data.source import read_parts
+from nightsplit.site_worker.data.source import read_splits
 from tests.harness.links import Line
 from tests.harness.services import RabbitNode
 from tests.harness.workers import Hospital
@@ -118,7 +118,7 @@ def auc(codec: FloatCodec, seed: int, epochs: int) -> float:
     sources = {site: load(EXAMPLE / f"{site}.toml", SiteConfig).data for site in run.sites}
     parts = {
         site: scale(
-            read_parts(
+            read_splits(
                 replace(source, share=(source.share[0] * SUBSET, source.share[1] * SUBSET)), config, EXAMPLE
             ), config.data,
         )

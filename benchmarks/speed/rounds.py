@@ -47,7 +47,7 @@ from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.transport import Broker, Delivery, Event, Link, Queue, Route
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.simulation.run import Simulation
-from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.dataset import Dataset, Splits
 
 SITES = ("north", "south", "east", "west")
 WIDTH = 1408
@@ -162,7 +162,7 @@ def take_part(line: Connection, place: Place, run: str, rounds: int, folder: Pat
     one = Dataset(torch.ones(1, 1), torch.ones(1), ("a",))
     nobody = one.select([])
     Simulation(
-        config, dict.fromkeys(SITES, Parts(one, nobody, nobody)), folder, broker=place.broker(),
+        config, dict.fromkeys(SITES, Splits(one, nobody, nobody)), folder, broker=place.broker(),
         prefetch=prefetch_for(8 * MiB), clock=SystemClock(), workers=SITES, on_disk=True,
     ).run()  # fmt: skip
     line.send("finished")
@@ -227,7 +227,7 @@ def main() -> None:
             results.console.print(f"round {number + 1}:")
             results.round("overhead", partial(overhead, place, 4 if options.quick else 12))
             results.round("combine", partial(combined, UPDATES, WEIGHTS // (10 if options.quick else 1)))
-    results.finish("Rounds", options.json)
+    results.finish("WholeModel", options.json)
 
 
 if __name__ == "__main__":

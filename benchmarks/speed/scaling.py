@@ -29,7 +29,7 @@ from tests.harness.services import RabbitNode, RedisServer
 BASELINE = 4
 """Sites of the run that the others are compared with."""
 CLOCK = (0.1, 0.9)
-"""Parts of the steps between which throughput is taken."""
+"""Splits of the steps between which throughput is taken."""
 FAIR = (0.7, 0.95)
 """And fairness: before, a message more or less is over 1 % of a small site's; after, a backlog may be used up."""
 END_S = 900.0
@@ -171,7 +171,7 @@ def night_and_day(
 
 
 def _node(folder: Path) -> RabbitNode:
-    """A node as docs/scaling.md recommends it for many sites."""
+    """A node as docs/how-to/scaling.md recommends it for many sites."""
     node = RabbitNode(folder)
     with (folder / "rabbitmq.conf").open("a") as settings:
         settings.write("tcp_listen_options.sndbuf = 131072\ntcp_listen_options.recbuf = 131072\n")

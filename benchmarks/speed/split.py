@@ -1,6 +1,6 @@
 """One site and one server as processes, and the same model uncut in one process.
 
-Both halves run what a hospital runs: role, engine, checkpoints on disk, lease and checkpoint pointer in SQLite,
+Both parts run what a hospital runs: role, engine, checkpoints on disk, lease and checkpoint pointer in SQLite,
 a link with persistent messages and confirms. Only the data are synthetic and in memory.
 """
 
@@ -44,7 +44,7 @@ from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Kind
 from nightsplit.shared.wire.schema import Payload
 from nightsplit.site_worker.protocols.split_labels import SplitLabelsSite
-from nightsplit.site_worker.stream.batches import Feed
+from nightsplit.site_worker.stream.batches import StreamBatches
 from nightsplit.site_worker.stream.bottom import Bottom
 
 # ── the two workers ─────────────────────────────────────────────────────────────────────────────
@@ -121,9 +121,9 @@ def server(line: Connection, case: Case, run: str, place: Place, folder: Path) -
 def site(line: Connection, case: Case, run: str, place: Place, folder: Path, backlog: int = 0) -> None:
     """Works until the run is over; or, while no server is there, publishes `backlog` bytes and tells its memory."""
     prepare_torch(1, "cpu")
-    config, halves, contract = case.assemble(run)
-    bottom = Bottom(halves.bottom, config.optimizer, "cpu")
-    role = SplitLabelsSite(SITE, config, bottom, Feed(config, SITE, case.parts()), contract, "first")
+    config, parts, contract = case.assemble(run)
+    bottom = Bottom(parts.bottom, config.optimizer, "cpu")
+    role = SplitLabelsSite(SITE, config, bottom, StreamBatches(config, SITE, case.parts()), contract, "first")
     queues = case.queues(run)
     with place.broker().link([queues.down], _prefetch(config, contract, Kind.CUT_GRADIENT), SITE) as link:
         routes = _routes(SERVER, queues.up, queues.down, queues)
@@ -161,8 +161,8 @@ def open_run(case: Case, run: str, place: Place, folder: Path) -> None:
 
 
 def _server(case: Case, run: str) -> tuple[RunConfig, SplitLabelsServer, SiteQueues, int]:
-    config, halves, contract = case.assemble(run)
-    top = Top(halves.top, config.optimizer, config.task, "cpu")
+    config, parts, contract = case.assemble(run)
+    top = Top(parts.top, config.optimizer, config.task, "cpu")
     prefetch = _prefetch(config, contract, Kind.SMASHED)
     return config, SplitLabelsServer(config, top, contract), case.queues(run), prefetch
 
@@ -199,39 +199,39 @@ def uncut(line: Connection, case: Case, tuned: bool) -> None:
 
     Answers ("whole", threads, batches) with samples/s, ("stages", 1, batches) with s per batch of each half.
     """
-    config, halves, _ = case.assemble("uncut")
-    feed = Feed(config, SITE, case.parts())
-    model = nn.Sequential(halves.bottom, halves.top)
+    config, parts, _ = case.assemble("uncut")
+    batches = StreamBatches(config, SITE, case.parts())
+    model = nn.Sequential(parts.bottom, parts.top)
     optimizer = make_optimizer(config.optimizer, model.parameters())
-    bottom = Bottom(copy.deepcopy(halves.bottom), config.optimizer, "cpu")
-    top = Top(copy.deepcopy(halves.top), config.optimizer, config.task, "cpu")
+    bottom = Bottom(copy.deepcopy(parts.bottom), config.optimizer, "cpu")
+    top = Top(copy.deepcopy(parts.top), config.optimizer, config.task, "cpu")
 
     def whole(item: Item) -> None:
-        loss = loss_of(config.task, model(feed.inputs(item)), feed.targets(item))
+        loss = loss_of(config.task, model(batches.inputs(item)), batches.targets(item))
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
         loss.item()
 
-    smashed = bottom.forward(feed.plan.item(1), feed.inputs(feed.plan.item(1)), 0, training=False)
+    smashed = bottom.forward(batches.plan.item(1), batches.inputs(batches.plan.item(1)), 0, training=False)
     gradient = smashed * 1e-6
 
     def site_half(item: Item) -> None:
         bottom.forget(bottom.version)
         item = replace(item, version=bottom.version)
-        inputs = feed.inputs(item)
+        inputs = batches.inputs(item)
         bottom.forward(item, inputs, 0, training=True)
-        bottom.learn(item, inputs, 0, gradient)
+        bottom.apply_gradient(item, inputs, 0, gradient)
 
     def server_half(item: Item) -> None:
-        top.learn(smashed, feed.targets(item), 0)
+        top.train_step(smashed, batches.targets(item), 0)
 
     def seconds(work: Callable[[Item], object], batches: int) -> float:
         for q in (1, 2, 3):
-            work(feed.plan.item(q))
+            work(batches.plan.item(q))
         began = time.perf_counter()
         for q in range(batches):
-            work(feed.plan.item(1 + q % feed.plan.last))
+            work(batches.plan.item(1 + q % batches.plan.last))
         return (time.perf_counter() - began) / batches
 
     while (asked := line.recv()) is not None:

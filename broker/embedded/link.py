@@ -1,11 +1,11 @@
-"""A worker's line to the embedded broker: its own thread reads, the courier's thread writes.
+"""A worker's line to the embedded broker: its own thread reads, the writer's thread writes.
 
     worker's thread    publish ──────▶ outbox ──┐            ┌──▶ rows and body files
-                       acknowledge ──▶ acks ────┼── courier ─┤
+                       acknowledge ──▶ acks ────┼── writer ─┤
                        receive ◀── Confirmed ◀──┘            └──▶ leases
                        receive ◀── Delivery ◀─────────────────── rows, read without a lock
 
-The courier works also while the worker computes, so a long computation keeps its leases and a
+The writer works also while the worker computes, so a long computation keeps its leases and a
 stopped or dead process loses them. What waits in the outbox goes into one transaction, so that many
 messages share an fsync. `Confirmed` means that body file, directory and row were synced, in this
 order.
@@ -27,16 +27,16 @@ from dataclasses import dataclass
 from nightsplit.broker.embedded.storage import Folder, NewRow
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.storage.sqlite import broker_errors, explain, is_locked, transaction
-from nightsplit.shared.transport import Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
+from nightsplit.shared.transport import Blocked, Confirmed, Delivery, Event, Link, Queue, Unblocked
 
 INLINE_BYTES = 64 * 2**10
 """Bodies up to this size lie in their row; a larger one would be written twice, to the log and the table."""
 
 BATCH_BYTES = 32 * 2**20
-"""Bodies per transaction, so that a long outbox does not keep the courier from renewing its leases."""
+"""Bodies per transaction, so that a long outbox does not keep the writer from renewing its leases."""
 
 BEAT_SECONDS = 0.05
-"""How often a courier looks whether a full queue, a busy lease or a full disk has become free."""
+"""How often a writer looks whether a full queue, a busy lease or a full disk has become free."""
 
 LONGEST_POLL_SECONDS = 0.02
 """How late `receive` may notice what another process published."""
@@ -73,7 +73,7 @@ class EmbeddedLink(Link):
         self._unacknowledged: dict[str, dict[object, str | None]] = {queue: {} for queue in self._turns}
         self._taken = dict.fromkeys(self._turns, 0)
 
-        # Shared with the courier, under `_changed`.
+        # Shared with the writer, under `_changed`.
         self._changed = threading.Condition()
         self._outbox: list[_Outgoing] = []
         self._acks: dict[int, str | None] = {}
@@ -82,7 +82,7 @@ class EmbeddedLink(Link):
         self._stirred = False
         self._closing = False
 
-        # The courier's own.
+        # The writer's own.
         self._held: dict[str, int] = {}  # queues whose lease we have -> `taken` as last written
         self._renew_at = 0.0
         self._troubled = False
@@ -94,18 +94,18 @@ class EmbeddedLink(Link):
             self._courier_rows = opened.enter_context(closing(folder.open()))
             self._lock = folder.open_lock()
             opened.callback(os.close, self._lock)
-            with suppress(sqlite3.OperationalError):  # Who comes first is first; the courier tries again.
+            with suppress(sqlite3.OperationalError):  # Who comes first is first; the writer tries again.
                 self._settle()
             self._opened = opened.pop_all()
-        self._courier = threading.Thread(target=self._work, name=f"courier of {owner}", daemon=True)
-        self._courier.start()
+        self._writer = threading.Thread(target=self._work, name=f"writer of {owner}", daemon=True)
+        self._writer.start()
 
     # The worker's thread ---------------------------------------------------------------------
 
     def publish(
         self, queue: Queue, message_id: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str] = {}
     ) -> None:
-        """Hand a message to the courier; see `Link.publish` for 203 and 205."""
+        """Hand a message to the writer; see `Link.publish` for 203 and 205."""
         size = sum(memoryview(piece).nbytes for piece in body)
         if size > self._max_message_bytes and queue.dead_key is not None:
             raise BrokerError(
@@ -141,7 +141,7 @@ class EmbeddedLink(Link):
             poll = min(2 * poll, LONGEST_POLL_SECONDS)
 
     def acknowledge(self, delivery: Delivery) -> None:
-        """Have the courier remove a message, unless the queue was taken over."""
+        """Have the writer remove a message, unless the queue was taken over."""
         held = self._unacknowledged.get(delivery.queue, {})
         if isinstance(delivery.tag, int) and delivery.tag in held:
             with self._changed:
@@ -168,7 +168,7 @@ class EmbeddedLink(Link):
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._courier.join()
+        self._writer.join()
         self._opened.close()
 
     def _stir(self) -> None:
@@ -201,7 +201,7 @@ class EmbeddedLink(Link):
         self._unacknowledged[queue][tag] = file
         return Delivery(queue, message_id, body, json.loads(headers), bool(redelivered), tag)
 
-    # The courier's thread --------------------------------------------------------------------
+    # The writer's thread --------------------------------------------------------------------
 
     def _work(self) -> None:
         try:
@@ -318,10 +318,10 @@ class EmbeddedLink(Link):
         """Tell of trouble when it begins and when it is over."""
         with self._changed:
             if trouble is not None and not self._troubled:
-                self._events.append(Trouble(trouble))
+                self._events.append(Blocked(trouble))
                 self._changed.notify_all()
             if trouble is None and self._troubled:
-                self._events.append(Recovered())
+                self._events.append(Unblocked())
                 self._changed.notify_all()
             self._troubled = trouble is not None
 

@@ -164,7 +164,7 @@ class Folder:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def trouble(self, error: Exception) -> str:
-        """What holds a courier up, and how much room it needs where the disk is full."""
+        """What holds a writer up, and how much room it needs where the disk is full."""
         room = f", {RESERVE_BYTES / 2**20:.0f} MiB have to be free" if is_full(error) else ""
         return f"{explain(error)} ({self.path}{room})"
 

@@ -8,8 +8,8 @@ from typing import Any
 import pika
 from pika import exceptions
 
-from nightsplit.broker.rabbitmq.errors import lasting, unreachable
-from nightsplit.broker.rabbitmq.outbox import Pauses
+from nightsplit.broker.rabbitmq.errors import permanent_error, unreachable
+from nightsplit.broker.rabbitmq.outbox import Backoff
 from nightsplit.shared.credentials import Credentials
 from nightsplit.shared.errors import BrokerError
 
@@ -58,7 +58,7 @@ def connected(addresses: Sequence[Any], seconds: float) -> Iterator[Any]:
     try:
         yield connection
     except (exceptions.AMQPError, OSError) as error:
-        raise lasting(error, parameters) or unreachable(error, parameters) from None
+        raise permanent_error(error, parameters) or unreachable(error, parameters) from None
     finally:
         if connection.is_open:
             with suppress(exceptions.AMQPError, OSError):
@@ -67,13 +67,13 @@ def connected(addresses: Sequence[Any], seconds: float) -> Iterator[Any]:
 
 def _connect(addresses: Sequence[Any], seconds: float) -> tuple[Any, Any]:
     """The address that answers, and a connection to it."""
-    pauses, deadline = Pauses(), time.monotonic() + seconds
+    pauses, deadline = Backoff(), time.monotonic() + seconds
     while True:
         for parameters in addresses:
             try:
                 return parameters, pika.BlockingConnection(parameters)
             except (exceptions.AMQPError, OSError) as error:
-                if verdict := lasting(error, parameters):
+                if verdict := permanent_error(error, parameters):
                     raise verdict from None
                 failure = unreachable(error, parameters)
             time.sleep(next(pauses))

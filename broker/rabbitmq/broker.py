@@ -2,9 +2,9 @@
 
     the worker's thread                       the link's I/O thread (one pika loop)
     ───────────────────                       ─────────────────────────────────────
-    publish()      ──── add_callback ────▶    Publishing ══ connection 1 ══▶ exchange ─▶ queue
-    acknowledge()  ──── add_callback ────▶    Consuming  ◀═ connection 2 ═══ queue
-    receive()      ◀─────── Inbox ────────    Confirmed, Delivery, Trouble, Recovered
+    publish()      ──── add_callback ────▶    Publisher ══ connection 1 ══▶ exchange ─▶ queue
+    acknowledge()  ──── add_callback ────▶    Consumer  ◀═ connection 2 ═══ queue
+    receive()      ◀─────── Inbox ────────    Confirmed, Delivery, Blocked, Unblocked
 
 Heartbeats go on while the worker computes, because another thread sends them. There are two
 connections because a broker with an alarm stops reading from one that publishes, and the
@@ -19,11 +19,11 @@ from collections.abc import Iterable, Sequence
 
 from nightsplit.broker.rabbitmq.address import connected, read_addresses
 from nightsplit.broker.rabbitmq.connection import ChannelRefused, IOLoop, tune_process
-from nightsplit.broker.rabbitmq.consumer import Consuming
-from nightsplit.broker.rabbitmq.errors import arguments, disagreement
+from nightsplit.broker.rabbitmq.consumer import Consumer
+from nightsplit.broker.rabbitmq.errors import arguments, split_cluster
 from nightsplit.broker.rabbitmq.inbox import Inbox
 from nightsplit.broker.rabbitmq.link import RabbitLink
-from nightsplit.broker.rabbitmq.publisher import Publishing
+from nightsplit.broker.rabbitmq.publisher import Publisher
 from nightsplit.shared.credentials import NOBODY, Credentials
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Broker, Link, Queue
@@ -93,7 +93,7 @@ class RabbitBroker(Broker):
                     connection.channel().queue_declare(queue.name, passive=True)
             except BrokerError as error:
                 if error.number == 205:
-                    raise disagreement(queue, parameters) from None
+                    raise split_cluster(queue, parameters) from None
 
     def link(self, consume: Sequence[Queue], prefetch: int, owner: str) -> Link:
         """Open a line; see `Broker.link`.
@@ -102,8 +102,8 @@ class RabbitBroker(Broker):
             BrokerError: 201 unreachable, 202 login refused, 205 a queue does not exist.
         """
         loop, inbox = IOLoop(), Inbox()
-        publishing = Publishing(loop, self._addresses, owner, inbox)
-        consuming = Consuming(loop, self._addresses, owner, inbox, consume, prefetch)
+        publishing = Publisher(loop, self._addresses, owner, inbox)
+        consuming = Consumer(loop, self._addresses, owner, inbox, consume, prefetch)
         link = RabbitLink(loop, inbox, publishing, consuming, self._max_message_bytes, owner)
         try:
             link.wait_until_up(FIRST_CONNECTION_S * len(self._addresses))  # a frozen host takes its share

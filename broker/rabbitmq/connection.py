@@ -19,9 +19,9 @@ from pika import exceptions
 from pika.adapters.select_connection import IOLoop, SelectConnection
 from pika.adapters.utils import io_services_utils
 
-from nightsplit.broker.rabbitmq.errors import lasting, line_down, unreachable
+from nightsplit.broker.rabbitmq.errors import connection_lost, permanent_error, unreachable
 from nightsplit.broker.rabbitmq.inbox import Inbox
-from nightsplit.broker.rabbitmq.outbox import Pauses
+from nightsplit.broker.rabbitmq.outbox import Backoff
 from nightsplit.shared.errors import BrokerError
 
 __all__ = ["ChannelRefused", "Connection", "IOLoop", "tune_process"]
@@ -76,7 +76,7 @@ class Connection(ABC):
         self._addresses = deque(copy.copy(parameters) for parameters in addresses)
         for parameters in self._addresses:
             parameters.client_properties = {"connection_name": f"nightsplit {owner} {self.role}"}
-        self._pauses = Pauses()
+        self._pauses = Backoff()
         self._connection: Any = None
         self._channel: Any = None  # None unless it may be used
         self._retry: Any = None
@@ -168,7 +168,7 @@ class Connection(ABC):
 
     def _now_up(self) -> None:
         if time.monotonic() - self._missing_last > FORGET_MISSING_S:  # else it may be missing still
-            self._pauses = Pauses()
+            self._pauses = Backoff()
         self.was_up.set()
         self._inbox.over(self.role)
         if self._is_cluster:
@@ -200,16 +200,16 @@ class Connection(ABC):
     def _on_end(self, connection: Any, reason: BaseException) -> None:
         self._last_error = reason = self._why or reason
         self._connection = self._channel = None
-        verdict = lasting(reason, self._parameters)
+        error = permanent_error(reason, self._parameters)
         if self._closing:
             self.on_ended()
         elif self._renewing:
             self._renewing = False
             self.connect()
-        elif verdict is not None and not self._may_come_back(verdict):
-            self._inbox.fail(verdict)
+        elif error is not None and not self._may_come_back(error):
+            self._inbox.fail(error)
         else:
-            self._inbox.trouble(self.role, line_down(reason, self._parameters))
+            self._inbox.trouble(self.role, connection_lost(reason, self._parameters))
             self._retry = self._loop.call_later(next(self._pauses), self._connect_to_next)
         self._lost()
 
@@ -217,9 +217,9 @@ class Connection(ABC):
         self._addresses.rotate(-1)
         self.connect()
 
-    def _may_come_back(self, verdict: BrokerError) -> bool:
+    def _may_come_back(self, error: BrokerError) -> bool:
         """Whether a queue is missing, not for long yet, in a cluster: its parts may lose sight of each other."""
-        if verdict.number != 205 or not self._is_cluster or not self.was_up.is_set():
+        if error.number != 205 or not self._is_cluster or not self.was_up.is_set():
             return False
         now = time.monotonic()
         if now - self._missing_last > FORGET_MISSING_S:

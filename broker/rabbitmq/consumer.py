@@ -10,7 +10,7 @@ from nightsplit.broker.rabbitmq.inbox import Inbox
 from nightsplit.shared.transport import Delivery, Queue
 
 
-class Consuming(Connection):
+class Consumer(Connection):
     """Receives deliveries. Each connection is an incarnation: what an earlier one delivered is void."""
 
     role = "consuming"
@@ -86,7 +86,7 @@ class Consuming(Connection):
         self._unacknowledged.clear()
 
     def _on_cancelled(self, frame: Any) -> None:
-        # The queue was deleted or its node went away. Consuming anew finds out which.
+        # The queue was deleted or its node went away. Consumer anew finds out which.
         self._on_channel_closed(self._channel, ConnectionError("the broker cancelled the consumer"))
 
     def _on_delivery(self, queue: str, channel: Any, method: Any, properties: Any, body: bytes) -> None:

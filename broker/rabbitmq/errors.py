@@ -59,7 +59,7 @@ def sentence(error: BaseException | None) -> str:
     return _said(error)[1]
 
 
-def lasting(error: BaseException, parameters: Any) -> BrokerError | None:
+def permanent_error(error: BaseException, parameters: Any) -> BrokerError | None:
     """The error to report for what trying again cannot mend; None for what it may."""
     code, said = _said(error)
     if code in (403, 530):
@@ -69,7 +69,7 @@ def lasting(error: BaseException, parameters: Any) -> BrokerError | None:
             "check user, password and virtual host, and the user's permissions at the broker.",
         )
     if code == 404 and "inaccessible" not in said:  # a cluster's node that is down comes back
-        return missing(f"{_place(parameters)} says: {said}.")
+        return missing_queue(f"{_place(parameters)} says: {said}.")
     if code == 406 and "inequivalent" in said:
         return BrokerError(204, f"{said}.", "use the run's original limits, or another run id.")
     if code == 406 and "larger than" in said:
@@ -77,12 +77,12 @@ def lasting(error: BaseException, parameters: Any) -> BrokerError | None:
     return None
 
 
-def missing(what: str) -> BrokerError:
+def missing_queue(what: str) -> BrokerError:
     """The error for a queue or exchange that does not exist."""
     return BrokerError(205, what, "open the run first: nightsplit open server.toml.")
 
 
-def disagreement(queue: Queue, parameters: Any) -> BrokerError:
+def split_cluster(queue: Queue, parameters: Any) -> BrokerError:
     """The error for a cluster whose nodes have lost sight of each other."""
     return BrokerError(
         212,
@@ -98,11 +98,11 @@ def unreachable(error: BaseException | None, parameters: Any) -> BrokerError:
     )
 
 
-def line_down(error: BaseException | None, parameters: Any) -> str:
+def connection_lost(error: BaseException | None, parameters: Any) -> str:
     """What a worker's user reads while the link tries again."""
     what = "nothing was heard from it" if type(error).__name__ == "AMQPHeartbeatTimeout" else sentence(error)
     place = f"{parameters.host}:{parameters.port}"
-    return f"the line to the broker is down ({place}: {what}); trying again, nothing is lost"
+    return f"the connection to the broker is lost ({place}: {what}); trying again, nothing is lost"
 
 
 def _place(parameters: Any) -> str:

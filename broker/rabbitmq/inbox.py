@@ -3,7 +3,7 @@
 from queue import SimpleQueue
 
 from nightsplit.shared.errors import BrokerError
-from nightsplit.shared.transport import Event, Recovered, Trouble
+from nightsplit.shared.transport import Blocked, Event, Unblocked
 
 
 class Inbox:
@@ -28,11 +28,11 @@ class Inbox:
         """Report a cause of trouble, once until it is over."""
         if cause not in self._troubles:
             self._troubles.add(cause)
-            self.events.put(Trouble(reason))
+            self.events.put(Blocked(reason))
 
     def over(self, cause: str) -> None:
-        """Take a cause back; `Recovered` follows when it was the last."""
+        """Take a cause back; `Unblocked` follows when it was the last."""
         if cause in self._troubles:
             self._troubles.remove(cause)
             if not self._troubles:
-                self.events.put(Recovered())
+                self.events.put(Unblocked())

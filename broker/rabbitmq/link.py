@@ -7,10 +7,10 @@ from functools import partial
 from queue import Empty
 from typing import Any
 
-from nightsplit.broker.rabbitmq.consumer import Consuming
+from nightsplit.broker.rabbitmq.consumer import Consumer
 from nightsplit.broker.rabbitmq.inbox import Inbox
-from nightsplit.broker.rabbitmq.outbox import Message
-from nightsplit.broker.rabbitmq.publisher import Publishing
+from nightsplit.broker.rabbitmq.outbox import OutgoingMessage
+from nightsplit.broker.rabbitmq.publisher import Publisher
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Confirmed, Delivery, Event, Link, Queue
 
@@ -22,7 +22,7 @@ class RabbitLink(Link):
     """The worker's side: hands everything to the I/O thread, and takes events out of the inbox."""
 
     def __init__(
-        self, loop: Any, inbox: Inbox, publishing: Publishing, consuming: Consuming, max_message_bytes: int, owner: str
+        self, loop: Any, inbox: Inbox, publishing: Publisher, consuming: Consumer, max_message_bytes: int, owner: str
     ) -> None:
         self._loop = loop
         self._inbox = inbox
@@ -65,7 +65,7 @@ class RabbitLink(Link):
                 "lower run.batch_size or choose a smaller codec.",
             )
         self._unconfirmed.add(message_id)
-        message = Message(queue, message_id, b"".join(body), dict(headers))
+        message = OutgoingMessage(queue, message_id, b"".join(body), dict(headers))
         self._loop.add_callback_threadsafe(partial(self._publishing.publish, message))
 
     def receive(self, timeout: float) -> Event | None:

@@ -11,7 +11,7 @@ from itertools import takewhile
 from nightsplit.shared.transport import Queue
 
 
-class Pauses(Iterator[float]):
+class Backoff(Iterator[float]):
     """Seconds to wait before each further attempt: doubling, with a jitter that keeps workers apart."""
 
     # Not the module's generator: training seeds that one, and its numbers must not depend on us.
@@ -26,7 +26,7 @@ class Pauses(Iterator[float]):
 
 
 @dataclass(slots=True, eq=False)
-class Message:
+class OutgoingMessage:
     """A message that the broker has not confirmed."""
 
     queue: Queue
@@ -40,8 +40,8 @@ class Message:
 class _Held:
     """A queue that refused a message: what it must take before it is trusted again, and its pauses."""
 
-    untaken: set[Message] = field(default_factory=set)
-    pauses: Pauses = field(default_factory=Pauses)
+    untaken: set[OutgoingMessage] = field(default_factory=set)
+    pauses: Backoff = field(default_factory=Backoff)
     resting: bool = False
 
 
@@ -54,29 +54,29 @@ class Outbox:
     """
 
     def __init__(self) -> None:
-        self._messages: dict[Message, None] = {}  # a set that keeps the order
-        self._open: dict[int, Message] = {}
+        self._messages: dict[OutgoingMessage, None] = {}  # a set that keeps the order
+        self._open: dict[int, OutgoingMessage] = {}
         self._last_tag = 0
         self._held: dict[str, _Held] = {}
 
-    def add(self, message: Message) -> None:
+    def add(self, message: OutgoingMessage) -> None:
         """Take a message in; it stays until it is `taken`."""
         self._messages[message] = None
 
-    def taken(self, message: Message) -> bool:
+    def taken(self, message: OutgoingMessage) -> bool:
         """Forget a message that the broker holds now; whether that ends the holding of its queue."""
         del self._messages[message]
         held = self._held.get(message.queue.name)
         if held is None:
             return False
-        held.pauses = Pauses()
+        held.pauses = Backoff()
         held.untaken.discard(message)
         if held.untaken:
             return False
         del self._held[message.queue.name]
         return True
 
-    def sent(self, message: Message) -> None:
+    def sent(self, message: OutgoingMessage) -> None:
         """Note that `message` is under way."""
         self._last_tag += 1
         self._open[self._last_tag] = message
@@ -87,7 +87,7 @@ class Outbox:
         """Whether the broker has something that it has not settled."""
         return bool(self._open)
 
-    def settle(self, tag: int, multiple: bool) -> list[Message]:
+    def settle(self, tag: int, multiple: bool) -> list[OutgoingMessage]:
         """Messages that the broker's answer to `tag` is about, oldest first; they are under way no more."""
         if multiple:
             tags = list(takewhile(lambda known: tag == 0 or known <= tag, self._open))  # 0 means all
@@ -103,7 +103,7 @@ class Outbox:
         self.settle(0, multiple=True)
         self._last_tag = 0
 
-    def due(self) -> list[Message]:
+    def due(self) -> list[OutgoingMessage]:
         """Messages to send now, oldest first: of a held queue at most the oldest, and after a pause."""
         found, seen = [], set()
         for message in self._messages:

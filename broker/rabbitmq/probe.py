@@ -7,7 +7,7 @@ import pika
 from pika import exceptions
 
 from nightsplit.broker.rabbitmq.address import connected, read_addresses
-from nightsplit.broker.rabbitmq.errors import lasting
+from nightsplit.broker.rabbitmq.errors import permanent_error
 from nightsplit.shared.credentials import Credentials
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Queue
@@ -70,7 +70,7 @@ class Probe:
             except exceptions.ConnectionBlockedTimeout:
                 raise _blocked() from None
             except exceptions.ChannelClosedByBroker as error:
-                raise lasting(error, self._addresses[0]) or error from None
+                raise permanent_error(error, self._addresses[0]) or error from None
 
     def _publish(self, channel: Any, exchange: str, size: int) -> None:
         user = self._addresses[0].credentials.username if self.verifies_users else None

@@ -8,11 +8,11 @@ import pika
 
 from nightsplit.broker.rabbitmq.connection import ChannelRefused, Connection
 from nightsplit.broker.rabbitmq.inbox import Inbox
-from nightsplit.broker.rabbitmq.outbox import Message, Outbox
+from nightsplit.broker.rabbitmq.outbox import Outbox, OutgoingMessage
 from nightsplit.shared.transport import Confirmed, Queue
 
 
-class Publishing(Connection):
+class Publisher(Connection):
     """Publishes with asynchronous confirms, and again whatever the broker did not take."""
 
     role = "publishing"
@@ -23,7 +23,7 @@ class Publishing(Connection):
         self._user = self._parameters.credentials.username if self._parameters.ssl_options else None
         self._can_send = False
 
-    def publish(self, message: Message) -> None:
+    def publish(self, message: OutgoingMessage) -> None:
         """Send `message` as soon as the broker takes it."""
         self._outbox.add(message)
         if self._may_send and not self._outbox.is_held(message.queue):
@@ -67,7 +67,7 @@ class Publishing(Connection):
             for message in self._outbox.due():
                 self._send(message)
 
-    def _send(self, message: Message) -> None:
+    def _send(self, message: OutgoingMessage) -> None:
         self._heard()
         self._outbox.sent(message)
         self._channel.basic_publish(
@@ -100,7 +100,7 @@ class Publishing(Connection):
             else:
                 self._refused(message)
 
-    def _accepted(self, message: Message) -> None:
+    def _accepted(self, message: OutgoingMessage) -> None:
         was_held = self._outbox.is_held(message.queue)
         is_released = self._outbox.taken(message)
         self._inbox.events.put(Confirmed(message.message_id))
@@ -109,7 +109,7 @@ class Publishing(Connection):
         if was_held:
             self._send_due()
 
-    def _refused(self, message: Message) -> None:
+    def _refused(self, message: OutgoingMessage) -> None:
         # The queue is full, or has no leader. Offered one at a time, the messages that wait keep their order.
         queue = message.queue
         reason = f"queue {queue.name} is full (limit: {queue.limit_bytes} bytes)"

@@ -1,31 +1,33 @@
-"""nightsplit merge: add up the published vectors of a data_vectors run again, with a hospital more or one less."""
+"""nightsplit merge: the published vectors of a data_vectors run, with a hospital more or one less."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from safetensors.torch import save
+from typer import Argument, Option
 
 from nightsplit.console.output import write_output
-from nightsplit.server_worker.published_vectors import BASE, FOLDER, merge, read_vector
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.foreign import shown
-from nightsplit.shared.models.hashing import weights_sha256
 
 
-def run_merge(report: Path, output: Path, added: Sequence[Path], left_out: Sequence[str], scale: float | None) -> int:
-    """Write the merged model and say what is in it.
+def merge(
+    report: Annotated[Path, Argument(metavar="REPORT", help="report folder of the run")],
+    output: Annotated[Path, Option(metavar="FILE", help="where the merged model goes")],
+    added: Annotated[list[Path], Option("--with", metavar="FILE", help="add this vector")] = [],
+    left_out: Annotated[list[str], Option("--without", metavar="SITE", help="leave this site's vector out")] = [],
+    scale: Annotated[float | None, Option(metavar="FACTOR", help="of the sum; otherwise the one of the run")] = None,
+) -> None:
+    """Add up published data vectors again.
 
-    Args:
-        report: report folder of a data_vectors run.
-        output: file of the merged model.
-        added: files of more vectors.
-        left_out: sites to leave out.
-        scale: factor of the sum; None for the one that the run chose.
-
-    Raises:
-        ConfigError: 103 there is no such site, or no scale; 115-117 as `read_vector` and `merge`.
+    Add up the vectors in the report of a data_vectors run, with a hospital more or without one, and write the
+    merged model. Nothing is trained.
     """
+    from safetensors.torch import save
+
+    from nightsplit.server_worker.published_vectors import BASE, FOLDER, merge, read_vector
+    from nightsplit.shared.models.hashing import weights_sha256
+
     folder = report / FOLDER
     base = read_vector(folder / f"{BASE}.safetensors")
     found = [read_vector(path) for path in sorted(folder.glob("*.safetensors")) if path.stem != BASE]
@@ -42,4 +44,3 @@ def run_merge(report: Path, output: Path, added: Sequence[Path], left_out: Seque
     print(f"sha256 of the model: {weights_sha256(weights)}")
     if base.buffers:
         print("statistics of normalizations are those of the sum; measure them anew before you use it", file=sys.stderr)
-    return 0

@@ -2,22 +2,33 @@
 
 import io
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
+from typer import Option
+
+from nightsplit.console.options import Overrides, SiteFile
 from nightsplit.console.output import write_output
-from nightsplit.site_worker.predict import predict
-from nightsplit.site_worker.worker import SiteWorker
 
 
-def write_predictions(
-    file: Path, overrides: Sequence[str], top: Path | None, data: Path | None, output: Path | None
-) -> int:
-    """Predict, and write the CSV to `output` or to stdout; returns the exit code. Raises: see `predict`."""
+def predict(
+    file: SiteFile,
+    overrides: Overrides = [],
+    top: Annotated[Path | None, Option(metavar="FILE", help="the server's part, if the run did not export it")] = None,
+    data: Annotated[Path | None, Option(metavar="FILE", help="predict the rows of this file")] = None,
+    output: Annotated[Path | None, Option(metavar="FILE", help="where the CSV goes; otherwise it is printed")] = None,
+) -> None:
+    """Use the trained model at a site.
+
+    Predict this site's held-out test patients, or the rows of another file (its columns are those of the site's
+    own data, label included), and write a CSV with row, patient and prediction. Nothing leaves the site.
+    """
+    from nightsplit.site_worker.predict import predict
+    from nightsplit.site_worker.worker import SiteWorker
+
     predictions = predict(SiteWorker(file, overrides), top, data)
     text = io.StringIO()
     predictions.write(text)
     write_output(output, text.getvalue().encode())
     figures = [f"{name} {value:.4g}" for name, value in predictions.metrics.items() if value is not None]
     print(", ".join(figures), file=sys.stderr)
-    return 0

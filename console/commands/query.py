@@ -1,44 +1,48 @@
-"""The verbs of encrypted queries: query at a site, answer at the server."""
+"""nightsplit query: a site's sequences, judged while they are encrypted."""
 
 import io
 import sys
-from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
 
 from nightsplit.console.exit_codes import stopped
+from nightsplit.console.options import IdleSeconds, Overrides, SiteFile
 from nightsplit.console.output import write_output
-from nightsplit.console.ui.text import counted
-from nightsplit.shared.errors import RunError
-from nightsplit.shared.runtime.process import StopSignal
 
 
-def ask(
-    path: Path, overrides: Sequence[str], submitted: Path | None, output: Path | None, idle_seconds: float | None,
-    new_keys: bool,
-) -> int:  # fmt: skip
-    """Submit sequences, send what is due, collect scores and write them; returns the exit code.
+def query(
+    file: SiteFile,
+    overrides: Overrides = [],
+    submit: Annotated[bool, Option("--submit", help="submit the site's held-out test patients first")] = False,
+    data: Annotated[Path | None, Option(metavar="FILE", help="submit this file or folder instead")] = None,
+    output: Annotated[Path | None, Option(metavar="FILE", help="where scores go; otherwise they are printed")] = None,
+    new_keys: Annotated[bool, Option("--new-keys", help="make another pair of keys first")] = False,
+    idle_seconds: IdleSeconds = None,
+) -> int:
+    """Have sequences judged while they are encrypted.
 
-    Args:
-        path: site.toml.
-        overrides: as for the other verbs.
-        submitted: file or folder to submit; the empty path stands for the site's held-out test patients, None for
-            nothing.
-        output: where the scores go; None prints them.
-        idle_seconds: leave when nothing happened for so long.
-        new_keys: forget the pair of keys first.
+    Submit a site's sequences to the server's part of a finished run's model, encrypted with a key that never
+    leaves the site; or come back for the scores. Nobody has to be online at the same time.
     """
-    check_encryption()
+    if data is not None and not submit:
+        raise typer.BadParameter("Give --submit too.", param_hint="'--data'")
+    from nightsplit.console.ui.text import counted
+    from nightsplit.shared.he import check_installed
+    from nightsplit.shared.runtime.process import StopSignal
+
+    check_installed()
     from nightsplit.site_worker.query_worker import QuerySiteWorker
 
     stop = StopSignal()
     stop.install()
-    worker = QuerySiteWorker(path, overrides, stop)
+    worker = QuerySiteWorker(file, overrides, stop)
     if new_keys:
         worker.new_keys()
-    if submitted is not None:
-        taken = worker.submit(None if submitted == Path() else submitted)
-        print(f"{counted(taken, 'sequence')} submitted", file=sys.stderr)
+    if submit:
+        print(f"{counted(worker.submit(data), 'sequence')} submitted", file=sys.stderr)
     finished = worker.work(idle_seconds)
     scores = io.StringIO()
     waiting, refused = worker.write_scores(scores)
@@ -48,26 +52,3 @@ def ask(
     if not finished:
         print(f"{counted(waiting, 'sequence')} not answered yet; start the same command again", file=sys.stderr)
     return stopped(stop) if stop.asked else 0
-
-
-def answer(path: Path, overrides: Sequence[str], idle_seconds: float | None) -> int:
-    """Answer queries until asked to stop; returns the exit code."""
-    check_encryption()
-    from nightsplit.server_worker.query_worker import QueryServerWorker
-
-    stop = StopSignal()
-    stop.install()
-    worker = QueryServerWorker(path, overrides, stop=stop)
-    worker.work(idle_seconds)
-    print(f"{counted(worker.answered, 'message')} answered", file=sys.stderr)
-    return stopped(stop) if stop.asked else 0
-
-
-def check_encryption() -> None:
-    """Whether the package of the extra is there.
-
-    Raises:
-        RunError: 615 it is missing.
-    """
-    if find_spec("tenseal") is None:
-        raise RunError(615, "TenSEAL cannot be imported.", "pip install nightsplit[he].")

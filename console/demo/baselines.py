@@ -14,42 +14,42 @@ from msgspec.structs import replace
 from nightsplit.shared.config.run import RunConfig, WireSection
 from nightsplit.shared.protocols import fedavg_transfer, split_labels
 from nightsplit.shared.protocols.spec import Shape, spec_of
-from nightsplit.simulation.evaluate import Judgement
+from nightsplit.simulation.evaluate import ModelFigures
 from nightsplit.simulation.run import simulate
-from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.dataset import Dataset, Splits
 
 
-def centralized(config: RunConfig, parts: Mapping[str, Parts], base: Path = Path()) -> Judgement:
+def centralized(config: RunConfig, splits: Mapping[str, Splits], base: Path = Path()) -> ModelFigures:
     """Train on the training patients of all sites, pooled; judge on every site's test patients.
 
     Args:
         config: the run.
-        parts: scaled data by site.
+        splits: scaled data by site.
         base: folder of run.toml, where `model.initial` is.
     """
-    return _train(config, "pooled", pool(parts), parts, base)
+    return _train(config, "pooled", pool(splits), splits, base)
 
 
-def alone(config: RunConfig, site: str, parts: Mapping[str, Parts], base: Path = Path()) -> Judgement:
+def alone(config: RunConfig, site: str, splits: Mapping[str, Splits], base: Path = Path()) -> ModelFigures:
     """Train on one site's training patients; judge on every site's test patients."""
-    return _train(config, site, parts[site], parts, base)
+    return _train(config, site, splits[site], splits, base)
 
 
-def pool(parts: Mapping[str, Parts]) -> Parts:
-    """The sites' parts as those of one site; patients of different sites stay different patients."""
+def pool(splits: Mapping[str, Splits]) -> Splits:
+    """The sites' splits as those of one site; patients of different sites stay different patients."""
 
     def join(name: str) -> Dataset:
-        datasets: dict[str, Dataset] = {site: getattr(part, name) for site, part in parts.items()}
+        datasets: dict[str, Dataset] = {site: getattr(part, name) for site, part in splits.items()}
         return Dataset(
             torch.cat([dataset.inputs for dataset in datasets.values()]),
             torch.cat([dataset.targets for dataset in datasets.values()]),
             tuple(f"{site}/{patient}" for site, dataset in datasets.items() for patient in dataset.patients),
         )
 
-    return Parts(join("train"), join("validation"), join("test"))
+    return Splits(join("train"), join("validation"), join("test"))
 
 
-def _train(config: RunConfig, site: str, own: Parts, parts: Mapping[str, Parts], base: Path) -> Judgement:
+def _train(config: RunConfig, site: str, own: Splits, splits: Mapping[str, Splits], base: Path) -> ModelFigures:
     system = fedavg_transfer if spec_of(config).shape is Shape.ROUND else split_labels
     run = replace(
         config.run, protocol=system.SPEC.name, sites=[site], quorum=None, order="strict", window=1,
@@ -60,4 +60,4 @@ def _train(config: RunConfig, site: str, own: Parts, parts: Mapping[str, Parts],
     # The smallest codec takes a quarter of the room of full precision.
     wire = WireSection(smashed="fp32", gradient="fp32", message_bytes=4 * config.wire.message_bytes)
     one = replace(config, run=run, round=section, wire=wire, privacy=None)
-    return simulate(one, {site: own}, base).judgement(parts)
+    return simulate(one, {site: own}, base).judgement(splits)

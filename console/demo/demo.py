@@ -9,7 +9,7 @@ a run store of the user's own, the run is played once, under an id of its own.
 """
 
 import hashlib
-import json as json_text
+import json
 import re
 import runpy
 import shutil
@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.table import Table
 
 import nightsplit
-from nightsplit.console.commands.query import check_encryption
 from nightsplit.console.demo.baselines import alone, centralized
 from nightsplit.console.demo.play import Play, warm_up
 from nightsplit.console.ui.text import columns, counted, screen
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.he import check_installed
 from nightsplit.shared.learning.metrics import Metrics
 from nightsplit.shared.protocols.load import load_run
 from nightsplit.shared.protocols.spec import Shape, spec_of
@@ -37,7 +37,7 @@ from nightsplit.shared.runtime.process import prepare_torch
 from nightsplit.shared.storage.files import make_private_folder
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.shared.wire.schema import Reveals
-from nightsplit.site_worker.data.dataset import Parts
+from nightsplit.site_worker.data.dataset import Splits
 from nightsplit.site_worker.worker import SiteWorker
 
 EXAMPLES = Path(nightsplit.__file__).parent / "examples"
@@ -49,12 +49,12 @@ Results = Mapping[str, Mapping[str, Metrics]]
 """Test figures by model, and by the patients of a site or "all"."""
 
 
-def run_demo(folder: Path | None, json: bool, at: Sequence[str] | None = None) -> int:
+def run_demo(folder: Path, as_json: bool, at: Sequence[str] | None = None) -> int:
     """Play an example and show what came of it.
 
     Args:
-        folder: the example's folder; None for examples/cholesterol.
-        json: print one JSON object with flat keys, and nothing else.
+        folder: the example's folder, or its name.
+        as_json: print one JSON object with flat keys, and nothing else.
         at: addresses of a broker and a run store to play it at; None for the example's own.
 
     Returns:
@@ -67,14 +67,14 @@ def run_demo(folder: Path | None, json: bool, at: Sequence[str] | None = None) -
     began = time.monotonic()
     warm_up()
     console = screen()
-    console.quiet = json
+    console.quiet = as_json
     example = _example(folder)
     work = _working_copy(example, "demo")
     if at is not None:
         _move(work, *at)
     config = load_run(work / "run.toml")
-    parts = {site: SiteWorker(work / f"{site}.toml").load_parts() for site in config.run.sites}
-    sizes = ", ".join(f"{site} {len(part.train)}" for site, part in parts.items())
+    splits = {site: SiteWorker(work / f"{site}.toml").load_splits() for site in config.run.sites}
+    sizes = ", ".join(f"{site} {len(part.train)}" for site, part in splits.items())
     in_rounds = spec_of(config).shape is Shape.ROUND
     pace = counted(config.round.rounds, "round") if in_rounds else f"window {config.run.window}"
     console.print(f"{example.name}: {config.run.protocol}, {pace}")
@@ -84,7 +84,7 @@ def run_demo(folder: Path | None, json: bool, at: Sequence[str] | None = None) -
     prepare_torch(1, "cpu")
     if not Play(work, console).nights_and_days():
         return 1
-    results = _results(config, parts, work)
+    results = _results(config, splits, work)
     console.print()
     console.print(f"Test patients, {' / '.join(FIGURES[config.task.kind])}; all: mean by samples")
     console.print(_table(config, results))
@@ -96,8 +96,8 @@ def run_demo(folder: Path | None, json: bool, at: Sequence[str] | None = None) -
         return 1
     seconds = round(time.monotonic() - began, 1)
     console.print(f"report: {work / 'report' / 'report.md'} ({seconds:.0f} s in all)")
-    if json:
-        print(json_text.dumps({**_flat(config, results, work), **repeated, **asked, "seconds": seconds}))
+    if as_json:
+        print(json.dumps({**_flat(config, results, work), **repeated, **asked, "seconds": seconds}))
     return 1 if repeated["sha256_equal"] is False else 0
 
 
@@ -125,7 +125,7 @@ def _ask(work: Path, config: RunConfig, console: Console) -> dict[str, Any] | No
     """Ask the model encrypted where the sites allow it: flat keys for JSON, or None when a worker failed."""
     if Reveals.CIPHERTEXT not in SiteWorker(work / f"{config.run.sites[0]}.toml").policy.allowed:
         return {}
-    check_encryption()
+    check_installed()
     from nightsplit.console.demo.play_queries import play_queries  # its library is an extra
 
     asked = play_queries(work, config, console)
@@ -151,14 +151,14 @@ def tell_difference(
     different = [worker for worker in before if before[worker] != after[worker]]
     sites = ", ".join(worker for worker in before if worker != SERVER)
     if different:
-        console.print(f"NOT EQUAL: the parts of {', '.join(different)} differ. This is a defect; please report it.")
+        console.print(f"NOT EQUAL: the splits of {', '.join(different)} differ. This is a defect; please report it.")
     else:
-        console.print(f"  equal to the bit, and so are the parts of {sites}")
+        console.print(f"  equal to the bit, and so are the splits of {sites}")
     return not different
 
 
 def _report(work: Path) -> dict[str, Any]:
-    report: dict[str, Any] = json_text.loads((work / "report" / "report.json").read_text(encoding="utf-8"))
+    report: dict[str, Any] = json.loads((work / "report" / "report.json").read_text(encoding="utf-8"))
     return report
 
 
@@ -178,8 +178,7 @@ def _trained(work: Path, config: RunConfig) -> dict[str, str]:
     return trained
 
 
-def _example(folder: Path | None) -> Path:
-    name = folder or Path("cholesterol")
+def _example(name: Path) -> Path:
     for place in (name, EXAMPLES / name, EXAMPLES / name.name):
         if (place / "run.toml").is_file():
             return place.resolve()
@@ -208,8 +207,8 @@ def _move(work: Path, broker: str, store: str) -> None:
     """Play at another broker and run store, which may know the example's run: give it an id of its own."""
     for file in work.glob("*.toml"):
         text = file.read_text(encoding="utf-8")
-        text = text.replace('"embedded:broker"', json_text.dumps(broker))
-        text = text.replace('"sqlite:run.sqlite"', json_text.dumps(store))
+        text = text.replace('"embedded:broker"', json.dumps(broker))
+        text = text.replace('"sqlite:run.sqlite"', json.dumps(store))
         if file.name == "run.toml":
             own = rf'id = "\1-{work.name.removeprefix("demo-")}"'
             text = re.sub(r'^id = "(.+)"$', own, text, count=1, flags=re.MULTILINE)
@@ -227,13 +226,13 @@ def _share_secrets(first: Path, work: Path, config: RunConfig) -> None:
             shutil.copy(file, (work / ledger).parent)
 
 
-def _results(config: RunConfig, parts: Mapping[str, Parts], work: Path) -> Results:
+def _results(config: RunConfig, splits: Mapping[str, Splits], work: Path) -> Results:
     """Test figures of the run, as its report has them, and of the baselines."""
     best = _report(work)["best"]
     of_sites = {site: metrics["test"] for site, metrics in best["sites"].items()}
     results = {spec_of(config).names.heading: {**of_sites, "all": best["overall"]["test"]}}
-    baselines = {"centralized": centralized(config, parts, work)}
-    baselines |= {f"{site} alone": alone(config, site, parts, work) for site in parts}
+    baselines = {"centralized": centralized(config, splits, work)}
+    baselines |= {f"{site} alone": alone(config, site, splits, work) for site in splits}
     return results | {name: {**b.sites, "all": b.overall} for name, b in baselines.items()}
 
 

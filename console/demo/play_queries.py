@@ -22,7 +22,7 @@ from nightsplit.server_worker.query_worker import QueryServerWorker
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.wire.message import SERVER
-from nightsplit.site_worker.predict import chosen, predict
+from nightsplit.site_worker.predict import predict, select_dataset
 from nightsplit.site_worker.query_worker import QuerySiteWorker
 from nightsplit.site_worker.worker import SiteWorker
 
@@ -77,7 +77,7 @@ def _alone(work: Path, names: Sequence[str], submit: bool = False) -> bool:
 
 
 def _work(name: str, folder: Path, submit: bool) -> None:
-    """What `nightsplit answer server.toml` does, or `nightsplit query <name>.toml`."""
+    """What `nightsplit serve-queries server.toml` does, or `nightsplit query <name>.toml`."""
     if name == SERVER:
         QueryServerWorker(folder / "server.toml").work(IDLE_SECONDS)
         return
@@ -94,8 +94,8 @@ def _compared(work: Path, config: RunConfig) -> Asked:
         QuerySiteWorker(work / f"{name}.toml").write_scores(scores)
         scores.seek(0)
         encrypted += [float(row["logit"]) for row in csv.DictReader(scores)]
-        plain += torch.logit(predict(site).figures[:, 0].double()).tolist()
-        dataset = chosen(site, None)
+        plain += torch.logit(predict(site).values[:, 0].double()).tolist()
+        dataset = select_dataset(site, None)
         targets.append(dataset.targets)
         patients += [f"{name}/{patient}" for patient in dataset.patients]
     figures = [

@@ -1,13 +1,11 @@
-"""nightsplit doctor: what could keep a worker from its work, found before the night and not in it."""
+"""The checks of nightsplit doctor."""
 
-import json
 import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
@@ -15,12 +13,12 @@ import torch
 
 from nightsplit.console.doctor.finding import Finding, size
 from nightsplit.console.doctor.links import checks_of_lines
-from nightsplit.console.ui.text import columns, duration, screen
+from nightsplit.console.ui.text import duration
 from nightsplit.console.worker_file import WorkerFile, read_worker_file
 from nightsplit.server_worker.config import ServerSection
 from nightsplit.shared.clock import SystemClock
 from nightsplit.shared.errors import TITLES, NightsplitError, RunError
-from nightsplit.shared.protocols.build import assemble_any, planned_message_bytes
+from nightsplit.shared.protocols.build import build_model, planned_message_bytes
 from nightsplit.shared.protocols.spec import sketch
 from nightsplit.shared.run_store.status import Phase
 from nightsplit.shared.runtime.process import prepare_torch
@@ -28,7 +26,7 @@ from nightsplit.shared.runtime.shift import Shift
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.config import SiteSection
 from nightsplit.site_worker.data.dataset import Dataset
-from nightsplit.site_worker.data.source import read_parts
+from nightsplit.site_worker.data.source import read_splits
 from nightsplit.site_worker.policy import check_policy, read_policy
 
 RABBITMQ_MESSAGE_BYTES = 16 * 2**20
@@ -36,21 +34,6 @@ RABBITMQ_MESSAGE_BYTES = 16 * 2**20
 
 STATE_BYTES = 2**30
 """Room that a disk should have for checkpoints, and for what an embedded broker queues."""
-
-
-def show_findings(path: Path, overrides: Sequence[str], as_json: bool) -> int:
-    """Check a worker's file and print what was found; returns the exit code, 1 when something failed."""
-    findings = examine(path, overrides)
-    healthy = not any(finding.failed for finding in findings)
-    if as_json:
-        print(json.dumps({"ok": healthy, "checks": [asdict(finding) for finding in findings]}, indent=2))
-        return int(not healthy)
-    table = columns("", "check", "found", "fix")
-    for finding in findings:
-        mark = "FAILED" if finding.failed else "note" if finding.fix else "ok"
-        table.add_row(mark, finding.check, finding.found, finding.fix or "")
-    screen().print(table)
-    return int(not healthy)
 
 
 def examine(path: Path, overrides: Sequence[str] = ()) -> list[Finding]:
@@ -87,7 +70,7 @@ def _configuration(file: WorkerFile) -> Finding:
     if isinstance(file.worker, SiteSection) and file.worker.name not in run.sites:
         what = f"{file.worker.name} is not among the sites of {run.id}: {', '.join(run.sites)}."
         raise RunError(602, what, "correct site.name in site.toml.")
-    found = f"run {run.id}, {run.protocol}, sites {', '.join(run.sites)}; contract {file.run.contract[:12]}"
+    found = f"run {run.id}, {run.protocol}, sites {', '.join(run.sites)}; run digest {file.run.digest[:12]}"
     return Finding("configuration", f"{found} (the same twelve characters at every participant)")
 
 
@@ -101,7 +84,7 @@ def _policy(file: WorkerFile) -> Finding:
 
 def _data(file: WorkerFile) -> Finding:
     assert file.source is not None
-    parts = read_parts(file.source, file.run, file.base)
+    parts = read_splits(file.source, file.run, file.base)
     named = {"training": parts.train, "validation": parts.validation, "test": parts.test}
     return Finding("data", "; ".join(f"{name}: {_contents(file, part)}" for name, part in named.items()))
 
@@ -119,8 +102,8 @@ def _contents(file: WorkerFile, part: Dataset) -> str:
 
 
 def _model(file: WorkerFile) -> Finding:
-    made = assemble_any(file.run, file.run_folder)
-    parts = [f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in made.parts.items()]
+    made = build_model(file.run, file.run_folder)
+    parts = [f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in made.modules.items()]
     largest = planned_message_bytes(file.run, made.contract)
     limits = f"largest planned message {size(largest)}, wire.message_bytes {size(file.run.wire.message_bytes)}"
     too_large = largest > RABBITMQ_MESSAGE_BYTES and file.worker.broker.startswith("amqp")
@@ -144,9 +127,9 @@ def _broker(file: WorkerFile) -> Finding:
 def _store(file: WorkerFile) -> Finding:
     with closing(file.store()) as store:
         statuses = store.statuses([SERVER, *file.sites])
-    theirs = statuses[SERVER].report.contract if SERVER in statuses else None
-    if theirs is not None and theirs != file.run.contract:
-        what = f"the server's contract is {theirs[:12]}, this one's {file.run.contract[:12]}."
+    theirs = statuses[SERVER].report.digest if SERVER in statuses else None
+    if theirs is not None and theirs != file.run.digest:
+        what = f"the server's run digest is {theirs[:12]}, this one's {file.run.digest[:12]}."
         raise RunError(601, what, "agree on one run.toml.")
     heard = [f"{name} {duration(status.age_seconds)} ago" for name, status in statuses.items()]
     found = f"reached; heard of {', '.join(heard) or 'nobody yet'}"

@@ -17,7 +17,7 @@ from nightsplit.console.keys.bundle import BROKER_PORT, STORE_PORT
 from nightsplit.console.worker_file import WorkerFile
 from nightsplit.shared.credentials import TLS_SCHEMES, places_of, scheme_of
 from nightsplit.shared.errors import BrokerError
-from nightsplit.shared.protocols.build import assemble_any, planned_message_bytes
+from nightsplit.shared.protocols.build import build_model, planned_message_bytes
 from nightsplit.shared.run_store.base import RunStore
 from nightsplit.site_worker.config import SiteSection
 
@@ -121,7 +121,7 @@ def _answers(file: WorkerFile, question: Callable[[RunStore], object]) -> bool:
 
 def check_passage(file: WorkerFile) -> Finding:
     """Sends as many bytes as the largest planned message has, as far as an exchange; they reach no queue."""
-    largest = planned_message_bytes(file.run, assemble_any(file.run, file.run_folder).contract)
+    largest = planned_message_bytes(file.run, build_model(file.run, file.run_folder).contract)
     probe = Probe(file.worker.broker, file.credentials)
     began = time.monotonic()
     try:

@@ -10,13 +10,13 @@ password = "password"
 """
 
 SERVER_TOML = f"""\
-# The server worker: nightsplit server server.toml. All keys: docs/configuration.md
+# The server worker: nightsplit server server.toml. All keys: docs/reference/configuration.md
 [server]
 run = "run.toml"
 {_ACCESS}"""
 
 SITE_TOML = f"""\
-# This hospital's worker: nightsplit site site.toml. All keys: docs/configuration.md
+# This hospital's worker: nightsplit site site.toml. All keys: docs/reference/configuration.md
 [site]
 name = "{{name}}"
 run = "run.toml"
@@ -36,7 +36,7 @@ label = "label"
 POLICY_TOML = """\
 # What may leave this hospital, and what is obeyed here. No run can weaken it; whoever answers for the data decides.
 # Of "labels", "activations", "stored_activations", "gradients", "weights", "counts" and "ciphertext"; what each of
-# them tells of patients: docs/configuration.md
+# them tells of patients: docs/reference/configuration.md
 allowed = ["activations", "gradients", "counts"]
 server_sets_weights = false  # weights that the server sends replace those of layers that work here
 tape = false                 # the server keeps every message that it receives

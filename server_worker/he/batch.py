@@ -10,7 +10,7 @@ import numpy as np
 
 from nightsplit.server_worker.he.arithmetic import Arithmetic
 from nightsplit.shared.he.ckks import Ciphertext
-from nightsplit.shared.he.weights import Judge, Numbers
+from nightsplit.shared.he.weights import ClassifierWeights, FloatArray
 
 Row = Sequence[Ciphertext]
 
@@ -30,12 +30,12 @@ class State:
     votes: Ciphertext
 
 
-def step(arithmetic: Arithmetic, judge: Judge, t: int, features: Row, before: State | None) -> State:
+def step(arithmetic: Arithmetic, classifier: ClassifierWeights, t: int, features: Row, before: State | None) -> State:
     """Frame t, from 0; not the last one.
 
     Args:
         arithmetic: of the site.
-        judge: with gates that see h.
+        classifier: with gates that see h.
         t: the frame.
         features: of the frame, a ciphertext each, of the highest level.
         before: what came of frame t - 1; None for the first frame.
@@ -43,41 +43,46 @@ def step(arithmetic: Arithmetic, judge: Judge, t: int, features: Row, before: St
     Returns:
         Two levels below the highest one c, three h, one the votes.
     """
-    (i, f, o, g), votes = _gates(arithmetic, judge, t, features, before, np.ones(4 * judge.hidden))
+    (i, f, o, g), votes = _gates(arithmetic, classifier, t, features, before, np.ones(4 * classifier.hidden))
     c = _cells(arithmetic, i, f, g, before)
     return State([arithmetic.products([pair]) for pair in zip(o, c, strict=True)], c, votes)
 
 
-def last_step(arithmetic: Arithmetic, judge: Judge, features: Row, before: State | None) -> Ciphertext:
+def last_step(arithmetic: Arithmetic, classifier: ClassifierWeights, features: Row, before: State | None) -> Ciphertext:
     """The last frame: the logits, three levels below the highest one; arguments as for `step`.
 
     The weight of a unit's evidence is put into its output gate, so that it costs no level.
     """
-    weight = np.ones(4 * judge.hidden)
-    weight[2 * judge.hidden : 3 * judge.hidden] = judge.votes[-1] * judge.temporal
-    (i, f, o, g), votes = _gates(arithmetic, judge, judge.frames - 1, features, before, weight)
+    weight = np.ones(4 * classifier.hidden)
+    weight[2 * classifier.hidden : 3 * classifier.hidden] = classifier.votes[-1] * classifier.temporal
+    (i, f, o, g), votes = _gates(arithmetic, classifier, classifier.frames - 1, features, before, weight)
     evidence = arithmetic.products(list(zip(o, _cells(arithmetic, i, f, g, before), strict=True)))
-    return arithmetic.plus(arithmetic.sum([evidence, votes]), judge.constant)
+    return arithmetic.plus(arithmetic.sum([evidence, votes]), classifier.constant)
 
 
 def _gates(
-    arithmetic: Arithmetic, judge: Judge, t: int, features: Sequence[Ciphertext], before: State | None, weight: Numbers
+    arithmetic: Arithmetic,
+    classifier: ClassifierWeights,
+    t: int,
+    features: Sequence[Ciphertext],
+    before: State | None,
+    weight: FloatArray,
 ) -> tuple[list[Row], Ciphertext]:
     """i, f, o, g of each unit, times `weight` (4 hidden,); and the votes with what is known at frame t."""
-    inputs, given = judge.inputs, list(features)
-    spatial = judge.votes[t] * judge.spatial
+    inputs, given = classifier.inputs, list(features)
+    spatial = classifier.votes[t] * classifier.spatial
     if before is not None:
-        assert judge.state is not None
-        inputs, given = np.concatenate([inputs, judge.state], 1), [*features, *before.h]
-        spatial = np.concatenate([spatial, judge.votes[t - 1] * judge.temporal])
+        assert classifier.state is not None
+        inputs, given = np.concatenate([inputs, classifier.state], 1), [*features, *before.h]
+        spatial = np.concatenate([spatial, classifier.votes[t - 1] * classifier.temporal])
     rows = [
         arithmetic.weighted(scale * row, given, float(scale * bias))
-        for scale, row, bias in zip(weight, inputs, judge.bias, strict=True)
+        for scale, row, bias in zip(weight, inputs, classifier.bias, strict=True)
     ]
     votes = arithmetic.weighted(spatial, given)
     if before is not None:
         votes = arithmetic.sum([votes, before.votes])
-    return [rows[n : n + judge.hidden] for n in range(0, len(rows), judge.hidden)], votes
+    return [rows[n : n + classifier.hidden] for n in range(0, len(rows), classifier.hidden)], votes
 
 
 def _cells(arithmetic: Arithmetic, i: Row, f: Row, g: Row, before: State | None) -> Row:

@@ -13,27 +13,29 @@ import numpy as np
 
 from nightsplit.server_worker.he.arithmetic import Arithmetic
 from nightsplit.shared.he.ckks import Ciphertext
-from nightsplit.shared.he.weights import Judge
+from nightsplit.shared.he.weights import ClassifierWeights
 
 
-def logits(arithmetic: Arithmetic, judge: Judge, frames: Sequence[Sequence[Ciphertext]]) -> Ciphertext:
+def logits(arithmetic: Arithmetic, classifier: ClassifierWeights, frames: Sequence[Sequence[Ciphertext]]) -> Ciphertext:
     """The logits, `one_shot_levels` below the features.
 
     Args:
         arithmetic: of the site.
-        judge: with gates that see x_t alone.
+        classifier: with gates that see x_t alone.
         frames: the features of each frame, a ciphertext each, of the highest level.
     """
-    spatial = np.concatenate([vote * judge.spatial for vote in judge.votes])
+    spatial = np.concatenate([vote * classifier.spatial for vote in classifier.votes])
     votes = arithmetic.weighted(spatial, [feature for features in frames for feature in features])
 
     def gate(unit: int, frame: int, kind: int) -> Ciphertext:
-        row, weight = kind * judge.hidden + unit, judge.temporal[unit] if kind == 2 else 1.0
-        return arithmetic.weighted(weight * judge.inputs[row], frames[frame - 1], float(weight * judge.bias[row]))
+        row, weight = kind * classifier.hidden + unit, classifier.temporal[unit] if kind == 2 else 1.0
+        return arithmetic.weighted(
+            weight * classifier.inputs[row], frames[frame - 1], float(weight * classifier.bias[row])
+        )
 
-    units = [Products(arithmetic, len(frames), partial(gate, unit)) for unit in range(judge.hidden)]
+    units = [Products(arithmetic, len(frames), partial(gate, unit)) for unit in range(classifier.hidden)]
     pairs = [pair for unit in units for pair in unit.pairs(1, len(frames) + 1)]
-    return arithmetic.plus(arithmetic.sum([arithmetic.products(pairs), votes]), judge.constant)
+    return arithmetic.plus(arithmetic.sum([arithmetic.products(pairs), votes]), classifier.constant)
 
 
 class Products:

@@ -9,7 +9,7 @@ from nightsplit.server_worker.stream.ddp import Group
 from nightsplit.server_worker.stream.role import StreamServer
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import ConfigError
-from nightsplit.shared.protocols.build import Rounds, assemble_any
+from nightsplit.shared.protocols.build import WholeModel, build_model
 from nightsplit.shared.protocols.spec import load_roles, spec_of
 
 AnyServer = ServerRole[Any]
@@ -34,8 +34,8 @@ def make_server(
     if group is not None and not spec_of(config).uploads_once:
         what = f"the server of {config.run.protocol} applies one message after the other, and has no work to divide."
         raise ConfigError(114, what, "start it as a single process: nightsplit server server.toml.")
-    model = assemble_any(config, base)
-    if isinstance(model, Rounds):
+    model = build_model(config, base)
+    if isinstance(model, WholeModel):
         role: type[RoundServer] = ROLES[config.run.protocol]
         return role(config, model)
     stream: type[StreamServer] = ROLES[config.run.protocol]

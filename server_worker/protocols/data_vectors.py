@@ -18,7 +18,7 @@ from nightsplit.server_worker.rounds.role import RoundServer
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect
 from nightsplit.shared.errors import mismatch
-from nightsplit.shared.protocols.build import Rounds
+from nightsplit.shared.protocols.build import WholeModel
 from nightsplit.shared.protocols.data_vectors import SCALES, decode_reports
 from nightsplit.shared.protocols.report import SiteMetrics, decode_report
 from nightsplit.shared.protocols.rounds import bounded, check_size
@@ -29,14 +29,14 @@ from nightsplit.shared.wire.message import Message
 class DataVectorsServer(RoundServer):
     """Adds vectors. A candidate of the evaluation is one of `SCALES`, by its place there, from 1."""
 
-    def __init__(self, config: RunConfig, rounds: Rounds) -> None:
-        super().__init__(config, rounds)
+    def __init__(self, config: RunConfig, model: WholeModel) -> None:
+        super().__init__(config, model)
         self.vectors: dict[str, torch.Tensor] = {}
         """tau of each site that has reported, float32 (length,), to be published with the report."""
         self._sum = torch.zeros_like(self.vector)
         """Of the vectors that came in time."""
         self._statistics: dict[str, torch.Tensor] = {}
-        """Statistics (scales, statistics) that each site has measured, encoded as `Layout.vector` does."""
+        """Statistics (scales, statistics) that each site has measured, encoded as `WeightLayout.vector` does."""
 
     @property
     def scale(self) -> float | None:
@@ -53,7 +53,7 @@ class DataVectorsServer(RoundServer):
             self._sum = added(self.vectors)
         return self.published + self._sum
 
-    def judge_final(self, site: str, message: Message | None) -> list[Effect]:
+    def take_final_figures(self, site: str, message: Message | None) -> list[Effect]:
         """See `RoundServer`: figures at every scale."""
         figures: list[SiteMetrics] = [{} for _ in SCALES]
         if message is not None:
@@ -62,7 +62,9 @@ class DataVectorsServer(RoundServer):
             figures = [decode_report(text, self.config.task, announced, name) for text in texts]
             if "statistics" in message.tensors:
                 self._statistics[site] = self._checked(message)
-        return [effect for place, metrics in enumerate(figures, 1) for effect in self.judge(site, place, metrics)]
+        return [
+            effect for place, metrics in enumerate(figures, 1) for effect in self.take_figures(site, place, metrics)
+        ]
 
     def _checked(self, message: Message) -> torch.Tensor:
         """Statistics (scales, statistics) of which variances can be taken; Refused 307 where they are none."""
@@ -72,9 +74,9 @@ class DataVectorsServer(RoundServer):
             raise mismatch(f"{message.header.message_id} has variances below 0.", 307)
         return statistics.clone()
 
-    def judged(self, candidate: int) -> list[Effect]:
+    def describe_candidate(self, candidate: int) -> list[Effect]:
         """See `ServerRole`."""
-        effects = super().judged(candidate)
+        effects = super().describe_candidate(candidate)
         if self.evaluation.best == candidate:
             self.best_weights = self.layout.weights(self.merged())
         return effects

@@ -7,7 +7,7 @@ import torch
 from nightsplit.server_worker.rounds.aggregation import make_aggregation
 from nightsplit.server_worker.rounds.role import RoundServer
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.protocols.build import Rounds
+from nightsplit.shared.protocols.build import WholeModel
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 
 
@@ -17,8 +17,8 @@ class FedavgTransferServer(RoundServer):
     An update counts 1 / sqrt(1 + staleness), as in FedBuff.
     """
 
-    def __init__(self, config: RunConfig, rounds: Rounds) -> None:
-        super().__init__(config, rounds)
+    def __init__(self, config: RunConfig, model: WholeModel) -> None:
+        super().__init__(config, model)
         self._aggregation = make_aggregation(config.round)
 
     def add(self, site: str, update: Sequence[torch.Tensor], staleness: int) -> None:

@@ -9,10 +9,10 @@ from nightsplit.server_worker.he import batch, one_shot, slots
 from nightsplit.server_worker.he.arithmetic import Arithmetic
 from nightsplit.server_worker.he.batch import State
 from nightsplit.shared.errors import mismatch
-from nightsplit.shared.he.ckks import Ciphertext, PublicKeys, written
+from nightsplit.shared.he.ckks import Ciphertext, PublicKeys, to_bytes
 from nightsplit.shared.he.packing import Packing
-from nightsplit.shared.he.sequences import BLINDING, circuit_of, packing_of, steps_of
-from nightsplit.shared.he.weights import Judge, Numbers
+from nightsplit.shared.he.sequences import BLINDING, packing_of, parameters_for, steps_of
+from nightsplit.shared.he.weights import ClassifierWeights, FloatArray
 
 
 class HeClstmServer:
@@ -24,18 +24,18 @@ class HeClstmServer:
     the numbers away again. Each answer has a nonce of its own: a site that asks twice cannot subtract the answers.
 
     Args:
-        judge: with its trained weights.
+        classifier: with its trained weights.
         secret: of the servers of this run, 32 bytes.
 
     Raises:
-        ConfigError: 105 as `circuit_of`.
+        ConfigError: 105 as `parameters_for`.
     """
 
-    def __init__(self, judge: Judge, secret: bytes) -> None:
-        self._judge = judge
+    def __init__(self, classifier: ClassifierWeights, secret: bytes) -> None:
+        self._classifier = classifier
         self._secret = secret
-        self.circuit = circuit_of(judge)
-        self.steps = steps_of(judge)
+        self.ckks = parameters_for(classifier)
+        self.steps = steps_of(classifier)
 
     def answer(
         self, keys: PublicKeys, step: int, packing_name: str, pieces: Sequence[bytes], before: str, after: str
@@ -57,34 +57,36 @@ class HeClstmServer:
         Raises:
             Refused: 304 there is no such step or packing, 313 ciphertexts or keys cannot be used.
         """
-        packing = packing_of(packing_name, self.circuit, self._judge)
-        arithmetic = Arithmetic(self.circuit, keys, packing.rotations)
+        packing = packing_of(packing_name, self.ckks, self._classifier)
+        arithmetic = Arithmetic(self.ckks, keys, packing.rotations)
         if not 0 <= step < self.steps:
             raise mismatch(f"there is no step {step} of {self.steps}.")
-        if self._judge.state is None:
-            features = self._read(pieces, [len(packing.frame(self._nothing))] * self._judge.frames)
-            return [written(one_shot.logits(arithmetic, self._judge, features))]
+        if self._classifier.state is None:
+            features = self._read(pieces, [len(packing.frame(self._nothing))] * self._classifier.frames)
+            return [to_bytes(one_shot.logits(arithmetic, self._classifier, features))]
         method = batch if packing_name == "batch" else slots
         frame, state = self._taken(arithmetic, packing, step, pieces, before)
         if step == self.steps - 1:
-            logits = method.last_step(arithmetic, self._judge, frame, state)
+            logits = method.last_step(arithmetic, self._classifier, frame, state)
             (numbers,) = self._blinding(after, 1)  # other slots than those of the logits tell of the weights
             shown = packing.votes(numbers[: packing.capacity])
-            return [written(arithmetic.plus(logits, (numbers - shown).tolist()))]
-        state = method.step(arithmetic, self._judge, step, frame, state)
+            return [to_bytes(arithmetic.plus(logits, (numbers - shown).tolist()))]
+        state = method.step(arithmetic, self._classifier, step, frame, state)
         every = [arithmetic.bottom(part) for part in (*state.h, *state.c, state.votes)]
         blinding = self._blinding(after, len(every))
-        return [written(arithmetic.plus(part, numbers.tolist())) for part, numbers in zip(every, blinding, strict=True)]
+        return [
+            to_bytes(arithmetic.plus(part, numbers.tolist())) for part, numbers in zip(every, blinding, strict=True)
+        ]
 
     @property
-    def _nothing(self) -> Numbers:
-        return np.zeros((0, self._judge.features))
+    def _nothing(self) -> FloatArray:
+        return np.zeros((0, self._classifier.features))
 
     def _taken(
         self, arithmetic: Arithmetic, packing: Packing, step: int, pieces: Sequence[bytes], nonce: str
     ) -> tuple[list[Ciphertext], State | None]:
         """The features of a frame, and what came of the frame before with the blinding taken away."""
-        top, hidden = self.circuit.top, len(packing.state(np.zeros((0, self._judge.hidden))))
+        top, hidden = self.ckks.top, len(packing.state(np.zeros((0, self._classifier.hidden))))
         features = len(packing.frame(self._nothing))
         if step == 0:
             return self._read(pieces, [features])[0], None
@@ -105,15 +107,15 @@ class HeClstmServer:
             raise mismatch(f"{len(pieces)} ciphertexts came, not {sum(lengths)}.")
         rest = iter(pieces)
         return [
-            [self.circuit.read(next(rest), level) for _ in range(length)]
-            for length, level in zip(lengths, levels or [self.circuit.top] * len(lengths), strict=True)
+            [self.ckks.read(next(rest), level) for _ in range(length)]
+            for length, level in zip(lengths, levels or [self.ckks.top] * len(lengths), strict=True)
         ]
 
-    def _blinding(self, nonce: str, count: int) -> list[Numbers]:
-        """Numbers for so many ciphertexts, a number for each slot."""
+    def _blinding(self, nonce: str, count: int) -> list[FloatArray]:
+        """FloatArray for so many ciphertexts, a number for each slot."""
         seed = self._secret + nonce.encode()
-        drawn = np.frombuffer(hashlib.shake_256(seed).digest(8 * count * self.circuit.slots), dtype="<u8")
-        return list((drawn * (2 * BLINDING / 2.0**64) - BLINDING).reshape(count, self.circuit.slots))
+        drawn = np.frombuffer(hashlib.shake_256(seed).digest(8 * count * self.ckks.slots), dtype="<u8")
+        return list((drawn * (2 * BLINDING / 2.0**64) - BLINDING).reshape(count, self.ckks.slots))
 
 
 ROLE = HeClstmServer

@@ -20,7 +20,7 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Record
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.learning.seeds import seed_for
-from nightsplit.shared.protocols.build import Assembly
+from nightsplit.shared.protocols.build import SplitModel
 from nightsplit.shared.protocols.plan import Purpose
 from nightsplit.shared.protocols.stream import Slot
 from nightsplit.shared.storage.checkpoint import Snapshot
@@ -36,7 +36,7 @@ class SplitFrozenServer(StreamServer):
     def __init__(self, config: RunConfig, top: StoredTop, contract: Mapping[Kind, Payload]) -> None:
         super().__init__(config, top, contract)
         self._schedule = Fair(config.run.sites)  # nothing depends on the order of arrival
-        self.journalled = config.run.may_leave_out  # but on when a site was left out
+        self.journalled = config.run.may_exclude  # but on when a site was left out
         self._rows: dict[str, dict[int, int]] = {site: {} for site in config.run.sites}
         """Number of stored samples per site and item."""
         self._training: list[Row] = []
@@ -45,9 +45,9 @@ class SplitFrozenServer(StreamServer):
         """Batches trained on."""
 
     @classmethod
-    def make(cls, config: RunConfig, model: Assembly, state: Path, device: str, group: Group | None) -> Self:
+    def make(cls, config: RunConfig, model: SplitModel, state: Path, device: str, group: Group | None) -> Self:
         """See `StreamServer`."""
-        store, parts = ActivationStore(state / "activations"), (model.halves.top, config.optimizer, config.task)
+        store, parts = ActivationStore(state / "activations"), (model.parts.top, config.optimizer, config.task)
         top = StoredTop(*parts, device, store) if group is None else DividedTop(*parts, store, group)
         return cls(config, top, model.contract)
 
@@ -56,7 +56,7 @@ class SplitFrozenServer(StreamServer):
         assert isinstance(self.top, DividedTop)
         self.top.help()
 
-    def learn(self, site: str, slot: Slot, message: Message) -> list[Effect]:
+    def apply_item(self, site: str, slot: Slot, message: Message) -> list[Effect]:
         """See `StreamServer`: store, answer nothing."""
         item = slot.item
         self.top.store.put(site, item.number, message.tensors)
@@ -98,7 +98,7 @@ class SplitFrozenServer(StreamServer):
         seed = seed_for(self.config.run.seed, "top", "store", self._trained)
         effects: list[Effect] = []
         try:
-            loss = self.top.learn_stored([rows[i] for i in chosen], seed)
+            loss = self.top.train_stored([rows[i] for i in chosen], seed)
         except Refused:
             self.refusals["store"] += 1
         else:
@@ -124,7 +124,7 @@ class SplitFrozenServer(StreamServer):
         if epoch % self.config.run.evaluate_every and epoch != self.config.run.epochs:
             return []
         judged = False
-        for site in self.staying:
+        for site in self.active_sites:
             for q in sorted(self._rows[site]):
                 part = self.sequences[site].plan.item(q).purpose
                 if part is not Purpose.TRAIN:
@@ -136,7 +136,7 @@ class SplitFrozenServer(StreamServer):
                     else:
                         self.evaluation.add(site, part, outputs, stored["targets"])
             judged = self.evaluation.close(site, epoch)
-        return self.evaluated(epoch, judged)
+        return self.close_evaluation(epoch, judged)
 
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         """See `Role`."""

@@ -11,13 +11,13 @@ from nightsplit.shared.wire.message import Kind, Message
 class SplitLabelsServer(StreamServer):
     """Trains the top on each batch and returns the gradient at the cut."""
 
-    def learn(self, site: str, slot: Slot, message: Message) -> list[Effect]:
+    def apply_item(self, site: str, slot: Slot, message: Message) -> list[Effect]:
         """See `StreamServer`."""
         smashed, targets = message.tensors["smashed"], message.tensors["targets"]
         item = slot.item
         if item.purpose is Purpose.TRAIN:
             seed = seed_for(self.config.run.seed, "top", site, item.number)
-            loss, gradient = self.top.learn(smashed, targets, seed)
+            loss, gradient = self.top.train_step(smashed, targets, seed)
             record = self.trained(site, item, loss)
             return [self.answer(site, slot.seq, Kind.CUT_GRADIENT, {"gradient": gradient}), record]
         self.evaluation.add(site, item.purpose, self.top.predict(smashed), targets)

@@ -22,7 +22,7 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect
 from nightsplit.shared.errors import Refused, mismatch
 from nightsplit.shared.learning.seeds import seed_for
-from nightsplit.shared.protocols.build import Assembly
+from nightsplit.shared.protocols.build import SplitModel
 from nightsplit.shared.protocols.plan import Item, Purpose
 from nightsplit.shared.protocols.stream import Slot
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
@@ -41,11 +41,11 @@ class SplitUServer(StreamServer):
         """Version and smashed data of training items whose gradient at the head has not come yet."""
 
     @classmethod
-    def make(cls, config: RunConfig, model: Assembly, state: Path, device: str, group: Group | None) -> Self:
+    def make(cls, config: RunConfig, model: SplitModel, state: Path, device: str, group: Group | None) -> Self:
         """See `StreamServer`."""
-        return cls(config, Middle(model.halves.top, config.optimizer, config.task, device), model.contract)
+        return cls(config, Middle(model.parts.top, config.optimizer, config.task, device), model.contract)
 
-    def learn(self, site: str, slot: Slot, message: Message) -> list[Effect]:
+    def apply_item(self, site: str, slot: Slot, message: Message) -> list[Effect]:
         """See `StreamServer`."""
         kind, seq, item, q = message.header.kind, slot.seq, slot.item, slot.item.number
         seed = seed_for(self.config.run.seed, "top", site, q)
@@ -71,11 +71,11 @@ class SplitUServer(StreamServer):
         self._close(header.sender, self.sequences[header.sender].slot(header.seq).item)
         return super().refused(header, refusal)
 
-    def excuse(self, sender: str) -> list[Effect]:
+    def exclude(self, sender: str) -> list[Effect]:
         """See `StreamServer`; nobody will close the items that the site left open."""
         self._open[sender].clear()
         self._forget()
-        return super().excuse(sender)
+        return super().exclude(sender)
 
     def _close(self, site: str, item: Item) -> None:
         self._open[site].pop(item.number, None)
@@ -89,7 +89,7 @@ class SplitUServer(StreamServer):
         self._close(site, item)  # a training item is reported when its head input could not be used
         effects: list[Effect] = []
         if item.ends_block:
-            effects = self.evaluated(item.epoch, self.evaluation.report(site, item.epoch, figures))
+            effects = self.close_evaluation(item.epoch, self.evaluation.report(site, item.epoch, figures))
         return [self.answer(site, message.header.seq, Kind.NOTED), *effects]
 
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:

@@ -15,7 +15,7 @@ from typing import Any
 from nightsplit.server_worker.protocols.he_clstm import HeClstmServer
 from nightsplit.shared.errors import Refused, StateError
 from nightsplit.shared.he.ckks import PublicKeys
-from nightsplit.shared.he.weights import Judge
+from nightsplit.shared.he.weights import ClassifierWeights
 from nightsplit.shared.runtime.process import prepare_torch
 
 Evaluate = Callable[[PublicKeys, int, str, Sequence[bytes], str, str], "Future[list[bytes]]"]
@@ -23,19 +23,19 @@ Evaluate = Callable[[PublicKeys, int, str, Sequence[bytes], str, str], "Future[l
 
 
 @contextmanager
-def evaluating(judge: Judge, secret: bytes, processes: int) -> Iterator[Evaluate]:
+def evaluation_pool(classifier: ClassifierWeights, secret: bytes, processes: int) -> Iterator[Evaluate]:
     """Evaluate in so many processes while the block runs; what it has begun by its end is finished, and dropped.
 
     What is begun raises, besides what `HeClstmServer.answer` does, StateError: 509 its process is gone.
 
     Args:
-        judge, secret: as for `HeClstmServer`.
+        classifier, secret: as for `HeClstmServer`.
         processes: at most so many, each started when it is needed.
     """
     own, started = threading.local(), list[_Process]()
 
     def begin() -> None:
-        own.process = _Process(judge, secret)
+        own.process = _Process(classifier, secret)
         started.append(own.process)
 
     def answer(*given: Any) -> list[bytes]:
@@ -54,10 +54,10 @@ def evaluating(judge: Judge, secret: bytes, processes: int) -> Iterator[Evaluate
 class _Process:
     """A `HeClstmServer` elsewhere."""
 
-    def __init__(self, judge: Judge, secret: bytes) -> None:
+    def __init__(self, classifier: ClassifierWeights, secret: bytes) -> None:
         context = get_context("forkserver")
         self._line, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, judge, secret))
+        self._process = context.Process(target=_work, args=(theirs, classifier, secret))
         self._process.start()
         theirs.close()
 
@@ -78,12 +78,12 @@ class _Process:
         self._process.join()
 
 
-def _work(line: Connection, judge: Judge, secret: bytes) -> None:
+def _work(line: Connection, classifier: ClassifierWeights, secret: bytes) -> None:
     """Until the line ends, as it does when the server dies."""
     prepare_torch(1, "cpu")
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to every process: the server decides
         signal.signal(number, signal.SIG_IGN)
-    half = HeClstmServer(judge, secret)
+    half = HeClstmServer(classifier, secret)
     with suppress(EOFError, OSError):
         while True:
             given = line.recv()

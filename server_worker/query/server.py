@@ -19,7 +19,7 @@ from nightsplit.server_worker.he.arithmetic import Arithmetic
 from nightsplit.server_worker.query.pool import Evaluate
 from nightsplit.shared.engine.mailbox import Mailbox, PutAside
 from nightsplit.shared.errors import Refused, mismatch
-from nightsplit.shared.he.ckks import Circuit, PublicKeys
+from nightsplit.shared.he.ckks import CkksParameters, PublicKeys
 from nightsplit.shared.protocols.query import BLINDED_ELSEWHERE, KEYS_UNKNOWN, Parcels, chunks
 from nightsplit.shared.storage.files import make_private_folder, write_atomic
 from nightsplit.shared.transport import Confirmed, Delivery
@@ -51,14 +51,16 @@ class QueryServer:
 
     Args:
         mailbox: of the server.
-        circuit: of the queries.
+        ckks: of the queries.
         evaluate: begins the evaluation of a query.
         secret_name: names the secret that states are blinded with.
         keys: folder of the sites' public keys.
     """
 
-    def __init__(self, mailbox: Mailbox, circuit: Circuit, evaluate: Evaluate, secret_name: str, keys: Path) -> None:
-        self._mailbox, self._circuit, self._evaluate = mailbox, circuit, evaluate
+    def __init__(
+        self, mailbox: Mailbox, ckks: CkksParameters, evaluate: Evaluate, secret_name: str, keys: Path
+    ) -> None:
+        self._mailbox, self._ckks, self._evaluate = mailbox, ckks, evaluate
         self._secret_name, self._keys = secret_name, keys
         self._parcels = {site: Parcels() for site in mailbox.routes}
         self._held: defaultdict[Parcel, list[Delivery]] = defaultdict(list)
@@ -72,7 +74,7 @@ class QueryServer:
         """Parcels of which a chunk was refused: the others are let go."""
         self._sent = 0
         self.answered = 0
-        """Queries, each step counted."""
+        """QueryStore, each step counted."""
         self.refused = 0
 
     def run(self, leave: Callable[[], bool], idle_seconds: float | None) -> None:
@@ -169,11 +171,11 @@ class QueryServer:
     # -- public keys -------------------------------------------------------------------------------
 
     def _keep_keys(self, site: str, pieces: list[bytes]) -> None:
-        """Write a site's keys, once they are seen to be keys of this circuit."""
+        """Write a site's keys, once they are seen to be keys of these parameters."""
         if len(pieces) != 2:
             raise mismatch(f"{len(pieces)} parts are no pair of keys.", 313)
         keys = PublicKeys(*pieces)
-        Arithmetic(self._circuit, keys)
+        Arithmetic(self._ckks, keys)
         folder = self._keys / site
         make_private_folder(folder)
         write_atomic(folder / keys.sha256, keys.content)

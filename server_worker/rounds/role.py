@@ -10,9 +10,9 @@ from nightsplit.server_worker.role import Samples, ServerRole
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Record, Send
 from nightsplit.shared.errors import Refused, mismatch
-from nightsplit.shared.protocols.build import Rounds
+from nightsplit.shared.protocols.build import WholeModel
 from nightsplit.shared.protocols.report import SiteMetrics
-from nightsplit.shared.protocols.rounds import RoundSequence, Work, bounded, check_slice, is_judged
+from nightsplit.shared.protocols.rounds import RoundSequence, Work, bounded, check_slice, is_evaluated
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Header, Kind, Message
 
@@ -34,15 +34,15 @@ class RoundServer(ServerRole[RoundSequence]):
     update began with: 0 for everybody with "all".
     """
 
-    def __init__(self, config: RunConfig, rounds: Rounds) -> None:
-        super().__init__(config, rounds.contract)
-        self.layout = rounds.layout
-        self.vector = rounds.layout.vector(rounds.module.state_dict())
+    def __init__(self, config: RunConfig, model: WholeModel) -> None:
+        super().__init__(config, model.contract)
+        self.layout = model.layout
+        self.vector = model.layout.vector(model.module.state_dict())
         """The present model, float32 (length,)."""
         self.published = self.vector
         """The model that the run began with."""
         self._strict = config.run.order == "strict"
-        self.journalled = not self._strict or config.run.may_leave_out
+        self.journalled = not self._strict or config.run.may_exclude
         self._open: dict[str, list[torch.Tensor | None]] = {site: [] for site in config.run.sites}
         """Slices of each site's present update; None for one that was refused."""
         self._begun = dict.fromkeys(config.run.sites, 0)
@@ -68,13 +68,13 @@ class RoundServer(ServerRole[RoundSequence]):
     def combine(self) -> torch.Tensor:
         """The next model, float32 (length,), of `vector`, which is not changed, and the updates of the open round."""
 
-    def judge_final(self, site: str, message: Message | None) -> list[Effect]:
+    def take_final_figures(self, site: str, message: Message | None) -> list[Effect]:
         """Note a site's report on the final model; None for one that could not be read.
 
         Raises:
             Refused: 304, 307 it is no such report; nothing is noted.
         """
-        return self.judge(site, self.version, {} if message is None else self.figures(message, due=True))
+        return self.take_figures(site, self.version, {} if message is None else self.figures(message, due=True))
 
     # -- Role ------------------------------------------------------------------------------------
 
@@ -88,20 +88,20 @@ class RoundServer(ServerRole[RoundSequence]):
 
     def awaited(self) -> list[str]:
         """See `ServerRole`."""
-        return [s for s in self.staying if s not in self._reported and s not in self._through]
+        return [s for s in self.active_sites if s not in self._reported and s not in self._through]
 
     def on(self, message: Message) -> list[Effect]:
         """See `Role`."""
         header = message.header
         if header.kind is Kind.HELLO:
-            return self.welcome(message)
+            return self.handle_hello(message)
         self._expect_in_place(header)
         site = header.sender
         if site in self._final:
-            return self._through_with(header, self.judge_final(site, message))
+            return self._through_with(header, self.take_final_figures(site, message))
         number = len(self._open[site]) + 1
         values = check_slice(message, self.layout, number)
-        judged = number == self.layout.slices and is_judged(self.config, self._begun[site])
+        judged = number == self.layout.slices and is_evaluated(self.config, self._begun[site])
         return self._take(header, values, self.figures(message, due=judged))
 
     def _expect_in_place(self, header: Header) -> None:
@@ -116,14 +116,14 @@ class RoundServer(ServerRole[RoundSequence]):
         """See `Role`: an update less; the site goes on as if it had counted."""
         self.refusals[header.sender] += 1
         if header.sender in self._final:
-            return self._through_with(header, self.judge_final(header.sender, None))
+            return self._through_with(header, self.take_final_figures(header.sender, None))
         return self._take(header, None, {})
 
-    def excuse(self, sender: str) -> list[Effect]:
+    def exclude(self, sender: str) -> list[Effect]:
         """See `Role`: whole updates that the site gave stay, and nobody waits for it."""
         self._reported.pop(sender, None)
         self._open[sender] = []
-        effects = self.leave_out(sender)
+        effects = self.drop_site(sender)
         if self._ready_to_close(deadline=False):
             effects += self.close()
         return effects + self._over()
@@ -164,7 +164,7 @@ class RoundServer(ServerRole[RoundSequence]):
     @property
     def done(self) -> bool:
         """See `ServerRole`."""
-        return self._through >= self.staying.keys()
+        return self._through >= self.active_sites.keys()
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -188,8 +188,8 @@ class RoundServer(ServerRole[RoundSequence]):
             {"event": "train", "step": self.steps, "site": site, "epoch": epoch, "loss": None, "staleness": late}
         )
         effects: list[Effect] = [trained]
-        if self.config.round.close == "all" and is_judged(self.config, self._begun[site]):
-            effects += self.judge(site, self._begun[site], metrics)
+        if self.config.round.close == "all" and is_evaluated(self.config, self._begun[site]):
+            effects += self.take_figures(site, self._begun[site], metrics)
         self._reported[site] = header.seq
         self._arrived += 1
         if self.is_last:  # it came too late for the last round
@@ -202,12 +202,12 @@ class RoundServer(ServerRole[RoundSequence]):
 
     def _ready_to_close(self, deadline: bool) -> bool:
         """Whether the open round may close: with the deadline over, or without."""
-        section, staying = self.config.round, self.staying
+        section, active_sites = self.config.round, self.active_sites
         if self.is_last or not self._arrived:
             return False
         if section.close == "buffered":
             return self._arrived >= (section.reports or 1)
-        if self._reported.keys() >= staying.keys():
+        if self._reported.keys() >= active_sites.keys():
             return True
         enough = section.close == "quorum" and len(self._reported) >= (section.reports or 1)
         return enough and (deadline or not section.deadline_hours)
@@ -222,20 +222,20 @@ class RoundServer(ServerRole[RoundSequence]):
             Send(
                 site, Kind.MODEL, seq - slices + number, reply_to=seq, version=self.version,
                 tensors={"values": self.vector[self.layout.slice(number)]},
-                scalars={"final": self.is_last, **self.verdict},
+                scalars={"final": self.is_last, **self.progress},
             )
             for number in range(1, slices + 1)
         ]  # fmt: skip
 
-    def judge(self, site: str, version: int, metrics: SiteMetrics) -> list[Effect]:
+    def take_figures(self, site: str, version: int, metrics: SiteMetrics) -> list[Effect]:
         """Note a site's figures for a model."""
-        return self.judged(version) if self.evaluation.report(site, version, metrics) else []
+        return self.describe_candidate(version) if self.evaluation.report(site, version, metrics) else []
 
-    def judged(self, candidate: int) -> list[Effect]:
+    def describe_candidate(self, candidate: int) -> list[Effect]:
         """See `ServerRole`; with "all" no site has combined since, so the present weights are the judged ones."""
         if self.evaluation.best == candidate:
             self.best_weights = self.weights()
-        return super().judged(candidate)
+        return super().describe_candidate(candidate)
 
     def _through_with(self, header: Header, judged: list[Effect]) -> list[Effect]:
         self.applied[header.sender] = header.seq
@@ -254,9 +254,9 @@ class RoundServer(ServerRole[RoundSequence]):
         farewell = [
             Send(
                 site, Kind.FINISH, self.applied[site] + number - 1, version=self.version,
-                tensors={"values": best[self.layout.slice(number)]}, scalars={"summary": self.summary, **self.verdict},
+                tensors={"values": best[self.layout.slice(number)]}, scalars={"summary": self.summary, **self.progress},
             )
-            for site in self.staying
+            for site in self.active_sites
             for number in range(1, self.layout.slices + 1)
         ]  # fmt: skip
         return [Finish(tuple(farewell))]

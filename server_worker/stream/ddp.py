@@ -149,7 +149,7 @@ class DividedTop(StoredTop):
         self._group = group
         self._parallel: DistributedDataParallel | None = None
 
-    def learn_stored(self, rows: Sequence[Row], seed: int) -> float:
+    def train_stored(self, rows: Sequence[Row], seed: int) -> float:
         """Rank 0: see `StoredTop`."""
         if self._parallel is None:
             self._group.say(STATE, save({name: tensor.contiguous() for name, tensor in self.state().items()}))
@@ -246,4 +246,4 @@ def _others_alive() -> Iterator[None]:
             raise
         reason = told.partition("] ")[2].partition(". ")[0] or told.splitlines()[0]
         what = f"{reason}."
-        raise StateError(509, what, "start the same command again: it goes on from the last checkpoint.") from None
+        raise StateError(509, what, "start the same command again: it continues from the last checkpoint.") from None

@@ -1,4 +1,4 @@
-"""The server's side of the Stream shape: order, evaluation, averaging, the end. Systems add `learn`."""
+"""The server's side of the Stream shape: order, evaluation, averaging, the end. Systems add `apply_item`."""
 
 from abc import abstractmethod
 from collections import Counter, deque
@@ -15,21 +15,21 @@ from nightsplit.server_worker.stream.top import Top
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Record, Send
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.protocols.build import Assembly
+from nightsplit.shared.protocols.build import SplitModel
 from nightsplit.shared.protocols.places import check_upload
 from nightsplit.shared.protocols.plan import Item, Plan, Purpose
-from nightsplit.shared.protocols.stream import Slot, UpSequence, weights
+from nightsplit.shared.protocols.stream import Slot, StreamSequence, weights
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Header, Kind, Message, Scalar
 from nightsplit.shared.wire.schema import Payload
 
 MOST_ITEMS = 10_000_000
-"""Of a site's plan. Numbers of messages stay below 2^26, as `Fair` needs it."""
+"""Of a site's plan. FloatArray of messages stay below 2^26, as `Fair` needs it."""
 LONGEST_REASON = 500
 """Characters of a refusal's sentence that travel: what it quotes may be as long as the message was."""
 
 
-class StreamServer(ServerRole[UpSequence]):
+class StreamServer(ServerRole[StreamSequence]):
     """Holds the top, and answers each site's messages in its order.
 
     Args:
@@ -42,7 +42,7 @@ class StreamServer(ServerRole[UpSequence]):
         super().__init__(config, contract)
         self.top = top
         self._schedule = SCHEDULES[config.run.order](config.run.sites)
-        self.journalled = self._schedule.journalled or config.run.may_leave_out
+        self.journalled = self._schedule.journalled or config.run.may_exclude
         self._answered_at: dict[str, deque[int]] = {
             site: deque(maxlen=2 * config.run.window + 2) for site in config.run.sites
         }
@@ -56,14 +56,14 @@ class StreamServer(ServerRole[UpSequence]):
         """The top as the last site had evaluated it, for epochs that are judged when a site is left out."""
 
     @classmethod
-    def make(cls, config: RunConfig, model: Assembly, state: Path, device: str, group: Group | None) -> Self:
+    def make(cls, config: RunConfig, model: SplitModel, state: Path, device: str, group: Group | None) -> Self:
         """Make the role of a server; arguments as of `nightsplit.server_worker.protocols.make_server`."""
-        return cls(config, Top(model.halves.top, config.optimizer, config.task, device), model.contract)
+        return cls(config, Top(model.parts.top, config.optimizer, config.task, device), model.contract)
 
     # -- what a system fills in ------------------------------------------------------------------
 
     @abstractmethod
-    def learn(self, site: str, slot: Slot, message: Message) -> list[Effect]:
+    def apply_item(self, site: str, slot: Slot, message: Message) -> list[Effect]:
         """Apply a site's message about a batch; returns its answer and metrics.
 
         Raises:
@@ -74,15 +74,15 @@ class StreamServer(ServerRole[UpSequence]):
 
     def choose(self, ready: Set[str]) -> str | None:
         """See `Role`: the schedule's choice, among sites that do not wait for an averaging."""
-        return self._schedule.choose(ready, self._waiting.keys(), self.sequences, self.staying)
+        return self._schedule.choose(ready, self._waiting.keys(), self.sequences, self.active_sites)
 
     def on(self, message: Message) -> list[Effect]:
         """See `Role`."""
         if message.header.kind is Kind.HELLO:
-            return self.welcome(message)
+            return self.handle_hello(message)
         site = message.header.sender
         slot = check_upload(message, self.sequences[site], self.config.task)
-        handle = self._collect if slot.item.purpose is Purpose.AVERAGE else self.learn
+        handle = self._collect if slot.item.purpose is Purpose.AVERAGE else self.apply_item
         effects = handle(site, slot, message)
         return effects + self._settle(site, slot.seq)
 
@@ -100,10 +100,10 @@ class StreamServer(ServerRole[UpSequence]):
             effects = self._average()
         return [self.answer(site, slot.seq, Kind.REFUSED, scalars=scalars), *effects, *self._settle(site, slot.seq)]
 
-    def excuse(self, sender: str) -> list[Effect]:
+    def exclude(self, sender: str) -> list[Effect]:
         """See `Role`: the run averages, judges and ends without the site; what it gave stays."""
         self._waiting.pop(sender, None)
-        effects = self.leave_out(sender)
+        effects = self.drop_site(sender)
         if self._waiting:
             effects += self._average()
         return effects + self._over()
@@ -118,16 +118,16 @@ class StreamServer(ServerRole[UpSequence]):
         """See `ServerRole`."""
         return under("top", snapshot.tensors)
 
-    def sequence_of(self, site: str, samples: Samples) -> UpSequence:
+    def sequence_of(self, site: str, samples: Samples) -> StreamSequence:
         """See `ServerRole`."""
         plan = Plan.of(self.config, *samples)
         if plan.last > MOST_ITEMS:
             raise self.implausible(site, samples)
-        return UpSequence(plan, has_head=Kind.HEAD_INPUT in self._contract)
+        return StreamSequence(plan, has_head=Kind.HEAD_INPUT in self._contract)
 
     def awaited(self) -> list[str]:
         """Sites without whose next message the run cannot go on, or cannot end."""
-        return self._schedule.awaited(self._waiting.keys(), self.sequences, self.staying)
+        return self._schedule.awaited(self._waiting.keys(), self.sequences, self.active_sites)
 
     # -- parts that systems use ------------------------------------------------------------------
 
@@ -139,8 +139,8 @@ class StreamServer(ServerRole[UpSequence]):
         tensors: Mapping[str, torch.Tensor] = {},
         scalars: Mapping[str, Scalar] = {},
     ) -> Send:
-        """The one answer to message `seq` of a site, with the verdict on the epochs so far."""
-        return Send(site, kind, seq, reply_to=seq, tensors=tensors, scalars={**scalars, **self.verdict})
+        """The one answer to message `seq` of a site, with the progress on the epochs so far."""
+        return Send(site, kind, seq, reply_to=seq, tensors=tensors, scalars={**scalars, **self.progress})
 
     def trained(self, site: str, item: Item, loss: float | None) -> Record:
         """Count a training step and describe it; the loss is None where only the site knows it."""
@@ -164,23 +164,23 @@ class StreamServer(ServerRole[UpSequence]):
 
     def close_block(self, site: str, item: Item) -> list[Effect]:
         """Measure what was collected of a site's block, of which `item` is the last."""
-        return self.evaluated(item.epoch, self.evaluation.close(site, item.epoch))
+        return self.close_evaluation(item.epoch, self.evaluation.close(site, item.epoch))
 
-    def evaluated(self, epoch: int, judged: bool) -> list[Effect]:
+    def close_evaluation(self, epoch: int, judged: bool) -> list[Effect]:
         """After a site's block: where that judged the epoch, remember the best model and describe it."""
         self._tops.pop(epoch, None)
         if judged:
-            return self.judged(epoch)
-        if self.config.run.may_leave_out:
+            return self.describe_candidate(epoch)
+        if self.config.run.may_exclude:
             self._tops[epoch] = self.top.weights()
         return []
 
-    def judged(self, epoch: int) -> list[Effect]:
+    def describe_candidate(self, epoch: int) -> list[Effect]:
         """See `ServerRole`; the best top is remembered."""
         top = self._tops.pop(epoch, None)
         if self.evaluation.best == epoch:
             self.best_weights = top or self.top.weights()
-        return super().judged(epoch)
+        return super().describe_candidate(epoch)
 
     # -- averaging, end ----------------------------------------------------------------------------
 
@@ -200,9 +200,9 @@ class StreamServer(ServerRole[UpSequence]):
         A site whose plan has no such averaging any more, or whose bottom was refused, has no part in the mean.
         """
         number = max(self._averaged.values())
-        staying = self.staying
-        partners = [s for s in staying if s in self.sequences and self.sequences[s].plan.averagings >= number]
-        if not staying.keys() <= self.sequences.keys() or any(self._averaged[s] < number for s in partners):
+        active_sites = self.active_sites
+        partners = [s for s in active_sites if s in self.sequences and self.sequences[s].plan.averagings >= number]
+        if not active_sites.keys() <= self.sequences.keys() or any(self._averaged[s] < number for s in partners):
             return []
         return self._share_mean()
 
@@ -252,7 +252,7 @@ class StreamServer(ServerRole[UpSequence]):
             tensors = {name: self.best_weights[name] for name in weights(self.top.module)}
         farewell = [
             self.answer(site, self.farewell_seq(site), Kind.FINISH, tensors, {"summary": self.summary})
-            for site in self.staying
+            for site in self.active_sites
         ]
         return [Finish(tuple(farewell))]
 

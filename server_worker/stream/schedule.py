@@ -11,7 +11,7 @@ A site that was left out is not among `applied`: no schedule waits for it, or ch
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
 
-from nightsplit.shared.protocols.stream import UpSequence
+from nightsplit.shared.protocols.stream import StreamSequence
 
 
 class Schedule(ABC):
@@ -27,7 +27,7 @@ class Schedule(ABC):
         self._sites = sites
 
     @abstractmethod
-    def awaited(self, held: Set[str], plans: Mapping[str, UpSequence], applied: Mapping[str, int]) -> list[str]:
+    def awaited(self, held: Set[str], plans: Mapping[str, StreamSequence], applied: Mapping[str, int]) -> list[str]:
         """Sites whose next message would be applied now, were it the only one here.
 
         Args:
@@ -37,7 +37,7 @@ class Schedule(ABC):
         """
 
     def choose(
-        self, ready: Set[str], held: Set[str], plans: Mapping[str, UpSequence], applied: Mapping[str, int]
+        self, ready: Set[str], held: Set[str], plans: Mapping[str, StreamSequence], applied: Mapping[str, int]
     ) -> str | None:
         """The site whose next message is applied now, of several the one furthest behind its plan; None to wait.
 
@@ -49,7 +49,7 @@ class Schedule(ABC):
         # Quotients of whole numbers below 2^26 are equal as floats only where they are equal.
         return min(candidates, key=lambda site: (applied[site] + 1) / plans[site].last, default=None)
 
-    def _open(self, held: Set[str], plans: Mapping[str, UpSequence], applied: Mapping[str, int]) -> list[str]:
+    def _open(self, held: Set[str], plans: Mapping[str, StreamSequence], applied: Mapping[str, int]) -> list[str]:
         """Sites that have more to send, as far as is known, and do not wait for an averaging."""
         return [
             site for site in self._sites
@@ -62,7 +62,7 @@ class Strict(Schedule):
 
     journalled = False
 
-    def awaited(self, held: Set[str], plans: Mapping[str, UpSequence], applied: Mapping[str, int]) -> list[str]:
+    def awaited(self, held: Set[str], plans: Mapping[str, StreamSequence], applied: Mapping[str, int]) -> list[str]:
         """See `Schedule.awaited`: one site, once all are known."""
         open_sites = self._open(held, plans, applied)
         if unknown := [site for site in open_sites if site not in plans]:
@@ -75,7 +75,7 @@ class Fair(Schedule):
 
     journalled = True
 
-    def awaited(self, held: Set[str], plans: Mapping[str, UpSequence], applied: Mapping[str, int]) -> list[str]:
+    def awaited(self, held: Set[str], plans: Mapping[str, StreamSequence], applied: Mapping[str, int]) -> list[str]:
         """See `Schedule.awaited`: every site that has more to send."""
         return self._open(held, plans, applied)
 

@@ -31,7 +31,7 @@ class Top:
         self._task = task
         self._device = device
 
-    def learn(self, smashed: torch.Tensor, targets: torch.Tensor, seed: int) -> tuple[float, torch.Tensor]:
+    def train_step(self, smashed: torch.Tensor, targets: torch.Tensor, seed: int) -> tuple[float, torch.Tensor]:
         """One training step.
 
         Args:
@@ -89,9 +89,9 @@ class StoredTop(Top):
         super().__init__(module, optimizer, task, device)
         self.store = store
 
-    def learn_stored(self, rows: Sequence[Row], seed: int) -> float:
-        """One training step on stored rows; returns the mean loss, and raises as `learn`."""
-        return self.learn(*self.store.gather(rows), seed)[0]
+    def train_stored(self, rows: Sequence[Row], seed: int) -> float:
+        """One training step on stored rows; returns the mean loss, and raises as `train_step`."""
+        return self.train_step(*self.store.gather(rows), seed)[0]
 
 
 class Middle(Top):

@@ -1,5 +1,6 @@
 """Reads a file that a user wrote. Every key is checked: an error names the file, the key and the fix."""
 
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,8 +8,10 @@ from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
+from msgspec.inspect import type_info
 
 from nightsplit.shared.config.section import KeyConflict
+from nightsplit.shared.config.suggest import did_you_mean, words_of
 from nightsplit.shared.errors import ConfigError
 
 T = TypeVar("T", bound=Struct)
@@ -42,8 +45,11 @@ def load(path: Path, kind: type[T], overrides: Sequence[str] = ()) -> T:
         what, where = _place(error)
         if isinstance(error.__cause__, KeyConflict):
             raise conflict_in(path, error.__cause__, where) from None
-        remedy = "correct or remove that key; docs/configuration.md lists all keys."
-        raise ConfigError(103, f"{path}: {where or 'file'}: {what}.", remedy) from None
+        unknown = re.search("(?:unknown key|enum value) '?(.+?)'?$", what)
+        meant = did_you_mean(unknown[1], words_of(type_info(kind))) if unknown else ""
+        what = f"{path}: {where or 'file'}: {what}{meant}."
+        remedy = "correct or remove that key; docs/reference/configuration.md lists all keys."
+        raise ConfigError(103, what, remedy) from None
 
 
 def conflict_in(path: Path, conflict: KeyConflict, table: str = "") -> ConfigError:

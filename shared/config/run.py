@@ -1,4 +1,4 @@
-"""run.toml, as frozen objects. All participants of a run hold the same one; its `contract` is what they compare."""
+"""run.toml, as frozen objects. All participants of a run hold the same one; its `digest` is what they compare."""
 
 import hashlib
 from typing import Annotated, Any, Literal
@@ -50,7 +50,7 @@ class RunSection(Section, frozen=True, kw_only=True):
     tape: bool = False
 
     @property
-    def may_leave_out(self) -> bool:
+    def may_exclude(self) -> bool:
         """Whether the run may go on without a site."""
         return self.quorum is not None and self.quorum < len(self.sites)
 
@@ -70,7 +70,7 @@ class ModelSection(Section, frozen=True, kw_only=True):
     """[model]: a factory and where its model is cut.
 
     Attributes:
-        factory: "package.module:function"; called with `settings`, returns `nn.Sequential` or `Halves`.
+        factory: "package.module:function"; called with `settings`, returns `nn.Sequential` or `ModelParts`.
         settings: keyword arguments of the factory.
         initial: a published model file whose weights the run begins with, beside run.toml; None for fresh ones.
         initial_sha256: its hash, where `initial` is given.
@@ -272,6 +272,6 @@ class RunConfig(Section, frozen=True, kw_only=True):
         return msgspec.json.encode(self, order="sorted").decode()
 
     @property
-    def contract(self) -> str:
-        """sha256 of `canonical`: participants whose contracts differ do not work together."""
+    def digest(self) -> str:
+        """sha256 of `canonical`: participants with different digests do not work together."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()

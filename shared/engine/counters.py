@@ -35,7 +35,7 @@ class Counters:
     def skipped(self, checkpoints: Sequence[str]) -> None:
         """Damaged checkpoints were not used."""
         for line in checkpoints:
-            event("passed_over", WARNING, checkpoint=line)
+            event("checkpoint_skipped", WARNING, checkpoint=line)
 
     def blocked(self, reason: str) -> None:
         """The link cannot publish or receive for now."""
@@ -56,6 +56,6 @@ class Counters:
         """The role failed on a message; the worker begins anew from its checkpoint."""
         event("role_failed", ERROR, number=refusal.number, message=header.message_id, reason=refusal.sentence)
 
-    def left_out(self, site: str, position: int) -> None:
+    def excluded(self, site: str, position: int) -> None:
         """The run goes on without a site."""
-        event("left_out", WARNING, site=site, position=position)
+        event("site_excluded", WARNING, site=site, position=position)

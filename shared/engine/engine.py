@@ -11,7 +11,7 @@
 Inputs stay at the broker until a checkpoint that contains their effect is durable, twice over:
 the broker is the write-ahead log. A crash before [3] replays the same inputs from the same state
 and publishes byte-equal messages again, which receivers drop by their marks; a crash after [3]
-gets deliveries below the marks, and only acknowledges them. docs/delivery.md has the whole contract.
+gets deliveries below the marks, and only acknowledges them. docs/explanation/delivery.md has the whole contract.
 """
 
 import time
@@ -29,7 +29,7 @@ from nightsplit.shared.engine.pending import PendingSnapshot, UnackedDeliveries,
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.errors import Refused, StateError
 from nightsplit.shared.storage.checkpoint import Checkpoints, Snapshot
-from nightsplit.shared.transport import Confirmed, Delivery, Recovered, Trouble
+from nightsplit.shared.transport import Blocked, Confirmed, Delivery, Unblocked
 from nightsplit.shared.wire.message import UNSEQUENCED, Header, Message
 
 
@@ -182,9 +182,9 @@ class Engine:
                     self._take(event)
                 case Confirmed(message_id):
                     self._confirmed(message_id)
-                case Trouble(reason):
+                case Blocked(reason):
                     self.counters.blocked(reason)
-                case Recovered():
+                case Unblocked():
                     self.counters.recovered()
             event = self._link.receive(0.0)
         return received
@@ -198,7 +198,7 @@ class Engine:
         sender, seq = received.header.sender, received.header.seq
         if received.header.kind in UNSEQUENCED:
             self._apply_unsequenced(received)
-        elif seq <= self.marks[sender] or sender in self._role.left_out:
+        elif seq <= self.marks[sender] or sender in self._role.excluded:
             self.counters.counts["duplicates"] += 1
             self._keep_until_saved(delivery)
         elif seq in self._inbox[sender]:
@@ -265,8 +265,8 @@ class Engine:
             self._keep_until_saved(received.delivery)
         self._inbox[sender].clear()
         self.position += 1
-        self.counters.left_out(sender, self.position)
-        self._perform(self._role.excuse(sender))
+        self.counters.excluded(sender, self.position)
+        self._perform(self._role.exclude(sender))
 
     @property
     def ready(self) -> set[str]:

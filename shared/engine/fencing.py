@@ -26,7 +26,7 @@ class CheckpointAuthority(Protocol):
 
 
 class SoleWriter:
-    """The authority of a worker whose folder is locked, so that no other can hold its role (`own_folder`)."""
+    """The authority of a worker whose folder is locked, so that no other can hold its role (`lock_folder`)."""
 
     fence = 0
 

@@ -25,7 +25,7 @@ class Role(ABC):
         rederives: unconfirmed sends can be made again from the snapshot, so a snapshot may be taken
             while some are under way. Otherwise one counts only when its sends are confirmed.
         journalled: the order between senders depends on timing and must be written down.
-        left_out: senders whom the role goes on without, and how many messages were applied before.
+        excluded: senders whom the role goes on without, and how many messages were applied before.
     """
 
     rederives: ClassVar[bool]
@@ -33,7 +33,7 @@ class Role(ABC):
     def __init__(self, name: str) -> None:
         self.name = name
         self.journalled = False
-        self.left_out: dict[str, int] = {}
+        self.excluded: dict[str, int] = {}
 
     @abstractmethod
     def payload(self, kind: Kind) -> Payload | None:
@@ -64,8 +64,8 @@ class Role(ABC):
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
         """Count a message in sequence as applied although it was refused."""
 
-    def excuse(self, sender: str) -> list[Effect]:
-        """Go on without a sender for ever; it is then in `left_out`, and no message of it is applied."""
+    def exclude(self, sender: str) -> list[Effect]:
+        """Go on without a sender for ever; it is then in `excluded`, and no message of it is applied."""
         raise NotImplementedError
 
     def close(self) -> list[Effect]:

@@ -1,1 +1,11 @@
 """Encrypted arithmetic that both sides know: parameters, packing, weights. Needs the extra `he`."""
+
+from importlib.util import find_spec
+
+from nightsplit.shared.errors import RunError
+
+
+def check_installed() -> None:
+    """Raise RunError 615 where the package of the extra is missing."""
+    if find_spec("tenseal") is None:
+        raise RunError(615, "TenSEAL cannot be imported.", "pip install nightsplit[he].")

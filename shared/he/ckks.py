@@ -2,8 +2,8 @@
 
     level 3  ── multiply, rescale ──▶  level 2  ──▶  level 1  ──▶  level 0: only decryption is left
 
-A ciphertext of level l carries the scale `Circuit.scales[l]` and no other, so that any two of a level can be added
-exactly: each rescaling divides by a prime that is not quite a power of two, and the scales follow the primes.
+A ciphertext of level l carries the scale `CkksParameters.scales[l]` and no other, so that any two of a level can be
+added exactly: each rescaling divides by a prime that is not quite a power of two, and the scales follow the primes.
 
 SEAL reads and writes files only, hence the temporary ones; a secret key never passes through them.
 """
@@ -27,7 +27,7 @@ Plaintext: TypeAlias = Any  # seal.Plaintext, likewise
 
 
 @dataclass(frozen=True)
-class Circuit:
+class CkksParameters:
     """What all participants of an encrypted evaluation agree on.
 
     Attributes:
@@ -48,7 +48,7 @@ class Circuit:
 
     @property
     def slots(self) -> int:
-        """Numbers in a ciphertext."""
+        """FloatArray in a ciphertext."""
         return self.degree // 2
 
     @cached_property
@@ -87,7 +87,7 @@ class Circuit:
 
     @cached_property
     def encoder(self) -> Any:
-        """Numbers to polynomials and back."""
+        """FloatArray to polynomials and back."""
         return seal.CKKSEncoder(self.context)
 
     def level_of(self, ciphertext: Ciphertext) -> int:
@@ -101,14 +101,14 @@ class Circuit:
         return plain
 
     def read(self, content: bytes, level: int) -> Ciphertext:
-        """A ciphertext to compute with; Refused 313 unless it is of this circuit, that level and its scale."""
+        """A ciphertext to compute with; Refused 313 unless it is of these parameters, that level and its scale."""
         found = self.read_any(content)
         if self.level_of(found) != level or found.scale != self.scales[level]:
             raise mismatch(f"a ciphertext is not of level {level}.", 313)
         return found
 
     def read_any(self, content: bytes) -> Ciphertext:
-        """A ciphertext to decrypt; Refused 313 unless it is of this circuit."""
+        """A ciphertext to decrypt; Refused 313 unless it is of these parameters."""
         found = self._load(seal.Ciphertext(), content)
         # SEAL reads these, and fails on them later, or shows what was never encrypted.
         if found.size() != 2 or not found.is_ntt_form() or found.is_transparent() or found.scale not in self.scales:
@@ -116,14 +116,14 @@ class Circuit:
         return found
 
     def read_relin(self, content: bytes) -> Any:
-        """Relinearization keys; Refused 313 unless they are of this circuit."""
+        """Relinearization keys; Refused 313 unless they are of these parameters."""
         keys = self._load(seal.RelinKeys(), content)
         if not keys.has_key(2):  # Galois keys have the same form, and SEAL does not look before it multiplies
             raise mismatch("relinearization keys are absent.", 313)
         return keys
 
     def read_galois(self, content: bytes, rotations: Sequence[int]) -> Any:
-        """Galois keys; Refused 313 unless they are of this circuit, and for all of these steps."""
+        """Galois keys; Refused 313 unless they are of these parameters, and for all of these steps."""
         keys = self._load(seal.GaloisKeys(), content)
         if not all(map(keys.has_key, self.elements(rotations))):
             raise mismatch("a key for a rotation is absent.", 313)
@@ -141,10 +141,10 @@ class Circuit:
                 into.load(self.context, file.name)  # checks that the numbers are below their primes
                 return into
             except (RuntimeError, ValueError):
-                raise Refused(313, "a ciphertext or key is damaged, or another circuit's.", "send it again.") from None
+                raise Refused(313, "a ciphertext or key is damaged, or another ckks's.", "send it again.") from None
 
 
-def written(encrypted: Any) -> bytes:
+def to_bytes(encrypted: Any) -> bytes:
     """The bytes of a ciphertext, or of a public key; what was encrypted symmetrically has half the size."""
     with tempfile.NamedTemporaryFile() as file:
         encrypted.save(file.name)

@@ -14,11 +14,11 @@ from typing import Protocol
 
 import numpy as np
 
-from nightsplit.shared.he.weights import Numbers
+from nightsplit.shared.he.weights import FloatArray
 
 
 class Packing(Protocol):
-    """Numbers of sequences to slot vectors, each float64 (slots,) and for one ciphertext, and back.
+    """FloatArray of sequences to slot vectors, each float64 (slots,) and for one ciphertext, and back.
 
     What is packed has n <= `capacity` sequences; ValueError otherwise. Slots of absent sequences are 0.
     """
@@ -31,19 +31,19 @@ class Packing(Protocol):
     def rotations(self) -> tuple[int, ...]:
         """Steps by which the server rotates; it needs a Galois key for each."""
 
-    def frame(self, numbers: Numbers) -> list[Numbers]:
+    def frame(self, numbers: FloatArray) -> list[FloatArray]:
         """Features of one frame, (n, features)."""
 
-    def state(self, numbers: Numbers) -> list[Numbers]:
+    def state(self, numbers: FloatArray) -> list[FloatArray]:
         """h or c, (n, hidden)."""
 
-    def votes(self, numbers: Numbers) -> Numbers:
+    def votes(self, numbers: FloatArray) -> FloatArray:
         """The logits so far, (n,); or the logits, which lie in the first n slots of a vector."""
 
-    def read_state(self, vectors: Sequence[Numbers], n: int) -> Numbers:
+    def read_state(self, vectors: Sequence[FloatArray], n: int) -> FloatArray:
         """h or c of the first n sequences, (n, hidden)."""
 
-    def read_votes(self, vector: Numbers, n: int) -> Numbers:
+    def read_votes(self, vector: FloatArray, n: int) -> FloatArray:
         """The logits so far, (n,)."""
 
 
@@ -54,23 +54,23 @@ class Batch:
     capacity: int
     rotations: tuple[int, ...] = ()
 
-    def frame(self, numbers: Numbers) -> list[Numbers]:
+    def frame(self, numbers: FloatArray) -> list[FloatArray]:
         """See `Packing`."""
         return [self.votes(column) for column in numbers.T]
 
-    def state(self, numbers: Numbers) -> list[Numbers]:
+    def state(self, numbers: FloatArray) -> list[FloatArray]:
         """See `Packing`."""
         return self.frame(numbers)
 
-    def votes(self, numbers: Numbers) -> Numbers:
+    def votes(self, numbers: FloatArray) -> FloatArray:
         """See `Packing`."""
         return _padded(numbers, self.capacity)
 
-    def read_state(self, vectors: Sequence[Numbers], n: int) -> Numbers:
+    def read_state(self, vectors: Sequence[FloatArray], n: int) -> FloatArray:
         """See `Packing`."""
         return np.stack([vector[:n] for vector in vectors], axis=1)
 
-    def read_votes(self, vector: Numbers, n: int) -> Numbers:
+    def read_votes(self, vector: FloatArray, n: int) -> FloatArray:
         """See `Packing`."""
         return vector[:n]
 
@@ -126,39 +126,39 @@ class Slots:
         """See `Packing`: baby step, giant step, and from gate to gate."""
         return tuple(step * self.capacity for step in sorted({1, self.small, self.units}))
 
-    def frame(self, numbers: Numbers) -> list[Numbers]:
+    def frame(self, numbers: FloatArray) -> list[FloatArray]:
         """See `Packing`."""
         return [self._repeated(numbers, self.period)]
 
-    def state(self, numbers: Numbers) -> list[Numbers]:
+    def state(self, numbers: FloatArray) -> list[FloatArray]:
         """See `Packing`."""
         return [self._repeated(numbers, self.units)]
 
-    def votes(self, numbers: Numbers) -> Numbers:
+    def votes(self, numbers: FloatArray) -> FloatArray:
         """See `Packing`."""
         return _padded(_padded(numbers, self.capacity), self.slots)
 
-    def read_state(self, vectors: Sequence[Numbers], n: int) -> Numbers:
+    def read_state(self, vectors: Sequence[FloatArray], n: int) -> FloatArray:
         """See `Packing`; what lies in other dimensions than those of the units is of no use."""
         (vector,) = vectors
         return self._by_dimension(vector)[: self.hidden, :n].T
 
-    def read_votes(self, vector: Numbers, n: int) -> Numbers:
+    def read_votes(self, vector: FloatArray, n: int) -> FloatArray:
         """See `Packing`; the parts of the sum lie in all dimensions."""
-        votes: Numbers = self._by_dimension(vector).sum(0)[:n]
+        votes: FloatArray = self._by_dimension(vector).sum(0)[:n]
         return votes
 
-    def _repeated(self, numbers: Numbers, period: int) -> Numbers:
+    def _repeated(self, numbers: FloatArray, period: int) -> FloatArray:
         once = np.zeros((period, self.capacity))
         for row, column in zip(once, numbers.T, strict=False):
             row[:] = _padded(column, self.capacity)
         return np.tile(once, (self.dimensions // period, 1)).ravel()
 
-    def _by_dimension(self, vector: Numbers) -> Numbers:
+    def _by_dimension(self, vector: FloatArray) -> FloatArray:
         return vector.reshape(self.dimensions, self.capacity)
 
 
-def _padded(numbers: Numbers, length: int) -> Numbers:
+def _padded(numbers: FloatArray, length: int) -> FloatArray:
     if len(numbers) > length:
         raise ValueError(f"{len(numbers)} sequences, and room for {length}")
     return np.pad(numbers, (0, length - len(numbers)))

@@ -1,4 +1,4 @@
-"""The weights of a `SequenceJudge` as plain numbers, for whoever computes with it in other ways than torch."""
+"""The weights of a `SequenceClassifier` as plain numbers, for whoever computes with it in other ways than torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-Numbers = NDArray[np.float64]
+FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class Judge:
-    """See `SequenceJudge` for the formulas.
+class ClassifierWeights:
+    """See `SequenceClassifier` for the formulas.
 
     Attributes:
         inputs: W, float64 (4 hidden, features), in the order i, f, o, g.
@@ -26,13 +26,13 @@ class Judge:
         votes: v, (frames,).
     """
 
-    inputs: Numbers
-    state: Numbers | None
-    bias: Numbers
-    spatial: Numbers
-    temporal: Numbers
+    inputs: FloatArray
+    state: FloatArray | None
+    bias: FloatArray
+    spatial: FloatArray
+    temporal: FloatArray
     constant: float
-    votes: Numbers
+    votes: FloatArray
 
     @property
     def frames(self) -> int:
@@ -50,8 +50,8 @@ class Judge:
         return len(self.temporal)
 
     @classmethod
-    def of(cls, weights: Mapping[str, torch.Tensor]) -> Judge:
-        """From the state dict of a `SequenceJudge`."""
+    def of(cls, weights: Mapping[str, torch.Tensor]) -> ClassifierWeights:
+        """From the state dict of a `SequenceClassifier`."""
         found = {name: tensor.detach().double().numpy() for name, tensor in weights.items()}
         mixture = 1 / (1 + np.exp(-found["mixture"]))
         votes = np.exp(found["votes"] - found["votes"].max())

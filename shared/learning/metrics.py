@@ -66,7 +66,7 @@ HEADLINE: Mapping[str, str] = {
 """The figure that reports lead with, by kind of task."""
 
 
-def standing(task: TaskSection, metrics: Metrics) -> tuple[float, float]:
+def score(task: TaskSection, metrics: Metrics) -> tuple[float, float]:
     """How good a model is, for comparisons: by the headline figure, then by the loss. Larger is better.
 
     The loss alone would stop too early: a network goes on to rank patients better while it grows
@@ -80,8 +80,9 @@ def standing(task: TaskSection, metrics: Metrics) -> tuple[float, float]:
 def measure(
     task: TaskSection, data: DataSection, outputs: torch.Tensor, targets: torch.Tensor, patients: Sequence[str] = ()
 ) -> Metrics:
-    """Judge predictions on held-out samples; what outputs that are not finite, or targets of no class, leave undefined
-    is None.
+    """Evaluate predictions on held-out samples.
+
+    A figure that outputs which are not finite, or targets of no class, leave undefined is None.
 
     Args:
         task, data: what was predicted, and in which unit.

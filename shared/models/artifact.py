@@ -150,7 +150,7 @@ def read_artifact(path: Path, sha256: str | None = None) -> Artifact:
     found = hashlib.sha256(content).hexdigest()
     if sha256 is not None and found != sha256.lower():
         what = f"{path} has sha256 {found[:12]}..., {sha256[:12]}... is expected."
-        remedy = "ask whoever published it for that file, or correct the hash if this is the model you mean."
+        remedy = "ask its publisher for that file, or correct the hash if this is the model you mean."
         raise ConfigError(116, what, remedy)
     try:
         tensors = load(content)

@@ -16,14 +16,14 @@ from torch import nn
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.models.artifact import read_artifact
-from nightsplit.shared.models.partition import Halves, make
+from nightsplit.shared.models.partition import ModelParts, make
 
 MEAN, VARIANCE = ".running_mean", ".running_var"
 """Ends of the names of a normalization's running statistics (`torch.nn.modules.batchnorm`)."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class WeightLayout:
     """Floating-point weights as one vector, so that a model of any size travels in slices.
 
         weight | bias | weight | bias | running mean | running second moment | ...
@@ -43,7 +43,7 @@ class Layout:
     buffers: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, module: nn.Module, config: RunConfig, most: int) -> Layout:
+    def of(cls, module: nn.Module, config: RunConfig, most: int) -> WeightLayout:
         """What travels in a run: weights of modules that are not frozen, buffers where they are pooled.
 
         Raises:
@@ -114,7 +114,7 @@ class Layout:
         return weights[name]
 
 
-def build_whole(config: RunConfig, base: Path) -> nn.Module:
+def build_network(config: RunConfig, base: Path) -> nn.Module:
     """Make the model of a run, uncut, with the weights that the run begins with.
 
     Args:
@@ -125,8 +125,8 @@ def build_whole(config: RunConfig, base: Path) -> nn.Module:
         ConfigError: 104 the factory cannot be used; 115-117 as `read_artifact` and `Artifact.load_into`.
     """
     module = make(config.model, config.run.seed)
-    if isinstance(module, Halves):
-        module = nn.Sequential(OrderedDict(module.parts))
+    if isinstance(module, ModelParts):
+        module = nn.Sequential(OrderedDict(module.modules))
     if not isinstance(module, nn.Module):
         what = f"{config.model.factory} returned {type(module).__name__}."
         raise ConfigError(104, what, "let it return a torch.nn.Module.")

@@ -46,7 +46,7 @@ _IDLE = {
 
 
 @dataclass(frozen=True)
-class Halves:
+class ModelParts:
     """A model in parts; the whole is `head(top(bottom(x)))`, or `top(bottom(x))` without a head.
 
     Attributes:
@@ -60,13 +60,13 @@ class Halves:
     head: nn.Module | None = None
 
     @property
-    def parts(self) -> dict[str, nn.Module]:
+    def modules(self) -> dict[str, nn.Module]:
         """The parts by name, in the order of the forward pass."""
-        parts = {"bottom": self.bottom, "top": self.top}
-        return parts if self.head is None else {**parts, "head": self.head}
+        modules = {"bottom": self.bottom, "top": self.top}
+        return modules if self.head is None else {**modules, "head": self.head}
 
 
-def build(model: ModelSection, seed: int, *, with_head: bool) -> Halves:
+def build(model: ModelSection, seed: int, *, with_head: bool) -> ModelParts:
     """Make the model of a run and cut it.
 
     Every participant builds the whole model and keeps its part: the factory runs with torch's CPU
@@ -82,24 +82,24 @@ def build(model: ModelSection, seed: int, *, with_head: bool) -> Halves:
 
     Raises:
         ConfigError: 104 the factory cannot be imported or called, or returns neither a plain
-            `nn.Sequential` nor `Halves`; 105 the model cannot be cut there: a part is empty or holds no
+            `nn.Sequential` nor `ModelParts`; 105 the model cannot be cut there: a part is empty or holds no
             weights, two parts share weights, or the head is missing.
     """
     made = make(model, seed)
-    if isinstance(made, Halves):
+    if isinstance(made, ModelParts):
         return _checked(model, made, with_head=with_head)
     # A subclass with its own forward is no chain of stages: cutting it would change what it computes.
     if isinstance(made, nn.Sequential) and type(made).forward is nn.Sequential.forward:
         return _cut(model, made, with_head=with_head)
     raise ConfigError(
         104,
-        f"{model.factory} returned {type(made).__name__}, which is neither a plain nn.Sequential nor Halves.",
+        f"{model.factory} returned {type(made).__name__}, which is neither a plain nn.Sequential nor ModelParts.",
         "let it return nn.Sequential(...) of its stages, or "
-        "nightsplit.models.Halves(bottom=..., top=...) if it is no chain.",
+        "nightsplit.models.ModelParts(bottom=..., top=...) if it is no chain.",
     )
 
 
-def output_shapes(halves: Halves, input_shape: Shape) -> tuple[Shape, Shape | None, Shape]:
+def output_shapes(parts: ModelParts, input_shape: Shape) -> tuple[Shape, Shape | None, Shape]:
     """The shapes at the cut, at the head if there is one, and at the end, for float32 samples of `input_shape`.
 
     All are lengths without the batch dimension.
@@ -110,7 +110,7 @@ def output_shapes(halves: Halves, input_shape: Shape) -> tuple[Shape, Shape | No
         ConfigError: 104 a part does not take what comes before it; 105 a part returns no tensor with
             one row per sample, so there is nothing to send.
     """
-    shapes = flow_shapes(halves.parts, input_shape)
+    shapes = flow_shapes(parts.modules, input_shape)
     last = shapes["top"]
     return shapes["bottom"], last if "head" in shapes else None, shapes.get("head", last)
 
@@ -216,7 +216,7 @@ def _defined(factory: Callable[..., Any]) -> str:
         return ""
 
 
-def _cut(model: ModelSection, whole: nn.Sequential, *, with_head: bool) -> Halves:
+def _cut(model: ModelSection, whole: nn.Sequential, *, with_head: bool) -> ModelParts:
     # Not named_children(): it leaves out a stage that occurs twice.
     stages = list(whole._modules.items())
 
@@ -231,7 +231,7 @@ def _cut(model: ModelSection, whole: nn.Sequential, *, with_head: bool) -> Halve
     unset = with_head and model.head_cut is None
     trouble = "the run needs a head and that is not set" if unset else _trouble(parts(*asked.values()))
     if trouble is None:
-        return Halves(**parts(*asked.values()))
+        return ModelParts(**parts(*asked.values()))
 
     possible = itertools.combinations(range(1, len(stages)), len(asked))
     cuts = [cuts for cuts in possible if _trouble(parts(*cuts)) is None]
@@ -253,21 +253,21 @@ def _drawn(stages: Sequence[tuple[str, nn.Module]], cuts: tuple[int, ...]) -> st
     return text
 
 
-def _checked(model: ModelSection, halves: Halves, *, with_head: bool) -> Halves:
+def _checked(model: ModelSection, parts: ModelParts, *, with_head: bool) -> ModelParts:
     """What a factory cut itself, if the run can use it."""
-    parts: Mapping[str, object] = halves.parts
-    for name, part in parts.items():
+    modules: Mapping[str, object] = parts.modules
+    for name, part in modules.items():
         if not isinstance(part, nn.Module):
-            what = f"{model.factory} returned Halves whose {name} is of type {type(part).__name__}."
+            what = f"{model.factory} returned ModelParts whose {name} is of type {type(part).__name__}."
             raise ConfigError(104, what, "let every part be an nn.Module.")
-    trouble = _trouble(halves.parts)
-    if with_head and halves.head is None:
-        trouble = "the run needs a head, but the Halves have none"
-    elif halves.head is not None and not with_head:
-        trouble = "the Halves have a head, but only split_u has a place for it"
+    trouble = _trouble(parts.modules)
+    if with_head and parts.head is None:
+        trouble = "the run needs a head, but the ModelParts have none"
+    elif parts.head is not None and not with_head:
+        trouble = "the ModelParts have a head, but only split_u has a place for it"
     if trouble is None:
-        return halves
-    wanted = "Halves(bottom=..., top=..., head=...)" if with_head else "Halves(bottom=..., top=...)"
+        return parts
+    wanted = "ModelParts(bottom=..., top=..., head=...)" if with_head else "ModelParts(bottom=..., top=...)"
     remedy = f"let it return {wanted}, each part with weights that no other part uses."
     raise ConfigError(105, f"{model.factory}: {trouble}.", remedy)
 

@@ -1,6 +1,6 @@
-"""Networks that judge a sequence of images, and whose second half can work on ciphertexts (system `he_clstm`).
+"""Networks that classify a sequence of images, and whose second half can work on ciphertexts (system `he_clstm`).
 
-    frames ──▶ FrameEncoder ──▶ features in [-1, 1] ──▶ SequenceJudge ──▶ logit
+    frames ──▶ FrameEncoder ──▶ features in [-1, 1] ──▶ SequenceClassifier ──▶ logit
                at the site, in the clear                at the server, encrypted
 
 After Yue et al., ACM TOIT 21(3):57 (HE-CLSTM): convolutions per frame, an LSTM over frames, a weighted unit that
@@ -18,7 +18,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 def clstm(
     frames: int = 5, side: int = 32, width: int = 8, features: int = 32, hidden: int = 16, recurrent: bool = True
 ) -> nn.Sequential:
-    """The network of `he_clstm`, in two halves: `encoder` (cut = 1) and `judge`.
+    """The network of `he_clstm`, in two halves: `encoder` (cut = 1) and `classifier`.
 
     Shapes: float32 (batch, frames, side, side) -> (batch, frames, features) at cut = 1 -> (batch, 1).
 
@@ -28,11 +28,12 @@ def clstm(
         width: channels of the first convolution, a multiple of 4.
         features: of a frame.
         hidden: units of the LSTM.
-        recurrent: as in `SequenceJudge`.
+        recurrent: as in `SequenceClassifier`.
     """
     return nn.Sequential(
         OrderedDict[str, nn.Module](
-            encoder=FrameEncoder(side, width, features), judge=SequenceJudge(frames, features, hidden, recurrent)
+            encoder=FrameEncoder(side, width, features),
+            classifier=SequenceClassifier(frames, features, hidden, recurrent),
         )
     )
 
@@ -61,7 +62,7 @@ class FrameEncoder(nn.Module):
         return torch.tanh(self.features(maps.flatten(1))).view(batch, frames, -1)
 
 
-class SequenceJudge(nn.Module):
+class SequenceClassifier(nn.Module):
     """An LSTM of products and sums, the weighted unit and the vote: polynomials, so that ciphertexts can pass.
 
         i, f, o, g = W x_t + U h_{t-1} + b       c_t = f c_{t-1} + i g       h_t = o c_t
@@ -70,7 +71,7 @@ class SequenceJudge(nn.Module):
 
     Gates are the first-order polynomials of the sigmoid and of tanh: what is between is learned, and a penalty
     keeps every gate and state within [-1, 1] (`_kept_small`). The products make it as strong as an LSTM with
-    curves on what was tried (docs/he_clstm.md).
+    curves on what was tried (docs/explanation/he_clstm.md).
 
     Shapes: float32 (batch, frames, features) within [-1, 1] -> (batch, 1).
 

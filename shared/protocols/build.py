@@ -8,8 +8,8 @@ from torch import nn
 
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import BrokerError, ConfigError
-from nightsplit.shared.models.layout import Layout, build_whole
-from nightsplit.shared.models.partition import Halves, build, flow_shapes, output_shapes
+from nightsplit.shared.models.layout import WeightLayout, build_network
+from nightsplit.shared.models.partition import ModelParts, build, flow_shapes, output_shapes
 from nightsplit.shared.protocols.rounds import HEADER_BYTES, elements
 from nightsplit.shared.protocols.spec import Shape, Shapes, spec_of
 from nightsplit.shared.protocols.stream import weights
@@ -19,25 +19,25 @@ from nightsplit.shared.wire.schema import BATCH, Payload
 
 
 @dataclass(frozen=True)
-class Assembly:
-    """A model in halves, for systems that exchange activations.
+class SplitModel:
+    """A model in parts, for systems that exchange activations.
 
     Attributes:
-        halves: freshly initialised modules, equal at every participant.
+        parts: freshly initialised modules, equal at every participant.
         contract: payload of each kind of message.
     """
 
-    halves: Halves
+    parts: ModelParts
     contract: Mapping[Kind, Payload]
 
     @property
-    def parts(self) -> Mapping[str, nn.Module]:
+    def modules(self) -> Mapping[str, nn.Module]:
         """The modules by name, in the order of the forward pass."""
-        return self.halves.parts
+        return self.parts.modules
 
 
 @dataclass(frozen=True)
-class Rounds:
+class WholeModel:
     """A whole model, for systems that exchange its weights.
 
     Attributes:
@@ -47,16 +47,16 @@ class Rounds:
     """
 
     module: nn.Module
-    layout: Layout
+    layout: WeightLayout
     contract: Mapping[Kind, Payload]
 
     @property
-    def parts(self) -> Mapping[str, nn.Module]:
-        """See `Assembly`."""
+    def modules(self) -> Mapping[str, nn.Module]:
+        """See `SplitModel`."""
         return {"model": self.module}
 
 
-def assemble(config: RunConfig) -> Assembly:
+def build_split_model(config: RunConfig) -> SplitModel:
     """Build the model, cut it, and derive the contract.
 
     Raises:
@@ -64,10 +64,10 @@ def assemble(config: RunConfig) -> Assembly:
         BrokerError: 203 a planned message exceeds wire.message_bytes.
     """
     spec = spec_of(config)
-    halves = build(config.model, config.run.seed, with_head=spec.has_head)
-    cut, head, outputs = output_shapes(halves, config.data.input_shape)
+    parts = build(config.model, config.run.seed, with_head=spec.has_head)
+    cut, head, outputs = output_shapes(parts, config.data.input_shape)
     _check_outputs(config, outputs)
-    contract = spec.payloads(config, Shapes(cut, head or (), weights(halves.bottom), weights(halves.top)))
+    contract = spec.payloads(config, Shapes(cut, head or (), weights(parts.bottom), weights(parts.top)))
     planned = planned_message_bytes(config, contract)
     if planned > config.wire.message_bytes:
         raise BrokerError(
@@ -77,10 +77,10 @@ def assemble(config: RunConfig) -> Assembly:
             "lower run.batch_size, choose a smaller codec, switch run.export_top off, or raise wire.message_bytes "
             "and the broker's own limit.",
         )
-    return Assembly(halves, contract)
+    return SplitModel(parts, contract)
 
 
-def assemble_rounds(config: RunConfig, base: Path) -> Rounds:
+def build_whole_model(config: RunConfig, base: Path) -> WholeModel:
     """Make the model of a run of rounds, uncut.
 
     Args:
@@ -98,16 +98,16 @@ def assemble_rounds(config: RunConfig, base: Path) -> Rounds:
             f"wire.message_bytes is {config.wire.message_bytes}; a message of weights needs {2 * HEADER_BYTES}.",
             "raise wire.message_bytes; larger messages mean fewer of them.",
         )
-    module = build_whole(config, base)
+    module = build_network(config, base)
     _check_outputs(config, flow_shapes({"model": module}, config.data.input_shape)["model"])
-    layout = Layout.of(module, config, most=elements(config))
+    layout = WeightLayout.of(module, config, most=elements(config))
     shapes = Shapes(statistics=int(layout.statistics.sum()))
-    return Rounds(module, layout, spec_of(config).payloads(config, shapes))
+    return WholeModel(module, layout, spec_of(config).payloads(config, shapes))
 
 
-def assemble_any(config: RunConfig, base: Path) -> Assembly | Rounds:
+def build_model(config: RunConfig, base: Path) -> SplitModel | WholeModel:
     """What the run's system needs; arguments and errors as above."""
-    return assemble_rounds(config, base) if spec_of(config).shape is Shape.ROUND else assemble(config)
+    return build_whole_model(config, base) if spec_of(config).shape is Shape.ROUND else build_split_model(config)
 
 
 def planned_message_bytes(config: RunConfig, contract: Mapping[Kind, Payload]) -> int:

@@ -31,9 +31,9 @@ REFUSAL = {"number": _NUMBER, "reason": _TEXT}
 """In the answer to a message that was refused."""
 
 
-def check_contract(stored: str, config: RunConfig, who: str) -> None:
+def check_digest(stored: str, config: RunConfig, who: str) -> None:
     """Let a worker go on with the run.toml that its state was made with; RunError 601 where it has changed."""
-    if stored != config.contract:
+    if stored != config.digest:
         what = f"{who} began {config.run.id} with another run.toml."
         remedy = "restore the file as it was, or start a new run under another id. Nothing more was sent."
         raise RunError(601, what, remedy)

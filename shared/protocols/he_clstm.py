@@ -1,7 +1,7 @@
 """he_clstm (Yue et al., ACM TOIT 21(3):57, HE-CLSTM): sequences are judged while they are encrypted.
 
 A system of the Query shape. It asks a model that is there: the one of a finished run whose last stage is a
-`SequenceJudge`. Whether its gates see the state decides how a query goes:
+`SequenceClassifier`. Whether its gates see the state decides how a query goes:
 
     refresh    gates see h: one message each way for every frame. Between two frames h, c and the votes come
                back to the site, blinded, which encrypts them afresh: 3 levels are enough for any length.
@@ -17,31 +17,33 @@ from torch import nn
 
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import ConfigError, RunError
-from nightsplit.shared.he.weights import Judge
+from nightsplit.shared.he.weights import ClassifierWeights
 from nightsplit.shared.models.partition import make
-from nightsplit.shared.models.sequences import SequenceJudge
+from nightsplit.shared.models.sequences import SequenceClassifier
 from nightsplit.shared.protocols import query
 from nightsplit.shared.protocols.spec import Names, ProtocolSpec, Shape
 
 
 def stages_of(config: RunConfig) -> tuple[nn.Sequential, nn.Sequential]:
-    """Both parts of a run's model, as it is made: what works at the site, and the judge alone.
+    """Both parts of a run's model, as it is made: what works at the site, and the classifier alone.
 
     Raises:
         ConfigError: 104 the model cannot be made, 105 its last stage cannot work on ciphertexts.
     """
     whole = make(config.model, config.run.seed)
     stages = list(whole.named_children()) if isinstance(whole, nn.Sequential) else []
-    if len(stages) < 2 or not isinstance(stages[-1][1], SequenceJudge):
+    if len(stages) < 2 or not isinstance(stages[-1][1], SequenceClassifier):
         what = f"model.factory {config.model.factory}: its last stage works on no ciphertexts."
-        raise ConfigError(105, what, "train a model that ends with a SequenceJudge, as nightsplit.models:clstm does.")
+        raise ConfigError(
+            105, what, "train a model that ends with a SequenceClassifier, as nightsplit.models:clstm does."
+        )
     return nn.Sequential(OrderedDict(stages[:-1])), nn.Sequential(OrderedDict(stages[-1:]))
 
 
-def judge_of(last: nn.Sequential) -> Judge:
-    """The judge in its part, with the weights that it has there."""
-    (judge,) = last.children()
-    return Judge.of(judge.state_dict())
+def classifier_of(last: nn.Sequential) -> ClassifierWeights:
+    """The classifier in its part, with the weights that it has there."""
+    (classifier,) = last.children()
+    return ClassifierWeights.of(classifier.state_dict())
 
 
 def fill(part: nn.Module, folder: Path, names: Sequence[str]) -> None:

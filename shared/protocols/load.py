@@ -6,6 +6,7 @@ from pathlib import Path
 from nightsplit.shared.config.load import conflict_in, load
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.config.section import KeyConflict
+from nightsplit.shared.config.suggest import did_you_mean
 from nightsplit.shared.protocols.spec import TRAINING, spec_of, systems
 
 
@@ -15,7 +16,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         known = systems(*TRAINING)
         if config.run.protocol not in known:
-            what = f"{config.run.protocol!r} is unknown"
+            what = f"{config.run.protocol!r} is unknown{did_you_mean(config.run.protocol, known)}"
             raise KeyConflict("run.protocol", what, f"choose one of {', '.join(known)}.")
         spec_of(config).check(config)
     except KeyConflict as conflict:

@@ -18,7 +18,7 @@ from nightsplit.shared.config.run import RunSection, TaskSection
 from nightsplit.shared.errors import Refused, mismatch
 from nightsplit.shared.learning.bounds import LARGEST_NORM, check_bounded, is_bounded
 from nightsplit.shared.protocols.plan import Purpose, evaluations
-from nightsplit.shared.protocols.stream import Half, Slot, UpSequence
+from nightsplit.shared.protocols.stream import Half, Slot, StreamSequence
 from nightsplit.shared.wire.message import Kind, Message
 
 Kinds = tuple[frozenset[Kind], frozenset[Kind]]
@@ -45,7 +45,7 @@ WITH_HEAD: Mapping[tuple[Purpose, Half], Kinds] = {
 }
 
 
-def kinds_at(sequence: UpSequence, slot: Slot) -> Kinds:
+def kinds_at(sequence: StreamSequence, slot: Slot) -> Kinds:
     """The kinds that belong at a place, but for the farewell."""
     if sequence.has_head:
         return WITH_HEAD[slot.item.purpose, slot.half]
@@ -53,7 +53,7 @@ def kinds_at(sequence: UpSequence, slot: Slot) -> Kinds:
     return up, frozenset() if sequence.plan.uploads_once else down
 
 
-def check_upload(message: Message, sequence: UpSequence, task: TaskSection) -> Slot:
+def check_upload(message: Message, sequence: StreamSequence, task: TaskSection) -> Slot:
     """Find the place of a site's message.
 
     Raises:
@@ -74,7 +74,7 @@ def check_upload(message: Message, sequence: UpSequence, task: TaskSection) -> S
     return slot
 
 
-def check_answer(message: Message, sequence: UpSequence, run: RunSection) -> Slot:
+def check_answer(message: Message, sequence: StreamSequence, run: RunSection) -> Slot:
     """Find the place that the server's message answers.
 
     Raises:
@@ -90,7 +90,7 @@ def check_answer(message: Message, sequence: UpSequence, run: RunSection) -> Slo
     return slot
 
 
-def check_farewell(message: Message, sequence: UpSequence, run: RunSection) -> None:
+def check_farewell(message: Message, sequence: StreamSequence, run: RunSection) -> None:
     """Check that a run may end here: behind its last message, or where `patience` evaluations brought no improvement.
 
     Raises:
@@ -131,7 +131,7 @@ def _check_targets(message: Message, task: TaskSection) -> None:
         raise _misplaced(message, f"has targets beside {range_of}")
 
 
-def _check_verdict(message: Message, sequence: UpSequence, run: RunSection, seq: int) -> None:
+def _check_verdict(message: Message, sequence: StreamSequence, run: RunSection, seq: int) -> None:
     """Only an epoch that the site itself has evaluated, up to message `seq`, can have been judged."""
     best, judged = _verdict(message)
     possible = best <= judged and all(_is_evaluated(epoch, run) for epoch in (best, judged) if epoch)

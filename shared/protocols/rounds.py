@@ -8,7 +8,7 @@
 Every participant makes the first model itself, so a site can train before a server is there. Update
 u of a site is what changed in its weights since the model that answered update u - 1; it is answered
 by one model, so what a site sends depends on nothing but the sequence of models that it got. Update,
-model and farewell each travel in the slices of a `Layout`; a slice is a message in sequence, hence
+model and farewell each travel in the slices of a `WeightLayout`; a slice is a message in sequence, hence
 applied exactly once.
 """
 
@@ -22,7 +22,7 @@ import torch
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.config.section import KeyConflict
 from nightsplit.shared.errors import Refused, mismatch
-from nightsplit.shared.models.layout import Layout
+from nightsplit.shared.models.layout import WeightLayout
 from nightsplit.shared.protocols.handshake import AGREEMENT, VERDICT
 from nightsplit.shared.protocols.spec import Names, Shapes
 from nightsplit.shared.wire.message import Kind, Message
@@ -104,7 +104,7 @@ def most_updates(config: RunConfig) -> int:
     return config.round.rounds * (config.round.reports or 1 if config.round.close == "buffered" else 1)
 
 
-def is_judged(config: RunConfig, version: int) -> bool:
+def is_evaluated(config: RunConfig, version: int) -> bool:
     """Whether sites judge a model that is not the final one; the final one always is."""
     return version > 0 and version % config.run.evaluate_every == 0
 
@@ -118,7 +118,7 @@ class RoundSequence:
     slices: int
 
     @classmethod
-    def of(cls, config: RunConfig, train: int, layout: Layout) -> RoundSequence:
+    def of(cls, config: RunConfig, train: int, layout: WeightLayout) -> RoundSequence:
         """Of a site with `train` training samples."""
         return cls(train, most_updates(config), layout.slices)
 
@@ -138,7 +138,7 @@ class RoundSequence:
         return update + 1, number + 1
 
 
-def check_slice(message: Message, layout: Layout, number: int) -> torch.Tensor:
+def check_slice(message: Message, layout: WeightLayout, number: int) -> torch.Tensor:
     """The values of slice `number`.
 
     Raises:

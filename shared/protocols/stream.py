@@ -123,7 +123,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class UpSequence:
+class StreamSequence:
     """What a site's message number `seq` is: which item, and which half of its exchange.
 
     Without a head an item is one message: seq = q. With one it is two (smashed data, then the

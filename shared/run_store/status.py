@@ -70,12 +70,12 @@ class Presence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         silent_seconds: how long the run has waited for it and the server has listened.
         beat: of its status that the server saw last.
-        heard: when that was, by the server's clock; None for never.
+        last_seen: when that was, by the server's clock; None for never.
     """
 
     silent_seconds: Seconds = 0.0
     beat: Word | None = None
-    heard: Moment | None = None
+    last_seen: Moment | None = None
 
 
 class SiteStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -86,7 +86,7 @@ class SiteStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         queued: messages at the broker that are not applied yet; None: the site has not said.
         batches, samples: what the model learned from the site.
         share: of all training batches, 0 to 1.
-        left_out_at: behind how many applied messages of all sites the run went on without it; None: it did not.
+        excluded_at: behind how many applied messages of all sites the run went on without it; None: it did not.
         loss, staleness: of its last training batch, where the server knows it.
         presence: its silence.
     """
@@ -96,20 +96,20 @@ class SiteStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     batches: Count = 0
     samples: Count = 0
     share: Share = 0.0
-    left_out_at: Count | None = None
+    excluded_at: Count | None = None
     loss: float | None = None
     staleness: Count | None = None
     presence: Presence = Presence()
 
     @property
-    def left_out(self) -> bool:
+    def excluded(self) -> bool:
         """Whether the run goes on without it."""
-        return self.left_out_at is not None
+        return self.excluded_at is not None
 
     @property
-    def heard(self) -> datetime | None:
+    def last_seen(self) -> datetime | None:
         """When the server heard the site last."""
-        return self.presence.heard
+        return self.presence.last_seen
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -124,8 +124,8 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
     Attributes:
         phase, detail: what it does, and why.
-        run, contract: of which run, and the hash of its settings.
-        passed_over: damaged checkpoints that were not used: name and reason of each.
+        run, digest: of which run, and the hash of its settings.
+        skipped_checkpoints: damaged checkpoints that were not used: name and reason of each.
         sent, confirmed: messages handed to the broker, and how many of them it holds.
         duplicates, refused: messages that came again, and those put into the dead letter queue.
         checkpoints: written by this process.
@@ -145,8 +145,8 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     phase: Phase
     detail: Detail | None = None
     run: Word | None = None
-    contract: Word | None = None
-    passed_over: tuple[Detail, ...] = ()
+    digest: Word | None = None
+    skipped_checkpoints: tuple[Detail, ...] = ()
     sent: Count | None = None
     confirmed: Count | None = None
     duplicates: Count | None = None

@@ -73,14 +73,18 @@ class Heartbeat:
 
     def _store_is_away(self, error: Exception) -> None:
         if self.error is None:
-            event("store_away", WARNING, reason=str(error) if isinstance(error, BrokerError) else type(error).__name__)
+            event(
+                "store_unreachable",
+                WARNING,
+                reason=str(error) if isinstance(error, BrokerError) else type(error).__name__,
+            )
         self.error = error
         with suppress(Exception):  # it may have been the status that failed
             self._show(self.status())
 
     def _store_is_back(self) -> None:
         if self.error is not None:
-            event("store_back")
+            event("store_reachable")
         self.error = None
 
     def _say(self, store: RunStore) -> None:

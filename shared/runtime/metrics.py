@@ -1,7 +1,7 @@
 """Metrics of a worker for Prometheus: the status of its heartbeat and the counts of its engine.
 
 Counters begin at zero with every process and every shift, as Prometheus expects of them. Places in a
-run, which a restart may move back a little, are gauges. docs/operations.md lists all of them.
+run, which a restart may move back a little, are gauges. docs/reference/logs_and_metrics.md lists all of them.
 """
 
 import time
@@ -37,8 +37,8 @@ _SITE_GAUGES = (
     ("nightsplit_queued_messages", "queued", "A site's messages at the broker that are not applied yet."),
     ("nightsplit_training_loss", "loss", "Loss of the last training batch, where the server knows it."),
     ("nightsplit_staleness_steps", "staleness", "Training steps between the last batch's bottom and its use."),
-    ("nightsplit_site_heard_timestamp_seconds", "heard", "When the server heard the site last, by its clock."),
-    ("nightsplit_site_left_out", "left_out", "1 when the run goes on without the site."),
+    ("nightsplit_site_last_seen_timestamp_seconds", "last_seen", "When the server heard the site last, by its clock."),
+    ("nightsplit_site_excluded", "excluded", "1 when the run goes on without the site."),
 )
 
 

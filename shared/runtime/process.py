@@ -26,13 +26,13 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 @contextmanager
-def own_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Keep a state folder for this process alone; the lock ends with the process, however it ends.
 
     Raises:
         StateError: 503 another process has it, 501 it cannot be written, 513 it is open to other users.
     """
-    with locked_folder(folder) as alone:
+    with try_lock_folder(folder) as alone:
         if not alone:
             what = f"{folder} is used by another process."
             raise StateError(503, what, "stop the other worker, or give this one its own folder.")
@@ -40,7 +40,7 @@ def own_folder(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[bool]:
+def try_lock_folder(folder: Path) -> Iterator[bool]:
     """Lock a state folder while the block runs, if nobody else has; whether it is locked.
 
     Raises:

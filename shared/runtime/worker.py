@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Observer = Callable[[WorkerStatus], None]
 
 
-class ShiftWorker:
+class Worker:
     """A worker of one run that works in its shifts.
 
     Args:
@@ -91,8 +91,8 @@ class ShiftWorker:
             phase=phase,
             detail=None if detail is None else brief(detail),
             run=self.run_config.run.id,
-            contract=self.run_config.contract,
-            passed_over=tuple(map(brief, self.recovered)),
+            digest=self.run_config.digest,
+            skipped_checkpoints=tuple(map(brief, self.recovered)),
         )
 
     @contextmanager

@@ -5,7 +5,7 @@
 
 A checkpoint is written beside its place, forced to disk, and renamed: it is there whole or not at
 all. Its name alone does not make it count: a `Pointer` (fence, counter, sha256 of the manifest)
-kept in the run store does, where several servers could write (docs/delivery.md, rule 7).
+kept in the run store does, where several servers could write (docs/explanation/delivery.md, rule 7).
 When the newest is damaged, the one before it is used.
 """
 

@@ -96,7 +96,7 @@ def keep_private(path: Path) -> None:
         path.chmod(stat.S_IMODE(mode) & ~_OTHERS)
     except PermissionError:
         remedy = "name a place of your own, or a folder below it, which is made for you alone."
-        raise StateError(513, f"{path} is not ours to close.", remedy) from None
+        raise StateError(513, f"{path} is shared with other users.", remedy) from None
 
 
 def read_secret_file(path: Path) -> bytes:

@@ -25,7 +25,7 @@ def open_database(path: Path, schema: str) -> sqlite3.Connection:
 
     Raises:
         OSError, sqlite3.Error: see `broker_errors`.
-        StateError: 513 others may read it, and it is not ours to close.
+        StateError: 513 others may read it, and it is shared with other users.
     """
     path.parent.mkdir(0o700, parents=True, exist_ok=True)
     database = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)

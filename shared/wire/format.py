@@ -1,4 +1,4 @@
-"""Bytes <-> Message. `docs/wire.md` draws the format and lists what is refused with which number.
+"""Bytes <-> Message. `docs/reference/wire.md` draws the format and lists what is refused with which number.
 
     0                  4                      64·a           64·b
     ┌──────────────────┬────────────────┬─────┬────────┬─────┬────────┐

@@ -1,14 +1,14 @@
-"""The site's sides of the systems."""
+"""The site's side of each protocol."""
 
 from pathlib import Path
 
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.protocols.build import Rounds, assemble_any
+from nightsplit.shared.protocols.build import WholeModel, build_model
 from nightsplit.shared.protocols.spec import load_roles
-from nightsplit.site_worker.data.dataset import Parts
+from nightsplit.site_worker.data.dataset import Splits
 from nightsplit.site_worker.privacy import check_installed
 from nightsplit.site_worker.role import SiteRole
-from nightsplit.site_worker.rounds.batches import RoundFeed
+from nightsplit.site_worker.rounds.batches import RoundBatches
 from nightsplit.site_worker.rounds.role import RoundSite
 from nightsplit.site_worker.rounds.trainer import Trainer
 from nightsplit.site_worker.stream.role import StreamSite
@@ -17,33 +17,33 @@ ROLES = load_roles(__name__)
 
 
 def make_site(
-    name: str, config: RunConfig, parts: Parts, incarnation: str, base: Path, device: str = "cpu",
+    name: str, config: RunConfig, splits: Splits, incarnation: str, base: Path, device: str = "cpu",
     ledger: Path | None = None, max_epsilon: float | None = None,
 ) -> SiteRole:  # fmt: skip
-    """The role of the site `name` in a run.
+    """Make the role of the site `name` in a run.
 
     Args:
-        parts: the site's scaled data.
-        incarnation: names this process.
+        splits: the site's scaled data.
+        incarnation: id of this process.
         base: folder of run.toml.
-        ledger: file of what runs with differential privacy have spent; needed by those.
-        max_epsilon: the most that they may spend.
+        ledger: file of the privacy ledger; required by runs with differential privacy.
+        max_epsilon: largest epsilon that these may spend.
 
     Raises:
         ConfigError: 104, 105 the model cannot be used.
         RunError: 610-613 as `take_part`, 614 as `check_installed`.
     """
-    model = assemble_any(config, base)
-    if not isinstance(model, Rounds):
+    model = build_model(config, base)
+    if not isinstance(model, WholeModel):
         stream: type[StreamSite] = ROLES[config.run.protocol]
-        return stream.make(name, config, model, parts, incarnation, device)
+        return stream.make(name, config, model, splits, incarnation, device)
     role: type[RoundSite] = ROLES[config.run.protocol]
     if config.privacy is None:
         trainer = Trainer(model.module, config, device)
-        return role(name, config, model, trainer, RoundFeed(config, name, parts), incarnation)
+        return role(name, config, model, trainer, RoundBatches(config, name, splits), incarnation)
     assert ledger is not None, "a private run needs a ledger"
     check_installed()
-    from nightsplit.site_worker.privacy.site import take_part  # its libraries are an extra, and take seconds
+    from nightsplit.site_worker.privacy.site import take_part  # needs an extra, and its import takes seconds
 
-    private = take_part(config, config.privacy, name, parts, model.module, device, ledger, max_epsilon)
-    return role(name, config, model, private.trainer, private.feed, incarnation, private.account)
+    private = take_part(config, config.privacy, name, splits, model.module, device, ledger, max_epsilon)
+    return role(name, config, model, private.trainer, private.batches, incarnation, private.account)

@@ -12,7 +12,7 @@ import pytest
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.shared.errors import BrokerError
-from nightsplit.shared.transport import Broker, Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
+from nightsplit.shared.transport import Blocked, Broker, Confirmed, Delivery, Event, Link, Queue, Unblocked
 from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.simulation.faults import Faults, FaultyBroker
 
@@ -232,15 +232,15 @@ def test_a_full_queue_holds_messages_up_and_loses_none(broker: Broker) -> None:
     with broker.link([], 1, "site") as site:
         for message_id in sent:
             site.publish(queues.up, message_id, [b"x" * 4_000])
-        before = collect(site, lambda events: any(isinstance(event, Trouble) for event in events))
+        before = collect(site, lambda events: any(isinstance(event, Blocked) for event in events))
         while (event := site.receive(1.0)) is not None:
             before.append(event)
         accepted = confirmed(before)
         assert 1 <= len(accepted) < len(sent)
         assert site.unconfirmed == frozenset(sent) - accepted
         assert broker.depth(queues.up) == len(accepted)
-        assert [type(event) for event in before if not isinstance(event, Confirmed)] == [Trouble]
-        assert queues.up.name in next(event.reason for event in before if isinstance(event, Trouble))
+        assert [type(event) for event in before if not isinstance(event, Confirmed)] == [Blocked]
+        assert queues.up.name in next(event.reason for event in before if isinstance(event, Blocked))
 
         received: list[str] = []
         after: list[Event] = []
@@ -257,7 +257,7 @@ def test_a_full_queue_holds_messages_up_and_loses_none(broker: Broker) -> None:
                     after.append(event)
         # A confirm may have been settled long before its event is taken here.
         after += collect(site, lambda events: confirmed(after + events) == set(sent) - accepted)
-        while not isinstance(after[-1], Recovered):
+        while not isinstance(after[-1], Unblocked):
             after += collect(site, lambda events: len(events) == 1)
         assert received == sent
         assert quiet(site)
@@ -269,7 +269,7 @@ def test_what_was_unconfirmed_at_closing_was_never_sent(broker: Broker) -> None:
     with broker.link([], 1, "site") as link:
         for message_id in ("fits", "fills", "waits"):
             link.publish(queues.up, message_id, [b"x" * 999])
-        collect(link, lambda events: any(isinstance(event, Trouble) for event in events))
+        collect(link, lambda events: any(isinstance(event, Blocked) for event in events))
     depth = broker.depth(queues.up)
     with broker.link([queues.up], 10, "server") as server:
         assert depth is not None

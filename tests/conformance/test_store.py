@@ -250,7 +250,7 @@ def test_redis_keeps_everything_over_a_kill_of_its_server(redis_server: RedisSer
 
 def test_statuses_tell_their_age(opened: Open) -> None:
     first, second = opened(), opened()
-    presence = Presence(silent_seconds=0.5, beat="a", heard=datetime(2026, 11, 21, 22, tzinfo=UTC))
+    presence = Presence(silent_seconds=0.5, beat="a", last_seen=datetime(2026, 11, 21, 22, tzinfo=UTC))
     status = WorkerStatus(
         phase=Phase.WAITING, detail='its "shift"', sent=412, refused=0, lacking=("east",),
         sites={"south": SiteStatus(loss=0.5, share=0.25, presence=presence)},

@@ -32,7 +32,7 @@ def main() -> int:
         if chosen.broker == "rabbitmq":
             broker = stack.enter_context(RabbitNode(folder.parent / "rabbitmq")).url
         trained(write_study(folder, recurrent=True, broker=broker))
-        by_itself(folder, "answer")
+        by_itself(folder, "serve-queries")
         died = ask_under_kills(folder, chosen.kills, chosen.seed, PAUSE_S, lambda line: print(line, flush=True))
         try:
             submissions = expect_plain_scores(folder)

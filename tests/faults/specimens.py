@@ -14,7 +14,7 @@ import torch
 
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.protocols import query
-from nightsplit.shared.protocols.build import assemble_any
+from nightsplit.shared.protocols.build import build_model
 from nightsplit.shared.protocols.spec import TRAINING, systems
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.codecs import FloatCodec
@@ -75,7 +75,7 @@ def specimens() -> list[Specimen]:
             for codec in get_args(FloatCodec):
                 for zstd in (False, True):
                     config = _config(protocol, model, codec, zstd)
-                    contract = assemble_any(config, Path()).contract
+                    contract = build_model(config, Path()).contract
                     for kind in contract:
                         body = _message(config, contract[kind], kind)
                         name = f"{protocol}/{model}/{codec}{'+zstd' * zstd}/{kind}"
@@ -108,7 +108,7 @@ def _message(config: RunConfig, payload: Payload, kind: Kind) -> bytes:
     names = ("north", SERVER) if kind in FROM_SITES else (SERVER, "north")
     header = Header(config.run.id, *names, kind, seq=0 if kind in UNSEQUENCED else 7, version=3)
     generator = torch.Generator().manual_seed(1)
-    texts = {"config": config.canonical(), "contract": config.contract, "metrics": '{"test": {"auc": 0.75}}'}
+    texts = {"config": config.canonical(), "contract": config.digest, "metrics": '{"test": {"auc": 0.75}}'}
     plain: dict[type, Scalar] = {bool: True, int: 12, float: 0.5}
     message = Message(
         header,

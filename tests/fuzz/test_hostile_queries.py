@@ -121,9 +121,9 @@ def test_whatever_is_said_to_the_server_it_answers_the_next_query(tmp_path: Path
         with ThreadPoolExecutor(1) as pool, service.broker.link([service.names.up], 2 * MOST_CHUNKS, SERVER) as inner:
             link = Hasty(inner)
             route = {"north": Route(outgoing=service.names.down, incoming=service.names.up, dead=service.names.dead)}
-            evaluate = partial(pool.submit, HeClstmServer(service.judge, SECRET).answer)
+            evaluate = partial(pool.submit, HeClstmServer(service.classifier, SECRET).answer)
             mailbox = Mailbox("film", SERVER, link, route, CONTRACT.get, LIMIT)
-            server = QueryServer(mailbox, service.circuit, evaluate, SECRET.hex(), service.keys)
+            server = QueryServer(mailbox, service.ckks, evaluate, SECRET.hex(), service.keys)
             server.run(lambda link=link, server=server: link.idle and not server._evaluations, None)
             refused += server.refused
         lying(service, "up")  # chunks that wait for others
@@ -156,7 +156,7 @@ def test_whatever_is_said_to_the_site_it_asks_the_next_query(tmp_path: Path) -> 
     assert put_aside is not None
     assert put_aside > MESSAGES // 20, "the others came for queries that were refused by then"
     for place in service.queries.open():
-        service.queries.refused(place.number, "no more of it")
+        service.queries.save_refusal(place.number, "no more of it")
     expect_an_answer(service)
 
 

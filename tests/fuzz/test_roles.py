@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from nightsplit.shared.errors import Refused, RunError
-from nightsplit.shared.protocols.build import assemble_any
+from nightsplit.shared.protocols.build import build_model
 from nightsplit.shared.protocols.spec import PROTOCOLS, TRAINING, systems
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, UNSEQUENCED, Header, Kind, Message, Scalar
@@ -75,13 +75,13 @@ def test_no_worker_dies_of_a_message(
     protocol: str, to_server: bool, kind: Kind, begun: Callable[[str, str], Night], tmp_path: Path
 ) -> None:
     config = config_of(protocol)
-    payload = assemble_any(config, tmp_path).contract.get(kind, Payload(kind))
+    payload = build_model(config, tmp_path).contract.get(kind, Payload(kind))
     sender, receiver = ("north", SERVER) if to_server else (SERVER, "north")
     night = begun(protocol, receiver)
     due = night.server.applied["north"] + 1 if to_server else 1
     header = Header(config.run.id, sender, receiver, kind, 0 if kind in UNSEQUENCED else due)
     plain: dict[str, Scalar] = {
-        "contract": config.contract, "config": config.canonical(), "incarnation": "north-2", "enrolled": True,
+        "contract": config.digest, "config": config.canonical(), "incarnation": "north-2", "enrolled": True,
         "train": 40, "validation": 10, "test": 10, "mark": 0, "released": 0, "number": 601,
     }  # fmt: skip
     for body in bodies(kind, payload, header, plain):

@@ -10,7 +10,7 @@ import pytest
 
 from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
-from nightsplit.console.commands.dlq import list_letters
+from nightsplit.console.dead_letters import list_letters
 from nightsplit.console.worker_file import WorkerFile
 from nightsplit.server_worker.config import ServerSection
 from nightsplit.shared.transport import Broker, Delivery, Queue

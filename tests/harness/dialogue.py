@@ -27,7 +27,7 @@ from nightsplit.shared.wire.message import FROM_SITES, SERVER, UNSEQUENCED, Head
 from nightsplit.shared.wire.schema import Payload, TensorSpec
 from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.role import SiteRole
-from tests.harness.night import tiny_parts
+from tests.harness.night import tiny_splits
 
 AnyRole = SiteRole | ServerRole
 LIMIT = 2**20
@@ -70,7 +70,7 @@ class Dialogue:
         """A role as a new process makes it."""
         if name == SERVER:
             return make_server(self.config, self.folder / SERVER, self.folder)
-        parts, ledger = tiny_parts(name), self.folder / f"{name}.db"
+        parts, ledger = tiny_splits(name), self.folder / f"{name}.db"
         return make_site(name, self.config, parts, f"{name}-1", self.folder, ledger=ledger)
 
     def clone(self, name: str) -> AnyRole:

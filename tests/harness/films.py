@@ -83,8 +83,8 @@ def write_study(folder: Path, recurrent: bool, broker: str = "embedded:broker") 
 
 def by_itself(folder: Path, verb: str, *arguments: str) -> None:
     """A worker alone, until it has nothing to do."""
-    file = folder / ("server.toml" if verb in ("open", "server", "answer") else "north.toml")
-    idle = [] if verb == "open" else ["--leave-when-idle", "0.4"]
+    file = folder / ("server.toml" if verb in ("open", "server", "serve-queries") else "north.toml")
+    idle = [] if verb == "open" else ["--exit-when-idle", "0.4"]
     assert run([verb, str(file), *idle, *arguments]) == 0
 
 
@@ -134,7 +134,7 @@ def ask_under_kills(
         How often each died. All that was submitted is answered then.
     """
     dice, died = np.random.default_rng(seed), Counter[str]()
-    verbs = {"server": ["answer", "server.toml"], "site": ["query", "north.toml", "--output", "scores.csv"]}
+    verbs = {"server": ["serve-queries", "server.toml"], "site": ["query", "north.toml", "--output", "scores.csv"]}
     at_work: dict[str, Process] = {}
 
     def begin(worker: str, *arguments: str) -> None:

@@ -23,7 +23,7 @@ from nightsplit.shared.config.run import (
 from nightsplit.shared.protocols.spec import Shape, systems
 from nightsplit.shared.transport import Broker
 from nightsplit.simulation.run import Simulation
-from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.dataset import Dataset, Splits
 
 SYSTEMS = [
     ("split_labels", "independent", 4),
@@ -56,7 +56,7 @@ def tiny_factory(dropout: float = 0.3) -> torch.nn.Sequential:
 
 
 PLAIN = ("fedavg_transfer", "data_vectors", None)
-"""Rounds without differential privacy, which forbids running statistics."""
+"""WholeModel without differential privacy, which forbids running statistics."""
 
 
 def tiny_whole(width: int = 128, norm: bool = True) -> torch.nn.Sequential:
@@ -106,7 +106,7 @@ def tiny_config(sites: tuple[str, ...] = ("north", "south", "east"), **run: obje
     )
 
 
-def tiny_parts(site: str) -> Parts:
+def tiny_splits(site: str) -> Splits:
     generator = torch.Generator().manual_seed(len(site) * 7 + ord(site[0]))
 
     def part(n: int) -> Dataset:
@@ -115,15 +115,15 @@ def tiny_parts(site: str) -> Parts:
         return Dataset(inputs, targets, tuple(str(i) for i in range(n)))
 
     n = SIZES[site]
-    return Parts(part(n), part(max(4, n // 4)), part(max(4, n // 4)))
+    return Splits(part(n), part(max(4, n // 4)), part(max(4, n // 4)))
 
 
 class Night(Simulation):
     """A run of tiny sites."""
 
     def __init__(self, config: RunConfig, folder: Path, broker: Broker | None = None, prefetch: int = 32, **more):
-        parts = {site: tiny_parts(site) for site in config.run.sites}
-        super().__init__(config, parts, folder, folder, broker, prefetch, **more)
+        splits = {site: tiny_splits(site) for site in config.run.sites}
+        super().__init__(config, splits, folder, folder, broker, prefetch, **more)
         self.ledgers = Path(_LEDGERS.name)
 
     @property
@@ -148,7 +148,7 @@ class Night(Simulation):
             self.turn(worker, dice.randint(1, 12))
             if worker in self.engines and dice.random() < 0.15:
                 self.kill(worker)
-        raise AssertionError(f"the run hangs: {self.server.applied}, {self.server.left_out}")
+        raise AssertionError(f"the run hangs: {self.server.applied}, {self.server.excluded}")
 
     def in_peace(self, folder: Path) -> Night:
         """The same run, which nobody disturbs."""

@@ -19,7 +19,7 @@ from pathlib import Path
 
 LIBRARIES = [
     "torch._dynamo", "matplotlib.figure", "msgpack", "msgspec", "pandas", "pika", "redis", "rich.live",
-    "safetensors.torch", "sklearn.metrics", "zstandard",
+    "pydantic", "safetensors.torch", "sklearn.metrics", "typer", "zstandard",
 ]  # fmt: skip
 """What our modules import: loaded once, and forked."""
 

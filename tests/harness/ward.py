@@ -4,7 +4,7 @@ import json
 
 import msgspec
 
-from nightsplit.server_worker.presence import Attendance
+from nightsplit.server_worker.presence import SilenceTracker
 from nightsplit.shared.engine.order import Exclude, from_journal
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.run_store.status import Phase, SiteStatus, WorkerStatus
@@ -33,13 +33,13 @@ class Ward(Night):
         self.decide = lambda: Exclude(absent) if (absent := self.absent()) else None
 
     def absent(self):
-        return self.attendance.absent(self.server.awaited(), self.server.staying)
+        return self.silence.overdue(self.server.awaited(), self.server.active_sites)
 
     def start(self, worker):
         if worker == SERVER:
             known = self.store.statuses([SERVER]).get(SERVER)
             before = known.report.sites if known is not None else {}
-            self.attendance = Attendance(self.config, before, lambda: self.clock.now().timestamp())
+            self.silence = SilenceTracker(self.config, before, lambda: self.clock.now().timestamp())
         return super().start(worker)
 
     def is_gone(self, worker):
@@ -49,11 +49,9 @@ class Ward(Night):
         return sent >= self.goes[worker] and (worker not in self.links or not self.links[worker].unconfirmed)
 
     def look(self):
-        self.attendance.look(
-            self.server.applied, self.server.awaited(), self.store.statuses(self.config.run.sites), True
-        )
-        lacking = self.attendance.lacking(self.server.awaited(), self.server.staying)
-        sites = {site: SiteStatus(presence=presence) for site, presence in self.attendance.sites.items()}
+        self.silence.look(self.server.applied, self.server.awaited(), self.store.statuses(self.config.run.sites), True)
+        lacking = self.silence.lacking(self.server.awaited(), self.server.active_sites)
+        sites = {site: SiteStatus(presence=presence) for site, presence in self.silence.sites.items()}
         self.store.put_status(SERVER, WorkerStatus(phase=Phase.WORKING, lacking=tuple(lacking), sites=sites))
 
     def step(self, worker):
@@ -92,7 +90,7 @@ class Ward(Night):
             if self.over:
                 return self
             self.turn(self.workers[number % len(self.workers)], 3)
-        raise AssertionError(f"the run hangs: {self.server.applied}, {self.server.left_out}")
+        raise AssertionError(f"the run hangs: {self.server.applied}, {self.server.excluded}")
 
     def in_peace(self, folder):
         """The site that was gone is at work all the time."""
@@ -101,7 +99,7 @@ class Ward(Night):
     def outcome(self):
         """The decisions, the figures, and all that the server and the sites that stayed end with."""
         history = json.dumps(self.server.evaluation.history, sort_keys=True)
-        return dict(self.server.left_out), history, self.fingerprint(*self.goes, *self.server.left_out)
+        return dict(self.server.excluded), history, self.fingerprint(*self.goes, *self.server.excluded)
 
 
 def ward_config(protocol="split_labels", bottoms="independent", window=4, order="strict", **run):

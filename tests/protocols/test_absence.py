@@ -5,7 +5,7 @@ from datetime import datetime
 import pytest
 from msgspec.structs import replace
 
-from nightsplit.console.commands.status import _sentence
+from nightsplit.console.status import _sentence
 from nightsplit.server_worker.report import write_report
 from nightsplit.shared.protocols.plan import Purpose
 from nightsplit.shared.run_store.base import Status
@@ -28,7 +28,7 @@ between two slices of an update, behind one."""
 def test_a_strict_run_ends_without_a_site_whatever_dies(protocol, bottoms, window, sent, calm, tmp_path):
     config = ward_config(protocol, bottoms, window)
     undisturbed = calm(config, {"south": sent})
-    assert list(undisturbed.server.left_out) == ["south"]
+    assert list(undisturbed.server.excluded) == ["south"]
     assert [entry for entry in undisturbed.journal() if entry.startswith("-")] == ["-south"]
     assert undisturbed.server.applied["south"] == sent, "what it gave before stays"
     assert undisturbed.server.done
@@ -42,14 +42,14 @@ def test_a_strict_run_ends_without_a_site_whatever_dies(protocol, bottoms, windo
 def test_a_fair_run_ends_like_the_replay_of_its_journal(protocol, bottoms, window, seed, tmp_path):
     config = ward_config(protocol, bottoms, window, order="fair")
     shaken = Ward(config, tmp_path / "shaken", {"south": 3}).shaken(seed)
-    assert list(shaken.server.left_out) == ["south"]
+    assert list(shaken.server.excluded) == ["south"]
     assert shaken.replayed(tmp_path / "replay").outcome() == shaken.outcome()
 
 
 def test_two_sites_may_go_one_after_the_other(tmp_path):
     config = ward_config(quorum=1)
     ward = Ward(config, tmp_path / "calm", {"south": 3, "east": 5}).run()
-    assert sorted(ward.server.left_out) == ["east", "south"]
+    assert sorted(ward.server.excluded) == ["east", "south"]
     assert Ward(config, tmp_path / "shaken", {"south": 3, "east": 5}).shaken(1).outcome() == ward.outcome()
 
 
@@ -57,7 +57,7 @@ def test_a_site_that_has_given_everything_may_go(tmp_path):
     """Frozen: it releases its activations and is never seen again. That is its contract, and no absence."""
     config = ward_config("split_frozen")
     ward = Ward(config, tmp_path, {"south": 5})  # 3 batches to train on, one to choose by, one to test
-    assert ward.run().server.left_out == {}
+    assert ward.run().server.excluded == {}
     assert ward.server.applied["south"] == ward.server.sequences["south"].last == 5
 
 
@@ -104,20 +104,20 @@ def test_the_best_weights_is_the_one_that_was_evaluated(tmp_path):
 
 def test_the_report_names_everybodys_part(tmp_path):
     ward = Ward(ward_config(), tmp_path / "night", {"south": 8}).run()
-    report = write_report(tmp_path / "report", ward.config, ward.server, ward.attendance.heard)
+    report = write_report(tmp_path / "report", ward.config, ward.server, ward.silence.last_seen)
     sites, plan = report["sites"], ward.server.sequences["south"].plan
     trained = [q for q in range(1, 9) if plan.item(q).purpose is Purpose.TRAIN]
     assert sites["south"]["batches"] == len(trained)
     assert sites["south"]["samples"] == sum(len(plan.item(q).rows) for q in trained)
     assert sum(facts["batches"] for facts in sites.values()) == report["steps"]
     assert sum(facts["share"] for facts in sites.values()) == pytest.approx(1)
-    assert sites["south"]["left_out_at"] == ward.journal().index("-south")
-    assert sites["north"]["left_out_at"] is None
-    assert datetime.fromisoformat(sites["south"]["last_heard"]).utcoffset().total_seconds() == 0
+    assert sites["south"]["excluded_at"] == ward.journal().index("-south")
+    assert sites["north"]["excluded_at"] is None
+    assert datetime.fromisoformat(sites["south"]["last_seen"]).utcoffset().total_seconds() == 0
     text = (tmp_path / "report" / "report.md").read_text()
-    assert f"**LEFT OUT: south, behind {sites['south']['left_out_at']} applied messages" in text
+    assert f"**EXCLUDED: south, behind {sites['south']['excluded_at']} applied messages" in text
     assert "silent for 0.2 h and 2 sites suffice" in text
-    assert text.count("LEFT OUT") == 2  # the sentence, and its line in the table
+    assert text.count("EXCLUDED") == 2  # the sentence, and its line in the table
 
 
 def test_a_crash_does_not_change_what_a_site_gave(tmp_path):

@@ -40,7 +40,7 @@ def test_silence_goes_on_where_the_last_server_left_off(tmp_path):
             ward.kill(SERVER)
         ward.turn((*ward.config.run.sites, SERVER)[number % 4], 3)
     assert QUORUM["absence_hours"] * 3600 > 36 * SECONDS
-    assert list(ward.server.left_out) == ["south"]
+    assert list(ward.server.excluded) == ["south"]
 
 
 @pytest.mark.parametrize("place", ["before the record", "behind the record", "publish 0", "publish 1", "publish 2"])

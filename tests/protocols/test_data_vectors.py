@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 
 from nightsplit.console.cli import run
 from nightsplit.shared.engine.order import Exclude
-from nightsplit.shared.learning.metrics import standing
+from nightsplit.shared.learning.metrics import score
 from nightsplit.shared.protocols.data_vectors import SCALES
 from nightsplit.shared.wire.message import SERVER
 from tests.harness.night import Night, tiny_rounds
@@ -19,7 +19,7 @@ def test_vectors_are_what_each_site_would_reach_alone_and_the_sum_is_scaled_by_v
     assert set(server.vectors) == set(SITES)
     history = server.evaluation.history
     assert [entry["epoch"] for entry in history] == list(range(1, len(SCALES) + 1))
-    best = max(history, key=lambda entry: standing(config.task, entry["overall"]["validation"]))
+    best = max(history, key=lambda entry: score(config.task, entry["overall"]["validation"]))
     assert server.scale == SCALES[best["epoch"] - 1]
     where = ~server.layout.statistics
     expected = server.published + server.scale * sum(server.vectors.values())
@@ -57,7 +57,7 @@ def test_a_vector_that_comes_too_late_is_published_beside_the_merge(tmp_path):
 def test_statistics_of_a_merge_are_measured_anew_and_pooled(tmp_path):
     night = Night(tiny_rounds(protocol="data_vectors"), tmp_path).run()
     server, model = night.roles[SERVER], night.roles["north"].model()["model"]
-    inputs = torch.cat([night.roles[site].feed.train.inputs for site in SITES])
+    inputs = torch.cat([night.roles[site].batches.train.inputs for site in SITES])
     hidden = inputs @ model["0.weight"].T + model["0.bias"]
     torch.testing.assert_close(server.best_weights["1.running_mean"], hidden.mean(0), rtol=0, atol=1e-4)
     # torch estimates each site's variance without bias, with n - 1
@@ -103,7 +103,7 @@ def test_part_of_a_vector_does_not_count(tmp_path):
     config = tiny_rounds(protocol="data_vectors", quorum=2)
     night = Night(config, tmp_path)
     gone = []
-    night.decide = lambda: Exclude("east") if gone and "east" not in night.server.left_out else None
+    night.decide = lambda: Exclude("east") if gone and "east" not in night.server.excluded else None
     for name in night.workers:
         night.start(name)
     while night.roles["east"].next_seq < 2:

@@ -10,9 +10,9 @@ from nightsplit.shared.learning.optimizers import make_optimizer
 from nightsplit.shared.learning.seeds import seed_for, seeded
 from nightsplit.shared.protocols.plan import Item, Purpose
 from nightsplit.shared.wire.message import SERVER
-from nightsplit.site_worker.stream.batches import Feed
+from nightsplit.site_worker.stream.batches import StreamBatches
 from nightsplit.site_worker.stream.bottom import Bottom
-from tests.harness.night import Night, tiny_config, tiny_factory, tiny_parts
+from tests.harness.night import Night, tiny_config, tiny_factory, tiny_splits
 
 
 def whole_model(config):
@@ -22,17 +22,17 @@ def whole_model(config):
 
 def ordinary_training(config, site):
     """The uncut model, one optimizer, plain autograd; dropout seeded per half and step as in a run."""
-    model, feed = whole_model(config), Feed(config, site, tiny_parts(site))
+    model, batches = whole_model(config), StreamBatches(config, site, tiny_splits(site))
     optimizer = make_optimizer(config.optimizer, model.parameters())
     model.train()
-    for q in range(1, feed.plan.last + 1):
-        item = feed.plan.item(q)
+    for q in range(1, batches.plan.last + 1):
+        item = batches.plan.item(q)
         if item.purpose is not Purpose.TRAIN:
             continue
-        with seeded(feed.seed("bottom", item)):
-            smashed = model[: config.model.cut](feed.inputs(item))
-        with seeded(feed.seed("top", item)):
-            loss = loss_of(config.task, model[config.model.cut :](smashed), feed.targets(item))
+        with seeded(batches.seed("bottom", item)):
+            smashed = model[: config.model.cut](batches.inputs(item))
+        with seeded(batches.seed("top", item)):
+            loss = loss_of(config.task, model[config.model.cut :](smashed), batches.targets(item))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -125,7 +125,7 @@ def test_gradients_of_two_batches_in_flight_match_a_reference():
     for q in (1, 2):
         bottom.forward(training_item(q, 0), inputs[q - 1], seed=q, training=True)
     for q in (1, 2):
-        bottom.learn(training_item(q, 0), inputs[q - 1], seed=q, gradient=gradients[q - 1])
+        bottom.apply_gradient(training_item(q, 0), inputs[q - 1], seed=q, gradient=gradients[q - 1])
         reference = whole_model(config)[:3]
         reference.load_state_dict(first)
         with seeded(q):
@@ -145,7 +145,7 @@ def test_recomputing_equals_the_kept_graph():
             bottom.forward(item, inputs, seed=q, training=True)
             if forget_graphs:
                 bottom._graphs.clear()
-            bottom.learn(item, inputs, seed=q, gradient=torch.randn(8, 8))
+            bottom.apply_gradient(item, inputs, seed=q, gradient=torch.randn(8, 8))
         results.append(bottom.module.state_dict())
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
@@ -160,7 +160,7 @@ def test_batch_norm_counts_every_batch_once():
     for q in (1, 2, 3):
         inputs, gradient = torch.randn(8, 6), torch.randn(8, 4)
         bottom.forward(training_item(q, q - 1), inputs, seed=0, training=True)
-        bottom.learn(training_item(q, q - 1), inputs, seed=0, gradient=gradient)
+        bottom.apply_gradient(training_item(q, q - 1), inputs, seed=0, gradient=gradient)
         optimizer.zero_grad()
         plain(inputs).backward(gradient)
         optimizer.step()

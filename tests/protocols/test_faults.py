@@ -10,7 +10,7 @@ import pytest
 from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import site_queues
-from nightsplit.shared.transport import Confirmed, Delivery, Recovered, Trouble
+from nightsplit.shared.transport import Blocked, Confirmed, Delivery, Unblocked
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.simulation.faults import Faults, FaultyBroker
@@ -218,27 +218,27 @@ def test_a_lost_confirm_stays_open_until_the_line_breaks():
     line.link.publish(QUEUES.up, "0", [b"body"])
     while (event := line.link.receive(0.0)) is None:
         assert line.link.unconfirmed == {"0"}
-    assert isinstance(event, Trouble)
+    assert isinstance(event, Blocked)
     assert line.broker.depth(QUEUES.up) == 2, "stored before, and once more on the new connection"
 
 
 def test_a_lost_connection_is_told_and_delivers_again_what_was_not_acknowledged():
     line = Line(40, disconnect=0.05).listen()
     states = [type(event) for event in line.events if not isinstance(event, Delivery)]
-    assert states == [Trouble, Recovered] * line.broker.counts["disconnects"]
+    assert states == [Blocked, Unblocked] * line.broker.counts["disconnects"]
     assert line.broker.counts["disconnects"] > 0
-    last = max(place for place, event in enumerate(line.events) if isinstance(event, Recovered))
+    last = max(place for place, event in enumerate(line.events) if isinstance(event, Unblocked))
     again = [int(event.message_id) for event in line.events[last:] if isinstance(event, Delivery)]
     assert again == list(range(40))
 
 
 def test_acknowledging_after_a_lost_connection_does_nothing():
     line = Line(40, disconnect=0.05)
-    while not line.events or not isinstance(line.events[-1], Trouble):
+    while not line.events or not isinstance(line.events[-1], Blocked):
         line.listen(turns=1)
     assert line.numbers
     line.listen()
-    trouble = max(place for place, event in enumerate(line.events) if isinstance(event, Trouble))
+    trouble = max(place for place, event in enumerate(line.events) if isinstance(event, Blocked))
     for event in line.events[:trouble]:
         if isinstance(event, Delivery):
             line.link.acknowledge(event)

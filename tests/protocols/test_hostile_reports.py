@@ -71,10 +71,10 @@ def test_a_report_that_lies_is_refused_and_the_run_ends(run, lie, tmp_path):
     def change(role):
         text = LIES[lie]
         if run == "data_vectors":
-            honest = role.judge_final
-            role.judge_final = lambda: (honest(), json.dumps([text, *["{}"] * (len(SCALES) - 1)]))[1]
+            honest = role.evaluate_final
+            role.evaluate_final = lambda: (honest(), json.dumps([text, *["{}"] * (len(SCALES) - 1)]))[1]
         else:
-            setattr(role, "judge" if run == "fedavg_transfer" else "_judge", lambda: text)
+            setattr(role, "evaluate" if run == "fedavg_transfer" else "_evaluate", lambda: text)
 
     night = Night(RUNS[run], tmp_path)
     server = played(night, change)
@@ -105,7 +105,7 @@ def test_the_largest_values_do_not_end_the_run(combine, size, tmp_path):
     """Means, squares of running means, a model of two rounds: nothing overflows that others would have to read."""
 
     def change(role):
-        role._changed = lambda: torch.full((role.layout.length,), size)
+        role._make_update = lambda: torch.full((role.layout.length,), size)
 
     night = Night(tiny_rounds(SITES, rounds=3, combine=combine), tmp_path)
     server = played(night, change)
@@ -117,7 +117,7 @@ def test_the_largest_values_do_not_end_the_run(combine, size, tmp_path):
 
 def test_the_largest_vector_does_not_end_the_run(tmp_path):
     def change(role):
-        role._changed = lambda: torch.full((role.layout.length,), 1e20)
+        role._make_update = lambda: torch.full((role.layout.length,), 1e20)
 
     night = Night(RUNS["data_vectors"], tmp_path)
     server = played(night, change)
@@ -132,20 +132,20 @@ def test_a_site_that_a_model_makes_diverge_says_which_one(tmp_path):
     night.start("north")
     role = night.roles["north"]
     with torch.no_grad():
-        role.trainer.trained[0].fill_(torch.inf)
+        role.trainer.trainable[0].fill_(torch.inf)
     for version, sentence in ((0, "not finite. Fix"), (1, "the server's model 1.*another site's update")):
         role._version = version
         with pytest.raises(RunError, match=f"E603.*{sentence}"):
             role._train()
         with pytest.raises(RunError, match=f"E603.*1e\\+20.*{sentence.removeprefix('not finite')}"):
-            role._changed()
+            role._make_update()
 
 
 def test_a_model_that_gives_nothing_finite_leaves_the_site_with_its_own(tmp_path):
     """Each value of it is small enough; what follows from them for a patient is not."""
 
     def change(role):
-        role._changed = lambda: torch.full((role.layout.length,), 1e15)
+        role._make_update = lambda: torch.full((role.layout.length,), 1e15)
 
     night = Night(tiny_rounds(SITES, rounds=2, statistics="local"), tmp_path)
     played(night, change)

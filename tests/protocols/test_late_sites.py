@@ -47,11 +47,11 @@ def test_without_its_quorum_the_run_waits_and_says_for_whom(tmp_path):
     ward = Ward(ward_config(order="fair"), tmp_path, {"south": 0, "east": 0})
     for number in range(400):
         ward.turn((SERVER, *ward.config.run.sites)[number % 4])
-    assert ward.server.left_out == {}
+    assert ward.server.excluded == {}
     assert ward.store.statuses([SERVER])[SERVER].report.lacking == ("south", "east")
     ward.goes = {"south": 0}  # east comes, so two of three are there
     ward.run()
-    assert list(ward.server.left_out) == ["south"]
+    assert list(ward.server.excluded) == ["south"]
     assert ward.store.statuses([SERVER])[SERVER].report.lacking == ()
 
 
@@ -60,7 +60,7 @@ def test_without_a_quorum_rule_nobody_is_left_out(order, tmp_path):
     ward = Ward(replace_run(ward_config(order=order), quorum=None), tmp_path, {"south": 3})
     for number in range(400):
         ward.turn((SERVER, *ward.config.run.sites)[number % 4])
-    assert ward.server.left_out == {}
+    assert ward.server.excluded == {}
     assert SERVER not in ward.finished
     assert ward.store.statuses([SERVER])[SERVER].report.lacking == ("south",)
 
@@ -88,7 +88,7 @@ def test_in_fair_order_a_slow_site_holds_nobody_back(tmp_path):
     config = ward_config(order="fair", absence_hours=2.0)
     ward = Ward(config, tmp_path)
     then = slow_run(ward)
-    assert ward.server.left_out == {}, "slow is not silent"
+    assert ward.server.excluded == {}, "slow is not silent"
     assert then["south"] < ward.server.sequences["south"].last / 2, "the others were done long before"
     assert ward.server.applied["south"] == ward.server.sequences["south"].last
     # A batch is used when at most a window of each other site came between.
@@ -100,6 +100,6 @@ def test_in_strict_order_all_wait_for_a_slow_site_and_nothing_changes(tmp_path):
     config = ward_config(absence_hours=2.0)
     ward = Ward(config, tmp_path / "slow")
     then = slow_run(ward)
-    assert ward.server.left_out == {}
+    assert ward.server.excluded == {}
     assert then["south"] >= ward.server.sequences["south"].last - 2, "they came to the end together"
     assert ward.outcome() == Ward(config, tmp_path / "calm").run().outcome()

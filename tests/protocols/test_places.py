@@ -14,7 +14,7 @@ from nightsplit.shared.errors import Refused, RunError
 from nightsplit.shared.protocols.places import check_upload, kinds_at
 from nightsplit.shared.protocols.plan import Plan, Purpose
 from nightsplit.shared.protocols.spec import sketch
-from nightsplit.shared.protocols.stream import UpSequence
+from nightsplit.shared.protocols.stream import StreamSequence
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from tests.harness.dialogue import (
@@ -164,7 +164,7 @@ TARGETS = {
 @pytest.mark.parametrize("kind", TARGETS)
 def test_targets_are_of_the_task(kind):
     task = TaskSection(kind=kind, classes=3)
-    sequence = UpSequence(Plan(4, 0, 0, 4, 1, 1, None, 1), has_head=False)
+    sequence = StreamSequence(Plan(4, 0, 0, 4, 1, 1, None, 1), has_head=False)
     header = Header("night", "north", SERVER, Kind.SMASHED, 1)
 
     def offer(value):
@@ -182,7 +182,7 @@ HELLO = {"train": 40, "validation": 10, "test": 10, "mark": 0, "released": 0, "e
 
 
 def hello(config, **changed):
-    scalars = {"incarnation": "north-1", "contract": config.contract, **HELLO, **changed}
+    scalars = {"incarnation": "north-1", "contract": config.digest, **HELLO, **changed}
     return Message(Header("night", "north", SERVER, Kind.HELLO, 0), scalars=scalars)
 
 

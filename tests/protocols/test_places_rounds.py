@@ -19,7 +19,7 @@ from nightsplit.shared.storage.checkpoint import Snapshot
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, UNSEQUENCED, Header, Kind, Message
 from nightsplit.site_worker.protocols import make_site
-from tests.harness.night import tiny_parts, tiny_rounds
+from tests.harness.night import tiny_rounds, tiny_splits
 
 NAMES = ("north", "south")
 RUNS = {
@@ -59,7 +59,7 @@ class Hands:
         if name == SERVER:
             return make_server(self.config, self.folder / SERVER, self.folder)
         ledger = self.folder / f"{name}.db"
-        return make_site(name, self.config, tiny_parts(name), f"{name}-1", self.folder, ledger=ledger)
+        return make_site(name, self.config, tiny_splits(name), f"{name}-1", self.folder, ledger=ledger)
 
     def play(self):
         for name, role in self.roles.items():

@@ -18,6 +18,7 @@ from nightsplit.shared.protocols.handshake import VERDICT
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.shared.wire.schema import Payload, Reveals, ScalarSpec, TensorSpec
+from nightsplit.simulation.broker import MemoryBroker
 from tests.harness.night import Night, tiny_config
 
 F32 = torch.float32
@@ -252,7 +253,7 @@ def test_there_are_more_than_thirty_kinds():
 @pytest.mark.parametrize("name", POISON)
 def test_poison_in_a_running_run(name, calm, tmp_path):
     make, number = POISON[name]
-    night = Night(config(), tmp_path)
+    night = Night(config(), tmp_path, MemoryBroker())  # which carries more than the run allows
 
     def go_on(enough: Callable[[], bool]) -> None:
         for _ in range(1000):

@@ -17,9 +17,9 @@ from nightsplit.server_worker.query.pool import Evaluate
 from nightsplit.server_worker.query.server import QueryServer
 from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.errors import Refused, StateError
-from nightsplit.shared.he.sequences import circuit_of, rotations_of
-from nightsplit.shared.he.weights import Judge, Numbers
-from nightsplit.shared.models.sequences import SequenceJudge
+from nightsplit.shared.he.sequences import parameters_for, rotations_of
+from nightsplit.shared.he.weights import ClassifierWeights, FloatArray
+from nightsplit.shared.models.sequences import SequenceClassifier
 from nightsplit.shared.protocols.query import CONTRACT, HEADER_BYTES, MOST_CHUNKS, Parcels, chunks
 from nightsplit.shared.transport import Delivery, Route
 from nightsplit.shared.wire import format as wire
@@ -29,7 +29,7 @@ from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
 from nightsplit.site_worker.query.client import QueryClient
 from nightsplit.site_worker.query.keys import SecretKeys
-from nightsplit.site_worker.query.store import Queries
+from nightsplit.site_worker.query.store import QueryStore
 
 FRAMES, FEATURES, HIDDEN = 2, 2, 1
 LIMIT = HEADER_BYTES + 100_000
@@ -41,12 +41,12 @@ class Service:
 
     def __init__(self, folder: Path, recurrent: bool = True) -> None:
         torch.manual_seed(2)
-        self.network = SequenceJudge(FRAMES, FEATURES, HIDDEN, recurrent).double()
-        self.judge = Judge.of(self.network.state_dict())
-        self.circuit = circuit_of(self.judge)
-        secret, self.public = SecretKeys.made(self.circuit, folder / "site", rotations_of(self.circuit, self.judge))
-        self.queries = Queries(folder / "queries.db")
-        self.half = HeClstmSite(self.judge, secret)
+        self.network = SequenceClassifier(FRAMES, FEATURES, HIDDEN, recurrent).double()
+        self.classifier = ClassifierWeights.of(self.network.state_dict())
+        self.ckks = parameters_for(self.classifier)
+        secret, self.public = SecretKeys.make(self.ckks, folder / "site", rotations_of(self.ckks, self.classifier))
+        self.queries = QueryStore(folder / "queries.db")
+        self.half = HeClstmSite(self.classifier, secret)
         self.broker, self.names = MemoryBroker(), query_queues("film", "north", 2**30)
         self.broker.declare(self.names)
         self.keys = folder / "server"
@@ -63,10 +63,10 @@ class Service:
         names = self.names
         with ThreadPoolExecutor(2) as pool, self.broker.link([names.up], 2 * MOST_CHUNKS, SERVER) as link:
             route = {"north": Route(outgoing=names.down, incoming=names.up, dead=names.dead)}
-            in_threads = partial(pool.submit, HeClstmServer(self.judge, secret).answer)
+            in_threads = partial(pool.submit, HeClstmServer(self.classifier, secret).answer)
             evaluate, name = evaluate or in_threads, secret.hex()
             mailbox = Mailbox("film", SERVER, link, route, CONTRACT.get, LIMIT)
-            server = QueryServer(mailbox, self.circuit, evaluate, name, self.keys)
+            server = QueryServer(mailbox, self.ckks, evaluate, name, self.keys)
             server.run(lambda: False, 0.05)
         return server
 
@@ -85,13 +85,13 @@ class Service:
             self.answer()
         raise AssertionError("queries stay open")
 
-    def expected(self) -> Numbers:
+    def expected(self) -> FloatArray:
         with torch.no_grad():
-            scores: Numbers = self.network(torch.tensor(self.features))[:, 0].numpy()
+            scores: FloatArray = self.network(torch.tensor(self.features))[:, 0].numpy()
         return scores
 
     def expect_scores(self) -> None:
-        """Each query has the scores of the judge in the clear."""
+        """Each query has the scores of the classifier in the clear."""
         expected = self.expected()
         for query in self.queries.all():
             assert query.logits is not None
@@ -134,10 +134,10 @@ def test_what_waits_is_asked_together(service: Service) -> None:
     """As one query, in the packing that suits the sum; scores come by submission."""
     for _ in range(3):
         service.queries.submit(["a", "b,c", "d"], service.features)
-    assert service.queries.unformed() == 9
+    assert service.queries.count_waiting() == 9
     service.settle()
     (query,) = service.queries.all()
-    assert service.queries.unformed() == 0
+    assert service.queries.count_waiting() == 0
     assert [tuple(origin) for origin in query.origins[2:5]] == [(1, 3, "d"), (2, 1, "a"), (2, 2, "b,c")]
     assert query.logits is not None
     np.testing.assert_allclose(query.logits, np.tile(service.expected(), 3), atol=1e-4)
@@ -151,7 +151,7 @@ def test_the_packing_follows_what_waits(service: Service) -> None:
     for _ in range(2):
         service.queries.submit(["p"] * len(many), many)
     service.queries.form(service.public.sha256, service.half.packing_for)
-    recurrent = service.judge.state is not None
+    recurrent = service.classifier.state is not None
     assert [(query.packing, len(query.origins)) for query in service.queries.all()] == [
         ("slots" if recurrent else "batch", 3), ("batch", 1500),
     ]  # fmt: skip
@@ -194,7 +194,7 @@ def test_a_server_with_another_secret_lets_queries_begin_again(service: Service)
     service.answer()
     service.ask()
     other = service.answer(secret=b"t" * 32)
-    recurrent = service.judge.state is not None
+    recurrent = service.classifier.state is not None
     assert (other.answered, other.refused) == ((0, 1) if recurrent else (0, 0))
     for _ in range(FRAMES):
         service.ask()
@@ -210,19 +210,19 @@ def test_answers_to_the_same_query_are_blinded_with_other_numbers(service: Servi
     service.ask()
     service.edit("up", lambda bodies: [*bodies, *bodies[-2:]])
     service.answer()
-    states: list[Numbers] = []
+    states: list[FloatArray] = []
     query = service.queries.get(1)
 
     def kept(bodies: list[bytes]) -> list[bytes]:
         parcels = Parcels()
         for body in bodies:
             pieces = parcels.add(wire.decode(body, CONTRACT[Kind.ANSWER], LIMIT))
-            if pieces is not None and service.judge.state is not None:
-                states.append(service.half.state(query, pieces))
+            if pieces is not None and service.classifier.state is not None:
+                states.append(service.half.decrypt_state(query, pieces))
         return bodies
 
     service.edit("down", kept)
-    if service.judge.state is not None:
+    if service.classifier.state is not None:
         first, second = states
         assert np.abs(first - second).min() > 1e-3, "no number is the same"
         assert np.abs(first - second).mean() > 1e5
@@ -298,8 +298,8 @@ def test_garbage_is_put_aside_and_the_next_query_answered(service: Service) -> N
 
 
 def test_what_fits_no_step_is_refused(service: Service) -> None:
-    half, number = HeClstmServer(service.judge, b"s" * 32), service.submit()
-    pieces = service.half.pieces(service.queries.get(number))
+    half, number = HeClstmServer(service.classifier, b"s" * 32), service.submit()
+    pieces = service.half.encrypt_step(service.queries.get(number))
     name = service.queries.get(number).packing
     for step, packing, sent in ((0, "spiral", pieces), (half.steps, name, pieces), (-1, name, pieces), (0, name, [])):
         with pytest.raises(Refused, match="304"):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nightsplit.console.commands.replay import Replay
+from nightsplit.console.replay import Replay
 from nightsplit.server_worker.tape import FOLDER, Tape, TapedLink
 from nightsplit.shared.engine.effects import Record
 from nightsplit.shared.engine.order import Exclude
@@ -104,10 +104,10 @@ def test_a_site_that_was_left_out_is_left_out_at_the_same_place(order, tmp_path)
     while SERVER not in night.finished:
         if (turns := turns + 1) == 12:
             night.kill("east")
-            night.decide = lambda: Exclude("east") if "east" in night.server.staying else None
+            night.decide = lambda: Exclude("east") if "east" in night.server.active_sites else None
         for name in list(night.engines):
             night.step(name)
-    assert set(night.roles[SERVER].left_out) == {"east"}
+    assert set(night.roles[SERVER].excluded) == {"east"}
     replay = replayed(night)
     assert replay.weights() == weights_of(night)
     assert replay.position == sum(night.roles[SERVER].applied.values()) + 1

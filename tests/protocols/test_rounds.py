@@ -9,9 +9,9 @@ from msgspec.structs import replace
 
 from nightsplit.server_worker.rounds.aggregation import TrimmedMean, WeightedMean
 from nightsplit.shared.engine.order import CloseRound, Exclude
-from nightsplit.shared.protocols.build import assemble_rounds
+from nightsplit.shared.protocols.build import build_whole_model
 from nightsplit.shared.wire.message import SERVER, Kind
-from tests.harness.night import Night, tiny_parts, tiny_rounds
+from tests.harness.night import Night, tiny_rounds, tiny_splits
 
 SITES = ("north", "south", "east")
 
@@ -125,7 +125,7 @@ def test_a_site_that_leaves_for_ever_is_not_waited_for(tmp_path):
     config = tiny_rounds(quorum=2)
     night = Night(config, tmp_path)
     gone = []
-    night.decide = lambda: Exclude("east") if gone and "east" not in night.server.left_out else None
+    night.decide = lambda: Exclude("east") if gone and "east" not in night.server.excluded else None
     for name in night.workers:
         night.start(name)
     while night.roles[SERVER].version < 2:
@@ -136,7 +136,7 @@ def test_a_site_that_leaves_for_ever_is_not_waited_for(tmp_path):
     server = night.roles[SERVER]
     assert SERVER in night.finished
     assert server.version == 4
-    assert set(server.left_out) == {"east"}
+    assert set(server.excluded) == {"east"}
     assert server.evaluation.best > 0
     assert 0 < server.contribution("east")["batches"] < server.contribution("north")["batches"]
 
@@ -153,10 +153,10 @@ def test_a_round_is_the_weighted_mean_of_what_sites_would_reach_alone(tmp_path):
     for site in SITES:
         role = night.roles[site]
         rest(night, [SERVER, site], turns=3)
-        while role._made < 1:
+        while role._last_update < 1:
             night.engines[site].step(0.0)
         updates[site] = role._updates[1]
-    sizes = {site: len(tiny_parts(site).train) for site in SITES}
+    sizes = {site: len(tiny_splits(site).train) for site in SITES}
     mean = sum(sizes[site] * updates[site] for site in SITES) / sum(sizes.values())
     rest(night, [SERVER, *SITES], turns=2000)
     torch.testing.assert_close(night.roles[SERVER].vector, first + mean)
@@ -165,8 +165,8 @@ def test_a_round_is_the_weighted_mean_of_what_sites_would_reach_alone(tmp_path):
 def test_running_statistics_are_those_of_the_pooled_samples():
     """Variances of sites with different means do not average to the variance of all their samples."""
     config = tiny_rounds()
-    layout = assemble_rounds(config, Path()).layout
-    module = assemble_rounds(config, Path()).module
+    layout = build_whole_model(config, Path()).layout
+    module = build_whole_model(config, Path()).module
     weights = dict(module.state_dict())
     vectors, samples = [], []
     for shift in (0.0, 4.0):
@@ -182,7 +182,7 @@ def test_running_statistics_are_those_of_the_pooled_samples():
 
 def test_local_statistics_stay_at_the_site(tmp_path):
     config = tiny_rounds(statistics="local", rounds=2)
-    assert not [name for name in assemble_rounds(config, tmp_path).layout.shapes if "running" in name]
+    assert not [name for name in build_whole_model(config, tmp_path).layout.shapes if "running" in name]
     night = Night(config, tmp_path).run()
     means = [night.roles[site].model()["model"]["1.running_mean"] for site in SITES]
     assert not torch.equal(means[0], means[1])
@@ -192,7 +192,7 @@ def test_local_statistics_stay_at_the_site(tmp_path):
 
 def test_what_is_frozen_keeps_its_weights_and_does_not_travel(tmp_path):
     config = tiny_rounds(freeze=["0", "1"])
-    made = assemble_rounds(config, tmp_path)
+    made = build_whole_model(config, tmp_path)
     assert {name.split(".")[0] for name in made.layout.shapes} == {"4", "6"}
     night = Night(config, tmp_path).run()
     for site in SITES:
@@ -207,7 +207,7 @@ def test_a_hostile_site_does_not_decide(combine, tmp_path):
 
     def size_with(rule):
         night = begun(tiny_rounds(rounds=1, combine=rule, trim=0.34), tmp_path / rule)
-        while night.roles["east"]._made < 1:
+        while night.roles["east"]._last_update < 1:
             rest(night, [SERVER, *SITES], turns=1)
         night.roles["east"]._updates[1] = torch.full_like(night.roles["east"]._updates[1], 1e6)
         rest(night, [SERVER, *SITES], turns=2000)
@@ -219,7 +219,7 @@ def test_a_hostile_site_does_not_decide(combine, tmp_path):
 
 def test_values_that_no_sum_could_hold_are_refused(tmp_path):
     night = begun(tiny_rounds(rounds=2), tmp_path)
-    while night.roles["east"]._made < 1:
+    while night.roles["east"]._last_update < 1:
         rest(night, [SERVER, *SITES], turns=1)
     night.roles["east"]._updates[1] = torch.full_like(night.roles["east"]._updates[1], 3e38)
     rest(night, [SERVER, *SITES], turns=3000)
@@ -232,10 +232,10 @@ def test_an_update_of_which_a_slice_cannot_be_read_does_not_count(tmp_path):
     night = begun(tiny_rounds(rounds=1), tmp_path)
     first = night.roles[SERVER].vector
     layout = night.roles[SERVER].layout
-    while night.roles["east"]._made < 1:
+    while night.roles["east"]._last_update < 1:
         rest(night, [SERVER, *SITES], turns=1)
     night.roles["east"]._updates[1] = night.roles["east"]._updates[1][: layout.slice(layout.slices).stop - 7]
-    while not all(night.roles[site]._made for site in SITES):
+    while not all(night.roles[site]._last_update for site in SITES):
         rest(night, [SERVER, *SITES], turns=1)
     updates = {site: night.roles[site]._updates[1] for site in SITES}
     rest(night, [SERVER, *SITES], turns=2000)
@@ -243,7 +243,7 @@ def test_an_update_of_which_a_slice_cannot_be_read_does_not_count(tmp_path):
     assert night.over
     assert server.refusals["east"] == 1
     assert night.broker.depth(night.queues["east"].dead) == 1
-    sizes = {site: len(tiny_parts(site).train) for site in ("north", "south")}
+    sizes = {site: len(tiny_splits(site).train) for site in ("north", "south")}
     mean = sum(size * updates[site] for site, size in sizes.items()) / sum(sizes.values())
     torch.testing.assert_close(server.vector, first + mean)
 
@@ -255,7 +255,7 @@ def test_a_late_update_counts_whole_in_one_round(tmp_path):
     server, allowed = night.roles[SERVER], set()
     choose = server.choose
     server.choose = lambda ready: choose(ready & allowed)
-    while not all(night.roles[site]._made for site in SITES):
+    while not all(night.roles[site]._last_update for site in SITES):
         rest(night, [SERVER, *SITES], turns=1)
     first, updates = server.vector, {site: night.roles[site]._updates[1] for site in SITES}
     allowed = {"east"}
@@ -265,7 +265,7 @@ def test_a_late_update_counts_whole_in_one_round(tmp_path):
     allowed = {"north", "south"}
     while server.version < 1:
         rest(night, [SERVER, "north", "south"], turns=1)
-    sizes = {site: len(tiny_parts(site).train) for site in SITES}
+    sizes = {site: len(tiny_splits(site).train) for site in SITES}
     on_time = sum(sizes[site] * updates[site] for site in allowed) / (sizes["north"] + sizes["south"])
     torch.testing.assert_close(server.vector, first + on_time)
     before = server.vector
@@ -303,9 +303,9 @@ def test_a_model_that_cannot_be_read_leaves_the_site_with_its_own(version, tmp_p
 def test_figures_that_are_none_are_refused(kind, tmp_path):
     night = begun(tiny_rounds(rounds=1), tmp_path)
     place = 2 if kind is Kind.REPORT else 1
-    while place not in night.roles["east"]._figures:
+    while place not in night.roles["east"]._metrics:
         rest(night, [SERVER, *SITES], turns=1)
-    night.roles["east"]._figures[place] = '{"test": {"auc": "high"}}'
+    night.roles["east"]._metrics[place] = '{"test": {"auc": "high"}}'
     rest(night, [SERVER, *SITES], turns=2000)
     assert night.over
     assert night.roles[SERVER].refusals["east"] == 1

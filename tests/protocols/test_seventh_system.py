@@ -52,9 +52,9 @@ from nightsplit.shared.wire.message import Kind
 
 
 class SplitSignsServer(SplitLabelsServer):
-    def learn(self, site, slot, message):
+    def apply_item(self, site, slot, message):
         known = {"smashed": message.tensors["smashed"], "targets": message.tensors["notes"]}
-        return super().learn(site, slot, replace(message, tensors=known))
+        return super().apply_item(site, slot, replace(message, tensors=known))
 
     def answer(self, site, seq, kind, tensors={}, scalars={}):
         if kind is Kind.CUT_GRADIENT:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from nightsplit.console.commands.status import summarise
+from nightsplit.console.status import summarise
 from nightsplit.console.worker_file import read_worker_file
 from tests.harness.services import RabbitNode, wait_until
 from tests.harness.study import change

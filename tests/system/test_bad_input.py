@@ -11,7 +11,7 @@ import pytest
 
 from nightsplit.console.cli import run
 from nightsplit.shared.errors import TITLES
-from nightsplit.shared.runtime.process import own_folder
+from nightsplit.shared.runtime.process import lock_folder
 from tests.harness.services import RabbitNode, free_port
 from tests.harness.study import change, contents, queued, write_study
 
@@ -25,7 +25,7 @@ def night(tmp_path_factory) -> Path:
     folder = write_study(tmp_path_factory.mktemp("night"))
     assert run(["open", str(folder / "server.toml")]) == 0
     for _ in range(2):
-        assert run(["site", str(folder / "north.toml"), "--leave-when-idle", "0.3"]) == 0
+        assert run(["site", str(folder / "north.toml"), "--exit-when-idle", "0.3"]) == 0
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return folder
@@ -86,11 +86,15 @@ def one_class(folder: Path) -> None:
         (101, "south.toml: No such file", remove("south.toml")),
         (102, "run.toml: Expected '=' after a key", edit("run.toml", "window = 1000", "window 1000")),
         (102, "not a UTF-8 text", rewrite("south.toml", b'[site]\nname = "s\xfcd"\n')),
-        (103, "run: has an unknown key windows", edit("run.toml", "window =", "windows =")),
+        (103, "run: has an unknown key windows (did you mean window?).", edit("run.toml", "window =", "windows =")),
         (103, "model: misses the required key factory", edit("run.toml", "factory =", "# factory =")),
         (103, "run.window: expected int, got str", edit("run.toml", "window = 1000", 'window = "wide"')),
         (103, "run.window: expected int >= 1", edit("run.toml", "window = 1000", "window = 0")),
-        (103, "'split_x' is unknown", edit("run.toml", "split_labels", "split_x")),
+        (103, "'split_label' is unknown (did you mean split_labels?)", edit("run.toml", "split_labels", "split_label")),
+        (103, "run.bottoms: invalid enum value 'avg'.", edit("run.toml", "[run]", '[run]\nbottoms = "avg"')),
+        (103, "'averagd' (did you mean averaged?)", edit("run.toml", "[run]", '[run]\nbottoms = "averagd"')),
+        (103, "'label' (did you mean labels?)", edit("policy.toml", '"labels"', '"label"')),
+        (103, "has an unknown key polizy (did you mean policy?)", edit("south.toml", "[site]", '[site]\npolizy = "p"')),
         (104, "module ward.models cannot be imported", edit("run.toml", "nightsplit.models", "ward.models")),
         (104, "does not take model.settings", edit("run.toml", "inputs = 3", "columns = 3")),
         (105, "with model.cut = 3: nothing is left for the top", edit("run.toml", "cut = 1", "cut = 3")),
@@ -168,7 +172,7 @@ def test_the_run_store_cannot_be_used(study, capsys):
 
 
 def test_the_state_folder_is_in_use(study, capsys):
-    with own_folder(study / "state" / "north"):
+    with lock_folder(study / "state" / "north"):
         refused(study, capsys, 503, "site", "north.toml")
 
 
@@ -201,8 +205,8 @@ def test_one_checkpoint_is_damaged(study, capsys):
     before, newest = queued(study, "north"), checkpoints(study)[1]
     damage(newest)
     capsys.readouterr()
-    assert run(["site", str(study / "north.toml"), "--leave-when-idle", "0.3"]) == 0
+    assert run(["site", str(study / "north.toml"), "--exit-when-idle", "0.3"]) == 0
     out, err = capsys.readouterr()
-    assert f"warning: damaged checkpoint passed over: {newest.name}: the tensors are damaged" in out
+    assert f"warning: skipped a damaged checkpoint: {newest.name}: the tensors are damaged" in out
     assert err == ""
     assert queued(study, "north") >= before

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from nightsplit.broker.rabbitmq import broker as rabbitmq
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
-from nightsplit.broker.rabbitmq.outbox import Pauses
+from nightsplit.broker.rabbitmq.outbox import Backoff
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.console.ui.progress import Progress
 from nightsplit.console.ui.text import state_of
@@ -47,7 +47,7 @@ EPOCHS = 8
 BACK_S = 30.0
 """Within half a minute of the line being back, a site is."""
 BERLIN = ZoneInfo("Europe/Berlin")
-DOWN = "blocked: the line to the broker is down"
+DOWN = "blocked: the connection to the broker is lost"
 
 
 def small_run(folder: Path, broker: str = "embedded:broker", store: str = "sqlite:run.db") -> Hospital:
@@ -202,7 +202,7 @@ def test_an_outage_of_two_and_a_half_hours_over_the_end_of_a_shift(
         hospital.wait_for_steps(steps + 2, BACK_S)
         said = north.finish()
         hospital.wait_for_end()
-    assert [word for word in ("is down", "its shift", "for the broker") if word not in said] == []
+    assert [word for word in ("is lost", "its shift", "for the broker") if word not in said] == []
     assert hospital.models() == undisturbed
 
 
@@ -305,7 +305,7 @@ def test_a_message_cut_in_the_middle_is_sent_again_whole(rabbitmq: RabbitNode, q
 
 def test_pauses_between_attempts_stay_short_through_a_long_outage() -> None:
     """A thousand attempts are about two hours."""
-    pauses = list(islice(Pauses(), 1000))
+    pauses = list(islice(Backoff(), 1000))
     assert pauses[0] <= 0.1
     assert 5.0 <= pauses[-1] <= max(pauses) <= 10.0
     assert sum(pauses) > 1.5 * 3600

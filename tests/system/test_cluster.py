@@ -16,7 +16,7 @@ from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.shared.config.run import WireSection
 from nightsplit.shared.credentials import NOBODY
 from nightsplit.shared.errors import BrokerError
-from nightsplit.shared.transport import Confirmed, Delivery, Link, Trouble
+from nightsplit.shared.transport import Blocked, Confirmed, Delivery, Link
 from tests.faults.numbered import Numbered
 from tests.harness.cluster import ClusterNode, cluster
 from tests.harness.services import RabbitNode, RedisServer, free_port, wait_until
@@ -156,8 +156,8 @@ def test_a_queue_that_a_cluster_does_not_know_for_a_while(broker: RabbitBroker, 
     with broker.link([queues.down], 1, "site") as link:
         broker.delete([queues.up, queues.down])
         link.publish(queues.up, "m", [b"x"])
-        trouble = next_of(link, Trouble)
-        assert isinstance(trouble, Trouble)
+        trouble = next_of(link, Blocked)
+        assert isinstance(trouble, Blocked)
         assert "trying again, nothing is lost" in trouble.reason
         broker.declare(queues)
         assert next_of(link, Confirmed) == Confirmed("m")
@@ -188,8 +188,8 @@ def test_a_channel_that_a_cluster_has_forgotten(broker: RabbitBroker, queues: Si
         assert next_of(link, Confirmed, Delivery)
         rabbitmq.ctl("eval", "[sys:suspend(Channel) || Channel <- rabbit_channel:list()].")
         link.publish(queues.up, "2", [b"y"])
-        trouble = next_of(link, Trouble)
-        assert isinstance(trouble, Trouble)
+        trouble = next_of(link, Blocked)
+        assert isinstance(trouble, Blocked)
         assert "the broker owes an answer and is silent for 2 s" in trouble.reason
         for number in ("1", "2"):
             delivery = next_of(link, Delivery)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from nightsplit.console.commands.status import summarise
+from nightsplit.console.status import summarise
 from nightsplit.console.worker_file import read_worker_file
 from nightsplit.shared.run_store.sqlite import SqliteStore
 from nightsplit.shared.storage.checkpoint import MANIFEST, TENSORS
@@ -124,15 +124,15 @@ MISSING: Damage = (shutil.rmtree, "is missing")
 
 def passed_over_is_told(hospital: Hospital, worker: str, place: str, words: str) -> None:
     """By the worker itself, and (so far by sites) in its status."""
-    said = f"warning: damaged checkpoint passed over: {place}: "
+    said = f"warning: skipped a damaged checkpoint: {place}: "
     log = hospital.folder / f"{worker}.log"
     wait_for(hospital, lambda: said in log.read_text(), f"{worker} to say {said!r}")
     why = log.read_text().split(said)[1].splitlines()[0]
     # A server may have been killed before the run store named its newest checkpoint, which then counts for nothing.
     assert words in why or (worker == "server" and "not the one that the run store names" in why)
-    wait_for(hospital, lambda: place in str(status(hospital, worker)["passed_over"]), "status to say so")
+    wait_for(hospital, lambda: place in str(status(hospital, worker)["skipped_checkpoints"]), "status to say so")
     out = hospital.call("status", f"{worker}.toml").stdout
-    assert f"warning: {worker} passed over a damaged checkpoint: {place}: " in out
+    assert f"warning: {worker} skipped a damaged checkpoint: {place}: " in out
 
 
 @pytest.mark.timeout(400)

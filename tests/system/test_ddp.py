@@ -105,7 +105,7 @@ def upload(tmp_path_factory):
     try:
         assert hospital.call("open", "server.toml").returncode == 0
         for site in SHARES:
-            hospital.start(site, "--leave-when-idle", "1")
+            hospital.start(site, "--exit-when-idle", "1")
         hospital.wait_for_end(200)
     finally:
         hospital.close()
@@ -189,9 +189,9 @@ def test_a_batch_that_gives_no_finite_loss_changes_nothing(group, tmp_path):
     top.store.put("north", 1, {"smashed": torch.ones(2, 2), "targets": torch.tensor([1.0, 1e30])})
     before = top.weights()
     with pytest.raises(Refused):
-        top.learn_stored([("north", 1, 0), ("north", 1, 1)], seed=1)
+        top.train_stored([("north", 1, 0), ("north", 1, 1)], seed=1)
     torch.testing.assert_close(top.weights(), before, rtol=0, atol=0)
-    top.learn_stored([("north", 1, 0)], seed=1)
+    top.train_stored([("north", 1, 0)], seed=1)
     assert not torch.equal(top.weights()["weight"], before["weight"])
 
 

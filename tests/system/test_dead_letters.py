@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from nightsplit.console.commands import dlq as dead_letters
-from nightsplit.console.commands.dlq import discard_letters, list_letters, replay_letters, show_letter
+from nightsplit.console import dead_letters
+from nightsplit.console.dead_letters import discard_letters, list_letters, replay_letters, show_letter
 from nightsplit.shared.errors import NightsplitError
 from nightsplit.shared.transport import Broker, Delivery
 from tests.harness.dead_letters import (

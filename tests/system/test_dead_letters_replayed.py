@@ -15,7 +15,7 @@ import pytest
 from nightsplit.broker.embedded.link import EmbeddedLink
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.rabbitmq.link import RabbitLink
-from nightsplit.console.commands.dlq import FEW, replay_letters
+from nightsplit.console.dead_letters import FEW, replay_letters
 from nightsplit.shared.crash_points import EXIT_CODE
 from nightsplit.shared.errors import ConfigError, NightsplitError
 from nightsplit.shared.transport import Broker, Delivery

@@ -18,7 +18,7 @@ import pytest
 
 from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.shared.errors import BrokerError
-from nightsplit.shared.transport import Confirmed, Queue, Recovered, Trouble
+from nightsplit.shared.transport import Blocked, Confirmed, Queue, Unblocked
 from tests.harness.embedded import LARGE, UP, body, files, ids, rows, store, take
 from tests.harness.services import wait_until
 
@@ -306,8 +306,8 @@ def test_waiting_messages_do_not_count_those_handed_out(folder: Path) -> None:
         assert ids(take(server, 5)) == [0, 1, 2, 3, 4]
         events = [site.receive(10) for _ in range(7)]
     assert [event.message_id for event in events if isinstance(event, Confirmed)] == list("01234")
-    assert events.count(Recovered()) == 1
-    assert events.count(Trouble(f"queue {small.name} is full")) == 1
+    assert events.count(Unblocked()) == 1
+    assert events.count(Blocked(f"queue {small.name} is full")) == 1
 
 
 @pytest.mark.parametrize("obstacle", ["file", "garbage"])

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from nightsplit.console.cli import run
-from nightsplit.console.commands.status import summarise
 from nightsplit.console.demo.play_queries import play_queries
+from nightsplit.console.status import summarise
 from nightsplit.console.worker_file import read_worker_file
 from nightsplit.shared.errors import TITLES
 from nightsplit.shared.protocols.load import load_run
@@ -70,13 +70,13 @@ def test_over_rabbitmq(rabbitmq: RabbitNode, tmp_path: Path) -> None:
 def asked_in_turn(folder: Path, recurrent: bool) -> None:
     """A run is trained, and its model is asked; nobody is there while anybody else is."""
     trained(folder)
-    by_itself(folder, "answer")  # makes the queues
+    by_itself(folder, "serve-queries")  # makes the queues
     output = str(folder / "scores.csv")
     by_itself(folder, "query", "--submit", "--output", output)
     assert scores(folder / "scores.csv", "logit") == {}
     assert summarise(read_worker_file(folder / "server.toml"))["queries"]["north"] == {"ask": 2, "answer": 0}
     for _ in range(FRAMES if recurrent else 1):
-        by_itself(folder, "answer")
+        by_itself(folder, "serve-queries")
         by_itself(folder, "query", "--output", output)
     expect_plain_scores(folder)
 
@@ -97,7 +97,7 @@ def expect_no_secret(folder: Path) -> None:
 def test_either_side_may_be_killed_at_any_moment(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "film", recurrent=True)
     trained(folder)
-    by_itself(folder, "answer")
+    by_itself(folder, "serve-queries")
     died = ask_under_kills(folder, KILLS, seed=5, pause=4.0)
     assert died.total() == KILLS
     assert set(died) == {"server", "site"}
@@ -120,14 +120,14 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     folder = write_study(tmp_path / "film", recurrent=False)
     north, server = str(folder / "north.toml"), str(folder / "server.toml")
     assert "the run has not finished here" in refused(capsys, 605, "query", north, "--submit")
-    assert "the run has not finished here" in refused(capsys, 605, "answer", server)
+    assert "the run has not finished here" in refused(capsys, 605, "serve-queries", server)
     (folder / "policy.toml").write_text('allowed = ["labels", "activations", "counts"]\n')
     assert '"ciphertext" in allowed' in refused(capsys, 108, "query", north, "--submit")
     (folder / "policy.toml").write_text('allowed = ["labels", "activations", "counts", "ciphertext"]\n')
     text = (folder / "run.toml").read_text()
     plain = text.replace("nightsplit.models:clstm", "benchmarks.accuracy.plain_clstm:plain_clstm")
     (folder / "run.toml").write_text(plain.replace(", recurrent = false", ""))
-    assert "works on no ciphertexts" in refused(capsys, 105, "answer", server)
+    assert "works on no ciphertexts" in refused(capsys, 105, "serve-queries", server)
     (folder / "run.toml").write_text(text.replace(f"frames = {FRAMES}", "frames = 15"))
     assert "may have 14 frames, the model takes 15" in refused(capsys, 105, "query", north)
 
@@ -136,7 +136,7 @@ def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They are not changed under an open query; without the secret one nothing is sent."""
     folder = write_study(tmp_path / "film", recurrent=False)
     trained(folder)
-    by_itself(folder, "answer")
+    by_itself(folder, "serve-queries")
     by_itself(folder, "query", "--submit", "--output", str(folder / "scores.csv"))
     capsys.readouterr()
     assert run(["status", str(folder / "server.toml")]) == 0
@@ -149,15 +149,15 @@ def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, 511, "query", north)
     blinding = folder / "state" / "server" / "blinding.key"
     blinding.chmod(0o640)
-    assert "may be read by other users" in refused(capsys, 511, "answer", str(folder / "server.toml"))
+    assert "may be read by other users" in refused(capsys, 511, "serve-queries", str(folder / "server.toml"))
     blinding.chmod(0o600)
     (keys / "elsewhere").rename(keys / "secret.key")
-    by_itself(folder, "answer")
+    by_itself(folder, "serve-queries")
     by_itself(folder, "query", "--output", str(folder / "scores.csv"))
     by_itself(folder, "query", "--new-keys", "--submit", "--output", str(folder / "scores.csv"))
     assert (keys / "secret.key").read_bytes() != before
     assert (keys / "secret.key").stat().st_mode & 0o777 == 0o600
-    by_itself(folder, "answer")
+    by_itself(folder, "serve-queries")
     by_itself(folder, "query", "--output", str(folder / "again.csv"))
     with (folder / "again.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -15,7 +15,7 @@ from nightsplit.server_worker.worker import ServerWorker
 from nightsplit.shared.config.load import load
 from nightsplit.shared.errors import ConfigError, DataError
 from nightsplit.shared.models.hashing import weights_sha256
-from nightsplit.shared.protocols.build import assemble_any
+from nightsplit.shared.protocols.build import build_model
 from nightsplit.shared.protocols.load import load_run
 from nightsplit.shared.protocols.spec import Shape, systems
 from nightsplit.simulation.run import simulate
@@ -61,8 +61,8 @@ def test_its_files_agree(name: str) -> None:
 def test_its_model_fits_its_task_in_every_system_of_its_shape(name: str, protocol: str) -> None:
     config = load_run(EXAMPLES / name / "run.toml")
     config = replace(config, run=replace(config.run, protocol=protocol))
-    assembly = assemble_any(config, EXAMPLES / name)  # an output that does not fit is refused
-    assert sum(weights.numel() for part in assembly.parts.values() for weights in part.parameters()) > 100
+    assembly = build_model(config, EXAMPLES / name)  # an output that does not fit is refused
+    assert sum(weights.numel() for part in assembly.modules.values() for weights in part.parameters()) > 100
 
 
 @pytest.mark.parametrize("name", ["heart", "lung_ct", "radiograph", *IN_ROUNDS])
@@ -71,7 +71,7 @@ def test_without_the_data_it_says_where_they_are(name: str, monkeypatch: pytest.
     sites = load_run(EXAMPLES / name / "run.toml").run.sites
     for site in sites:
         with pytest.raises(DataError, match=r"E408 .*download .* https?://.*set NIGHTSPLIT_DATA"):
-            SiteWorker(EXAMPLES / name / f"{site}.toml").load_parts()
+            SiteWorker(EXAMPLES / name / f"{site}.toml").load_splits()
 
 
 def test_without_the_data_nothing_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_the_demo_plays_nights_and_days_to_the_result_of_one_undisturbed_night(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_demo(None, json=True) == 0
+    assert run_demo(Path("cholesterol"), as_json=True) == 0
     shown = json.loads(capfd.readouterr().out)
     work, killed = sorted((tmp_path / "runs").iterdir())
     assert killed.name.startswith("demo-killed-")
@@ -96,7 +96,7 @@ def test_the_demo_plays_nights_and_days_to_the_result_of_one_undisturbed_night(
     assert "sha256 of the server's half" in (work / "report" / "report.md").read_text(encoding="utf-8")
 
     config = load_run(work / "run.toml")
-    parts = {site: SiteWorker(work / f"{site}.toml").load_parts() for site in config.run.sites}
+    parts = {site: SiteWorker(work / f"{site}.toml").load_splits() for site in config.run.sites}
     undisturbed = simulate(config, parts)
     assert shown["sha256"] == weights_sha256(undisturbed.server.best_weights)
     judgement = undisturbed.judgement()
@@ -152,7 +152,7 @@ def averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_demo_plays_rounds_and_draws_the_same_noise_after_kills(
     averaged: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_demo(averaged, json=True) == 0
+    assert run_demo(averaged, as_json=True) == 0
     shown = json.loads(capfd.readouterr().out)
     assert (shown["kills"], shown["sha256_equal"]) == (2, True)
     assert {"federated_noise_all_mae", "centralized_all_mae", "east_alone_north_mae"} <= shown.keys()
@@ -165,7 +165,7 @@ def test_the_demo_plays_at_a_broker_and_a_store_of_the_user(
     averaged: Path, rabbitmq: RabbitNode, redis_server: RedisServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The broker may know the example's run: every play has an id of its own."""
-    assert run_demo(averaged, json=True, at=(rabbitmq.vhost(), redis_server.url)) == 0
+    assert run_demo(averaged, as_json=True, at=(rabbitmq.vhost(), redis_server.url)) == 0
     shown = json.loads(capfd.readouterr().out)
     assert shown["run"].startswith("lipids-")
     assert shown["sha256_killed"] is None
@@ -189,4 +189,4 @@ def test_an_unknown_example_is_told_with_those_that_there_are() -> None:
         ConfigError,
         match=r"E110 .*cholesterol, data_vectors, dp_segmentation, encrypted_sequences, fedavg_transfer, heart",
     ):
-        run_demo(Path("examples/liver"), json=False)
+        run_demo(Path("examples/liver"), as_json=False)

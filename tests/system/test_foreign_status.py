@@ -88,7 +88,7 @@ def test_a_server_speaks_and_judges_absence_whatever_a_site_wrote(tmp_path: Path
             moment = time.time()
             wait_until(lambda moment=moment: written(study) > moment + 1, 30, "the server to speak again")
             north = told().sites["north"]
-            assert (north.queued, north.presence.heard) == (None, None)
+            assert (north.queued, north.presence.last_seen) == (None, None)
         wait_until(lambda: "north" in told().lacking, 60, "north to be missed")
 
 

@@ -114,7 +114,13 @@ def test_a_server_that_rejects(study, capsys):
 def test_statuses_that_anybody_wrote_into_the_store(study, capsys):
     with sqlite3.connect(study / "run.db") as rows:
         for worker in (SERVER, *SITES):
-            facts = {"state": HOSTILE, "passed_over": HOSTILE, "lacking": HOSTILE, "applied": 3, "contract": HOSTILE}
+            facts = {
+                "state": HOSTILE,
+                "skipped_checkpoints": HOSTILE,
+                "lacking": HOSTILE,
+                "applied": 3,
+                "digest": HOSTILE,
+            }
             said = ("ward", worker, json.dumps(facts), time.time())
             rows.execute("REPLACE INTO status VALUES (?, ?, ?, ?)", said)
     rows.close()
@@ -170,11 +176,27 @@ def test_names_of_files_columns_and_patients(study, capsys, number):
         assert f"E{number} " in inert(capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [HOSTILE], ["dlq", HOSTILE], ["site", f"--{HOSTILE}"], ["site", f"-{HOSTILE}"], ["site", f"--set={HOSTILE}"],
+        ["site", "north.toml", HOSTILE], ["site", "north.toml", "--exit-when-idle", HOSTILE],
+        ["site", "north.toml", "--log-format", HOSTILE], ["replay", "server.toml", f"--until={HOSTILE}"],
+    ],
+)  # fmt: skip
+def test_a_command_line_that_is_wrong(arguments, capsys):
+    assert run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert inert(err).startswith("nightsplit")
+    assert err.count("\n") == 1
+
+
 def test_what_is_kept_of_a_crash(study, capsys, monkeypatch):
     def broken(*_: object) -> None:
         raise ValueError(HOSTILE)
 
-    monkeypatch.setattr("nightsplit.console.commands.status.show_status", broken)
+    monkeypatch.setattr("nightsplit.console.status.summarise", broken)
     assert run(["status", "server.toml"]) == 70
     inert(capsys.readouterr().err)
     (log,) = study.glob("nightsplit-crash-*.log")

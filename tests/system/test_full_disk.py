@@ -12,7 +12,7 @@ import pytest
 
 from nightsplit.broker.embedded import storage as embedded_folder
 from nightsplit.broker.embedded.broker import EmbeddedBroker
-from nightsplit.shared.transport import Confirmed, Delivery, Link, Recovered, Trouble
+from nightsplit.shared.transport import Blocked, Confirmed, Delivery, Link, Unblocked
 from tests.harness.embedded import LARGE, UP, files, ids, store, take
 from tests.harness.services import wait_until
 
@@ -58,13 +58,13 @@ def test_a_full_disk_loses_nothing_and_sending_goes_on_when_there_is_room(
         for number in range(3, 10):
             site.publish(UP, str(number), [random.Random(number).randbytes(size)])
         trouble = site.receive(10)
-        assert isinstance(trouble, Trouble)
+        assert isinstance(trouble, Blocked)
         assert trouble.reason.startswith("disk is full")
         assert site.receive(0.5) is None, "told once"
         assert site.unconfirmed == frozenset("3456789")
         deliveries = take(server, 3)
         ballast.unlink()
-        assert [site.receive(10) for _ in range(8)] == [*(Confirmed(n) for n in "3456789"), Recovered()]
+        assert [site.receive(10) for _ in range(8)] == [*(Confirmed(n) for n in "3456789"), Unblocked()]
         deliveries += take_past_trouble(server, 7)
         assert ids(deliveries) == list(range(10))
         assert deliveries[-1].body == random.Random(9).randbytes(size)
@@ -93,7 +93,7 @@ def test_a_consumer_can_make_room_on_a_disk_that_messages_filled(small_disk: Pat
         confirmed = 0
         while isinstance(event := site.receive(10), Confirmed):
             confirmed += 1
-        assert isinstance(event, Trouble)
+        assert isinstance(event, Blocked)
         assert 0 < confirmed < 90
         with broker.link([UP], 8, "server") as server:
             for number in range(90):

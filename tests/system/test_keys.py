@@ -157,7 +157,7 @@ def test_a_plain_line_to_another_machine_is_refused(tmp_path, capsys):
         hospital = Hospital(tmp_path / key, **{key: address})
         assert run(["open", str(hospital.folder / "server.toml")]) == 1
         said = capsys.readouterr().err
-        assert said.startswith("E111 Plain line to another machine: ")
+        assert said.startswith("E111 Unencrypted connection to another host: ")
         assert "guest" not in said
     with closing(Hospital(tmp_path / "some", broker="amqp://localhost:1,broker.example:5672/")) as hospital:
         assert run(["open", str(hospital.folder / "server.toml")]) == 1

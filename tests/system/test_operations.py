@@ -142,8 +142,8 @@ def test_the_metrics_tell_what_happened(seen: tuple[dict[str, list[Samples]], Ho
             known = {line[fact] for line in trained if line["site"] == site}
             assert set(values(server, metric, "server", site)) <= known
             assert values(server, metric, "server", site), metric
-        assert values(server, "nightsplit_site_heard_timestamp_seconds", "server", site)
-        assert set(values(server, "nightsplit_site_left_out", "server", site)) == {0}
+        assert values(server, "nightsplit_site_last_seen_timestamp_seconds", "server", site)
+        assert set(values(server, "nightsplit_site_excluded", "server", site)) == {0}
 
 
 def test_dashboard_and_alarms_name_what_is_there_and_all_of_it(
@@ -155,13 +155,13 @@ def test_dashboard_and_alarms_name_what_is_there_and_all_of_it(
     mentioned = {name for expression in expressions() for name in ANY.findall(expression)}
     assert mentioned <= exposed, "dashboard.json or alerts.yml asks for what nobody tells"
     assert {name for name in own if name.startswith("nightsplit_")} == {n for n in mentioned if OWN.match(n)}
-    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "logs_and_metrics.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `(nightsplit_\w+)` \|", page, re.MULTILINE)) == {n for n in mentioned if OWN.match(n)}
 
 
 def test_every_alarm_has_its_paragraph() -> None:
     alarms = re.findall(r"- alert: (\w+)", (MONITORING / "alerts.yml").read_text())
-    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "how-to" / "operations.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `([A-Z]\w+)` \|", page, re.MULTILINE) == alarms
 
 
@@ -205,7 +205,7 @@ def events(lines: list[dict[str, object]]) -> list[object]:
 
 @pytest.mark.timeout(300)
 def test_the_log_tells_every_transition_and_nothing_of_a_patient(study: Path) -> None:
-    night = log_of(study, "site", "north.toml", "--leave-when-idle", "1")
+    night = log_of(study, "site", "north.toml", "--exit-when-idle", "1")
     assert events(night) == ["started", "working", "away"]
     assert {(line["worker"], line["run"]) for line in night} == {("north", "ward")}
     assert night[-1]["event"] == "progress"
@@ -215,17 +215,17 @@ def test_the_log_tells_every_transition_and_nothing_of_a_patient(study: Path) ->
     with EmbeddedBroker(study / "broker").link([], 8, "somebody") as link:
         link.publish(up, PATIENT, [f"{PATIENT} {VALUE}".encode()])
         wait_until(lambda: link.receive(0.1) is not None, 30, "the confirm")
-    day = log_of(study, "server", "server.toml", "--leave-when-idle", "3")
+    day = log_of(study, "server", "server.toml", "--exit-when-idle", "3")
     assert events(day) == ["started", "active", "working", "refused", "away"]
     facts = {str(line["event"]): {n: v for n, v in line.items() if n not in STANDARD} for line in day}
     assert facts["active"] == {"fence": 2}
     assert facts["refused"] == {"number": 301, "sender": "north", "seq": None}
 
-    log_of(study, "site", "north.toml", "--leave-when-idle", "1")
+    log_of(study, "site", "north.toml", "--exit-when-idle", "1")
     newest = max((study / "state" / "north" / "checkpoints").iterdir())
     (newest / "tensors.safetensors").write_bytes(b"")
-    again = log_of(study, "site", "north.toml", "--leave-when-idle", "1")
-    assert events(again) == ["started", "passed_over", "working", "away"]
+    again = log_of(study, "site", "north.toml", "--exit-when-idle", "1")
+    assert events(again) == ["started", "checkpoint_skipped", "working", "away"]
 
 
 def test_the_log_tells_how_a_worker_ends(study: Path) -> None:
@@ -278,7 +278,7 @@ def stop_all(hospital: Hospital) -> None:
 def test_a_run_moves_to_another_broker_and_store_with_the_data_of_the_old_ones(
     undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
-    """As docs/operations.md says: the same name of the node, copied data, other addresses."""
+    """As docs/how-to/operations.md says: the same name of the node, copied data, other addresses."""
     old, old_store = RabbitNode(tmp_path / "old"), RedisServer(tmp_path / "old_store")
     with old, old_store:
         hospital = small(tmp_path / "run", SITES[:1], 40, broker=old.url, store=old_store.url)
@@ -324,7 +324,7 @@ def test_all_of_one_moment_is_restored_and_a_store_alone_is_not_replaced(
             file.unlink()
         before = sorted(checkpoints.iterdir())
         assert hospital.start("server").wait(60) == 1
-        assert "E510 Run store has forgotten the run" in hospital.logs()
+        assert "E510 Run store lost the run" in hospital.logs()
         assert sorted(checkpoints.iterdir()) == before
 
         # Everything goes on for a while on the restored files, and everything is lost at once; then it is restored.

@@ -121,7 +121,7 @@ def test_no_header_text_leaves_the_reader(folder: Path, strings: list[str]) -> N
     said: list[str] = []
     said += end(begin(folder, "open", "server.toml"))
     for site in SITES:
-        said += end(begin(folder, "site", f"{site}.toml", "--leave-when-idle", "1"))
+        said += end(begin(folder, "site", f"{site}.toml", "--exit-when-idle", "1"))
 
     said += end(begin(folder, "doctor", "south.toml"))
 

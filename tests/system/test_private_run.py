@@ -63,6 +63,6 @@ def test_a_hospital_whose_budget_is_spent_stays_away_and_the_others_go_on(tmp_pa
     finally:
         hospital.close()
     report = json.loads((hospital.folder / "report/report.json").read_text())
-    assert report["sites"]["south"]["left_out_at"] is not None
+    assert report["sites"]["south"]["excluded_at"] is not None
     assert report["sites"]["south"]["batches"] == 0
     assert report["best"] is not None

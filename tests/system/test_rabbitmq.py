@@ -16,7 +16,7 @@ from nightsplit.broker.rabbitmq import connection as rabbitmq_connection
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.shared.errors import BrokerError
-from nightsplit.shared.transport import Confirmed, Delivery, Event, Link, Queue, Recovered, Trouble
+from nightsplit.shared.transport import Blocked, Confirmed, Delivery, Event, Link, Queue, Unblocked
 from tests.harness.services import RabbitNode, free_port, wait_until
 
 pytestmark = pytest.mark.rabbitmq
@@ -74,7 +74,7 @@ def kinds(events: list[Event]) -> list[type]:
 
 
 def recovered(events: list[Event]) -> bool:
-    return Recovered in kinds(events)
+    return Unblocked in kinds(events)
 
 
 def publish_all(broker: RabbitBroker, queue: Queue, names: list[str]) -> None:
@@ -218,7 +218,7 @@ def test_a_node_killed_while_a_site_publishes(node: RabbitNode, broker: RabbitBr
         events += collect(link, lambda found: not link.unconfirmed, patience=60)
         killer.join()
         assert confirmed(events) == set(names)
-        assert [kind for kind in kinds(events) if kind is not Confirmed][:2] == [Trouble, Recovered]
+        assert [kind for kind in kinds(events) if kind is not Confirmed][:2] == [Blocked, Unblocked]
     with broker.link([queues.up], 1000, "server") as link:
         arrived = ids(collect(link, lambda found: set(ids(found)) == set(names), patience=60))
         # Duplicates are normal; nobody may find a message before its predecessor, though.
@@ -234,7 +234,7 @@ def test_a_node_killed_under_a_consumer(node: RabbitNode, broker: RabbitBroker, 
         time.sleep(0.3)
         node.restart()
         events = collect(link, recovered)
-        assert kinds(events)[0] is Trouble
+        assert kinds(events)[0] is Blocked
         for event in old:
             assert isinstance(event, Delivery)
             link.acknowledge(event)
@@ -254,7 +254,7 @@ def test_a_connection_closed_by_an_operator(node: RabbitNode, broker: RabbitBrok
         node.ctl("close_all_connections", "--vhost", broker._addresses[0].virtual_host, "maintenance")
         events = collect(link, lambda events: recovered(events) and len(ids(events)) == 2)
         assert ids(events) == ["a", "b"]
-        reasons = [event.reason for event in events if isinstance(event, Trouble)]
+        reasons = [event.reason for event in events if isinstance(event, Blocked)]
         assert any("maintenance" in reason for reason in reasons)
         link.publish(queues.up, "c", [b""])
         collect(link, lambda events: confirmed(events) == {"c"})
@@ -273,8 +273,8 @@ def test_a_channel_closed_for_a_late_acknowledgement(
             # Each channel looks once a minute; this is that minute.
             node.ctl("eval", "[Channel ! tick || Channel <- rabbit_channel:list()].")
             events = collect(link, lambda events: recovered(events) and ids(events) == ["m"])
-            assert kinds(events)[0] is Trouble
-            assert "acknowledgement" in next(event.reason for event in events if isinstance(event, Trouble))
+            assert kinds(events)[0] is Blocked
+            assert "acknowledgement" in next(event.reason for event in events if isinstance(event, Blocked))
             assert isinstance(first, Delivery)
             link.acknowledge(first)  # void: must not disturb the new channel
             link.acknowledge(next(event for event in events if isinstance(event, Delivery)))
@@ -285,15 +285,15 @@ def test_a_channel_closed_for_a_late_acknowledgement(
 
 
 def test_a_memory_alarm(node: RabbitNode, broker: RabbitBroker, queues: SiteQueues) -> None:
-    """Publishing waits; deliveries and acknowledgements on the other connection go on."""
+    """Publisher waits; deliveries and acknowledgements on the other connection go on."""
     publish_all(broker, queues.down, ["a", "b"])
     node.ctl("set_vm_memory_high_watermark", "0.0001")
     try:
         with broker.link([queues.down], 1, "site") as link:
             link.publish(queues.up, "1", [b"x"])
             link.publish(queues.up, "2", [b"x"])
-            events = collect(link, lambda events: Trouble in kinds(events) and ids(events) == ["a"])
-            assert "alarm" in next(event.reason for event in events if isinstance(event, Trouble))
+            events = collect(link, lambda events: Blocked in kinds(events) and ids(events) == ["a"])
+            assert "alarm" in next(event.reason for event in events if isinstance(event, Blocked))
             link.acknowledge(next(event for event in events if isinstance(event, Delivery)))
             assert ids(collect(link, lambda events: len(events) == 1)) == ["b"]
             assert link.unconfirmed == {"1", "2"}
@@ -311,7 +311,7 @@ def test_a_full_queue_does_not_hold_up_another(broker: RabbitBroker) -> None:
     with broker.link([], 1, "site") as link:
         for name in ("fits", "fills", "waits"):
             link.publish(queues.up, name, [bytes(999)])
-        collect(link, lambda events: Trouble in kinds(events))
+        collect(link, lambda events: Blocked in kinds(events))
         link.publish(queues.down, "other", [b"y"])
         collect(link, lambda events: "other" in confirmed(events))
         assert "waits" in link.unconfirmed
@@ -324,7 +324,7 @@ def test_closing_while_the_broker_is_away(node: RabbitNode, broker: RabbitBroker
     link = broker.link([queues.up], 1, "server")
     node.kill()
     link.publish(queues.up, "m", [b"x"])
-    assert kinds(collect(link, lambda events: len(events) == 1)) == [Trouble]
+    assert kinds(collect(link, lambda events: len(events) == 1)) == [Blocked]
     start = time.monotonic()
     link.close()
     assert time.monotonic() - start < 3
@@ -336,7 +336,7 @@ def test_closing_while_the_broker_does_not_read(node: RabbitNode, broker: Rabbit
     try:
         with broker.link([], 1, "site") as link:
             link.publish(queues.up, "m", [b"x"])
-            collect(link, lambda events: Trouble in kinds(events))
+            collect(link, lambda events: Blocked in kinds(events))
             start = time.monotonic()
             link.close()
             assert time.monotonic() - start < 3

@@ -107,7 +107,7 @@ def test_it_starts_beside_a_project_with_such_folders(installed, project):
     assert output(installed / "python", "-m", "nightsplit", "explain", "E104", cwd=project)[0] == page
     for wrong in ("999", "../errors/104", "²"):
         _, err = output(installed / "nightsplit", "explain", wrong, cwd=project, code=1)
-        assert err.startswith(f"E120 No error has this number: {wrong}. Fix: ")
+        assert err.startswith(f"E120 Unknown error number: {wrong}. Fix: ")
 
 
 def test_a_model_in_the_projects_own_shared(installed, project):
@@ -116,7 +116,7 @@ def test_a_model_in_the_projects_own_shared(installed, project):
     assert checks["model and messages"].startswith("parameters: bottom 28, top 8;")
     assert err == "shared of the project\n"
     output(installed / "nightsplit", "open", "server.toml", cwd=project)
-    out, err = output(installed / "nightsplit", "site", "north.toml", "--leave-when-idle", "1", cwd=project)
+    out, err = output(installed / "nightsplit", "site", "north.toml", "--exit-when-idle", "1", cwd=project)
     assert "server is offline; " in out
     assert err == "shared of the project\n"
 

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 from nightsplit.server_worker.he.arithmetic import Arithmetic
 from nightsplit.shared.errors import Refused, StateError
-from nightsplit.shared.he.ckks import Circuit, PublicKeys, written
-from nightsplit.shared.he.weights import Numbers
+from nightsplit.shared.he.ckks import CkksParameters, PublicKeys, to_bytes
+from nightsplit.shared.he.weights import FloatArray
 from nightsplit.site_worker.query.keys import SecretKeys
 
 # ── what is refused ─────────────────────────────────────────────────────────────────────────────
 
-LITTLE = Circuit(4096, (30, 24, 24, 31), 24)
-LARGE = Circuit(8192, (38, 33, 33, 33, 33, 48), 33)
+LITTLE = CkksParameters(4096, (30, 24, 24, 31), 24)
+LARGE = CkksParameters(8192, (38, 33, 33, 33, 33, 48), 33)
 
 
 @dataclass
@@ -33,19 +33,19 @@ class Little:
     public: PublicKeys
     ciphertext: bytes
 
-    def computed(self, relin: bytes, galois: bytes, ciphertext: bytes) -> Numbers:
+    def computed(self, relin: bytes, galois: bytes, ciphertext: bytes) -> FloatArray:
         """As a server and a site do it together."""
         arithmetic = Arithmetic(LITTLE, PublicKeys(relin, galois), (1,))
         given = LITTLE.read(ciphertext, 2)
         product = arithmetic.products([(arithmetic.rotated(given, 1), given)])
-        answer = written(arithmetic.bottom(arithmetic.weighted([0.5], [product], 0.25)))
-        return self.secret.decrypted(LITTLE.read_any(answer))
+        answer = to_bytes(arithmetic.bottom(arithmetic.weighted([0.5], [product], 0.25)))
+        return self.secret.decrypt(LITTLE.read_any(answer))
 
 
 @pytest.fixture(scope="module")
 def little(tmp_path_factory: pytest.TempPathFactory) -> Little:
-    secret, public = SecretKeys.made(LITTLE, tmp_path_factory.mktemp("little"), (1,))
-    return Little(secret, public, secret.encrypted(np.linspace(-1, 1, LITTLE.slots), 2))
+    secret, public = SecretKeys.make(LITTLE, tmp_path_factory.mktemp("little"), (1,))
+    return Little(secret, public, secret.encrypt(np.linspace(-1, 1, LITTLE.slots), 2))
 
 
 def refused(work: Callable[[], object]) -> None:
@@ -67,7 +67,7 @@ def altered_or_refused(little: Little, part: str, alter: Callable[[bytes], bytes
     """Never an exception of another kind, and numbers in every slot otherwise."""
     sent = {"relin": little.public.relin, "galois": little.public.galois, "ciphertext": little.ciphertext}
     if part == "long ciphertext":  # both parts in full, in place of the second's seed
-        part, sent["ciphertext"] = "ciphertext", written(LITTLE.read(little.ciphertext, 2))
+        part, sent["ciphertext"] = "ciphertext", to_bytes(LITTLE.read(little.ciphertext, 2))
     sent[part] = alter(sent[part])
     try:
         assert little.computed(**sent).shape == (LITTLE.slots,)
@@ -121,12 +121,12 @@ FORM, SCALE = 32, 57
 )
 def test_a_forged_ciphertext(little: Little, at: int, new: bytes) -> None:
     """Well-formed files, with what SEAL itself lets pass."""
-    content = written(LITTLE.read(little.ciphertext, 2))
+    content = to_bytes(LITTLE.read(little.ciphertext, 2))
     numbers = uncompressed(content)
     assert numbers[FORM] == 1
     assert numbers[SCALE : SCALE + 8] == struct.pack("<d", 2.0**24)
     assert np.array_equal(
-        little.secret.decrypted(LITTLE.read(forged(numbers), 2)), little.secret.decrypted(LITTLE.read(content, 2))
+        little.secret.decrypt(LITTLE.read(forged(numbers), 2)), little.secret.decrypt(LITTLE.read(content, 2))
     )
     at %= len(numbers)
     refused(lambda: LITTLE.read(forged(numbers[:at] + new + numbers[at + len(new) :]), 2))
@@ -135,8 +135,8 @@ def test_a_forged_ciphertext(little: Little, at: int, new: bytes) -> None:
 
 def test_another_level(little: Little) -> None:
     for level in (0, 1):
-        refused(lambda level=level: LITTLE.read(little.secret.encrypted(np.ones(3), level), 2))  # type: ignore[misc]
-    lower = little.secret.encrypted(np.ones(3), 1)
+        refused(lambda level=level: LITTLE.read(little.secret.encrypt(np.ones(3), level), 2))  # type: ignore[misc]
+    lower = little.secret.encrypt(np.ones(3), 1)
     assert LITTLE.level_of(LITTLE.read(lower, 1)) == 1
     numbers = uncompressed(lower)
     pretends = numbers[:SCALE] + struct.pack("<d", LITTLE.scales[2]) + numbers[SCALE + 8 :]
@@ -147,7 +147,7 @@ def test_another_level(little: Little) -> None:
 def test_another_circuit(little: Little) -> None:
     refused(lambda: LARGE.read(little.ciphertext, 4))
     refused(lambda: Arithmetic(LARGE, little.public))
-    other = Circuit(4096, (31, 24, 24, 30), 24)  # other primes of the same number
+    other = CkksParameters(4096, (31, 24, 24, 30), 24)  # other primes of the same number
     refused(lambda: other.read(little.ciphertext, 2))
 
 
@@ -159,34 +159,35 @@ def test_keys_that_do_not_suffice(little: Little) -> None:
     refused(lambda: Arithmetic(LITTLE, PublicKeys(public.relin, public.relin), (1,)))
 
 
-@pytest.mark.parametrize("circuit", [
-    Circuit(4096, (30, 30, 30, 30), 30), Circuit(8192, (60, 60, 60, 60), 30), Circuit(2048, (30, 30), 20),
+@pytest.mark.parametrize("ckks", [
+    CkksParameters(4096, (30, 30, 30, 30), 30), CkksParameters(8192, (60, 60, 60, 60), 30),
+    CkksParameters(2048, (30, 30), 20),
 ])  # fmt: skip
-def test_less_than_128_bits_of_security(circuit: Circuit) -> None:
+def test_less_than_128_bits_of_security(ckks: CkksParameters) -> None:
     with pytest.raises(ValueError, match="secur"):
-        circuit.context  # noqa: B018
+        ckks.context  # noqa: B018
 
 
 # ── keys ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_secret_key_is_for_its_owner_alone(tmp_path: Path) -> None:
-    secret, public = SecretKeys.made(LITTLE, tmp_path / "keys")
+    secret, public = SecretKeys.make(LITTLE, tmp_path / "keys")
     assert [path.name for path in (tmp_path / "keys").iterdir()] == ["secret.key"]
     assert stat.S_IMODE((tmp_path / "keys" / "secret.key").stat().st_mode) == 0o600
     again = SecretKeys.read(LITTLE, tmp_path / "keys")
-    sent = LITTLE.read(secret.encrypted(np.array([0.5, -0.25]), 2), 2)
-    assert again.decrypted(sent)[:2] == pytest.approx([0.5, -0.25], abs=1e-3)
+    sent = LITTLE.read(secret.encrypt(np.array([0.5, -0.25]), 2), 2)
+    assert again.decrypt(sent)[:2] == pytest.approx([0.5, -0.25], abs=1e-3)
     assert public.galois == b""
 
 
 def test_nobody_else_can_decrypt(little: Little, tmp_path: Path) -> None:
-    other, _ = SecretKeys.made(LITTLE, tmp_path)
-    assert np.abs(other.decrypted(LITTLE.read(little.ciphertext, 2))).mean() > 1000
+    other, _ = SecretKeys.make(LITTLE, tmp_path)
+    assert np.abs(other.decrypt(LITTLE.read(little.ciphertext, 2))).mean() > 1000
 
 
 def test_the_same_numbers_never_look_the_same(little: Little) -> None:
-    assert little.secret.encrypted(np.ones(3), 2) != little.secret.encrypted(np.ones(3), 2)
+    assert little.secret.encrypt(np.ones(3), 2) != little.secret.encrypt(np.ones(3), 2)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"nothing of the kind", bytes(16)])
@@ -199,7 +200,7 @@ def test_a_secret_key_that_cannot_be_read(tmp_path: Path, content: bytes | None)
 
 
 def test_a_secret_key_of_another_circuit(tmp_path: Path) -> None:
-    SecretKeys.made(LITTLE, tmp_path)
+    SecretKeys.make(LITTLE, tmp_path)
     with pytest.raises(StateError) as caught:
         SecretKeys.read(LARGE, tmp_path)
     assert caught.value.number == 511
@@ -210,10 +211,10 @@ def test_the_secret_key_is_in_nothing_that_is_sent(tmp_path: Path) -> None:
 
     That public keys do not tell it in other ways is the hardness of ring learning with errors, and no test's.
     """
-    secret, public = SecretKeys.made(LITTLE, tmp_path, (1, 2))
+    secret, public = SecretKeys.make(LITTLE, tmp_path, (1, 2))
     file = (tmp_path / "secret.key").read_bytes()
-    short = secret.encrypted(np.linspace(-1, 1, LITTLE.slots), 2)
-    sent = {"relin": public.relin, "galois": public.galois, "short": short, "long": written(LITTLE.read(short, 2))}
+    short = secret.encrypt(np.linspace(-1, 1, LITTLE.slots), 2)
+    sent = {"relin": public.relin, "galois": public.galois, "short": short, "long": to_bytes(LITTLE.read(short, 2))}
     key = uncompressed(file)
     assert len(key) > 4 * 4096 * 8  # for each of four primes, 4096 numbers
     windows = [key[at : at + 32] for at in range(len(key) - 4 * 4096 * 8, len(key), 1024)]

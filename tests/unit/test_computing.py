@@ -14,20 +14,20 @@ import pytest
 import torch
 
 from nightsplit.server_worker.protocols.he_clstm import HeClstmServer
-from nightsplit.server_worker.query.pool import evaluating
+from nightsplit.server_worker.query.pool import evaluation_pool
 from nightsplit.shared.errors import Refused, StateError
 from nightsplit.shared.he.packing import Batch
-from nightsplit.shared.he.sequences import circuit_of
-from nightsplit.shared.he.weights import Judge
-from nightsplit.shared.models.sequences import SequenceJudge
+from nightsplit.shared.he.sequences import parameters_for
+from nightsplit.shared.he.weights import ClassifierWeights
+from nightsplit.shared.models.sequences import SequenceClassifier
 from nightsplit.site_worker.query.keys import SecretKeys
 
 SECRET = b"s" * 32
 
 
-def judge() -> Judge:
+def classifier() -> ClassifierWeights:
     torch.manual_seed(1)
-    return Judge.of(SequenceJudge(2, 2, 1, recurrent=False).state_dict())
+    return ClassifierWeights.of(SequenceClassifier(2, 2, 1, recurrent=False).state_dict())
 
 
 def eventually(holds: Callable[[], bool]) -> bool:
@@ -38,17 +38,17 @@ def eventually(holds: Callable[[], bool]) -> bool:
 
 
 def test_processes_give_what_one_gives(tmp_path: Path) -> None:
-    circuit = circuit_of(judge())
-    secret, public = SecretKeys.made(circuit, tmp_path)
-    frames = [Batch(circuit.slots).frame(np.full((2, 2), number / 10)) for number in range(2)]
-    pieces = [secret.encrypted(vector, circuit.top) for frame in frames for vector in frame]
-    (expected,) = HeClstmServer(judge(), SECRET).answer(public, 0, "batch", pieces, "", "n")
-    with evaluating(judge(), SECRET, 2) as evaluate:
+    ckks = parameters_for(classifier())
+    secret, public = SecretKeys.make(ckks, tmp_path)
+    frames = [Batch(ckks.slots).frame(np.full((2, 2), number / 10)) for number in range(2)]
+    pieces = [secret.encrypt(vector, ckks.top) for frame in frames for vector in frame]
+    (expected,) = HeClstmServer(classifier(), SECRET).answer(public, 0, "batch", pieces, "", "n")
+    with evaluation_pool(classifier(), SECRET, 2) as evaluate:
         answers = [evaluate(public, 0, "batch", pieces, "", "n") for _ in range(4)]
         refused = evaluate(public, 7, "batch", pieces, "", "n")
         for answer in answers:
             (found,) = answer.result()
-            numbers = [secret.decrypted(circuit.read_any(one))[:2] for one in (found, expected)]
+            numbers = [secret.decrypt(ckks.read_any(one))[:2] for one in (found, expected)]
             assert numbers[0] == pytest.approx(numbers[1], abs=1e-9)
         with pytest.raises(Refused) as caught:
             refused.result()
@@ -58,8 +58,8 @@ def test_processes_give_what_one_gives(tmp_path: Path) -> None:
 
 
 def test_a_process_that_is_killed_is_noticed(tmp_path: Path) -> None:
-    _, public = SecretKeys.made(circuit_of(judge()), tmp_path)
-    with evaluating(judge(), SECRET, 1) as evaluate:
+    _, public = SecretKeys.make(parameters_for(classifier()), tmp_path)
+    with evaluation_pool(classifier(), SECRET, 1) as evaluate:
         with pytest.raises(Refused):
             evaluate(public, 0, "batch", [], "", "n").result()
         (process,) = active_children()
@@ -78,12 +78,12 @@ def test_a_process_that_is_killed_is_noticed(tmp_path: Path) -> None:
 
 SERVER = """
 from multiprocessing import active_children
-from nightsplit.server_worker.query.pool import evaluating
+from nightsplit.server_worker.query.pool import evaluation_pool
 from nightsplit.shared.he.ckks import PublicKeys
 from nightsplit.shared.errors import Refused, StateError
-from tests.unit.test_computing import SECRET, judge
+from tests.unit.test_computing import SECRET, classifier
 if __name__ == "__main__":
-    with evaluating(judge(), SECRET, 1) as evaluate:
+    with evaluation_pool(classifier(), SECRET, 1) as evaluate:
         try:
             evaluate(PublicKeys(b"", b""), 0, "batch", [], "", "n").result()
         except Refused:

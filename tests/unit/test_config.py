@@ -83,7 +83,7 @@ def test_what_rounds_need_and_what_only_they_have(path, changes, key):
 
 def test_a_quorum_is_a_number_of_the_runs_sites(path):
     sites = len(load_run(path).run.sites)
-    assert not load_run(path, [f"run.quorum={sites}"]).run.may_leave_out
+    assert not load_run(path, [f"run.quorum={sites}"]).run.may_exclude
     with pytest.raises(ConfigError) as caught:
         load_run(path, [f"run.quorum={sites + 1}"])
     assert "run.quorum" in caught.value.sentence
@@ -98,10 +98,10 @@ def test_averagings_do_not_overlap(path):
 
 
 def test_the_contract_depends_on_every_key_and_on_no_order(path):
-    contract = load_run(path).contract
-    assert load_run(path, ["run.seed=1"]).contract != contract
+    digest = load_run(path).digest
+    assert load_run(path, ["run.seed=1"]).digest != digest
     path.write_text(RUN.replace('id = "a"\nprotocol = "split_labels"', 'protocol = "split_labels"\nid = "a"'))
-    assert load_run(path).contract == contract
+    assert load_run(path).digest == digest
 
 
 def test_the_shape_of_a_sample(path):

@@ -1,4 +1,4 @@
-"""docs/configuration.md names every key with its default."""
+"""docs/reference/configuration.md names every key with its default."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from nightsplit.console.commands.pretrain import PretrainSection, PublicSource
+from nightsplit.console.pretrain import PretrainSection, PublicSource
 from nightsplit.server_worker.config import ServerSection
 from nightsplit.shared.config.run import (
     DataSection,
@@ -21,7 +21,7 @@ from nightsplit.shared.config.run import (
 )
 from nightsplit.site_worker.config import PolicyConfig, SiteSection, SourceSection
 
-PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "configuration.md").read_text(encoding="utf-8")
 SECTIONS = {
     ("run.toml", "[run]"): RunSection,
     ("run.toml", "[model]"): ModelSection,

@@ -1,4 +1,4 @@
-"""The sets of the HE-CLSTM paper, as docs/data.md has them read: small images in the same layout."""
+"""The sets of the HE-CLSTM paper, as docs/reference/data.md has them read: small images in the same layout."""
 
 import re
 import subprocess
@@ -14,7 +14,8 @@ from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.dataset import Dataset
 from nightsplit.site_worker.data.source import load_dataset
 
-PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8").partition("## BreaKHis")[2]
+DATA_PAGE = Path(__file__).parents[2] / "docs" / "reference" / "data.md"
+PAGE = DATA_PAGE.read_text(encoding="utf-8").partition("## BreaKHis")[2]
 FRAMES = 3
 
 

@@ -1,4 +1,4 @@
-"""Masks as targets: from an archive of arrays to parts that are scaled and hashed."""
+"""Masks as targets: from an archive of arrays to splits that are scaled and hashed."""
 
 import os
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_masks_of_an_archive(tmp_path: Path) -> None:
         ({"masks": np.zeros((40, 8, 6), np.uint8)}, 407, "'masks' is uint8 of shape (40, 8, 6)"),
         ({"masks": np.zeros((39, 6, 8), np.uint8)}, 407, "'images' has shape (40, 6, 8)"),
         ({"masks": np.full((40, 6, 8), "a")}, 407, "'masks' is <U1"),
-        ({"masks": np.zeros((40, 6, 8), np.uint8)}, 412, "40 masks, and no pixel in them is foreground"),
+        ({"masks": np.zeros((40, 6, 8), np.uint8)}, 412, "no pixel of its 40 masks is foreground"),
     ],
 )
 def test_masks_that_do_not_fit(tmp_path: Path, changed: dict[str, Any], number: int, says: str) -> None:
@@ -81,11 +81,11 @@ def test_volumes_are_never_divided_and_masks_stay_with_their_images(tmp_path: Pa
     archive(tmp_path)
     whole = load(tmp_path)
     of = {image.numpy().tobytes(): mask for image, mask in zip(whole.inputs, whole.targets, strict=True)}
-    parts = split(whole, SEGMENTATION, 0.2, 0.3, seed=1)
-    named = [set(part.patients) for part in (parts.train, parts.validation, parts.test)]
+    splits = split(whole, SEGMENTATION, 0.2, 0.3, seed=1)
+    named = [set(part.patients) for part in (splits.train, splits.validation, splits.test)]
     assert [len(names) for names in named] == [5, 2, 3]
     assert len(set.union(*named)) == VOLUMES
-    for part in (parts.train, parts.validation, parts.test):
+    for part in (splits.train, splits.validation, splits.test):
         assert part.targets.shape == (len(part), 6, 8)
         for image, mask in zip(part.inputs, part.targets, strict=True):
             assert torch.equal(of[image.numpy().tobytes()], mask)
@@ -101,9 +101,9 @@ def test_the_division_is_that_of_a_regression(tmp_path: Path) -> None:
 
 def test_scaling_leaves_masks_alone(tmp_path: Path) -> None:
     archive(tmp_path)
-    parts = split(load(tmp_path), SEGMENTATION, 0.2, 0.3, seed=1)
-    scaled = scale(parts, DataSection())
-    assert torch.equal(scaled.test.targets, parts.test.targets)
+    splits = split(load(tmp_path), SEGMENTATION, 0.2, 0.3, seed=1)
+    scaled = scale(splits, DataSection())
+    assert torch.equal(scaled.test.targets, splits.test.targets)
     assert scaled.train.inputs.mean().item() == pytest.approx(0, abs=1e-4)
     assert scaled.train.inputs.std(correction=0).item() == pytest.approx(1, abs=1e-4)
 
@@ -111,11 +111,11 @@ def test_scaling_leaves_masks_alone(tmp_path: Path) -> None:
 def test_a_changed_mask_is_noticed(tmp_path: Path) -> None:
     archive(tmp_path)
     whole = load(tmp_path)
-    whole.expect(load(tmp_path).fingerprint)
+    whole.check_fingerprint(load(tmp_path).fingerprint)
     masks = whole.targets.clone()
     masks[3, 2, 1] = 1 - masks[3, 2, 1]
     with pytest.raises(DataError) as caught:
-        Dataset(whole.inputs, masks, whole.patients).expect(whole.fingerprint)
+        Dataset(whole.inputs, masks, whole.patients).check_fingerprint(whole.fingerprint)
     assert caught.value.number == 409
 
 

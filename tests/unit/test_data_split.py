@@ -5,7 +5,7 @@ import torch
 
 from nightsplit.shared.config.run import TaskSection
 from nightsplit.shared.errors import DataError
-from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.dataset import Dataset, Splits
 from nightsplit.site_worker.data.split import shuffled, split
 
 BINARY, REGRESSION = TaskSection(kind="binary"), TaskSection(kind="regression")
@@ -25,19 +25,19 @@ def many(count: int = 60, task: TaskSection = BINARY) -> Dataset:
     return dataset({f"p{i}": [int(i % 3 == 0)] * (1 + i % 4) for i in range(count)}, task)
 
 
-def names(parts: Parts) -> tuple[set[str], set[str], set[str]]:
-    return set(parts.train.patients), set(parts.validation.patients), set(parts.test.patients)
+def names(splits: Splits) -> tuple[set[str], set[str], set[str]]:
+    return set(splits.train.patients), set(splits.validation.patients), set(splits.test.patients)
 
 
 def test_patients_are_never_divided_and_no_row_is_lost() -> None:
     whole = many()
-    parts = split(whole, BINARY, 0.15, 0.2, seed=0)
-    train, validation, test = names(parts)
+    splits = split(whole, BINARY, 0.15, 0.2, seed=0)
+    train, validation, test = names(splits)
     assert (len(train), len(validation), len(test)) == (39, 9, 12)
     assert len(train | validation | test) == 60
-    found = torch.cat([part.inputs for part in (parts.train, parts.validation, parts.test)])
+    found = torch.cat([part.inputs for part in (splits.train, splits.validation, splits.test)])
     assert torch.equal(found.sort(0).values, whole.inputs)
-    for part in (parts.train, parts.validation, parts.test):
+    for part in (splits.train, splits.validation, splits.test):
         assert torch.equal(part.inputs, part.inputs.sort(0).values)
         for row, patient in zip(part.inputs.int().flatten().tolist(), part.patients, strict=True):
             assert whole.patients[row] == patient
@@ -80,16 +80,16 @@ def test_a_patient_counts_as_its_most_frequent_class() -> None:
 def test_small_sites_train_on_every_class(count: int) -> None:
     rare = dataset({f"p{i}": [int(i == 0)] for i in range(count)})
     for seed in range(5):
-        parts = split(rare, BINARY, 0.4, 0.45, seed)
-        assert set(parts.train.targets.tolist()) == {0, 1}
-        assert min(len(parts.validation), len(parts.test)) >= 1
+        splits = split(rare, BINARY, 0.4, 0.45, seed)
+        assert set(splits.train.targets.tolist()) == {0, 1}
+        assert min(len(splits.validation), len(splits.test)) >= 1
 
 
 def test_a_class_with_a_single_patient_is_for_training() -> None:
     whole = dataset({f"p{i}": [0 if i == 0 else 1 + i % 2] for i in range(20)}, MULTICLASS)
-    parts = split(whole, MULTICLASS, 0.15, 0.2, seed=0)
-    assert "p0" in parts.train.patients
-    assert parts.train.targets.dtype == torch.int64
+    splits = split(whole, MULTICLASS, 0.15, 0.2, seed=0)
+    assert "p0" in splits.train.patients
+    assert splits.train.targets.dtype == torch.int64
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def test_single_class(task: TaskSection) -> None:
 
 
 def test_regression_needs_no_classes() -> None:
-    parts = split(dataset({f"p{i}": [1] for i in range(20)}), REGRESSION, 0.15, 0.2, seed=0)
-    assert (len(parts.train), len(parts.validation), len(parts.test)) == (13, 3, 4)
+    splits = split(dataset({f"p{i}": [1] for i in range(20)}), REGRESSION, 0.15, 0.2, seed=0)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (13, 3, 4)
 
 
 def test_lengths_must_agree() -> None:

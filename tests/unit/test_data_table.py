@@ -128,15 +128,15 @@ def test_shares_of_one_file_are_disjoint_complete_and_stable(load: Load) -> None
     lines = [f"{row % 80},200,p{row // 3},{row % 2}" for row in range(90)]
     head = "age,chol,who,num\n"
     shares = [(0.0, 0.5), (0.5, 0.8), (0.8, 1.0)]
-    parts = [set(load(head + "\n".join(lines), patient="who", share=s).patients) for s in shares]
-    assert [len(part) for part in parts] == [15, 9, 6]
-    assert len(set.union(*parts)) == 30
+    splits = [set(load(head + "\n".join(lines), patient="who", share=s).patients) for s in shares]
+    assert [len(part) for part in splits] == [15, 9, 6]
+    assert len(set.union(*splits)) == 30
     turned = head + "\n".join(reversed(lines))
-    assert [set(load(turned, patient="who", share=s).patients) for s in shares] == parts
+    assert [set(load(turned, patient="who", share=s).patients) for s in shares] == splits
 
 
 @pytest.mark.parametrize(
-    ("content", "keys", "number", "parts"),
+    ("content", "keys", "number", "splits"),
     [
         ("", {}, 401, ["heart.csv is empty"]),
         ("age,chol,place,num\n", {}, 401, ["has no rows"]),
@@ -148,7 +148,7 @@ def test_shares_of_one_file_are_disjoint_complete_and_stable(load: Load) -> None
         (TABLE, {"where": {"ward": ["1"]}}, 402, ["'ward'"]),
         (TABLE, {"missing": {"bmi": ["0"]}}, 402, ["'bmi'"]),
         (TABLE.replace("place", "age"), {}, 402, ["more than one column 'age'"]),
-        (TABLE, {}, 403, ["heart.csv, line 5, column chol: '?' is no number", "data.missing"]),
+        (TABLE, {}, 403, ["heart.csv, line 5, column chol: '?' is not a number", "data.missing"]),
         (TABLE.replace("?", "250 mg"), {}, 403, ["line 5", "'250 mg'", "unit"]),
         (TABLE.replace("?", "1e39"), {}, 403, ["line 5", "'1e39'"]),
         (TABLE.replace("?", "nan"), {}, 403, ["line 5", "'nan'"]),
@@ -166,11 +166,11 @@ def test_shares_of_one_file_are_disjoint_complete_and_stable(load: Load) -> None
         (TABLE, {"where": {"place": ["c"]}}, 405, ["of 4 rows none is left"]),
     ],
 )
-def test_errors(load: Load, content: str | bytes, keys: dict[str, Any], number: int, parts: list[str]) -> None:
+def test_errors(load: Load, content: str | bytes, keys: dict[str, Any], number: int, splits: list[str]) -> None:
     with pytest.raises(DataError) as caught:
         load(content, **keys)
     assert caught.value.number == number
-    for part in parts:
+    for part in splits:
         assert part in str(caught.value)
 
 
@@ -205,7 +205,7 @@ def test_missing_file_and_folder_in_its_place(load: Load, tmp_path: Path) -> Non
 
 
 def test_broken_parquet(load: Load) -> None:
-    with pytest.raises(DataError, match="no readable Parquet file") as caught:
+    with pytest.raises(DataError, match="not a readable Parquet file") as caught:
         load("PAR1", name="a.parquet")
     assert caught.value.number == 401
 
@@ -258,10 +258,10 @@ def test_public_sets_say_where_they_come_from(
 
 def test_fingerprint_notices_a_change(load: Load) -> None:
     dataset = load(TABLE, missing=MISSING)
-    dataset.expect(dataset.fingerprint)
+    dataset.check_fingerprint(dataset.fingerprint)
     for changed in (TABLE.replace("63", "64"), TABLE.replace("b,2", "b,0")):
         with pytest.raises(DataError, match="fingerprint") as caught:
-            load(changed, missing=MISSING).expect(dataset.fingerprint)
+            load(changed, missing=MISSING).check_fingerprint(dataset.fingerprint)
         assert caught.value.number == 409
     assert dataset.select([1, 0]).fingerprint != dataset.select([0, 1]).fingerprint
 
@@ -327,8 +327,8 @@ def test_heart_uci(tmp_path: Path, hospital: str, count: int, ill: int, without_
     assert dataset.inputs.shape == (count, 13)
     assert dataset.targets.sum() == ill
     assert dataset.inputs[:, 4].isnan().sum() == without_chol
-    parts = scale(split(dataset, BINARY, data.validation, data.test, seed=0), data)
-    for part in (parts.train, parts.validation, parts.test):
+    splits = scale(split(dataset, BINARY, data.validation, data.test, seed=0), data)
+    for part in (splits.train, splits.validation, splits.test):
         assert part.inputs.isfinite().all()
         assert set(part.targets.tolist()) == {0, 1}
 

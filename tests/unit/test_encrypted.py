@@ -15,16 +15,16 @@ from benchmarks.speed.convolution import CIRCUIT, UNIT, convolved
 from nightsplit.server_worker.he import batch, one_shot, slots
 from nightsplit.server_worker.he.arithmetic import Arithmetic
 from nightsplit.server_worker.he.batch import State
-from nightsplit.shared.he.ckks import Ciphertext, Circuit, written
+from nightsplit.shared.he.ckks import Ciphertext, CkksParameters, to_bytes
 from nightsplit.shared.he.packing import Batch, Packing, Slots
 from nightsplit.shared.he.sequences import one_shot_levels
-from nightsplit.shared.he.weights import Judge, Numbers
-from nightsplit.shared.models.sequences import SequenceJudge
+from nightsplit.shared.he.weights import ClassifierWeights, FloatArray
+from nightsplit.shared.models.sequences import SequenceClassifier
 from nightsplit.site_worker.query.keys import SecretKeys
 
-REFRESH = Circuit(8192, (50, 34, 34, 34, 60), 34)
-SHORT = Circuit(8192, (38, 33, 33, 33, 33, 48), 33)
-LONG = Circuit(8192, (34, 29, 29, 29, 29, 29, 39), 29)
+REFRESH = CkksParameters(8192, (50, 34, 34, 34, 60), 34)
+SHORT = CkksParameters(8192, (38, 33, 33, 33, 33, 48), 33)
+LONG = CkksParameters(8192, (34, 29, 29, 29, 29, 29, 39), 29)
 
 
 @dataclass
@@ -35,32 +35,32 @@ class Pair:
     arithmetic: Arithmetic
 
     @property
-    def circuit(self) -> Circuit:
-        return self.secret.circuit
+    def ckks(self) -> CkksParameters:
+        return self.secret.ckks
 
-    def sent(self, vectors: Sequence[Numbers], level: int | None = None) -> list[Ciphertext]:
-        level = self.circuit.top if level is None else level
-        return [self.circuit.read(self.secret.encrypted(vector, level), level) for vector in vectors]
+    def sent(self, vectors: Sequence[FloatArray], level: int | None = None) -> list[Ciphertext]:
+        level = self.ckks.top if level is None else level
+        return [self.ckks.read(self.secret.encrypt(vector, level), level) for vector in vectors]
 
-    def seen(self, ciphertexts: Sequence[Ciphertext]) -> list[Numbers]:
+    def seen(self, ciphertexts: Sequence[Ciphertext]) -> list[FloatArray]:
         """What the site reads of an answer."""
-        sent = [written(self.arithmetic.bottom(one)) for one in ciphertexts]
-        return [self.secret.decrypted(self.circuit.read_any(one)) for one in sent]
+        sent = [to_bytes(self.arithmetic.bottom(one)) for one in ciphertexts]
+        return [self.secret.decrypt(self.ckks.read_any(one)) for one in sent]
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     @cache
-    def pair(circuit: Circuit, rotations: tuple[int, ...]) -> Pair:
-        secret, public = SecretKeys.made(circuit, tmp_path_factory.mktemp("keys"), rotations)
-        return Pair(secret, Arithmetic(circuit, public, rotations))
+    def pair(ckks: CkksParameters, rotations: tuple[int, ...]) -> Pair:
+        secret, public = SecretKeys.make(ckks, tmp_path_factory.mktemp("keys"), rotations)
+        return Pair(secret, Arithmetic(ckks, public, rotations))
 
     return pair
 
 
-def network_of(frames: int, features: int, hidden: int, recurrent: bool) -> SequenceJudge:
+def network_of(frames: int, features: int, hidden: int, recurrent: bool) -> SequenceClassifier:
     torch.manual_seed(frames)
-    network = SequenceJudge(frames, features, hidden, recurrent).double()
+    network = SequenceClassifier(frames, features, hidden, recurrent).double()
     with torch.no_grad():
         network.votes.normal_()
         network.mixture.fill_(0.3)
@@ -72,27 +72,29 @@ def drawn(n: int, frames: int, features: int) -> torch.Tensor:
     return torch.rand(n, frames, features, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) * 2 - 1
 
 
-def refreshed(pair: Pair, packing: Packing, half: ModuleType, judge: Judge, sequences: Numbers) -> Numbers:
+def refreshed(
+    pair: Pair, packing: Packing, half: ModuleType, classifier: ClassifierWeights, sequences: FloatArray
+) -> FloatArray:
     """The logits; after every frame the site reads the state, and encrypts it again."""
-    n, top, state = len(sequences), pair.circuit.top, None
-    for t in range(judge.frames - 1):
-        state = half.step(pair.arithmetic, judge, t, pair.sent(packing.frame(sequences[:, t])), state)
-        assert {pair.circuit.level_of(one) for one in state.h} == {top - 3}
-        assert {pair.circuit.level_of(one) for one in state.c} == {top - 2}
-        assert pair.circuit.level_of(state.votes) == top - 1
+    n, top, state = len(sequences), pair.ckks.top, None
+    for t in range(classifier.frames - 1):
+        state = half.step(pair.arithmetic, classifier, t, pair.sent(packing.frame(sequences[:, t])), state)
+        assert {pair.ckks.level_of(one) for one in state.h} == {top - 3}
+        assert {pair.ckks.level_of(one) for one in state.c} == {top - 2}
+        assert pair.ckks.level_of(state.votes) == top - 1
         h = packing.state(packing.read_state(pair.seen(state.h), n))
         c = packing.state(packing.read_state(pair.seen(state.c), n))
         votes = packing.votes(packing.read_votes(pair.seen([state.votes])[0], n))
         state = State(pair.sent(h), pair.sent(c, top - 1), pair.sent([votes], top - 1)[0])
     last = pair.sent(packing.frame(sequences[:, -1]))
-    return pair.seen([half.last_step(pair.arithmetic, judge, last, state)])[0][:n]
+    return pair.seen([half.last_step(pair.arithmetic, classifier, last, state)])[0][:n]
 
 
-def in_one_shot(pair: Pair, judge: Judge, sequences: Numbers) -> Numbers:
-    packing = Batch(pair.circuit.slots)
-    frames = [pair.sent(packing.frame(sequences[:, t])) for t in range(judge.frames)]
-    answer = one_shot.logits(pair.arithmetic, judge, frames)
-    assert pair.circuit.level_of(answer) == pair.circuit.top - one_shot_levels(judge.frames)
+def in_one_shot(pair: Pair, classifier: ClassifierWeights, sequences: FloatArray) -> FloatArray:
+    packing = Batch(pair.ckks.slots)
+    frames = [pair.sent(packing.frame(sequences[:, t])) for t in range(classifier.frames)]
+    answer = one_shot.logits(pair.arithmetic, classifier, frames)
+    assert pair.ckks.level_of(answer) == pair.ckks.top - one_shot_levels(classifier.frames)
     return pair.seen([answer])[0][: len(sequences)]
 
 
@@ -105,7 +107,7 @@ def test_refresh(pairs, half: ModuleType, frames: int, features: int, hidden: in
     packing = Slots(REFRESH.slots, features, hidden) if half is slots else Batch(REFRESH.slots)
     network, sequences = network_of(frames, features, hidden, True), drawn(packing.capacity, frames, features)
     pair = pairs(REFRESH, packing.rotations)
-    found = refreshed(pair, packing, half, Judge.of(network.state_dict()), sequences.numpy())
+    found = refreshed(pair, packing, half, ClassifierWeights.of(network.state_dict()), sequences.numpy())
     expected = network(sequences)[:, 0].detach().numpy()
     assert expected.std() > 0.03
     assert np.abs(found - expected).max() < 1e-5
@@ -113,45 +115,45 @@ def test_refresh(pairs, half: ModuleType, frames: int, features: int, hidden: in
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 6, 9, 14])
 def test_one_shot(pairs, frames: int) -> None:  # type: ignore[no-untyped-def]
-    circuit = {3: REFRESH, 4: SHORT, 5: LONG}[one_shot_levels(frames)]
-    network, sequences = network_of(frames, 2, 2, False), drawn(circuit.slots, frames, 2)
-    found = in_one_shot(pairs(circuit, ()), Judge.of(network.state_dict()), sequences.numpy())
+    ckks = {3: REFRESH, 4: SHORT, 5: LONG}[one_shot_levels(frames)]
+    network, sequences = network_of(frames, 2, 2, False), drawn(ckks.slots, frames, 2)
+    found = in_one_shot(pairs(ckks, ()), ClassifierWeights.of(network.state_dict()), sequences.numpy())
     expected = network(sequences)[:, 0].detach().numpy()
     assert expected.std() > 0.03
-    assert np.abs(found - expected).max() < (5e-4 if circuit is LONG else 2e-5)
+    assert np.abs(found - expected).max() < (5e-4 if ckks is LONG else 2e-5)
 
 
 @pytest.mark.parametrize("half", [batch, slots])
 @pytest.mark.parametrize("zero", ["inputs", "state", "bias", "spatial", "temporal", "votes"])
 def test_weights_of_zero(pairs, half: ModuleType, zero: str) -> None:  # type: ignore[no-untyped-def]
     packing = Slots(REFRESH.slots, 2, 1) if half is slots else Batch(REFRESH.slots)
-    judge, sequences = Judge.of(network_of(2, 2, 1, True).state_dict()), drawn(5, 2, 2).numpy()
-    judge = replace(judge, **{zero: np.zeros_like(getattr(judge, zero))})
-    found = refreshed(pairs(REFRESH, packing.rotations), packing, half, judge, sequences)
-    assert np.abs(found - in_the_clear(judge, sequences)).max() < 1e-5
+    classifier, sequences = ClassifierWeights.of(network_of(2, 2, 1, True).state_dict()), drawn(5, 2, 2).numpy()
+    classifier = replace(classifier, **{zero: np.zeros_like(getattr(classifier, zero))})
+    found = refreshed(pairs(REFRESH, packing.rotations), packing, half, classifier, sequences)
+    assert np.abs(found - in_the_clear(classifier, sequences)).max() < 1e-5
 
 
 @pytest.mark.parametrize("zero", ["inputs", "bias", "spatial", "temporal"])
 def test_weights_of_zero_in_one_shot(pairs, zero: str) -> None:  # type: ignore[no-untyped-def]
-    judge, sequences = Judge.of(network_of(3, 2, 1, False).state_dict()), drawn(5, 3, 2).numpy()
-    judge = replace(judge, **{zero: np.zeros_like(getattr(judge, zero))})
-    found = in_one_shot(pairs(SHORT, ()), judge, sequences)
-    assert np.abs(found - in_the_clear(judge, sequences)).max() < 2e-5
+    classifier, sequences = ClassifierWeights.of(network_of(3, 2, 1, False).state_dict()), drawn(5, 3, 2).numpy()
+    classifier = replace(classifier, **{zero: np.zeros_like(getattr(classifier, zero))})
+    found = in_one_shot(pairs(SHORT, ()), classifier, sequences)
+    assert np.abs(found - in_the_clear(classifier, sequences)).max() < 2e-5
 
 
-def in_the_clear(judge: Judge, sequences: Numbers) -> Numbers:
-    h = c = np.zeros((len(sequences), judge.hidden))
-    logits = judge.constant + sequences @ judge.spatial @ judge.votes
-    for t in range(judge.frames):
-        gates = sequences[:, t] @ judge.inputs.T + judge.bias
-        if judge.state is not None:
-            gates = gates + h @ judge.state.T
+def in_the_clear(classifier: ClassifierWeights, sequences: FloatArray) -> FloatArray:
+    h = c = np.zeros((len(sequences), classifier.hidden))
+    logits = classifier.constant + sequences @ classifier.spatial @ classifier.votes
+    for t in range(classifier.frames):
+        gates = sequences[:, t] @ classifier.inputs.T + classifier.bias
+        if classifier.state is not None:
+            gates = gates + h @ classifier.state.T
         i, f, o, g = np.split(gates, 4, axis=1)
         c = f * c + i * g
         h = o * c
-        if judge.state is not None:
-            logits = logits + judge.votes[t] * (h @ judge.temporal)
-    return logits if judge.state is not None else logits + h @ judge.temporal
+        if classifier.state is not None:
+            logits = logits + classifier.votes[t] * (h @ classifier.temporal)
+    return logits if classifier.state is not None else logits + h @ classifier.temporal
 
 
 def test_convolution(pairs) -> None:  # type: ignore[no-untyped-def]
@@ -181,7 +183,7 @@ def test_convolution(pairs) -> None:  # type: ignore[no-untyped-def]
 
 
 class Plain:
-    """Numbers with the level they would have."""
+    """FloatArray with the level they would have."""
 
     def sum(self, terms: Sequence[tuple[float, int]]) -> tuple[float, int]:
         return sum(value for value, _ in terms), min(level for _, level in terms)

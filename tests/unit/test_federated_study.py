@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.accuracy import federated, results
 from benchmarks.accuracy.divisions import DIVISIONS, IID, divide, keep
-from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.dataset import Dataset, Splits
 
 SITES = ["north", "south", "east"]
 needs_data = pytest.mark.skipif(
@@ -26,8 +26,8 @@ def dataset(patients: int, first: int = 0) -> Dataset:
     return Dataset(torch.arange(2.0 * patients).reshape(-1, 1) + 2 * first, ill, names)
 
 
-def whole() -> Parts:
-    return Parts(dataset(240), dataset(30, first=240), dataset(60, first=270))
+def whole() -> Splits:
+    return Splits(dataset(240), dataset(30, first=240), dataset(60, first=270))
 
 
 def ill(data: Dataset) -> float:

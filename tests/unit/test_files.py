@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.console.output import write_output
 from nightsplit.shared.errors import StateError
-from nightsplit.shared.runtime.process import own_folder
+from nightsplit.shared.runtime.process import lock_folder
 from nightsplit.shared.storage.checkpoint import Checkpoints, Snapshot
 from nightsplit.shared.storage.files import make_private_folder, write_atomic, write_new
 from nightsplit.shared.storage.sqlite import open_database, transaction
@@ -94,7 +94,7 @@ def test_an_open_folder_is_closed(tmp_path: Path) -> None:
     folder = tmp_path / "state"
     folder.mkdir()
     folder.chmod(0o777)
-    with own_folder(folder):
+    with lock_folder(folder):
         assert open_to_others(folder) == []
 
 
@@ -115,8 +115,8 @@ def test_a_folder_that_is_not_ours_to_close_is_refused(
                 parent.chmod(0o755)
         os.seteuid(65533)
     try:
-        refused = r"E513 .*shared is not ours to close\."
-        with pytest.raises(StateError, match=refused), own_folder(folder):
+        refused = r"E513 .*shared is shared with other users\."
+        with pytest.raises(StateError, match=refused), lock_folder(folder):
             pass
         with pytest.raises(StateError, match=refused):
             EmbeddedBroker(folder).declare([UP])

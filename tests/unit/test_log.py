@@ -15,7 +15,7 @@ from nightsplit.shared.errors import BrokerError, ConfigError, DataError, StateE
 from nightsplit.shared.log import event
 from nightsplit.shared.protocols.handshake import VERDICT
 from nightsplit.shared.run_store.status import Phase, Presence, SiteStatus, WorkerStatus
-from nightsplit.shared.transport import Recovered, Trouble
+from nightsplit.shared.transport import Blocked, Unblocked
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.shared.wire.schema import Payload, TensorSpec
@@ -63,7 +63,7 @@ def test_counts_are_told_now_and_then(lines):
     pulse = json_log.Pulse()
     for sent in (1, 2, 3):
         north = SiteStatus(applied=sent, presence=Presence(beat="ab12"))
-        pulse.observe(WorkerStatus(phase=Phase.WORKING, contract="c0ffee", sent=sent, sites={"north": north}))
+        pulse.observe(WorkerStatus(phase=Phase.WORKING, digest="c0ffee", sent=sent, sites={"north": north}))
     assert lines() == [], "thirty seconds are not over"
     pulse.tell()
     (line,) = lines()
@@ -91,10 +91,10 @@ def test_a_refused_message_is_told_by_number_sender_and_seq(lines, tmp_path: Pat
 
 def test_a_site_that_is_left_out_is_told_with_its_place(lines, tmp_path: Path):
     night = Night(tiny_config(("north", "south"), quorum=1), tmp_path)
-    night.decide = lambda: None if night.server.left_out else Exclude("south")
+    night.decide = lambda: None if night.server.excluded else Exclude("south")
     night.start(SERVER)
     night.step(SERVER)
-    (line,) = [line for line in lines() if line["event"] == "left_out"]
+    (line,) = [line for line in lines() if line["event"] == "site_excluded"]
     assert line["site"] == "south"
     assert line["position"] == 1
     assert line["level"] == "warning"
@@ -103,7 +103,7 @@ def test_a_site_that_is_left_out_is_told_with_its_place(lines, tmp_path: Path):
 def test_trouble_is_told_when_it_begins_and_when_it_is_over(lines, tmp_path: Path):
     night = Night(tiny_config(("north",)), tmp_path)
     engine = night.start(SERVER)
-    events = iter([Trouble("the publishing connection is down"), Recovered()])
+    events = iter([Blocked("the publishing connection is down"), Unblocked()])
     receive = engine._link.receive
     engine._link.receive = lambda timeout: next(events, None) or receive(timeout)
     engine.step(0.0)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from nightsplit.broker.rabbitmq.outbox import Message, Outbox
+from nightsplit.broker.rabbitmq.outbox import Outbox, OutgoingMessage
 from nightsplit.shared.transport import Queue
 
 
-def outbox_with(count: int, queue: str = "q") -> tuple[Outbox, list[Message]]:
+def outbox_with(count: int, queue: str = "q") -> tuple[Outbox, list[OutgoingMessage]]:
     outbox = Outbox()
-    messages = [Message(Queue(queue, "x", "k", 1, None), f"m{number}", b"", {}) for number in range(1, count + 1)]
+    messages = [
+        OutgoingMessage(Queue(queue, "x", "k", 1, None), f"m{number}", b"", {}) for number in range(1, count + 1)
+    ]
     for message in messages:
         outbox.add(message)
         outbox.sent(message)
@@ -56,7 +58,7 @@ def test_a_held_queue_is_offered_one_message_at_a_time() -> None:
     assert pause is not None
     assert 0 < pause <= 0.1
     assert outbox.hold(queue) is None
-    later = Message(queue, "later", b"", {})
+    later = OutgoingMessage(queue, "later", b"", {})
     outbox.add(later)
     assert outbox.due() == []
     outbox.wake(queue)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nightsplit.shared.protocols.plan import Plan, Purpose
-from nightsplit.shared.protocols.stream import UpSequence
+from nightsplit.shared.protocols.stream import StreamSequence
 from nightsplit.shared.wire.message import SERVER
 from tests.harness.night import Night, tiny_config
 
@@ -100,7 +100,7 @@ def test_an_evaluation_block_uses_one_version(plan):
 @given(PLANS, st.booleans())
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_a_sequence_holds_every_half_once_and_never_waits_for_itself(plan, has_head):
-    sequence = UpSequence(plan, has_head)
+    sequence = StreamSequence(plan, has_head)
     slots = [sequence.slot(seq) for seq in range(1, sequence.last + 1)]
     halves = ("first", "second") if has_head else ("first",)
     order = [(slot.item.number, slot.half) for slot in slots]
@@ -122,7 +122,7 @@ def test_a_sequence_holds_every_half_once_and_never_waits_for_itself(plan, has_h
 )
 def test_the_order_of_halves(window, expected):
     plan = Plan(4, 0, 0, 1, 1, 1, None, window)
-    sequence = UpSequence(plan, has_head=True)
+    sequence = StreamSequence(plan, has_head=True)
     slots = [sequence.slot(seq) for seq in range(1, sequence.last + 1)]
     assert " ".join(f"{slot.half[0].upper()}{slot.item.number}" for slot in slots) == expected
 

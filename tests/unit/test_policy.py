@@ -88,10 +88,10 @@ def test_a_site_says_what_all_that_it_sends_tells() -> None:
 )
 def test_what_the_messages_of_a_system_tell(protocol: str, told: set[str]) -> None:
     assert needed(run(protocol)) == told
-    for left_out in told:
-        allowed = [Reveals(name) for name in told - {left_out}]
+    for excluded in told:
+        allowed = [Reveals(name) for name in told - {excluded}]
         sentence = refusal(PolicyConfig(allowed=allowed, server_sets_weights=True), run(protocol))
-        assert f'needs "{left_out}" in allowed ({TELLS[Reveals(left_out)]}).' in sentence
+        assert f'needs "{excluded}" in allowed ({TELLS[Reveals(excluded)]}).' in sentence
     check(PolicyConfig(allowed=[Reveals(name) for name in told], server_sets_weights=True), run(protocol))
 
 

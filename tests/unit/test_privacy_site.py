@@ -19,9 +19,9 @@ from nightsplit.shared.engine.effects import Spend
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.models.networks import mlp
 from nightsplit.site_worker import privacy
-from nightsplit.site_worker.data.dataset import Dataset, Parts
-from nightsplit.site_worker.privacy.accounting import Spent, epsilon_of
-from nightsplit.site_worker.privacy.site import PrivatePart, take_part
+from nightsplit.site_worker.data.dataset import Dataset, Splits
+from nightsplit.site_worker.privacy.accounting import Epsilon, epsilon_of
+from nightsplit.site_worker.privacy.site import PrivateTraining, take_part
 
 PRIVACY = PrivacySection(epsilon=2.0, delta=1e-3, clip=1.0)
 CONFIG = RunConfig(
@@ -34,24 +34,24 @@ CONFIG = RunConfig(
 )
 
 
-def parts_of(count: int) -> Parts:
+def parts_of(count: int) -> Splits:
     generator = torch.Generator().manual_seed(count)
     data = Dataset(torch.randn(count, 3, generator=generator), torch.zeros(count), tuple(map(str, range(count))))
-    return Parts(data, data.select([]), data.select([]))
+    return Splits(data, data.select([]), data.select([]))
 
 
-def part(folder: Path, count: int = 100, site: str = "mercy") -> PrivatePart:
+def part(folder: Path, count: int = 100, site: str = "mercy") -> PrivateTraining:
     torch.manual_seed(0)
     return take_part(CONFIG, PRIVACY, site, parts_of(count), mlp(3, [4], 1), "cpu", folder / "ledger.db", None)
 
 
-def spent(part: PrivatePart) -> Spent:
+def spent(part: PrivateTraining) -> Epsilon:
     return part.account.ledger.total(CONFIG.run.id).record
 
 
-def train(part: PrivatePart, steps: int) -> dict[str, torch.Tensor]:
+def train(part: PrivateTraining, steps: int) -> dict[str, torch.Tensor]:
     for k in range(steps):
-        part.trainer.step(*part.feed.batch(k), part.feed.seed("trainer", k), 1.0)
+        part.trainer.step(*part.batches.batch(k), part.batches.seed("trainer", k), 1.0)
     return part.trainer.weights()
 
 

@@ -24,8 +24,8 @@ from nightsplit.shared.errors import RunError
 from nightsplit.shared.learning.losses import loss_of
 from nightsplit.shared.models.networks import ct_cnn, mlp
 from nightsplit.shared.models.segmentation import monet, unet
-from nightsplit.site_worker.data.dataset import Dataset, Parts
-from nightsplit.site_worker.privacy.batches import PrivateFeed
+from nightsplit.site_worker.data.dataset import Dataset, Splits
+from nightsplit.site_worker.privacy.batches import PrivateBatches
 from nightsplit.site_worker.privacy.secret import Secret
 from nightsplit.site_worker.privacy.trainer import PrivateTrainer
 from nightsplit.site_worker.rounds.trainer import Trainer
@@ -159,9 +159,9 @@ def test_dropout_is_seeded() -> None:
 
 def moved(trainer: PrivateTrainer, *batch: torch.Tensor, seed: int = 3) -> torch.Tensor:
     """What a step of plain gradient descent at learning rate 0.01 subtracts, divided by that."""
-    before = torch.cat([parameter.detach().flatten().clone() for parameter in trainer.trained])
+    before = torch.cat([parameter.detach().flatten().clone() for parameter in trainer.trainable])
     trainer.step(*batch, seed, 1.0)
-    after = torch.cat([parameter.detach().flatten() for parameter in trainer.trained])
+    after = torch.cat([parameter.detach().flatten() for parameter in trainer.trainable])
     return (before - after) / 1e-2
 
 
@@ -280,16 +280,16 @@ def test_batches_are_poisson_samples_that_only_the_secret_tells() -> None:
     data = Dataset(torch.arange(40.0)[:, None], torch.zeros(40), tuple(map(str, range(40))))
     nothing = data.select([])
 
-    def feed(secret: Secret) -> PrivateFeed:
-        return PrivateFeed(config_of("binary"), "mercy", Parts(data, nothing, nothing), secret, 0.1)
+    def batches(secret: Secret) -> PrivateBatches:
+        return PrivateBatches(config_of("binary"), "mercy", Splits(data, nothing, nothing), secret, 0.1)
 
-    rows = [feed(SECRET).rows(k).tolist() for k in range(200)]
-    assert rows == [feed(SECRET).rows(k).tolist() for k in range(200)]
-    assert rows != [feed(SECRET.derive("other")).rows(k).tolist() for k in range(200)]
+    rows = [batches(SECRET).rows(k).tolist() for k in range(200)]
+    assert rows == [batches(SECRET).rows(k).tolist() for k in range(200)]
+    assert rows != [batches(SECRET.derive("other")).rows(k).tolist() for k in range(200)]
     assert len({len(r) for r in rows}) > 5
     assert any(not r for r in rows)
     empty = rows.index([])
-    inputs, targets = feed(SECRET).batch(empty)
+    inputs, targets = batches(SECRET).batch(empty)
     assert inputs.shape == (0, 1)
     assert targets.shape == (0,)
-    assert feed(SECRET).seed("trainer", 1) != feed(SECRET.derive("other")).seed("trainer", 1)
+    assert batches(SECRET).seed("trainer", 1) != batches(SECRET.derive("other")).seed("trainer", 1)

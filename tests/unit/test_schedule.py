@@ -4,10 +4,10 @@ import random
 
 from nightsplit.server_worker.stream.schedule import Fair, Strict
 from nightsplit.shared.protocols.plan import Plan
-from nightsplit.shared.protocols.stream import UpSequence
+from nightsplit.shared.protocols.stream import StreamSequence
 
 SIZES = {"large": 60, "middle": 30, "small": 6}
-PLANS = {site: UpSequence(Plan(n, n // 3, n // 3, 3, 4, 1, None, 2), has_head=False) for site, n in SIZES.items()}
+PLANS = {site: StreamSequence(Plan(n, n // 3, n // 3, 3, 4, 1, None, 2), has_head=False) for site, n in SIZES.items()}
 
 
 def order_of(schedule, ready_at):

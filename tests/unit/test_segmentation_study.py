@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.accuracy import segmentation
 from benchmarks.accuracy.segmentation import BEGIN, END, SITES, mean_mask, read_volumes
-from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.dataset import Dataset, Splits
 
 CHOSEN = ["public volumes alone", "centralized", "FedAvg", "DP, epsilon 8"]
 
@@ -63,5 +63,5 @@ def test_mean_mask_of_masks_that_are_all_alike_is_right() -> None:
     mask = torch.zeros(6, 8, 8)
     mask[:, 2:5, 3:6] = 1.0
     one = Dataset(torch.zeros(6, 1, 8, 8), mask, ("a", "a", "b", "b", "c", "c"))
-    judgement = mean_mask({site: Parts(one, one, one) for site in SITES})
+    judgement = mean_mask({site: Splits(one, one, one) for site in SITES})
     assert judgement.pooled["dice"] == 1.0

@@ -7,48 +7,48 @@ from torch import nn
 
 from benchmarks.accuracy.events import xor_of_events
 from benchmarks.accuracy.plain_clstm import plain_clstm
-from nightsplit.shared.he.weights import Judge
-from nightsplit.shared.models.sequences import FrameEncoder, SequenceJudge, clstm
+from nightsplit.shared.he.weights import ClassifierWeights
+from nightsplit.shared.models.sequences import FrameEncoder, SequenceClassifier, clstm
 
 
-def judge_of(frames: int, features: int, hidden: int, recurrent: bool) -> SequenceJudge:
+def classifier_of(frames: int, features: int, hidden: int, recurrent: bool) -> SequenceClassifier:
     torch.manual_seed(frames)
-    network = SequenceJudge(frames, features, hidden, recurrent).double()
+    network = SequenceClassifier(frames, features, hidden, recurrent).double()
     with torch.no_grad():
         network.votes.normal_()
         network.mixture.fill_(0.3)
     return network
 
 
-def by_the_formulas(judge: Judge, features: np.ndarray) -> float:
-    """As the docstring of `SequenceJudge` has it, for one sequence."""
-    h = c = np.zeros(judge.hidden)
-    logit = judge.constant
+def by_the_formulas(classifier: ClassifierWeights, features: np.ndarray) -> float:
+    """As the docstring of `SequenceClassifier` has it, for one sequence."""
+    h = c = np.zeros(classifier.hidden)
+    logit = classifier.constant
     for t, x in enumerate(features):
-        gates = judge.inputs @ x + judge.bias + (0 if judge.state is None else judge.state @ h)
+        gates = classifier.inputs @ x + classifier.bias + (0 if classifier.state is None else classifier.state @ h)
         i, f, o, g = gates.reshape(4, -1)
         c = f * c + i * g
         h = o * c
-        logit += judge.votes[t] * (judge.spatial @ x)
-        if judge.state is not None:
-            logit += judge.votes[t] * (judge.temporal @ h)
-    return float(logit if judge.state is not None else logit + judge.temporal @ h)
+        logit += classifier.votes[t] * (classifier.spatial @ x)
+        if classifier.state is not None:
+            logit += classifier.votes[t] * (classifier.temporal @ h)
+    return float(logit if classifier.state is not None else logit + classifier.temporal @ h)
 
 
 @pytest.mark.parametrize("recurrent", [True, False])
 @pytest.mark.parametrize(("frames", "features", "hidden"), [(1, 1, 1), (2, 3, 2), (7, 5, 4)])
 def test_the_plain_numbers_are_the_network(frames: int, features: int, hidden: int, recurrent: bool) -> None:
-    network = judge_of(frames, features, hidden, recurrent)
-    judge = Judge.of(network.state_dict())
-    assert (judge.frames, judge.features, judge.hidden) == (frames, features, hidden)
+    network = classifier_of(frames, features, hidden, recurrent)
+    classifier = ClassifierWeights.of(network.state_dict())
+    assert (classifier.frames, classifier.features, classifier.hidden) == (frames, features, hidden)
     sequences = torch.rand(5, frames, features, dtype=torch.float64) * 2 - 1
     for sequence, logit in zip(sequences.numpy(), network(sequences)[:, 0].tolist(), strict=True):
-        assert by_the_formulas(judge, sequence) == pytest.approx(logit, abs=1e-12)
+        assert by_the_formulas(classifier, sequence) == pytest.approx(logit, abs=1e-12)
 
 
 def test_the_penalty_is_the_written_one() -> None:
     """Its gradient is added; the value stays that of the loss."""
-    network = judge_of(4, 3, 2, recurrent=True)
+    network = classifier_of(4, 3, 2, recurrent=True)
     with torch.no_grad():
         network.inputs.weight.mul_(6)  # so that gates and states leave their range
     sequences = torch.rand(8, 4, 3, dtype=torch.float64) * 2 - 1
@@ -120,7 +120,7 @@ def test_it_learns_what_no_weighted_sum_can_tell() -> None:
     assert roc_auc_score(truth, flat.decision_function(unseen.flatten(1))) < 0.6
 
     torch.manual_seed(0)
-    network = SequenceJudge(frames=4, features=2, hidden=4)
+    network = SequenceClassifier(frames=4, features=2, hidden=4)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.02)
     for _ in range(20):
         for x, y in zip(sequences.split(200), labels.split(200), strict=True):

@@ -1,4 +1,4 @@
-"""The study of networks that judge sequences: its data, what an ablation leaves out, what it writes."""
+"""The study of networks that classifier sequences: its data, what an ablation leaves out, what it writes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ from benchmarks.accuracy import results, sequences, sequences_hippocampus, seque
 from benchmarks.accuracy.sequences_hippocampus import PLACES, AreaEncoder, Volume
 from benchmarks.accuracy.sequences_material import Material, xor
 from benchmarks.accuracy.sequences_study import Job, Study, judged, material, network
-from nightsplit.shared.models.sequences import SequenceJudge
+from nightsplit.shared.models.sequences import SequenceClassifier
 
 
 @pytest.fixture
@@ -36,10 +36,10 @@ def volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         function.cache_clear()
 
 
-def judge_of(job: Job) -> SequenceJudge:
-    judge = network(job).judge
-    assert isinstance(judge, SequenceJudge)
-    return judge
+def classifier_of(job: Job) -> SequenceClassifier:
+    classifier = network(job).classifier
+    assert isinstance(classifier, SequenceClassifier)
+    return classifier
 
 
 @pytest.mark.usefixtures("volumes")
@@ -112,20 +112,20 @@ def test_judges_of_volumes_see_what_the_encoder_says(tmp_path: Path) -> None:
     [("LSTM", ["inputs.weight", "state.weight", "temporal.weight"]), ("weighted unit", ["spatial.weight"])],
 )
 def test_what_is_left_out_has_no_say(without: Literal["LSTM", "weighted unit"], silent: list[str]) -> None:
-    judge = judge_of(Job(case="XOR of two events", without=without))
+    classifier = classifier_of(Job(case="XOR of two events", without=without))
     features = torch.rand(3, 5, 32)
-    before, whole = judge(features), judge_of(Job(case="XOR of two events"))(features)
+    before, whole = classifier(features), classifier_of(Job(case="XOR of two events"))(features)
     assert not torch.allclose(before, whole, atol=1e-4)
-    weights = dict(judge.named_parameters())
+    weights = dict(classifier.named_parameters())
     for name in silent:
         torch.nn.init.normal_(weights[name], std=0.1)
-    assert torch.allclose(judge(features), before, atol=1e-6)
+    assert torch.allclose(classifier(features), before, atol=1e-6)
 
 
 def test_votes_that_are_left_out_stay_equal() -> None:
-    judge = judge_of(Job(without="voting"))
-    assert [name for name, weight in judge.named_parameters() if not weight.requires_grad] == ["votes"]
-    assert set(judge.get_parameter("votes").tolist()) == {0.0}
+    classifier = classifier_of(Job(without="voting"))
+    assert [name for name, weight in classifier.named_parameters() if not weight.requires_grad] == ["votes"]
+    assert set(classifier.get_parameter("votes").tolist()) == {0.0}
 
 
 @pytest.mark.parametrize(("kind", "packing"), [("polynomial", "slots"), ("one_shot", "batch")])

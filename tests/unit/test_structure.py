@@ -4,7 +4,6 @@ in .importlinter.
 
 import ast
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import torch
 from nightsplit.server_worker.protocols import make_server
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.protocols.spec import PROTOCOLS, TRAINING, systems
-from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.dataset import Dataset, Splits
 from nightsplit.site_worker.protocols import make_site
 
 ROOT = Path(__file__).parents[2]
@@ -77,10 +76,10 @@ def test_the_rules_of_who_may_import_whom() -> None:
     assert lint.returncode == 0, lint.stdout
 
 
-@pytest.mark.parametrize("path", SOURCE, ids=name_of)
-def test_only_the_rabbitmq_modules_know_pika(path: Path) -> None:
-    uses = any(is_within(imported, "pika") for imported in imports_of(parsed(path)))
-    assert not uses or name_of(path).startswith("broker/rabbitmq/")
+def test_only_the_rabbitmq_modules_know_pika() -> None:
+    using = [name_of(path) for path in SOURCE if any(is_within(used, "pika") for used in imports_of(parsed(path)))]
+    assert using
+    assert [name for name in using if not name.startswith("broker/rabbitmq/")] == []
 
 
 def test_only_the_mailbox_reads_headers_and_publishes() -> None:
@@ -97,34 +96,38 @@ def test_only_the_mailbox_reads_headers_and_publishes() -> None:
             for call in ast.walk(tree)
             if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("link.publish")
         ]
-        if name_of(path) == "console/commands/dlq.py":
+        if name_of(path) == "console/dead_letters.py":
             assert publishes == ["self._queues.dead"]
         elif name_of(path) not in pipeline:
             assert not reads, f"{name_of(path)} reads messages beside the mailbox"
             assert not publishes, f"{name_of(path)} publishes beside the mailbox"
 
 
-@pytest.mark.parametrize("path", EVERYTHING, ids=name_of)
-def test_nothing_runs_code_that_comes_with_data(path: Path) -> None:
-    tree = parsed(path)
-    for imported in imports_of(tree):
-        assert imported.split(".")[0] not in UNSAFE_MODULES, f"{name_of(path)} imports {imported}"
+def unsafe(tree: ast.AST) -> Iterator[str]:
+    """Imports and calls that run code which comes with the data."""
+    yield from (f"imports {used}" for used in imports_of(tree) if used.split(".")[0] in UNSAFE_MODULES)
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         called = ast.unparse(call.func)
-        assert called not in UNSAFE_CALLS, f"{name_of(path)}, line {call.lineno} calls {called}"
-        pickles = [k.value for k in call.keywords if k.arg == "allow_pickle"]
-        assert all(isinstance(value, ast.Constant) and value.value is False for value in pickles)
-        if called in ("np.load", "numpy.load"):
-            assert pickles, f"{name_of(path)}, line {call.lineno}: say allow_pickle=False"
+        if called in UNSAFE_CALLS:
+            yield f"line {call.lineno} calls {called}"
+        pickles = [ast.unparse(k.value) for k in call.keywords if k.arg == "allow_pickle"]
+        if pickles not in ([], ["False"]) or (called in ("np.load", "numpy.load") and not pickles):
+            yield f"line {call.lineno}: say allow_pickle=False"
 
 
-@pytest.mark.parametrize("path", SOURCE, ids=name_of)
-def test_no_file_tells_two_stories(path: Path) -> None:
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= LONGEST, f"{name_of(path)} has {lines} lines; divide it"
+def test_nothing_runs_code_that_comes_with_data() -> None:
+    assert [f"{name_of(path)}: {found}" for path in EVERYTHING for found in unsafe(parsed(path))] == []
+    for code in ("import pickle", "torch.load(f)", "np.load(f)", "np.load(f, allow_pickle=True)", "eval(x)"):
+        assert list(unsafe(ast.parse(code))), code
+    assert not list(unsafe(ast.parse("np.load(f, allow_pickle=False)")))
 
 
-def test_the_rules_see_what_they_forbid() -> None:
+def test_no_file_tells_two_stories() -> None:
+    lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCE}
+    assert {name: lines for name, lines in lengths.items() if lines > LONGEST} == {}
+
+
+def test_imports_inside_functions_are_seen() -> None:
     tree = ast.parse("import pickle\ndef f():\n    from pika import spec\n")
     assert list(imports_of(tree)) == ["pickle", "pika.spec"]
 
@@ -149,7 +152,7 @@ def config_of(protocol: str) -> RunConfig:
 @pytest.mark.parametrize("protocol", systems(*TRAINING))
 def test_every_system_has_both_halves(protocol: str, tmp_path: Path) -> None:
     few = Dataset(torch.zeros(4, 3), torch.zeros(4), ("a", "b", "c", "d"))
-    site = make_site("mercy", config_of(protocol), Parts(few, few, few), "one", tmp_path)
+    site = make_site("mercy", config_of(protocol), Splits(few, few, few), "one", tmp_path)
     server = make_server(config_of(protocol), tmp_path, tmp_path)
     assert type(site).__module__ == f"nightsplit.site_worker.protocols.{protocol}"
     assert type(server).__module__ == f"nightsplit.server_worker.protocols.{protocol}"
@@ -211,26 +214,3 @@ def test_the_registry_needs_no_library_of_encrypted_queries() -> None:
     code = "import sys, nightsplit.site_worker.protocols, nightsplit.server_worker.protocols as p; p.ROLES; "
     code += "sys.exit('tenseal' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-
-
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
-def test_links_of_the_documents(path: Path) -> None:
-    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8"))
-    for target in (t for t in targets if "://" not in t):
-        assert (path.parent / target).exists(), f"{name_of(path)} points to {target}"
-
-
-@pytest.mark.parametrize("name", ["delivery.md", "decisions.md", "concepts.md"])
-def test_names_in_the_documents_exist(name: str) -> None:
-    """`Class.method`, `a/file.py` and (a/file.py) in a text must be there in the source."""
-    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
-    source = {path: path.read_text(encoding="utf-8") for path in SOURCE}
-    for kind, member in re.findall(r"`([A-Z][A-Za-z]+)\.([a-z_]+)`", text):
-        homes = [code for code in source.values() if re.search(rf"^class {kind}\b", code, re.MULTILINE)]
-        assert homes, f"{name}: no class {kind}"
-        assert any(re.search(rf"\b{member}\b", code) for code in homes), f"{name}: no {kind}.{member}"
-    for file in re.findall(r"\b((?:broker|shared|site_worker|server_worker|simulation|console)/[a-z_/]+\.py)", text):
-        assert ROOT / file in source, f"{name}: no {file}"

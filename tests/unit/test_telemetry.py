@@ -21,12 +21,12 @@ from nightsplit.shared.runtime.metrics_server import served
 from tests.harness.services import free_port
 
 SERVER_STATUS = WorkerStatus(
-    phase=Phase.WORKING, run="ldl", contract="c0ffee", steps=40, applied=50, planned=100, epoch=2, fence=3,
+    phase=Phase.WORKING, run="ldl", digest="c0ffee", steps=40, applied=50, planned=100, epoch=2, fence=3,
     sites={
         "north": SiteStatus(
-            queued=7, loss=0.25, staleness=4, presence=Presence(heard=datetime(2026, 11, 21, 22, tzinfo=UTC))
+            queued=7, loss=0.25, staleness=4, presence=Presence(last_seen=datetime(2026, 11, 21, 22, tzinfo=UTC))
         ),
-        "south": SiteStatus(left_out_at=12),
+        "south": SiteStatus(excluded_at=12),
     },
 )  # fmt: skip
 
@@ -61,10 +61,12 @@ def test_a_server_tells_of_itself_and_of_every_site() -> None:
     assert told.of("queued_messages", site="south") is None, "what nobody knows is not told as 0"
     assert told.of("training_loss", site="north") == 0.25
     assert told.of("staleness_steps", site="north") == 4
-    assert told.of("site_heard_timestamp_seconds", site="north") == datetime(2026, 11, 21, 22, tzinfo=UTC).timestamp()
-    assert told.of("site_heard_timestamp_seconds", site="south") is None
-    assert told.of("site_left_out", site="north") == 0
-    assert told.of("site_left_out", site="south") == 1
+    assert (
+        told.of("site_last_seen_timestamp_seconds", site="north") == datetime(2026, 11, 21, 22, tzinfo=UTC).timestamp()
+    )
+    assert told.of("site_last_seen_timestamp_seconds", site="south") is None
+    assert told.of("site_excluded", site="north") == 0
+    assert told.of("site_excluded", site="south") == 1
 
 
 def test_a_site_tells_of_itself() -> None:
@@ -74,7 +76,7 @@ def test_a_site_tells_of_itself() -> None:
     assert told["messages_sent_total"] == 2, "this process's own, so that a restart is a reset"
     assert (told["plan_done_messages"], told["plan_messages"]) == (27, 100)
     assert told.of("queued_messages", site="north") == 4
-    assert told.of("site_left_out", site="north") is None
+    assert told.of("site_excluded", site="north") is None
     assert told["fence"] is None
 
 
@@ -94,7 +96,7 @@ def test_a_batch_of_several_sites_has_a_line_of_its_own() -> None:
     told.telemetry.observe(WorkerStatus(phase=Phase.WORKING, loss=0.5, sites={"north": SiteStatus()}), Counter())
     assert told.of("training_loss", site="all") == 0.5
     assert told.of("training_loss", site="north") is None
-    assert told.of("site_left_out", site="all") is None
+    assert told.of("site_excluded", site="all") is None
 
 
 @pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.UNREADABLE])

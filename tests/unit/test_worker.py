@@ -14,7 +14,7 @@ from nightsplit.shared.errors import ConfigError, StateError
 from nightsplit.shared.protocols.build import planned_message_bytes
 from nightsplit.shared.run_store.status import Phase, WorkerStatus
 from nightsplit.shared.runtime.heartbeat import Heartbeat
-from nightsplit.shared.runtime.process import own_folder, prefetch_for, prepare_torch
+from nightsplit.shared.runtime.process import lock_folder, prefetch_for, prepare_torch
 from nightsplit.shared.wire.message import Kind
 from nightsplit.shared.wire.schema import Payload, TensorSpec, contract
 from nightsplit.simulation.store import MemoryStore
@@ -22,10 +22,10 @@ from tests.harness.night import tiny_config
 
 
 def test_a_state_folder_belongs_to_one_process(tmp_path):
-    with own_folder(tmp_path), pytest.raises(StateError) as caught, own_folder(tmp_path):
+    with lock_folder(tmp_path), pytest.raises(StateError) as caught, lock_folder(tmp_path):
         pass
     assert caught.value.number == 503
-    with own_folder(tmp_path):
+    with lock_folder(tmp_path):
         pass
 
 

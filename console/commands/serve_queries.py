@@ -1,0 +1,27 @@
+"""nightsplit serve-queries: the server of encrypted queries."""
+
+import sys
+
+from nightsplit.console.exit_codes import stopped
+from nightsplit.console.options import IdleSeconds, Overrides, ServerFile
+
+
+def serve_queries(file: ServerFile, overrides: Overrides = [], idle_seconds: IdleSeconds = None) -> int:
+    """Judge the sites' encrypted sequences.
+
+    Answer their queries with the finished run's model. It decrypts nothing, and keeps nothing but public keys;
+    it may be stopped at any time.
+    """
+    from nightsplit.console.ui.text import counted
+    from nightsplit.shared.he import check_installed
+    from nightsplit.shared.runtime.process import StopSignal
+
+    check_installed()
+    from nightsplit.server_worker.query_worker import QueryServerWorker
+
+    stop = StopSignal()
+    stop.install()
+    worker = QueryServerWorker(file, overrides, stop=stop)
+    worker.work(idle_seconds)
+    print(f"{counted(worker.answered, 'message')} answered", file=sys.stderr)
+    return stopped(stop) if stop.asked else 0

@@ -1,0 +1,28 @@
+"""nightsplit server: the holder of the remaining layers, at work."""
+
+from nightsplit.console.options import IdleSeconds, LogFormat, Overrides, ServerFile
+from nightsplit.console.ui import json_log
+
+
+def server(
+    file: ServerFile, overrides: Overrides = [], idle_seconds: IdleSeconds = None, log_format: LogFormat = "text"
+) -> int:
+    """Train the server's part of the model.
+
+    Train on what the sites have queued, and queue the answers for them. The server may be stopped at any
+    time: start the same command again, and it goes on.
+    """
+    from nightsplit.console.watch import Watch
+    from nightsplit.server_worker.stream.ddp import is_helper
+    from nightsplit.server_worker.worker import ServerWorker
+    from nightsplit.shared.wire.message import SERVER
+
+    json_log.switch(log_format == "json")
+    watch = Watch()
+    worker = ServerWorker(file, overrides, stop=watch.stop, observe=watch.observe)
+    if is_helper():
+        watch.stop.install()  # nothing asks it: a helper leaves with its server
+        worker.help()
+        return 0
+    end = f"run {worker.run_config.run.id} is finished; report in {worker.report_folder}"
+    return watch.over(SERVER, worker, lambda: worker.work(idle_seconds), end)

@@ -1,0 +1,40 @@
+"""Options and arguments that several verbs have."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from typer import Argument, Option
+
+SiteFile = Annotated[Path, Argument(metavar="SITE.TOML", help="the site's configuration file")]
+ServerFile = Annotated[Path, Argument(metavar="SERVER.TOML", help="the server's configuration file")]
+EitherFile = Annotated[Path, Argument(metavar="FILE.TOML", help="a worker's configuration file")]
+
+Overrides = Annotated[
+    list[str],
+    Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="another value for a key of run.toml, e.g. run.window=8; the same at every participant",
+    ),
+]
+IdleSeconds = Annotated[
+    float | None,
+    Option(
+        "--exit-when-idle",
+        metavar="SECONDS",
+        help="exit when nothing happened for so long; otherwise stay until all is done",
+    ),
+]
+LogFormat = Annotated[
+    Literal["text", "json"],
+    Option(help="json: one object a line on stderr, for programs that read logs, and nothing else"),
+]
+AsJson = Annotated[bool, Option("--json", help="print one JSON object, for other programs")]
+
+
+def print_help_alone(context: typer.Context) -> None:
+    """Print the help of a group of verbs that is called without one, and end there."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit

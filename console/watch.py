@@ -1,0 +1,53 @@
+"""A worker under the eyes of its user."""
+
+from collections.abc import Callable
+from importlib.metadata import version
+
+from rich.console import Console
+
+from nightsplit.console.exit_codes import stopped
+from nightsplit.console.ui import json_log
+from nightsplit.console.ui.progress import Progress
+from nightsplit.console.ui.text import screen
+from nightsplit.server_worker.worker import ServerWorker
+from nightsplit.shared.log import event
+from nightsplit.shared.run_store.status import WorkerStatus
+from nightsplit.shared.runtime.process import StopSignal
+from nightsplit.site_worker.worker import SiteWorker
+
+
+class Watch:
+    """The user's view of a worker, and the user's way to stop it."""
+
+    def __init__(self) -> None:
+        self.stop = StopSignal()
+        self._console = Console(quiet=True, force_terminal=False) if json_log.is_on() else screen()
+        self._pulse = json_log.Pulse()
+        self._worker: ServerWorker | SiteWorker
+        self._progress: Progress
+        self._warned: list[str] = []
+
+    def observe(self, status: WorkerStatus) -> None:
+        """Show what the worker reports."""
+        if self._worker.recovered != self._warned:
+            self._warned = self._worker.recovered
+            self._progress.warn([f"skipped a damaged checkpoint: {line}" for line in self._warned])
+        self._progress.observe(status)
+        self._pulse.observe(status)
+
+    def over(self, name: str, worker: ServerWorker | SiteWorker, work: Callable[[], bool], end: str) -> int:
+        """Let a worker work until it has finished, leaves, or is stopped; returns the exit code."""
+        self._worker, self._progress = worker, Progress(name, self._console)
+        json_log.name(name, worker.run_config.run.id)
+        event("started", version=version("nightsplit"))
+        self.stop.install()
+        with self._progress:
+            finished = work()
+        self._pulse.tell()
+        if finished:
+            self._console.print(end, soft_wrap=True)
+        elif self.stop.asked:
+            return stopped(self.stop)
+        else:
+            self._console.print("nothing more to do for now; start the same command again to go on")
+        return 0

@@ -1,0 +1,152 @@
+"""How site and server agree on a run, in every system: hello, manifest, rejection; and how a site is excluded."""
+
+import pytest
+
+from nightsplit.shared.errors import RunError
+from nightsplit.shared.protocols.handshake import ANY
+from nightsplit.shared.protocols.spec import TRAINING, systems
+from nightsplit.shared.wire.message import SERVER, Kind
+from tests.harness.effects import greeting, hello, manifest, refusal_of, restored, seen, sent, server_of, site_of, told
+from tests.harness.night import tiny_config
+
+SITES = ("south", "east")
+
+pytestmark = pytest.mark.parametrize("protocol", systems(*TRAINING))
+
+
+@pytest.fixture
+def config(protocol):
+    return tiny_config(SITES, protocol=protocol, order="fair", quorum=1)
+
+
+@pytest.fixture
+def site(config, tmp_path):
+    return site_of(config, "east", tmp_path)
+
+
+@pytest.fixture
+def server(config, tmp_path):
+    return server_of(config, tmp_path)
+
+
+def opening(config, site):
+    return sent(site, Kind.MANIFEST, 0, config=config.canonical(), contract=config.digest)
+
+
+def rejection(site, incarnation, number, reason):
+    return sent(site, Kind.REJECTED, 0, incarnation=incarnation, number=number, reason=reason)
+
+
+# ── the site ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_site_counts_its_patients_for_nobody_before_it_knows_the_run(config, site):
+    unknown = greeting(config, "east", enrolled=False, train=0, validation=0, test=0)
+    assert seen(site.start()) == [sent(SERVER, Kind.HELLO, 0, **unknown)]
+    assert site.next() == []
+    assert seen(site.on(manifest(config))) == [sent(SERVER, Kind.HELLO, 0, **greeting(config, "east"))]
+    assert site.on(manifest(config)) == []
+
+
+def test_a_site_sends_nothing_into_another_run(config, protocol, site):
+    site.start()
+    other = tiny_config(SITES, protocol=protocol, order="strict", quorum=1)
+    with pytest.raises(RunError, match=r"run\.order") as stopped:
+        site.on(manifest(other))
+    assert stopped.value.number == 601
+    assert site.next() == []
+    assert site.at_work is False
+
+
+def test_a_site_obeys_a_rejection_of_itself_alone(site):
+    assert site.on(told(Kind.REJECTED, 0, incarnation="east-0", number=409, reason="an earlier one")) == []
+    for incarnation in ("east-1", ANY):
+        with pytest.raises(RunError, match="rejects east: too late") as stopped:
+            site.on(told(Kind.REJECTED, 0, incarnation=incarnation, number=608, reason="too late"))
+        assert stopped.value.number == 608
+    assert refusal_of(site, told(Kind.REJECTED, 0, incarnation=ANY, number=7, reason="?")).number == 304
+
+
+def test_a_site_that_agreed_agrees_in_its_next_process(config, site, tmp_path):
+    site.start()
+    site.on(manifest(config))
+    again = restored(site, site_of(config, "east", tmp_path, 2))
+    assert seen(again.start()) == [sent(SERVER, Kind.HELLO, 0, **greeting(config, "east", incarnation="east-2"))]
+    assert again.on(manifest(config)) == []
+    assert again.next() != []
+
+
+def test_a_checkpoint_without_answers_is_told_to_nobody(config, site):
+    site.on(manifest(config))
+    site.snapshot(None)
+    assert site.saved() == []
+
+
+# ── the server ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_server_opens_a_run_once(config, server, tmp_path):
+    assert seen(server.start()) == [opening(config, site) for site in SITES]
+    assert server.start() == []
+    assert restored(server, server_of(config, tmp_path)).start() == []
+
+
+def test_a_server_shows_the_run_to_whoever_does_not_know_it(config, server):
+    stranger = hello(config, "east", enrolled=False, train=0, validation=0, test=0)
+    assert seen(server.on(stranger)) == [opening(config, "east")]
+    assert "east" not in server.sequences
+
+
+def test_a_server_chooses_nobody_whose_hello_has_not_come(config, server):
+    assert server.choose({"east"}) is None
+    assert server.on(hello(config, "east")) == []
+    assert server.choose({"east", "south"}) == "east"
+    assert server.on(hello(config, "east")) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "number", "reason"),
+    [
+        ({"contract": "other"}, 601, "the site's run.toml differs from the server's"),
+        ({"train": 0}, 405, "the site has nothing to train on"),
+    ],
+)
+def test_a_server_rejects_who_cannot_take_part(config, server, changed, number, reason):
+    assert seen(server.on(hello(config, "east", **changed))) == [rejection("east", "east-1", number, reason)]
+    assert server.choose({"east"}) is None
+
+
+def test_a_server_rejects_a_site_whose_patients_or_memory_changed(config, server, tmp_path):
+    server.on(hello(config, "east", mark=1, released=1))
+    for role in (server, restored(server, server_of(config, tmp_path))):
+        changed = role.on(hello(config, "east", test=5, mark=1, released=1))
+        assert seen(changed) == [rejection("east", "east-1", 409, "the site's data changed since the run began")]
+        lost = role.on(hello(config, "east", incarnation="east-2"))
+        stands = "the site stands at answer 0, but had stored 1 before"
+        assert seen(lost) == [rejection("east", "east-2", 504, stands)]
+        assert role.on(hello(config, "east")) == [], "a copy of an old hello says nothing about a loss"
+
+
+def test_a_hello_that_cannot_be_true_is_refused(config, server):
+    refusal = refusal_of(server, hello(config, "east", mark=1, released=2))
+    assert (refusal.number, "answer 1, 2 of them stored" in refusal.sentence) == (304, True)
+
+
+def test_a_site_that_is_excluded_is_told_now_and_whenever_it_comes(config, server, tmp_path):
+    server.on(hello(config, "east"))
+    silence = "it was silent for 72 h, and the run went on without it"
+    assert seen(server.exclude("south")) == [rejection("south", ANY, 608, silence)]
+    assert server.excluded == {"south": 0}
+    for role in (server, restored(server, server_of(config, tmp_path))):
+        assert seen(role.on(hello(config, "south"))) == [rejection("south", "south-1", 608, silence)]
+        assert role.choose({"south"}) is None
+        assert role.choose({"south", "east"}) == "east"
+
+
+def test_a_participant_goes_on_with_no_run_but_its_own(config, protocol, site, server, tmp_path):
+    other = tiny_config(SITES, protocol=protocol, order="strict", quorum=1)
+    elsewhere = tmp_path / "other"
+    for role, fresh in ((site, site_of(other, "east", elsewhere)), (server, server_of(other, elsewhere))):
+        with pytest.raises(RunError) as stopped:
+            restored(role, fresh)
+        assert stopped.value.number == 601
