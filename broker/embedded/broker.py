@@ -40,11 +40,7 @@ class EmbeddedBroker(Broker):
 
     @override
     def declare(self, queues: Iterable[Queue]) -> None:
-        """Create the queues that do not exist, and remove body files left by crashes.
-
-        Raises:
-            BrokerError: 201 the folder cannot be used, 204 a queue exists with other settings.
-        """
+        """Create queues and remove body files left by crashes; BrokerError 201 unusable folder, 204 other settings."""
         with broker_errors(201, self._folder.path), closing(self._folder.open()) as rows:
             with transaction(rows):
                 for queue in queues:
@@ -53,11 +49,7 @@ class EmbeddedBroker(Broker):
 
     @override
     def link(self, consume: Sequence[Queue], prefetch: int, owner: str) -> Link:
-        """Open a link.
-
-        Raises:
-            BrokerError: 201 the folder cannot be used, 205 a queue does not exist.
-        """
+        """Open a link; BrokerError 201 the folder cannot be used, 205 a queue does not exist."""
         return EmbeddedLink(self._folder, self._max_message_bytes, consume, prefetch, owner)
 
     @override

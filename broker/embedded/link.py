@@ -84,7 +84,7 @@ class EmbeddedLink(Link):
         self._closing = False
 
         # The writer's own.
-        self._leases: dict[str, int] = {}  # queues whose lease we have -> `taken` as last written
+        self._leases: dict[str, int] = {}  # queues with our lease -> `taken` as last written
         self._renew_at = 0.0
         self._is_blocked = False
 
@@ -141,7 +141,7 @@ class EmbeddedLink(Link):
 
     @override
     def acknowledge(self, delivery: Delivery) -> None:
-        """Let the writer remove a message, unless another consumer has taken over the queue."""
+        """Pass a message to the writer for removal, unless another consumer has taken over the queue."""
         unacknowledged = self._unacknowledged.get(delivery.queue, {})
         if isinstance(delivery.tag, int) and delivery.tag in unacknowledged:
             with self._changed:

@@ -127,7 +127,7 @@ class Folder:
         rows.execute("UPDATE queue SET link = NULL, taken = 0 WHERE link = ?", (link,))
 
     def insert(self, rows: sqlite3.Connection, messages: Iterable[NewRow]) -> None:
-        """Append messages, whose body files must be synced."""
+        """Append messages with synced body files."""
         rows.executemany(
             "INSERT INTO message (queue, message_id, headers, size, body, file) VALUES (?, ?, ?, ?, ?, ?)", messages
         )
@@ -177,7 +177,7 @@ class Folder:
         force_to_disk(self._bodies)
 
     def remove_bodies(self, files: Iterable[str]) -> None:
-        """Delete body files whose rows are gone."""
+        """Delete body files that no row refers to."""
         for file in files:
             (self._bodies / file).unlink(missing_ok=True)
 

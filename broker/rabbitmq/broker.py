@@ -72,11 +72,7 @@ class RabbitBroker(Broker):
 
     @override
     def declare(self, queues: Iterable[Queue]) -> None:
-        """Create the queues that do not exist.
-
-        Raises:
-            BrokerError: as `Broker.declare`; 212 a node of the cluster does not see the queues of another one.
-        """
+        """Create the queues that do not exist; also BrokerError 212 a node does not see the queues of another one."""
         queues, replicated = list(queues), len(self._addresses) > 1
         with connected(self._addresses, FIRST_CONNECTION_S) as connection:
             channel = connection.channel()
@@ -99,11 +95,7 @@ class RabbitBroker(Broker):
 
     @override
     def link(self, consume: Sequence[Queue], prefetch: int, owner: str) -> Link:
-        """Open a link.
-
-        Raises:
-            BrokerError: 201 unreachable, 202 login refused, 205 a queue does not exist.
-        """
+        """Open a link; BrokerError 201 unreachable, 202 login refused, 205 a queue does not exist."""
         loop, inbox = IOLoop(), Inbox()
         publisher = Publisher(loop, self._addresses, owner, inbox)
         consumer = Consumer(loop, self._addresses, owner, inbox, consume, prefetch)

@@ -27,7 +27,7 @@ class Consumer(Connection):
         self._incarnation = object()  # unlike any other, also those of other links
         self._unacknowledged: Counter[str] = Counter()
         self._overdue: set[str] = set()
-        """Queues checked in a silence whose deliveries seem to be overdue."""
+        """Queues with overdue deliveries, as found by the checks in a silence."""
 
     def is_stale(self, delivery: Delivery) -> bool:
         """Return whether the broker has taken `delivery` back. Called by the worker's thread."""

@@ -71,7 +71,7 @@ def permanent_error(error: BaseException, parameters: Any) -> BrokerError | None
 
 
 def split_cluster(queue: Queue, parameters: Any) -> BrokerError:
-    """Return the error for a cluster whose nodes have lost contact with each other."""
+    """Return the error for a cluster with nodes that have lost contact."""
     sentence = f"{_address(parameters)} does not know queue {queue.name}, which another node has."
     fix = "restart the node that was frozen or cut off; rabbitmqctl cluster_status names it."
     return BrokerError(212, sentence, fix)

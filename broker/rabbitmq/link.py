@@ -54,11 +54,7 @@ class RabbitLink(Link):
     def publish(
         self, queue: Queue, message_id: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str] = {}
     ) -> None:
-        """Hand a message to the I/O thread.
-
-        Raises:
-            BrokerError: 203 too large; also a permanent error, perhaps of an earlier message.
-        """
+        """Hand a message to the I/O thread; BrokerError 203 too large, or the permanent error of an earlier message."""
         self._inbox.raise_failure()
         size = sum(memoryview(piece).nbytes for piece in body)
         if size > self._max_message_bytes and queue.dead_key is not None:
@@ -70,11 +66,7 @@ class RabbitLink(Link):
 
     @override
     def receive(self, timeout: float) -> Event | None:
-        """Return the next event, or None after `timeout` seconds.
-
-        Raises:
-            BrokerError: a permanent error; the link stays unusable.
-        """
+        """Return the next event, or None after `timeout` seconds; a permanent error makes the link unusable."""
         deadline = time.monotonic() + timeout
         while True:
             self._inbox.raise_failure()

@@ -38,11 +38,7 @@ class Probe:
         self.verifies_users = self._addresses[0].ssl_options is not None
 
     def may_publish(self, exchange: str) -> bool:
-        """Return whether the user may publish to `exchange`; the message reaches no queue.
-
-        Raises:
-            BrokerError: 201, 202, 209.
-        """
+        """Return whether the user may publish to `exchange`, without reaching a queue; BrokerError 201, 202, 209."""
         return self._permits(lambda channel: self._publish(channel, exchange, 1))
 
     def may_read(self, queue: Queue) -> bool:

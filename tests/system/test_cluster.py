@@ -190,7 +190,7 @@ def test_a_channel_that_a_cluster_has_forgotten(broker: RabbitBroker, queues: Si
         link.publish(queues.up, "2", [b"y"])
         trouble = next_of(link, Blocked)
         assert isinstance(trouble, Blocked)
-        assert "the broker owes an answer and is silent for 2 s" in trouble.reason
+        assert "the broker owes a reply and is silent for 2 s" in trouble.reason
         for number in ("1", "2"):
             delivery = next_of(link, Delivery)
             assert isinstance(delivery, Delivery)
