@@ -49,7 +49,9 @@ class Ward(Night):
         return sent >= self.goes[worker] and (worker not in self.links or not self.links[worker].unconfirmed)
 
     def look(self):
-        self.silence.look(self.server.applied, self.server.awaited(), self.store.statuses(self.config.run.sites), True)
+        self.silence.update(
+            self.server.applied, self.server.awaited(), self.store.statuses(self.config.run.sites), True
+        )
         lacking = self.silence.lacking(self.server.awaited(), self.server.active_sites)
         sites = {site: SiteStatus(presence=presence) for site, presence in self.silence.sites.items()}
         self.store.put_status(SERVER, WorkerStatus(phase=Phase.WORKING, lacking=tuple(lacking), sites=sites))

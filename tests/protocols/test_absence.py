@@ -115,7 +115,7 @@ def test_the_report_names_everybodys_part(tmp_path):
     assert sites["north"]["excluded_at"] is None
     assert datetime.fromisoformat(sites["south"]["last_seen"]).utcoffset().total_seconds() == 0
     text = (tmp_path / "report" / "report.md").read_text()
-    assert f"**EXCLUDED: south, behind {sites['south']['excluded_at']} applied messages" in text
+    assert f"**EXCLUDED: south, after {sites['south']['excluded_at']} applied messages" in text
     assert "silent for 0.2 h and 2 sites suffice" in text
     assert text.count("EXCLUDED") == 2  # the sentence, and its line in the table
 

@@ -207,7 +207,7 @@ def test_what_is_kept_of_a_crash(study, capsys, monkeypatch):
 
 def test_the_report(tmp_path):
     night = Night(tiny_config(("north", "south"), epochs=1), tmp_path / "night").run()
-    report = night.roles[SERVER].evaluation.of(night.roles[SERVER].evaluation.best)
+    report = night.roles[SERVER].evaluation.entry(night.roles[SERVER].evaluation.best)
     report["overall"]["test"][HOSTILE] = 0.5
     write_report(tmp_path, night.config, night.roles[SERVER], dict.fromkeys(night.config.run.sites))
     text = inert((tmp_path / "report.md").read_text(encoding="utf-8"))
