@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from nightsplit.broker.embedded.broker import EmbeddedBroker
-from nightsplit.shared.credentials import NOBODY, Credentials, expect_private
+from nightsplit.shared.credentials import NO_CREDENTIALS, Credentials, expect_private
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.transport import Broker
 
 
-def open_broker(address: str, base: Path, max_message_bytes: int, credentials: Credentials = NOBODY) -> Broker:
+def open_broker(address: str, base: Path, max_message_bytes: int, credentials: Credentials = NO_CREDENTIALS) -> Broker:
     """Return the broker at "amqp://...", "amqps://..." or "embedded:folder".
 
     Args:

@@ -138,9 +138,9 @@ class Replay:
             routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in queues.items()}
             mailbox = Mailbox(run.id, SERVER, self.player, routes, role.payload, wire.message_bytes)
             self._engine = engine = Engine(
-                role, mailbox, Checkpoints(Path(scratch) / "checkpoints"), self._order, self._record,
-                interval_seconds=math.inf,
-            )  # fmt: skip
+                role, mailbox, Checkpoints(Path(scratch) / "checkpoints"), self._order, self._record
+            )
+            engine.interval_seconds = math.inf
             engine.start()
             while not engine.finished and (until is None or engine.position < until):
                 # A role that has all its messages may have work of its own (split_frozen).

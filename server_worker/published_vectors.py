@@ -102,7 +102,7 @@ def merge(base: Vector, vectors: list[Vector], scale: float) -> dict[str, torch.
             theirs, ours = vector.base_sha256[:12], base.base_sha256[:12]
             sentence = f"{vector.path} was trained from {theirs}, not from {ours} of {base.path}."
             raise ConfigError(116, sentence, "ask that hospital to begin from the same published model.")
-    layout = WeightLayout(base.shapes, most=len(base.values), buffers=base.buffers)
+    layout = WeightLayout(base.shapes, slice_length=len(base.values), buffers=base.buffers)
     if not vectors:
         return layout.weights(base.values)
     return layout.weights(base.values + scale * sum_vectors({vector.name: vector.values for vector in vectors}))

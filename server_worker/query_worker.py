@@ -16,7 +16,7 @@ from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.errors import StateError
 from nightsplit.shared.he.sequences import parameters_for
 from nightsplit.shared.protocols.he_clstm import classifier_of, fill, stages_of
-from nightsplit.shared.protocols.query import CONTRACT, MOST_CHUNKS
+from nightsplit.shared.protocols.query import CHUNKS_MAX, CONTRACT
 from nightsplit.shared.run_store.status import Phase
 from nightsplit.shared.runtime.process import StopSignal, prepare_torch, try_lock_folder
 from nightsplit.shared.runtime.worker import Worker
@@ -74,7 +74,7 @@ class QueryServerWorker(Worker):
             while self.wait_for_shift():
                 with (
                     evaluation_pool(classifier, secret, processes) as evaluate,
-                    broker.link(incoming, (processes + 1) * MOST_CHUNKS, owner) as link,
+                    broker.link(incoming, (processes + 1) * CHUNKS_MAX, owner) as link,
                 ):
                     self.enter(Phase.WORKING, "answering queries")
                     mailbox = Mailbox(config.run.id, SERVER, link, routes, CONTRACT.get, limit)

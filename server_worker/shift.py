@@ -42,7 +42,7 @@ class ServerShift:
         role: restored.
         silence: of the sites.
         counters: of the engine.
-        recovered: damaged checkpoints that were skipped.
+        skipped_checkpoints: damaged checkpoints that were skipped.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class ServerShift:
         """Last training batch, per site or `TOGETHER`."""
         self._engine = Engine(role, mailbox, checkpoints, lease, self._record, decide=self._decide, failures=failures)
         self.counters = mailbox.counters
-        self.recovered = self._engine.recover()
+        self.skipped_checkpoints = self._engine.recover()
         self._log = MetricsLog(report, role.steps)  # starts at the restored checkpoint
 
     def run(self, listening: Callable[[], bool], stop: Callable[[], bool], idle_seconds: float | None) -> bool:
@@ -102,7 +102,7 @@ class ServerShift:
         self._lease.check()
         self._deadline.update(self.role.version)
         if self.silence.is_due:
-            listening = listening and self.counters.trouble is None
+            listening = listening and self.counters.blocked_reason is None
             self.silence.update(self.role.applied, self.role.awaited(), self._statuses, listening)
 
     def _decide(self) -> OrderEntry | None:

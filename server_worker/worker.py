@@ -105,7 +105,7 @@ class ServerWorker(Worker):
             closing(self.open_store()) as store,
         ):
             lease = Lease(store, lease_owner(self.state_folder, locked))
-            while not self._stop.asked:
+            while not self._stop.requested:
                 if not only_open and not self.wait_for_shift():
                     break
                 if not lease.acquire(self._standby):
@@ -122,15 +122,15 @@ class ServerWorker(Worker):
     def _standby(self, seconds: float) -> bool:
         self.enter(Phase.STANDBY)
         self._clock.sleep(seconds)
-        return not self._stop.asked
+        return not self._stop.requested
 
     def _run_shift(
         self, lease: Lease, only_open: bool, idle_seconds: float | None, failures: Mapping[str, Refused]
     ) -> bool:
         """Work with the lease until the run or the shift is over; return whether the run is."""
         with self._open_shift(lease, only_open, failures) as shift:
-            self._counters, self.recovered = shift.counters, shift.recovered
-            stop, idle_seconds = (lambda: self._stop.asked, 0.0) if only_open else (self.off_duty, idle_seconds)
+            self._counters, self.skipped_checkpoints = shift.counters, shift.skipped_checkpoints
+            stop, idle_seconds = (lambda: self._stop.requested, 0.0) if only_open else (self.off_duty, idle_seconds)
             with Heartbeat(
                 SERVER, self.open_store, lambda: shift.extend_status(self._present()), self._observe, shift.beat
             ) as heartbeat:

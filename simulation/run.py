@@ -26,7 +26,7 @@ from nightsplit.server_worker.protocols import AnyServer, make_server
 from nightsplit.server_worker.role import ServerRole
 from nightsplit.shared.clock import Clock
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.engine.effects import Record, unpaid
+from nightsplit.shared.engine.effects import Record, forbid_spending
 from nightsplit.shared.engine.engine import Engine
 from nightsplit.shared.engine.fencing import CheckpointAuthority, SoleWriter
 from nightsplit.shared.engine.mailbox import Mailbox
@@ -170,7 +170,7 @@ class Simulation:
 
     def _recovered(self, worker: str) -> Engine:
         self._starts += 1
-        config, spend = self.config, unpaid
+        config, spend = self.config, forbid_spending
         authority: CheckpointAuthority = SoleWriter()
         if worker == SERVER:
             role: SiteRole | AnyServer = make_server(config, self.folder / SERVER, self.base, self._device)
@@ -182,14 +182,13 @@ class Simulation:
             role = make_site(worker, config, self.splits[worker], incarnation, self.base, self._device, ledger)
             queues = self.queues[worker]
             routes = {SERVER: Route(queues.up, queues.down, queues.dead)}
-            spend = role.account.pay if role.account else unpaid
+            spend = role.account.pay if role.account else forbid_spending
         consume = [route.incoming for route in routes.values()]
         link = _Ringing(self.broker.link(consume, self._prefetch, worker), self._ring)
         mailbox = Mailbox(config.run.id, worker, link, routes, role.payload, config.wire.message_bytes)
-        engine = Engine(
-            role, mailbox, self.checkpoints[worker], authority, self.lines.append, spend, lambda: self.decide(),
-            self.interval_seconds, monotonic=lambda: self.clock.now().timestamp(),
-        )  # fmt: skip
+        checkpoints, decide = self.checkpoints[worker], lambda: self.decide()
+        engine = Engine(role, mailbox, checkpoints, authority, self.lines.append, spend, decide)
+        engine.interval_seconds, engine.monotonic = self.interval_seconds, lambda: self.clock.now().timestamp()
         engine.recover()
         self.links[worker], self.roles[worker], self.engines[worker] = link, role, engine
         return engine

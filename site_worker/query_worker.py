@@ -16,7 +16,7 @@ from nightsplit.shared.he.ckks import PublicKeys
 from nightsplit.shared.he.sequences import parameters_for, rotations_of, steps_of
 from nightsplit.shared.he.weights import FloatArray
 from nightsplit.shared.protocols.he_clstm import SPEC, classifier_of, fill, stages_of
-from nightsplit.shared.protocols.query import CONTRACT, MOST_CHUNKS
+from nightsplit.shared.protocols.query import CHUNKS_MAX, CONTRACT
 from nightsplit.shared.protocols.spec import Shapes
 from nightsplit.shared.runtime.process import StopSignal, lock_folder, prepare_torch
 from nightsplit.shared.storage.files import write_atomic
@@ -107,7 +107,7 @@ class QuerySiteWorker:
             role = HeClstmSite(self._classifier, secret)
             broker = open_broker(site.config.broker, site.base, limit, site.credentials)
             while site.wait_for_shift():
-                link = site.open_link(broker, route, 2 * MOST_CHUNKS, idle_seconds)
+                link = site.open_link(broker, route, 2 * CHUNKS_MAX, idle_seconds)
                 if link is None:
                     return False
                 with link:

@@ -12,7 +12,7 @@ from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import site_queues
 from nightsplit.shared.clock import Clock
 from nightsplit.shared.config.load import load
-from nightsplit.shared.engine.effects import unpaid
+from nightsplit.shared.engine.effects import forbid_spending
 from nightsplit.shared.engine.engine import Engine
 from nightsplit.shared.engine.failures import refusing_failures
 from nightsplit.shared.engine.fencing import SoleWriter
@@ -145,10 +145,10 @@ class SiteWorker(Worker):
             mailbox = Mailbox(config.run.id, role.name, link, {SERVER: route}, role.payload, limit, gate)
             engine = Engine(
                 role, mailbox, Checkpoints(folder / "checkpoints"), SoleWriter(),
-                spend=role.account.pay if role.account else unpaid, failures=failures,
+                spend=role.account.pay if role.account else forbid_spending, failures=failures,
             )  # fmt: skip
             self._counters = engine.counters
-            self.recovered = engine.recover()
+            self.skipped_checkpoints = engine.recover()
             self.enter(Phase.WORKING)
             finished = engine.run(self.off_duty, idle_seconds)
         if role.account is not None:

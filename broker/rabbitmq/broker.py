@@ -26,7 +26,7 @@ from nightsplit.broker.rabbitmq.errors import arguments, split_cluster
 from nightsplit.broker.rabbitmq.inbox import Inbox
 from nightsplit.broker.rabbitmq.link import RabbitLink
 from nightsplit.broker.rabbitmq.publisher import Publisher
-from nightsplit.shared.credentials import NOBODY, Credentials
+from nightsplit.shared.credentials import NO_CREDENTIALS, Credentials
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Broker, Link, Queue
 
@@ -59,7 +59,7 @@ class RabbitBroker(Broker):
         url: str,
         max_message_bytes: int = 16 * 2**20,
         heartbeat: int = HEARTBEAT_S,
-        credentials: Credentials = NOBODY,
+        credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
         tune_process()
         self._addresses = read_addresses(url, heartbeat, credentials)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from nightsplit.server_worker.he.arithmetic import Arithmetic
 from nightsplit.server_worker.query.pool import Evaluate
-from nightsplit.shared.engine.mailbox import Mailbox, PutAside
+from nightsplit.shared.engine.mailbox import DeadLetter, Mailbox
 from nightsplit.shared.errors import Refused, mismatch
 from nightsplit.shared.he.ckks import CkksParameters, PublicKeys
 from nightsplit.shared.protocols.query import BLINDED_ELSEWHERE, KEYS_UNKNOWN, Parcels, chunks
@@ -96,7 +96,7 @@ class QueryServer:
 
     def _add_chunk(self, delivery: Delivery) -> None:
         received = self._mailbox.receive(delivery)
-        if isinstance(received, PutAside):
+        if isinstance(received, DeadLetter):
             self.refused += 1
             self._unidentified[received.copy] = delivery
             return
@@ -153,7 +153,7 @@ class QueryServer:
         parcel = _parcel(header)
         if refusal.number not in (KEYS_UNKNOWN, BLINDED_ELSEWHERE):  # with these the site sends it again
             self._refused_parcels.add(parcel)
-        self._unconfirmed[self._mailbox.put_aside(delivery, refusal).copy] = parcel
+        self._unconfirmed[self._mailbox.dead_letter(delivery, refusal).copy] = parcel
         if header.kind is Kind.QUERY:
             notice = self._mailbox.header(header.sender, Kind.UNANSWERED, header.seq, header.seq, header.version)
             self._send(parcel, Message(notice, {}, {"number": refusal.number, "reason": str(refusal)}), 0)

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from nightsplit.shared.config.run import PrivacySection, RunConfig
 from nightsplit.shared.engine.effects import Spend
-from nightsplit.shared.protocols.rounds import Work, most_updates
+from nightsplit.shared.protocols.rounds import Work, updates_max
 from nightsplit.site_worker import role
 from nightsplit.site_worker.data.dataset import Splits
 from nightsplit.site_worker.privacy.accounting import Use, noise_for
@@ -58,7 +58,7 @@ def take_part(
     """
     records = len(splits.train)
     rate = min(1.0, config.run.batch_size / records)
-    steps = most_updates(config) * Work.of(config, records).batches
+    steps = updates_max(config) * Work.of(config, records).batches
     use = Use(rate, noise_for(privacy.epsilon, privacy.delta, rate, steps), steps)
     book = Ledger(ledger)
     identity = f"{config.digest} {site} {splits.train.fingerprint}"

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
-from nightsplit.shared.engine.mailbox import Mailbox, PutAside, Received
+from nightsplit.shared.engine.mailbox import DeadLetter, Mailbox, Received
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.he.ckks import PublicKeys
 from nightsplit.shared.protocols.query import BLINDED_ELSEWHERE, KEYS_UNKNOWN, Parcels, chunks
@@ -104,7 +104,7 @@ class QueryClient:
 
     def _handle_delivery(self, delivery: Delivery) -> None:
         received = self._mailbox.receive(delivery)
-        if isinstance(received, PutAside):
+        if isinstance(received, DeadLetter):
             self._dead_letters[received.copy] = delivery
             return
         header = received.header
@@ -116,7 +116,7 @@ class QueryClient:
             is_complete = self._add_chunk(query, received)
         except Refused as refusal:
             self._queries.save_refusal(query.number, str(refusal))
-            self._dead_letters[self._mailbox.put_aside(delivery, refusal).copy] = delivery
+            self._dead_letters[self._mailbox.dead_letter(delivery, refusal).copy] = delivery
             return
         if is_complete:
             for chunk in self._chunks.pop((header.seq, header.version)):

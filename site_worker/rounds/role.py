@@ -12,7 +12,7 @@ from nightsplit.shared.errors import Refused, RunError, mismatch
 from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.protocols.build import WholeModel
 from nightsplit.shared.protocols.report import NO_FIGURES, encode_report
-from nightsplit.shared.protocols.rounds import LARGEST, RoundSequence, Work, check_size, check_slice, is_evaluated
+from nightsplit.shared.protocols.rounds import VALUE_MAX, RoundSequence, Work, check_size, check_slice, is_evaluated
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.site_worker.role import Account, SiteRole
@@ -222,8 +222,8 @@ class RoundSite(SiteRole):
     def _make_update(self) -> torch.Tensor:
         """Return the update, float32 (length,); RunError 603 if a change is too large to be sent."""
         change = self.layout.vector(self.trainer.weights()) - self.base
-        if not change.abs().max() <= LARGEST:
-            raise self._name_origin(divergence_error(f"training changed a weight by more than {LARGEST:g}"))
+        if not change.abs().max() <= VALUE_MAX:
+            raise self._name_origin(divergence_error(f"training changed a weight by more than {VALUE_MAX:g}"))
         return change
 
     def _name_origin(self, error: RunError) -> RunError:

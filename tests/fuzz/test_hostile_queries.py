@@ -20,7 +20,7 @@ from nightsplit.broker.proxy import WrappedLink
 from nightsplit.server_worker.protocols.he_clstm import HeClstmServer
 from nightsplit.server_worker.query.server import QueryServer
 from nightsplit.shared.engine.mailbox import Mailbox
-from nightsplit.shared.protocols.query import BLINDED_ELSEWHERE, CONTRACT, KEYS_UNKNOWN, MOST_CHUNKS
+from nightsplit.shared.protocols.query import BLINDED_ELSEWHERE, CHUNKS_MAX, CONTRACT, KEYS_UNKNOWN
 from nightsplit.shared.transport import Event, Queue, Route
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire import head
@@ -75,7 +75,7 @@ class Liar:
         if self.dice.random() < 0.6:
             return known
         extremes: dict[str, tuple[Scalar, ...]] = {
-            "chunk": (0, 1, MOST_CHUNKS - 1), "chunks": (1, 2, MOST_CHUNKS), "packing": ("slots", "batch", "spiral"),
+            "chunk": (0, 1, CHUNKS_MAX - 1), "chunks": (1, 2, CHUNKS_MAX), "packing": ("slots", "batch", "spiral"),
             "number": (101, 301, KEYS_UNKNOWN, BLINDED_ELSEWHERE, 615),
         }  # fmt: skip
         return self.dice.choice(extremes.get(name, ("", "/", "../../x", "\0" * 1000, "9" * 5000, "[" * 20_000)))
@@ -118,7 +118,7 @@ def test_whatever_is_said_to_the_server_it_answers_the_next_query(tmp_path: Path
     liar, refused = Liar(random.Random("hostile queries"), genuine), 0
     while liar.sent < MESSAGES // 2:
         tell(service, service.names.up, [liar.forgery(liar.dice.randint(1, 5)) for _ in range(AT_ONCE)])
-        with ThreadPoolExecutor(1) as pool, service.broker.link([service.names.up], 2 * MOST_CHUNKS, SERVER) as inner:
+        with ThreadPoolExecutor(1) as pool, service.broker.link([service.names.up], 2 * CHUNKS_MAX, SERVER) as inner:
             link = Hasty(inner)
             route = {"north": Route(outgoing=service.names.down, incoming=service.names.up, dead=service.names.dead)}
             evaluate = partial(pool.submit, HeClstmServer(service.classifier, SECRET).answer)
@@ -145,7 +145,7 @@ def test_whatever_is_said_to_the_site_it_asks_the_next_query(tmp_path: Path) -> 
     while liar.sent < MESSAGES // 2:
         numbers = [service.submit() for _ in range(AT_ONCE // 4)]
         tell(service, service.names.down, [liar.forgery(liar.dice.choice(numbers)) for _ in range(AT_ONCE)])
-        with service.broker.link([service.names.down], 2 * MOST_CHUNKS, "north") as inner:
+        with service.broker.link([service.names.down], 2 * CHUNKS_MAX, "north") as inner:
             link = Hasty(inner)
             routes = {SERVER: Route(outgoing=service.names.up, incoming=service.names.down, dead=service.names.dead)}
             mailbox = Mailbox("film", "north", link, routes, CONTRACT.get, LIMIT)

@@ -14,7 +14,7 @@ import zstandard
 
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.protocols.handshake import VERDICT
+from nightsplit.shared.protocols.handshake import PROGRESS
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.shared.wire.schema import Payload, Reveals, ScalarSpec, TensorSpec
@@ -312,7 +312,7 @@ def test_an_unusable_answer_counts_as_one_without_a_gradient(tmp_path):
     night = Night(config(("north",)), tmp_path)
     night.work(SERVER, 0.1)
     answer = Header("night", SERVER, "north", Kind.CUT_GRADIENT, 1, reply_to=1)
-    payload = Payload(Kind.CUT_GRADIENT, {"gradient": TensorSpec(F32, ("batch", 8), "fp16", zstd=True)}, VERDICT)
+    payload = Payload(Kind.CUT_GRADIENT, {"gradient": TensorSpec(F32, ("batch", 8), "fp16", zstd=True)}, PROGRESS)
     message = Message(answer, {"gradient": torch.randn(3, 8)}, {"best": 0, "judged": 0})
     with night.broker.link([], 8, "attacker") as link:
         link.publish(night.queues["north"].down, "poison", [b"".join(wire.encode(message, payload, 2**20))])

@@ -20,7 +20,7 @@ from nightsplit.shared.errors import Refused, StateError
 from nightsplit.shared.he.sequences import parameters_for, rotations_of
 from nightsplit.shared.he.weights import ClassifierWeights, FloatArray
 from nightsplit.shared.models.sequences import SequenceClassifier
-from nightsplit.shared.protocols.query import CONTRACT, HEADER_BYTES, MOST_CHUNKS, Parcels, chunks
+from nightsplit.shared.protocols.query import CHUNKS_MAX, CONTRACT, HEADER_BYTES, Parcels, chunks
 from nightsplit.shared.transport import Delivery, Route
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
@@ -61,7 +61,7 @@ class Service:
     def answer(self, evaluate: Evaluate | None = None, secret: bytes = b"s" * 32) -> QueryServer:
         """The server alone, until nothing comes; it evaluates in threads of this process."""
         names = self.names
-        with ThreadPoolExecutor(2) as pool, self.broker.link([names.up], 2 * MOST_CHUNKS, SERVER) as link:
+        with ThreadPoolExecutor(2) as pool, self.broker.link([names.up], 2 * CHUNKS_MAX, SERVER) as link:
             route = {"north": Route(outgoing=names.down, incoming=names.up, dead=names.dead)}
             in_threads = partial(pool.submit, HeClstmServer(self.classifier, secret).answer)
             evaluate, name = evaluate or in_threads, secret.hex()
@@ -73,7 +73,7 @@ class Service:
     def ask(self) -> bool:
         """The site alone, until nothing comes; whether all is over."""
         names = self.names
-        with self.broker.link([names.down], 2 * MOST_CHUNKS, "north") as link:
+        with self.broker.link([names.down], 2 * CHUNKS_MAX, "north") as link:
             routes = {SERVER: Route(outgoing=names.up, incoming=names.down, dead=names.dead)}
             mailbox = Mailbox("film", "north", link, routes, CONTRACT.get, LIMIT)
             return QueryClient(mailbox, self.half, self.public, self.queries).run(lambda: False, 0.05)

@@ -84,7 +84,8 @@ def test_what_another_version_refused_is_replayed_and_the_run_ends_bit_identical
         engine = night.start(SERVER)
         counts = engine.counters.counts
         wait_until(lambda: not engine.step(0.1) and counts["refused"] == sent, 60, "every message to be refused")
-        wait_until(lambda: not engine.step(0.1) and not (engine._dirty or engine._unacked.sealed), 30, "checkpoints")
+        unacked = engine._unacked
+        wait_until(lambda: not engine.step(0.1) and not (engine._dirty or unacked.has_sealed), 30, "checkpoints")
         night.kill(SERVER)
     for queues in night.queues.values():
         depth(night, queues.up, 0)

@@ -13,7 +13,7 @@ from nightsplit.console.ui import json_log
 from nightsplit.shared.engine.order import Exclude
 from nightsplit.shared.errors import BrokerError, ConfigError, DataError, StateError
 from nightsplit.shared.log import event
-from nightsplit.shared.protocols.handshake import VERDICT
+from nightsplit.shared.protocols.handshake import PROGRESS
 from nightsplit.shared.run_store.status import Phase, Presence, SiteStatus, WorkerStatus
 from nightsplit.shared.transport import Blocked, Unblocked
 from nightsplit.shared.wire import format as wire
@@ -75,7 +75,7 @@ def test_counts_are_told_now_and_then(lines):
 def test_a_refused_message_is_told_by_number_sender_and_seq(lines, tmp_path: Path):
     night = Night(tiny_config(("north",)), tmp_path)
     night.work(SERVER, 0.1)
-    payload = Payload(Kind.CUT_GRADIENT, {"gradient": TensorSpec(torch.float32, ("batch", 8), "fp16")}, VERDICT)
+    payload = Payload(Kind.CUT_GRADIENT, {"gradient": TensorSpec(torch.float32, ("batch", 8), "fp16")}, PROGRESS)
     answer = Header("night", SERVER, "north", Kind.CUT_GRADIENT, 1, reply_to=1)
     short = Message(answer, {"gradient": torch.randn(3, 8)}, {"best": 0, "judged": 0})
     with night.broker.link([], 8, "somebody") as link:

@@ -16,7 +16,7 @@ from nightsplit.simulation import scheduler
 from nightsplit.simulation.clock import ManualClock
 from nightsplit.simulation.run import Simulation
 from nightsplit.simulation.scheduler import LONGEST_REST, ROUND_SECONDS, Scheduler, Turn
-from nightsplit.site_worker.data.dataset import Dataset, Parts
+from nightsplit.site_worker.data.dataset import Dataset, Splits
 from tests.harness.night import tiny_config
 
 START = datetime(2026, 3, 1, tzinfo=UTC)
@@ -119,7 +119,7 @@ def crowd(sites: int, folder: Path) -> Counted:
     inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
     train = Dataset(inputs, (inputs[:, 0] > 0).float(), tuple("12345678"))
     nobody = train.select([])
-    return Counted(config, dict.fromkeys(names, Parts(train, nobody, nobody)), folder, prefetch=32)
+    return Counted(config, dict.fromkeys(names, Splits(train, nobody, nobody)), folder, prefetch=32)
 
 
 @pytest.mark.timeout(300)
