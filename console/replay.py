@@ -20,7 +20,7 @@ from nightsplit.broker.topology import site_queues
 from nightsplit.console.worker_file import WorkerFile
 from nightsplit.server_worker.config import ServerSection
 from nightsplit.server_worker.protocols import AnyServer, make_server
-from nightsplit.server_worker.tape import FOLDER, recorded
+from nightsplit.server_worker.tape import FOLDER, read_tape
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Record
 from nightsplit.shared.engine.engine import Engine
@@ -224,7 +224,7 @@ class _Player(Link):
         self.played = 0
         self.at_end = False
         self.damaged: list[str] = []
-        self._tape = recorded(tape, self.damaged)
+        self._tape = read_tape(tape, self.damaged)
         self._confirmed: deque[str] = deque()
         self._prefetch = 2**16
         self._pauses = False

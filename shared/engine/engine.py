@@ -64,6 +64,8 @@ class Engine:
 
     interval_seconds = 30.0
     """Longest time between checkpoints while there is something to save."""
+    monotonic: Callable[[], float] = staticmethod(time.monotonic)
+    """Clock, in seconds, by which checkpoints are due."""
 
     def __init__(
         self,
@@ -102,7 +104,7 @@ class Engine:
         self._unconfirmed = UnconfirmedSends()
         self._pending: PendingSnapshot | None = None
         self._dirty = False
-        self._last_snapshot = time.monotonic()
+        self._last_snapshot = 0.0
         self._finish: Finish | None = None
 
     def recover(self) -> list[str]:
@@ -146,6 +148,7 @@ class Engine:
 
     def start(self) -> None:
         """Start the role."""
+        self._last_snapshot = self.monotonic()
         self._perform(self._role.start())
 
     @property
@@ -339,7 +342,7 @@ class Engine:
                 self._commit(self._pending)
             return
         # Sealed deliveries must be acknowledged even without new ones: consumer_timeout would close the channel.
-        has_work, age = self._dirty or self._unacked.has_sealed, time.monotonic() - self._last_snapshot
+        has_work, age = self._dirty or self._unacked.has_sealed, self.monotonic() - self._last_snapshot
         if force or (has_work and age > self.interval_seconds) or self._unacked.open_max >= self._quarter:
             self._pending = self._snapshot()
 
@@ -364,7 +367,7 @@ class Engine:
         )
         self._unacked.seal()
         self._dirty = False
-        self._last_snapshot = time.monotonic()
+        self._last_snapshot = self.monotonic()
         return pending
 
     def _commit(self, pending: PendingSnapshot) -> None:

@@ -34,22 +34,18 @@ RUNS = {
 
 def played(night, change):
     """To the end, the server thrown away again and again; `change` makes the last site's role a liar."""
-    for name in (SERVER, *SITES):
-        night.start(name).start()
+    for name in night.workers:
+        night.start(name)
     change(night.roles[SITES[-1]])
     turns = 0
     while night.engines:
         turns += 1
         assert turns < 5000, "the run hangs"
-        for name, engine in list(night.engines.items()):
-            engine.step(0.0)
-            if engine.finished:
-                engine.leave()
-                night.kill(name)
-            elif name == SERVER and turns % 40 == 0:
-                night.kill(SERVER)
-                night.start(SERVER).start()
-    return night.roles[SERVER]
+        for name in list(night.engines):
+            night.step(name)
+        if SERVER in night.engines and turns % 40 == 0:
+            night.restart(SERVER)
+    return night.server
 
 
 def written(night, folder):
@@ -59,8 +55,7 @@ def written(night, folder):
         if line.metrics["event"] not in ("local", "spend"):
             log.write(line)
     log.close()
-    server = night.roles[SERVER]
-    write_report(folder, night.config, server, dict.fromkeys(SITES))
+    write_report(folder, night.config, night.server, dict.fromkeys(SITES))
 
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")

@@ -75,14 +75,13 @@ from nightsplit.shared.protocols.spec import sketch
 from nightsplit.shared.wire.schema import Reveals
 from nightsplit.site_worker.config import PolicyConfig
 from nightsplit.site_worker.policy import check_policy
-from tests.harness.night import SERVER, Night, tiny_config
+from tests.harness.night import Night, tiny_config
 
 house = Path(sys.argv[1])
 assert Path(nightsplit.__file__).is_relative_to(house)
 config = tiny_config(protocol="split_signs")
-night = Night(config, house / "run")
-night.together()
-server, north = night.roles[SERVER], night.roles["north"]
+night = Night(config, house / "run").run()
+server, north = night.server, night.roles["north"]
 assert (type(server).__name__, type(north).__name__) == ("SplitSignsServer", "SplitSignsSite")
 assert north.finished and server.done and server.evaluation.best and server.steps == 27
 assert not server.refusals and all(night.broker.depth(queues.dead) == 0 for queues in night.queues.values())

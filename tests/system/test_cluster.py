@@ -131,7 +131,7 @@ def broker(url: str, queues: SiteQueues) -> RabbitBroker:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a channel owes is waited for two seconds, in place of a minute."""
-    monkeypatch.setattr(rabbitmq_connection, "FORGOTTEN_S", 2.0)
+    monkeypatch.setattr(rabbitmq_connection, "SILENCE_S_MAX", 2.0)
 
 
 def next_of(link: Link, *kinds: type) -> object:
@@ -171,7 +171,7 @@ def test_a_queue_that_a_cluster_does_not_know_for_a_while(broker: RabbitBroker, 
 def test_a_queue_that_a_cluster_does_not_know_for_long(
     broker: RabbitBroker, queues: SiteQueues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rabbitmq_connection, "MISSING_S", 2.0)
+    monkeypatch.setattr(rabbitmq_connection, "QUEUE_MISSING_S_MAX", 2.0)
     with broker.link([], 1, "site") as link:
         broker.delete([queues.up])
         link.publish(queues.up, "m", [b"x"])
@@ -190,7 +190,7 @@ def test_a_channel_that_a_cluster_has_forgotten(broker: RabbitBroker, queues: Si
         link.publish(queues.up, "2", [b"y"])
         trouble = next_of(link, Blocked)
         assert isinstance(trouble, Blocked)
-        assert "the broker owes an answer and is silent for 2 s" in trouble.reason
+        assert "the broker owes a reply and is silent for 2 s" in trouble.reason
         for number in ("1", "2"):
             delivery = next_of(link, Delivery)
             assert isinstance(delivery, Delivery)
@@ -220,7 +220,7 @@ def test_a_quiet_cluster_is_left_alone(
     broker: RabbitBroker, queues: SiteQueues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing to say, or a full prefetch, is no silence: no message is delivered twice."""
-    monkeypatch.setattr(rabbitmq_connection, "FORGOTTEN_S", 0.5)
+    monkeypatch.setattr(rabbitmq_connection, "SILENCE_S_MAX", 0.5)
     with broker.link([queues.up], 1, "server") as link:
         while link.receive(2.0) is not None:
             pass  # the first host is away

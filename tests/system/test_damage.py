@@ -171,7 +171,7 @@ def test_with_no_checkpoint_left_nothing_begins_from_zero(
     if worker == "server":
         refuses_to_start(hospital, worker, "E502 No valid checkpoint is left", "is missing")
     else:
-        refuses_to_start(hospital, worker, "E504 Site lost its state", "stands at answer 0, but had stored")
+        refuses_to_start(hospital, worker, "E504 Site lost its state", "is at answer 0, but had stored")
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(tmp_path / "backup", folder)
     hospital.start(worker)

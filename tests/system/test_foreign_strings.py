@@ -26,7 +26,6 @@ from nightsplit.shared.transport import Queue
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.shared.wire.schema import contract
-from nightsplit.simulation.broker import MemoryBroker
 from tests.harness.night import Night, tiny_config
 from tests.harness.study import SITES, change, write_study
 
@@ -207,9 +206,8 @@ def test_what_is_kept_of_a_crash(study, capsys, monkeypatch):
 
 
 def test_the_report(tmp_path):
-    night = Night(tiny_config(("north", "south"), epochs=1), tmp_path / "night", MemoryBroker())
-    night.together()
-    report = night.roles[SERVER].evaluation.of(night.roles[SERVER].evaluation.best)
+    night = Night(tiny_config(("north", "south"), epochs=1), tmp_path / "night").run()
+    report = night.roles[SERVER].evaluation.entry(night.roles[SERVER].evaluation.best)
     report["overall"]["test"][HOSTILE] = 0.5
     write_report(tmp_path, night.config, night.roles[SERVER], dict.fromkeys(night.config.run.sites))
     text = inert((tmp_path / "report.md").read_text(encoding="utf-8"))

@@ -37,8 +37,8 @@ class Little:
         """As a server and a site do it together."""
         arithmetic = Arithmetic(LITTLE, PublicKeys(relin, galois), (1,))
         given = LITTLE.read(ciphertext, 2)
-        product = arithmetic.products([(arithmetic.rotated(given, 1), given)])
-        answer = to_bytes(arithmetic.bottom(arithmetic.weighted([0.5], [product], 0.25)))
+        product = arithmetic.dot([(arithmetic.rotate(given, 1), given)])
+        answer = to_bytes(arithmetic.drop_levels(arithmetic.weighted_sum([0.5], [product], 0.25)))
         return self.secret.decrypt(LITTLE.read_any(answer))
 
 
