@@ -104,7 +104,7 @@ class Engine:
         self._unconfirmed = UnconfirmedSends()
         self._pending: PendingSnapshot | None = None
         self._dirty = False
-        self._last_snapshot = 0.0
+        self._last_snapshot = self.monotonic()
         self._finish: Finish | None = None
 
     def recover(self) -> list[str]:
