@@ -12,6 +12,8 @@ Each number has a title in `TITLES` and a page `docs/errors/<number>.md`, which 
 test keeps both complete.
 """
 
+from typing_extensions import override
+
 TITLES: dict[int, str] = {
     101: "Configuration file missing or unreadable",
     102: "Configuration file is not valid TOML",
@@ -121,6 +123,7 @@ class NightsplitError(Exception):
         """Number and title, safe for all readers: the sentence may quote a path, a password or a patient."""
         return f"E{self.number} {TITLES[self.number]}"
 
+    @override
     def __str__(self) -> str:
         return f"{self.heading}: {self.sentence} Fix: {self.remedy} (nightsplit explain {self.number})"
 
@@ -133,7 +136,7 @@ class BrokerError(NightsplitError):
     """Failure or refusal of the broker or the run store."""
 
 
-class Refused(NightsplitError):
+class Refused(NightsplitError):  # noqa: N818  (it is a message that was refused, and no error of a program)
     """Refusal of a message, which goes to the dead letter queue with this text."""
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from typing_extensions import override
 
 from nightsplit.shared.errors import StateError
 from nightsplit.shared.storage.checkpoint import Checkpoints, Pointer, Snapshot
@@ -17,16 +18,17 @@ class MemoryCheckpoints(Checkpoints):
         super().__init__(Path("memory"))
         self._kept: dict[tuple[int, int], tuple[Mapping[str, torch.Tensor], str]] = {}
 
+    @override
     def write(self, fence: int, counter: int, snapshot: Snapshot) -> Pointer:
-        """See `Checkpoints`."""
         self._kept[fence, counter] = snapshot.tensors, json.dumps(snapshot.facts, sort_keys=True)
         return Pointer(fence, counter, "")
 
+    @override
     def prune(self) -> None:
-        """See `Checkpoints`."""
         for numbers in sorted(self._kept)[: -self.keep]:
             del self._kept[numbers]
 
+    @override
     def load(self, pointer: Pointer | None = None) -> tuple[Pointer, Snapshot, list[str]] | None:
         """See `Checkpoints`; what is loaded belongs to the caller."""
         numbers = (pointer.fence, pointer.counter) if pointer is not None else max(self._kept, default=None)
@@ -39,6 +41,6 @@ class MemoryCheckpoints(Checkpoints):
         return Pointer(*numbers, ""), snapshot, []
 
     @property
+    @override
     def last_fence(self) -> int:
-        """See `Checkpoints`."""
         return max((fence for fence, _ in self._kept), default=0)

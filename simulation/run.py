@@ -18,6 +18,7 @@ from typing import Self
 import torch
 from torch import nn
 from torch.func import functional_call
+from typing_extensions import override
 
 from nightsplit.broker.proxy import WrappedLink
 from nightsplit.broker.topology import site_queues
@@ -79,7 +80,7 @@ class Simulation:
         interval_seconds: longest time between checkpoints, on the simulation's clock.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (tests name the few that they need)
         self,
         config: RunConfig,
         splits: Mapping[str, Splits],
@@ -213,7 +214,7 @@ class Simulation:
         return {name: role for name, role in self.roles.items() if isinstance(role, SiteRole)}
 
     def journal(self) -> list[str]:
-        """The order journal."""
+        """Return the entries of the order journal."""
         entries: list[str] = []
         while (entry := self.store.journalled(len(entries) + 1)) is not None:
             entries.append(entry)
@@ -229,10 +230,10 @@ class Simulation:
         return digest.hexdigest()
 
     def judgement(self, splits: Mapping[str, Splits] | None = None) -> ModelFigures:
-        """The best model on test patients: each site's own splits of it, the server's best weights.
+        """Evaluate the best model, each site with its own part of it, on test patients.
 
         Args:
-            splits: whose test patients, where it is not the sites of the run.
+            splits: the data by site, if not that of the run.
         """
         modules = build_model(self.config, self.base).modules
 
@@ -263,10 +264,10 @@ class _Ringing(WrappedLink):
         super().__init__(link)
         self._ring = ring
 
+    @override
     def publish(
         self, queue: Queue, message_id: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str] = {}
     ) -> None:
-        """See `Link`."""
         super().publish(queue, message_id, body, headers)
         self._ring(queue)
 
@@ -284,6 +285,6 @@ def _states(role: SiteRole | AnyServer) -> list[Mapping[str, torch.Tensor]]:
 
 
 def _forward(module: nn.Module, weights: Mapping[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
-    """Outputs in evaluation mode, with these weights in place of the module's own."""
+    """Return the outputs in evaluation mode, with these weights in place of the module's own."""
     with torch.no_grad():
         return functional_call(module.eval(), dict(weights), inputs)  # type: ignore[no-any-return]

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
+from typing_extensions import override
+
 from nightsplit.shared.clock import Clock
 
 ROUND_SECONDS = 0.001
@@ -41,6 +43,7 @@ class Scheduler(Iterator[str]):
         self._rest = dict.fromkeys(self._next, 1)
         self._now = Turn(0, -1, "")
 
+    @override
     def __next__(self) -> str:
         while self._heap:
             turn = heappop(self._heap)

@@ -10,6 +10,7 @@ from itertools import chain
 import torch
 from torch import nn
 from torch.nn import functional
+from typing_extensions import override
 
 GROUPS = 4
 
@@ -81,6 +82,7 @@ class _UNet(nn.Module):
         self.shrink = nn.AvgPool2d(2) if smooth else nn.MaxPool2d(2)
         self.enlarge = nn.Upsample(scale_factor=2)
 
+    @override
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         folded = self.fold(images)
         if self.coordinates:
@@ -125,6 +127,7 @@ class _MoNet(nn.Module):
         self.output = nn.Conv2d(width, 1, 1)
         nn.init.constant_(self.output.bias, output_bias)  # type: ignore[arg-type]  # it has one
 
+    @override
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         first = self.first(images)
         second = self.second(self.halve_first(first))
@@ -143,6 +146,7 @@ class _Dilated(nn.Module):
         self.convolutions = nn.ModuleList(_conv(width, width, dilation=dilation) for dilation in (4, 3, 2, 1))
         self.dropout = dropout
 
+    @override
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         fourth, third, second, first = self.convolutions
         middle = self._drop(third(self._drop(fourth(maps)) + maps))

@@ -125,12 +125,14 @@ class _RangePenalty(torch.autograd.Function):
     """
 
     @staticmethod
+    @override
     def forward(ctx: FunctionCtx, values: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(values)
         return values.view_as(values)
 
     @staticmethod
     @once_differentiable
+    @override
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         (values,) = ctx.saved_tensors
         excess = (values.abs() - 1).clamp(min=0) * values.sign()

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, time, timedelta
 from zoneinfo import ZoneInfo
 
+from typing_extensions import override
+
 from nightsplit.shared.errors import ConfigError
 
 _TEXT = re.compile(r"\s*(\d{1,2}):(\d{2})\s*-\s*(\d{1,2}):(\d{2})\s+(\S+)\s*")
@@ -30,6 +32,7 @@ class Shift:
         self.text = text
         self._hours = None if text is None else _parse(text)
 
+    @override
     def __str__(self) -> str:
         return self.text or "always"
 
