@@ -188,10 +188,10 @@ class DividedTop(StoredTop):
                 outputs = self._parallel(smashed.to(self._device))
                 loss = loss_of(self._task, outputs, targets.to(self._device)) * share.weight
             distributed.all_reduce(total := loss.detach().clone())
-            self._optimizer.zero_grad()
+            self.optimizer.zero_grad()
             torch.autograd.backward(loss * self._group.size)  # DDP takes the mean over ranks, and this is a sum
             check_step(self.module, total)  # equal at every rank, and so is its outcome
-        self._optimizer.step()
+        self.optimizer.step()
         return total.item()
 
 

@@ -9,62 +9,15 @@ from typing_extensions import override
 
 from nightsplit.server_worker.stream.activation_store import ActivationStore, Row
 from nightsplit.shared.config.run import OptimizerSection, TaskSection
-from nightsplit.shared.learning.bounds import buffers_kept, check_bounded, check_step
-from nightsplit.shared.learning.losses import loss_of
-from nightsplit.shared.learning.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
+from nightsplit.shared.learning.bounds import check_bounded
+from nightsplit.shared.learning.optimizers import optimizer_tensors, restore_optimizer
 from nightsplit.shared.learning.seeds import seeded
+from nightsplit.shared.learning.stage import Stage
 from nightsplit.shared.storage.checkpoint import flatten, under
 
 
-class Top:
-    """Layers behind the cut, with their optimizer.
-
-    Args:
-        module: the layers; moved to `device`.
-        optimizer: as in run.toml.
-        task: defines the loss.
-        device: of the computation; arguments and results are on the CPU.
-    """
-
-    def __init__(self, module: nn.Module, optimizer: OptimizerSection, task: TaskSection, device: str) -> None:
-        self.module = module.to(device)
-        self._optimizer = make_optimizer(optimizer, module.parameters())
-        self._task = task
-        self._device = device
-
-    def train_step(self, smashed: torch.Tensor, targets: torch.Tensor, seed: int) -> tuple[float, torch.Tensor]:
-        """Perform one training step.
-
-        Args:
-            smashed: (batch, *cut) float32.
-            targets: (batch,).
-            seed: of dropout in this step.
-
-        Returns:
-            The mean loss, and its gradient (batch, *cut) float32 at the cut.
-
-        Raises:
-            Refused: 312 loss or gradients are not finite; nothing was changed.
-        """
-        inputs = smashed.to(self._device, copy=True).requires_grad_()
-        self.module.train()
-        with buffers_kept(self.module):
-            with seeded(seed, self._device):
-                loss = loss_of(self._task, self.module(inputs), targets.to(self._device))
-            self._optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            assert inputs.grad is not None
-            check_step(self.module, loss, inputs.grad)
-        self._optimizer.step()
-        return loss.item(), inputs.grad.cpu()
-
-    def predict(self, smashed: torch.Tensor) -> torch.Tensor:
-        """Return outputs (batch, outputs) in evaluation mode for smashed data (batch, *cut); Refused 312 not finite."""
-        self.module.eval()
-        with torch.no_grad():
-            outputs: torch.Tensor = self.module(smashed.to(self._device))
-        check_bounded("outputs", outputs)
-        return outputs.cpu()
+class Top(Stage):
+    """Layers behind the cut, with their optimizer."""
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return CPU copies of parameters and buffers."""
@@ -72,13 +25,13 @@ class Top:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the tensors of a snapshot."""
-        module, optimizer = self.module.state_dict(), optimizer_tensors(self._optimizer)
+        module, optimizer = self.module.state_dict(), optimizer_tensors(self.optimizer)
         return {**flatten("top", module), **flatten("optimizer", optimizer)}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Continue from `state`."""
         self.module.load_state_dict(under("top", tensors))
-        restore_optimizer(self._optimizer, under("optimizer", tensors))
+        restore_optimizer(self.optimizer, under("optimizer", tensors))
 
 
 class StoredTop(Top):
@@ -144,7 +97,7 @@ class Middle(Top):
         self.module.load_state_dict(buffers, strict=False)
         for parameter, parameter_gradient in zip(self.module.parameters(), at_parameters, strict=True):
             parameter.grad = parameter_gradient
-        self._optimizer.step()
+        self.optimizer.step()
         self._steps += 1
         return at_cut.cpu()
 

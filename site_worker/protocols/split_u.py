@@ -4,16 +4,13 @@ from collections.abc import Mapping
 from typing import Self
 
 import torch
-from torch import nn
 from typing_extensions import override
 
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Send
-from nightsplit.shared.learning.bounds import buffers_kept, check_bounded, check_step
-from nightsplit.shared.learning.losses import loss_of
 from nightsplit.shared.learning.metrics import measure
-from nightsplit.shared.learning.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
-from nightsplit.shared.learning.seeds import seeded
+from nightsplit.shared.learning.optimizers import optimizer_tensors, restore_optimizer
+from nightsplit.shared.learning.stage import Stage
 from nightsplit.shared.protocols.build import SplitModel
 from nightsplit.shared.protocols.plan import Item, Purpose
 from nightsplit.shared.protocols.report import NO_FIGURES, encode_report
@@ -28,16 +25,14 @@ from nightsplit.site_worker.stream.role import StreamSite
 
 
 class SplitUSite(StreamSite):
-    """Role with the bottom, the head and the labels; the head is moved to `device`. Arguments as for `StreamSite`."""
+    """Role with the bottom, the head and the labels; other arguments are those of `StreamSite`."""
 
     def __init__(
         self, name: str, config: RunConfig, bottom: Bottom, batches: StreamBatches, contract: Mapping[Kind, Payload],
-        incarnation: str, head: nn.Module, device: str,
+        incarnation: str, head: Stage,
     ) -> None:  # fmt: skip
         super().__init__(name, config, bottom, batches, contract, incarnation)
-        self.head = head.to(device)
-        self._device = device
-        self._optimizer = make_optimizer(config.optimizer, head.parameters())
+        self.head = head
         self._gradients: dict[int, torch.Tensor] = {}
         """Gradients at the head's input, by item, until their message is confirmed."""
         self._reports: dict[int, str] = {}
@@ -52,13 +47,14 @@ class SplitUSite(StreamSite):
     def make(
         cls, name: str, config: RunConfig, model: SplitModel, splits: Splits, incarnation: str, device: str
     ) -> Self:
-        bottom, head = Bottom(model.parts.bottom, config.optimizer, device), model.parts.head
-        assert head is not None
-        return cls(name, config, bottom, StreamBatches(config, name, splits), model.contract, incarnation, head, device)
+        assert model.parts.head is not None
+        bottom = Bottom(model.parts.bottom, config.optimizer, device)
+        head = Stage(model.parts.head, config.optimizer, config.task, device)
+        return cls(name, config, bottom, StreamBatches(config, name, splits), model.contract, incarnation, head)
 
     @override
     def model(self) -> dict[str, dict[str, torch.Tensor]]:
-        return {**super().model(), "head": self._heads.get(self.best, self.head.state_dict())}
+        return {**super().model(), "head": self._heads.get(self.best, self.head.module.state_dict())}
 
     @override
     def send_first(self, item: Item) -> Send:
@@ -78,13 +74,10 @@ class SplitUSite(StreamSite):
             return
         activations = message.tensors["activations"]
         if item.purpose is Purpose.TRAIN:
-            self._gradients[item.number] = self._train_head(item, activations)
-            return
-        self.head.eval()
-        with torch.no_grad():
-            outputs = self.head(activations.to(self._device))
-        check_bounded("outputs", outputs)
-        self._outputs[item.number] = outputs.cpu()
+            targets, seed = self.batches.targets(item), self.batches.seed("head", item)
+            _, self._gradients[item.number] = self.head.train_step(activations, targets, seed)
+        else:
+            self._outputs[item.number] = self.head.predict(activations)
 
     @override
     def count_answer(self, slot: Slot, evaluated: int) -> None:
@@ -92,26 +85,8 @@ class SplitUSite(StreamSite):
         if item.ends_block and not slot.settles:  # the last head input of the block, even if it was refused
             self._reports[item.number] = self._evaluate()
             self._heads = {epoch: head for epoch, head in self._heads.items() if self.is_candidate(epoch)}
-            self._heads[item.epoch] = {name: tensor.clone() for name, tensor in self.head.state_dict().items()}
+            self._heads[item.epoch] = {name: tensor.clone() for name, tensor in self.head.module.state_dict().items()}
         super().count_answer(slot, evaluated)
-
-    def _train_head(self, item: Item, activations: torch.Tensor) -> torch.Tensor:
-        """Train the head for one step; return the gradient (batch, *head) at its input.
-
-        Raises:
-            Refused: 312 values are not finite; nothing was changed.
-        """
-        inputs = activations.to(self._device, copy=True).requires_grad_()
-        self.head.train()
-        with buffers_kept(self.head):
-            with seeded(self.batches.seed("head", item), self._device):
-                loss = loss_of(self.config.task, self.head(inputs), self.batches.targets(item).to(self._device))
-            self._optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            assert inputs.grad is not None
-            check_step(self.head, loss, inputs.grad)
-        self._optimizer.step()
-        return inputs.grad.cpu()
 
     def _evaluate(self) -> str:
         """Measure the block that just ended; return the metrics as JSON."""
@@ -133,8 +108,8 @@ class SplitUSite(StreamSite):
             for q in [q for q in by_item if self.sequence.settles(q) < resume]:
                 del by_item[q]
         tensors = {**base.tensors, **flatten("gradients", self._gradients), **flatten("outputs", self._outputs)}
-        tensors.update(flatten("head", self.head.state_dict()))
-        tensors.update(flatten("head_optimizer", optimizer_tensors(self._optimizer)))
+        tensors.update(flatten("head", self.head.module.state_dict()))
+        tensors.update(flatten("head_optimizer", optimizer_tensors(self.head.optimizer)))
         for epoch, head in self._heads.items():
             tensors.update(flatten(f"candidate_head/{epoch}", head))
         return Snapshot(tensors, {**base.facts, "reports": {**self._reports}, "heads": list(self._heads)})
@@ -143,8 +118,8 @@ class SplitUSite(StreamSite):
     def restore(self, snapshot: Snapshot) -> None:
         super().restore(snapshot)
         tensors = snapshot.tensors
-        self.head.load_state_dict(under("head", tensors))
-        restore_optimizer(self._optimizer, under("head_optimizer", tensors))
+        self.head.module.load_state_dict(under("head", tensors))
+        restore_optimizer(self.head.optimizer, under("head_optimizer", tensors))
         self._gradients = {int(q): tensor for q, tensor in under("gradients", tensors).items()}
         self._outputs = {int(q): tensor for q, tensor in under("outputs", tensors).items()}
         self._reports = {int(q): text for q, text in snapshot.facts["reports"].items()}

@@ -44,7 +44,7 @@ def trained_whole(night, site):
     cut, head_cut = night.config.model.cut, night.config.model.head_cut
     parts = [(0, night.roles[site].bottom.module), (cut, night.roles[SERVER].top.module)]
     if night.config.run.protocol == "split_u":
-        parts.append((head_cut, night.roles[site].head))
+        parts.append((head_cut, night.roles[site].head.module))
     whole = {}
     for first, module in parts:
         for position, stage in enumerate(module.children()):

@@ -296,13 +296,13 @@ def test_split_u_has_no_place_for_labels(u_shaped):
 
 def test_a_head_input_that_cannot_be_used_is_followed_by_an_empty_report(u_shaped):
     everything(u_shaped)
-    head = exact_weights(u_shaped.head)
+    head = exact_weights(u_shaped.head.module)
     activations = {"activations": torch.full((4, 8), torch.nan)}
     refusal = refusal_of(u_shaped, head_input(1, tensors=activations))
     assert refusal.number == 312
     assert u_shaped.refused(head_input(1).header, refusal) == []
     assert seen(everything(u_shaped)) == [report(3, 0)]
-    assert exact_weights(u_shaped.head) == head
+    assert exact_weights(u_shaped.head.module) == head
     u_shaped.on(head_input(2))
     assert u_shaped.on(noted(3)) == []
     assert seen(everything(u_shaped)) == [smashed(4, 1, ONE_HALF), head_gradient(5, 0)]
@@ -335,7 +335,7 @@ def test_a_gradient_of_the_head_is_sent_again_after_a_restore(u_shaped, tmp_path
     gradient = exact(everything(u_shaped))
     again = restored(u_shaped, site_of(u_shaped.config, "east", tmp_path, 2), first_unconfirmed=3)
     assert exact(everything(again)) == gradient
-    assert exact_weights(again.head) == exact_weights(u_shaped.head), "it has learned once"
+    assert exact_weights(again.head.module) == exact_weights(u_shaped.head.module), "it has learned once"
 
 
 # ── split_frozen ────────────────────────────────────────────────────────────────────────────────
