@@ -5,18 +5,20 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from typing_extensions import override
 
 from nightsplit.server_worker.evaluation import Evaluation
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.engine.effects import Effect, Record, Send
+from nightsplit.shared.engine.effects import Effect, Finish, Record, Send
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.errors import Refused, mismatch
 from nightsplit.shared.protocols.handshake import ANY, check_digest
 from nightsplit.shared.protocols.report import NO_FIGURES, SiteMetrics, decode_report
+from nightsplit.shared.protocols.rounds import RoundSequence
+from nightsplit.shared.protocols.stream import StreamSequence
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import SERVER, Kind, Message, Scalar
 from nightsplit.shared.wire.schema import Payload
@@ -35,23 +37,8 @@ class Samples(NamedTuple):
     test: int
 
 
-class MessageSequence(Protocol):
-    """Messages that a site is going to send, derived from its hello."""
-
-    @property
-    def last(self) -> int:
-        """Number of its last message; an upper bound where that depends on other sites."""
-
-    @property
-    def answers(self) -> int:
-        """Number of the last message to it; likewise."""
-
-    @property
-    def train(self) -> int:
-        """Number of its training samples."""
-
-
-S = TypeVar("S", bound=MessageSequence)
+S = TypeVar("S", bound=StreamSequence | RoundSequence)
+"""Messages that a site is going to send, derived from its hello."""
 
 
 class ServerRole(Role, Generic[S]):
@@ -86,8 +73,6 @@ class ServerRole(Role, Generic[S]):
         self._greeted: dict[str, list[str]] = {site: [] for site in config.run.sites}
         """Latest accepted incarnations of each site; earlier ones no longer run."""
 
-    # -- for the shapes --------------------------------------------------------------------------
-
     @abstractmethod
     def weights(self) -> dict[str, torch.Tensor]:
         """Return CPU copies of the server's current weights."""
@@ -105,10 +90,8 @@ class ServerRole(Role, Generic[S]):
         """Return the sites that must send their next message before the run can go on, or end."""
 
     @abstractmethod
-    def end(self) -> list[Effect]:
-        """End the run; repeated by a server that is started again."""
-
-    # -- Role ------------------------------------------------------------------------------------
+    def farewell(self) -> list[Send]:
+        """Return the last messages to all active sites."""
 
     @override
     def payload(self, kind: Kind) -> Payload | None:
@@ -198,6 +181,13 @@ class ServerRole(Role, Generic[S]):
         self.sequences[site], self._counts[site] = sequence, samples
         return []
 
+    def end(self) -> list[Effect]:
+        """End the run, and send the farewell; repeated by a server that is started again."""
+        self._ended = True
+        if not self.best_weights:
+            self.best_weights = self.weights()
+        return [Finish(tuple(self.farewell()))]
+
     def too_many(self, site: str, samples: Samples) -> Refused:
         """Return the refusal of a site that announces too many samples."""
         sentence = f"{site} announces {samples.train}, {samples.validation} and {samples.test} samples."
@@ -257,8 +247,6 @@ class ServerRole(Role, Generic[S]):
     def _exclusion_notice(self, site: str) -> tuple[int, str]:
         hours = self.config.run.absence_hours
         return (608, f"it was silent for {hours:g} h, and the run went on without it")
-
-    # -- snapshot ----------------------------------------------------------------------------------
 
     @override
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:

@@ -13,6 +13,8 @@ from nightsplit.shared.engine.effects import Effect, Finish, Send, Spend
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.errors import TITLES, RunError, mismatch
 from nightsplit.shared.protocols.handshake import ANY, check_digest
+from nightsplit.shared.protocols.rounds import RoundSequence
+from nightsplit.shared.protocols.stream import StreamSequence
 from nightsplit.shared.storage.checkpoint import Snapshot
 from nightsplit.shared.wire.message import SERVER, Kind, Message, Scalar
 from nightsplit.shared.wire.schema import Payload
@@ -39,6 +41,8 @@ class SiteRole(Role):
     """
 
     rederives = True
+    sequence: StreamSequence | RoundSequence
+    """All messages of the site."""
 
     def __init__(self, name: str, config: RunConfig, contract: Mapping[Kind, Payload], incarnation: str) -> None:
         super().__init__(name)
@@ -61,13 +65,6 @@ class SiteRole(Role):
         """Answers that the broker may have dropped: a site that restores fewer has lost its state."""
         self._in_snapshot = 0
 
-    # -- abstract ----------------------------------------------------------------------------------
-
-    @property
-    @abstractmethod
-    def planned(self) -> int:
-        """Number of messages that the site will send; an upper bound if it depends on other sites."""
-
     @property
     @abstractmethod
     def samples(self) -> tuple[int, int, int]:
@@ -80,8 +77,6 @@ class SiteRole(Role):
     @abstractmethod
     def model(self) -> dict[str, dict[str, torch.Tensor]]:
         """Return the site's parts of the best model at the end of the run: weights by part and name."""
-
-    # -- Role ------------------------------------------------------------------------------------
 
     @override
     def payload(self, kind: Kind) -> Payload | None:
@@ -149,8 +144,6 @@ class SiteRole(Role):
             return []
         self._released = self._in_snapshot
         return [self._hello()]
-
-    # -- snapshot ----------------------------------------------------------------------------------
 
     def resume(self, first_unconfirmed: int | None) -> int:
         """Return the number of the first message to send after a restore."""

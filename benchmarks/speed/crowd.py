@@ -99,7 +99,7 @@ def sites(line: Connection, planned: Mapping[str, int], folder: Path, url: str) 
     def has_published(site: str) -> bool:
         """Whether its whole plan is at the broker."""
         role = crowd.sites[site]
-        return role.next_seq > role.planned and not crowd.links[site].unconfirmed
+        return role.next_seq > role.sequence.last and not crowd.links[site].unconfirmed
 
     for site in planned:
         crowd.start(site)

@@ -9,13 +9,13 @@ from typing_extensions import override
 
 from nightsplit.server_worker.role import Samples, ServerRole
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.engine.effects import Effect, Finish, Record, Send
+from nightsplit.shared.engine.effects import Effect, Record, Send
 from nightsplit.shared.errors import Refused, mismatch
 from nightsplit.shared.protocols.build import WholeModel
 from nightsplit.shared.protocols.report import SiteMetrics
 from nightsplit.shared.protocols.rounds import RoundSequence, Work, bounded, check_slice, is_evaluated
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
-from nightsplit.shared.wire.message import Header, Kind, Message
+from nightsplit.shared.wire.message import Header, Kind, Message, Scalar
 
 SAMPLES_MAX = 1_000_000_000
 """Largest number of samples of a site. Nothing is stored per sample; more are a mistake."""
@@ -58,8 +58,6 @@ class RoundServer(ServerRole[RoundSequence]):
         self._finished: set[str] = set()
         """Sites that have evaluated the final model."""
 
-    # -- for the protocols -----------------------------------------------------------------------
-
     @abstractmethod
     def add(self, site: str, update: Sequence[torch.Tensor], staleness: int) -> None:
         """Add a site's whole update, slices of float32, which are not changed."""
@@ -71,8 +69,6 @@ class RoundServer(ServerRole[RoundSequence]):
     def add_final_figures(self, site: str, message: Message | None) -> list[Effect]:
         """Add a site's report on the final model, None for an unreadable one; Refused 304, 307 invalid, no change."""
         return self.add_figures(site, self.version, {} if message is None else self.read_figures(message, due=True))
-
-    # -- Role ------------------------------------------------------------------------------------
 
     @override
     def choose(self, ready: Set[str]) -> str | None:
@@ -167,8 +163,6 @@ class RoundServer(ServerRole[RoundSequence]):
     def done(self) -> bool:
         return self._finished >= self.active_sites.keys()
 
-    # -- rounds ------------------------------------------------------------------------------------
-
     def _add_slice(self, header: Header, values: torch.Tensor | None, metrics: SiteMetrics) -> list[Effect]:
         """Add a slice of an update, None if it was refused; the last one completes the site's report."""
         site = header.sender
@@ -184,11 +178,8 @@ class RoundServer(ServerRole[RoundSequence]):
         self.batches[site] += work.batches
         self.samples[site] += work.samples
         self.steps += 1
-        staleness, epoch = self.version - self._bases[site], self.version + 1
-        record = Record(
-            {"event": "train", "step": self.steps, "site": site, "epoch": epoch, "loss": None, "staleness": staleness}
-        )
-        effects: list[Effect] = [record]
+        facts: dict[str, Scalar] = {"event": "train", "step": self.steps, "site": site, "epoch": self.version + 1}
+        effects: list[Effect] = [Record({**facts, "loss": None, "staleness": self.version - self._bases[site]})]
         if self.config.round.close == "all" and is_evaluated(self.config, self._bases[site]):
             effects += self.add_figures(site, self._bases[site], metrics)
         self._reported[site] = header.seq
@@ -248,13 +239,9 @@ class RoundServer(ServerRole[RoundSequence]):
         return self.end() if self.done else []
 
     @override
-    def end(self) -> list[Effect]:
-        """End the run, and send the best model to all active sites."""
-        self._ended = True
-        if not self.best_weights:
-            self.best_weights = self.weights()
+    def farewell(self) -> list[Send]:
         best = bounded(self.layout.vector(self.best_weights))
-        farewell = [
+        return [
             Send(
                 site, Kind.FINISH, self.applied[site] + number - 1, version=self.version,
                 tensors={"values": best[self.layout.slice(number)]}, scalars={"summary": self.summary, **self.progress},
@@ -262,9 +249,6 @@ class RoundServer(ServerRole[RoundSequence]):
             for site in self.active_sites
             for number in range(1, self.layout.slices + 1)
         ]  # fmt: skip
-        return [Finish(tuple(farewell))]
-
-    # -- snapshot ----------------------------------------------------------------------------------
 
     @override
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:

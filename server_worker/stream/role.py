@@ -14,7 +14,7 @@ from nightsplit.server_worker.stream.ddp import Group
 from nightsplit.server_worker.stream.schedule import SCHEDULES
 from nightsplit.server_worker.stream.top import Top
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.engine.effects import Effect, Finish, Record, Send
+from nightsplit.shared.engine.effects import Effect, Record, Send
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.protocols.build import SplitModel
 from nightsplit.shared.protocols.places import check_upload
@@ -31,22 +31,15 @@ REASON_LENGTH_MAX = 500
 
 
 class StreamServer(ServerRole[StreamSequence]):
-    """Base class of roles that hold the top, and answer each site's messages in order.
-
-    Args:
-        config: the run.
-        top: the server's layers.
-        contract: payload of each kind.
-    """
+    """Base class of roles that hold the top, the server's layers, and answer each site's messages in order."""
 
     def __init__(self, config: RunConfig, top: Top, contract: Mapping[Kind, Payload]) -> None:
         super().__init__(config, contract)
         self.top = top
         self._schedule = SCHEDULES[config.run.order](config.run.sites)
         self.journalled = self._schedule.journalled or config.run.may_exclude
-        self._answered_at: dict[str, deque[int]] = {
-            site: deque(maxlen=2 * config.run.window + 2) for site in config.run.sites
-        }
+        length = 2 * config.run.window + 2
+        self._answered_at: dict[str, deque[int]] = {site: deque(maxlen=length) for site in config.run.sites}
         self._bottoms: dict[str, dict[str, torch.Tensor]] = {}
         """Bottoms to be averaged."""
         self._waiting: dict[str, int] = {}
@@ -61,17 +54,9 @@ class StreamServer(ServerRole[StreamSequence]):
         """Return the role of a server; arguments as of `nightsplit.server_worker.protocols.make_server`."""
         return cls(config, Top(model.parts.top, config.optimizer, config.task, device), model.contract)
 
-    # -- for the protocols -----------------------------------------------------------------------
-
     @abstractmethod
     def apply_item(self, site: str, slot: Slot, message: Message) -> list[Effect]:
-        """Apply a site's message about a batch; return its answer and metrics.
-
-        Raises:
-            Refused: the message cannot be applied; nothing was changed.
-        """
-
-    # -- Role ------------------------------------------------------------------------------------
+        """Apply a site's message about a batch; return its answer and metrics, or raise Refused without a change."""
 
     @override
     def choose(self, ready: Set[str]) -> str | None:
@@ -135,13 +120,9 @@ class StreamServer(ServerRole[StreamSequence]):
     # -- used by the protocols -------------------------------------------------------------------
 
     def answer(
-        self,
-        site: str,
-        seq: int,
-        kind: Kind,
-        tensors: Mapping[str, torch.Tensor] = {},
+        self, site: str, seq: int, kind: Kind, tensors: Mapping[str, torch.Tensor] = {},
         scalars: Mapping[str, Scalar] = {},
-    ) -> Send:
+    ) -> Send:  # fmt: skip
         """Return the answer to message `seq` of a site, with the progress on the epochs so far."""
         return Send(site, kind, seq, reply_to=seq, tensors=tensors, scalars={**scalars, **self.progress})
 
@@ -153,12 +134,8 @@ class StreamServer(ServerRole[StreamSequence]):
         # Answers to this site since the one that completed the bottom version of this batch.
         answers = self.applied[site] - (self.sequences[site].settles(item.version) if item.version else 0)
         base = answered_at[-answers - 1] if answers < len(answered_at) else 0
-        return Record(
-            {
-                "event": "train", "step": self.steps, "site": site, "epoch": item.epoch,
-                "loss": loss, "staleness": self.steps - 1 - base,
-            }
-        )  # fmt: skip
+        facts: dict[str, Scalar] = {"event": "train", "step": self.steps, "site": site, "epoch": item.epoch}
+        return Record({**facts, "loss": loss, "staleness": self.steps - 1 - base})
 
     def count_item(self, site: str, item: Item) -> None:
         """Count a training item as one that the top is trained on."""
@@ -210,10 +187,7 @@ class StreamServer(ServerRole[StreamSequence]):
         return self._send_mean()
 
     def _send_mean(self) -> list[Effect]:
-        """Answer the waiting sites with the mean of the bottoms.
-
-        It is weighted by training samples (McMahan et al., AISTATS 2017, algorithm 1).
-        """
+        """Answer the waiting sites with the mean by training samples (McMahan et al., AISTATS 2017, algorithm 1)."""
         averaged = [s for s in self.config.run.sites if s in self._bottoms]
         total = sum(self.sequences[s].plan.train for s in averaged)
         share = {s: self.sequences[s].plan.train / total for s in averaged}
@@ -246,24 +220,18 @@ class StreamServer(ServerRole[StreamSequence]):
         return self.end()
 
     @override
-    def end(self) -> list[Effect]:
-        self._ended = True
-        if not self.best_weights:
-            self.best_weights = self.top.weights()
+    def farewell(self) -> list[Send]:
         tensors = {}
         if self.config.run.export_top:
             tensors = {name: self.best_weights[name] for name in weights(self.top.module)}
-        farewell = [
+        return [
             self.answer(site, self.farewell_seq(site), Kind.FINISH, tensors, {"summary": self.summary})
             for site in self.active_sites
         ]
-        return [Finish(tuple(farewell))]
 
     def farewell_seq(self, site: str) -> int:
         """Return the number of the last message to a site, one after its last answer."""
         return self.applied[site] + 1
-
-    # -- snapshot ----------------------------------------------------------------------------------
 
     @override
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:

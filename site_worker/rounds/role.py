@@ -37,7 +37,7 @@ class RoundSite(SiteRole):
         self.batches = batches
         self.account = account
         self.work = Work.of(config, len(batches.train))
-        self.sequence = RoundSequence.of(config, len(batches.train), layout)
+        self.sequence: RoundSequence = RoundSequence.of(config, len(batches.train), layout)
         self.step = 0
         """Training steps so far, over all rounds."""
         self.base = layout.vector(trainer.weights())
@@ -66,11 +66,6 @@ class RoundSite(SiteRole):
 
     @property
     @override
-    def planned(self) -> int:
-        return self.sequence.last
-
-    @property
-    @override
     def samples(self) -> tuple[int, int, int]:
         validation, test = map(len, self.batches.held_out.values())
         return len(self.batches.train), validation, test
@@ -80,8 +75,6 @@ class RoundSite(SiteRole):
         # The whole model without counters; weights that are not exchanged are the site's own.
         own = {name: tensor for name, tensor in self.trainer.weights().items() if tensor.is_floating_point()}
         return {"model": {**own, **self._best}}
-
-    # -- Role ------------------------------------------------------------------------------------
 
     @override
     def choose(self, ready: Set[str]) -> str | None:
@@ -145,8 +138,6 @@ class RoundSite(SiteRole):
     def candidates(self, version: int) -> int:
         """Return the highest number of models that can have been evaluated at a version of the server's model."""
         return version
-
-    # -- private -----------------------------------------------------------------------------------
 
     def _is_expected(self, header: Header) -> bool:
         """Return whether a message is next in the plan: a model answers an update, the farewell a report.
@@ -264,8 +255,6 @@ class RoundSite(SiteRole):
     def _send(self, kind: Kind, version: int, tensors: Mapping[str, torch.Tensor], metrics: str) -> Send:
         self.next_seq += 1
         return Send(SERVER, kind, self.next_seq - 1, version=version, tensors=tensors, scalars={"metrics": metrics})
-
-    # -- snapshot ----------------------------------------------------------------------------------
 
     @override
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:

@@ -41,7 +41,7 @@ class StreamSite(SiteRole):
         super().__init__(name, config, contract, incarnation)
         self.bottom = bottom
         self.batches = batches
-        self.sequence = StreamSequence(batches.plan, has_head=Kind.HEAD_INPUT in contract)
+        self.sequence: StreamSequence = StreamSequence(batches.plan, has_head=Kind.HEAD_INPUT in contract)
         self.exported_top: dict[str, torch.Tensor] = {}
         """Top of the best model, if the run exports it."""
         self._candidates: dict[int, dict[str, torch.Tensor]] = {}
@@ -54,8 +54,6 @@ class StreamSite(SiteRole):
         """Make the role of a site with scaled data; its layers are moved to `device`."""
         bottom = Bottom(model.parts.bottom, config.optimizer, device)
         return cls(name, config, bottom, StreamBatches(config, name, splits), model.contract, incarnation)
-
-    # -- abstract ----------------------------------------------------------------------------------
 
     @abstractmethod
     def send_first(self, item: Item) -> Send:
@@ -72,13 +70,6 @@ class StreamSite(SiteRole):
         Raises:
             Refused: it cannot be applied; nothing was changed.
         """
-
-    # -- Role ------------------------------------------------------------------------------------
-
-    @property
-    @override
-    def planned(self) -> int:
-        return self.sequence.last
 
     @property
     @override
@@ -173,8 +164,6 @@ class StreamSite(SiteRole):
             self._candidates[item.epoch] = self.bottom.weights(item.version)
         self.record_answer(slot.seq, evaluated)
         self._candidates = {epoch: bottom for epoch, bottom in self._candidates.items() if self.is_candidate(epoch)}
-
-    # -- private -----------------------------------------------------------------------------------
 
     def _required_answer(self, slot: Slot) -> int:
         """Return the number of the last answer that a message depends on."""
