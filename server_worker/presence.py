@@ -31,7 +31,6 @@ class SilenceTracker:
     """Tracker of the silence of each site.
 
     Args:
-        config: the run: its sites, quorum and absence_hours.
         previous: status of each site, as recorded by the last server.
         monotonic: seconds on this server's clock.
         now: the current time, only for display.
@@ -41,12 +40,9 @@ class SilenceTracker:
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        previous: Mapping[str, SiteStatus],
-        monotonic: Callable[[], float] = time.monotonic,
+        self, config: RunConfig, previous: Mapping[str, SiteStatus], monotonic: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
-    ) -> None:
+    ) -> None:  # fmt: skip
         run = config.run
         self._quorum = run.quorum if run.quorum is not None else len(run.sites)
         self._limit = run.absence_hours * 3600.0

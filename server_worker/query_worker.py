@@ -51,14 +51,7 @@ class QueryServerWorker(Worker):
         self.answered = 0
 
     def work(self, idle_seconds: float | None = None) -> None:
-        """Answer queries in its shifts, until it is stopped.
-
-        Args:
-            idle_seconds: exit after so long without a message; None to stay.
-
-        Raises:
-            NightsplitError: the work cannot go on.
-        """
+        """Answer queries in its shifts, until it is stopped or `idle_seconds` pass without a message."""
         prepare_torch(1, "cpu")
         fill(self._last, self.base / self.config.report, WEIGHTS)
         classifier, secret = classifier_of(self._last), self._secret()

@@ -29,33 +29,17 @@ class ServerShift:
     """Role and engine of the server from the newest checkpoint on, until the shift ends.
 
     Args:
-        config: the run.
-        role: of the server, fresh.
-        mailbox: of the role.
-        checkpoints: the newest valid one is restored.
+        role: a fresh one, to which the newest valid checkpoint is restored.
         lease: held by this server.
         report: folder of the metrics.
         statuses: statuses of server and sites in the run store; silence and deadline continue from them.
         failures: messages to refuse, as in `refusing_failures`.
-
-    Attributes:
-        role: restored.
-        silence: of the sites.
-        counters: of the engine.
-        skipped_checkpoints: damaged checkpoints that were skipped.
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        role: AnyServer,
-        mailbox: Mailbox,
-        checkpoints: Checkpoints,
-        lease: Lease,
-        report: Path,
-        statuses: Mapping[str, Status],
-        failures: Mapping[str, Refused],
-    ) -> None:
+        self, config: RunConfig, role: AnyServer, mailbox: Mailbox, checkpoints: Checkpoints, lease: Lease,
+        report: Path, statuses: Mapping[str, Status], failures: Mapping[str, Refused],
+    ) -> None:  # fmt: skip
         self.role = role
         self._sites = config.run.sites
         self._lease = lease
@@ -73,14 +57,8 @@ class ServerShift:
     def run(self, listening: Callable[[], bool], stop: Callable[[], bool], idle_seconds: float | None) -> bool:
         """Work until the run is over, `stop()` is true, or nothing happened for `idle_seconds`.
 
-        Args:
-            listening: returns whether the run store can be reached.
-
-        Returns:
-            True when the run is over.
-
-        Raises:
-            NightsplitError: as `Engine.run`; 505 another server took over.
+        Return whether the run is over. `listening` returns whether the run store can be reached. Raises as
+        `Engine.run`, and StateError 505 when another server took over.
         """
 
         def leave() -> bool:
@@ -117,8 +95,6 @@ class ServerShift:
         if line.metrics["event"] == "train":
             self._trained[str(line.metrics.get("site", TOGETHER))] = line
 
-    # -- status ------------------------------------------------------------------------------------
-
     def extend_status(self, status: WorkerStatus) -> WorkerStatus:
         """Return a worker's status with the server's fields added."""
         role, counts = self.role, self.counters.counts
@@ -127,38 +103,24 @@ class ServerShift:
         entry = role.evaluation.history[-1] if role.evaluation.history else None
         loss, staleness = self._last_batch(TOGETHER)
         return replace(
-            status,
-            fence=self._lease.fence,
-            steps=role.steps,
-            epoch=entry["epoch"] if entry else 0,
+            status, fence=self._lease.fence, steps=role.steps, epoch=entry["epoch"] if entry else 0,
             applied=sum(role.applied.values()),
             planned=planned if role.active_sites.keys() <= last.keys() else None,
-            refused=sum(role.refusals.values()),
-            sent=counts["sent"],
-            confirmed=counts["confirmed"],
-            duplicates=counts["duplicates"],
-            checkpoints=counts["checkpoints"],
-            loss=loss,
-            staleness=staleness,
+            refused=sum(role.refusals.values()), loss=loss, staleness=staleness,
             lacking=tuple(self.silence.lacking(role.awaited(), role.active_sites)),
-            round=self._deadline.round,
-            sites={site: self._site(site) for site in self._sites},
-        )
+            round=self._deadline.round, sites={site: self._site(site) for site in self._sites},
+            sent=counts["sent"], confirmed=counts["confirmed"],
+            duplicates=counts["duplicates"], checkpoints=counts["checkpoints"],
+        )  # fmt: skip
 
     def _site(self, site: str) -> SiteStatus:
         role = self.role
         loss, staleness = self._last_batch(site)
         return SiteStatus(
-            applied=role.applied[site],
-            queued=self._queued(site),
-            batches=role.batches[site],
-            samples=role.samples[site],
-            share=role.share(site),
-            excluded_at=role.excluded.get(site),
-            loss=loss,
-            staleness=staleness,
-            presence=self.silence.sites[site],
-        )
+            applied=role.applied[site], queued=self._queued(site), batches=role.batches[site],
+            samples=role.samples[site], share=role.share(site), excluded_at=role.excluded.get(site),
+            loss=loss, staleness=staleness, presence=self.silence.sites[site],
+        )  # fmt: skip
 
     def _queued(self, site: str) -> int | None:
         """Return the number of a site's messages that are not applied yet; None when unknown."""

@@ -36,24 +36,12 @@ _LARGE_KINDS = (Kind.SMASHED, Kind.HEAD_GRADIENT, Kind.BOTTOM, Kind.UPDATE)
 
 
 class ServerWorker(Worker):
-    """Server of one run.
-
-    Args:
-        path: its server.toml.
-        overrides, clock, stop, observe: as of `Worker`.
-
-    Raises:
-        ConfigError: a file is wrong.
-    """
+    """Server of one run; `path` is its server.toml, other arguments and errors are those of `Worker`."""
 
     def __init__(
-        self,
-        path: Path,
-        overrides: Sequence[str] = (),
-        clock: Clock | None = None,
-        stop: StopSignal | None = None,
+        self, path: Path, overrides: Sequence[str] = (), clock: Clock | None = None, stop: StopSignal | None = None,
         observe: Observer = lambda status: None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.config = load(path, ServerConfig).server
         super().__init__(path.parent, self.config, overrides, clock, stop, observe)
         self._device = device_of_rank(self.config.device)
@@ -69,17 +57,7 @@ class ServerWorker(Worker):
         self._work(only_open=True, idle_seconds=None)
 
     def work(self, idle_seconds: float | None = None) -> bool:
-        """Work shift after shift until the run is over.
-
-        Args:
-            idle_seconds: exit after so long without an event; None to stay.
-
-        Returns:
-            True when the run is over.
-
-        Raises:
-            NightsplitError: the work cannot go on.
-        """
+        """Work shift after shift; return whether the run is over, or exit after `idle_seconds` without an event."""
         with self.telemetry(SERVER, [*self.run_config.run.sites, TOGETHER]):
             return self._work(only_open=False, idle_seconds=idle_seconds)
 
@@ -164,10 +142,7 @@ class ServerWorker(Worker):
         """Return this server's checkpoints; StateError 510 when the run store is at an earlier incarnation."""
         checkpoints = Checkpoints(self.state_folder / "checkpoints")
         if checkpoints.last_fence >= lease.fence:
-            sentence = (
-                f"it is at incarnation {lease.fence} of this server, "
-                f"and {checkpoints.folder} has a checkpoint of incarnation {checkpoints.last_fence}."
-            )
+            found = f"{checkpoints.folder} has a checkpoint of incarnation {checkpoints.last_fence}"
             fix = "name the store that the run began with, or restore it from the backup of the same moment."
-            raise StateError(510, sentence, fix)
+            raise StateError(510, f"it is at incarnation {lease.fence} of this server, and {found}.", fix)
         return checkpoints

@@ -14,7 +14,6 @@ from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.errors import StateError
 from nightsplit.shared.he.ckks import PublicKeys
 from nightsplit.shared.he.sequences import parameters_for, rotations_of, steps_of
-from nightsplit.shared.he.weights import FloatArray
 from nightsplit.shared.protocols.he_clstm import SPEC, classifier_of, fill, stages_of
 from nightsplit.shared.protocols.query import CHUNKS_MAX, CONTRACT
 from nightsplit.shared.protocols.spec import Shapes
@@ -81,7 +80,7 @@ class QuerySiteWorker:
         fill(self._front, self.site.model_folder, WEIGHTS)
         with lock_folder(self.site.state_folder):
             dataset = select_dataset(self.site, data)
-            features = self._compute_features(dataset.inputs)
+            features = compute_outputs(self._front.eval(), dataset.inputs, "cpu").double().numpy()
             with closing(self._open_store()) as queries:
                 queries.submit(dataset.patients, features)
         return len(features)
@@ -89,19 +88,12 @@ class QuerySiteWorker:
     def work(self, idle_seconds: float | None = None) -> bool:
         """Send the submitted sequences and collect their scores, in the site's shifts.
 
-        Args:
-            idle_seconds: exit after this many seconds without an event; None to stay until all is answered.
-
-        Returns:
-            Whether every query is answered or refused.
-
-        Raises:
-            NightsplitError: the work cannot go on.
+        Return whether every query is answered or refused, or exit after `idle_seconds` without an event.
         """
         site, run = self.site, self.site.run_config.run
         limit = site.run_config.wire.message_bytes
-        names = query_queues(run.id, site.config.name, site.run_config.wire.queue_bytes)
-        route = Route(outgoing=names.up, incoming=names.down, dead=names.dead)
+        queues = query_queues(run.id, site.config.name, site.run_config.wire.queue_bytes)
+        route = Route(outgoing=queues.up, incoming=queues.down, dead=queues.dead)
         with lock_folder(site.state_folder), closing(self._open_store()) as queries:
             secret, public = self._load_keys()
             role = HeClstmSite(self._classifier, secret)
@@ -154,9 +146,6 @@ class QuerySiteWorker:
                 for origin, logit, probability in zip(query.origins, query.logits, probabilities, strict=True):
                     scores.writerow([*origin, f"{logit:.6f}", f"{probability:.6g}"])
         return waiting, refused
-
-    def _compute_features(self, inputs: torch.Tensor) -> FloatArray:
-        return compute_outputs(self._front.eval(), inputs, "cpu").double().numpy()
 
     def _open_store(self) -> QueryStore:
         return QueryStore(self.site.state_folder / "queries.db")

@@ -43,11 +43,7 @@ _LARGE_KINDS = (Kind.CUT_GRADIENT, Kind.HEAD_INPUT, Kind.AVERAGE, Kind.MODEL)
 
 
 class SiteWorker(Worker):
-    """Worker of one site of a run.
-
-    Args:
-        path: the site's site.toml.
-        overrides, clock, stop, observe: see `Worker`.
+    """Worker of one site of a run; `path` is its site.toml, other arguments are those of `Worker`.
 
     Raises:
         ConfigError: a file is wrong, or the hospital's policy forbids the run (108).
@@ -55,13 +51,9 @@ class SiteWorker(Worker):
     """
 
     def __init__(
-        self,
-        path: Path,
-        overrides: Sequence[str] = (),
-        clock: Clock | None = None,
-        stop: StopSignal | None = None,
+        self, path: Path, overrides: Sequence[str] = (), clock: Clock | None = None, stop: StopSignal | None = None,
         observe: Observer = lambda status: None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         site = load(path, SiteConfig)
         self.config, self.source = site.site, site.data
         super().__init__(path.parent, self.config, overrides, clock, stop, observe)
@@ -89,17 +81,7 @@ class SiteWorker(Worker):
         return scale(read_splits(self.source, self.run_config, self.base), self.run_config.data)
 
     def work(self, idle_seconds: float | None = None) -> bool:
-        """Work shift after shift until the run is over.
-
-        Args:
-            idle_seconds: exit after this many seconds without an event; None to stay.
-
-        Returns:
-            Whether the run is over.
-
-        Raises:
-            NightsplitError: the work cannot go on.
-        """
+        """Work shift after shift; return whether the run is over, or exit after `idle_seconds` without an event."""
         prepare_torch(self.config.threads, self.config.device)
         folder = self.state_folder
         with lock_folder(folder), self.telemetry(self.config.name, [self.config.name]):
@@ -116,10 +98,9 @@ class SiteWorker(Worker):
     def check_same_data(self, splits: Splits) -> None:
         """Check that `splits`, as `load_splits` returns them, hold the data the run began with, else DataError 409."""
         path = self.state_folder / "data.sha256"
-        fingerprints = " ".join(part.fingerprint for part in (splits.train, splits.validation, splits.test))
-        if not path.exists():
-            write_atomic(path, fingerprints.encode("ascii"))
         parts = splits.train, splits.validation, splits.test
+        if not path.exists():
+            write_atomic(path, " ".join(part.fingerprint for part in parts).encode("ascii"))
         for part, fingerprint in zip(parts, path.read_text("ascii").split(), strict=True):
             part.check_fingerprint(fingerprint)
 
@@ -203,17 +184,11 @@ class SiteWorker(Worker):
         # The counters restart with the process, the sequence numbers do not.
         confirmed = min(sent, max(0, sent - counts["sent"] + counts["confirmed"]))
         return replace(
-            status,
-            phase=Phase.IDLE if is_idle else status.phase,
-            sent=sent,
-            planned=role.planned,
-            answered=role.answered,
-            confirmed=confirmed,
+            status, phase=Phase.IDLE if is_idle else status.phase,
+            sent=sent, planned=role.sequence.last, answered=role.answered, confirmed=confirmed,
             queued=max(0, confirmed - max(role.answered, self._count_applied())),
-            duplicates=counts["duplicates"],
-            refused=counts["refused"],
-            checkpoints=counts["checkpoints"],
-        )
+            duplicates=counts["duplicates"], refused=counts["refused"], checkpoints=counts["checkpoints"],
+        )  # fmt: skip
 
     def _server_state(self) -> Literal["online", "offline", "finished"] | None:
         """Return the server's state in the run store; None if it has no status there."""
