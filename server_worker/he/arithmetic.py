@@ -12,13 +12,8 @@ from nightsplit.shared.he.ckks import Ciphertext, CkksParameters, Plaintext, Pub
 class Arithmetic:
     """Arithmetic on the ciphertexts of one site. Methods return a new ciphertext unless they say that they change one.
 
-    Args:
-        ckks: parameters of the run.
-        keys: of the site.
-        rotations: steps that will be used, those of the packing.
-
-    Raises:
-        Refused: 313 the keys belong to other parameters, or lack a rotation.
+    `rotations` are the steps that will be used, those of the packing; Refused 313 if the site's keys belong to other
+    parameters, or lack one.
     """
 
     def __init__(self, ckks: CkksParameters, keys: PublicKeys, rotations: Sequence[int] = ()) -> None:

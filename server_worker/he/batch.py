@@ -13,17 +13,12 @@ from nightsplit.shared.he.ckks import Ciphertext
 from nightsplit.shared.he.weights import ClassifierWeights, FloatArray
 
 Row = Sequence[Ciphertext]
+"""A ciphertext for each feature of a frame, or for each unit."""
 
 
 @dataclass
 class State:
-    """State between two frames.
-
-    Attributes:
-        h: a ciphertext per unit, of the highest level.
-        c: likewise, one level lower.
-        votes: the logit so far, one ciphertext of the level of `c`.
-    """
+    """State between two frames: h of the highest level, c one level lower, and the logit so far, of the level of c."""
 
     h: Row
     c: Row
@@ -31,17 +26,10 @@ class State:
 
 
 def step(arithmetic: Arithmetic, classifier: ClassifierWeights, t: int, features: Row, state: State | None) -> State:
-    """Evaluate a frame that is not the last one.
+    """Evaluate frame t, from 0, that is not the last one, with a classifier whose gates depend on h.
 
-    Args:
-        arithmetic: of the site.
-        classifier: with gates that depend on h.
-        t: number of the frame, from 0.
-        features: of the frame, a ciphertext each, of the highest level.
-        state: after frame t - 1; None for the first frame.
-
-    Returns:
-        The state: the votes one level below the highest one, c two, h three.
+    Features are of the highest level; `state` is that after frame t - 1, None for the first frame. In the result the
+    votes are one level below the highest one, c two, h three.
     """
     (i, f, o, g), votes = _gates(arithmetic, classifier, t, features, state, np.ones(4 * classifier.hidden))
     c = _cells(arithmetic, i, f, g, state)
@@ -64,7 +52,7 @@ def _gates(
     arithmetic: Arithmetic,
     classifier: ClassifierWeights,
     t: int,
-    features: Sequence[Ciphertext],
+    features: Row,
     state: State | None,
     weight: FloatArray,
 ) -> tuple[list[Row], Ciphertext]:

@@ -19,19 +19,15 @@ from nightsplit.shared.he.weights import ClassifierWeights
 def logits(arithmetic: Arithmetic, classifier: ClassifierWeights, frames: Sequence[Sequence[Ciphertext]]) -> Ciphertext:
     """Return the logits, `one_shot_levels` below the features.
 
-    Args:
-        arithmetic: of the site.
-        classifier: with gates that depend only on x_t.
-        frames: the features of each frame, a ciphertext each, of the highest level.
+    The classifier has gates that depend only on x_t; `frames` are the features of each frame, of the highest level.
     """
     spatial = np.concatenate([vote * classifier.spatial for vote in classifier.votes])
     votes = arithmetic.weighted_sum(spatial, [feature for features in frames for feature in features])
 
     def gate(unit: int, frame: int, kind: int) -> Ciphertext:
         row, weight = kind * classifier.hidden + unit, classifier.temporal[unit] if kind == 2 else 1.0
-        return arithmetic.weighted_sum(
-            weight * classifier.inputs[row], frames[frame - 1], float(weight * classifier.bias[row])
-        )
+        bias = float(weight * classifier.bias[row])
+        return arithmetic.weighted_sum(weight * classifier.inputs[row], frames[frame - 1], bias)
 
     units = [Products(arithmetic, len(frames), partial(gate, unit)) for unit in range(classifier.hidden)]
     pairs = [pair for unit in units for pair in unit.pairs(1, len(frames) + 1)]
@@ -39,12 +35,9 @@ def logits(arithmetic: Arithmetic, classifier: ClassifierWeights, frames: Sequen
 
 
 class Products:
-    """Products of the gates of one unit.
+    """Products of the gates of one unit, in a sequence of `frames`.
 
-    Args:
-        arithmetic: of the site.
-        frames: number of frames in a sequence.
-        gate: returns the gate of a frame, from 1, and of a kind: 0 to 3 for i, f, o (with its weight), g.
+    `gate` returns the gate of a frame, from 1, and of a kind: 0 to 3 for i, f, o (with its weight), g.
     """
 
     def __init__(self, arithmetic: Arithmetic, frames: int, gate: Callable[[int, int], Ciphertext]) -> None:

@@ -8,13 +8,12 @@ repacks the valid ones, and a rotation for the votes stops before the others. Th
 blind them before the site can decrypt them.
 """
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 
 from nightsplit.server_worker.he.arithmetic import Arithmetic
-from nightsplit.server_worker.he.batch import State
+from nightsplit.server_worker.he.batch import Row, State
 from nightsplit.shared.he.ckks import Ciphertext, CkksParameters, Plaintext
 from nightsplit.shared.he.packing import Slots
 from nightsplit.shared.he.weights import ClassifierWeights, FloatArray
@@ -23,17 +22,13 @@ ORDER = (0, 3, 1, 2)
 """Order of the gates, i, g, f, o: a rotation by `units` moves the next one to the first dimensions."""
 
 
-def step(
-    arithmetic: Arithmetic, classifier: ClassifierWeights, t: int, features: Sequence[Ciphertext], state: State | None
-) -> State:
+def step(arithmetic: Arithmetic, classifier: ClassifierWeights, t: int, features: Row, state: State | None) -> State:
     """Evaluate a frame as `batch.step`."""
     o, c = _cells(arithmetic, classifier, features, state, last=False)
     return State([arithmetic.dot([(o, c)])], [c], _votes(arithmetic, classifier, t, features, state))
 
 
-def last_step(
-    arithmetic: Arithmetic, classifier: ClassifierWeights, features: Sequence[Ciphertext], state: State | None
-) -> Ciphertext:
+def last_step(arithmetic: Arithmetic, classifier: ClassifierWeights, features: Row, state: State | None) -> Ciphertext:
     """Return the logits as `batch.last_step`, in the first dimension; the others hold unrelated sums."""
     o, c = _cells(arithmetic, classifier, features, state, last=True)
     votes = _votes(arithmetic, classifier, classifier.frames - 1, features, state)
@@ -45,20 +40,14 @@ def _packing(arithmetic: Arithmetic, classifier: ClassifierWeights) -> Slots:
 
 
 def _cells(
-    arithmetic: Arithmetic,
-    classifier: ClassifierWeights,
-    features: Sequence[Ciphertext],
-    state: State | None,
-    last: bool,
+    arithmetic: Arithmetic, classifier: ClassifierWeights, features: Row, state: State | None, last: bool
 ) -> tuple[Ciphertext, Ciphertext]:
     """Return the output gate and c."""
     i, g, f, o = _gates(arithmetic, classifier, [features[0], *(state.h if state else [])], last)
     return o, arithmetic.dot([(i, g), *([(f, state.c[0])] if state else [])])
 
 
-def _gates(
-    arithmetic: Arithmetic, classifier: ClassifierWeights, inputs: Sequence[Ciphertext], last: bool
-) -> list[Ciphertext]:
+def _gates(arithmetic: Arithmetic, classifier: ClassifierWeights, inputs: Row, last: bool) -> list[Ciphertext]:
     """Return the gates in `ORDER`, each from the first dimension on; `inputs` are x, or x and h."""
     packing = _packing(arithmetic, classifier)
     diagonals, bias = _matrix(arithmetic.ckks, classifier, last)
@@ -112,7 +101,7 @@ def _matrix(
 
 
 def _votes(
-    arithmetic: Arithmetic, classifier: ClassifierWeights, t: int, features: Sequence[Ciphertext], state: State | None
+    arithmetic: Arithmetic, classifier: ClassifierWeights, t: int, features: Row, state: State | None
 ) -> Ciphertext:
     """Return the votes including frame t, as terms in many dimensions."""
     spatial, temporal = _vote_weights(arithmetic.ckks, classifier, t)
