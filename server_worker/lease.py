@@ -27,12 +27,7 @@ def lease_owner(folder: Path, locked: bool) -> str:
 
 
 class Lease(CheckpointAuthority):
-    """Right to act as the run's server.
-
-    Args:
-        store: used from the worker's thread.
-        owner: name of this server (`lease_owner`); a restart under the same name takes over at once.
-    """
+    """Right to act as the run's server; `store` is used from the worker's thread, `owner` is from `lease_owner`."""
 
     fence = 0
 
@@ -43,13 +38,9 @@ class Lease(CheckpointAuthority):
         self._renewed = 0.0
 
     def acquire(self, wait: Callable[[float], bool]) -> bool:
-        """Become the active server, waiting while another one is active.
+        """Become the active server, waiting while another one is active; return whether it has become so.
 
-        Args:
-            wait: sleeps for the given seconds; returns False to give up.
-
-        Returns:
-            True when this server is active.
+        `wait` sleeps for the given seconds, and returns False to give up.
         """
         while (fence := self._store.acquire_lease(self._owner, TTL_SECONDS)) is None:
             if not wait(TTL_SECONDS / 5):
@@ -67,17 +58,15 @@ class Lease(CheckpointAuthority):
             self._lost = True
 
     def check(self) -> None:
-        """Check that this server is still active; it may have been replaced while it slept.
+        """Check that this server is still active; StateError 505 if it was replaced, perhaps while it slept.
 
-        Raises:
-            StateError: 505 another server took over.
-            BrokerError: 207 the lease has expired and the store cannot be reached.
+        BrokerError 207 if the lease has expired and the store cannot be reached.
         """
         if time.monotonic() - self._renewed > TTL_SECONDS:
             self.renew(self._store)
         if self._lost:
-            sentence = f"a server with a higher fence than {self.fence} is active."
-            raise StateError(505, sentence, "nothing is lost; stop one of them.")
+            remedy = "nothing is lost; stop one of them."
+            raise StateError(505, f"a server with a higher fence than {self.fence} is active.", remedy)
 
     def release(self) -> None:
         """Stop being the active server."""

@@ -33,11 +33,10 @@ class Vector:
     """Vector in a file.
 
     Attributes:
-        path: of the file.
         values: float32 (length,), as `WeightLayout.vector` encodes weights.
-        shapes: of the weights, by name.
+        shapes: shapes of the weights, by name.
         buffers: names of the weights that are statistics.
-        base_sha256: of theta_pre.
+        base_sha256: sha256 of theta_pre.
         name: the site, or `BASE`.
         scale: the scale that the run chose, in theta_pre's file; None otherwise.
     """
@@ -61,12 +60,7 @@ def publish(
 ) -> None:
     """Write the vectors of a finished run below its report folder.
 
-    Args:
-        folder: of the report.
-        layout: how vectors encode weights.
-        base: theta_pre, float32 (length,).
-        vectors: tau by site, likewise.
-        scale: the scale that the run chose.
+    `base` is theta_pre, float32 (length,); `vectors` are tau by site, likewise; `scale` is the one that the run chose.
     """
     folder = folder / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,15 +76,9 @@ def publish(
 
 
 def merge(base: Vector, vectors: list[Vector], scale: float) -> dict[str, torch.Tensor]:
-    """Return theta_pre + scale * sum of vectors, as weights by name.
+    """Return base + scale * sum of vectors, as weights by name; a duplicate counts once.
 
-    Args:
-        base: theta_pre.
-        vectors: of sites; a duplicate counts once.
-        scale: factor of the sum.
-
-    Raises:
-        ConfigError: 116 a vector belongs to another theta_pre, 117 to another network or other classes.
+    ConfigError 116 if a vector belongs to another theta_pre, 117 to another network or other classes.
     """
     for vector in vectors:
         if vector.shapes != base.shapes:

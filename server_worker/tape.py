@@ -133,15 +133,10 @@ class TapedLink(WrappedLink):
 
 
 def read_tape(folder: Path, damaged: list[str]) -> Iterator[Delivery]:
-    """Yield the deliveries of a tape, in the order of arrival.
+    """Yield the deliveries of a tape, in the order of arrival; StateError 507 if there is none in the folder.
 
-    Args:
-        folder: of the tape.
-        damaged: list to which a line is added for every entry that cannot be read. The last one of a
-            file may be one: an entry that a crash cut short is no loss.
-
-    Raises:
-        StateError: 507 there is no tape in the folder.
+    A line is added to `damaged` for every entry that cannot be read. The last one of a file may be one: an entry that
+    a crash cut short is no loss.
     """
     files = _files(folder)
     if not files:

@@ -28,8 +28,6 @@ def check_policy(
     """Refuse a run that asks for more than the policy allows.
 
     Args:
-        policy: the hospital's policy.
-        run: the run.
         contract: payloads of the run by kind, from `sketch` or a role.
         source: the policy's file, for the error.
         counts: samples of each split of the site's data, once they are read.
@@ -51,17 +49,10 @@ def check_policy(
 
 
 class Gate(mailbox.Gate):
-    """Check of each message against the policy.
+    """Check of each message against the policy; ConfigError 101 to 103 if it cannot be read at first.
 
     The policy is read again when its file has changed, so a stricter policy holds the next message. While the file
     cannot be read, no message leaves and none sets weights.
-
-    Args:
-        path: policy.toml.
-        run: the run whose messages are sent.
-
-    Raises:
-        ConfigError: 101-103 the policy cannot be read.
     """
 
     def __init__(self, path: Path, run: RunConfig) -> None:

@@ -70,8 +70,7 @@ def predict(site: SiteWorker, top: Path | None = None, data: Path | None = None)
 def select_dataset(site: SiteWorker, data: Path | None) -> Dataset:
     """Return the site's test patients, or the rows of another file, scaled by the training patients.
 
-    Raises:
-        DataError: the data cannot be read, or (409) the site was trained with other data.
+    DataError if the data cannot be read, or (409) the site was trained with other data.
     """
     config = site.run_config
     parts = read_splits(site.source, config, site.base)

@@ -112,17 +112,13 @@ class QuerySiteWorker:
         return False
 
     def new_keys(self) -> None:
-        """Delete the keys; the next query makes new ones.
-
-        Raises:
-            StateError: 512 queries are open, and only the present keys can decrypt their answers.
-        """
+        """Delete the keys; the next query makes new ones. StateError 512 if open queries need the present ones."""
         with lock_folder(self.site.state_folder):
             with closing(self._open_store()) as queries:
                 waiting = len(queries.open())
             if waiting:
-                sentence = f"{waiting} queries are not answered yet."
-                raise StateError(512, sentence, "collect their scores first: nightsplit query.")
+                remedy = "collect their scores first: nightsplit query."
+                raise StateError(512, f"{waiting} queries are not answered yet.", remedy)
             for name in (SECRET, PUBLIC):
                 (self._keys / name).unlink(missing_ok=True)
 

@@ -33,11 +33,7 @@ class Account(Protocol):
 class SiteRole(Role):
     """Role that says hello, and enrols if the server's run.toml is the site's own.
 
-    Args:
-        name: name of the site.
-        config: the run, from the site's own run.toml.
-        contract: payload of each kind.
-        incarnation: id of this process; a rejection of an earlier one is ignored.
+    `incarnation` is the id of this process; a rejection of an earlier one is ignored.
     """
 
     rederives = True

@@ -22,10 +22,9 @@ def make_server(
     """Return the role of the server in a run.
 
     Args:
-        config: the run.
         state: folder for data too large for a checkpoint (released activations).
         base: folder of run.toml.
-        device: of the server's layers; a group has one for each of its processes.
+        device: device of the server's layers; a group has one for each of its processes.
         group: processes that train together, on the server's own store.
 
     Raises:

@@ -43,9 +43,9 @@ class HeClstmServer:
         """Evaluate a step of a query.
 
         Args:
-            keys: of the site.
-            step: from 0.
-            packing_name: as `packing_of` takes it.
+            keys: keys of the site.
+            step: number of the step, from 0.
+            packing_name: name of the packing, for `packing_of`.
             pieces: ciphertexts: the features of the frame (one_shot: of all frames); from the second frame on
                 also h, c and votes of the last answer.
             last_nonce: nonce of that answer; empty at the first step.
@@ -73,11 +73,8 @@ class HeClstmServer:
             return [to_bytes(arithmetic.add_plain(logits, (numbers - unblinded).tolist()))]
         state = method.step(arithmetic, self._classifier, step, frame, state)
         parts = [arithmetic.drop_levels(part) for part in (*state.h, *state.c, state.votes)]
-        blinding = self._blinding(nonce, len(parts))
-        return [
-            to_bytes(arithmetic.add_plain(part, numbers.tolist()))
-            for part, numbers in zip(parts, blinding, strict=True)
-        ]
+        pairs = zip(parts, self._blinding(nonce, len(parts)), strict=True)
+        return [to_bytes(arithmetic.add_plain(part, numbers.tolist())) for part, numbers in pairs]
 
     @property
     def _empty_frame(self) -> FloatArray:

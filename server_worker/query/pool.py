@@ -26,11 +26,8 @@ Evaluate = Callable[[PublicKeys, int, str, Sequence[bytes], str, str], "Future[l
 def evaluation_pool(classifier: ClassifierWeights, secret: bytes, processes: int) -> Iterator[Evaluate]:
     """Start a pool for the block; evaluations that still run at its end are completed and dropped.
 
-    An evaluation raises the errors of `HeClstmServer.answer`, and StateError 509 when its process is gone.
-
-    Args:
-        classifier, secret: as of `HeClstmServer`.
-        processes: largest number of processes, each started when it is needed.
+    An evaluation raises the errors of `HeClstmServer.answer`, and StateError 509 when its process is gone. There are
+    at most `processes`, each started when it is needed.
     """
     local, started = threading.local(), list[_Process]()
 
@@ -67,8 +64,8 @@ class _Process:
             self._pipe.send(arguments)
             result: list[bytes] | Refused = self._pipe.recv()
         except (EOFError, OSError):
-            sentence = "a process that evaluates queries has ended."
-            raise StateError(509, sentence, "start the same command again: no query is lost.") from None
+            remedy = "start the same command again: no query is lost."
+            raise StateError(509, "a process that evaluates queries has ended.", remedy) from None
         if isinstance(result, Refused):
             raise result
         return result

@@ -50,8 +50,6 @@ class QueryServer:
     """Server that answers the queries of all sites.
 
     Args:
-        mailbox: of the server.
-        ckks: of the queries.
         evaluate: starts the evaluation of a query.
         secret_name: name of the secret that states are blinded with.
         keys: folder of the sites' public keys.

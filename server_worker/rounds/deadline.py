@@ -9,10 +9,7 @@ from nightsplit.shared.run_store.status import Round
 class Deadline:
     """Deadline of a round that has its quorum, on this server's clock. It runs on while no server is active.
 
-    Args:
-        hours: time from the beginning of a round.
-        previous: the round that was open at the last server.
-        now: the current time.
+    It is `hours` after the beginning of a round; `previous` is the one that was open at the last server.
     """
 
     def __init__(self, hours: float, previous: Round, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:

@@ -82,15 +82,7 @@ def joined_group(device: str) -> Iterator[Group | None]:
 
 
 class Group:
-    """Group of the processes that torchrun started for one server.
-
-    Args:
-        device: as returned by `device_of_rank`.
-
-    Attributes:
-        rank, size: of this process, and of the group.
-        device: of this process.
-    """
+    """Group of the processes that torchrun started for one server; `device` is that of `device_of_rank`."""
 
     def __init__(self, device: str) -> None:
         self.rank, self.size, self.device = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device
@@ -128,15 +120,7 @@ class Group:
 
 
 class DividedTop(StoredTop):
-    """Top that divides its training steps among the processes of a group.
-
-    Args:
-        group: of this process.
-        Others as of `StoredTop`.
-
-    Raises:
-        ConfigError: 114 the layers need a whole batch in one process.
-    """
+    """Top that divides its training steps among a group; ConfigError 114 if layers need a whole batch in a process."""
 
     def __init__(
         self, module: nn.Module, optimizer: OptimizerSection, task: TaskSection, store: ActivationStore, group: Group

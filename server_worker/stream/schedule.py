@@ -17,11 +17,7 @@ from nightsplit.shared.protocols.stream import StreamSequence
 
 
 class Schedule(ABC):
-    """Order of the sites' messages.
-
-    Args:
-        sites: all sites of the run, in the order that breaks ties.
-    """
+    """Order of the messages of `sites`, all sites of the run in the order that breaks ties."""
 
     journalled: bool
 
@@ -43,9 +39,7 @@ class Schedule(ABC):
     ) -> str | None:
         """Return the site that is next, of several the one furthest behind its plan; None to wait.
 
-        Args:
-            ready: sites with their next message here.
-            Others as in `awaited`.
+        `ready` are the sites with their next message here; other arguments are those of `awaited`.
         """
         candidates = [site for site in self.awaited(held, plans, applied) if site in ready and site in plans]
         # Quotients of integers below 2^26 are equal as floats only if they are equal.

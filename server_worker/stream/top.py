@@ -82,8 +82,7 @@ class Middle(Top):
     def backward(self, smashed: torch.Tensor, gradient: torch.Tensor, version: int, seed: int) -> torch.Tensor:
         """Apply the gradient (batch, *head) at the head's input; return the gradient at the cut (batch, *cut).
 
-        Raises:
-            Refused: 312 gradients are not finite; nothing was changed.
+        Refused 312 if gradients are not finite; then nothing was changed.
         """
         inputs = smashed.to(self._device, copy=True).requires_grad_()
         stashed = self._stash[version]

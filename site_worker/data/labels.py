@@ -16,8 +16,7 @@ from nightsplit.site_worker.data.rows import Rows, normalize, parse_numbers
 def class_numbers(data: DataSection, task: TaskSection) -> dict[str, int]:
     """Return the class of every label in `data.classes` ("0", "1"... if it is empty); empty for tasks without classes.
 
-    Raises:
-        ConfigError: 103 the number of entries is not that of the classes, or a label is listed twice.
+    ConfigError 103 if the number of entries is not that of the classes, or a label is listed twice.
     """
     if task.kind in ("regression", "segmentation"):
         return {}

@@ -53,7 +53,6 @@ def list_files(
     """List the files of the index, or of the folder if there is no index.
 
     Args:
-        folder: the folder.
         source: `index`, `label` and `patient` (without an index: pattern of the patient's folder name).
         classes: labels that may be names of folders; empty: no labels without an index.
         is_wanted: selects files in the folder; not used with an index.

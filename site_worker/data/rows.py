@@ -72,11 +72,7 @@ class Rows:
 
 
 def parse_numbers(rows: Rows, name: str, indices: Sequence[int], missing: Iterable[str]) -> list[float]:
-    """Parse the cells of a column, to NaN for a cell that is empty or one of `missing`.
-
-    Raises:
-        DataError: 402 missing column, 403 a cell that is not a finite number.
-    """
+    """Parse the cells of a column, to NaN if empty or one of `missing`; DataError 402, or 403 for no finite number."""
     cells = rows.column(name)
     missing = {"", *map(normalize, missing)}
     distinct = {cells[row] for row in indices}

@@ -13,8 +13,7 @@ from nightsplit.site_worker.data.rows import Rows, parse_numbers
 def group_sequences(rows: Rows) -> Mapping[str, Sequence[int]]:
     """Group the rows of an index by its column `sequence`, in the order of its column `frame`.
 
-    Raises:
-        DataError: 402 missing column, 403 an empty cell, or a frame that is not a number.
+    DataError 402 for a missing column, 403 for an empty cell, or a frame that is not a number.
     """
     names, order = rows.column("sequence"), parse_numbers(rows, "frame", range(len(rows)), ())
     sequences: defaultdict[str, list[int]] = defaultdict(list)

@@ -68,8 +68,7 @@ def load_dataset(source: SourceSection, data: DataSection, task: TaskSection, ba
 def locate(path: str, base: Path) -> Path:
     """Return the file or folder of `path`, which is relative to `base` and may contain environment variables.
 
-    Raises:
-        DataError: 408 a variable is not set, 401 the path does not exist; both with the source of public data.
+    DataError 408 if a variable is not set, 401 if the path does not exist; both with the source of public data.
     """
     origin = download_hint(path)
     for first, second in _VARIABLE.findall(path):

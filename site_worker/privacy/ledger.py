@@ -125,8 +125,7 @@ class Ledger:
     def spend(self, run: str, steps: int, epsilon_max: float | None) -> None:
         """Pay for the steps 1 to `steps` of a run with an entry; steps paid before cost nothing more.
 
-        Raises:
-            RunError: 611 all runs together would exceed `epsilon_max`: nothing is written; 612.
+        RunError 611 if all runs together would exceed `epsilon_max`; then nothing is written.
         """
         with self._errors():
             while True:

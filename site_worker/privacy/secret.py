@@ -63,12 +63,7 @@ class Secret:
 
 
 def read_secret(path: Path) -> Secret:
-    """Read the secret in `path`.
-
-    Raises:
-        RunError: 612 other users may read the file, or it holds no secret.
-        OSError: it cannot be read.
-    """
+    """Read the secret in `path`; OSError if it cannot be read, RunError 612 if it is invalid or others may read it."""
     try:
         return Secret(read_secret_file(path))
     except ValueError as error:

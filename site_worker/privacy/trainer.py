@@ -24,7 +24,6 @@ class PrivateTrainer(Trainer):
     `gradients` always does one forward and one backward.
 
     Args:
-        module, config, device: see `Trainer`.
         privacy: clipping norm, and whether the noise is from the secure stream.
         secret: secret of this run.
         sigma: standard deviation of the noise, in units of the clipping norm.

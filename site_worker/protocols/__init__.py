@@ -24,7 +24,6 @@ def make_site(
 
     Args:
         splits: the site's scaled data.
-        incarnation: id of this process.
         base: folder of run.toml.
         ledger: file of the privacy ledger; required by runs with differential privacy.
         max_epsilon: largest epsilon that these may spend.

@@ -27,8 +27,4 @@ class QueryRole(ABC):
 
     @abstractmethod
     def decrypt_logits(self, query: Query, pieces: Sequence[bytes]) -> FloatArray:
-        """Return the scores of the sequences, float64 (n,).
-
-        Raises:
-            Refused: 304, 313 the answer is invalid.
-        """
+        """Return the scores of the sequences, float64 (n,); Refused 304, 313 if the answer is invalid."""

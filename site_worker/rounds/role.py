@@ -23,8 +23,7 @@ from nightsplit.site_worker.rounds.trainer import Trainer, divergence_error
 class RoundSite(SiteRole):
     """Role that trains one batch at a time, so that a checkpoint is possible after each.
 
-    Arguments as for `SiteRole`; `account` is for a run with differential privacy: every update is paid for before it
-    leaves.
+    In a run with differential privacy it has an account, from which every update is paid before it leaves.
     """
 
     def __init__(

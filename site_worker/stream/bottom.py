@@ -65,8 +65,7 @@ class Bottom:
     def apply_gradient(self, item: Item, inputs: torch.Tensor, seed: int, gradient: torch.Tensor) -> None:
         """Apply the gradient (batch, *cut) of a training item; inputs and seed are those of its forward.
 
-        Raises:
-            Refused: 312 the weight gradients or the statistics are not finite; no weight was changed.
+        Refused 312 if weight gradients or statistics are not finite; then no weight was changed.
         """
         buffers: Mapping[str, torch.Tensor] = {}
         if item.number in self._graphs:
@@ -93,10 +92,7 @@ class Bottom:
         """Adopt averaged weights; `version` is the version that this site had sent.
 
         Changes since that version are added: with window 1 there are none, and the present weights become the mean
-        itself.
-
-        Raises:
-            Refused: 312 the weights would not be finite; none was changed.
+        itself. Refused 312 if the weights would not be finite; then none was changed.
         """
         sent, present = self._versions[version], self._versions[self.version]
         merged = {name: mean[name].to(self._device) + (present[name] - sent[name]) for name in mean}

@@ -26,13 +26,7 @@ from nightsplit.site_worker.stream.bottom import Bottom
 
 
 class StreamSite(SiteRole):
-    """Role that sends its plan item by item, as far ahead of the answers as the window allows.
-
-    Args:
-        bottom: the site's layers.
-        batches: the site's batches.
-        name, config, contract, incarnation: see `SiteRole`.
-    """
+    """Role that sends its plan item by item, as far ahead of the answers as the window allows."""
 
     def __init__(
         self, name: str, config: RunConfig, bottom: Bottom, batches: StreamBatches, contract: Mapping[Kind, Payload],
@@ -65,11 +59,7 @@ class StreamSite(SiteRole):
 
     @abstractmethod
     def apply_answer(self, item: Item, message: Message) -> None:
-        """Apply an answer with tensors to a batch.
-
-        Raises:
-            Refused: it cannot be applied; nothing was changed.
-        """
+        """Apply an answer with tensors to a batch, or raise Refused without a change."""
 
     @property
     @override
@@ -139,8 +129,8 @@ class StreamSite(SiteRole):
         training = item.purpose is Purpose.TRAIN and spec_of(self.config).trains_bottom
         smashed = self.bottom.forward(item, self.batches.inputs(item), self.batches.seed("bottom", item), training)
         if not is_finite(smashed):
-            sentence = f"the activations of item {item.number} are not finite."
-            raise RunError(603, sentence, "lower optimizer.lr in a new run, or check the data.")
+            remedy = "lower optimizer.lr in a new run, or check the data."
+            raise RunError(603, f"the activations of item {item.number} are not finite.", remedy)
         return smashed
 
     def apply_gradient(self, item: Item, gradient: torch.Tensor) -> None:

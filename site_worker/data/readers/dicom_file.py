@@ -69,10 +69,7 @@ class Frame:
 
 
 def is_dicom(path: Path) -> bool:
-    """Return whether a file is a DICOM file by its first bytes or its name, and not a DICOMDIR.
-
-    DataError 406 if it cannot be opened.
-    """
+    """Return whether a file is DICOM by its first bytes or its name, and no DICOMDIR; DataError 406 if unreadable."""
     with _quietly(path), path.open("rb") as file:
         has_magic = file.read(132)[128:] == b"DICM"
     return path.name != "DICOMDIR" and (has_magic or path.suffix.lower() in _SUFFIXES)
@@ -81,8 +78,7 @@ def is_dicom(path: Path) -> bool:
 def read_frames(path: Path, reference: str = "") -> list[Frame]:
     """Read the images of a file without their pixels; a report or a plan has none.
 
-    Raises:
-        DataError: 406 missing, not a DICOM file, or damaged; the error text ends with `reference`.
+    DataError 406, whose text ends with `reference`, if it is missing, damaged, or not a DICOM file.
     """
     with _quietly(path, reference):
         header = dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
@@ -94,8 +90,7 @@ def read_frames(path: Path, reference: str = "") -> list[Frame]:
 def read_pixels(frame: Frame) -> Array:
     """Read the real values of an image, float32 (height, width), for a colour image the luminance.
 
-    Raises:
-        DataError: 406 damaged, or an unsupported kind; 411 no decoder for it is installed.
+    DataError 406 if it is damaged or of an unsupported kind, 411 if no decoder for it is installed.
     """
     with _quietly(frame.file):
         header = dcmread(frame.file, stop_before_pixels=True, specific_tags=["PhotometricInterpretation"])
@@ -123,7 +118,7 @@ def _parse_frame(path: Path, header: Dataset, number: int) -> Frame:
 
     def read_numbers(group: str, name: str) -> tuple[float, ...] | None:
         values = read(group, name)
-        return None if values is None else tuple(float(value) for value in values)
+        return None if values is None else tuple(map(float, values))
 
     slope, intercept = (read("PixelValueTransformationSequence", f"Rescale{name}") for name in ("Slope", "Intercept"))
     patient, series = str(header.get("PatientID") or "").strip(), str(header.get("SeriesInstanceUID") or "")
