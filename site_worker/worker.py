@@ -83,14 +83,13 @@ class SiteWorker(Worker):
     def work(self, idle_seconds: float | None = None) -> bool:
         """Work shift after shift; return whether the run is over, or exit after `idle_seconds` without an event."""
         prepare_torch(self.config.threads, self.config.device)
-        folder = self.state_folder
-        with lock_folder(folder), self.telemetry(self.config.name, [self.config.name]):
+        with lock_folder(self.state_folder), self.telemetry(self.config.name, [self.config.name]):
             splits = self.load_splits()
             self.check_same_data(splits)
             check_policy(self.policy, self.run_config, sketch(self.run_config), self.policy_file, splits.counts)
             with Heartbeat(self.config.name, self.open_store, self._status, self._observe, self._look_for_server):
                 while self.wait_for_shift():
-                    finished = refusing_failures(partial(self._run_shift, folder, splits, idle_seconds))
+                    finished = refusing_failures(partial(self._run_shift, splits, idle_seconds))
                     if finished or idle_seconds is not None:
                         return finished
         return False
@@ -104,9 +103,7 @@ class SiteWorker(Worker):
         for part, fingerprint in zip(parts, path.read_text("ascii").split(), strict=True):
             part.check_fingerprint(fingerprint)
 
-    def _run_shift(
-        self, folder: Path, splits: Splits, idle_seconds: float | None, failures: Mapping[str, Refused]
-    ) -> bool:
+    def _run_shift(self, splits: Splits, idle_seconds: float | None, failures: Mapping[str, Refused]) -> bool:
         config = self.run_config
         role = make_site(
             self.config.name, config, splits, uuid.uuid4().hex, self.run_folder, self.config.device,
@@ -125,7 +122,7 @@ class SiteWorker(Worker):
             gate, limit = Gate(self.policy_file, config), config.wire.message_bytes
             mailbox = Mailbox(config.run.id, role.name, link, {SERVER: route}, role.payload, limit, gate)
             engine = Engine(
-                role, mailbox, Checkpoints(folder / "checkpoints"), SoleWriter(),
+                role, mailbox, Checkpoints(self.state_folder / "checkpoints"), SoleWriter(),
                 spend=role.account.pay if role.account else forbid_spending, failures=failures,
             )  # fmt: skip
             self._counters = engine.counters

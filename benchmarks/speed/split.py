@@ -34,7 +34,7 @@ from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.learning.losses import loss_of
 from nightsplit.shared.learning.optimizers import make_optimizer
-from nightsplit.shared.protocols.build import planned_message_bytes
+from nightsplit.shared.protocols.build import SplitModel, planned_message_bytes
 from nightsplit.shared.protocols.plan import Item
 from nightsplit.shared.run_store.connect import open_store
 from nightsplit.shared.runtime.process import prefetch_for, prepare_torch
@@ -122,8 +122,7 @@ def site(line: Connection, case: Case, run: str, place: Place, folder: Path, bac
     """Works until the run is over; or, while no server is there, publishes `backlog` bytes and tells its memory."""
     prepare_torch(1, "cpu")
     config, parts, contract = case.assemble(run)
-    bottom = Bottom(parts.bottom, config.optimizer, "cpu")
-    role = SplitLabelsSite(SITE, config, bottom, StreamBatches(config, SITE, case.parts()), contract, "first")
+    role = SplitLabelsSite(SITE, config, SplitModel(parts, contract), case.parts(), "first", "cpu")
     queues = case.queues(run)
     with place.broker().link([queues.down], _prefetch(config, contract, Kind.CUT_GRADIENT), SITE) as link:
         routes = _routes(SERVER, queues.up, queues.down, queues)

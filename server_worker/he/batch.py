@@ -49,13 +49,9 @@ def last_step(arithmetic: Arithmetic, classifier: ClassifierWeights, features: R
 
 
 def _gates(
-    arithmetic: Arithmetic,
-    classifier: ClassifierWeights,
-    t: int,
-    features: Row,
-    state: State | None,
+    arithmetic: Arithmetic, classifier: ClassifierWeights, t: int, features: Row, state: State | None,
     weight: FloatArray,
-) -> tuple[list[Row], Ciphertext]:
+) -> tuple[list[Row], Ciphertext]:  # fmt: skip
     """Return i, f, o, g of each unit, times `weight` (4 hidden,), and the votes including frame t."""
     matrix, inputs = classifier.inputs, list(features)
     spatial = classifier.votes[t] * classifier.spatial

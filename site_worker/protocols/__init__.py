@@ -35,7 +35,7 @@ def make_site(
     model = build_model(config, base)
     if not isinstance(model, WholeModel):
         stream: type[StreamSite] = ROLES[config.run.protocol]
-        return stream.make(name, config, model, splits, incarnation, device)
+        return stream(name, config, model, splits, incarnation, device)
     role: type[RoundSite] = ROLES[config.run.protocol]
     if config.privacy is None:
         trainer = Trainer(model.module, config, device)

@@ -1,8 +1,5 @@
 """split_u, the U-shaped extension of Ha et al.: the last layers and the labels stay at the site."""
 
-from collections.abc import Mapping
-from typing import Self
-
 import torch
 from typing_extensions import override
 
@@ -17,22 +14,19 @@ from nightsplit.shared.protocols.report import NO_FIGURES, encode_report
 from nightsplit.shared.protocols.stream import Slot
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Kind, Message
-from nightsplit.shared.wire.schema import Payload
 from nightsplit.site_worker.data.dataset import Splits
-from nightsplit.site_worker.stream.batches import StreamBatches
-from nightsplit.site_worker.stream.bottom import Bottom
 from nightsplit.site_worker.stream.role import StreamSite
 
 
 class SplitUSite(StreamSite):
-    """Role with the bottom, the head and the labels; other arguments are those of `StreamSite`."""
+    """Role with the bottom, the head and the labels."""
 
     def __init__(
-        self, name: str, config: RunConfig, bottom: Bottom, batches: StreamBatches, contract: Mapping[Kind, Payload],
-        incarnation: str, head: Stage,
-    ) -> None:  # fmt: skip
-        super().__init__(name, config, bottom, batches, contract, incarnation)
-        self.head = head
+        self, name: str, config: RunConfig, model: SplitModel, splits: Splits, incarnation: str, device: str
+    ) -> None:
+        super().__init__(name, config, model, splits, incarnation, device)
+        assert model.parts.head is not None
+        self.head = Stage(model.parts.head, config.optimizer, config.task, device)
         self._gradients: dict[int, torch.Tensor] = {}
         """Gradients at the head's input, by item, until their message is confirmed."""
         self._reports: dict[int, str] = {}
@@ -41,16 +35,6 @@ class SplitUSite(StreamSite):
         """Outputs for the held-out samples of the open evaluation block, by item."""
         self._heads: dict[int, dict[str, torch.Tensor]] = {}
         """Head of each evaluated epoch that may still be the best."""
-
-    @classmethod
-    @override
-    def make(
-        cls, name: str, config: RunConfig, model: SplitModel, splits: Splits, incarnation: str, device: str
-    ) -> Self:
-        assert model.parts.head is not None
-        bottom = Bottom(model.parts.bottom, config.optimizer, device)
-        head = Stage(model.parts.head, config.optimizer, config.task, device)
-        return cls(name, config, bottom, StreamBatches(config, name, splits), model.contract, incarnation, head)
 
     @override
     def model(self) -> dict[str, dict[str, torch.Tensor]]:

@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Self
 
 import torch
 from typing_extensions import override
@@ -18,7 +17,6 @@ from nightsplit.shared.protocols.stream import Slot, StreamSequence, weights
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.codecs import is_finite
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
-from nightsplit.shared.wire.schema import Payload
 from nightsplit.site_worker.data.dataset import Splits
 from nightsplit.site_worker.role import SiteRole
 from nightsplit.site_worker.stream.batches import StreamBatches
@@ -26,28 +24,23 @@ from nightsplit.site_worker.stream.bottom import Bottom
 
 
 class StreamSite(SiteRole):
-    """Role that sends its plan item by item, as far ahead of the answers as the window allows."""
+    """Role that sends its plan item by item, as far ahead of the answers as the window allows.
+
+    `splits` is the site's scaled data; its layers are moved to `device`.
+    """
 
     def __init__(
-        self, name: str, config: RunConfig, bottom: Bottom, batches: StreamBatches, contract: Mapping[Kind, Payload],
-        incarnation: str,
-    ) -> None:  # fmt: skip
-        super().__init__(name, config, contract, incarnation)
-        self.bottom = bottom
-        self.batches = batches
-        self.sequence: StreamSequence = StreamSequence(batches.plan, has_head=Kind.HEAD_INPUT in contract)
+        self, name: str, config: RunConfig, model: SplitModel, splits: Splits, incarnation: str, device: str
+    ) -> None:
+        super().__init__(name, config, model.contract, incarnation)
+        self.bottom = Bottom(model.parts.bottom, config.optimizer, device)
+        self.batches = StreamBatches(config, name, splits)
+        has_head = Kind.HEAD_INPUT in model.contract
+        self.sequence: StreamSequence = StreamSequence(self.batches.plan, has_head)
         self.exported_top: dict[str, torch.Tensor] = {}
         """Top of the best model, if the run exports it."""
         self._candidates: dict[int, dict[str, torch.Tensor]] = {}
         """Bottom of each evaluated epoch that may still be the best."""
-
-    @classmethod
-    def make(
-        cls, name: str, config: RunConfig, model: SplitModel, splits: Splits, incarnation: str, device: str
-    ) -> Self:
-        """Make the role of a site with scaled data; its layers are moved to `device`."""
-        bottom = Bottom(model.parts.bottom, config.optimizer, device)
-        return cls(name, config, bottom, StreamBatches(config, name, splits), model.contract, incarnation)
 
     @abstractmethod
     def send_first(self, item: Item) -> Send:
