@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import tenseal.sealapi as seal
-from numpy.typing import NDArray
 
 from nightsplit.shared.errors import StateError
 from nightsplit.shared.he.ckks import Ciphertext, CkksParameters, PublicKeys, to_bytes
+from nightsplit.shared.he.weights import FloatArray
 from nightsplit.shared.storage.files import make_private_folder, write_atomic
 
 SECRET = "secret.key"
@@ -50,11 +50,11 @@ class SecretKeys:
             raise StateError(511, sentence, remedy) from None
         return cls(ckks, secret)
 
-    def encrypt(self, numbers: NDArray[np.float64], level: int) -> bytes:
+    def encrypt(self, numbers: FloatArray, level: int) -> bytes:
         """Encrypt at most `ckks.slots` numbers, with the scale of a level; return the ciphertext's bytes."""
         return to_bytes(self._encryptor.encrypt_symmetric(self.ckks.encode(numbers.tolist(), level)))
 
-    def decrypt(self, ciphertext: Ciphertext) -> NDArray[np.float64]:
+    def decrypt(self, ciphertext: Ciphertext) -> FloatArray:
         """Return the numbers in all slots, float64 (slots,)."""
         plain = seal.Plaintext()
         self._decryptor.decrypt(ciphertext, plain)

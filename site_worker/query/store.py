@@ -91,17 +91,11 @@ class QueryStore:
 
     def submit(self, patients: Sequence[str], features: FloatArray) -> None:
         """Store sequences, float64 (n, frames, features)."""
-        with self._errors(), transaction(self._rows):
-            self._rows.execute(
-                "INSERT INTO submission (patients, shape, features) VALUES (?, ?, ?)",
-                (json.dumps(list(patients)), json.dumps(features.shape), features.tobytes()),
-            )
+        row = json.dumps(list(patients)), json.dumps(features.shape), features.tobytes()
+        self._execute("INSERT INTO submission (patients, shape, features) VALUES (?, ?, ?)", *row)
 
     def form(self, keys: str, packing_for: Callable[[int], tuple[str, int]]) -> None:
-        """Form queries from all waiting sequences, for the public keys with the sha256 `keys`.
-
-        `packing_for` is `QueryRole.packing_for`.
-        """
+        """Form queries from all waiting sequences, for keys with the sha256 `keys`, by `QueryRole.packing_for`."""
         with self._errors(), transaction(self._rows):
             waiting = self._rows.execute("SELECT * FROM submission ORDER BY number").fetchall()
             if not waiting:
@@ -123,38 +117,29 @@ class QueryStore:
 
     def count_waiting(self) -> int:
         """Return the number of sequences that wait for `form`."""
-        with self._errors():
-            rows = self._rows.execute("SELECT patients FROM submission").fetchall()
-        return sum(len(json.loads(patients)) for (patients,) in rows)
+        return sum(len(json.loads(patients)) for (patients,) in self._execute("SELECT patients FROM submission"))
 
     def open(self) -> list[OpenQuery]:
         """Return the queries without an answer or refusal, by number."""
-        with self._errors():
-            rows = self._rows.execute(
-                "SELECT number, step, sent FROM query WHERE logits IS NULL AND refusal IS NULL ORDER BY number"
-            ).fetchall()
+        unanswered = "logits IS NULL AND refusal IS NULL"
+        rows = self._execute(f"SELECT number, step, sent FROM query WHERE {unanswered} ORDER BY number")
         return [OpenQuery(number, step, bool(sent)) for number, step, sent in rows]
 
     def get(self, number: int) -> Query:
         """Return the query with this number, which must exist."""
-        with self._errors():
-            return _parse_query(self._rows.execute("SELECT * FROM query WHERE number = ?", (number,)).fetchone())
+        return _parse_query(*self._execute("SELECT * FROM query WHERE number = ?", number))
 
     def all(self) -> Iterator[Query]:
         """Yield all queries, by number."""
-        with self._errors():
-            numbers = self._rows.execute("SELECT number FROM query ORDER BY number").fetchall()
-        return (self.get(number) for (number,) in numbers)
+        return (self.get(number) for (number,) in self._execute("SELECT number FROM query ORDER BY number"))
 
     def has_sent_keys(self, keys: str) -> bool:
         """Return whether the broker has confirmed these public keys."""
-        with self._errors():
-            return self._rows.execute("SELECT 1 FROM announced WHERE keys = ?", (keys,)).fetchone() is not None
+        return bool(self._execute("SELECT 1 FROM announced WHERE keys = ?", keys))
 
     def mark_keys_sent(self, keys: str) -> None:
         """Record that the broker has confirmed these public keys."""
-        with self._errors(), transaction(self._rows):
-            self._rows.execute("INSERT OR IGNORE INTO announced VALUES (?)", (keys,))
+        self._execute("INSERT OR IGNORE INTO announced VALUES (?)", keys)
 
     def mark_keys_unsent(self, keys: str) -> None:
         """Record that the server does not have these keys: they and their open queries must be sent again."""
@@ -164,8 +149,7 @@ class QueryStore:
 
     def mark_sent(self, number: int, step: int) -> None:
         """Record that the broker has confirmed a step; its answer may have come before, then nothing changes."""
-        with self._errors(), transaction(self._rows):
-            self._rows.execute("UPDATE query SET sent = 1 WHERE number = ? AND step = ?", (number, step))
+        self._execute("UPDATE query SET sent = 1 WHERE number = ? AND step = ?", number, step)
 
     def advance(self, number: int, step: int, state: FloatArray, blinding: str) -> None:
         """Record a step's answer, so that the next step may be sent."""
@@ -185,8 +169,12 @@ class QueryStore:
 
     def _set(self, number: int, **values: Any) -> None:
         columns = ", ".join(f"{name} = ?" for name in values)
-        with self._errors(), transaction(self._rows):
-            self._rows.execute(f"UPDATE query SET {columns} WHERE number = ?", (*values.values(), number))
+        self._execute(f"UPDATE query SET {columns} WHERE number = ?", *values.values(), number)
+
+    def _execute(self, statement: str, *values: Any) -> list[Any]:
+        """Execute one statement, which is durable when it returns; return its rows."""
+        with self._errors():
+            return self._rows.execute(statement, values).fetchall()
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
