@@ -28,15 +28,9 @@ LISTENING_S_MIN = 600.0
 
 
 class SilenceTracker:
-    """Tracker of the silence of each site.
+    """Tracker of the silence of each site, which continues from `previous`, the last server's record.
 
-    Args:
-        previous: status of each site, as recorded by the last server.
-        monotonic: seconds on this server's clock.
-        now: the current time, only for display.
-
-    Attributes:
-        sites: presence of each site, shown by `status` and continued by the next server.
+    `monotonic` returns seconds on this server's clock; the current time, `now`, is only for display.
     """
 
     def __init__(
@@ -50,6 +44,7 @@ class SilenceTracker:
         self._updated = monotonic()
         limit = self._limit - min(LISTENING_S_MIN, self._limit / 2)
         self.sites: dict[str, Presence] = {}
+        """Presence of each site, shown by `status` and continued by the next server."""
         for site in run.sites:
             presence = previous.get(site, SiteStatus()).presence
             self.sites[site] = replace(presence, silent_seconds=min(limit, presence.silent_seconds))
@@ -71,11 +66,8 @@ class SilenceTracker:
     ) -> None:
         """Update every site's presence; to be called when it `is_due`.
 
-        Args:
-            applied: messages applied, per site.
-            awaited: sites that the run waits for.
-            statuses: last statuses in the run store.
-            listening: whether broker and run store can be reached.
+        `applied` are the messages applied, `awaited` the sites that the run waits for, and `listening` is whether
+        broker and run store can be reached.
         """
         now = self._monotonic()
         elapsed = min(max(0.0, now - self._updated), UPDATE_INTERVAL_S_MAX) if listening else 0.0

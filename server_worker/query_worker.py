@@ -31,17 +31,8 @@ WEIGHTS = ("top.safetensors", "model.safetensors")
 class QueryServerWorker(Worker):
     """Query server of a run, which evaluates in `server.threads` processes. A run may have several.
 
-    Those with the same state folder share the public keys, and can continue each other's queries.
-
-    Args:
-        path: server.toml of the finished run.
-        overrides, stop: as of `ServerWorker`.
-
-    Attributes:
-        answered: queries so far, each step counted.
-
-    Raises:
-        ConfigError: a file is wrong, or (105) the run's model cannot work on ciphertexts.
+    Those with the same state folder share the public keys, and can continue each other's queries. `path` is the
+    server.toml of the finished run; ConfigError if a file is wrong, or (105) its model cannot work on ciphertexts.
     """
 
     def __init__(self, path: Path, overrides: Sequence[str] = (), stop: StopSignal | None = None) -> None:
@@ -49,6 +40,7 @@ class QueryServerWorker(Worker):
         super().__init__(path.parent, self.config, overrides, None, stop, lambda status: None)
         self._last = stages_of(self.run_config)[1]
         self.answered = 0
+        """Queries so far, each step counted."""
 
     def work(self, idle_seconds: float | None = None) -> None:
         """Answer queries in its shifts, until it is stopped or `idle_seconds` pass without a message."""

@@ -3,7 +3,6 @@
 import json
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -21,7 +20,7 @@ from nightsplit.shared.protocols.rounds import RoundSequence
 from nightsplit.shared.protocols.stream import StreamSequence
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import SERVER, Kind, Message, Scalar
-from nightsplit.shared.wire.schema import Payload
+from nightsplit.shared.wire.schema import Contract, Payload
 
 INCARNATIONS_MAX = 8
 """Largest number of incarnations of a site that are remembered."""
@@ -46,7 +45,7 @@ class ServerRole(Role, Generic[S]):
 
     rederives = False
 
-    def __init__(self, config: RunConfig, contract: Mapping[Kind, Payload]) -> None:
+    def __init__(self, config: RunConfig, contract: Contract) -> None:
         super().__init__(SERVER)
         self.config = config
         self.evaluation = Evaluation(config)

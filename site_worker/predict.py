@@ -51,8 +51,7 @@ def predict(site: SiteWorker, top: Path | None = None, data: Path | None = None)
     Args:
         site: worker of a finished run.
         top: weights of the top; None for the top that the run exported.
-        data: a file or folder, labels included, read with the settings of [data] in site.toml; None for the
-            test patients.
+        data: a file or folder, labels included, for `select_dataset`; None for the test patients.
 
     Raises:
         DataError: as `select_dataset`.
@@ -68,9 +67,10 @@ def predict(site: SiteWorker, top: Path | None = None, data: Path | None = None)
 
 
 def select_dataset(site: SiteWorker, data: Path | None) -> Dataset:
-    """Return the site's test patients, or the rows of another file, scaled by the training patients.
+    """Return the test patients, or the rows of a file or folder `data`, scaled by the training patients.
 
-    DataError if the data cannot be read, or (409) the site was trained with other data.
+    It is read with the settings of [data] in site.toml. DataError if it cannot be read, or (409) the site was trained
+    with other data.
     """
     config = site.run_config
     parts = read_splits(site.source, config, site.base)

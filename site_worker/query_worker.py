@@ -39,13 +39,8 @@ WEIGHTS = ("bottom.safetensors", "model.safetensors")
 class QuerySiteWorker:
     """Worker for the queries of one site, which are in `queries.db` of its state folder, beside its keys.
 
-    Args:
-        path: site.toml of the finished run.
-        overrides, stop: as for `SiteWorker`.
-
-    Raises:
-        ConfigError: a file is wrong, the policy forbids queries (108), or (105) the run's model cannot be
-            evaluated on ciphertexts.
+    `path` is the site.toml of the finished run; ConfigError if a file is wrong, the policy forbids queries (108), or
+    the run's model cannot be evaluated on ciphertexts (105).
     """
 
     def __init__(self, path: Path, overrides: Sequence[str] = (), stop: StopSignal | None = None) -> None:
@@ -69,12 +64,8 @@ class QuerySiteWorker:
     def submit(self, data: Path | None) -> int:
         """Store sequences for `work`, which encrypts and sends them; return their number.
 
-        Args:
-            data: a file or folder, read with the settings of [data] in site.toml; None for the test patients.
-
-        Raises:
-            DataError: as `predict`.
-            RunError: 605 the run has not finished here, 604 its model does not fit.
+        `data` is that of `select_dataset`; RunError 605 if the run has not finished here, 604 if its model does not
+        fit.
         """
         prepare_torch(self.site.config.threads, self.site.config.device)
         fill(self._front, self.site.model_folder, WEIGHTS)

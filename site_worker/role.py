@@ -2,7 +2,6 @@
 
 import json
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +16,7 @@ from nightsplit.shared.protocols.rounds import RoundSequence
 from nightsplit.shared.protocols.stream import StreamSequence
 from nightsplit.shared.storage.checkpoint import Snapshot
 from nightsplit.shared.wire.message import SERVER, Kind, Message, Scalar
-from nightsplit.shared.wire.schema import Payload
+from nightsplit.shared.wire.schema import Contract, Payload
 
 
 class Account(Protocol):
@@ -40,7 +39,7 @@ class SiteRole(Role):
     sequence: StreamSequence | RoundSequence
     """All messages of the site."""
 
-    def __init__(self, name: str, config: RunConfig, contract: Mapping[Kind, Payload], incarnation: str) -> None:
+    def __init__(self, name: str, config: RunConfig, contract: Contract, incarnation: str) -> None:
         super().__init__(name)
         self.config = config
         self.next_seq = 1

@@ -22,13 +22,6 @@ class HeClstmServer:
     every slot, uniform within `BLINDING` and derived from the server's secret and a nonce: the site sees states that
     are hidden except for a part in about 2^22. It returns the nonce with them, so that any server with the secret
     can subtract the numbers. Each answer has its own nonce: a site that repeats a query cannot subtract the answers.
-
-    Args:
-        classifier: with its trained weights.
-        secret: of the servers of this run, 32 bytes.
-
-    Raises:
-        ConfigError: 105 as `parameters_for`.
     """
 
     def __init__(self, classifier: ClassifierWeights, secret: bytes) -> None:

@@ -5,7 +5,6 @@ The server stores them, and when all have arrived it trains on them for any numb
 while no site is online. No gradient returns.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -25,8 +24,8 @@ from nightsplit.shared.protocols.build import SplitModel
 from nightsplit.shared.protocols.plan import Purpose
 from nightsplit.shared.protocols.stream import Slot
 from nightsplit.shared.storage.checkpoint import Snapshot
-from nightsplit.shared.wire.message import Header, Kind, Message
-from nightsplit.shared.wire.schema import Payload
+from nightsplit.shared.wire.message import Header, Message
+from nightsplit.shared.wire.schema import Contract
 
 
 class SplitFrozenServer(StreamServer):
@@ -34,7 +33,7 @@ class SplitFrozenServer(StreamServer):
 
     top: StoredTop
 
-    def __init__(self, config: RunConfig, top: StoredTop, contract: Mapping[Kind, Payload]) -> None:
+    def __init__(self, config: RunConfig, top: StoredTop, contract: Contract) -> None:
         super().__init__(config, top, contract)
         self._schedule = Fair(config.run.sites)  # the order of arrival does not matter
         self.journalled = config.run.may_exclude  # the position of an exclusion does

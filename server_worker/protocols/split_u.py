@@ -9,7 +9,6 @@
 For held-out patients the server receives the site's own figures (Report), not their labels.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -28,7 +27,7 @@ from nightsplit.shared.protocols.plan import Item, Purpose
 from nightsplit.shared.protocols.stream import Slot
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Header, Kind, Message
-from nightsplit.shared.wire.schema import Payload
+from nightsplit.shared.wire.schema import Contract
 
 
 class SplitUServer(StreamServer):
@@ -36,7 +35,7 @@ class SplitUServer(StreamServer):
 
     top: Middle
 
-    def __init__(self, config: RunConfig, top: Middle, contract: Mapping[Kind, Payload]) -> None:
+    def __init__(self, config: RunConfig, top: Middle, contract: Contract) -> None:
         super().__init__(config, top, contract)
         self._open: dict[str, dict[int, tuple[int, torch.Tensor]]] = {site: {} for site in config.run.sites}
         """Version and smashed data of training items that wait for the gradient at the head."""

@@ -51,11 +51,8 @@ class WeightedMean:
 class TrimmedMean:
     """Coordinate-wise trimmed mean of updates (Yin et al., ICML 2018, definition 2), robust to a hostile site.
 
-    It keeps every update until they are combined. All count the same; weights are ignored.
-
-    Args:
-        trim: share of the values that is removed at each end; of m updates, floor(trim m) each. 0.5
-            means the median: all but the middle one or two.
+    It keeps every update until they are combined. All count the same; weights are ignored. `trim` is the share of the
+    values that is removed at each end: of m updates, floor(trim m) each; 0.5 means the median, the middle one or two.
     """
 
     def __init__(self, trim: float) -> None:

@@ -22,7 +22,7 @@ from nightsplit.shared.protocols.plan import Item, Plan, Purpose
 from nightsplit.shared.protocols.stream import Slot, StreamSequence, weights
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Header, Kind, Message, Scalar
-from nightsplit.shared.wire.schema import Payload
+from nightsplit.shared.wire.schema import Contract
 
 ITEMS_MAX = 10_000_000
 """Largest number of items in a site's plan, so that message numbers stay below 2^26, as `Fair` needs it."""
@@ -33,7 +33,7 @@ REASON_LENGTH_MAX = 500
 class StreamServer(ServerRole[StreamSequence]):
     """Base class of roles that hold the top, the server's layers, and answer each site's messages in order."""
 
-    def __init__(self, config: RunConfig, top: Top, contract: Mapping[Kind, Payload]) -> None:
+    def __init__(self, config: RunConfig, top: Top, contract: Contract) -> None:
         super().__init__(config, contract)
         self.top = top
         self._schedule = SCHEDULES[config.run.order](config.run.sites)

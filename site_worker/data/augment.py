@@ -26,9 +26,6 @@ def augment(batch: Tensor, names: Sequence[str], generator: torch.Generator) -> 
         batch: float32 (n, channels, height, width), scaled or not; not changed in place.
         names: entries of `data.augment`.
         generator: a generator on the CPU; the result is a function of its state.
-
-    Raises:
-        ValueError: an unknown name.
     """
     count, _, height, width = batch.shape
     start = transform = torch.eye(3).repeat(count, 1, 1)  # from points of the result to points of the batch
