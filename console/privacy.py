@@ -25,11 +25,11 @@ def summarise(file: WorkerFile) -> dict[str, Any]:
         ConfigError: 103 the file is not a site's.
         RunError: 612 the ledger cannot be used, 614 packages are missing.
     """
-    if not isinstance(file.worker, SiteSection):
+    if not isinstance(file.config, SiteSection):
         raise ConfigError(103, f"{file.path}: the ledger is a site's.", "name a site.toml.")
-    policy, path = file.base / file.worker.policy, file.base / file.worker.ledger
+    policy, path = file.base / file.config.policy, file.base / file.config.ledger
     most = read_policy(policy).max_epsilon
-    return {"site": file.worker.name, "ledger": str(path), "max_epsilon": most, **_read(path)}
+    return {"site": file.config.name, "ledger": str(path), "max_epsilon": most, **_read(path)}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -45,17 +45,17 @@ def summarise(file: WorkerFile, until: int | None) -> dict[str, Any]:
         ConfigError: 103 the file is a site's.
         StateError: 507 the run has no tape, 508 a message that is needed is not on it.
     """
-    server = file.worker
+    server = file.config
     if not isinstance(server, ServerSection):
         raise ConfigError(103, f"{file.path}: has no [server].", "name the server.toml: the server holds the tape.")
     prepare_torch(server.threads, server.device)
-    with closing(file.store()) as store:
-        replay = Replay(file.run, file.run_folder, file.state / FOLDER, store, server.device)
+    with closing(file.open_store()) as store:
+        replay = Replay(file.run_config, file.run_folder, file.state_folder / FOLDER, store, server.device)
         replay.go(until)
     best, last = replay.weights()
     recorded_best, recorded_last = _left_behind(file, replay.role) if replay.finished else (None, None)
     return {
-        "run": file.run.run.id,
+        "run": file.run_config.run.id,
         "messages": replay.player.played,
         "position": replay.position,
         "finished": replay.finished,
@@ -70,12 +70,12 @@ def summarise(file: WorkerFile, until: int | None) -> dict[str, Any]:
 
 def _left_behind(file: WorkerFile, role: AnyServer) -> tuple[str | None, str | None]:
     """sha256 of the best weights as reported, and of the last ones in the newest checkpoint; None if not there."""
-    assert isinstance(file.worker, ServerSection)
+    assert isinstance(file.config, ServerSection)
     best = None
     with suppress(OSError, ValueError):
-        report = (file.base / file.worker.report / "report.json").read_text(encoding="utf-8")
-        best = json.loads(report).get(f"{spec_of(file.run).names.weights}_sha256")
-    found = Checkpoints(file.state / "checkpoints").load()
+        report = (file.base / file.config.report / "report.json").read_text(encoding="utf-8")
+        best = json.loads(report).get(f"{spec_of(file.run_config).names.weights}_sha256")
+    found = Checkpoints(file.state_folder / "checkpoints").load()
     return best, found and weights_sha256(role.weights_in(found[1]))
 
 

@@ -24,19 +24,19 @@ def summarise(file: WorkerFile) -> dict[str, Any]:
         BrokerError: 207 the run store cannot be reached.
         RunError: 605 nothing is known of the run.
     """
-    with closing(file.store()) as store:
+    with closing(file.open_store()) as store:
         statuses = store.statuses([SERVER, *file.sites])
     depths, queries, broker = _depths(file)
     absent = all(depth is None for site in depths.values() for depth in site.values())
     if not statuses and absent and broker is None:
-        what = f"run {file.run.run.id!r} has left no trace at the broker and in the run store."
+        what = f"run {file.run_config.run.id!r} has left no trace at the broker and in the run store."
         raise RunError(605, what, "open it with: nightsplit open server.toml; or check run.id, broker and store.")
     server = statuses.get(SERVER)
     told = server.report.sites if server is not None else {}
     workers = [_line(SERVER, server)]
     workers += [_site(_line(site, statuses.get(site)), told.get(site), depths[site]) for site in file.sites]
     return {
-        "run": file.run.run.id,
+        "run": file.run_config.run.id,
         "sentence": _sentence(server, sum(line["queued"] or 0 for line in workers[1:])),
         "workers": workers,
         "at_broker": depths,
@@ -51,7 +51,7 @@ Depths = dict[str, dict[str, int | None]]
 def _depths(file: WorkerFile) -> tuple[Depths, Depths, str | None]:
     """Messages that wait in each site's queues, those for queries apart; and why nothing is known of them."""
     try:
-        broker, run, queries = file.broker(), {}, {}
+        broker, run, queries = file.open_broker(), {}, {}
         for site, queues in file.queues().items():
             run[site] = {name: broker.depth(queue) for name, queue in zip(QUEUES, queues, strict=True)}
         for site, queues in file.query_queues().items():

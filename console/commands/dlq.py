@@ -28,9 +28,9 @@ def list_(file: EitherFile, overrides: Overrides = [], as_json: AsJson = False) 
     Show what was refused, why, and when. Nothing is changed.
     """
     from nightsplit.console.dead_letters import list_letters
-    from nightsplit.console.worker_file import read_worker_file
+    from nightsplit.console.worker_file import WorkerFile
 
-    list_letters(read_worker_file(file, overrides), as_json)
+    list_letters(WorkerFile(file, overrides), as_json)
 
 
 @dlq.command()
@@ -42,9 +42,9 @@ def show(
 ) -> None:
     """Show everything about one but the values of its tensors."""
     from nightsplit.console.dead_letters import show_letter
-    from nightsplit.console.worker_file import read_worker_file
+    from nightsplit.console.worker_file import WorkerFile
 
-    show_letter(read_worker_file(file, overrides), letter, as_json)
+    show_letter(WorkerFile(file, overrides), letter, as_json)
 
 
 @dlq.command()
@@ -58,9 +58,9 @@ def replay(file: EitherFile, ids: Ids = [], every: All = False, overrides: Overr
     """
     chosen = _chosen(ids, every)
     from nightsplit.console.dead_letters import replay_letters
-    from nightsplit.console.worker_file import read_worker_file
+    from nightsplit.console.worker_file import WorkerFile
 
-    replay_letters(read_worker_file(file, overrides), chosen)
+    replay_letters(WorkerFile(file, overrides), chosen)
 
 
 @dlq.command()
@@ -71,9 +71,9 @@ def discard(file: EitherFile, ids: Ids = [], every: All = False, overrides: Over
     """
     chosen = _chosen(ids, every)
     from nightsplit.console.dead_letters import discard_letters
-    from nightsplit.console.worker_file import read_worker_file
+    from nightsplit.console.worker_file import WorkerFile
 
-    discard_letters(read_worker_file(file, overrides), chosen)
+    discard_letters(WorkerFile(file, overrides), chosen)
 
 
 def _chosen(ids: list[str], every: bool) -> list[str] | None:

@@ -22,9 +22,9 @@ def replay(
     """
     from nightsplit.console.replay import summarise
     from nightsplit.console.ui.text import counted, screen
-    from nightsplit.console.worker_file import read_worker_file
+    from nightsplit.console.worker_file import WorkerFile
 
-    summary = summarise(read_worker_file(file, overrides), until)
+    summary = summarise(WorkerFile(file, overrides), until)
     if as_json:
         print(json.dumps(summary, indent=2))
         return int(summary["equal"] is False)

@@ -12,9 +12,9 @@ def status(file: EitherFile, overrides: Overrides = [], as_json: AsJson = False)
     """
     from nightsplit.console.status import COUNTS, in_words, summarise
     from nightsplit.console.ui.text import columns, counted, duration, screen
-    from nightsplit.console.worker_file import read_worker_file
+    from nightsplit.console.worker_file import WorkerFile
 
-    summary = summarise(read_worker_file(file, overrides))
+    summary = summarise(WorkerFile(file, overrides))
     if as_json:
         print(json.dumps(summary, indent=2))
         return

@@ -30,9 +30,9 @@ SKEW_S = 60.0
 def checks_of_lines(file: WorkerFile) -> dict[str, Callable[[WorkerFile], Finding]]:
     """What there is to check of this file's lines; nothing where broker and store are files."""
     checks: dict[str, Callable[[WorkerFile], Finding]] = {}
-    if file.worker.broker.startswith("amqp"):
+    if file.config.broker.startswith("amqp"):
         checks |= {"TLS": check_encryption, "rights": check_rights, "passage": check_passage}
-    if file.worker.store.startswith("redis"):
+    if file.config.store.startswith("redis"):
         checks["clock"] = check_clock
     return checks
 
@@ -41,7 +41,7 @@ def check_encryption(file: WorkerFile) -> Finding:
     """TLS to broker and store: its version, and until when certificates are good."""
     file.credentials.tls()  # says what is wrong with a file
     found, ends = [], []
-    for address in (file.worker.broker, file.worker.store):
+    for address in (file.config.broker, file.config.store):
         scheme = scheme_of(address)
         if scheme in ("amqp", "redis"):
             found.append(f"{scheme} is plain, to this machine alone")
@@ -79,37 +79,37 @@ def check_rights(file: WorkerFile) -> Finding:
     if not open_doors:
         return Finding("rights", f"tried {len(attempts)} forbidden things; all were refused")
     found = f"{len(open_doors)} of {len(attempts)} forbidden things are possible: {', '.join(open_doors)}"
-    if all(scheme_of(address) not in TLS_SCHEMES for address in (file.worker.broker, file.worker.store)):
+    if all(scheme_of(address) not in TLS_SCHEMES for address in (file.config.broker, file.config.store)):
         return Finding("rights", found, "fine on one machine; for several, make users with nightsplit keys.")
     return Finding("rights", found, "give this user the rights that nightsplit keys writes.", failed=True)
 
 
 def _at_broker(file: WorkerFile) -> dict[str, Callable[[], bool]]:
-    probe = Probe(file.worker.broker, file.credentials)
+    probe = Probe(file.config.broker, file.credentials)
     attempts: dict[str, Callable[[], bool]] = {
         "publish to any queue (default exchange)": partial(probe.may_publish, ""),
         "create a queue": partial(probe.may_create, f"doctor.{PREFIX}"),
     }
-    for other in file.others:
-        queues = site_queues(file.run.run.id, other, file.run.wire.queue_bytes)
+    for other in file.other_sites:
+        queues = site_queues(file.run_config.run.id, other, file.run_config.wire.queue_bytes)
         attempts[f"publish as {other}"] = partial(probe.may_publish, queues.up.exchange)
         attempts[f"read what is sent to {other}"] = partial(probe.may_read, queues.down)
     return attempts
 
 
 def _at_store(file: WorkerFile) -> dict[str, Callable[[], bool]]:
-    if not file.worker.store.startswith("redis") or not isinstance(file.worker, SiteSection):
+    if not file.config.store.startswith("redis") or not isinstance(file.config, SiteSection):
         return {}
     return {
         "read the server's pointer": partial(_answers, file, lambda store: store.pointer()),
         "read the order journal": partial(_answers, file, lambda store: store.journalled(1)),
-        "read how other sites are": partial(_answers, file, lambda store: store.statuses(file.others)),
+        "read how other sites are": partial(_answers, file, lambda store: store.statuses(file.other_sites)),
     }
 
 
 def _answers(file: WorkerFile, question: Callable[[RunStore], object]) -> bool:
     """Whether the store answers this user."""
-    with closing(file.store()) as store:
+    with closing(file.open_store()) as store:
         try:
             question(store)
         except BrokerError as error:
@@ -121,8 +121,8 @@ def _answers(file: WorkerFile, question: Callable[[RunStore], object]) -> bool:
 
 def check_passage(file: WorkerFile) -> Finding:
     """Sends as many bytes as the largest planned message has, as far as an exchange; they reach no queue."""
-    largest = planned_message_bytes(file.run, build_model(file.run, file.run_folder).contract)
-    probe = Probe(file.worker.broker, file.credentials)
+    largest = planned_message_bytes(file.run_config, build_model(file.run_config, file.run_folder).contract)
+    probe = Probe(file.config.broker, file.credentials)
     began = time.monotonic()
     try:
         probe.send(file.queues()[file.sites[0]].up, largest)
@@ -137,7 +137,7 @@ def check_passage(file: WorkerFile) -> Finding:
 
 def check_clock(file: WorkerFile) -> Finding:
     """This machine's clock against the store's. Nothing but shifts and times in reports depends on it."""
-    with closing(file.store()) as store:
+    with closing(file.open_store()) as store:
         skew = time.time() - store.now()
     if abs(skew) < SKEW_S:
         return Finding("clock", "agrees with the run store's to the minute")

@@ -123,10 +123,8 @@ def check_predictions(study, capsys, tmp_path):
 
 def test_a_silent_worker_is_offline_and_its_last_words_are_kept(study, capsys):
     from nightsplit.console.status import in_words, summarise
-    from nightsplit.console.worker_file import read_worker_file
+    from nightsplit.console.worker_file import WorkerFile
     from nightsplit.shared.run_store.base import Status
-
-    file = read_worker_file(study / "server.toml")
 
     class Store:
         def __init__(self, **ages):
@@ -141,11 +139,11 @@ def test_a_silent_worker_is_offline_and_its_last_words_are_kept(study, capsys):
             pass
 
     def seen(**ages):
-        class File(type(file)):
-            def store(self):
+        class File(WorkerFile):
+            def open_store(self):
                 return Store(**ages)
 
-        return summarise(File(file.path, file.worker, file.source, file.run))
+        return summarise(File(study / "server.toml"))
 
     at_work = seen(server=1.0, north=190.0)
     assert at_work["sentence"].startswith("server is working; 5 of 90 messages applied, ")
