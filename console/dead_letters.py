@@ -133,7 +133,7 @@ class _Pass:
                     raise BrokerError(210, sentence, "wait until the other dlq command has ended, then try again.")
                 case Blocked(reason):
                     raise BrokerError(
-                        209, f"{reason}.", "try again when the broker accepts messages; no dead letter is lost."
+                        209, f"{reason}.", "try again later; no dead letter is lost."
                     )
                 case Confirmed(message_id) if message_id in self._replayed:
                     self._discard_replayed(message_id)

@@ -288,7 +288,7 @@ def test_a_file_that_is_gone(night):
     (night.broker.tape / "000001.tape").write_bytes(b"")
     replayed(night)
     (night.broker.tape / "000002.tape").unlink()
-    assert "a greeting of north that fits run.toml" in failure(night)
+    assert "a hello of north that fits run.toml" in failure(night)
 
 
 def test_another_run_toml(night):
