@@ -132,9 +132,7 @@ class _Pass:
                     sentence = f"nothing came from {self._queues.dead.name} for {TIMEOUT_S:.0f} s."
                     raise BrokerError(210, sentence, "wait until the other dlq command has ended, then try again.")
                 case Blocked(reason):
-                    raise BrokerError(
-                        209, f"{reason}.", "try again later; no dead letter is lost."
-                    )
+                    raise BrokerError(209, f"{reason}.", "try again later; no dead letter is lost.")
                 case Confirmed(message_id) if message_id in self._replayed:
                     self._discard_replayed(message_id)
                 case Delivery() as delivery if delivery.message_id.startswith(_BOOKMARK):

@@ -1,4 +1,4 @@
-"""Options and arguments that several verbs have."""
+"""Options and arguments of several verbs."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,7 +15,7 @@ Overrides = Annotated[
     Option(
         "--set",
         metavar="KEY=VALUE",
-        help="another value for a key of run.toml, e.g. run.window=8; the same at every participant",
+        help="override a key of run.toml, e.g. run.window=8; the same at every participant",
     ),
 ]
 IdleSeconds = Annotated[
@@ -23,18 +23,18 @@ IdleSeconds = Annotated[
     Option(
         "--exit-when-idle",
         metavar="SECONDS",
-        help="exit when nothing happened for so long; otherwise stay until all is done",
+        help="exit when idle for this long (default: stay until all is done)",
     ),
 ]
 LogFormat = Annotated[
     Literal["text", "json"],
-    Option(help="json: one object a line on stderr, for programs that read logs, and nothing else"),
+    Option(help="json: only one object per line on stderr, for programs that read logs"),
 ]
 AsJson = Annotated[bool, Option("--json", help="print one JSON object, for other programs")]
 
 
 def print_help_alone(context: typer.Context) -> None:
-    """Print the help of a group of verbs that is called without one, and end there."""
+    """Print the help of a group that is called without a verb, and exit."""
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit
