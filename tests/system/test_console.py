@@ -176,7 +176,7 @@ def test_doctor_finds_nothing_wrong(study, capsys):
         r"training: \d+ rows of \d+ patients \(\d+ of class healthy, \d+ of class ill\); validation: .*; test: .*",
         checks["data"]["found"],
     )
-    assert checks["broker"]["found"] == "reached; all 3 queues are there"
+    assert checks["broker"]["found"] == "reached; all 3 queues exist"
     assert checks["configuration"]["found"].startswith("run ward, split_labels, sites north, south; run digest ")
     assert set(doctor(study / "server.toml", capsys, 0)) == set(checks) - {"policy", "data"}
     assert run(["doctor", str(study / "south.toml")]) == 0

@@ -177,20 +177,20 @@ def test_doctor_tries_what_is_forbidden(centre, tmp_path):
 
     healthy, found = findings("north.toml")
     assert healthy, found
-    assert found["rights"]["found"] == "tried 9 forbidden things; all were refused"
+    assert found["rights"]["found"] == "tried 9 forbidden operations; all were refused"
     assert "TLSv1.3, certificate until" in found["TLS"]["found"]
     assert found["TLS"]["fix"] is None
     assert "passes" in found["passage"]["found"]
     assert "agrees" in found["clock"]["found"]
     healthy, found = findings("server.toml")
     assert healthy, found
-    assert found["rights"]["found"] == "tried 2 forbidden things; all were refused"
-    assert found["broker"]["found"].endswith("all 9 queues are there, with the run's limits")
+    assert found["rights"]["found"] == "tried 2 forbidden operations; all were refused"
+    assert found["broker"]["found"].endswith("all 9 queues exist, with the run's limits")
 
     centre.node.ctl("set_permissions", "-p", "nightsplit", "north", ".*", ".*", ".*")
     healthy, found = findings("north.toml")
     assert not healthy
-    assert found["rights"]["found"].startswith("6 of 9 forbidden things are possible: publish to any queue")
+    assert found["rights"]["found"].startswith("6 of 9 forbidden operations are permitted: publish to any queue")
     centre.node.ctl("set_permissions", "-p", "nightsplit", "north", "^$", "^$", "^$")
     healthy, found = findings("north.toml")
     assert not healthy
