@@ -106,7 +106,7 @@ class SiteRole(Role):
             number, reason = int(scalars["number"]), str(scalars["reason"])
             if number not in TITLES:
                 raise mismatch(f"it rejects with number {number}.")
-            raise RunError(number, f"the server rejects {self.name}: {reason}.", "see the page of this number.")
+            raise RunError(number, f"the server rejects {self.name}: {reason}.", f"see: nightsplit explain {number}.")
         return self.answer(message)
 
     # -- parts that shapes use -------------------------------------------------------------------
