@@ -134,7 +134,9 @@ class _Pass:
                 case Blocked(reason):
                     raise BrokerError(209, f"{reason}.", "try again later; no dead letter is lost.")
                 case Confirmed(message_id) if message_id in self._replayed:
-                    self._discard_replayed(message_id)
+                    self.discard(*self._replayed[message_id].popleft())
+                    if not self._replayed[message_id]:
+                        del self._replayed[message_id]
                 case Delivery() as delivery if delivery.message_id.startswith(_BOOKMARK):
                     self._link.acknowledge(delivery)  # ours, or that of a pass that was killed
                     self.complete = self.complete or delivery.message_id == bookmark
@@ -161,12 +163,6 @@ class _Pass:
             raise RunError(607, sentence, "look at it with nightsplit dlq show, then discard it.")
         self._mailbox.send_again(origin, letter.message_id, delivery.body)
         self._replayed[letter.message_id].append((letter, replace(delivery, body=b"")))
-
-    def _discard_replayed(self, message_id: str) -> None:
-        unconfirmed = self._replayed[message_id]
-        self.discard(*unconfirmed.popleft())
-        if not unconfirmed:
-            del self._replayed[message_id]
 
 
 _Action = Callable[[_Pass, Letter, Delivery], None]
@@ -238,12 +234,11 @@ def show_letter(file: WorkerFile, letter_id: str, as_json: bool) -> None:
     if not found:
         raise _not_found([letter_id])
     letter, delivery = found[letter_id]
-    message: dict[str, object] | None = None
-    unreadable = None
+    message: dict[str, object] | None
     try:
-        message = asdict(header_of(delivery.body))
+        message, unreadable = asdict(header_of(delivery.body)), None
     except Refused as refusal:
-        unreadable = str(refusal)
+        message, unreadable = None, str(refusal)
     headers = dict(sorted(delivery.headers.items()))
     if as_json:
         facts = {"letter": asdict(letter), "headers": headers, "message": message, "unreadable": unreadable}

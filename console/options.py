@@ -12,19 +12,11 @@ EitherFile = Annotated[Path, Argument(metavar="FILE.TOML", help="a worker's conf
 
 Overrides = Annotated[
     list[str],
-    Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="override a key of run.toml, e.g. run.window=8; the same at every participant",
-    ),
+    Option("--set", metavar="KEY=VALUE", help="override a key of run.toml, e.g. run.window=8, at every participant"),
 ]
 IdleSeconds = Annotated[
     float | None,
-    Option(
-        "--exit-when-idle",
-        metavar="SECONDS",
-        help="exit when idle for this long (default: stay until all is done)",
-    ),
+    Option("--exit-when-idle", metavar="SECONDS", help="exit when idle for this long (default: stay to the end)"),
 ]
 LogFormat = Annotated[
     Literal["text", "json"],

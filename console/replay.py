@@ -55,18 +55,18 @@ def summarise(file: WorkerFile, until: int | None) -> dict[str, Any]:
         replay = Replay(file.run_config, file.run_folder, file.state_folder / FOLDER, store, server.device)
         replay.go(until)
     best, last = replay.weights()
-    recorded_best, recorded_last = _recorded(file, replay.role) if replay.finished else (None, None)
+    recorded_best, recorded_last = _recorded(file, replay.role) if replay.engine.finished else (None, None)
     return {
         "run": file.run_config.run.id,
         "messages": replay.player.played,
-        "position": replay.position,
-        "finished": replay.finished,
+        "position": replay.engine.position,
+        "finished": replay.engine.finished,
         "last": replay.last and asdict(replay.last),
         "sha256": {
             "best": {"replayed": best, "recorded": recorded_best},
             "last": {"replayed": last, "recorded": recorded_last},
         },
-        "equal": (best, last) == (recorded_best, recorded_last) if replay.finished else None,
+        "equal": (best, last) == (recorded_best, recorded_last) if replay.engine.finished else None,
     }
 
 
@@ -107,19 +107,19 @@ class Replay:
         device: device of the server's layers, in the run and now.
 
     Attributes:
-        role: the server's role in training, set by `go`.
+        role, engine: the server's role in training and its engine, set by `go`.
         player: link that delivers the tape.
         last: the last applied message.
     """
 
     role: AnyServer
+    engine: Engine
 
     def __init__(self, config: RunConfig, base: Path, tape: Path, store: RunStore, device: str) -> None:
         self._config, self._base, self._tape, self._device = config, base, tape, device
         self._order = _Order(store, tape)
         self.player = _Player(tape)
         self._loss: float | None = None
-        self._engine: Engine
         self.last: Applied | None = None
 
     def go(self, until: int | None = None) -> None:
@@ -139,7 +139,7 @@ class Replay:
             queues = {site: site_queues(run.id, site, wire.queue_bytes) for site in run.sites}
             routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in queues.items()}
             mailbox = Mailbox(run.id, SERVER, self.player, routes, role.payload, wire.message_bytes)
-            self._engine = engine = Engine(
+            self.engine = engine = Engine(
                 role, mailbox, Checkpoints(Path(scratch) / "checkpoints"), self._order, self._record,
                 interval_seconds=math.inf,
             )  # fmt: skip
@@ -149,16 +149,6 @@ class Replay:
                 if not self._step() and self.player.at_end and not role.done:
                     raise self._missing_message()
 
-    @property
-    def position(self) -> int:
-        """Number of applied messages, as `Engine.position`."""
-        return self._engine.position
-
-    @property
-    def finished(self) -> bool:
-        """The replay has reached the end of the run."""
-        return self._engine.finished
-
     def weights(self) -> tuple[str | None, str]:
         """Return the sha256 of the best weights (None: no epoch was evaluated) and of the last ones."""
         best = self.role.best_weights
@@ -166,9 +156,9 @@ class Replay:
 
     def _step(self) -> bool:
         """Let the engine apply at most one message; return whether it did any work."""
-        before, self._loss = self._engine.last, None
-        worked = self._engine.step(0.0)
-        last = self._engine.last
+        before, self._loss = self.engine.last, None
+        worked = self.engine.step(0.0)
+        last = self.engine.last
         if last is not None and last is not before:
             self.last = Applied(last.header.message_id, self._loss, str(last.refusal) if last.refusal else None)
         return worked
@@ -184,11 +174,11 @@ class Replay:
             due = self.role.applied[site] + 1
             if site not in self.role.sequences:
                 missing.append(f"a hello of {site} that fits run.toml")
-            elif site not in self._engine.ready:
+            elif site not in self.engine.ready:
                 missing.append(f"message {due} of {site}")
         damaged = f" Damaged: {', '.join(self.player.damaged)}." if self.player.damaged else ""
         what = " and ".join(missing) or "the message that the order journal names next"
-        return _incomplete(self._tape, self.position, f"{what} is missing.{damaged}")
+        return _incomplete(self._tape, self.engine.position, f"{what} is missing.{damaged}")
 
 
 def _incomplete(tape: Path, position: int, reason: str) -> StateError:
@@ -224,6 +214,7 @@ class _Player(Link):
     """
 
     unconfirmed = frozenset[str]()
+    prefetch = 2**16  # enough for any disorder of the tape; the engine writes a checkpoint after a quarter of it
 
     def __init__(self, tape: Path) -> None:
         self.played = 0
@@ -231,7 +222,6 @@ class _Player(Link):
         self.damaged: list[str] = []
         self._tape = recorded(tape, self.damaged)
         self._confirmed: deque[str] = deque()
-        self._prefetch = 2**16
         self._pauses = False
 
     @override
@@ -257,15 +247,9 @@ class _Player(Link):
     def acknowledge(self, delivery: Delivery) -> None:
         pass
 
-    @property
-    @override
-    def prefetch(self) -> int:
-        # Large enough for any disorder of the tape; the engine writes a checkpoint after a quarter of it.
-        return self._prefetch
-
     @override
     def raise_prefetch(self, prefetch: int) -> None:
-        self._prefetch = prefetch
+        self.prefetch = prefetch
 
     @override
     def close(self) -> None:

@@ -117,8 +117,8 @@ def _repeat(example: Path, first: Path, config: RunConfig, console: Console, mov
     if kills is None:
         return None
     before, after = _hash_parts(first, config), _hash_parts(work, config)
-    equal = compare_weights(before, after, len(kills), console, spec_of(config).names.share)
-    return {"kills": len(kills), "sha256_killed": after[SERVER], "sha256_equal": equal}
+    equal = compare_weights(before, after, kills, console, spec_of(config).names.share)
+    return {"kills": kills, "sha256_killed": after[SERVER], "sha256_equal": equal}
 
 
 def _query(work: Path, config: RunConfig, console: Console) -> dict[str, Any] | None:

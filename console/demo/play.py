@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -46,26 +45,6 @@ ABSENT_SECONDS = 1.5
 
 Workers = dict[str, BaseProcess]
 Observer = Callable[[Workers], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Kill:
-    """A SIGKILL of a worker, which was then started again.
-
-    Attributes:
-        worker: site name, or "server".
-        step: training steps of the server at that time.
-        lost: progress that the worker's newest checkpoint lacked: steps of the server, or answers of the server
-            to a site.
-    """
-
-    worker: str
-    step: int
-    lost: int
-
-    def __str__(self) -> str:
-        noun = "step" if self.worker == SERVER else "answer"
-        return f"kill -9 {self.worker} after step {self.step}: its checkpoint lacked {counted(self.lost, noun)}"
 
 
 def warm_up() -> None:
@@ -104,15 +83,16 @@ class LocalRun:
             self._console.print(f"night {NIGHTS + 1}, 22:00  all workers are online until the run ends")
             return self._run_together(store)
 
-    def killed(self, steps: int) -> list[Kill] | None:
+    def killed(self, steps: int) -> int | None:
         """Run all workers to the end, and kill first the server and then a site in the middle of their work.
 
-        Returns the kills, or None if a worker failed by itself; the run has `steps` training steps.
+        Returns the number of kills, or None if a worker failed by itself; the run has `steps` training steps.
         """
         due = [(steps // 3, SERVER), (2 * steps // 3, self._run.sites[0])]
-        kills: list[Kill] = []
+        kills = 0
 
         def kill_if_due(workers: Workers) -> None:
+            nonlocal kills
             if not due or self._step() < due[0][0]:
                 return
             _, victim = due.pop(0)
@@ -120,8 +100,10 @@ class LocalRun:
                 workers[victim].kill()
                 workers[victim].join()
                 time.sleep(ABSENT_SECONDS)
-                kills.append(Kill(victim, self._step(), self._lost(victim, store)))
-                self._console.print(f"{kills[-1]}; started again")
+                kills += 1
+                lost = counted(self._lost(victim, store), "step" if victim == SERVER else "answer")
+                event = f"kill -9 {victim} after step {self._step()}: its checkpoint lacked {lost}"
+                self._console.print(f"{event}; started again")
                 workers[victim] = start(_work, victim, self._work, None)
 
         self._server.open_run()
@@ -170,7 +152,7 @@ class LocalRun:
         return int(json.loads(complete.rpartition("\n")[2])["step"]) if complete else 0
 
     def _lost(self, victim: str, store: RunStore) -> int:
-        """Return the progress of a killed worker that its newest checkpoint lacks."""
+        """Return the steps of a killed server, or the answers to a killed site, that its newest checkpoint lacks."""
         worker = self._server if victim == SERVER else SiteWorker(self._work / f"{victim}.toml")
         found = Checkpoints(worker.state_folder / "checkpoints").load()
         role = found[1].facts["role"] if found else {"steps": 0, "answered": 0}

@@ -95,17 +95,18 @@ class Centre:
         _write(self._definitions, json.dumps(definitions, indent=2))
         _write(self._acl, "user default off\n")
 
-    def admit_admin(self, password: str) -> None:
-        """Add the administrator of broker and store."""
-        self._admit(ADMIN, password, Rights(".*", ".*", ".*"), "~* &* +@all", tags="administrator")
-
-    def admit_server(self, password: str) -> None:
-        """Add the server worker."""
-        self._admit(SERVER, password, SERVER_RIGHTS, SERVER_RULES)
-
-    def admit_site(self, name: str, password: str) -> None:
-        """Add a site, with permissions for its own queues and keys."""
-        self._admit(name, password, site_rights(name), site_rules(name))
+    def admit(self, name: str, password: str) -> None:
+        """Add a user: the administrator, the server, or a site with permissions for its own queues and keys."""
+        if name == ADMIN:
+            rights, rules = Rights(".*", ".*", ".*"), "~* &* +@all"
+        elif name == SERVER:
+            rights, rules = SERVER_RIGHTS, SERVER_RULES
+        else:
+            rights, rules = site_rights(name), site_rules(name)
+        salt = os.urandom(4)
+        digest = hashlib.sha256(salt + password.encode()).digest()
+        self._define(name, base64.b64encode(salt + digest).decode(), rights)
+        self._rule(name, f"on #{hashlib.sha256(password.encode()).hexdigest()} resetchannels {rules}")
 
     def revoke(self, name: str) -> None:
         """Disable a user. It stays in the definitions, for a running RabbitMQ keeps a user that they do not name."""
@@ -122,14 +123,8 @@ class Centre:
         definitions: dict[str, Any] = json.loads(self._definitions.read_text(encoding="utf-8"))
         return definitions
 
-    def _admit(self, name: str, password: str, rights: Rights, rules: str, tags: str = "") -> None:
-        salt = os.urandom(4)
-        digest = hashlib.sha256(salt + password.encode()).digest()
-        self._define(name, base64.b64encode(salt + digest).decode(), rights, tags)
-        self._rule(name, f"on #{hashlib.sha256(password.encode()).hexdigest()} resetchannels {rules}")
-
-    def _define(self, name: str, password_hash: str, rights: Rights, tags: str = "") -> None:
-        definitions = self.definitions
+    def _define(self, name: str, password_hash: str, rights: Rights) -> None:
+        definitions, tags = self.definitions, "administrator" if name == ADMIN else ""
         algorithm = "rabbit_password_hashing_sha256"
         user = {"name": name, "password_hash": password_hash, "hashing_algorithm": algorithm, "tags": tags}
         permission = {"user": name, "vhost": VHOST, **asdict(rights)}

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -40,11 +39,13 @@ class Addresses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return {place.rpartition(":")[0] for place in places} | {"localhost", "127.0.0.1"}
 
 
-@dataclass(frozen=True)
 class Keys:
     """Folder of keys."""
 
-    folder: Path
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._centre = Centre(folder / "centre")
+        self._addresses_file = folder / "centre" / "addresses.toml"
 
     def init(self, addresses: Addresses) -> bool:
         """Make the keys of authority, services and server; return False and change nothing if they exist."""
@@ -60,8 +61,8 @@ class Keys:
         centre.configure(*(int(place.rpartition(":")[2]) for place in places))
         admin = new_password()
         write_atomic(centre.folder / "admin_password", admin.encode())
-        centre.admit_admin(admin)
-        centre.admit_server(self._make_credentials(SERVER, centre.folder / SERVER, authority))
+        centre.admit(ADMIN, admin)
+        centre.admit(SERVER, self._make_credentials(SERVER, centre.folder / SERVER, authority))
         write_atomic(centre.folder / SERVER / "server.toml", self._fill(SERVER_TOML, SERVER, addresses))
         # Last, since it marks the folder as complete.
         lines = [f'{name} = "{place}"\n' for name, place in msgspec.structs.asdict(addresses).items()]
@@ -84,7 +85,7 @@ class Keys:
         password = self._make_credentials(name, site, Authority(self.folder / "authority"))
         for file, text in (("site.toml", SITE_TOML), ("policy.toml", POLICY_TOML), ("README.md", SITE_README)):
             write_atomic(site / file, self._fill(text, name, addresses))
-        centre.admit_site(name, password)
+        centre.admit(name, password)
         return site
 
     def revoke(self, name: str) -> None:
@@ -104,14 +105,6 @@ class Keys:
         """Return the running broker and store."""
         addresses, centre = self._load_addresses(), self._centre
         return Live(centre, administrator(centre.folder), addresses.management, addresses.store)
-
-    @property
-    def _centre(self) -> Centre:
-        return Centre(self.folder / "centre")
-
-    @property
-    def _addresses_file(self) -> Path:
-        return self.folder / "centre" / "addresses.toml"
 
     def _load_addresses(self) -> Addresses:
         if not self._addresses_file.exists():
