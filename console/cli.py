@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -134,18 +133,17 @@ def _crashed(error: BaseException | None) -> None:
     stamp = time.strftime("nightsplit-crash-%Y%m%d-%H%M%S-")
     text = "".join(traceback.format_exception(error)) if error is not None else ""
     text = "\n".join(map(shown, text.splitlines()))
-    kept: Path | None = None
+    path: str | None = None
     for folder in (".", None):  # here, or in the folder of temporary files
         with suppress(OSError):
-            handle, name = tempfile.mkstemp(".log", stamp, folder)  # private, and with an unpredictable name
+            handle, path = tempfile.mkstemp(".log", stamp, folder)  # private, and with an unpredictable name
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(f"nightsplit {version('nightsplit')}\n{text}")
-            kept = Path(name)
             break
     kind = type(error).__name__
-    event("crashed", logging.ERROR, type=kind, traceback=None if kept is None else str(kept))
+    event("crashed", logging.ERROR, type=kind, traceback=path)
     if json_log.is_on():
         return
     what = f"nightsplit stopped at an unexpected error ({kind})"
-    report = f"Please report it with {kept}, after checking that the file names no patient."
-    print(f"{what}." if kept is None else f"{what}; nothing is lost. {report}", file=sys.stderr)
+    report = f"Please report it with {path}, after checking that the file names no patient."
+    print(f"{what}." if path is None else f"{what}; nothing is lost. {report}", file=sys.stderr)

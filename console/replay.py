@@ -1,4 +1,4 @@
-"""Trains the server's part again from a tape, and compares it with the run's results.
+"""Replay of a run: trains the server's part again from the tape, and compares it with the run's results.
 
     tape ──▶ Player ──deliveries──▶ engine ──▶ a fresh server role ──▶ sha256 of its weights
              discarded ◀──answers──┘
@@ -39,7 +39,7 @@ from nightsplit.shared.wire.message import SERVER
 
 
 def summarise(file: WorkerFile, until: int | None) -> dict[str, Any]:
-    """Replay a run up to position `until` as `Replay.go`, and return the result as plain data.
+    """Replay a run up to position `until` as `Replay.run`, and return the result as plain data.
 
     `equal` is None if the replay stopped before the end: there is nothing to compare with.
 
@@ -53,7 +53,7 @@ def summarise(file: WorkerFile, until: int | None) -> dict[str, Any]:
     prepare_torch(server.threads, server.device)
     with closing(file.open_store()) as store:
         replay = Replay(file.run_config, file.run_folder, file.state_folder / FOLDER, store, server.device)
-        replay.go(until)
+        replay.run(until)
     best, last = replay.weights()
     recorded_best, recorded_last = _recorded(file, replay.role) if replay.engine.finished else (None, None)
     return {
@@ -107,7 +107,7 @@ class Replay:
         device: device of the server's layers, in the run and now.
 
     Attributes:
-        role, engine: the server's role in training and its engine, set by `go`.
+        role, engine: the server's role in training and its engine, set by `run`.
         player: link that delivers the tape.
         last: the last applied message.
     """
@@ -122,7 +122,7 @@ class Replay:
         self._loss: float | None = None
         self.last: Applied | None = None
 
-    def go(self, until: int | None = None) -> None:
+    def run(self, until: int | None = None) -> None:
         """Replay to the end of the run, or stop before.
 
         Args:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
+from nightsplit.broker.topology import query_queues
 from nightsplit.console.ui.text import counted, duration, server_offline, state_of
 from nightsplit.console.worker_file import WorkerFile
 from nightsplit.shared.errors import BrokerError, RunError
@@ -54,7 +55,7 @@ def _depths(file: WorkerFile) -> tuple[Depths, Depths, str | None]:
         broker, run, queries = file.open_broker(), {}, {}
         for site, queues in file.queues().items():
             run[site] = {name: broker.depth(queue) for name, queue in zip(QUEUES, queues, strict=True)}
-        for site, queues in file.query_queues().items():
+        for site, queues in file.queues(query_queues).items():
             queries[site] = {"ask": broker.depth(queues.up), "answer": broker.depth(queues.down)}
     except BrokerError as error:
         return {site: dict.fromkeys(QUEUES) for site in file.sites}, {}, str(error)

@@ -17,9 +17,14 @@ from nightsplit.site_worker.worker import SiteWorker
 
 
 class Watch:
-    """Progress, log and stop signal of a worker at the command line."""
+    """Progress, log and stop signal of a worker at the command line.
 
-    def __init__(self) -> None:
+    Args:
+        log_format: "text" for progress, or "json" for the log.
+    """
+
+    def __init__(self, log_format: str = "text") -> None:
+        json_log.switch(log_format == "json")
         self.stop = StopSignal()
         self._console = Console(quiet=True, force_terminal=False) if json_log.is_on() else screen()
         self._pulse = json_log.Pulse()

@@ -1,13 +1,13 @@
 """The file of a worker on either side, and the queues, broker and run store that it names."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
 
 from nightsplit.broker.connect import open_broker
-from nightsplit.broker.topology import SiteQueues, query_queues, site_queues
+from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.server_worker.config import ServerConfig, ServerSection
 from nightsplit.shared.config.load import load
 from nightsplit.shared.errors import ConfigError
@@ -64,12 +64,7 @@ class WorkerFile(Participant):
         """Open the broker that the file names."""
         return open_broker(self.config.broker, self.base, self.run_config.wire.message_bytes, self.credentials)
 
-    def queues(self) -> dict[str, SiteQueues]:
-        """Return the queues of each of `sites`."""
+    def queues(self, queues_of: Callable[[str, str, int], SiteQueues] = site_queues) -> dict[str, SiteQueues]:
+        """Return the queues of each of `sites`: those of training, or with `query_queues` those of queries."""
         run, wire = self.run_config.run, self.run_config.wire
-        return {site: site_queues(run.id, site, wire.queue_bytes) for site in self.sites}
-
-    def query_queues(self) -> dict[str, SiteQueues]:
-        """Return the queues of each of `sites` for queries to the trained model."""
-        run, wire = self.run_config.run, self.run_config.wire
-        return {site: query_queues(run.id, site, wire.queue_bytes) for site in self.sites}
+        return {site: queues_of(run.id, site, wire.queue_bytes) for site in self.sites}

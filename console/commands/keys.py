@@ -67,8 +67,8 @@ def new_site(
             print(f"{name} already has its keys; nothing is changed")
         else:
             print(f"made {handed}: hand it to {name} in a way that you trust, then delete it here")
-    live = bundle.live()
-    for update, service in ((live.update_broker, "broker"), (live.update_store, "store")):
+    services = bundle.services()
+    for update, service in ((services.update_broker, "broker"), (services.update_store, "store")):
         try:
             update()
         except BrokerError as error:
@@ -87,9 +87,9 @@ def revoke(name: Annotated[str, Argument(metavar="NAME", help="the site's name")
 
     bundle = Keys(folder)
     bundle.revoke(name)
-    live = bundle.live()
+    services = bundle.services()
     try:
-        live.update_store()
+        services.update_store()
     finally:
-        live.update_broker()
+        services.update_broker()
     print(f"{name} has no access to broker and store, and its connections are closed")

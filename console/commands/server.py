@@ -1,7 +1,6 @@
 """nightsplit server: the worker with the server's part of the model."""
 
 from nightsplit.console.options import IdleSeconds, LogFormat, Overrides, ServerFile
-from nightsplit.console.ui import json_log
 
 
 def server(
@@ -17,8 +16,7 @@ def server(
     from nightsplit.server_worker.worker import ServerWorker
     from nightsplit.shared.wire.message import SERVER
 
-    json_log.switch(log_format == "json")
-    watch = Watch()
+    watch = Watch(log_format)
     worker = ServerWorker(file, overrides, stop=watch.stop, observe=watch.observe)
     if is_helper():
         watch.stop.install()  # it has no other signal: a helper stops with its server

@@ -1,7 +1,6 @@
 """nightsplit site: the worker of a hospital."""
 
 from nightsplit.console.options import IdleSeconds, LogFormat, Overrides, SiteFile
-from nightsplit.console.ui import json_log
 
 
 def site(
@@ -15,8 +14,7 @@ def site(
     from nightsplit.console.watch import Watch
     from nightsplit.site_worker.worker import SiteWorker
 
-    json_log.switch(log_format == "json")
-    watch = Watch()
+    watch = Watch(log_format)
     worker = SiteWorker(file, overrides, stop=watch.stop, observe=watch.observe)
     end = f"run {worker.run_config.run.id} is finished; the site's part of the model is in {worker.model_folder}"
     return watch.run(worker.config.name, worker, lambda: worker.work(idle_seconds), end)

@@ -77,12 +77,10 @@ def run_demo(folder: Path, as_json: bool, at: Sequence[str] | None = None) -> in
     sizes = ", ".join(f"{site} {len(part.train)}" for site, part in splits.items())
     in_rounds = spec_of(config).shape is Shape.ROUND
     pace = counted(config.round.rounds, "round") if in_rounds else f"window {config.run.window}"
-    console.print(f"{example.name}: {config.run.protocol}, {pace}")
-    console.print(f"training samples: {sizes}")
-    console.print(f"files: {work}")
-    console.print()
+    heading = f"{example.name}: {config.run.protocol}, {pace}"
+    console.print(heading, f"training samples: {sizes}", f"files: {work}", "", sep="\n")
     prepare_torch(1, "cpu")
-    if not LocalRun(work, console).nights_and_days():
+    if not LocalRun(work, console).run_nights_and_days():
         return 1
     results = _results(config, splits, work)
     console.print()
@@ -113,7 +111,7 @@ def _repeat(example: Path, first: Path, config: RunConfig, console: Console, mov
     _share_secrets(first, work, config)
     console.print()
     console.print(f"The same run once more, in {work}:")
-    kills = LocalRun(work, console).killed(_report(first)["steps"])
+    kills = LocalRun(work, console).run_with_kills(_report(first)["steps"])
     if kills is None:
         return None
     before, after = _hash_parts(first, config), _hash_parts(work, config)
@@ -183,9 +181,7 @@ def _find_example(name: Path) -> Path:
         if (place / "run.toml").is_file():
             return place.resolve()
     known = ", ".join(sorted(path.parent.name for path in EXAMPLES.glob("*/run.toml")))
-    raise ConfigError(
-        110, f"{name} is not a folder with a run.toml.", f"name a folder, or one of the examples: {known}."
-    )
+    raise ConfigError(110, f"{name} has no run.toml.", f"name a folder, or one of the examples: {known}.")
 
 
 def _copy_example(example: Path, name: str) -> Path:

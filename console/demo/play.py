@@ -62,7 +62,7 @@ class LocalRun:
         self._run = self._server.run_config.run
         self._names = spec_of(self._server.run_config).names
 
-    def nights_and_days(self) -> bool:
+    def run_nights_and_days(self) -> bool:
         """Run the sites and the server in turns, then together to the end; return whether no worker failed."""
         noun, reply = self._names.message, self._names.reply
         self._server.open_run()
@@ -83,7 +83,7 @@ class LocalRun:
             self._console.print(f"night {NIGHTS + 1}, 22:00  all workers are online until the run ends")
             return self._run_together(store)
 
-    def killed(self, steps: int) -> int | None:
+    def run_with_kills(self, steps: int) -> int | None:
         """Run all workers to the end, and kill first the server and then a site in the middle of their work.
 
         Returns the number of kills, or None if a worker failed by itself; the run has `steps` training steps.

@@ -109,7 +109,7 @@ class Centre:
         self._rule(name, f"on #{hashlib.sha256(password.encode()).hexdigest()} resetchannels {rules}")
 
     def revoke(self, name: str) -> None:
-        """Disable a user. It stays in the definitions, for a running RabbitMQ keeps a user that they do not name."""
+        """Disable a user. It stays in the definitions, since importing them into RabbitMQ deletes no user."""
         self._define(name, "", NO_RIGHTS)
         self._rule(name, "off")
 

@@ -18,7 +18,7 @@ TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Live:
+class Services:
     """Running broker and store, seen by their administrator.
 
     Attributes:

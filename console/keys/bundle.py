@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from nightsplit.console.keys.accounts import ADMIN, VHOST, Centre
-from nightsplit.console.keys.admin import Live, administrator
+from nightsplit.console.keys.admin import Services, administrator
 from nightsplit.console.keys.ca import Authority, new_password
 from nightsplit.console.keys.templates import POLICY_TOML, SERVER_TOML, SITE_README, SITE_TOML
 from nightsplit.shared.config.load import load
@@ -101,10 +101,10 @@ class Keys:
         centre.revoke(name)
         shutil.rmtree(self.folder / "sites" / name, ignore_errors=True)
 
-    def live(self) -> Live:
+    def services(self) -> Services:
         """Return the running broker and store."""
         addresses, centre = self._load_addresses(), self._centre
-        return Live(centre, administrator(centre.folder), addresses.management, addresses.store)
+        return Services(centre, administrator(centre.folder), addresses.management, addresses.store)
 
     def _load_addresses(self) -> Addresses:
         if not self._addresses_file.exists():
@@ -127,6 +127,6 @@ class Keys:
 
 
 def with_port(address: str, port: int) -> str:
-    """Add `port` to each host of a comma-separated list that has none."""
+    """Add `port` to each address of a comma-separated list that has none."""
     places = address.split(",")
     return ",".join(place if re.search(r":\d+$", place) else f"{place}:{port}" for place in places)

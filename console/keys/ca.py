@@ -62,7 +62,7 @@ class Authority:
         """
         own = ec.generate_private_key(ec.SECP256R1())
         names = [_general_name(host) for host in sorted(hosts) or [f"{name}.nightsplit"]]
-        builder = (
+        signed = (
             _builder(name, CENTRE_DAYS if hosts else WORKER_DAYS)
             .issuer_name(self._certificate.subject)
             .public_key(own.public_key())
@@ -70,8 +70,8 @@ class Authority:
             .add_extension(x509.ExtendedKeyUsage(_USAGES), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
+            .sign(self._key, hashes.SHA256())
         )
-        signed = builder.sign(self._key, hashes.SHA256())
         write_atomic(key, _encode_key(own))
         write_atomic(certificate, signed.public_bytes(serialization.Encoding.PEM))
 

@@ -56,7 +56,7 @@ def taped_night(folder, **run):
 
 def replayed(night, until=None, store=None):
     replay = Replay(night.config, night.folder, night.broker.tape, store or night.store, "cpu")
-    replay.go(until)
+    replay.run(until)
     return replay
 
 
