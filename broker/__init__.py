@@ -1,1 +1,1 @@
-"""Moves bytes. Knows no tensor and no model."""
+"""Brokers, which move bytes and know no tensor and no model."""

@@ -1,48 +1,50 @@
-"""A link that passes everything on to another, for those that only watch or change a part of it."""
+"""Base class of links that observe or change a part of another link."""
 
 from collections.abc import Mapping, Sequence
+
+from typing_extensions import override
 
 from nightsplit.shared.transport import Delivery, Event, Link, Queue
 
 
 class WrappedLink(Link):
-    """Does what `link` does.
+    """Link that forwards every call to another one.
 
     Args:
-        link: closed with this one.
+        link: the other one, closed with this one.
     """
 
     def __init__(self, link: Link) -> None:
         self._link = link
 
+    @override
     def publish(
         self, queue: Queue, message_id: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str] = {}
     ) -> None:
-        """See `Link`."""
         self._link.publish(queue, message_id, body, headers)
 
+    @override
     def receive(self, timeout: float) -> Event | None:
-        """See `Link`."""
         return self._link.receive(timeout)
 
+    @override
     def acknowledge(self, delivery: Delivery) -> None:
-        """See `Link`."""
         self._link.acknowledge(delivery)
 
     @property
+    @override
     def unconfirmed(self) -> frozenset[str]:
-        """See `Link`."""
         return self._link.unconfirmed
 
     @property
+    @override
     def prefetch(self) -> int:
-        """See `Link`."""
         return self._link.prefetch
 
+    @override
     def raise_prefetch(self, prefetch: int) -> None:
-        """See `Link`."""
         self._link.raise_prefetch(prefetch)
 
+    @override
     def close(self) -> None:
-        """See `Link`."""
         self._link.close()

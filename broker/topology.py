@@ -1,12 +1,12 @@
-"""Every name at the broker, in one place.
+"""Names of queues and exchanges at the broker, and the permissions of its users.
 
 Each run and site has one direct exchange with three queues:
 
     nightsplit.<run>.<site>  ──up────▶ nightsplit.<run>.<site>.up      site -> server, bounded
                              ──down──▶ nightsplit.<run>.<site>.down    server -> site, unbounded
-                             ──dead──▶ nightsplit.<run>.<site>.dead    what either side refused
+                             ──dead──▶ nightsplit.<run>.<site>.dead    refused by either side
 
-and two more when the finished run's model is asked for encrypted sequences (docs/explanation/he_clstm.md):
+and two more for encrypted queries to the model of a finished run (docs/explanation/he_clstm.md):
 
                              ──ask────▶ nightsplit.<run>.<site>.ask      site -> server, bounded
                              ──answer─▶ nightsplit.<run>.<site>.answer   server -> site, unbounded
@@ -26,7 +26,7 @@ PREFIX = "nightsplit"
 
 @dataclass(frozen=True, slots=True)
 class SiteQueues:
-    """The queues between one site and the server of one run."""
+    """Queues between one site and the server of one run."""
 
     up: Queue
     down: Queue
@@ -38,12 +38,12 @@ class SiteQueues:
 
 @dataclass(frozen=True, slots=True)
 class Rights:
-    """What a user of the broker may do: patterns of the names of queues and exchanges, as RabbitMQ has them.
+    """Permissions of a broker's user, as RabbitMQ's patterns of the names of queues and exchanges.
 
     Attributes:
-        configure: what it may create and delete.
-        write: where it may publish, and what it may bind.
-        read: what it may consume, and what it may bind to.
+        configure: resources that the user may create and delete.
+        write: exchanges it may publish to, and queues it may bind.
+        read: queues it may consume, and exchanges it may bind to.
     """
 
     configure: str
@@ -56,21 +56,21 @@ SERVER_RIGHTS = Rights(*[rf"^{PREFIX}\."] * 3)
 
 
 def site_rights(site: str) -> Rights:
-    """To publish through its own exchanges, and to consume what is meant for it, in every run.
+    """Return the permissions to publish to a site's own exchanges and to consume its own queues, in every run.
 
-    Nothing of another site, and not the default exchange, which leads to every queue.
+    They exclude other sites' resources and the default exchange, which leads to every queue.
     """
     exchange = rf"^{PREFIX}\.[a-z0-9_-]+\.{site}"
     return Rights(configure="^$", write=f"{exchange}$", read=rf"{exchange}\.(down|answer|dead)$")
 
 
 def site_queues(run: str, site: str, up_limit_bytes: int) -> SiteQueues:
-    """Names and limits of the queues between `site` and the server of `run`."""
+    """Return the queues between `site` and the server of `run`."""
     return _queues(run, site, up_limit_bytes, "up", "down")
 
 
 def query_queues(run: str, site: str, up_limit_bytes: int) -> SiteQueues:
-    """Those for queries to the model of a finished run."""
+    """Return the queues for queries of `site` to the model of a finished `run`."""
     return _queues(run, site, up_limit_bytes, "ask", "answer")
 
 

@@ -22,7 +22,7 @@ from nightsplit.broker.topology import site_queues
 from nightsplit.console.worker_file import WorkerFile
 from nightsplit.server_worker.config import ServerSection
 from nightsplit.server_worker.protocols import AnyServer, make_server
-from nightsplit.server_worker.tape import FOLDER, recorded
+from nightsplit.server_worker.tape import FOLDER, read_tape
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Record
 from nightsplit.shared.engine.engine import Engine
@@ -140,9 +140,9 @@ class Replay:
             routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in queues.items()}
             mailbox = Mailbox(run.id, SERVER, self.player, routes, role.payload, wire.message_bytes)
             self.engine = engine = Engine(
-                role, mailbox, Checkpoints(Path(scratch) / "checkpoints"), self._order, self._record,
-                interval_seconds=math.inf,
-            )  # fmt: skip
+                role, mailbox, Checkpoints(Path(scratch) / "checkpoints"), self._order, self._record
+            )
+            engine.interval_seconds = math.inf
             engine.start()
             while not engine.finished and (until is None or engine.position < until):
                 # A role that has all its messages may have work of its own (split_frozen).
@@ -220,7 +220,7 @@ class _Player(Link):
         self.played = 0
         self.at_end = False
         self.damaged: list[str] = []
-        self._tape = recorded(tape, self.damaged)
+        self._tape = read_tape(tape, self.damaged)
         self._confirmed: deque[str] = deque()
         self._pauses = False
 

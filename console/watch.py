@@ -34,8 +34,8 @@ class Watch:
 
     def observe(self, status: WorkerStatus) -> None:
         """Show the worker's status."""
-        if self._worker.recovered != self._warned:
-            self._warned = self._worker.recovered
+        if self._worker.skipped_checkpoints != self._warned:
+            self._warned = self._worker.skipped_checkpoints
             self._progress.warn([f"skipped a damaged checkpoint: {line}" for line in self._warned])
         self._progress.observe(status)
         self._pulse.observe(status)
@@ -51,7 +51,7 @@ class Watch:
         self._pulse.log()
         if finished:
             self._console.print(end, soft_wrap=True)
-        elif self.stop.asked:
+        elif self.stop.requested:
             return stopped(self.stop)
         else:
             self._console.print("nothing more to do at present; start the same command again to continue")

@@ -1,1 +1,1 @@
-"""Everything that learns from messages. Never sees raw data."""
+"""Server worker, which learns from the messages of sites."""

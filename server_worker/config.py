@@ -5,7 +5,7 @@ from nightsplit.shared.config.worker import WorkerSection
 
 
 class ServerSection(WorkerSection, frozen=True, kw_only=True):
-    """[server]: the holder of the remaining layers.
+    """[server]: the worker with the layers behind the cut.
 
     Attributes:
         report: folder for the report and the metrics.

@@ -1,9 +1,9 @@
-"""What held-out patients of all sites say about the candidates for the best model, and when to stop.
+"""Evaluation of the candidates for the best model on the held-out patients of all sites, with early stopping.
 
-A candidate has a number: an epoch of a stream, the version of a model in rounds, a place among the scales of
-data_vectors. It is judged when every site that takes part has evaluated it. The best one has the best headline figure
-on the validation patients of all sites (`nightsplit.shared.learning.metrics.score`); test figures are only reported,
-never used to choose.
+A candidate has a number: an epoch of a stream, the version of a model in rounds, an index into the scales of
+data_vectors. Its evaluation is complete when every active site has evaluated it. The best one has the best headline
+figure on the validation patients of all sites (`nightsplit.shared.learning.metrics.score`); test figures are only
+reported, never used to choose.
 """
 
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ from nightsplit.shared.protocols.report import PARTS, SiteMetrics
 
 
 class Evaluation:
-    """Collects evaluations and remembers the best candidate.
+    """Evaluations of all sites, and the best candidate by them.
 
     Attributes:
-        best: best candidate so far; 0 before the first was judged.
-        judged: last candidate that was judged.
-        history: one entry per judged candidate: its number as "epoch", metrics per site and overall.
+        best: best candidate so far; 0 before the first was evaluated.
+        evaluated: last candidate that was evaluated.
+        history: one entry per evaluated candidate: its number as "epoch", metrics per site and overall.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -33,15 +33,15 @@ class Evaluation:
         self._reported: dict[int, dict[str, SiteMetrics]] = {}
         self._best_score: tuple[float, float] | None = None
         self.best = 0
-        self.judged = 0
+        self.evaluated = 0
         self.history: list[dict[str, Any]] = []
 
     def add(self, site: str, part: Purpose, outputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """Predictions (batch, outputs) and targets (batch,) of one batch of a site's open block."""
+        """Add predictions (batch, outputs) and targets (batch,) of one batch of a site's open block."""
         self._collected.setdefault(f"{site}/{part}", []).append((outputs, targets.clone()))
 
     def close(self, site: str, candidate: int) -> bool:
-        """A site's block is complete; whether this was the last site, so that the candidate is judged."""
+        """Measure a site's complete block; return whether that completes the candidate's evaluation."""
         metrics: SiteMetrics = {}
         for part in PARTS:
             batches = self._collected.pop(f"{site}/{part}", [])
@@ -51,12 +51,12 @@ class Evaluation:
         return self.report(site, candidate, metrics)
 
     def report(self, site: str, candidate: int, metrics: SiteMetrics) -> bool:
-        """A site's own figures for a candidate; whether it is judged with them."""
+        """Add a site's own figures for a candidate; return whether they complete its evaluation."""
         self._reported.setdefault(candidate, {})[site] = metrics
         return self._evaluate_if_complete(candidate)
 
     def exclude(self, site: str) -> list[int]:
-        """Wait for a site no more; the candidates that are judged thereby. What it has reported stays."""
+        """Stop waiting for a site; return the candidates that this completes. Its reports stay."""
         self._sites.discard(site)
         for part in PARTS:
             self._collected.pop(f"{site}/{part}", None)
@@ -68,27 +68,27 @@ class Evaluation:
         sites = self._reported.pop(candidate)
         total = {part: overall([metrics[part] for metrics in sites.values() if part in metrics]) for part in PARTS}
         self.history.append({"epoch": candidate, "sites": sites, "overall": total})
-        self.judged = max(candidate, self.judged)
-        # Without validation patients there is nothing to choose by: the last candidate stands.
+        self.evaluated = max(candidate, self.evaluated)
+        # Without validation patients there is no score, and the last candidate is the best.
         validation = total[Purpose.VALIDATION]
-        reached = score(self._config.task, validation) if validation["samples"] else None
-        if self._best_score is None or (reached is not None and reached > self._best_score):
-            self.best, self._best_score = candidate, reached
+        new = score(self._config.task, validation) if validation["samples"] else None
+        if self._best_score is None or (new is not None and new > self._best_score):
+            self.best, self._best_score = candidate, new
         return True
 
     @property
     def exhausted(self) -> bool:
-        """Whether `patience` evaluations in a row brought no improvement."""
+        """True after `patience` evaluations in a row without an improvement."""
         patience = self._config.run.patience
-        since = [entry for entry in self.history if entry["epoch"] > self.best]
-        return patience > 0 and len(since) >= patience
+        later = [entry for entry in self.history if entry["epoch"] > self.best]
+        return patience > 0 and len(later) >= patience
 
-    def of(self, candidate: int) -> dict[str, Any] | None:
-        """The history's entry for a candidate."""
+    def entry(self, candidate: int) -> dict[str, Any] | None:
+        """Return the history's entry for a candidate."""
         return next((entry for entry in self.history if entry["epoch"] == candidate), None)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Entries for a snapshot."""
+        """Return the tensors of a snapshot."""
         entries = {}
         for key, batches in self._collected.items():
             entries[f"evaluation/{key}/outputs"] = torch.cat([outputs for outputs, _ in batches])
@@ -96,11 +96,11 @@ class Evaluation:
         return entries
 
     def facts(self) -> dict[str, Any]:
-        """Facts for a snapshot."""
+        """Return the facts of a snapshot."""
         return {
             "sites": sorted(self._sites),
             "reported": {str(candidate): dict(sites) for candidate, sites in self._reported.items()},
-            "score": self._best_score, "best": self.best, "judged": self.judged,
+            "score": self._best_score, "best": self.best, "judged": self.evaluated,
             "history": list(self.history),
         }  # fmt: skip
 
@@ -109,7 +109,7 @@ class Evaluation:
         self._sites = set(facts["sites"])
         self._reported = {int(candidate): sites for candidate, sites in facts["reported"].items()}
         self._best_score = tuple(facts["score"]) if facts["score"] else None
-        self.best, self.judged = facts["best"], facts["judged"]
+        self.best, self.evaluated = facts["best"], facts["judged"]
         self.history = facts["history"]
         self._collected = {}
         for name, tensor in tensors.items():

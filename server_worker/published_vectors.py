@@ -1,11 +1,11 @@
-"""Published data vectors: merged again at any time, with a hospital more or one less, without any training.
+"""Published data vectors, which can be merged again at any time, with more or fewer hospitals, without training.
 
     report/vectors/base.safetensors     theta_pre, and the scale that the run chose
                    north.safetensors    tau of north
                    south.safetensors
 
-A sum does not depend on the order, and a site counts once, so that adding a late hospital or taking one out
-gives, to the bit, what a run with these hospitals would have added up.
+A sum does not depend on the order, and a site counts once, so that adding a late hospital or removing one
+gives, bit by bit, the sum of a run with these hospitals.
 """
 
 import json
@@ -23,23 +23,23 @@ from nightsplit.shared.storage.files import write_atomic
 from nightsplit.shared.storage.tensors import as_safetensors
 
 FOLDER = "vectors"
-"""In the report folder."""
+"""Name of the vectors' folder in the report folder."""
 BASE = "base"
-"""Name of the file with theta_pre; hence no site's."""
+"""Name of the file with theta_pre, which no site may have."""
 
 
 @dataclass(frozen=True, eq=False)
 class Vector:
-    """One file.
+    """Vector in a file.
 
     Attributes:
         path: of the file.
         values: float32 (length,), as `WeightLayout.vector` encodes weights.
         shapes: of the weights, by name.
-        buffers: which of them are statistics.
+        buffers: names of the weights that are statistics.
         base_sha256: of theta_pre.
-        name: the site; `BASE`.
-        scale: of theta_pre's file: what the run chose; None otherwise.
+        name: the site, or `BASE`.
+        scale: the scale that the run chose, in theta_pre's file; None otherwise.
     """
 
     path: Path
@@ -51,8 +51,8 @@ class Vector:
     scale: float | None
 
 
-def added(vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The sum of vectors by name, at least one: to the bit the same, in whatever order they came."""
+def sum_vectors(vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the sum of one or more vectors by name, bit by bit the same for every order of arrival."""
     return torch.stack([vectors[name] for name in sorted(vectors)]).sum(0)
 
 
@@ -66,27 +66,27 @@ def publish(
         layout: how vectors encode weights.
         base: theta_pre, float32 (length,).
         vectors: tau by site, likewise.
-        scale: what the run chose.
+        scale: the scale that the run chose.
     """
-    place = folder / FOLDER
-    place.mkdir(parents=True, exist_ok=True)
+    folder = folder / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
     common = {
         "shapes": json.dumps({name: list(shape) for name, shape in layout.shapes.items()}),
         "buffers": json.dumps(sorted(layout.buffers)),
         "base_sha256": weights_sha256({"": base}),
     }
     chosen = {} if scale is None else {"scale": repr(scale)}
-    write_atomic(place / f"{BASE}.safetensors", as_safetensors({"vector": base}, {**common, **chosen, "name": BASE}))
+    write_atomic(folder / f"{BASE}.safetensors", as_safetensors({"vector": base}, {**common, **chosen, "name": BASE}))
     for site, values in vectors.items():
-        write_atomic(place / f"{site}.safetensors", as_safetensors({"vector": values}, {**common, "name": site}))
+        write_atomic(folder / f"{site}.safetensors", as_safetensors({"vector": values}, {**common, "name": site}))
 
 
 def merge(base: Vector, vectors: list[Vector], scale: float) -> dict[str, torch.Tensor]:
-    """theta_pre + scale * sum of vectors, as weights by name.
+    """Return theta_pre + scale * sum of vectors, as weights by name.
 
     Args:
         base: theta_pre.
-        vectors: of sites; one that is there twice counts once.
+        vectors: of sites; a duplicate counts once.
         scale: factor of the sum.
 
     Raises:
@@ -96,20 +96,20 @@ def merge(base: Vector, vectors: list[Vector], scale: float) -> dict[str, torch.
         if vector.shapes != base.shapes:
             names = sorted({*vector.shapes, *base.shapes})
             differ = [name for name in names if vector.shapes.get(name) != base.shapes.get(name)]
-            what = f"{vector.path}: {', '.join(differ[:3])} differ from {base.path}."
-            raise ConfigError(117, what, "only vectors of one network with the same classes can be added.")
+            sentence = f"{vector.path}: {', '.join(differ[:3])} differ from {base.path}."
+            raise ConfigError(117, sentence, "only vectors of one network with the same classes can be added.")
         if vector.base_sha256 != base.base_sha256:
             theirs, ours = vector.base_sha256[:12], base.base_sha256[:12]
-            what = f"{vector.path} was trained from {theirs}, not from {ours} of {base.path}."
-            raise ConfigError(116, what, "ask that hospital to begin from the same published model.")
-    layout = WeightLayout(base.shapes, most=len(base.values), buffers=base.buffers)
+            sentence = f"{vector.path} was trained from {theirs}, not from {ours} of {base.path}."
+            raise ConfigError(116, sentence, "ask that hospital to begin from the same published model.")
+    layout = WeightLayout(base.shapes, slice_length=len(base.values), buffers=base.buffers)
     if not vectors:
         return layout.weights(base.values)
-    return layout.weights(base.values + scale * added({vector.name: vector.values for vector in vectors}))
+    return layout.weights(base.values + scale * sum_vectors({vector.name: vector.values for vector in vectors}))
 
 
 def read_vector(path: Path) -> Vector:
-    """Read a file of `publish`; ConfigError 115 where it cannot be read, or is no such file."""
+    """Read a file written by `publish`; ConfigError 115 when it cannot be read, or is another kind of file."""
     try:
         with safe_open(path, framework="pt") as file:
             facts, values = file.metadata(), file.get_tensor("vector")
@@ -118,5 +118,5 @@ def read_vector(path: Path) -> Vector:
         buffers = frozenset(json.loads(facts["buffers"]))
         return Vector(path, values, shapes, buffers, facts["base_sha256"], facts["name"], scale)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        what = f"{path} is no file of a data vector ({error})."
-        raise ConfigError(115, what, "name the vectors folder of a report, or its files.") from None
+        sentence = f"{path} is no file of a data vector ({error})."
+        raise ConfigError(115, sentence, "name the vectors folder of a report, or its files.") from None

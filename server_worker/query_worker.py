@@ -1,4 +1,4 @@
-"""The server worker for queries to the model of a finished run."""
+"""Server worker for queries to the model of a finished run."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.errors import StateError
 from nightsplit.shared.he.sequences import parameters_for
 from nightsplit.shared.protocols.he_clstm import classifier_of, fill, stages_of
-from nightsplit.shared.protocols.query import CONTRACT, MOST_CHUNKS
+from nightsplit.shared.protocols.query import CHUNKS_MAX, CONTRACT
 from nightsplit.shared.run_store.status import Phase
 from nightsplit.shared.runtime.process import StopSignal, prepare_torch, try_lock_folder
 from nightsplit.shared.runtime.worker import Worker
@@ -25,17 +25,17 @@ from nightsplit.shared.transport import Route
 from nightsplit.shared.wire.message import SERVER
 
 WEIGHTS = ("top.safetensors", "model.safetensors")
-"""Of the last stage: after a split run, or after rounds."""
+"""Weight files of the last stage: after a split run, or after rounds."""
 
 
 class QueryServerWorker(Worker):
-    """One server, which evaluates in `server.threads` processes; others may work for the same run.
+    """Query server of a run, which evaluates in `server.threads` processes. A run may have several.
 
-    With the same state folder they know the same keys, and may go on with each other's queries.
+    Those with the same state folder share the public keys, and can continue each other's queries.
 
     Args:
         path: server.toml of the finished run.
-        overrides, stop: as for `ServerWorker`.
+        overrides, stop: as of `ServerWorker`.
 
     Attributes:
         answered: queries so far, each step counted.
@@ -51,13 +51,13 @@ class QueryServerWorker(Worker):
         self.answered = 0
 
     def work(self, idle_seconds: float | None = None) -> None:
-        """Answer in its shifts, until it is asked to stop.
+        """Answer queries in its shifts, until it is stopped.
 
         Args:
-            idle_seconds: leave when nothing came for so long; None to stay.
+            idle_seconds: exit after so long without a message; None to stay.
 
         Raises:
-            NightsplitError: what the user has to know.
+            NightsplitError: the work cannot go on.
         """
         prepare_torch(1, "cpu")
         fill(self._last, self.base / self.config.report, WEIGHTS)
@@ -70,11 +70,11 @@ class QueryServerWorker(Worker):
         broker.declare(queue for site in queues.values() for queue in site)
         routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in queues.items()}
         incoming = [route.incoming for route in routes.values()]
-        with self._own_name() as owner:
+        with self._unique_name() as owner:
             while self.wait_for_shift():
                 with (
                     evaluation_pool(classifier, secret, processes) as evaluate,
-                    broker.link(incoming, (processes + 1) * MOST_CHUNKS, owner) as link,
+                    broker.link(incoming, (processes + 1) * CHUNKS_MAX, owner) as link,
                 ):
                     self.enter(Phase.WORKING, "answering queries")
                     mailbox = Mailbox(config.run.id, SERVER, link, routes, CONTRACT.get, limit)
@@ -87,8 +87,8 @@ class QueryServerWorker(Worker):
                     return
 
     @contextmanager
-    def _own_name(self) -> Iterator[str]:
-        """A name that no other process has; one that starts again after a crash gets its old one, and its queues."""
+    def _unique_name(self) -> Iterator[str]:
+        """Reserve a name for this process; after a crash it gets its old one again, and with it its queues."""
         with ExitStack() as locks:
             for number in count(1):
                 folder = self.state_folder / f"answering-{number}"
@@ -97,7 +97,7 @@ class QueryServerWorker(Worker):
                     return
 
     def _secret(self) -> bytes:
-        """What the blinding is derived from; made once, for all processes that answer."""
+        """Return the secret of the blinding, created once for all processes that answer."""
         path = self.state_folder / "blinding.key"
         make_private_folder(self.state_folder)
         with suppress(FileExistsError):
@@ -105,5 +105,5 @@ class QueryServerWorker(Worker):
         try:
             return read_secret_file(path)
         except ValueError as error:
-            remedy = f"chmod 600 {path}, or restore it, or delete it: queries then begin again."
-            raise StateError(511, f"{path} {error}.", remedy) from None
+            fix = f"chmod 600 {path}, or restore it, or delete it: queries then begin again."
+            raise StateError(511, f"{path} {error}.", fix) from None

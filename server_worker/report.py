@@ -1,4 +1,4 @@
-"""The report of a run: report.json for machines, report.md and curves.png for people, the top's weights."""
+"""Report of a run: report.json for machines, report.md and curves.png for people, and the trained weights."""
 
 import json
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ from nightsplit.shared.storage.tensors import as_safetensors
 def write_report(
     folder: Path, config: RunConfig, role: AnyServer, last_seen: Mapping[str, datetime | None]
 ) -> dict[str, Any]:
-    """Write the report folder of a finished run; returns what report.json holds.
+    """Write the report folder of a finished run; return the content of report.json.
 
-    `last_seen` says when each site was last_seen last, in UTC; None for never.
+    `last_seen` is the time at which each site was last present, in UTC; None for never.
     """
     folder.mkdir(parents=True, exist_ok=True)
     report = summarise(config, role, last_seen)
@@ -35,11 +35,11 @@ def write_report(
 
 
 def summarise(config: RunConfig, role: AnyServer, last_seen: Mapping[str, datetime | None]) -> dict[str, Any]:
-    """Everything that the report says, as plain data; arguments as in `write_report`."""
+    """Return the content of the report as plain data; arguments as of `write_report`."""
     sites: dict[str, dict[str, Any]] = {
         site: {
             **role.contribution(site),
-            "last_seen": moment.isoformat() if (moment := last_seen[site]) else None,
+            "last_seen": time.isoformat() if (time := last_seen[site]) else None,
             "messages": role.applied[site],
             "planned": sequence.last if (sequence := role.sequences.get(site)) else None,
             "training_samples": sequence.train if sequence else None,
@@ -53,7 +53,7 @@ def summarise(config: RunConfig, role: AnyServer, last_seen: Mapping[str, dateti
         "digest": config.digest,
         **role.outcome(),
         "best_epoch": role.evaluation.best,
-        "best": role.evaluation.of(role.evaluation.best),
+        "best": role.evaluation.entry(role.evaluation.best),
         "steps": role.steps,
         "sites": sites,
         "history": role.evaluation.history,
@@ -66,26 +66,26 @@ def _markdown(config: RunConfig, report: Mapping[str, Any]) -> str:
     blocks = [
         [f"# Run {report['run']}"],
         [f"{spec.name}, {spec.settings(config)}, {report['steps']} {spec.names.steps}."],
-        *([_departure(config, site, facts)] for site, facts in sites if facts["excluded_at"] is not None),
-        *_held_out(config, report),
-        ["What each site gave. Share: of the training steps that were applied."],
+        *([_exclusion(config, site, facts)] for site, facts in sites if facts["excluded_at"] is not None),
+        *_evaluation(config, report),
+        ["Contribution of each site. Share: of the training steps that were applied."],
         [
-            "| site | batches | samples in them | share | messages applied | refused | last last_seen (UTC) | |",
+            "| site | batches | samples in them | share | messages applied | refused | last seen (UTC) | |",
             "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
-            *(_gift(site, facts) for site, facts in sites),
+            *(_contribution(site, facts) for site, facts in sites),
         ],
         [f"sha256 of {spec.names.share}: `{report[f'{spec.names.weights}_sha256']}`"],
     ]
     return "\n".join(line for block in blocks for line in [*block, ""])
 
 
-def _held_out(config: RunConfig, report: Mapping[str, Any]) -> list[list[str]]:
-    """Describe the chosen model, its figures and the curves; nothing where nothing was judged."""
+def _evaluation(config: RunConfig, report: Mapping[str, Any]) -> list[list[str]]:
+    """Return the blocks about the best model, its figures and the curves; none without an evaluation."""
     best = report["best"]
     if best is None:
         return []
-    chosen = f"chosen by the {HEADLINE[config.task.kind]} of validation patients; test patients had no say"
-    best_is = f"Best scale: {report['scale']:g}" if "scale" in report else f"Best epoch: {best['epoch']}"
+    chosen = f"chosen by the {HEADLINE[config.task.kind]} of validation patients, independent of test patients"
+    heading = f"Best scale: {report['scale']:g}" if "scale" in report else f"Best epoch: {best['epoch']}"
     figures = [name for name in best["overall"]["test"] if name != "samples"]
     table = [
         f"| held-out test patients of | samples | {' | '.join(map(in_markdown, figures))} |",
@@ -93,13 +93,13 @@ def _held_out(config: RunConfig, report: Mapping[str, Any]) -> list[list[str]]:
     ]
     for site, metrics in [*best["sites"].items(), ("all sites (mean by samples)", best["overall"])]:
         test = metrics.get("test", {})
-        cells = " | ".join(_cell(test.get(name)) for name in figures)
+        cells = " | ".join("-" if (value := test.get(name)) is None else f"{value:.4f}" for name in figures)
         table.append(f"| {site} | {int(test.get('samples') or 0)} | {cells} |")
-    said = f"{best_is}, {chosen if config.data.validation else 'the last, nothing was chosen'}."
-    return [[said], table, ["![curves](curves.png)"]]
+    choice = chosen if config.data.validation else "the last one, since there are no validation patients"
+    return [[f"{heading}, {choice}."], table, ["![curves](curves.png)"]]
 
 
-def _gift(site: str, facts: Mapping[str, Any]) -> str:
+def _contribution(site: str, facts: Mapping[str, Any]) -> str:
     planned = "unknown" if facts["planned"] is None else facts["planned"]
     excluded = "" if facts["excluded_at"] is None else f"**EXCLUDED** after {facts['excluded_at']} messages"
     return (
@@ -108,22 +108,18 @@ def _gift(site: str, facts: Mapping[str, Any]) -> str:
     )
 
 
-def _departure(config: RunConfig, site: str, facts: Mapping[str, Any]) -> str:
+def _exclusion(config: RunConfig, site: str, facts: Mapping[str, Any]) -> str:
     return (
-        f"**EXCLUDED: {site}, behind {facts['excluded_at']} applied messages of all sites, since it was silent for "
-        f"{config.run.absence_hours:g} h and {config.run.quorum} sites suffice. Last last_seen "
+        f"**EXCLUDED: {site}, after {facts['excluded_at']} applied messages of all sites, since it was silent for "
+        f"{config.run.absence_hours:g} h and {config.run.quorum} sites suffice. Last seen: "
         f"{facts['last_seen'] or 'never'}. It gave {facts['batches']} batches, {100 * facts['share']:.1f} % of the "
-        "training steps; later epochs were judged without its patients.**"
+        "training steps; later epochs were evaluated without its patients.**"
     )
 
 
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
 def _draw(path: Path, config: RunConfig, history: list[Mapping[str, Any]]) -> None:
-    """Loss and headline figure over epochs, every site and overall, on what was not trained on."""
-    from matplotlib.figure import Figure  # takes a part of a worker's start to load, and is needed at the end alone
+    """Draw loss and headline figure over epochs, for every site and overall, on held-out patients."""
+    from matplotlib.figure import Figure  # slow to import, and needed only at the end of a run
 
     part = "validation" if config.data.validation else "test"
     names = ("loss", HEADLINE[config.task.kind])
@@ -131,8 +127,8 @@ def _draw(path: Path, config: RunConfig, history: list[Mapping[str, Any]]) -> No
     axes = figure.subplots(1, len(names))
     for axis, name in zip(axes, names, strict=True):
         for site in [*config.run.sites, "overall"]:
-            told = ((e["epoch"], (e["sites"] | {"overall": e["overall"]}).get(site, {}).get(part, {})) for e in history)
-            points = [(epoch, figures[name]) for epoch, figures in told if figures.get(name) is not None]
+            rows = ((e["epoch"], (e["sites"] | {"overall": e["overall"]}).get(site, {}).get(part, {})) for e in history)
+            points = [(epoch, figures[name]) for epoch, figures in rows if figures.get(name) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), label=site, linewidth=2 if site == "overall" else 1)
         axis.set_xlabel("epoch")

@@ -1,4 +1,4 @@
-"""What the server's side of every system does: it opens the run, greets the sites, counts what they give, and ends."""
+"""Server's side of every protocol: it opens and ends the run, accepts sites and counts their contributions."""
 
 import json
 from abc import abstractmethod
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
+from typing_extensions import override
 
 from nightsplit.server_worker.evaluation import Evaluation
 from nightsplit.shared.config.run import RunConfig
@@ -20,41 +21,41 @@ from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import SERVER, Kind, Message, Scalar
 from nightsplit.shared.wire.schema import Payload
 
-MOST_INCARNATIONS = 8
-"""Of a site, that are remembered."""
-LONGEST_INCARNATION = 64
-"""Characters in the name of one."""
+INCARNATIONS_MAX = 8
+"""Largest number of incarnations of a site that are remembered."""
+INCARNATION_LENGTH_MAX = 64
+"""Largest number of characters in an incarnation's name."""
 
 
 class Samples(NamedTuple):
-    """How many samples a site has in each part."""
+    """Numbers of a site's samples in each part."""
 
     train: int
     validation: int
     test: int
 
 
-class Sequence(Protocol):
-    """What a site is going to send, as far as its greeting tells."""
+class MessageSequence(Protocol):
+    """Messages that a site is going to send, derived from its hello."""
 
     @property
     def last(self) -> int:
-        """Number of its last message; an upper bound where that depends on others."""
+        """Number of its last message; an upper bound where that depends on other sites."""
 
     @property
     def answers(self) -> int:
-        """Number of the last message to it, likewise."""
+        """Number of the last message to it; likewise."""
 
     @property
     def train(self) -> int:
-        """Its training samples."""
+        """Number of its training samples."""
 
 
-S = TypeVar("S", bound=Sequence)
+S = TypeVar("S", bound=MessageSequence)
 
 
 class ServerRole(Role, Generic[S]):
-    """Opens the run, accepts sites and their messages in sequence, and judges every candidate for the best model."""
+    """Base class of the server's roles: it accepts sites and evaluates every candidate for the best model."""
 
     rederives = False
 
@@ -63,58 +64,59 @@ class ServerRole(Role, Generic[S]):
         self.config = config
         self.evaluation = Evaluation(config)
         self.best_weights: dict[str, torch.Tensor] = {}
-        """Weights of the best candidate; empty before one was judged."""
+        """Weights of the best candidate; empty before one was evaluated."""
         self.applied = dict.fromkeys(config.run.sites, 0)
         """Messages in sequence applied, per site."""
         self.refusals: Counter[str] = Counter()
         self.batches: Counter[str] = Counter()
-        """Training batches that the model learned from, per site."""
+        """Batches that the model was trained on, per site."""
         self.samples: Counter[str] = Counter()
         """Samples in these batches, per site."""
         self.sequences: dict[str, S] = {}
         self.steps = 0
         """Training steps of the server's weights."""
         self.version = 0
-        """How often the server has combined what sites reported; 0 in systems that do not."""
+        """Number of times that the server has combined updates; 0 in protocols without rounds."""
         self._contract = contract
         self._opened = False
         self._ended = False
         self._counts: dict[str, Samples] = {}
         self._released = dict.fromkeys(config.run.sites, 0)
-        """Answers that each site's queue has forgotten, as far as the site has told."""
+        """Number of answers that each site has announced as acknowledged."""
         self._greeted: dict[str, list[str]] = {site: [] for site in config.run.sites}
-        """Incarnations of each site whose hello was accepted, the latest few: nobody listens for an earlier one."""
+        """Latest accepted incarnations of each site; earlier ones no longer run."""
 
-    # -- what a shape fills in -------------------------------------------------------------------
+    # -- for the shapes --------------------------------------------------------------------------
 
     @abstractmethod
     def weights(self) -> dict[str, torch.Tensor]:
-        """CPU copies of the server's present weights."""
+        """Return CPU copies of the server's current weights."""
 
     @abstractmethod
     def weights_in(self, snapshot: Snapshot) -> dict[str, torch.Tensor]:
-        """The present weights of the moment of a snapshot."""
+        """Return the weights that were current when a snapshot was made."""
 
     @abstractmethod
     def sequence_of(self, site: str, samples: Samples) -> S:
-        """What a site with so many samples sends; Refused 308 where there can be no such site."""
+        """Return the messages of a site with so many samples; Refused 308 when there are too many."""
 
     @abstractmethod
     def awaited(self) -> list[str]:
-        """Sites without whose next message the run cannot go on, or cannot end."""
+        """Return the sites that must send their next message before the run can go on, or end."""
 
     @abstractmethod
     def end(self) -> list[Effect]:
-        """The run is over; repeated by a server that is started again."""
+        """End the run; repeated by a server that is started again."""
 
     # -- Role ------------------------------------------------------------------------------------
 
+    @override
     def payload(self, kind: Kind) -> Payload | None:
-        """See `Role`."""
         return self._contract.get(kind)
 
+    @override
     def start(self) -> list[Effect]:
-        """Open the run at the first start: its configuration is the first message in each down queue."""
+        """Open the run at the first start, by sending its configuration as the first message to every site."""
         if self._ended:
             return self.end()
         if self._opened:
@@ -122,33 +124,33 @@ class ServerRole(Role, Generic[S]):
         self._opened = True
         return [self._manifest(site) for site in self.config.run.sites]
 
-    # -- what the worker asks ----------------------------------------------------------------------
+    # -- for the worker ----------------------------------------------------------------------------
 
     @property
     def active_sites(self) -> dict[str, int]:
-        """Messages in sequence applied, per site that takes part."""
-        # In the order of run.toml: a restored snapshot has its keys in the order of the alphabet.
+        """Messages in sequence applied, per active site."""
+        # In the order of run.toml: a restored snapshot has its keys in alphabetical order.
         return {site: self.applied[site] for site in self.config.run.sites if site not in self.excluded}
 
     @property
     def may_close(self) -> bool:
-        """Whether `close` would let the run go on."""
+        """True when `close` would let the run go on."""
         return False
 
     @property
     def done(self) -> bool:
-        """Whether the last message of every site that takes part was applied."""
+        """True when the last message of every active site was applied."""
         return all(s in self.sequences and n == self.sequences[s].last for s, n in self.active_sites.items())
 
     def contribution(self, site: str) -> dict[str, Scalar | None]:
-        """What a site gave to the training, and behind how many messages it was left out, if it was."""
+        """Return a site's contribution to the training, and the position at which it was excluded, if it was."""
         return {
             "batches": self.batches[site], "samples": self.samples[site], "share": self.share(site),
             "excluded_at": self.excluded.get(site),
         }  # fmt: skip
 
     def share(self, site: str) -> float:
-        """What part of the training batches came from a site, 0 to 1."""
+        """Return the share of the training batches that came from a site, 0 to 1."""
         return self.batches[site] / max(1, self.batches.total())
 
     def outcome(self) -> dict[str, Any]:
@@ -156,24 +158,24 @@ class ServerRole(Role, Generic[S]):
         return {}
 
     def publish(self, folder: Path) -> None:
-        """Write what else a finished run leaves in its report folder."""
+        """Write further files of a finished run to its report folder."""
 
     def help(self) -> None:
-        """Compute for the server that another process is, until it leaves, where such work can be divided."""
+        """Compute for the server in another process until it exits, in protocols with divisible work."""
         raise NotImplementedError
 
-    # -- parts that shapes use ---------------------------------------------------------------------
+    # -- used by the shapes ------------------------------------------------------------------------
 
     def handle_hello(self, message: Message) -> list[Effect]:
-        """Accept a site's plan, or say why not."""
+        """Accept a site, or reject it with the reason."""
         site, hello = message.header.sender, message.scalars
         samples = Samples(int(hello["train"]), int(hello["validation"]), int(hello["test"]))
         incarnation, mark, released = str(hello["incarnation"]), int(hello["mark"]), int(hello["released"])
         sequence = self.sequence_of(site, samples)
-        known = sequence.answers if hello["enrolled"] else mark
-        if len(incarnation) > LONGEST_INCARNATION or not 0 <= released <= mark <= known:
-            stands = f"answer {mark}, {released} of them stored"
-            raise mismatch(f"{site} says hello with {stands}, and a name of {len(incarnation)} characters.")
+        limit = sequence.answers if hello["enrolled"] else mark
+        if len(incarnation) > INCARNATION_LENGTH_MAX or not 0 <= released <= mark <= limit:
+            position = f"answer {mark}, {released} of them stored"
+            raise mismatch(f"{site} says hello at {position}, with a name of {len(incarnation)} characters.")
         problem: tuple[int, str] | None = None
         if site in self.excluded:
             problem = self._exclusion_notice(site)
@@ -184,50 +186,47 @@ class ServerRole(Role, Generic[S]):
         elif hello["enrolled"] and self._counts.get(site, samples) != samples:
             problem = 409, "the site's data changed since the run began"
         elif incarnation not in self._greeted[site] and mark < self._released[site]:
-            problem = 504, f"the site stands at answer {mark}, but had stored {self._released[site]} before"
+            problem = 504, f"the site is at answer {mark}, but had stored {self._released[site]} before"
         if problem is not None:
             return [self._rejection(site, incarnation, problem)]
         if not hello["enrolled"]:
             return [self._manifest(site)]
-        # A hello may come again after a later one; only a new process can have lost its state.
+        # A hello may come again after a later one; only a new process may have lost its state.
         if incarnation not in self._greeted[site]:
-            self._greeted[site] = [*self._greeted[site], incarnation][-MOST_INCARNATIONS:]
+            self._greeted[site] = [*self._greeted[site], incarnation][-INCARNATIONS_MAX:]
         self._released[site] = max(self._released[site], released)
         self.sequences[site], self._counts[site] = sequence, samples
         return []
 
-    def implausible(self, site: str, samples: Samples) -> Refused:
-        """What to raise for counts that no site can have."""
-        return Refused(
-            308,
-            f"{site} announces {samples.train}, {samples.validation} and {samples.test} samples.",
-            "check the site's data; a run may have ten million messages per site.",
-        )
+    def too_many(self, site: str, samples: Samples) -> Refused:
+        """Return the refusal of a site that announces too many samples."""
+        sentence = f"{site} announces {samples.train}, {samples.validation} and {samples.test} samples."
+        return Refused(308, sentence, "check the site's data; a run may have ten million messages per site.")
 
     def drop_site(self, site: str) -> list[Effect]:
-        """Take a site off the run, tell it so, and judge what waited for it alone."""
+        """Exclude a site, notify it, and complete the evaluations that waited only for it."""
         self.excluded[site] = sum(self.applied.values())
         effects: list[Effect] = [self._rejection(site, ANY, self._exclusion_notice(site))]
         for candidate in self.evaluation.exclude(site):
             effects += self.describe_candidate(candidate)
         return effects
 
-    def figures(self, message: Message, due: bool) -> SiteMetrics:
-        """The figures in a site's message: of held-out samples where they are due, else none; Refused 304 otherwise."""
+    def read_figures(self, message: Message, due: bool) -> SiteMetrics:
+        """Return the figures on held-out samples in a message; Refused 304 when they are due and absent, or reverse."""
         text, name = str(message.scalars["metrics"]), message.header.message_id
         if due:
-            return decode_report(text, self.config.task, self.announced(message.header.sender), name)
+            return decode_report(text, self.config.task, self.sample_counts(message.header.sender), name)
         if text != NO_FIGURES:
             raise mismatch(f"{name} has figures where none are due.")
         return {}
 
-    def announced(self, site: str) -> dict[str, int]:
-        """How many samples of each part the site's hello has announced."""
+    def sample_counts(self, site: str) -> dict[str, int]:
+        """Return the number of samples in each part, as announced by the site's hello."""
         return self._counts[site]._asdict()
 
     def describe_candidate(self, candidate: int) -> list[Effect]:
-        """Lines of metrics about a candidate that was judged."""
-        entry = self.evaluation.of(candidate)
+        """Return the metrics of an evaluated candidate."""
+        entry = self.evaluation.entry(candidate)
         assert entry is not None
         event: dict[str, Scalar] = {"event": "evaluate", "step": self.steps, "epoch": candidate}
         return [
@@ -238,13 +237,13 @@ class ServerRole(Role, Generic[S]):
 
     @property
     def progress(self) -> dict[str, int]:
-        """In every answer: the best candidate so far, and the last one that was judged."""
-        return {"best": self.evaluation.best, "judged": self.evaluation.judged}
+        """Scalars of every answer: the best candidate so far, and the last one that was evaluated."""
+        return {"best": self.evaluation.best, "judged": self.evaluation.evaluated}
 
     @property
     def summary(self) -> str:
-        """In the farewell: the best candidate's figures over all sites, as JSON; it does not grow with their number."""
-        best = self.evaluation.of(self.evaluation.best)
+        """Scalar of the farewell: the best candidate's figures over all sites, as JSON of a fixed size."""
+        best = self.evaluation.entry(self.evaluation.best)
         return json.dumps(best and {"epoch": best["epoch"], "overall": best["overall"]}, sort_keys=True)
 
     def _manifest(self, site: str) -> Send:
@@ -261,8 +260,8 @@ class ServerRole(Role, Generic[S]):
 
     # -- snapshot ----------------------------------------------------------------------------------
 
+    @override
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
-        """See `Role`; shapes add to it."""
         tensors = {**self.evaluation.tensors(), **flatten("best", self.best_weights)}
         facts: dict[str, Any] = {
             "digest": self.config.digest,
@@ -276,8 +275,8 @@ class ServerRole(Role, Generic[S]):
         }  # fmt: skip
         return Snapshot(tensors, facts)
 
+    @override
     def restore(self, snapshot: Snapshot) -> None:
-        """See `Role`; shapes add to it."""
         tensors, facts = snapshot.tensors, snapshot.facts
         check_digest(facts["digest"], self.config, self.name)
         self.evaluation.restore(tensors, facts["evaluation"])

@@ -1,4 +1,4 @@
-"""One shift of the active server: the engine at work, who is there meanwhile, and what it tells of both."""
+"""Shift of the active server: its engine, the silence of sites meanwhile, and the status of both."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,39 +19,37 @@ from nightsplit.shared.errors import Refused
 from nightsplit.shared.run_store.base import RunStore, Status
 from nightsplit.shared.run_store.status import UNREADABLE, SiteStatus, WorkerStatus
 from nightsplit.shared.storage.checkpoint import Checkpoints
-from nightsplit.shared.transport import Link, Route
 from nightsplit.shared.wire.message import SERVER
 
 TOGETHER = "all"
-"""In place of a site's name, where a training batch has samples of several."""
+"""Name used instead of a site's for a training batch with samples of several sites."""
 
 
 class ServerShift:
-    """The server's role and engine from the newest checkpoint on, until the shift ends.
+    """Role and engine of the server from the newest checkpoint on, until the shift ends.
 
     Args:
         config: the run.
         role: of the server, fresh.
-        link, routes: to the sites.
-        checkpoints: the newest that counts is restored.
+        mailbox: of the role.
+        checkpoints: the newest valid one is restored.
         lease: held by this server.
         report: folder of the metrics.
-        statuses: what the run store knows of server and sites; silence and deadline go on where it says.
+        statuses: statuses of server and sites in the run store; silence and deadline continue from them.
         failures: messages to refuse, as in `refusing_failures`.
 
     Attributes:
         role: restored.
-        silence: who is there.
+        silence: of the sites.
         counters: of the engine.
-        recovered: damaged checkpoints that were passed over.
+        skipped_checkpoints: damaged checkpoints that were skipped.
     """
 
     def __init__(
         self,
         config: RunConfig,
         role: AnyServer,
-        link: Link,
-        routes: Mapping[str, Route],
+        mailbox: Mailbox,
         checkpoints: Checkpoints,
         lease: Lease,
         report: Path,
@@ -62,32 +60,31 @@ class ServerShift:
         self._sites = config.run.sites
         self._lease = lease
         self._statuses = statuses
-        told = statuses[SERVER].report if SERVER in statuses else UNREADABLE
-        self.silence = SilenceTracker(config, told.sites)
-        self._deadline = Deadline(config.round.deadline_hours, told.round)
+        previous = statuses[SERVER].report if SERVER in statuses else UNREADABLE
+        self.silence = SilenceTracker(config, previous.sites)
+        self._deadline = Deadline(config.round.deadline_hours, previous.round)
         self._trained: dict[str, Record] = {}
-        """The last training batch, per site or `TOGETHER`."""
-        mailbox = Mailbox(config.run.id, SERVER, link, routes, role.payload, config.wire.message_bytes)
+        """Last training batch, per site or `TOGETHER`."""
         self._engine = Engine(role, mailbox, checkpoints, lease, self._record, decide=self._decide, failures=failures)
         self.counters = mailbox.counters
-        self.recovered = self._engine.recover()
-        self._log = MetricsLog(report, role.steps)  # which begins where the restored checkpoint ends
+        self.skipped_checkpoints = self._engine.recover()
+        self._log = MetricsLog(report, role.steps)  # starts at the restored checkpoint
 
     def run(self, listening: Callable[[], bool], stop: Callable[[], bool], idle_seconds: float | None) -> bool:
-        """Work until the run is over, `stop()` holds, or nothing happened for `idle_seconds`.
+        """Work until the run is over, `stop()` is true, or nothing happened for `idle_seconds`.
 
         Args:
-            listening: whether the run store can be reached.
+            listening: returns whether the run store can be reached.
 
         Returns:
-            Whether the run is over.
+            True when the run is over.
 
         Raises:
-            NightsplitError: see `Engine.run`; 505 another server took over.
+            NightsplitError: as `Engine.run`; 505 another server took over.
         """
 
         def leave() -> bool:
-            self._look_around(listening())
+            self._update(listening())
             return stop()
 
         try:
@@ -96,20 +93,20 @@ class ServerShift:
             self._log.close()
 
     def beat(self, store: RunStore) -> None:
-        """Stay the active server and hear what sites say; called by the heartbeat."""
+        """Renew the lease and read the sites' statuses; called by the heartbeat."""
         self._lease.renew(store)
         self._statuses = store.statuses(self._sites)
 
-    def _look_around(self, listening: bool) -> None:
-        """Between two steps: stop when replaced, and take note of rounds and of who is there."""
+    def _update(self, listening: bool) -> None:
+        """Check the lease and update deadline and silence; called between two steps."""
         self._lease.check()
-        self._deadline.look(self.role.version)
+        self._deadline.update(self.role.version)
         if self.silence.is_due:
-            listening = listening and self.counters.trouble is None
-            self.silence.look(self.role.applied, self.role.awaited(), self._statuses, listening)
+            listening = listening and self.counters.blocked_reason is None
+            self.silence.update(self.role.applied, self.role.awaited(), self._statuses, listening)
 
     def _decide(self) -> OrderEntry | None:
-        """Decide on a journal entry in place of a message: a round is closed, or a site left out."""
+        """Return a journal entry to apply instead of a message: the end of a round, or a site's exclusion."""
         if self.role.may_close and self._deadline.is_over:
             return CloseRound()
         overdue = self.silence.overdue(self.role.awaited(), self.role.active_sites)
@@ -120,10 +117,10 @@ class ServerShift:
         if line.metrics["event"] == "train":
             self._trained[str(line.metrics.get("site", TOGETHER))] = line
 
-    # -- what it tells -----------------------------------------------------------------------------
+    # -- status ------------------------------------------------------------------------------------
 
-    def told(self, status: WorkerStatus) -> WorkerStatus:
-        """Add what only the server knows to what every worker tells."""
+    def extend_status(self, status: WorkerStatus) -> WorkerStatus:
+        """Return a worker's status with the server's fields added."""
         role, counts = self.role, self.counters.counts
         last = {site: sequence.last for site, sequence in dict(role.sequences).items()}
         planned = sum(role.applied[site] if site in role.excluded else last[site] for site in last)
@@ -164,13 +161,14 @@ class ServerShift:
         )
 
     def _queued(self, site: str) -> int | None:
-        """Messages of a site that are not applied yet; asking the broker would delay the heartbeat."""
-        known = self._statuses.get(site)
-        confirmed = known.report.confirmed if known is not None else None
+        """Return the number of a site's messages that are not applied yet; None when unknown."""
+        # From the run store, since a request to the broker would delay the heartbeat.
+        status = self._statuses.get(site)
+        confirmed = status.report.confirmed if status is not None else None
         return None if confirmed is None else max(0, confirmed - self.role.applied[site])
 
     def _last_batch(self, site: str) -> tuple[float | None, int | None]:
-        """Loss and staleness, as far as they are known."""
+        """Return loss and staleness of the last training batch, None where unknown."""
         if site not in self._trained:
             return None, None
         loss, staleness = (self._trained[site].metrics.get(name) for name in ("loss", "staleness"))

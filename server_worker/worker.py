@@ -1,22 +1,25 @@
-"""The server worker: waits for its shift, becomes the active server, works until the shift ends, reports."""
+"""Server worker, which becomes the active server in its shifts, trains until the run is over, and reports."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
+from typing_extensions import override
+
 from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import site_queues
 from nightsplit.server_worker.config import ServerConfig
-from nightsplit.server_worker.lease import Lease, owner_of
+from nightsplit.server_worker.lease import Lease, lease_owner
 from nightsplit.server_worker.protocols import make_server
 from nightsplit.server_worker.report import write_report
 from nightsplit.server_worker.shift import TOGETHER, ServerShift
 from nightsplit.server_worker.stream.ddp import Group, device_of_rank, joined_group
-from nightsplit.server_worker.tape import taped
+from nightsplit.server_worker.tape import tape_link
 from nightsplit.shared.clock import Clock
 from nightsplit.shared.config.load import load
 from nightsplit.shared.engine.failures import refusing_failures
+from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.errors import Refused, StateError
 from nightsplit.shared.log import event
 from nightsplit.shared.protocols.build import planned_message_bytes
@@ -28,16 +31,16 @@ from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.transport import Route
 from nightsplit.shared.wire.message import SERVER, Kind
 
-_UP = (Kind.SMASHED, Kind.HEAD_GRADIENT, Kind.BOTTOM, Kind.UPDATE)
-"""Kinds that may be large on their way to the server."""
+_LARGE_KINDS = (Kind.SMASHED, Kind.HEAD_GRADIENT, Kind.BOTTOM, Kind.UPDATE)
+"""Kinds of messages to the server that may be large."""
 
 
 class ServerWorker(Worker):
-    """One server of one run.
+    """Server of one run.
 
     Args:
         path: its server.toml.
-        overrides, clock, stop, observe: see `Worker`.
+        overrides, clock, stop, observe: as of `Worker`.
 
     Raises:
         ConfigError: a file is wrong.
@@ -58,38 +61,39 @@ class ServerWorker(Worker):
 
     @property
     def report_folder(self) -> Path:
-        """Where report and metrics go."""
+        """Folder of report and metrics."""
         return self.base / self.config.report
 
     def open_run(self) -> None:
-        """Make the run's queues and put its manifest into them, so that sites can begin without a server."""
+        """Create the run's queues and put its manifest into them, so that sites can begin without a server."""
         self._work(only_open=True, idle_seconds=None)
 
     def work(self, idle_seconds: float | None = None) -> bool:
         """Work shift after shift until the run is over.
 
         Args:
-            idle_seconds: leave when nothing happened for so long; None to stay.
+            idle_seconds: exit after so long without an event; None to stay.
 
         Returns:
-            Whether the run is over.
+            True when the run is over.
 
         Raises:
-            NightsplitError: what the user has to know.
+            NightsplitError: the work cannot go on.
         """
         with self.telemetry(SERVER, [*self.run_config.run.sites, TOGETHER]):
             return self._work(only_open=False, idle_seconds=idle_seconds)
 
     def help(self) -> None:
-        """Compute for the server that torchrun started beside this process, until it leaves."""
+        """Compute for the server that torchrun started beside this process, until it exits."""
         prepare_torch(self.config.threads, self._device)
         with joined_group(self._device) as group:
             role = make_server(self.run_config, self.state_folder, self.run_folder, self._device, group)
             role.help()
 
+    @override
     def enter(self, phase: Phase, detail: str | None = None, reason: str | None = None) -> None:
-        """See `Worker`. While it waits no heartbeat shows it: the run store is left to the active server."""
         super().enter(phase, detail, reason)
+        # While it waits it has no heartbeat: the run store belongs to the active server.
         if phase in (Phase.WAITING, Phase.STANDBY):
             self._observe(self._present())
 
@@ -97,18 +101,18 @@ class ServerWorker(Worker):
         prepare_torch(self.config.threads, self._device)
         with (
             joined_group(self._device) as self._group,
-            try_lock_folder(self.state_folder) as alone,
+            try_lock_folder(self.state_folder) as locked,
             closing(self.open_store()) as store,
         ):
-            lease = Lease(store, owner_of(self.state_folder, alone))
-            while not self._stop.asked:
+            lease = Lease(store, lease_owner(self.state_folder, locked))
+            while not self._stop.requested:
                 if not only_open and not self.wait_for_shift():
                     break
                 if not lease.acquire(self._standby):
                     break
                 event("active", fence=lease.fence)
                 try:
-                    finished = refusing_failures(partial(self._one_shift, lease, only_open, idle_seconds))
+                    finished = refusing_failures(partial(self._run_shift, lease, only_open, idle_seconds))
                 finally:
                     lease.release()
                 if finished or only_open or idle_seconds is not None:
@@ -118,17 +122,17 @@ class ServerWorker(Worker):
     def _standby(self, seconds: float) -> bool:
         self.enter(Phase.STANDBY)
         self._clock.sleep(seconds)
-        return not self._stop.asked
+        return not self._stop.requested
 
-    def _one_shift(
+    def _run_shift(
         self, lease: Lease, only_open: bool, idle_seconds: float | None, failures: Mapping[str, Refused]
     ) -> bool:
-        """Work with the lease until the run or the shift is over; whether the run is."""
-        with self._begun(lease, only_open, failures) as shift:
-            self._counters, self.recovered = shift.counters, shift.recovered
-            stop, idle_seconds = (lambda: self._stop.asked, 0.0) if only_open else (self.off_duty, idle_seconds)
+        """Work with the lease until the run or the shift is over; return whether the run is."""
+        with self._open_shift(lease, only_open, failures) as shift:
+            self._counters, self.skipped_checkpoints = shift.counters, shift.skipped_checkpoints
+            stop, idle_seconds = (lambda: self._stop.requested, 0.0) if only_open else (self.off_duty, idle_seconds)
             with Heartbeat(
-                SERVER, self.open_store, lambda: shift.told(self._present()), self._observe, shift.beat
+                SERVER, self.open_store, lambda: shift.extend_status(self._present()), self._observe, shift.beat
             ) as heartbeat:
                 self.enter(Phase.WORKING)
                 finished = shift.run(lambda: heartbeat.error is None, stop, idle_seconds)
@@ -138,8 +142,8 @@ class ServerWorker(Worker):
         return finished
 
     @contextmanager
-    def _begun(self, lease: Lease, only_open: bool, failures: Mapping[str, Refused]) -> Iterator[ServerShift]:
-        """The shift on its link to the sites' queues, which are made where they are missing."""
+    def _open_shift(self, lease: Lease, only_open: bool, failures: Mapping[str, Refused]) -> Iterator[ServerShift]:
+        """Open a shift on its link to the sites' queues, which are created where they are missing."""
         config, folder = self.run_config, self.state_folder
         broker = open_broker(self.config.broker, self.base, config.wire.message_bytes, self.credentials)
         queues = {site: site_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites}
@@ -149,22 +153,21 @@ class ServerWorker(Worker):
         with closing(self.open_store()) as store:
             statuses = store.statuses([SERVER, *config.run.sites])
         checkpoints = self._checkpoints(lease)
-        largest = planned_message_bytes(config, {kind: p for kind in _UP if (p := role.payload(kind))})
+        largest = planned_message_bytes(config, {kind: p for kind in _LARGE_KINDS if (p := role.payload(kind))})
         consume = [] if only_open else [route.incoming for route in routes.values()]
         link = broker.link(consume, prefetch_for(largest, len(queues)), owner=f"{SERVER}:{folder.resolve()}")
-        with taped(link, config, folder) as recorded:
-            yield ServerShift(
-                config, role, recorded, routes, checkpoints, lease, self.report_folder, statuses, failures
-            )
+        with tape_link(link, config, folder) as link:
+            mailbox = Mailbox(config.run.id, SERVER, link, routes, role.payload, config.wire.message_bytes)
+            yield ServerShift(config, role, mailbox, checkpoints, lease, self.report_folder, statuses, failures)
 
     def _checkpoints(self, lease: Lease) -> Checkpoints:
-        """This server's checkpoints. StateError 510 when the run store counts less incarnations than they do."""
+        """Return this server's checkpoints; StateError 510 when the run store is at an earlier incarnation."""
         checkpoints = Checkpoints(self.state_folder / "checkpoints")
         if checkpoints.last_fence >= lease.fence:
-            raise StateError(
-                510,
-                f"it counts this server's incarnations from {lease.fence}, "
-                f"and {checkpoints.folder} holds one of incarnation {checkpoints.last_fence}.",
-                "name the store that the run began with, or restore it from the backup of the same moment.",
+            sentence = (
+                f"it is at incarnation {lease.fence} of this server, "
+                f"and {checkpoints.folder} has a checkpoint of incarnation {checkpoints.last_fence}."
             )
+            fix = "name the store that the run began with, or restore it from the backup of the same moment."
+            raise StateError(510, sentence, fix)
         return checkpoints

@@ -1,1 +1,1 @@
-"""The contract between site and server, and the machinery that both need."""
+"""Contract between site and server, and the machinery of both."""

@@ -1,29 +1,31 @@
-"""Time as the workers see it, so that tests can run three nights in seconds."""
+"""Clock of the workers, which tests replace to run three nights in seconds."""
 
 import time
 from abc import ABC, abstractmethod
 from datetime import UTC, datetime
 
+from typing_extensions import override
+
 
 class Clock(ABC):
-    """A source of time. Nothing about training depends on it, only when work is done."""
+    """Source of time. It decides when work is done, but has no effect on training."""
 
     @abstractmethod
     def now(self) -> datetime:
-        """The present moment, with time zone UTC."""
+        """Return the present moment, with time zone UTC."""
 
     @abstractmethod
     def sleep(self, seconds: float) -> None:
-        """Wait."""
+        """Wait for this time."""
 
 
 class SystemClock(Clock):
-    """The machine's own clock."""
+    """Clock of the machine."""
 
+    @override
     def now(self) -> datetime:
-        """See `Clock`."""
         return datetime.now(UTC)
 
+    @override
     def sleep(self, seconds: float) -> None:
-        """See `Clock`."""
         time.sleep(seconds)

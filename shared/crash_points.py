@@ -1,4 +1,4 @@
-"""Crash points: places in the code where a test lets the process die, as kill -9 would at that very moment.
+"""Crash points: positions in the code where a test can end the process like kill -9.
 
     engine       apply a message, publish its effects ─▶ after_apply
                  before_confirm ─▶ count a confirm ─▶ after_confirm
@@ -6,8 +6,8 @@
                  before_rename ─▶ rename ─▶ after_rename
     engine       move the pointer ─▶ before_ack ─▶ acknowledge a message ─▶ after_ack
 
-NIGHTSPLIT_CRASH="before_ack:3" ends the process when it reaches `before_ack` for the third time. The
-process ends without a word: no handler, no flush, no farewell to the broker.
+NIGHTSPLIT_CRASH="before_ack:3" ends the process when it reaches `before_ack` for the third time, at
+once: no handler, no flush, no message to the broker.
 """
 
 import os
@@ -22,14 +22,14 @@ Point = Literal[
 POINTS: tuple[Point, ...] = get_args(Point)
 VARIABLE = "NIGHTSPLIT_CRASH"
 EXIT_CODE = 137
-"""As a shell reports a process that SIGKILL ended."""
+"""Exit code that a shell reports for a process ended by SIGKILL."""
 
 _point, _, _number = os.environ.get(VARIABLE, "").partition(":")
 _reached: Counter[str] = Counter()
 
 
 def reach(point: Point) -> None:
-    """Die here, if the environment says so."""
+    """End the process here, if the environment selects this point."""
     if point != _point:
         return
     _reached[point] += 1

@@ -1,9 +1,9 @@
-"""Every error a user can meet: a number, a sentence that says what happened, and a remedy.
+"""Errors for users: a number, a sentence that says what happened, and a remedy.
 
 NightsplitError
-├── ConfigError     1xx  a file the user wrote, or a model that cannot be cut as asked
+├── ConfigError     1xx  a file the user wrote, or a model that cannot be cut as configured
 ├── BrokerError     2xx  the message broker or the run store
-├── Refused         3xx  a message that the receiver will not apply; ends in the dead letter queue
+├── Refused         3xx  a message that the receiver does not apply; goes to the dead letter queue
 ├── DataError       4xx  a site's own data
 ├── StateError      5xx  checkpoints and local disks
 └── RunError        6xx  sites and server disagree about the run
@@ -11,6 +11,8 @@ NightsplitError
 Each number has a title in `TITLES` and a page `docs/errors/<number>.md`, which `nightsplit explain <number>` prints; a
 test keeps both complete.
 """
+
+from typing_extensions import override
 
 TITLES: dict[int, str] = {
     101: "Configuration file missing or unreadable",
@@ -101,12 +103,12 @@ TITLES: dict[int, str] = {
 
 
 class NightsplitError(Exception):
-    """An error with a number; `str()` is the line a user reads.
+    """Error with a number; `str()` is the line for the user.
 
     Args:
         number: key of `TITLES`.
-        sentence: what happened, with the names and figures of this case.
-        remedy: what the user can do about it, as an instruction.
+        sentence: description of the case, with its names and figures.
+        remedy: instruction to the user that resolves it.
     """
 
     def __init__(self, number: int, sentence: str, remedy: str) -> None:
@@ -118,37 +120,38 @@ class NightsplitError(Exception):
 
     @property
     def heading(self) -> str:
-        """Number and title, which may be told to anybody: the sentence may quote a path, a password or a patient."""
+        """Number and title, safe for all readers: the sentence may quote a path, a password or a patient."""
         return f"E{self.number} {TITLES[self.number]}"
 
+    @override
     def __str__(self) -> str:
         return f"{self.heading}: {self.sentence} Fix: {self.remedy} (nightsplit explain {self.number})"
 
 
 class ConfigError(NightsplitError):
-    """A file the user wrote is wrong, or names a model that cannot be used."""
+    """Error in a file the user wrote, or in a model that it names."""
 
 
 class BrokerError(NightsplitError):
-    """The broker or the run store refuses, is absent, or has other settings."""
+    """Failure or refusal of the broker or the run store."""
 
 
-class Refused(NightsplitError):
-    """A message that will not be applied; it goes to the dead letter queue with this text."""
+class Refused(NightsplitError):  # noqa: N818  (it is a message that was refused, and no error of a program)
+    """Refusal of a message, which goes to the dead letter queue with this text."""
 
 
 class DataError(NightsplitError):
-    """A site's data cannot be used as configured."""
+    """Error in a site's data."""
 
 
 class StateError(NightsplitError):
-    """A checkpoint, a lock or a disk prevents the work from being continued safely."""
+    """Failure of a checkpoint, a lock or a disk that makes further work unsafe."""
 
 
 class RunError(NightsplitError):
-    """Participants of a run disagree, or the run cannot go on."""
+    """Disagreement between participants of a run, or another reason that ends it."""
 
 
 def mismatch(sentence: str, number: int = 304) -> Refused:
-    """Return the refusal of what no worker of the same version and run would have sent."""
+    """Return the refusal of a message that no worker of the same version and run would send."""
     return Refused(number, sentence, "run the same version of nightsplit, with the same run.toml, at both sides.")

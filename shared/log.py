@@ -1,9 +1,9 @@
-"""The workers' log: named events with facts, through Python's own `logging`.
+"""Log of the workers: named events with facts, through Python's own `logging`.
 
 Nothing is written unless a handler is added to `LOG`; `nightsplit.console.ui.json_log` adds one.
 
-An event carries names of workers, numbers and our own words. It never carries a patient's value, the
-name of a data file, or anything out of a message's body.
+An event contains names of workers, numbers and texts of our own. It never contains a patient's value,
+the name of a data file, or content of a message's body.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def event(name: str, level: int = logging.INFO, /, **facts: Scalar | None) -> No
 
     Args:
         name: one word, from the table in docs/reference/logs_and_metrics.md.
-        level: of `logging`: INFO for the course of things, WARNING for what may need somebody, ERROR for
-            the end of a worker.
-        facts: whatever belongs to it.
+        level: level of `logging`: INFO for normal operation, WARNING if an administrator may have to act,
+            ERROR for the end of a worker.
+        facts: details of the event.
     """
     LOG.log(level, name, extra={"facts": facts})

@@ -5,6 +5,8 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
+from typing_extensions import override
+
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Blocked, Broker, Confirmed, Delivery, Event, Link, Queue, Unblocked
 
@@ -33,8 +35,8 @@ class MemoryBroker(Broker):
         self._tags = 0
         self._changed = threading.Condition()
 
+    @override
     def declare(self, queues: Iterable[Queue]) -> None:
-        """See `Broker`."""
         with self._changed:
             for queue in queues:
                 known = self._queues.setdefault(queue.name, _Stored(queue))
@@ -45,26 +47,26 @@ class MemoryBroker(Broker):
                         "use the run's original limits, or another run id.",
                     )
 
+    @override
     def link(self, consume: Sequence[Queue], prefetch: int, owner: str) -> Link:
-        """See `Broker`."""
         for queue in consume:
             self._stored(queue)
         return _MemoryLink(self, consume, prefetch)
 
+    @override
     def depth(self, queue: Queue) -> int | None:
-        """See `Broker`."""
         with self._changed:
             stored = self._queues.get(queue.name)
             return None if stored is None else len(stored.waiting)
 
+    @override
     def delete(self, queues: Iterable[Queue]) -> None:
-        """See `Broker`."""
         with self._changed:
             for queue in queues:
                 self._queues.pop(queue.name, None)
 
     def peek(self, queue: Queue) -> list[Delivery]:
-        """What waits in `queue`, oldest first."""
+        """Return the deliveries that wait in `queue`, oldest first."""
         with self._changed:
             return list(self._stored(queue).waiting)
 
@@ -86,6 +88,7 @@ class _MemoryLink(Link):
         self._outbox: deque[tuple[Queue, Delivery]] = deque()
         self._troubled = False
 
+    @override
     def publish(
         self, queue: Queue, message_id: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str] = {}
     ) -> None:
@@ -101,6 +104,7 @@ class _MemoryLink(Link):
             self._outbox.append((queue, message))
             self._offer()
 
+    @override
     def receive(self, timeout: float) -> Event | None:
         deadline = time.monotonic() + timeout
         with self._broker._changed:
@@ -114,6 +118,7 @@ class _MemoryLink(Link):
                     return None
                 self._broker._changed.wait(left)
 
+    @override
     def acknowledge(self, delivery: Delivery) -> None:
         with self._broker._changed:
             stored = self._broker._queues.get(delivery.queue)
@@ -122,16 +127,20 @@ class _MemoryLink(Link):
             self._broker._changed.notify_all()
 
     @property
+    @override
     def unconfirmed(self) -> frozenset[str]:
         return frozenset(message.message_id for _, message in self._outbox)
 
     @property
+    @override
     def prefetch(self) -> int:
         return self._prefetch
 
+    @override
     def raise_prefetch(self, prefetch: int) -> None:
         self._prefetch = max(prefetch, self._prefetch)
 
+    @override
     def close(self) -> None:
         with self._broker._changed:
             for queue in self._consume:

@@ -2,6 +2,8 @@
 
 from datetime import UTC, datetime, timedelta
 
+from typing_extensions import override
+
 from nightsplit.shared.clock import Clock
 
 
@@ -11,12 +13,12 @@ class ManualClock(Clock):
     def __init__(self, start: datetime) -> None:
         self._now = start.astimezone(UTC)
 
+    @override
     def now(self) -> datetime:
-        """See `Clock`."""
         return self._now
 
+    @override
     def sleep(self, seconds: float) -> None:
-        """See `Clock`."""
         self.advance(seconds)
 
     def advance(self, seconds: float) -> None:

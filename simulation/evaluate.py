@@ -29,7 +29,7 @@ class ModelFigures:
 def judge(
     config: RunConfig, splits: Mapping[str, Splits], predict: Callable[[str, torch.Tensor], torch.Tensor]
 ) -> ModelFigures:
-    """ClassifierWeights a model on every site's test patients.
+    """Evaluate a model on every site's test patients.
 
     Args:
         config: the run.

@@ -26,6 +26,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from heapq import heappop, heappush
 
+from typing_extensions import override
+
 from nightsplit.broker.proxy import WrappedLink
 from nightsplit.shared.transport import Blocked, Broker, Confirmed, Delivery, Event, Link, Queue, Unblocked
 
@@ -76,27 +78,27 @@ class FaultyBroker(Broker):
         self._links: Counter[str] = Counter()
 
     @property
+    @override
     def max_message_bytes(self) -> int:
-        """See `Broker`."""
         return self._broker.max_message_bytes
 
+    @override
     def declare(self, queues: Iterable[Queue]) -> None:
-        """See `Broker`."""
         self._broker.declare(queues)
 
+    @override
     def link(self, consume: Sequence[Queue], prefetch: int, owner: str) -> Link:
-        """See `Broker`."""
         dice = random.Random(f"{self._seed}/{owner}/{self._links[owner]}")
         self._links[owner] += 1
         connect = partial(self._broker.link, consume, owner=owner)
         return FaultyLink(connect, prefetch, self._faults, dice, self.counts)
 
+    @override
     def depth(self, queue: Queue) -> int | None:
-        """See `Broker`."""
         return self._broker.depth(queue)
 
+    @override
     def delete(self, queues: Iterable[Queue]) -> None:
-        """See `Broker`."""
         self._broker.delete(queues)
 
 
@@ -137,20 +139,21 @@ class FaultyLink(WrappedLink):
         """A heap by place in line: the number of the arrival, put back by up to the window."""
         self._arrivals = 0
         self._silence = 0
-        """DeliveryOrder in which nothing arrives."""
+        """Turns in which nothing arrives."""
         self._troubled = False
         """The worker was told of a lost connection, and not yet that there is another."""
         self._patience = 0
         """Idle turns until a line that lost a confirm breaks; 0 when it lost none."""
 
+    @override
     def publish(
         self, queue: Queue, message_id: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str] = {}
     ) -> None:
-        """See `Link`."""
         sent = _Sent(queue, message_id, body, dict(headers))
         self._offer(sent)
         self._outbox.append(sent)
 
+    @override
     def receive(self, timeout: float) -> Event | None:
         """See `Link`. Returns early while the line is silent, or about to break."""
         if self._silence:
@@ -170,16 +173,16 @@ class FaultyLink(WrappedLink):
             return None
         return self._hand_out()
 
+    @override
     def acknowledge(self, delivery: Delivery) -> None:
-        """See `Link`."""
         assert isinstance(delivery.tag, tuple)
         incarnation, tag = delivery.tag
         if incarnation == self._incarnation:
             self._link.acknowledge(replace(delivery, tag=tag))
 
     @property
+    @override
     def unconfirmed(self) -> frozenset[str]:
-        """See `Link`."""
         return frozenset(sent.message_id for sent in self._outbox)
 
     def _strikes(self, probability: float) -> bool:

@@ -1,61 +1,239 @@
-"""A whole run in one process: the real roles, engines and wire format, over the memory broker.
+"""A whole run in one process: the real roles, engines and wire format, any broker, a clock that is moved by hand.
 
-Workers take turns, so a run costs what its arithmetic costs. In strict order the result is that of a
-run with real processes and real nights, to the bit.
+    config, splits ──▶ Simulation ──run()──▶ fingerprint(), judgement()
+                         │ step(worker), kill(worker), restart(worker): whoever wants to decide what happens when
+
+A worker can be thrown away between any two steps, as SIGKILL would do it; what its process would leave behind stays:
+checkpoints (in memory, if not on disk), messages (at the broker), the run store. In strict order the result is that of
+a run with real processes and real nights, to the bit. Seeded faults are a matter of the broker (`FaultyBroker`).
 """
 
+import hashlib
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import nn
 from torch.func import functional_call
+from typing_extensions import override
 
+from nightsplit.broker.proxy import WrappedLink
 from nightsplit.broker.topology import site_queues
+from nightsplit.server_worker.lease import Lease
 from nightsplit.server_worker.protocols import AnyServer, make_server
+from nightsplit.server_worker.role import ServerRole
+from nightsplit.shared.clock import Clock
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.engine.effects import unpaid
+from nightsplit.shared.engine.effects import Record, forbid_spending
 from nightsplit.shared.engine.engine import Engine
-from nightsplit.shared.engine.fencing import SoleWriter
+from nightsplit.shared.engine.fencing import CheckpointAuthority, SoleWriter
 from nightsplit.shared.engine.mailbox import Mailbox
-from nightsplit.shared.engine.role import Role
+from nightsplit.shared.engine.order import OrderEntry
 from nightsplit.shared.protocols.build import build_model
 from nightsplit.shared.protocols.spec import spec_of
 from nightsplit.shared.storage.checkpoint import Checkpoints
-from nightsplit.shared.transport import Route
+from nightsplit.shared.transport import Broker, Link, Queue, Route
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.simulation.broker import MemoryBroker
+from nightsplit.simulation.checkpoints import MemoryCheckpoints
+from nightsplit.simulation.clock import ManualClock
 from nightsplit.simulation.evaluate import ModelFigures, judge
+from nightsplit.simulation.scheduler import Scheduler
+from nightsplit.simulation.store import MemoryStore
 from nightsplit.site_worker.data.dataset import Splits
 from nightsplit.site_worker.protocols import make_site
+from nightsplit.site_worker.protocols.data_vectors import DataVectorsSite
 from nightsplit.site_worker.role import SiteRole
+from nightsplit.site_worker.rounds.role import RoundSite
+from nightsplit.site_worker.stream.role import StreamSite
 
 PREFETCH = 512
 """A checkpoint follows every quarter of it. Fewer would cost memory: what none contains is kept."""
+START = datetime(2026, 3, 1, 22, tzinfo=UTC)
 
 
-@dataclass
 class Simulation:
-    """A finished run.
+    """A run whose workers are all here.
+
+    Args:
+        config: the run.
+        splits: scaled data by site.
+        folder: for what workers keep on disk: released activations, ledgers, and checkpoints if they are not in memory.
+        base: folder of run.toml, where `model.initial` is.
+        broker: in memory, if not another one.
+        prefetch: of every link.
+        clock: moves by hand, if it is not the machine's.
+        workers: those that take part here, if not all of them.
+        device: where all compute.
+        on_disk: whether checkpoints are.
 
     Attributes:
-        server, sites: the roles at the end.
-        base: folder of run.toml.
+        roles: of every worker that was ever started, as it is or was at the end.
+        engines, links: of the workers that are at work.
+        finished: workers that came to the end of the run.
+        lines: metrics, of all workers.
+        decide: says what is written into the order journal when nothing can be applied.
+        ledgers: folder of what private runs have spent.
+        interval_seconds: longest time between checkpoints, on the simulation's clock.
     """
 
-    config: RunConfig
-    splits: Mapping[str, Splits]
-    server: AnyServer
-    sites: Mapping[str, SiteRole]
-    base: Path
+    def __init__(  # noqa: PLR0913  (tests name the few that they need)
+        self,
+        config: RunConfig,
+        splits: Mapping[str, Splits],
+        folder: Path,
+        base: Path = Path(),
+        broker: Broker | None = None,
+        prefetch: int = PREFETCH,
+        clock: Clock | None = None,
+        workers: Sequence[str] = (),
+        device: str = "cpu",
+        on_disk: bool = False,
+    ) -> None:
+        self.config, self.splits, self.folder, self.base = config, splits, folder, base
+        if broker is None:
+            broker = MemoryBroker()
+            broker.max_message_bytes = config.wire.message_bytes
+        self.broker = broker
+        self.clock = clock or ManualClock(START)
+        self.workers = workers or (SERVER, *config.run.sites)
+        self.store = MemoryStore()
+        self.checkpoints: dict[str, Checkpoints] = {
+            worker: Checkpoints(folder / worker / "checkpoints") if on_disk else MemoryCheckpoints()
+            for worker in self.workers
+        }
+        self.queues = {site: site_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites}
+        self.broker.declare(queue for queues in self.queues.values() for queue in queues)
+        self.roles: dict[str, SiteRole | AnyServer] = {}
+        self.engines: dict[str, Engine] = {}
+        self.links: dict[str, Link] = {}
+        self.finished: set[str] = set()
+        self.lines: list[Record] = []
+        self.decide: Callable[[], OrderEntry | None] = lambda: None
+        self.ledgers = folder
+        self.interval_seconds = 30.0
+        self._prefetch, self._device = prefetch, device
+        self._starts = 0
+        self._scheduler = Scheduler(self.clock, ())
+        self._readers = {queues.up.name: SERVER for queues in self.queues.values()}
+        self._readers |= {queues.down.name: site for site, queues in self.queues.items()}
+
+    # -- what happens ----------------------------------------------------------------------------
+
+    def start(self, worker: str) -> Engine:
+        """Start a worker as a new process would: from its newest checkpoint."""
+        engine = self._recovered(worker)
+        engine.start()
+        return engine
+
+    def step(self, worker: str) -> bool:
+        """Let a worker take one turn of its loop, and leave at the end; returns whether there was anything to do."""
+        engine = self.engines[worker]
+        worked = engine.step(0.0)
+        if engine.finished:
+            engine.leave()
+            self.kill(worker)
+            self.finished.add(worker)
+        return worked
+
+    def kill(self, worker: str) -> None:
+        """Take a worker away without a word, as SIGKILL would: only its link ends."""
+        self.links.pop(worker).close()
+        del self.engines[worker]
+
+    def restart(self, worker: str) -> Engine:
+        """Kill a worker and start it again."""
+        self.kill(worker)
+        return self.start(worker)
+
+    def run(self, until: Callable[[str], bool] = lambda worker: False) -> Self:
+        """Let all workers take turns, each to the end of the run, or until this holds of it."""
+        for worker in self.workers:
+            if worker not in self.engines and worker not in self.finished:
+                self.start(worker)
+        self._scheduler = Scheduler(self.clock, [worker for worker in self.workers if worker in self.engines])
+        for worker in self._scheduler:
+            worked = self.step(worker)
+            if worker in self.engines and not until(worker):
+                self._scheduler.again(worked)
+        return self
+
+    def work(self, worker: str, idle_seconds: float = 0.3) -> bool:
+        """Let one worker, alone, work until it has nothing left to do; returns whether it has finished."""
+        finished = self._recovered(worker).run(lambda: False, idle_seconds)
+        self.kill(worker)
+        if finished:
+            self.finished.add(worker)
+        return finished
+
+    def _recovered(self, worker: str) -> Engine:
+        self._starts += 1
+        config, spend = self.config, forbid_spending
+        authority: CheckpointAuthority = SoleWriter()
+        if worker == SERVER:
+            role: SiteRole | AnyServer = make_server(config, self.folder / SERVER, self.base, self._device)
+            routes = {site: Route(q.down, q.up, q.dead) for site, q in self.queues.items()}
+            authority = lease = Lease(self.store, SERVER)
+            lease.acquire(lambda seconds: True)
+        else:
+            incarnation, ledger = f"{worker}-{self._starts}", self.ledgers / f"{config.digest}-{worker}.db"
+            role = make_site(worker, config, self.splits[worker], incarnation, self.base, self._device, ledger)
+            queues = self.queues[worker]
+            routes = {SERVER: Route(queues.up, queues.down, queues.dead)}
+            spend = role.account.pay if role.account else forbid_spending
+        consume = [route.incoming for route in routes.values()]
+        link = _Ringing(self.broker.link(consume, self._prefetch, worker), self._ring)
+        mailbox = Mailbox(config.run.id, worker, link, routes, role.payload, config.wire.message_bytes)
+        checkpoints, decide = self.checkpoints[worker], lambda: self.decide()
+        engine = Engine(role, mailbox, checkpoints, authority, self.lines.append, spend, decide)
+        engine.interval_seconds, engine.monotonic = self.interval_seconds, lambda: self.clock.now().timestamp()
+        engine.recover()
+        self.links[worker], self.roles[worker], self.engines[worker] = link, role, engine
+        return engine
+
+    def _ring(self, queue: Queue) -> None:
+        """Wake the worker that a message is for."""
+        if queue.name in self._readers:
+            self._scheduler.wake(self._readers[queue.name])
+
+    # -- what came of it ---------------------------------------------------------------------------
+
+    @property
+    def server(self) -> AnyServer:
+        """The server's role."""
+        role = self.roles[SERVER]
+        assert isinstance(role, ServerRole)
+        return role
+
+    @property
+    def sites(self) -> dict[str, SiteRole]:
+        """The sites' roles."""
+        return {name: role for name, role in self.roles.items() if isinstance(role, SiteRole)}
+
+    def journal(self) -> list[str]:
+        """Return the entries of the order journal."""
+        entries: list[str] = []
+        while (entry := self.store.journalled(len(entries) + 1)) is not None:
+            entries.append(entry)
+        return entries
+
+    def fingerprint(self, *excluded: str) -> str:
+        """sha256 of all final weights, but for those of sites that left: what is trained, and the best of it."""
+        digest = hashlib.sha256()
+        for worker in self.workers:
+            for state in [] if worker in excluded else _states(self.roles[worker]):
+                for key in sorted(state):
+                    digest.update(key.encode() + state[key].cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def judgement(self, splits: Mapping[str, Splits] | None = None) -> ModelFigures:
-        """The best model on test patients: each site's own splits of it, the server's best weights.
+        """Evaluate the best model, each site with its own part of it, on test patients.
 
         Args:
-            splits: whose test patients, where it is not the sites of the run.
+            splits: the data by site, if not that of the run.
         """
         modules = build_model(self.config, self.base).modules
 
@@ -74,48 +252,39 @@ class Simulation:
 
 
 def simulate(config: RunConfig, splits: Mapping[str, Splits], base: Path = Path()) -> Simulation:
-    """Train until the run is over.
-
-    Args:
-        config: the run, in strict order.
-        splits: scaled data by site.
-        base: folder of run.toml.
-    """
-    broker = MemoryBroker()
-    broker.max_message_bytes = config.wire.message_bytes
-    queues = {site: site_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites}
-    for site_queue in queues.values():
-        broker.declare(site_queue)
+    """Train until the run is over; arguments as of `Simulation`."""
     with tempfile.TemporaryDirectory(prefix="nightsplit-") as folder:
+        return Simulation(config, splits, Path(folder), base).run()
 
-        def engine(role: Role, routes: Mapping[str, Route]) -> Engine:
-            link = broker.link([route.incoming for route in routes.values()], PREFETCH, role.name)
-            mailbox = Mailbox(config.run.id, role.name, link, routes, role.payload, config.wire.message_bytes)
-            account = role.account if isinstance(role, SiteRole) else None
-            return Engine(
-                role, mailbox, Checkpoints(Path(folder) / role.name), SoleWriter(),
-                spend=account.pay if account else unpaid, interval_seconds=3600.0,
-            )  # fmt: skip
 
-        server = make_server(config, Path(folder), base)
-        sites = {
-            site: make_site(site, config, splits[site], site, base, ledger=Path(folder) / f"{site}.db")
-            for site in config.run.sites
-        }
-        engines = [engine(server, {site: Route(q.down, q.up, q.dead) for site, q in queues.items()})]
-        engines += [engine(sites[site], {SERVER: Route(q.up, q.down, q.dead)}) for site, q in queues.items()]
-        for one in engines:
-            one.start()
-        while engines:
-            for one in list(engines):
-                one.step(0.0)
-                if one.finished:
-                    one.leave()
-                    engines.remove(one)
-    return Simulation(config, splits, server, sites, base)
+class _Ringing(WrappedLink):
+    """A link that tells for which queue a message was published."""
+
+    def __init__(self, link: Link, ring: Callable[[Queue], None]) -> None:
+        super().__init__(link)
+        self._ring = ring
+
+    @override
+    def publish(
+        self, queue: Queue, message_id: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str] = {}
+    ) -> None:
+        super().publish(queue, message_id, body, headers)
+        self._ring(queue)
+
+
+def _states(role: SiteRole | AnyServer) -> list[Mapping[str, torch.Tensor]]:
+    """Weights that a worker ends with."""
+    match role:
+        case ServerRole():
+            return [role.weights(), role.best_weights]
+        case RoundSite() if not isinstance(role, DataVectorsSite):
+            return [role.trainer.weights(), *role.model().values()]
+        case StreamSite():
+            return [role.bottom.module.state_dict(), role.final_bottom()]
+    return [*role.model().values()]  # what it judged last is no result
 
 
 def _forward(module: nn.Module, weights: Mapping[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
-    """Outputs in evaluation mode, with these weights in place of the module's own."""
+    """Return the outputs in evaluation mode, with these weights in place of the module's own."""
     with torch.no_grad():
         return functional_call(module.eval(), dict(weights), inputs)  # type: ignore[no-any-return]

@@ -4,6 +4,8 @@ import threading
 import time
 from collections.abc import Iterable
 
+from typing_extensions import override
+
 from nightsplit.shared.run_store.base import RunStore, Status
 from nightsplit.shared.run_store.status import WorkerStatus, read_status, write_status
 from nightsplit.shared.storage.checkpoint import Pointer
@@ -21,24 +23,24 @@ class MemoryStore(RunStore):
         self._pointer: Pointer | None = None
         self._journal: dict[int, str] = {}
 
+    @override
     def put_status(self, worker: str, status: WorkerStatus) -> None:
-        """See `RunStore`."""
         with self._lock:
             self._statuses[worker] = (write_status(status), time.monotonic())
 
+    @override
     def statuses(self, workers: Iterable[str]) -> dict[str, Status]:
-        """See `RunStore`."""
         with self._lock:
             now = time.monotonic()
             known = {name: self._statuses[name] for name in workers if name in self._statuses}
             return {name: Status(name, read_status(record, name), now - then) for name, (record, then) in known.items()}
 
+    @override
     def now(self) -> float:
-        """See `RunStore`."""
         return time.time()
 
+    @override
     def acquire_lease(self, owner: str, ttl_seconds: float) -> int | None:
-        """See `RunStore`."""
         with self._lock:
             now = time.monotonic()
             if self._owner not in (None, owner) and now < self._expires:
@@ -47,42 +49,43 @@ class MemoryStore(RunStore):
             self._owner, self._expires = owner, now + ttl_seconds
             return self._fence
 
+    @override
     def renew_lease(self, owner: str, fence: int, ttl_seconds: float) -> bool:
-        """See `RunStore`."""
         with self._lock:
             if (owner, fence) != (self._owner, self._fence):
                 return False
             self._expires = time.monotonic() + ttl_seconds
             return True
 
+    @override
     def release_lease(self, owner: str, fence: int) -> None:
-        """See `RunStore`."""
         with self._lock:
             if (owner, fence) == (self._owner, self._fence):
                 self._owner = None
 
+    @override
     def pointer(self) -> Pointer | None:
-        """See `RunStore`."""
         with self._lock:
             return self._pointer
 
+    @override
     def move_pointer(self, pointer: Pointer) -> bool:
-        """See `RunStore`."""
         with self._lock:
             if pointer.fence < self._fence:
                 return False
             self._pointer = pointer
             return True
 
+    @override
     def journal(self, position: int, sender: str) -> str:
-        """See `RunStore`."""
         with self._lock:
             return self._journal.setdefault(position, sender)
 
+    @override
     def journalled(self, position: int) -> str | None:
-        """See `RunStore`."""
         with self._lock:
             return self._journal.get(position)
 
+    @override
     def close(self) -> None:
         """Keep everything: other workers may share the object."""

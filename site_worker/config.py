@@ -1,4 +1,4 @@
-"""The files of a hospital, as frozen objects: site.toml and policy.toml."""
+"""The hospital's files as frozen objects: site.toml and policy.toml."""
 
 from typing import Annotated, Literal
 
@@ -11,24 +11,24 @@ from nightsplit.shared.wire.schema import Reveals
 
 
 class SourceSection(Section, frozen=True, kw_only=True):
-    """[data] of site.toml: where this site's data is, and how to read it.
+    """[data] of site.toml: location and format of the site's data.
 
     Attributes:
         source: "table" (CSV, Parquet), "images" (a folder), "arrays" (.npz), "volumes" (a folder of NIfTI
             files), "dicom" (a folder).
-        path: file or folder; `$NAME` is read from the environment; relative to the site.toml.
-        label: table or index column, or array name, with the label.
-        patient: column or array that says which patient a row belongs to; rows of a patient are
-            never divided. None: every row is a patient.
-        index: a CSV in the folder of images, volumes or DICOM files, with a `file` column. None: labels
+        path: file or folder, relative to site.toml; `$NAME` is an environment variable.
+        label: column of the table or index, or name of the array, with the label.
+        patient: column or array with the patient of each row; the rows of a patient stay together.
+            None: every row is a patient.
+        index: CSV in the folder of images, volumes or DICOM files, with a `file` column. None: labels
             are folder names.
         images: arrays only: name of the array with the images.
         masks: segmentation: folder of the masks, relative to that of the volumes, or name of the array.
-        foreground: segmentation: values of a mask that count as foreground; none: all above 0.
-        axis: volumes only: slices lie across it: 0 sagittal, 1 coronal, 2 axial.
+        foreground: segmentation: values of a mask that count as foreground; empty: all above 0.
+        axis: volumes only: axis across which slices are cut: 0 sagittal, 1 coronal, 2 axial.
         where: rows to keep, by exact value of a column ({"column": ["value", ...]}).
-        missing: values that mean "not measured", besides empty; by column, or "*" for all.
-        share: [first, last) part of the patients, in [0, 1], for sites cut out of one file.
+        missing: values that mean "not measured", besides an empty cell; by column, or "*" for all.
+        share: [first, last) fraction of the patients, in [0, 1], for several sites from one file.
     """
 
     source: Literal["table", "images", "arrays", "volumes", "dicom"]
@@ -46,12 +46,12 @@ class SourceSection(Section, frozen=True, kw_only=True):
 
 
 class SiteSection(WorkerSection, frozen=True, kw_only=True):
-    """[site]: a hospital's worker.
+    """[site] of site.toml: settings of the hospital's worker.
 
     Attributes:
         name: the site's name in run.sites.
         policy: path of the hospital's policy.toml.
-        ledger: path of the file that counts the privacy spent by all runs on this site's data.
+        ledger: path of the privacy ledger of all runs on this site's data.
     """
 
     name: Name
@@ -60,22 +60,22 @@ class SiteSection(WorkerSection, frozen=True, kw_only=True):
 
 
 class SiteConfig(Section, frozen=True, kw_only=True):
-    """site.toml."""
+    """Contents of site.toml."""
 
     site: SiteSection
     data: SourceSection
 
 
 class PolicyConfig(Section, frozen=True, kw_only=True):
-    """policy.toml: what may leave this hospital, and what is obeyed here. No run can weaken it.
+    """Contents of policy.toml: limits on the messages of this hospital. No run can weaken them.
 
     Attributes:
-        allowed: what messages may reveal of patients; "nothing" is always allowed.
-        server_sets_weights: weights that the server sends may replace those of layers that work here.
+        allowed: kinds of patient information that messages may reveal; "nothing" is always allowed.
+        server_sets_weights: the server's weights may replace those of the site's layers.
         tape: the server may keep every message that it receives.
-        min_batch: smallest number of samples in a message that holds any, one by one.
-        max_epsilon: most that all runs together may spend on a record; a run without [privacy] is then refused.
-            None: no limit.
+        min_batch: smallest number of samples in a message that holds single samples.
+        max_epsilon: largest epsilon that all runs together may spend on a record; a run without [privacy] is then
+            refused. None: no limit.
     """
 
     allowed: list[Reveals] = msgspec.field(

@@ -1,4 +1,4 @@
-"""Predictions with the trained model, at the site: its own bottom, the exported top, its own head."""
+"""Predictions at the site with the trained model: the site's bottom, the exported top, the site's head."""
 
 import csv
 from dataclasses import dataclass
@@ -20,63 +20,63 @@ from nightsplit.shared.runtime.process import prepare_torch
 from nightsplit.site_worker.data.dataset import Dataset
 from nightsplit.site_worker.data.scaling import Scaling, scale
 from nightsplit.site_worker.data.source import load_dataset, read_splits
-from nightsplit.site_worker.rounds.trainer import ROWS_AT_A_TIME as ROWS_AT_A_TIME
-from nightsplit.site_worker.rounds.trainer import outputs_of
+from nightsplit.site_worker.rounds.trainer import compute_outputs
 from nightsplit.site_worker.worker import SiteWorker
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the model says about a dataset, row by row, and how good that is.
+    """Predictions of the model for a dataset, row by row, and their metrics.
 
-    `figures` are float32 (rows, columns): the probability of the positive class (binary), of each class
-    (multiclass), the value in the target's own unit (regression), or the foreground's number of pixels (segmentation).
+    `values` are float32 (rows, columns): the probability of the positive class (binary) or of each class
+    (multiclass), the value in the target's unit (regression), or the number of foreground pixels (segmentation).
     """
 
     patients: tuple[str, ...]
-    figures: torch.Tensor
+    values: torch.Tensor
     columns: tuple[str, ...]
     metrics: Metrics
 
     def write(self, file: TextIO) -> None:
-        """CSV: row, patient, and the columns; rows count from 1, in the order of the predicted data."""
+        """Write a CSV: row, patient, and the columns; rows count from 1, in the order of the predicted data."""
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["row", "patient", *self.columns])
-        for row, (patient, figures) in enumerate(zip(self.patients, self.figures.tolist(), strict=True), start=1):
-            table.writerow([row, patient, *(f"{figure:.6g}" for figure in figures)])
+        for row, (patient, values) in enumerate(zip(self.patients, self.values.tolist(), strict=True), start=1):
+            table.writerow([row, patient, *(f"{value:.6g}" for value in values)])
 
 
 def predict(site: SiteWorker, top: Path | None = None, data: Path | None = None) -> Predictions:
     """Predict the site's held-out test patients, or the rows of another file.
 
     Args:
-        site: of a finished run.
-        top: the server's half; None for the one that the run exported.
-        data: a file or folder that is read as [data] of site.toml says, labels included.
+        site: worker of a finished run.
+        top: weights of the top; None for the top that the run exported.
+        data: a file or folder, labels included, read with the settings of [data] in site.toml; None for the
+            test patients.
 
     Raises:
-        DataError: as `chosen`.
+        DataError: as `select_dataset`.
         RunError: 605 the run has not finished here, 604 there is no top, 601 a part does not fit the model.
     """
     prepare_torch(site.config.threads, site.config.device)
     model = _load_model(site, top)
-    config, dataset = site.run_config, chosen(site, data)
-    outputs = outputs_of(model, dataset.inputs, site.config.device)
+    config, dataset = site.run_config, select_dataset(site, data)
+    outputs = compute_outputs(model, dataset.inputs, site.config.device)
     targets = standardise(config.task, config.data, dataset.targets)
     metrics = measure(config.task, config.data, outputs, targets, dataset.patients)
-    return Predictions(dataset.patients, *_in_words(config.task, config.data, outputs), metrics)
+    return Predictions(dataset.patients, *_to_columns(config.task, config.data, outputs), metrics)
 
 
-def chosen(site: SiteWorker, data: Path | None) -> Dataset:
-    """The site's held-out test patients, or the rows of another file, scaled as the training patients ask for.
+def select_dataset(site: SiteWorker, data: Path | None) -> Dataset:
+    """Return the site's test patients, or the rows of another file, scaled by the training patients.
 
     Raises:
-        DataError: the data cannot be read, or (409) are not those that the site was trained with.
+        DataError: the data cannot be read, or (409) the site was trained with other data.
     """
     config = site.run_config
     parts = read_splits(site.source, config, site.base)
     scaled = scale(parts, config.data)
-    site.expect_same_data(scaled)
+    site.check_same_data(scaled)
     if data is None:
         return scaled.test
     source = replace(site.source, path=str(data.absolute()), share=(0.0, 1.0))
@@ -84,38 +84,38 @@ def chosen(site: SiteWorker, data: Path | None) -> Dataset:
 
 
 def _load_model(site: SiteWorker, top: Path | None) -> nn.Module:
-    """The parts, in the order of the forward pass, with the weights of the best model."""
+    """Build the model from its parts in the order of the forward pass, with the weights of the best model."""
     folder, config = site.model_folder, site.run_config
     parts = build_model(config, site.run_folder).modules
     first = next(iter(parts))
     if not (folder / f"{first}.safetensors").exists():
-        what = f"{folder} has no {first}.safetensors: {config.run.id} has not finished at {site.config.name}."
-        raise RunError(605, what, "let the run finish first: nightsplit site site.toml.")
+        sentence = f"{folder} has no {first}.safetensors: {config.run.id} has not finished at {site.config.name}."
+        raise RunError(605, sentence, "let the run finish first: nightsplit site site.toml.")
     if "top" in parts and top is None and not (folder / "top.safetensors").exists():
-        what = f"{folder} has no top.safetensors, so the model is not complete here."
-        given = "ask the server's side for top.safetensors of its report folder, and name it with --top."
-        raise RunError(604, what, f"set run.export_top = true in the next run; or {given}")
+        sentence = f"{folder} has no top.safetensors, so the model is not complete here."
+        remedy = "ask the server's side for top.safetensors of its report folder, and name it with --top."
+        raise RunError(604, sentence, f"set run.export_top = true in the next run; or {remedy}")
     for name, module in parts.items():
-        _fill(module, top if top is not None and name == "top" else folder / f"{name}.safetensors")
+        _load_weights(module, top if top is not None and name == "top" else folder / f"{name}.safetensors")
     return nn.Sequential(*parts.values()).to(site.config.device).eval()
 
 
-def _fill(module: nn.Module, path: Path) -> None:
-    """Load weights; counters (integer buffers) do not travel, and predictions do not need them."""
+def _load_weights(module: nn.Module, path: Path) -> None:
+    """Load weights from a file, which lacks counters (integer buffers): they are not sent and not needed here."""
     try:
         missing, unexpected = module.load_state_dict(load_file(path), strict=False)
     except (OSError, SafetensorError) as error:
         raise RunError(604, f"{path}: {error}.", "name a file of weights that the server's report wrote.") from None
     except RuntimeError:  # a tensor of another shape
         missing, unexpected = [], [path.name]
-    known = module.state_dict()
-    if unexpected or any(known[name].is_floating_point() for name in missing):
+    own = module.state_dict()
+    if unexpected or any(own[name].is_floating_point() for name in missing):
         remedy = "use the run.toml that this file was trained with."
         raise RunError(601, f"{path} does not fit the model of run.toml.", remedy)
 
 
-def _in_words(task: TaskSection, data: DataSection, outputs: torch.Tensor) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """Outputs as what people read, and the names of the columns."""
+def _to_columns(task: TaskSection, data: DataSection, outputs: torch.Tensor) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """Convert outputs to the values and column names of `Predictions`."""
     if task.kind == "regression":
         return outputs * data.target_spread + data.target_mean, ("prediction",)
     if task.kind == "segmentation":

@@ -1,4 +1,4 @@
-"""The site worker for queries to the model of a finished run: submits sequences, and comes back for the scores."""
+"""The site worker for encrypted queries to the model of a finished run: submits sequences and collects scores."""
 
 import csv
 from collections.abc import Sequence
@@ -16,36 +16,37 @@ from nightsplit.shared.he.ckks import PublicKeys
 from nightsplit.shared.he.sequences import parameters_for, rotations_of, steps_of
 from nightsplit.shared.he.weights import FloatArray
 from nightsplit.shared.protocols.he_clstm import SPEC, classifier_of, fill, stages_of
-from nightsplit.shared.protocols.query import CONTRACT, MOST_CHUNKS
+from nightsplit.shared.protocols.query import CHUNKS_MAX, CONTRACT
 from nightsplit.shared.protocols.spec import Shapes
 from nightsplit.shared.runtime.process import StopSignal, lock_folder, prepare_torch
 from nightsplit.shared.storage.files import write_atomic
 from nightsplit.shared.transport import Route
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.policy import Gate, check_policy
-from nightsplit.site_worker.predict import ROWS_AT_A_TIME, chosen
+from nightsplit.site_worker.predict import select_dataset
 from nightsplit.site_worker.protocols.he_clstm import HeClstmSite
 from nightsplit.site_worker.query.client import QueryClient
 from nightsplit.site_worker.query.keys import SECRET, SecretKeys
 from nightsplit.site_worker.query.store import QueryStore
+from nightsplit.site_worker.rounds.trainer import compute_outputs
 from nightsplit.site_worker.worker import SiteWorker
 
 PUBLIC = "public.keys"
-"""Beside the secret one."""
+"""File name of the public keys, beside the secret key."""
 WEIGHTS = ("bottom.safetensors", "model.safetensors")
-"""Of the stages before the last: after a split run, or after rounds."""
+"""Weights of all stages but the last: after a split run, or after rounds."""
 
 
 class QuerySiteWorker:
-    """QueryStore of one site. They are in `queries.db` of its state folder, beside its own pair of keys.
+    """Worker for the queries of one site, which are in `queries.db` of its state folder, beside its keys.
 
     Args:
         path: site.toml of the finished run.
         overrides, stop: as for `SiteWorker`.
 
     Raises:
-        ConfigError: a file is wrong, the policy forbids queries (108), or (105) the run's model cannot work on
-            ciphertexts.
+        ConfigError: a file is wrong, the policy forbids queries (108), or (105) the run's model cannot be
+            evaluated on ciphertexts.
     """
 
     def __init__(self, path: Path, overrides: Sequence[str] = (), stop: StopSignal | None = None) -> None:
@@ -59,7 +60,7 @@ class QuerySiteWorker:
 
     @property
     def steps(self) -> int:
-        """Messages of a query each way."""
+        """Number of messages of a query in each direction."""
         return steps_of(self._classifier)
 
     @property
@@ -67,14 +68,10 @@ class QuerySiteWorker:
         return self.site.state_folder / "keys"
 
     def submit(self, data: Path | None) -> int:
-        """Take sequences in; nothing is sent or encrypted yet.
+        """Store sequences for `work`, which encrypts and sends them; return their number.
 
         Args:
-            data: a file or folder that is read as [data] of site.toml says; None for the site's held-out test
-                patients.
-
-        Returns:
-            How many sequences.
+            data: a file or folder, read with the settings of [data] in site.toml; None for the test patients.
 
         Raises:
             DataError: as `predict`.
@@ -83,34 +80,34 @@ class QuerySiteWorker:
         prepare_torch(self.site.config.threads, self.site.config.device)
         fill(self._front, self.site.model_folder, WEIGHTS)
         with lock_folder(self.site.state_folder):
-            dataset = chosen(self.site, data)
-            features = self._features(dataset.inputs)
-            with closing(self._queries()) as queries:
+            dataset = select_dataset(self.site, data)
+            features = self._compute_features(dataset.inputs)
+            with closing(self._open_store()) as queries:
                 queries.submit(dataset.patients, features)
         return len(features)
 
     def work(self, idle_seconds: float | None = None) -> bool:
-        """Send what was submitted and collect scores, in the site's shifts.
+        """Send the submitted sequences and collect their scores, in the site's shifts.
 
         Args:
-            idle_seconds: leave when nothing happened for so long; None to stay until all is answered.
+            idle_seconds: exit after this many seconds without an event; None to stay until all is answered.
 
         Returns:
             Whether every query is answered or refused.
 
         Raises:
-            NightsplitError: what the user has to know.
+            NightsplitError: the work cannot go on.
         """
         site, run = self.site, self.site.run_config.run
         limit = site.run_config.wire.message_bytes
         names = query_queues(run.id, site.config.name, site.run_config.wire.queue_bytes)
         route = Route(outgoing=names.up, incoming=names.down, dead=names.dead)
-        with lock_folder(site.state_folder), closing(self._queries()) as queries:
-            secret, public = self._own_keys()
+        with lock_folder(site.state_folder), closing(self._open_store()) as queries:
+            secret, public = self._load_keys()
             role = HeClstmSite(self._classifier, secret)
             broker = open_broker(site.config.broker, site.base, limit, site.credentials)
             while site.wait_for_shift():
-                link = site.link(broker, route, 2 * MOST_CHUNKS, idle_seconds)
+                link = site.open_link(broker, route, 2 * CHUNKS_MAX, idle_seconds)
                 if link is None:
                     return False
                 with link:
@@ -123,31 +120,29 @@ class QuerySiteWorker:
         return False
 
     def new_keys(self) -> None:
-        """Forget the pair of keys; the next query makes another.
+        """Delete the keys; the next query makes new ones.
 
         Raises:
-            StateError: 512 queries are open, whose answers only the present keys can read.
+            StateError: 512 queries are open, and only the present keys can decrypt their answers.
         """
         with lock_folder(self.site.state_folder):
-            with closing(self._queries()) as queries:
+            with closing(self._open_store()) as queries:
                 waiting = len(queries.open())
             if waiting:
-                raise StateError(
-                    512, f"{waiting} queries are not answered yet.", "collect their scores first: nightsplit query."
-                )
+                sentence = f"{waiting} queries are not answered yet."
+                raise StateError(512, sentence, "collect their scores first: nightsplit query.")
             for name in (SECRET, PUBLIC):
                 (self._keys / name).unlink(missing_ok=True)
 
     def write_scores(self, file: TextIO) -> tuple[int, int]:
-        """CSV: submission, row, patient, logit and probability, of all that was answered.
+        """Write a CSV of all answers: submission, row, patient, logit and probability.
 
-        Returns:
-            How many sequences are not answered yet, and how many were refused.
+        Return the numbers of sequences that are not answered yet, and that were refused.
         """
         scores = csv.writer(file, lineterminator="\n")
         scores.writerow(["submission", "row", "patient", "logit", "probability"])
-        with closing(self._queries()) as queries:
-            waiting, refused = queries.unformed(), 0
+        with closing(self._open_store()) as queries:
+            waiting, refused = queries.count_waiting(), 0
             for query in queries.all():
                 if query.refusal is not None:
                     refused += len(query.origins)
@@ -160,21 +155,16 @@ class QuerySiteWorker:
                     scores.writerow([*origin, f"{logit:.6f}", f"{probability:.6g}"])
         return waiting, refused
 
-    # -- inside ------------------------------------------------------------------------------------
+    def _compute_features(self, inputs: torch.Tensor) -> FloatArray:
+        return compute_outputs(self._front.eval(), inputs, "cpu").double().numpy()
 
-    def _features(self, inputs: torch.Tensor) -> FloatArray:
-        self._front.eval()
-        with torch.no_grad():
-            rows = [self._front(part) for part in torch.split(inputs, ROWS_AT_A_TIME)]
-        return torch.cat(rows).double().numpy()
-
-    def _queries(self) -> QueryStore:
+    def _open_store(self) -> QueryStore:
         return QueryStore(self.site.state_folder / "queries.db")
 
-    def _own_keys(self) -> tuple[SecretKeys, PublicKeys]:
+    def _load_keys(self) -> tuple[SecretKeys, PublicKeys]:
         path = self._keys / PUBLIC
         if path.exists():
             return SecretKeys.read(self.ckks, self._keys), PublicKeys.of(path.read_bytes())
-        secret, public = SecretKeys.made(self.ckks, self._keys, rotations_of(self.ckks, self._classifier))
+        secret, public = SecretKeys.make(self.ckks, self._keys, rotations_of(self.ckks, self._classifier))
         write_atomic(path, public.content)
         return secret, public

@@ -1,4 +1,4 @@
-"""What the site's side of every system does: it agrees to the run, numbers what it sends, and ends."""
+"""The site's side of every protocol: the handshake, the sequence numbers of its messages, the end of the run."""
 
 import json
 from abc import abstractmethod
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
+from typing_extensions import override
 
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Send, Spend
@@ -18,23 +19,23 @@ from nightsplit.shared.wire.schema import Payload
 
 
 class Account(Protocol):
-    """A run's line in the site's ledger, as `nightsplit.site_worker.privacy.site.Account` keeps it."""
+    """Entry of a run in the site's privacy ledger."""
 
     def pay(self, spend: Spend) -> None:
-        """Pay for all steps so far, durably, before weights that contain them leave."""
+        """Record all steps so far as spent, durably, before weights that contain them leave the site."""
 
     def close(self) -> None:
-        """Let go of the ledger."""
+        """Close the ledger."""
 
 
 class SiteRole(Role):
-    """Says hello, and enrols when the server's run is the one that this site knows.
+    """Role that says hello, and enrols if the server's run.toml is the site's own.
 
     Args:
-        name: the site.
-        config: the run, as the site's own run.toml has it.
+        name: name of the site.
+        config: the run, from the site's own run.toml.
         contract: payload of each kind.
-        incarnation: of this process; a rejection of an earlier one is ignored.
+        incarnation: id of this process; a rejection of an earlier one is ignored.
     """
 
     rederives = True
@@ -43,34 +44,34 @@ class SiteRole(Role):
         super().__init__(name)
         self.config = config
         self.next_seq = 1
-        """The next message to send."""
+        """Number of the next message to send."""
         self.answered = 0
-        """Messages in sequence that came from the server."""
+        """Number of the server's last message in sequence."""
         self.finished = False
         self.account: Account | None = None
-        """Of a run with differential privacy."""
+        """Account of a run with differential privacy."""
         self.best = 0
-        """The best epoch, as far as the server has told."""
-        self._judged = 0
-        """The last epoch that the server has judged, as far as it has told."""
+        """Best epoch by the server's last message."""
+        self._evaluated = 0
+        """Last epoch that the server has evaluated, by its last message."""
         self._contract = contract
         self._incarnation = incarnation
         self._enrolled = False
         self._released = 0
-        """Answers that the broker may have forgotten: a state that holds fewer was lost."""
+        """Answers that the broker may have dropped: a site that restores fewer has lost its state."""
         self._in_snapshot = 0
 
-    # -- what a shape fills in -------------------------------------------------------------------
+    # -- abstract ----------------------------------------------------------------------------------
 
     @property
     @abstractmethod
     def planned(self) -> int:
-        """Messages that the site is going to send; an upper bound where that depends on others."""
+        """Number of messages that the site will send; an upper bound if it depends on other sites."""
 
     @property
     @abstractmethod
     def samples(self) -> tuple[int, int, int]:
-        """FloatArray of training, validation and test samples."""
+        """Numbers of training, validation and test samples."""
 
     @abstractmethod
     def answer(self, message: Message) -> list[Effect]:
@@ -78,25 +79,26 @@ class SiteRole(Role):
 
     @abstractmethod
     def model(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The parts of the best model that the site has at the end: name to weights."""
+        """Return the site's parts of the best model at the end of the run: weights by part and name."""
 
     # -- Role ------------------------------------------------------------------------------------
 
+    @override
     def payload(self, kind: Kind) -> Payload | None:
-        """See `Role`."""
         return self._contract.get(kind)
 
+    @override
     def start(self) -> list[Effect]:
-        """Say hello. To a site that has not seen the run's manifest, the server answers with it."""
+        # The server replies with the manifest until the site has enrolled.
         return [Finish()] if self.finished else [self._hello()]
 
     @property
     def at_work(self) -> bool:
-        """Whether the run is agreed on and not over."""
+        """Whether the site has enrolled and the run is not over."""
         return self._enrolled and not self.finished
 
+    @override
     def on(self, message: Message) -> list[Effect]:
-        """See `Role`."""
         kind, scalars = message.header.kind, message.scalars
         if kind is Kind.MANIFEST:
             return self._enrol(str(scalars["config"]), str(scalars["contract"]))
@@ -109,20 +111,20 @@ class SiteRole(Role):
             raise RunError(number, f"the server rejects {self.name}: {reason}.", f"see: nightsplit explain {number}.")
         return self.answer(message)
 
-    # -- parts that shapes use -------------------------------------------------------------------
+    # -- for subclasses ----------------------------------------------------------------------------
 
-    def open_candidate(self, epoch: int) -> bool:
-        """Whether an epoch is the best, or may still turn out to be."""
-        return epoch > self._judged or epoch == self.best
+    def is_candidate(self, epoch: int) -> bool:
+        """Return whether an epoch is the best so far, or not evaluated yet."""
+        return epoch > self._evaluated or epoch == self.best
 
-    def record_answer(self, seq: int, judged: int) -> None:
-        """Count an answer, and the verdict that came with it."""
-        self.answered, self._judged = seq, max(judged, self._judged)
+    def record_answer(self, seq: int, evaluated: int) -> None:
+        """Count an answer, and the last evaluated epoch that it names."""
+        self.answered, self._evaluated = seq, max(evaluated, self._evaluated)
 
-    def _enrol(self, config: str, contract: str) -> list[Effect]:
-        """Agree to the run as the server opened it, before anything of a patient is sent."""
-        if contract != self.config.digest:
-            differences = _difference(config, self.config.canonical())
+    def _enrol(self, config: str, digest: str) -> list[Effect]:
+        """Compare run.toml with the server's, before any patient data is sent."""
+        if digest != self.config.digest:
+            differences = _describe_difference(config, self.config.canonical())
             remedy = "agree on one run.toml. Nothing of a patient was sent."
             raise RunError(601, f"{self.name} and the server have different run.toml files: {differences}.", remedy)
         if self._enrolled:
@@ -131,7 +133,7 @@ class SiteRole(Role):
         return [self._hello()]
 
     def _hello(self) -> Send:
-        # Not even the numbers of patients' samples leave before site and server agree on the run.
+        # Not even the numbers of samples leave before site and server agree on the run.
         train, validation, test = self.samples if self._enrolled else (0, 0, 0)
         scalars: dict[str, Scalar] = {
             "incarnation": self._incarnation, "contract": self.config.digest, "enrolled": self._enrolled,
@@ -140,8 +142,9 @@ class SiteRole(Role):
         }  # fmt: skip
         return Send(SERVER, Kind.HELLO, 0, scalars=scalars)
 
+    @override
     def saved(self) -> list[Effect]:
-        """See `Role`: before the broker forgets its first answer, the server hears that it may."""
+        # The server must know before the broker drops the first answer.
         if self._released or not self._in_snapshot:
             return []
         self._released = self._in_snapshot
@@ -150,30 +153,30 @@ class SiteRole(Role):
     # -- snapshot ----------------------------------------------------------------------------------
 
     def resume(self, first_unconfirmed: int | None) -> int:
-        """The message to go on with after a restore."""
+        """Return the number of the first message to send after a restore."""
         return min(first_unconfirmed or self.next_seq, self.next_seq)
 
+    @override
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
-        """See `Role`; shapes add to it."""
         self._in_snapshot = self.answered
         facts: dict[str, Any] = {
             "digest": self.config.digest, "next": self.resume(first_unconfirmed), "answered": self.answered,
             "finished": self.finished, "enrolled": self._enrolled, "released": self._released,
-            "best": self.best, "judged": self._judged,
+            "best": self.best, "judged": self._evaluated,
         }  # fmt: skip
         return Snapshot({}, facts)
 
+    @override
     def restore(self, snapshot: Snapshot) -> None:
-        """See `Role`; shapes add to it."""
         facts = snapshot.facts
         check_digest(facts["digest"], self.config, self.name)
         self.next_seq, self.answered = facts["next"], facts["answered"]
-        self.best, self._judged = facts["best"], facts["judged"]
+        self.best, self._evaluated = facts["best"], facts["judged"]
         self.finished, self._enrolled, self._released = facts["finished"], facts["enrolled"], facts["released"]
 
 
-def _difference(theirs: str, ours: str) -> str:
-    """Keys in which two canonical configurations differ; a section that a run does without is null there."""
+def _describe_difference(theirs: str, ours: str) -> str:
+    """List the keys in which two canonical configurations differ; a missing section is null there."""
 
     def lines(text: str) -> dict[str, None]:
         content = json.loads(text)
@@ -182,7 +185,7 @@ def _difference(theirs: str, ours: str) -> str:
     try:
         server, here = lines(theirs), lines(ours)
     except (ValueError, AttributeError, RecursionError):
-        return "the server's cannot be read here"
+        return "the server's cannot be read"
     changed = [f"server {line}" for line in server if line not in here]
     changed += [f"here {line}" for line in here if line not in server]
     return "; ".join(sorted(changed, key=lambda line: line.partition(" ")[2])[:6])

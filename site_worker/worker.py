@@ -1,4 +1,4 @@
-"""The site worker: waits for its shift, publishes and learns until the shift ends, and comes back the next night."""
+"""The site worker: trains during its shift, stops when the shift ends, and resumes in the next one."""
 
 import uuid
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import site_queues
 from nightsplit.shared.clock import Clock
 from nightsplit.shared.config.load import load
-from nightsplit.shared.engine.effects import unpaid
+from nightsplit.shared.engine.effects import forbid_spending
 from nightsplit.shared.engine.engine import Engine
 from nightsplit.shared.engine.failures import refusing_failures
 from nightsplit.shared.engine.fencing import SoleWriter
@@ -38,15 +38,15 @@ from nightsplit.site_worker.policy import Gate, check_policy, read_policy
 from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.role import SiteRole
 
-_DOWN = (Kind.CUT_GRADIENT, Kind.HEAD_INPUT, Kind.AVERAGE, Kind.MODEL)
-"""Kinds that may be large on their way to a site."""
+_LARGE_KINDS = (Kind.CUT_GRADIENT, Kind.HEAD_INPUT, Kind.AVERAGE, Kind.MODEL)
+"""Kinds of messages to a site that may be large."""
 
 
 class SiteWorker(Worker):
-    """One site of one run.
+    """Worker of one site of a run.
 
     Args:
-        path: its site.toml.
+        path: the site's site.toml.
         overrides, clock, stop, observe: see `Worker`.
 
     Raises:
@@ -67,68 +67,63 @@ class SiteWorker(Worker):
         super().__init__(path.parent, self.config, overrides, clock, stop, observe)
         self._role: SiteRole | None = None
         self._server: Status | None = None
-        """What the run store knows of the server."""
-        self._looked = 0
-        """Beats so far."""
-        self._sent_before = -1
-        """Messages sent at the last beat."""
+        """Status of the server in the run store."""
+        self._beats = 0
+        self._last_sent = -1
+        """Messages sent by the last beat."""
         self.policy_file = self.base / self.config.policy
         self.policy = read_policy(self.policy_file)
         check_policy(self.policy, self.run_config, sketch(self.run_config), self.policy_file)
         if self.config.name not in self.run_config.run.sites:
-            raise RunError(
-                602,
-                f"{self.config.name} is not among the sites of {self.run_config.run.id}: "
-                f"{', '.join(self.run_config.run.sites)}.",
-                "correct site.name, or have the site added to run.sites of a new run.",
-            )
+            run, remedy = self.run_config.run, "correct site.name, or have the site added to run.sites of a new run."
+            sentence = f"{self.config.name} is not among the sites of {run.id}: {', '.join(run.sites)}."
+            raise RunError(602, sentence, remedy)
 
     @property
     def model_folder(self) -> Path:
-        """Where the site's part of the trained model goes."""
+        """Folder for the site's part of the trained model."""
         return self.state_folder / "model"
 
     def load_splits(self) -> Splits:
-        """The site's data: read, divided by patient, scaled. DataError says what is wrong with it."""
+        """Read the site's data, divide it by patient and scale it; DataError if it cannot be used."""
         return scale(read_splits(self.source, self.run_config, self.base), self.run_config.data)
 
     def work(self, idle_seconds: float | None = None) -> bool:
         """Work shift after shift until the run is over.
 
         Args:
-            idle_seconds: leave when nothing happened for so long; None to stay.
+            idle_seconds: exit after this many seconds without an event; None to stay.
 
         Returns:
             Whether the run is over.
 
         Raises:
-            NightsplitError: what the user has to know.
+            NightsplitError: the work cannot go on.
         """
         prepare_torch(self.config.threads, self.config.device)
         folder = self.state_folder
         with lock_folder(folder), self.telemetry(self.config.name, [self.config.name]):
             splits = self.load_splits()
-            self.expect_same_data(splits)
+            self.check_same_data(splits)
             check_policy(self.policy, self.run_config, sketch(self.run_config), self.policy_file, splits.counts)
             with Heartbeat(self.config.name, self.open_store, self._status, self._observe, self._look_for_server):
                 while self.wait_for_shift():
-                    finished = refusing_failures(partial(self._one_shift, folder, splits, idle_seconds))
+                    finished = refusing_failures(partial(self._run_shift, folder, splits, idle_seconds))
                     if finished or idle_seconds is not None:
                         return finished
         return False
 
-    def expect_same_data(self, splits: Splits) -> None:
-        """A run goes on with the data that it began with; `splits` as `load_splits` gives them."""
+    def check_same_data(self, splits: Splits) -> None:
+        """Check that `splits`, as `load_splits` returns them, hold the data the run began with, else DataError 409."""
         path = self.state_folder / "data.sha256"
         fingerprints = " ".join(part.fingerprint for part in (splits.train, splits.validation, splits.test))
         if not path.exists():
             write_atomic(path, fingerprints.encode("ascii"))
-        for part, known in zip(
-            (splits.train, splits.validation, splits.test), path.read_text("ascii").split(), strict=True
-        ):
-            part.expect(known)
+        parts = splits.train, splits.validation, splits.test
+        for part, fingerprint in zip(parts, path.read_text("ascii").split(), strict=True):
+            part.check_fingerprint(fingerprint)
 
-    def _one_shift(
+    def _run_shift(
         self, folder: Path, splits: Splits, idle_seconds: float | None, failures: Mapping[str, Refused]
     ) -> bool:
         config = self.run_config
@@ -140,20 +135,20 @@ class SiteWorker(Worker):
         queues = site_queues(config.run.id, self.config.name, config.wire.queue_bytes)
         route = Route(outgoing=queues.up, incoming=queues.down, dead=queues.dead)
         broker = open_broker(self.config.broker, self.base, config.wire.message_bytes, self.credentials)
-        prefetch = prefetch_for(planned_message_bytes(config, {k: p for k in _DOWN if (p := role.payload(k))}))
-        opened = self.link(broker, route, prefetch, idle_seconds)
-        if opened is None:
+        prefetch = prefetch_for(planned_message_bytes(config, {k: p for k in _LARGE_KINDS if (p := role.payload(k))}))
+        link = self.open_link(broker, route, prefetch, idle_seconds)
+        if link is None:
             self.enter(Phase.AWAY)
             return False
-        with opened as link:
+        with link:
             gate, limit = Gate(self.policy_file, config), config.wire.message_bytes
             mailbox = Mailbox(config.run.id, role.name, link, {SERVER: route}, role.payload, limit, gate)
             engine = Engine(
                 role, mailbox, Checkpoints(folder / "checkpoints"), SoleWriter(),
-                spend=role.account.pay if role.account else unpaid, failures=failures,
+                spend=role.account.pay if role.account else forbid_spending, failures=failures,
             )  # fmt: skip
             self._counters = engine.counters
-            self.recovered = engine.recover()
+            self.skipped_checkpoints = engine.recover()
             self.enter(Phase.WORKING)
             finished = engine.run(self.off_duty, idle_seconds)
         if role.account is not None:
@@ -163,10 +158,10 @@ class SiteWorker(Worker):
             self._save_model(role)
         return finished
 
-    def link(self, broker: Broker, route: Route, prefetch: int, idle_seconds: float | None) -> Link | None:
-        """A link, once the broker answers and the server has opened the run, which makes the queues.
+    def open_link(self, broker: Broker, route: Route, prefetch: int, idle_seconds: float | None) -> Link | None:
+        """Open a link as soon as the broker answers and the server has opened the run, which creates the queues.
 
-        None when the shift ends before, or `idle_seconds` do.
+        Return None if the shift or `idle_seconds` end before that.
         """
         owner, since = f"{self.config.name}:{self.state_folder.resolve()}", self._clock.now()
         while not self.off_duty():
@@ -184,28 +179,28 @@ class SiteWorker(Worker):
         return None
 
     def _save_model(self, role: SiteRole) -> None:
-        """What the site has of the best model."""
+        """Write the site's parts of the best model."""
         make_private_folder(self.model_folder)
         for name, weights in role.model().items():
             if weights:
                 write_atomic(self.model_folder / f"{name}.safetensors", as_safetensors(weights))
 
     def _look_for_server(self, store: RunStore) -> None:
-        # What the server says of itself grows with the sites: together they ask for it 32 times a second at most.
-        if self._looked % max(1, len(self.run_config.run.sites) // 32) == 0:
+        # The server's status grows with the number of sites: together they read it at most 32 times a second.
+        if self._beats % max(1, len(self.run_config.run.sites) // 32) == 0:
             self._server = store.statuses([SERVER]).get(SERVER)
-        self._looked += 1
+        self._beats += 1
 
     def _status(self) -> WorkerStatus:
-        """What this site tells of itself; called by the heartbeat."""
-        status = replace(self._present(), beat=uuid.uuid4().hex, server=self._server_seen())
+        """Return the site's status; the heartbeat calls it."""
+        status = replace(self._present(), beat=uuid.uuid4().hex, server=self._server_state())
         role, counts = self._role, self._counters.counts
         if role is None:
             return status
         sent = role.next_seq - 1
-        is_idle = status.phase is Phase.WORKING and role.answered < sent == self._sent_before
-        self._sent_before = sent
-        # Counts begin anew with the process, a place in the sequence does not.
+        is_idle = status.phase is Phase.WORKING and role.answered < sent == self._last_sent
+        self._last_sent = sent
+        # The counters restart with the process, the sequence numbers do not.
         confirmed = min(sent, max(0, sent - counts["sent"] + counts["confirmed"]))
         return replace(
             status,
@@ -214,21 +209,21 @@ class SiteWorker(Worker):
             planned=role.planned,
             answered=role.answered,
             confirmed=confirmed,
-            queued=max(0, confirmed - max(role.answered, self._applied())),
+            queued=max(0, confirmed - max(role.answered, self._count_applied())),
             duplicates=counts["duplicates"],
             refused=counts["refused"],
             checkpoints=counts["checkpoints"],
         )
 
-    def _server_seen(self) -> Literal["online", "offline", "finished"] | None:
-        """How the site finds the server; None where the run store knows nothing of it."""
+    def _server_state(self) -> Literal["online", "offline", "finished"] | None:
+        """Return the server's state in the run store; None if it has no status there."""
         if self._server is None:
             return None
         if self._server.report.phase is Phase.FINISHED:
             return "finished"
         return "online" if self._server.online else "offline"
 
-    def _applied(self) -> int:
-        """Messages of this site that the server says it has applied."""
+    def _count_applied(self) -> int:
+        """Return the number of this site's messages that the server has applied, by its own status."""
         own = self._server.report.sites.get(self.config.name) if self._server is not None else None
         return own.applied if own is not None else 0

@@ -209,7 +209,7 @@ def carry_out(row: Row, seed: int, splits: Mapping[str, Splits], public: Dataset
         judgement = simulation.judgement()
         seconds = time.process_time() - began
         evaluation = simulation.server.evaluation
-        validation = (evaluation.of(evaluation.best) or {})["overall"]["validation"]["dice"]
+        validation = (evaluation.entry(evaluation.best) or {})["overall"]["validation"]["dice"]
         privacy = {} if row.epsilon is None else {site: spent(config, part.train) for site, part in splits.items()}
         return _result(judgement, validation, seconds, privacy), dict(simulation.server.best_weights)
     if row.trained == "pooled sites":

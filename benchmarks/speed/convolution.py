@@ -62,21 +62,21 @@ def convolved(arithmetic: Arithmetic, filters: FloatArray, bias: FloatArray, pix
 def _mean(arithmetic: Arithmetic, tile: Grid, weights: Sequence[Sequence[Plaintext]], bias: float) -> Ciphertext:
     """Of four outputs squared; `tile` and `weights` are 4 x 4."""
     products = [
-        [arithmetic.combined([term]) for term in zip(*rows, strict=True)] for rows in zip(tile, weights, strict=True)
+        [arithmetic.dot_plain([term]) for term in zip(*rows, strict=True)] for rows in zip(tile, weights, strict=True)
     ]
-    outputs = [arithmetic.plus(one, bias) for row in _outputs(arithmetic, products) for one in row]
-    return arithmetic.products([(one, one) for one in outputs])
+    outputs = [arithmetic.add_plain(one, bias) for row in _outputs(arithmetic, products) for one in row]
+    return arithmetic.dot([(one, one) for one in outputs])
 
 
 def _inputs(arithmetic: Arithmetic, tile: Grid) -> Grid:
     """B' d B of the minimal filtering: 4 x 4 pixels to as many sums."""
-    plus, minus = arithmetic.sum, arithmetic.difference
+    plus, minus = arithmetic.sum, arithmetic.subtract
     return _both_ways(lambda d: [minus(d[0], d[2]), plus([d[1], d[2]]), minus(d[2], d[1]), minus(d[1], d[3])], tile)
 
 
 def _outputs(arithmetic: Arithmetic, products: Grid) -> Grid:
     """A' m A: 4 x 4 products to 2 x 2 outputs."""
-    plus, minus = arithmetic.sum, arithmetic.difference
+    plus, minus = arithmetic.sum, arithmetic.subtract
     return _both_ways(lambda m: [plus([m[0], m[1], m[2]]), minus(minus(m[1], m[2]), m[3])], products)
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -14,18 +13,11 @@ import torch
 
 from benchmarks.speed.common import Worker
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
-from nightsplit.broker.topology import site_queues
-from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.engine.engine import Engine
-from nightsplit.shared.engine.fencing import SoleWriter
-from nightsplit.shared.engine.mailbox import Mailbox
+from nightsplit.shared.clock import SystemClock
 from nightsplit.shared.protocols.load import load_run
 from nightsplit.shared.runtime.process import prefetch_for, prepare_torch
-from nightsplit.shared.storage.checkpoint import Checkpoints
-from nightsplit.shared.transport import Route
-from nightsplit.shared.wire.message import SERVER
+from nightsplit.simulation.run import Simulation
 from nightsplit.site_worker.data.dataset import Dataset, Splits
-from nightsplit.site_worker.protocols import make_site
 
 INPUTS, WIDTH, BATCH = 16, 64, 32
 MESSAGE_BYTES = BATCH * (2 * WIDTH + 4)
@@ -85,51 +77,39 @@ class Crowd:
         (folder / "server.toml").write_text(SERVER_FILE.format(broker=broker, store=store))
 
 
-class LightSite:
-    """A site without a process of its own."""
-
-    def __init__(self, name: str, batches: int, config: RunConfig, folder: Path, url: str) -> None:
-        generator = torch.Generator().manual_seed(int(name.removeprefix("site")))
-        inputs = torch.randn(batches * BATCH, INPUTS, generator=generator)
-        train = Dataset(inputs, (inputs[:, 0] > 0).float(), tuple(map(str, range(len(inputs)))))
-        nobody = train.select([])
-        queues = site_queues(config.run.id, name, config.wire.queue_bytes)
-        self.role = make_site(name, config, Splits(train, nobody, nobody), name, Path())
-        self.link = RabbitBroker(url).link([queues.down], prefetch_for(MESSAGE_BYTES), name)
-        routes = {SERVER: Route(queues.up, queues.down, queues.dead)}
-        mailbox = Mailbox(config.run.id, name, self.link, routes, self.role.payload, config.wire.message_bytes)
-        self.engine = Engine(self.role, mailbox, Checkpoints(folder / name), SoleWriter())
-
-    def has_published(self) -> bool:
-        """Whether its whole plan is at the broker."""
-        return self.role.next_seq > self.role.planned and not self.link.unconfirmed
+def parts_of(name: str, batches: int) -> Splits:
+    """Data of a site: so many batches, and nobody to test on."""
+    generator = torch.Generator().manual_seed(int(name.removeprefix("site")))
+    inputs = torch.randn(batches * BATCH, INPUTS, generator=generator)
+    train = Dataset(inputs, (inputs[:, 0] > 0).float(), tuple(map(str, range(len(inputs)))))
+    nobody = train.select([])
+    return Splits(train, nobody, nobody)
 
 
 def sites(line: Connection, planned: Mapping[str, int], folder: Path, url: str) -> None:
     """Sites in one process: connects them, then at a word of ours works a night, and at the next one a day."""
     prepare_torch(1, "cpu")
     config = load_run(folder / "run.toml")
-    crowd = [LightSite(name, batches, config, folder, url) for name, batches in planned.items()]
+    splits = {name: parts_of(name, batches) for name, batches in planned.items()}
+    crowd = Simulation(
+        config, splits, folder, broker=RabbitBroker(url), prefetch=prefetch_for(MESSAGE_BYTES), clock=SystemClock(),
+        workers=list(planned), on_disk=True,
+    )  # fmt: skip
+
+    def has_published(site: str) -> bool:
+        """Whether its whole plan is at the broker."""
+        role = crowd.sites[site]
+        return role.next_seq > role.planned and not crowd.links[site].unconfirmed
+
+    for site in planned:
+        crowd.start(site)
     line.send("connected")
     line.recv()
-    for site in crowd:
-        site.engine.start()
-    _take_turns(crowd, LightSite.has_published)
+    crowd.run(until=has_published)
     line.send("published")
     line.recv()
-    _take_turns(crowd, lambda site: site.engine.finished)
-    for site in crowd:
-        site.engine.leave()
-        site.link.close()
+    crowd.run()
     line.send("finished")
-
-
-def _take_turns(crowd: Sequence[LightSite], done: Callable[[LightSite], bool]) -> None:
-    at_work = list(crowd)
-    while at_work:
-        if not sum(site.engine.step(0.0) for site in at_work):
-            time.sleep(0.005)
-        at_work = [site for site in at_work if not done(site)]
 
 
 @contextmanager

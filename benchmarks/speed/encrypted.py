@@ -88,7 +88,7 @@ class Setting:
         ckks = parameters_for(classifier)
         with scratch() as folder:
             rotations = packing_of(packing, ckks, classifier).rotations
-            secret, self.public = SecretKeys.made(ckks, folder, rotations)
+            secret, self.public = SecretKeys.make(ckks, folder, rotations)
         self.capacity = packing_of(packing, ckks, classifier).capacity
         self._packing = packing
         self._site, self._server = HeClstmSite(classifier, secret), HeClstmServer(classifier, bytes(32))
@@ -110,7 +110,7 @@ class Setting:
 
     def first_pieces(self, sequences: FloatArray) -> list[bytes]:
         """What the site sends first."""
-        return self._site.pieces(self.query(sequences))
+        return self._site.encrypt_step(self.query(sequences))
 
     def judged(self, sequences: FloatArray) -> FloatArray:
         """The logits of a query, all its messages one after the other; CPU seconds and bytes are counted."""
@@ -118,7 +118,7 @@ class Setting:
         answer: list[bytes] = []
         for step in range(self._site.steps):
             query = replace(query, step=step)
-            pieces = self._site.pieces(query)
+            pieces = self._site.encrypt_step(query)
             if answer:  # it goes up again, encrypted afresh, behind the features
                 self.refreshed = sum(map(len, [*answer, *pieces[-len(answer) :]]))
             began = time.process_time()
@@ -127,8 +127,8 @@ class Setting:
             self.seconds += time.process_time() - began
             self.up, self.down = self.up + sum(map(len, pieces)), self.down + sum(map(len, answer))
             if step < self._site.steps - 1:
-                query = replace(query, state=self._site.state(query, answer))
-        return self._site.logits(query, answer)
+                query = replace(query, state=self._site.decrypt_state(query, answer))
+        return self._site.decrypt_logits(query, answer)
 
 
 def _drawn(n: int) -> tuple[torch.Tensor, FloatArray]:
@@ -204,10 +204,10 @@ def convolve(line: Connection, side: int) -> None:
     filters, bias = generator.normal(0, 0.3, (FILTERS, 3, 3)), generator.normal(0, 0.3, FILTERS)
     images = generator.uniform(size=(IMAGES, side, side))
     with scratch() as folder:
-        secret, public = SecretKeys.made(CIRCUIT, folder)
+        secret, public = SecretKeys.make(CIRCUIT, folder)
     arithmetic, top = Arithmetic(CIRCUIT, PublicKeys(public.relin, b"")), CIRCUIT.top
     pixels = [
-        [CIRCUIT.read(secret.encrypted(images[:, row, column], top), top) for column in range(side)]
+        [CIRCUIT.read(secret.encrypt(images[:, row, column], top), top) for column in range(side)]
         for row in range(side)
     ]
     began = time.process_time()
@@ -216,7 +216,7 @@ def convolve(line: Connection, side: int) -> None:
     tensors = (torch.from_numpy(one[:, None] if one.ndim == 3 else one) for one in (images, filters, bias))
     clear = nn.functional.avg_pool2d(nn.functional.conv2d(*tensors).square(), 2).numpy()
     error = max(
-        np.abs(UNIT**2 * secret.decrypted(one) - clear[:, number, row, column]).max()
+        np.abs(UNIT**2 * secret.decrypt(one) - clear[:, number, row, column]).max()
         for number, rows in enumerate(outputs)
         for row, ciphertexts in enumerate(rows)
         for column, one in enumerate(ciphertexts)

@@ -20,7 +20,7 @@ from benchmarks.speed.figures import Figure, Results, arguments
 from nightsplit.shared.config.run import DataSection, ModelSection, PrivacySection, RunConfig, RunSection, TaskSection
 from nightsplit.shared.models.segmentation import monet, unet
 from nightsplit.shared.runtime.process import prepare_torch
-from nightsplit.site_worker.privacy.hooks import Hooked
+from nightsplit.site_worker.privacy.hooks import PerSampleModule
 from nightsplit.site_worker.privacy.secret import Secret
 from nightsplit.site_worker.privacy.trainer import PrivateTrainer
 from nightsplit.site_worker.rounds.trainer import Trainer
@@ -56,10 +56,10 @@ def trainers_of(make: Callable[[], nn.Module], batch: int) -> dict[str, Trainer]
         privacy = PrivacySection(epsilon=8.0, delta=1e-4, clip=0.2, secure=secure)
         return PrivateTrainer(make(), CONFIG, "cpu", privacy, Secret(bytes(32)), 0.67, batch)
 
-    ours, Hooked.GRAD_SAMPLERS = Hooked.GRAD_SAMPLERS, GradSampleModule.GRAD_SAMPLERS
+    ours, PerSampleModule.GRAD_SAMPLERS = PerSampleModule.GRAD_SAMPLERS, GradSampleModule.GRAD_SAMPLERS
     opacus = private(secure=False)
-    opacus._hooked.GRAD_SAMPLERS = Hooked.GRAD_SAMPLERS  # they are looked up again when a hook fires
-    Hooked.GRAD_SAMPLERS = ours
+    opacus._hooked.GRAD_SAMPLERS = PerSampleModule.GRAD_SAMPLERS  # they are looked up again when a hook fires
+    PerSampleModule.GRAD_SAMPLERS = ours
     return {"plain": Trainer(make(), CONFIG, "cpu"), "": private(False), "secure_": private(True), "opacus_": opacus}
 
 

@@ -28,6 +28,7 @@ from nightsplit.broker.proxy import WrappedLink
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.server_worker.protocols import make_server
 from nightsplit.server_worker.rounds.aggregation import WeightedMean
+from nightsplit.shared.clock import SystemClock
 from nightsplit.shared.config.run import (
     DataSection,
     ModelSection,
@@ -45,8 +46,8 @@ from nightsplit.shared.runtime.process import prefetch_for, prepare_torch
 from nightsplit.shared.storage.checkpoint import Checkpoints
 from nightsplit.shared.transport import Broker, Delivery, Event, Link, Queue, Route
 from nightsplit.shared.wire.message import SERVER
+from nightsplit.simulation.run import Simulation
 from nightsplit.site_worker.data.dataset import Dataset, Splits
-from nightsplit.site_worker.protocols import make_site
 
 SITES = ("north", "south", "east", "west")
 WIDTH = 1408
@@ -114,7 +115,7 @@ class Timed(WrappedLink):
 
 
 def _queues(run: str) -> dict[str, SiteQueues]:
-    return {site: site_queues(run, site, 8 * 2**30) for site in SITES}
+    return {site: site_queues(run, site, WireSection().queue_bytes) for site in SITES}
 
 
 def serve(line: Connection, place: Place, run: str, rounds: int, folder: Path) -> None:
@@ -160,22 +161,10 @@ def take_part(line: Connection, place: Place, run: str, rounds: int, folder: Pat
     config = config_of(run, rounds)
     one = Dataset(torch.ones(1, 1), torch.ones(1), ("a",))
     nobody = one.select([])
-    engines, links = [], []
-    for site, queues in _queues(run).items():
-        role = make_site(site, config, Splits(one, nobody, nobody), site, folder)
-        link = place.broker().link([queues.down], prefetch_for(8 * MiB), site)
-        routes = {SERVER: Route(queues.up, queues.down, queues.dead)}
-        mailbox = Mailbox(run, site, link, routes, role.payload, config.wire.message_bytes)
-        engines.append(Engine(role, mailbox, Checkpoints(folder / site), SoleWriter()))
-        links.append(link)
-    for engine in engines:
-        engine.start()
-    while at_work := [engine for engine in engines if not engine.finished]:
-        for engine in at_work:
-            engine.step(0.001)
-    for engine, link in zip(engines, links, strict=True):
-        engine.leave()
-        link.close()
+    Simulation(
+        config, dict.fromkeys(SITES, Splits(one, nobody, nobody)), folder, broker=place.broker(),
+        prefetch=prefetch_for(8 * MiB), clock=SystemClock(), workers=SITES, on_disk=True,
+    ).run()  # fmt: skip
     line.send("finished")
 
 

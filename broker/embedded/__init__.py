@@ -1,1 +1,1 @@
-"""A broker for one host, in a folder: SQLite and files."""
+"""Broker for one host, kept in a folder as SQLite rows and files."""

@@ -1,16 +1,18 @@
-"""A durable broker in a folder: many processes of one host, and no service to install.
+"""Durable broker in a folder, for the processes of one host; there is no service to install.
 
 A queue has one consumer at a time, the link that holds its lease. Since one consumer takes the
 messages in order, a new one simply starts at the oldest; a message needs no state of its own.
 Leases run on the monotonic clock, which the processes of a host share: setting the wall clock
 changes nothing.
 
-For local disks only: SQLite's locks and shared memory cannot be trusted on network file systems.
+For local disks only: SQLite's locks and shared memory are not reliable on network file systems.
 """
 
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
+
+from typing_extensions import override
 
 from nightsplit.broker.embedded.link import EmbeddedLink
 from nightsplit.broker.embedded.storage import Folder
@@ -19,12 +21,12 @@ from nightsplit.shared.transport import Broker, Link, Queue
 
 
 class EmbeddedBroker(Broker):
-    """Queues in a folder, shared by the processes of one host. Keeps nothing open itself.
+    """Broker in a folder that the processes of one host share. It keeps no file open.
 
     Args:
         folder: on a local disk; created when missing.
-        max_message_bytes: largest body.
-        lease_seconds: how long a queue stays with a consumer that has fallen silent.
+        max_message_bytes: size of the largest body.
+        lease_seconds: time after which a queue is taken from a silent consumer.
     """
 
     def __init__(self, folder: Path, max_message_bytes: int = 16 * 2**20, lease_seconds: float = 10.0) -> None:
@@ -32,38 +34,33 @@ class EmbeddedBroker(Broker):
         self._max_message_bytes = max_message_bytes
 
     @property
+    @override
     def max_message_bytes(self) -> int:
-        """Largest body that `Link.publish` takes."""
         return self._max_message_bytes
 
+    @override
     def declare(self, queues: Iterable[Queue]) -> None:
-        """Create queues that do not exist, and remove body files that crashes left.
-
-        Raises:
-            BrokerError: 201 the folder cannot be used, 204 a queue exists with other settings.
-        """
+        """Create queues and remove body files left by crashes; BrokerError 201 unusable folder, 204 other settings."""
         with broker_errors(201, self._folder.path), closing(self._folder.open()) as rows:
             with transaction(rows):
                 for queue in queues:
                     self._folder.declare(rows, queue)
             self._folder.remove_orphans(rows)
 
+    @override
     def link(self, consume: Sequence[Queue], prefetch: int, owner: str) -> Link:
-        """Open a line; see `Broker.link`.
-
-        Raises:
-            BrokerError: 201 the folder cannot be used, 205 a queue does not exist.
-        """
+        """Open a link; BrokerError 201 the folder cannot be used, 205 a queue does not exist."""
         return EmbeddedLink(self._folder, self._max_message_bytes, consume, prefetch, owner)
 
+    @override
     def depth(self, queue: Queue) -> int | None:
-        """Messages waiting, within a beat of the truth; None if the queue is absent."""
+        # Deliveries that the consumer's writer has not recorded yet are counted too.
         with broker_errors(201, self._folder.path), closing(self._folder.open()) as rows:
             waiting = self._folder.waiting(rows, queue.name)
             return None if waiting is None else waiting[0]
 
+    @override
     def delete(self, queues: Iterable[Queue]) -> None:
-        """Remove queues with all they hold."""
         files: list[str] = []
         with broker_errors(201, self._folder.path), closing(self._folder.open()) as rows:
             with transaction(rows):

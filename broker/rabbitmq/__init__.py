@@ -1,1 +1,1 @@
-"""RabbitMQ, over pika."""
+"""RabbitMQ broker, over pika."""

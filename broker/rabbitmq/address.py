@@ -1,4 +1,4 @@
-"""Where a RabbitMQ server or cluster is, and a short visit to it."""
+"""Addresses of a RabbitMQ server or cluster, and short-lived connections to it."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -15,26 +15,23 @@ from nightsplit.shared.errors import BrokerError
 
 
 def read_addresses(url: str, heartbeat: int, credentials: Credentials) -> list[Any]:
-    """What pika needs to know for each host of `amqp://user:password@host:port,host:port/vhost`.
+    """Return pika's parameters for each host of `amqp://user:password@host:port,host:port/vhost`.
 
     Raises:
-        BrokerError: 201 when it cannot be read.
-        ConfigError: 113 when a file of `credentials` cannot be used.
+        BrokerError: 201 the address cannot be read.
+        ConfigError: 113 a file of `credentials` cannot be used.
     """
     try:
-        # By hand: Python's urlsplit takes several hosts only as long as none is an IPv6 address.
+        # By hand: Python's urlsplit accepts several hosts only if none is an IPv6 address.
         scheme, _, rest = url.partition("://")
         authority, slash, path = rest.partition("/")
         login, at, hosts = authority.rpartition("@")
         if at and ":" not in login:
-            login += ":"  # pika fails without a password, which may stand in a file
+            login += ":"  # pika fails without a password, which may be in a file
         addresses = [pika.URLParameters(f"{scheme}://{login}{at}{host}{slash}{path}") for host in hosts.split(",")]
-    except Exception as error:  # whatever the parser stumbles over; its text may show a part of the password
-        raise BrokerError(
-            201,
-            f"the broker's address cannot be read ({type(error).__name__}).",
-            "write amqp://user:password@host:5672/vhost.",
-        ) from None
+    except Exception as error:  # any error of the parser; its text may show a part of the password
+        sentence = f"the broker's address cannot be read ({type(error).__name__})."
+        raise BrokerError(201, sentence, "write amqp://user:password@host:5672/vhost.") from None
     secret = credentials.secret()
     for parameters in addresses:
         if secret is not None:
@@ -50,9 +47,9 @@ def read_addresses(url: str, heartbeat: int, credentials: Credentials) -> list[A
 
 @contextmanager
 def connected(addresses: Sequence[Any], seconds: float) -> Iterator[Any]:
-    """A short-lived connection of the calling thread to the first of `addresses` that answers.
+    """Open a connection of the calling thread to the first of `addresses` that answers, for the block.
 
-    Each is tried at least once, and all of them until `seconds` are over. What goes wrong becomes a BrokerError.
+    Each is tried at least once, and all of them until `seconds` are over. Failures become BrokerError.
     """
     parameters, connection = _connect(addresses, seconds)
     try:
@@ -66,16 +63,16 @@ def connected(addresses: Sequence[Any], seconds: float) -> Iterator[Any]:
 
 
 def _connect(addresses: Sequence[Any], seconds: float) -> tuple[Any, Any]:
-    """The address that answers, and a connection to it."""
-    pauses, deadline = Backoff(), time.monotonic() + seconds
+    """Return the address that answers, and a connection to it."""
+    backoff, deadline = Backoff(), time.monotonic() + seconds
     while True:
         for parameters in addresses:
             try:
                 return parameters, pika.BlockingConnection(parameters)
             except (exceptions.AMQPError, OSError) as error:
-                if verdict := permanent_error(error, parameters):
-                    raise verdict from None
+                if permanent := permanent_error(error, parameters):
+                    raise permanent from None
                 failure = unreachable(error, parameters)
-            time.sleep(next(pauses))
+            time.sleep(next(backoff))
         if time.monotonic() > deadline:
             raise failure

@@ -1,4 +1,4 @@
-"""RabbitMQ. `link` is the left column below; `publisher` and `consumer` are the right one.
+"""RabbitMQ broker. `link` is the left column below; `publisher` and `consumer` are the right one.
 
     the worker's thread                       the link's I/O thread (one pika loop)
     ───────────────────                       ─────────────────────────────────────
@@ -8,14 +8,16 @@
 
 Heartbeats go on while the worker computes, because another thread sends them. There are two
 connections because a broker with an alarm stops reading from one that publishes, and the
-acknowledgements must still get through: they are what drains the backlog that raised the alarm.
+acknowledgements must still get through: they drain the backlog that raised the alarm.
 A worker that dies frees its queues when the broker sees its connection end: at once for a process,
-after two heartbeats for a machine or a line. A restart under the same name waits no less.
+after two heartbeats for a host or a network. A restart under the same name waits as long.
 
 All state in the right column belongs to the I/O thread; the inbox is the only way back.
 """
 
 from collections.abc import Iterable, Sequence
+
+from typing_extensions import override
 
 from nightsplit.broker.rabbitmq.address import connected, read_addresses
 from nightsplit.broker.rabbitmq.connection import ChannelRefused, IOLoop, tune_process
@@ -24,16 +26,16 @@ from nightsplit.broker.rabbitmq.errors import arguments, split_cluster
 from nightsplit.broker.rabbitmq.inbox import Inbox
 from nightsplit.broker.rabbitmq.link import RabbitLink
 from nightsplit.broker.rabbitmq.publisher import Publisher
-from nightsplit.shared.credentials import NOBODY, Credentials
+from nightsplit.shared.credentials import NO_CREDENTIALS, Credentials
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Broker, Link, Queue
 
 FIRST_CONNECTION_S = 10.0
-"""An address that did not answer for so long is probably wrong; one that once did is tried for ever."""
+"""Seconds after which an address that never answered is probably wrong; one that did is tried for ever."""
 
 HEARTBEAT_S = 10
-"""A line that fell silent without a word is noticed within 30 s, so that its site is back soon after it. Large
-messages need no more: what passes of them counts as a sign of life. Below 5 s RabbitMQ warns of false alarms."""
+"""Heartbeat interval in seconds: a silent network is noticed within 30 s, so that a site is back soon after it. Large
+messages need no more, since each of their frames counts as a heartbeat. Below 5 s RabbitMQ warns of false alarms."""
 
 
 class RabbitBroker(Broker):
@@ -42,15 +44,14 @@ class RabbitBroker(Broker):
     Args:
         url: `amqp://user:password@host:port/vhost`, or `amqps` for TLS. With TLS every worker has its own
             user: a message carries its name, RabbitMQ checks it, and the receiver reads it. Several hosts,
-            divided by commas, are the nodes of a cluster: they are tried in turn, and queues are quorum queues.
-        max_message_bytes: largest body; 16 MiB is what RabbitMQ 4 takes unless it is told otherwise.
-        heartbeat: seconds after which either side begins to suspect a silent connection; it gives up after
-            two or three times as many.
-        credentials: certificates and password, where they do not stand in the address.
+            separated by commas, are the nodes of a cluster: they are tried in turn, and queues are quorum queues.
+        max_message_bytes: size of the largest body; RabbitMQ 4 accepts 16 MiB by default.
+        heartbeat: interval in seconds; either side gives up a connection that is silent for two or three intervals.
+        credentials: certificates and password, where they are not in the address.
 
     Raises:
-        BrokerError: 201 when the address cannot be read.
-        ConfigError: 113 when a file of `credentials` cannot be used.
+        BrokerError: 201 the address cannot be read.
+        ConfigError: 113 a file of `credentials` cannot be used.
     """
 
     def __init__(
@@ -58,35 +59,32 @@ class RabbitBroker(Broker):
         url: str,
         max_message_bytes: int = 16 * 2**20,
         heartbeat: int = HEARTBEAT_S,
-        credentials: Credentials = NOBODY,
+        credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
         tune_process()
         self._addresses = read_addresses(url, heartbeat, credentials)
         self._max_message_bytes = max_message_bytes
 
     @property
+    @override
     def max_message_bytes(self) -> int:
-        """Largest body that `Link.publish` takes."""
         return self._max_message_bytes
 
+    @override
     def declare(self, queues: Iterable[Queue]) -> None:
-        """Create queues that do not exist; see `Broker.declare`.
-
-        Raises:
-            BrokerError: 212 a node of the cluster does not see what another one has declared.
-        """
-        wanted, replicated = list(queues), len(self._addresses) > 1
+        """Create the queues that do not exist; also BrokerError 212 a node does not see the queues of another one."""
+        queues, replicated = list(queues), len(self._addresses) > 1
         with connected(self._addresses, FIRST_CONNECTION_S) as connection:
             channel = connection.channel()
-            for queue in wanted:
+            for queue in queues:
                 channel.exchange_declare(queue.exchange, "direct", durable=True)
                 channel.queue_declare(queue.name, durable=True, arguments=arguments(queue, replicated))
                 channel.queue_bind(queue.name, queue.exchange, queue.key)
-        if replicated and wanted:
-            self._expect_agreement(wanted[0])
+        if replicated and queues:
+            self._check_nodes(queues[0])
 
-    def _expect_agreement(self, queue: Queue) -> None:
-        """Ask each node that answers for `queue`: one that has lost sight of the others keeps what it declares."""
+    def _check_nodes(self, queue: Queue) -> None:
+        """Raise BrokerError 212 when a node that answers does not know `queue`: it has lost contact with the others."""
         for parameters in self._addresses:
             try:
                 with connected([parameters], 0.0) as connection:
@@ -95,25 +93,23 @@ class RabbitBroker(Broker):
                 if error.number == 205:
                     raise split_cluster(queue, parameters) from None
 
+    @override
     def link(self, consume: Sequence[Queue], prefetch: int, owner: str) -> Link:
-        """Open a line; see `Broker.link`.
-
-        Raises:
-            BrokerError: 201 unreachable, 202 login refused, 205 a queue does not exist.
-        """
+        """Open a link; BrokerError 201 unreachable, 202 login refused, 205 a queue does not exist."""
         loop, inbox = IOLoop(), Inbox()
-        publishing = Publisher(loop, self._addresses, owner, inbox)
-        consuming = Consumer(loop, self._addresses, owner, inbox, consume, prefetch)
-        link = RabbitLink(loop, inbox, publishing, consuming, self._max_message_bytes, owner)
+        publisher = Publisher(loop, self._addresses, owner, inbox)
+        consumer = Consumer(loop, self._addresses, owner, inbox, consume, prefetch)
+        link = RabbitLink(loop, inbox, publisher, consumer, self._max_message_bytes, owner)
         try:
-            link.wait_until_up(FIRST_CONNECTION_S * len(self._addresses))  # a frozen host takes its share
+            link.wait_until_ready(FIRST_CONNECTION_S * len(self._addresses))  # a frozen host takes its share
         except BaseException:
             link.close()
             raise
         return link
 
+    @override
     def depth(self, queue: Queue) -> int | None:
-        """Messages that no consumer holds; None if the queue is absent. May lag after a broker's restart."""
+        # The count may be late after a restart of the broker.
         try:
             with connected(self._addresses, FIRST_CONNECTION_S) as connection:
                 declared = connection.channel().queue_declare(queue.name, passive=True)
@@ -124,13 +120,14 @@ class RabbitBroker(Broker):
         waiting: int = declared.method.message_count
         return waiting
 
+    @override
     def delete(self, queues: Iterable[Queue]) -> None:
-        """Remove queues with all they hold, and exchanges that lead nowhere then."""
-        unwanted = list(queues)
+        """Remove queues with their messages, and exchanges that lead to no other queue."""
+        queues = list(queues)
         with connected(self._addresses, FIRST_CONNECTION_S) as connection:
-            for queue in unwanted:
+            for queue in queues:
                 connection.channel().queue_delete(queue.name)
-            for exchange in sorted({queue.exchange for queue in unwanted}):
+            for exchange in sorted({queue.exchange for queue in queues}):
                 try:
                     connection.channel().exchange_delete(exchange, if_unused=True)
                 except ChannelRefused as refusal:

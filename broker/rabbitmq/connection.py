@@ -1,4 +1,4 @@
-"""A connection to RabbitMQ that comes back by itself; what `publisher` and `consumer` share.
+"""Connection to RabbitMQ that reconnects by itself, the base of `publisher` and `consumer`.
 
 It belongs to a link's I/O thread; see the drawing in `nightsplit.broker.rabbitmq.broker`.
 """
@@ -26,70 +26,70 @@ from nightsplit.shared.errors import BrokerError
 
 __all__ = ["ChannelRefused", "Connection", "IOLoop", "tune_process"]
 
-MISSING_S = 120.0
-"""How long a queue may be missing: nodes of a cluster that lost sight of each other find together again."""
+QUEUE_MISSING_S_MAX = 120.0
+"""Longest time in seconds that a queue may be missing: the nodes of a split cluster find each other again."""
 
-FORGET_MISSING_S = 60.0
-"""Longer than between two attempts. What was missing earlier than that has been there meanwhile."""
+QUEUE_FOUND_S = 60.0
+"""Seconds, longer than between two attempts, after which a missing queue counts as found in the meantime."""
 
-FORGOTTEN_S = 60.0
-"""How long a cluster may keep silent on a channel to which it owes something."""
+SILENCE_S_MAX = 60.0
+"""Longest silence in seconds of a cluster on a channel that it owes a reply."""
 
-LOOKS = 4
-"""How often it is looked at in that time."""
+SILENCE_CHECKS = 4
+"""Number of checks in that time."""
 
 RECEIVE_BYTES = 128 * 2**10
-"""What pika reads at a time: the size of an AMQP frame."""
+"""Bytes that pika reads at a time: the size of an AMQP frame."""
 
 ChannelRefused = exceptions.ChannelClosedByBroker
 
 
 def tune_process() -> None:
-    """Settings of the process that this transport needs."""
-    # A worker in pure Python code gives the interpreter away every 5 ms by default, and the I/O
+    """Apply the settings of the process that this transport needs."""
+    # A worker in pure Python code releases the interpreter every 5 ms by default, and the I/O
     # thread needs it for every frame of 128 KB: measured 46 MB/s, against 165 MB/s with 0.5 ms.
     sys.setswitchinterval(0.0005)
-    # pika reads 4 KB at a time and copies what it has of a frame each time: 3 times slower.
+    # pika reads 4 KB at a time and copies the partial frame each time: 3 times slower.
     if hasattr(io_services_utils._AsyncTransportBase, "_MAX_RECV_BYTES"):
         io_services_utils._AsyncTransportBase._MAX_RECV_BYTES = RECEIVE_BYTES
     logging.getLogger("pika").setLevel(logging.CRITICAL + 1)  # failures are reported as events and errors
 
 
 class Connection(ABC):
-    """One connection with one channel, opened again whenever it is lost.
+    """Connection with one channel, opened again whenever it is lost.
 
-        connect ─▶ _on_open ─▶ _prepare (subclass) ─▶ _now_up ─ ─ ─ ┐
+        connect ─▶ _on_open ─▶ _prepare (subclass) ─▶ _on_ready ─ ─ ┐
            ▲                                                        │ lost, or its channel closed
            └─── next host, pause ◀──── _on_end ◀────────────────────┘
 
-    A closed channel closes its connection too: with a single way back, that way is well trodden.
+    A closed channel closes its connection too, so that there is a single, well-tested way to recover.
     A new connection is opened only after the old one has reported its end.
     """
 
     role: str  # "publishing" or "consuming"
 
     def __init__(self, loop: Any, addresses: Sequence[Any], owner: str, inbox: Inbox) -> None:
-        self.was_up = threading.Event()
+        self.ready = threading.Event()
         self.on_ended: Callable[[], None] = lambda: None
         self._loop = loop
         self._inbox = inbox
         self._addresses = deque(copy.copy(parameters) for parameters in addresses)
         for parameters in self._addresses:
             parameters.client_properties = {"connection_name": f"nightsplit {owner} {self.role}"}
-        self._pauses = Backoff()
+        self._backoff = Backoff()
         self._connection: Any = None
         self._channel: Any = None  # None unless it may be used
         self._retry: Any = None
-        self._why: BaseException | None = None  # what closed the channel; the connection ends after it
+        self._channel_error: BaseException | None = None  # closed the channel; the connection ends after it
         self._last_error: BaseException | None = None
-        self._renewing = False
-        self._closing = False
-        self._missing_first = self._missing_last = -math.inf
-        self._quiet_since = -math.inf
+        self._is_renewing = False
+        self._is_closing = False
+        self._missing_since = self._missing_at = -math.inf
+        self._last_traffic = -math.inf
 
     @property
     def _parameters(self) -> Any:
-        """Of the host whose turn it is."""
+        """Parameters of the current host."""
         return self._addresses[0]
 
     @property
@@ -98,28 +98,28 @@ class Connection(ABC):
 
     @abstractmethod
     def _prepare(self, channel: Any) -> None:
-        """Set up a fresh channel; ends in `_now_up`."""
+        """Set up a fresh channel; ends in `_on_ready`."""
 
     @abstractmethod
-    def _lost(self) -> None:
-        """Forget what was bound to the channel; the connection has ended."""
+    def _on_lost(self) -> None:
+        """Reset the state that belonged to the channel; the connection has ended."""
 
     @abstractmethod
-    def _is_owed(self) -> bool:
-        """Whether the broker should have said something meanwhile; asked when it was quiet for long."""
+    def _is_reply_due(self) -> bool:
+        """Return whether the broker should have replied in the meantime; called after a long silence."""
 
     @property
     def has_ended(self) -> bool:
-        """Whether the connection is closed for good."""
-        return self._closing and self._connection is None
+        """True when the connection is closed for good."""
+        return self._is_closing and self._connection is None
 
     def unreachable(self) -> BrokerError:
-        """The error for a broker that does not answer."""
+        """Return the error for a broker that does not answer."""
         return unreachable(self._last_error, self._parameters)
 
     def connect(self) -> None:
-        """Begin to connect, and go on until it works."""
-        self._retry = self._why = None
+        """Begin to connect, and retry until it works."""
+        self._retry = self._channel_error = None
         self._connection = SelectConnection(
             self._parameters,
             on_open_callback=self._on_open,
@@ -129,23 +129,23 @@ class Connection(ABC):
         )
 
     def close(self) -> None:
-        """Close for good, in order where the broker takes part."""
-        self._closing = True
+        """Close for good, with a handshake where the broker takes part."""
+        self._is_closing = True
         if self._retry is not None:
             self._loop.remove_timeout(self._retry)
-        self._let_go()
+        self._disconnect()
 
-    def abort(self, why: str) -> None:
-        """End the connection without the broker, which may be away or not reading."""
+    def abort(self, reason: str) -> None:
+        """End the connection without the broker, which may be unreachable or not reading."""
         if self._connection is not None:
-            # pika's public close() waits for the broker's answer.
-            self._connection._terminate_stream(exceptions.ConnectionClosedByClient(200, why))
+            # pika's public close() waits for the broker's reply.
+            self._connection._terminate_stream(exceptions.ConnectionClosedByClient(200, reason))
 
-    def _let_go(self) -> None:
+    def _disconnect(self) -> None:
         """Close the connection so that its unacknowledged deliveries are the next to be delivered.
 
-        Of itself pika would cancel the consumers first. The broker then wakes a standby, and (seen
-        with a quorum queue) gives it what follows, before our deliveries are back in their places.
+        By default pika would cancel the consumers first. The broker then activates a standby, and (seen
+        with a quorum queue) delivers later messages to it before ours are back in their places.
         """
         if self._connection is not None and not (self._connection.is_closing or self._connection.is_closed):
             self._channel = None
@@ -161,68 +161,67 @@ class Connection(ABC):
         self._prepare(channel)
 
     def _on_channel_closed(self, channel: Any, reason: BaseException) -> None:
-        # The broker closes a channel alone when an acknowledgement is overdue, for example; the
-        # connection would stay open then, and silent for ever.
-        self._why = reason
-        self._let_go()
+        # The broker closes only the channel when an acknowledgement is overdue, for example; the
+        # connection would then stay open, and silent for ever.
+        self._channel_error = reason
+        self._disconnect()
 
-    def _now_up(self) -> None:
-        if time.monotonic() - self._missing_last > FORGET_MISSING_S:  # else it may be missing still
-            self._pauses = Backoff()
-        self.was_up.set()
-        self._inbox.over(self.role)
+    def _on_ready(self) -> None:
+        if time.monotonic() - self._missing_at > QUEUE_FOUND_S:  # else it may still be missing
+            self._backoff = Backoff()
+        self.ready.set()
+        self._inbox.unblock(self.role)
         if self._is_cluster:
-            self._heard()
-            self._look_later()
+            self._note_traffic()
+            self._schedule_check()
 
-    def _heard(self) -> None:
-        """Something went to or fro on the channel."""
-        self._quiet_since = time.monotonic()
+    def _note_traffic(self) -> None:
+        """Note that there was traffic on the channel."""
+        self._last_traffic = time.monotonic()
 
-    def _look_later(self) -> None:
-        self._loop.call_later(FORGOTTEN_S / LOOKS, partial(self._look, self._channel))
+    def _schedule_check(self) -> None:
+        self._loop.call_later(SILENCE_S_MAX / SILENCE_CHECKS, partial(self._check_silence, self._channel))
 
-    def _look(self, channel: Any) -> None:
-        """Give a channel up that its cluster has forgotten: its heartbeats go on, and nothing else would.
+    def _check_silence(self, channel: Any) -> None:
+        """Abort the connection when its cluster has lost the channel: only heartbeats would go on.
 
         Seen with quorum queues of RabbitMQ 3.10, after a node that led them had stood still and came back.
         """
         if channel is None or channel is not self._channel:
-            return  # a later one is looked at by itself
-        all_written = self._connection._transport.get_write_buffer_size() == 0  # a slow line is no silence
-        if all_written and time.monotonic() - self._quiet_since >= FORGOTTEN_S and self._is_owed():
-            self.abort(
-                f"the broker owes an answer and is silent for {FORGOTTEN_S:.0f} s"
-            )  # it would owe a farewell too
+            return  # a later channel has its own checks
+        is_written = self._connection._transport.get_write_buffer_size() == 0  # a slow network is no silence
+        if is_written and time.monotonic() - self._last_traffic >= SILENCE_S_MAX and self._is_reply_due():
+            # A handshake would wait for the same broker.
+            self.abort(f"the broker owes a reply and is silent for {SILENCE_S_MAX:.0f} s")
         else:
-            self._look_later()
+            self._schedule_check()
 
     def _on_end(self, connection: Any, reason: BaseException) -> None:
-        self._last_error = reason = self._why or reason
+        self._last_error = reason = self._channel_error or reason
         self._connection = self._channel = None
         error = permanent_error(reason, self._parameters)
-        if self._closing:
+        if self._is_closing:
             self.on_ended()
-        elif self._renewing:
-            self._renewing = False
+        elif self._is_renewing:
+            self._is_renewing = False
             self.connect()
-        elif error is not None and not self._may_come_back(error):
+        elif error is not None and not self._is_temporary(error):
             self._inbox.fail(error)
         else:
-            self._inbox.trouble(self.role, connection_lost(reason, self._parameters))
-            self._retry = self._loop.call_later(next(self._pauses), self._connect_to_next)
-        self._lost()
+            self._inbox.block(self.role, connection_lost(reason, self._parameters))
+            self._retry = self._loop.call_later(next(self._backoff), self._connect_to_next)
+        self._on_lost()
 
     def _connect_to_next(self) -> None:
         self._addresses.rotate(-1)
         self.connect()
 
-    def _may_come_back(self, error: BrokerError) -> bool:
-        """Whether a queue is missing, not for long yet, in a cluster: its parts may lose sight of each other."""
-        if error.number != 205 or not self._is_cluster or not self.was_up.is_set():
+    def _is_temporary(self, error: BrokerError) -> bool:
+        """Return whether a queue is missing in a cluster, not for long yet: its nodes may be out of contact."""
+        if error.number != 205 or not self._is_cluster or not self.ready.is_set():
             return False
         now = time.monotonic()
-        if now - self._missing_last > FORGET_MISSING_S:
-            self._missing_first = now
-        self._missing_last = now
-        return now - self._missing_first < MISSING_S
+        if now - self._missing_at > QUEUE_FOUND_S:
+            self._missing_since = now
+        self._missing_at = now
+        return now - self._missing_since < QUEUE_MISSING_S_MAX

@@ -1,9 +1,11 @@
-"""The half of a link to RabbitMQ that consumes; see the drawing in `nightsplit.broker.rabbitmq.broker`."""
+"""Consuming connection of a link to RabbitMQ; see the drawing in `nightsplit.broker.rabbitmq.broker`."""
 
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
+
+from typing_extensions import override
 
 from nightsplit.broker.rabbitmq.connection import Connection
 from nightsplit.broker.rabbitmq.inbox import Inbox
@@ -11,7 +13,7 @@ from nightsplit.shared.transport import Delivery, Queue
 
 
 class Consumer(Connection):
-    """Receives deliveries. Each connection is an incarnation: what an earlier one delivered is void."""
+    """Connection that receives deliveries. Those of an earlier incarnation, a lost connection, are stale."""
 
     role = "consuming"
 
@@ -24,75 +26,79 @@ class Consumer(Connection):
         self._owner = owner
         self._incarnation = object()  # unlike any other, also those of other links
         self._unacknowledged: Counter[str] = Counter()
-        self._asked_about: set[str] = set()
-        """Queues that the broker was asked about in a silence, and which seem to be forgotten."""
+        self._overdue: set[str] = set()
+        """Queues with overdue deliveries, as found by the checks in a silence."""
 
     def is_stale(self, delivery: Delivery) -> bool:
-        """Whether the broker has taken `delivery` back. Called by the worker."""
+        """Return whether the broker has taken `delivery` back. Called by the worker's thread."""
         return not (isinstance(delivery.tag, tuple) and delivery.tag[0] is self._incarnation)
 
     def acknowledge(self, delivery: Delivery) -> None:
-        """Acknowledge `delivery` unless it is void."""
+        """Acknowledge `delivery` unless it is stale."""
         if self._channel is not None and not self.is_stale(delivery):
             assert isinstance(delivery.tag, tuple)
-            self._heard()
+            self._note_traffic()
             self._unacknowledged[delivery.queue] -= 1
             self._channel.basic_ack(delivery.tag[1])
 
     def raise_prefetch(self, prefetch: int) -> None:
-        """Consume anew, since the broker fixes a consumer's prefetch when it begins."""
+        """Reconnect with another prefetch, since the broker fixes it when a consumer starts."""
         self.prefetch = prefetch
         if self._channel is not None:
-            self._renewing = True
-            self._let_go()
+            self._is_renewing = True
+            self._disconnect()
 
+    @override
     def _prepare(self, channel: Any) -> None:
-        def consuming(frame: Any) -> None:
-            waited_for.discard(frame.method.consumer_tag)
-            if not waited_for:
-                self._now_up()
+        def on_consuming(frame: Any) -> None:
+            starting.discard(frame.method.consumer_tag)
+            if not starting:
+                self._on_ready()
 
         channel.add_on_cancel_callback(self._on_cancelled)
-        channel.basic_qos(prefetch_count=self.prefetch)  # holds for each consumer begun after it
-        waited_for = {f"{self._owner} {queue.name}" for queue in self.queues}
+        channel.basic_qos(prefetch_count=self.prefetch)  # applies to every consumer started after it
+        starting = {f"{self._owner} {queue.name}" for queue in self.queues}
         for queue in self.queues:
             channel.basic_consume(
                 queue.name,
                 partial(self._on_delivery, queue.name),
                 consumer_tag=f"{self._owner} {queue.name}",
-                callback=consuming,
+                callback=on_consuming,
             )
 
-    def _heard(self) -> None:
-        super()._heard()
-        self._asked_about.clear()
+    @override
+    def _note_traffic(self) -> None:
+        super()._note_traffic()
+        self._overdue.clear()
 
-    def _is_owed(self) -> bool:
-        # At the first look it asks; at the next one, a queue that has something is owed, or one that did not answer.
-        if self._asked_about:
+    @override
+    def _is_reply_due(self) -> bool:
+        # The first check asks for the depth; at the next, a queue with messages or without a reply is overdue.
+        if self._overdue:
             return True
         for queue in self.queues:
-            self._asked_about.add(queue.name)
+            self._overdue.add(queue.name)
             self._channel.queue_declare(queue.name, passive=True, callback=self._on_depth)
         return False
 
     def _on_depth(self, frame: Any) -> None:
         queue = frame.method.queue
         if not frame.method.message_count or self._unacknowledged[queue] >= self.prefetch:
-            self._asked_about.discard(queue)
+            self._overdue.discard(queue)
 
-    def _lost(self) -> None:
+    @override
+    def _on_lost(self) -> None:
         self._incarnation = object()
         self._unacknowledged.clear()
 
     def _on_cancelled(self, frame: Any) -> None:
-        # The queue was deleted or its node went away. Consumer anew finds out which.
+        # The queue was deleted or its node went away; reconnecting finds out which.
         self._on_channel_closed(self._channel, ConnectionError("the broker cancelled the consumer"))
 
     def _on_delivery(self, queue: str, channel: Any, method: Any, properties: Any, body: bytes) -> None:
         # The broker adds headers of other types to dead letters.
         headers = {key: value for key, value in (properties.headers or {}).items() if isinstance(value, str)}
-        self._heard()
+        self._note_traffic()
         self._unacknowledged[queue] += 1
         tag = (self._incarnation, method.delivery_tag)
         user = properties.user_id or "" if self._parameters.ssl_options else None

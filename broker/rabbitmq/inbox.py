@@ -1,4 +1,4 @@
-"""Events on their way from the I/O thread of a link to the worker."""
+"""Queue of events from a link's I/O thread to the worker."""
 
 from queue import SimpleQueue
 
@@ -7,32 +7,32 @@ from nightsplit.shared.transport import Blocked, Event, Unblocked
 
 
 class Inbox:
-    """Events for the worker, and the error that no retry can mend."""
+    """Thread-safe queue of events for the worker, with the permanent error that ends them."""
 
     def __init__(self) -> None:
         self.events: SimpleQueue[Event | None] = SimpleQueue()
         self._failure: BrokerError | None = None
-        self._troubles: set[str] = set()
+        self._causes: set[str] = set()
 
     def fail(self, error: BrokerError) -> None:
-        """Let every later call of the worker raise `error`."""
+        """Make every later call of the worker raise `error`."""
         self._failure = self._failure or error
-        self.events.put(None)  # wakes a worker that waits
+        self.events.put(None)  # wakes a waiting worker
 
     def raise_failure(self) -> None:
         """Raise the error, if there is one."""
         if self._failure is not None:
             raise self._failure.with_traceback(None)
 
-    def trouble(self, cause: str, reason: str) -> None:
-        """Report a cause of trouble, once until it is over."""
-        if cause not in self._troubles:
-            self._troubles.add(cause)
+    def block(self, cause: str, reason: str) -> None:
+        """Report that a cause blocks the link, once until it is over."""
+        if cause not in self._causes:
+            self._causes.add(cause)
             self.events.put(Blocked(reason))
 
-    def over(self, cause: str) -> None:
-        """Take a cause back; `Unblocked` follows when it was the last."""
-        if cause in self._troubles:
-            self._troubles.remove(cause)
-            if not self._troubles:
+    def unblock(self, cause: str) -> None:
+        """Report that a cause is over; `Unblocked` follows when it was the last."""
+        if cause in self._causes:
+            self._causes.remove(cause)
+            if not self._causes:
                 self.events.put(Unblocked())

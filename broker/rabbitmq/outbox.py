@@ -1,4 +1,4 @@
-"""What a link keeps until the broker has confirmed it, and when to offer it again.
+"""Unconfirmed messages of a link, and the times to publish them again.
 
 Bookkeeping only: no socket, no thread, no clock.
 """
@@ -8,26 +8,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
 
+from typing_extensions import override
+
 from nightsplit.shared.transport import Queue
 
 
 class Backoff(Iterator[float]):
-    """Seconds to wait before each further attempt: doubling, with a jitter that keeps workers apart."""
+    """Iterator over the seconds before each further attempt: doubling, with a jitter that keeps workers apart."""
 
-    # Not the module's generator: training seeds that one, and its numbers must not depend on us.
+    # Not the module's generator: training seeds that one, and its numbers must not depend on retries.
     _random = random.Random()
 
     def __init__(self) -> None:
-        self._next = 0.1
+        self._delay = 0.1
 
+    @override
     def __next__(self) -> float:
-        pause, self._next = self._next, min(2 * self._next, 10.0)
-        return pause * self._random.uniform(0.5, 1.0)
+        delay, self._delay = self._delay, min(2 * self._delay, 10.0)
+        return delay * self._random.uniform(0.5, 1.0)
 
 
 @dataclass(slots=True, eq=False)
 class OutgoingMessage:
-    """A message that the broker has not confirmed."""
+    """Message that the broker has not confirmed."""
 
     queue: Queue
     message_id: str
@@ -37,97 +40,96 @@ class OutgoingMessage:
 
 
 @dataclass(slots=True)
-class _Held:
-    """A queue that refused a message: what it must take before it is trusted again, and its pauses."""
+class _Hold:
+    """Hold of a queue that refused a message: the messages it must accept before the hold ends, and the delays."""
 
-    untaken: set[OutgoingMessage] = field(default_factory=set)
-    pauses: Backoff = field(default_factory=Backoff)
-    resting: bool = False
+    unconfirmed: set[OutgoingMessage] = field(default_factory=set)
+    backoff: Backoff = field(default_factory=Backoff)
+    is_paused: bool = False
 
 
 class Outbox:
-    """Unconfirmed messages in their order, and which of them are under way.
+    """Unconfirmed messages in their order, with those that are in flight.
 
-    The broker numbers what one channel publishes 1, 2, 3... and settles the numbers in any order,
-    singly and in bulk, accepted and refused mixed: only the set of open numbers tells what a bulk
-    answer means.
+    The delivery tags of a channel are 1, 2, 3... and the broker settles them in any order, singly and
+    in bulk, accepted and refused mixed: only the set of open tags gives the meaning of a bulk reply.
     """
 
     def __init__(self) -> None:
         self._messages: dict[OutgoingMessage, None] = {}  # a set that keeps the order
-        self._open: dict[int, OutgoingMessage] = {}
+        self._in_flight: dict[int, OutgoingMessage] = {}
         self._last_tag = 0
-        self._held: dict[str, _Held] = {}
+        self._holds: dict[str, _Hold] = {}
 
     def add(self, message: OutgoingMessage) -> None:
-        """Take a message in; it stays until it is `taken`."""
+        """Add a message, which stays until it is confirmed."""
         self._messages[message] = None
 
-    def taken(self, message: OutgoingMessage) -> bool:
-        """Forget a message that the broker holds now; whether that ends the holding of its queue."""
+    def confirm(self, message: OutgoingMessage) -> bool:
+        """Remove a confirmed message; return whether that ends the hold of its queue."""
         del self._messages[message]
-        held = self._held.get(message.queue.name)
-        if held is None:
+        hold = self._holds.get(message.queue.name)
+        if hold is None:
             return False
-        held.pauses = Backoff()
-        held.untaken.discard(message)
-        if held.untaken:
+        hold.backoff = Backoff()
+        hold.unconfirmed.discard(message)
+        if hold.unconfirmed:
             return False
-        del self._held[message.queue.name]
+        del self._holds[message.queue.name]
         return True
 
-    def sent(self, message: OutgoingMessage) -> None:
-        """Note that `message` is under way."""
+    def mark_sent(self, message: OutgoingMessage) -> None:
+        """Mark `message` as in flight."""
         self._last_tag += 1
-        self._open[self._last_tag] = message
+        self._in_flight[self._last_tag] = message
         message.in_flight = True
 
     @property
-    def is_under_way(self) -> bool:
-        """Whether the broker has something that it has not settled."""
-        return bool(self._open)
+    def has_in_flight(self) -> bool:
+        """True while a reply of the broker is outstanding."""
+        return bool(self._in_flight)
 
     def settle(self, tag: int, multiple: bool) -> list[OutgoingMessage]:
-        """Messages that the broker's answer to `tag` is about, oldest first; they are under way no more."""
+        """Take the messages that the broker's reply to `tag` covers out of flight; return them, oldest first."""
         if multiple:
-            tags = list(takewhile(lambda known: tag == 0 or known <= tag, self._open))  # 0 means all
+            tags = list(takewhile(lambda open_tag: tag == 0 or open_tag <= tag, self._in_flight))  # 0 means all
         else:
-            tags = [tag] if tag in self._open else []
-        settled = [self._open.pop(known) for known in tags]
+            tags = [tag] if tag in self._in_flight else []
+        settled = [self._in_flight.pop(open_tag) for open_tag in tags]
         for message in settled:
             message.in_flight = False
         return settled
 
-    def recall(self) -> None:
-        """Nothing is under way any more: the channel is gone, and its numbers with it."""
+    def reset(self) -> None:
+        """Take all messages out of flight: the channel is lost, and its tags with it."""
         self.settle(0, multiple=True)
         self._last_tag = 0
 
     def due(self) -> list[OutgoingMessage]:
-        """Messages to send now, oldest first: of a held queue at most the oldest, and after a pause."""
-        found, seen = [], set()
+        """Return the messages to send now, oldest first: of a held queue only the oldest, and not in its pause."""
+        due, seen = [], set()
         for message in self._messages:
             name = message.queue.name
-            held = self._held.get(name)
-            if not message.in_flight and (held is None or (name not in seen and not held.resting)):
-                found.append(message)
+            hold = self._holds.get(name)
+            if not message.in_flight and (hold is None or (name not in seen and not hold.is_paused)):
+                due.append(message)
             seen.add(name)
-        return found
+        return due
 
     def is_held(self, queue: Queue) -> bool:
-        """Whether `queue` refused something, and has not yet taken all that it held up."""
-        return queue.name in self._held
+        """Return whether `queue` refused a message, and has not yet accepted all that have waited since."""
+        return queue.name in self._holds
 
     def hold(self, queue: Queue) -> float | None:
-        """Offer `queue` nothing for the seconds returned (None when it rests already), then one at a time."""
-        held = self._held.setdefault(queue.name, _Held())
-        held.untaken.update(message for message in self._messages if message.queue.name == queue.name)
-        if held.resting:
+        """Pause `queue` for the seconds returned (None when it is paused already), then send one message at a time."""
+        hold = self._holds.setdefault(queue.name, _Hold())
+        hold.unconfirmed.update(message for message in self._messages if message.queue.name == queue.name)
+        if hold.is_paused:
             return None
-        held.resting = True
-        return next(held.pauses)
+        hold.is_paused = True
+        return next(hold.backoff)
 
-    def wake(self, queue: Queue) -> None:
-        """End the rest of `queue`."""
-        if queue.name in self._held:
-            self._held[queue.name].resting = False
+    def resume(self, queue: Queue) -> None:
+        """End the pause of `queue`."""
+        if queue.name in self._holds:
+            self._holds[queue.name].is_paused = False

@@ -1,4 +1,4 @@
-"""Tries single things at a RabbitMQ and leaves nothing behind, for `nightsplit doctor`."""
+"""Checks of single operations at a RabbitMQ broker that leave nothing behind, for `nightsplit doctor`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,55 +12,50 @@ from nightsplit.shared.credentials import Credentials
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Queue
 
-PATIENCE_S = 10.0
-BLOCKED_S = 5.0
-"""How long a broker may block publishing before it counts as an alarm."""
+CONNECT_TIMEOUT_S = 10.0
+BLOCKED_TIMEOUT_S = 5.0
+"""Seconds after which a broker that blocks publishing is taken to have an alarm."""
 
-NOWHERE = "doctor"
-"""A routing key that leads to no queue: what is published with it comes back."""
+UNROUTABLE_KEY = "doctor"
+"""Routing key that leads to no queue, so that messages are returned."""
 
 
 class Probe:
-    """One user at one broker.
+    """Probe of the permissions of one user at one broker.
 
     Args:
-        url: as `nightsplit.broker.rabbitmq.broker.RabbitBroker` takes it.
-        credentials: as there.
+        url, credentials: as of `nightsplit.broker.rabbitmq.broker.RabbitBroker`.
 
     Raises:
         BrokerError: 201 the address cannot be read.
-        ConfigError: 113 when a file of `credentials` cannot be used.
+        ConfigError: 113 a file of `credentials` cannot be used.
     """
 
     def __init__(self, url: str, credentials: Credentials) -> None:
         self._addresses = read_addresses(url, 30, credentials)
         for parameters in self._addresses:
-            parameters.blocked_connection_timeout = BLOCKED_S
+            parameters.blocked_connection_timeout = BLOCKED_TIMEOUT_S
         self.verifies_users = self._addresses[0].ssl_options is not None
 
     def may_publish(self, exchange: str) -> bool:
-        """Whether the broker lets a message into `exchange`; it reaches no queue.
-
-        Raises:
-            BrokerError: 201, 202, 209.
-        """
+        """Return whether the user may publish to `exchange`, without reaching a queue; BrokerError 201, 202, 209."""
         return self._permits(lambda channel: self._publish(channel, exchange, 1))
 
     def may_read(self, queue: Queue) -> bool:
-        """Whether the broker lets anybody read `queue`; what it gives goes back at once. Raises as `may_publish`."""
+        """Return whether the user may read `queue`; a message is returned at once. Raises as `may_publish`."""
         return self._permits(lambda channel: channel.basic_get(queue.name))
 
     def may_create(self, name: str) -> bool:
-        """Whether the broker lets a queue `name` be created; it is gone at once. Raises as `may_publish`."""
+        """Return whether the user may create a queue `name`; it is deleted at once. Raises as `may_publish`."""
         return self._permits(lambda channel: channel.queue_declare(name, exclusive=True, auto_delete=True))
 
     def send(self, queue: Queue, size: int) -> None:
         """Send `size` bytes as far as the exchange of `queue`.
 
         Raises:
-            BrokerError: 201, 202, 203 too large for this broker, 209 it takes nothing now, 205 no such exchange.
+            BrokerError: 201, 202, 203 too large for this broker, 205 no such exchange, 209 publishing is blocked.
         """
-        with connected(self._addresses, PATIENCE_S) as connection:
+        with connected(self._addresses, CONNECT_TIMEOUT_S) as connection:
             channel = connection.channel()
             channel.confirm_delivery()
             try:
@@ -74,24 +69,24 @@ class Probe:
 
     def _publish(self, channel: Any, exchange: str, size: int) -> None:
         user = self._addresses[0].credentials.username if self.verifies_users else None
-        channel.basic_publish(exchange, NOWHERE, bytes(size), pika.BasicProperties(user_id=user), mandatory=True)
+        channel.basic_publish(exchange, UNROUTABLE_KEY, bytes(size), pika.BasicProperties(user_id=user), mandatory=True)
 
-    def _permits(self, act: Callable[[Any], object]) -> bool:
-        with connected(self._addresses, PATIENCE_S) as connection:
+    def _permits(self, operation: Callable[[Any], object]) -> bool:
+        """Return whether the user may perform an operation on a channel."""
+        with connected(self._addresses, CONNECT_TIMEOUT_S) as connection:
             channel = connection.channel()
             channel.confirm_delivery()
             try:
-                act(channel)
+                operation(channel)
             except exceptions.UnroutableError:
                 return True
             except exceptions.ConnectionBlockedTimeout:
                 raise _blocked() from None
             except exceptions.ChannelClosedByBroker as refusal:
-                return bool(refusal.reply_code != 403)  # 404, 405: it was let in, and met something else
+                return bool(refusal.reply_code != 403)  # 404, 405: the user has access, and another error occurred
             return True
 
 
 def _blocked() -> BrokerError:
-    return BrokerError(
-        209, "the broker blocks publishing: memory or disk alarm.", "make room at the broker; its log names the alarm."
-    )
+    sentence = "the broker blocks publishing: memory or disk alarm."
+    return BrokerError(209, sentence, "free memory or disk space at the broker; its log names the alarm.")

@@ -1,10 +1,11 @@
-"""The half of a link to RabbitMQ that publishes; see the drawing in `nightsplit.broker.rabbitmq.broker`."""
+"""Publishing connection of a link to RabbitMQ; see the drawing in `nightsplit.broker.rabbitmq.broker`."""
 
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import pika
+from typing_extensions import override
 
 from nightsplit.broker.rabbitmq.connection import ChannelRefused, Connection
 from nightsplit.broker.rabbitmq.inbox import Inbox
@@ -13,7 +14,7 @@ from nightsplit.shared.transport import Confirmed, Queue
 
 
 class Publisher(Connection):
-    """Publishes with asynchronous confirms, and again whatever the broker did not take."""
+    """Connection that publishes with asynchronous confirms, and retries messages that the broker refused."""
 
     role = "publishing"
 
@@ -21,55 +22,58 @@ class Publisher(Connection):
         super().__init__(loop, addresses, owner, inbox)
         self._outbox = Outbox()
         self._user = self._parameters.credentials.username if self._parameters.ssl_options else None
-        self._can_send = False
+        self._is_flowing = False
 
     def publish(self, message: OutgoingMessage) -> None:
-        """Send `message` as soon as the broker takes it."""
+        """Send `message` as soon as the broker accepts it."""
         self._outbox.add(message)
-        if self._may_send and not self._outbox.is_held(message.queue):
+        if self._can_send and not self._outbox.is_held(message.queue):
             self._send(message)
 
     @property
-    def _may_send(self) -> bool:
-        """Whether the broker reads, and the connection is not about to end."""
-        return self._can_send and self._channel is not None
+    def _can_send(self) -> bool:
+        """True while the broker reads and the connection is not about to end."""
+        return self._is_flowing and self._channel is not None
 
+    @override
     def _prepare(self, channel: Any) -> None:
         self._connection.add_on_connection_blocked_callback(self._on_blocked)
         self._connection.add_on_connection_unblocked_callback(self._on_unblocked)
         channel.add_on_return_callback(self._on_returned)
-        channel.confirm_delivery(self._on_settled, callback=lambda frame: self._on_confirming())
+        channel.confirm_delivery(self._on_settled, callback=lambda frame: self._on_confirms_on())
 
-    def _on_confirming(self) -> None:
-        self._now_up()
-        self._can_send = True
+    def _on_confirms_on(self) -> None:
+        self._on_ready()
+        self._is_flowing = True
         self._send_due()
 
-    def _is_owed(self) -> bool:
-        return self._can_send and self._outbox.is_under_way
+    @override
+    def _is_reply_due(self) -> bool:
+        return self._is_flowing and self._outbox.has_in_flight
 
-    def _lost(self) -> None:
-        self._can_send = False
-        self._outbox.recall()
-        self._inbox.over("alarm")  # a new connection is told again
+    @override
+    def _on_lost(self) -> None:
+        self._is_flowing = False
+        self._outbox.reset()
+        self._inbox.unblock("alarm")  # the broker repeats it on a new connection
 
     def _on_blocked(self, connection: Any, frame: Any) -> None:
-        self._can_send = False  # the broker no longer reads: pika would only pile up copies
-        self._inbox.trouble("alarm", f"the broker blocks publishing: memory or disk alarm ({frame.method.reason})")
+        self._is_flowing = False  # the broker no longer reads: pika would only accumulate copies
+        self._inbox.block("alarm", f"the broker blocks publishing: memory or disk alarm ({frame.method.reason})")
 
     def _on_unblocked(self, connection: Any, frame: Any) -> None:
-        self._can_send = self._channel is not None
-        self._inbox.over("alarm")
+        self._is_flowing = self._channel is not None
+        self._inbox.unblock("alarm")
         self._send_due()
 
     def _send_due(self) -> None:
-        if self._may_send:
+        if self._can_send:
             for message in self._outbox.due():
                 self._send(message)
 
     def _send(self, message: OutgoingMessage) -> None:
-        self._heard()
-        self._outbox.sent(message)
+        self._note_traffic()
+        self._outbox.mark_sent(message)
         self._channel.basic_publish(
             message.queue.exchange,
             message.queue.key,
@@ -81,50 +85,50 @@ class Publisher(Connection):
                 user_id=self._user,
                 content_type="application/octet-stream",
             ),
-            mandatory=True,  # without it a message to a missing queue vanishes, and is confirmed
+            mandatory=True,  # without it a message to a missing queue is dropped, and confirmed
         )
 
     def _on_returned(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
-        # The broker confirms it next, which must not be heard: on a new channel it is offered again.
-        where = f"exchange {method.exchange}, key {method.routing_key}"
-        self._on_channel_closed(channel, ChannelRefused(404, f"{properties.message_id} reaches no queue ({where})"))
+        # The broker confirms it next, which must be ignored: on a new channel it is published again.
+        route = f"exchange {method.exchange}, key {method.routing_key}"
+        self._on_channel_closed(channel, ChannelRefused(404, f"{properties.message_id} reaches no queue ({route})"))
 
     def _on_settled(self, frame: Any) -> None:
         if self._channel is None:
             return
-        self._heard()
+        self._note_traffic()
         accepted = isinstance(frame.method, pika.spec.Basic.Ack)
         for message in self._outbox.settle(frame.method.delivery_tag, frame.method.multiple):
             if accepted:
-                self._accepted(message)
+                self._on_accepted(message)
             else:
-                self._refused(message)
+                self._on_refused(message)
 
-    def _accepted(self, message: OutgoingMessage) -> None:
+    def _on_accepted(self, message: OutgoingMessage) -> None:
         was_held = self._outbox.is_held(message.queue)
-        is_released = self._outbox.taken(message)
+        is_released = self._outbox.confirm(message)
         self._inbox.events.put(Confirmed(message.message_id))
         if is_released:
-            self._inbox.over(message.queue.name)
+            self._inbox.unblock(message.queue.name)
         if was_held:
             self._send_due()
 
-    def _refused(self, message: OutgoingMessage) -> None:
-        # The queue is full, or has no leader. Offered one at a time, the messages that wait keep their order.
+    def _on_refused(self, message: OutgoingMessage) -> None:
+        # The queue is full, or has no leader. Sent one at a time, the waiting messages keep their order.
         queue = message.queue
         reason = f"queue {queue.name} is full (limit: {queue.limit_bytes} bytes)"
         if self._is_cluster:
             reason += ", or waits for a new leader"
-        self._inbox.trouble(queue.name, reason)
+        self._inbox.block(queue.name, reason)
         pause = self._outbox.hold(queue)
         if pause is not None:
-            self._loop.call_later(pause, partial(self._offer_again, queue))
+            self._loop.call_later(pause, partial(self._resume, queue))
 
-    def _offer_again(self, queue: Queue) -> None:
-        self._outbox.wake(queue)
+    def _resume(self, queue: Queue) -> None:
+        self._outbox.resume(queue)
         if self._is_cluster and self._channel is not None:
-            # A channel that met a quorum queue without a leader refuses for it ever after (RabbitMQ 3.10).
-            self._renewing = True
-            self._let_go()
+            # After a quorum queue had no leader, its channel refuses every later message (RabbitMQ 3.10).
+            self._is_renewing = True
+            self._disconnect()
         else:
             self._send_due()

@@ -25,6 +25,6 @@ def open_run(file: ServerFile, overrides: Overrides = []) -> int:
 
     def opened() -> bool:
         worker.open_run()
-        return not watch.stop.asked
+        return not watch.stop.requested
 
     return watch.run(SERVER, worker, opened, f"run {run.id} is open; {', '.join(run.sites)} may begin")

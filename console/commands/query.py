@@ -51,4 +51,4 @@ def query(
         print(f"{counted(refused, 'sequence')} refused; submit them again", file=sys.stderr)
     if not finished:
         print(f"{counted(waiting, 'sequence')} not answered yet; start the same command again", file=sys.stderr)
-    return stopped(stop) if stop.asked else 0
+    return stopped(stop) if stop.requested else 0

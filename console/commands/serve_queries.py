@@ -24,4 +24,4 @@ def serve_queries(file: ServerFile, overrides: Overrides = [], idle_seconds: Idl
     worker = QueryServerWorker(file, overrides, stop=stop)
     worker.work(idle_seconds)
     print(f"{counted(worker.answered, 'message')} answered", file=sys.stderr)
-    return stopped(stop) if stop.asked else 0
+    return stopped(stop) if stop.requested else 0

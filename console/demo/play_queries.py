@@ -22,7 +22,7 @@ from nightsplit.server_worker.query_worker import QueryServerWorker
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.wire.message import SERVER
-from nightsplit.site_worker.predict import chosen, predict
+from nightsplit.site_worker.predict import predict, select_dataset
 from nightsplit.site_worker.query_worker import QuerySiteWorker
 from nightsplit.site_worker.worker import SiteWorker
 
@@ -94,8 +94,8 @@ def _compare(work: Path, config: RunConfig) -> QueryResults:
         QuerySiteWorker(work / f"{name}.toml").write_scores(scores)
         scores.seek(0)
         encrypted += [float(row["logit"]) for row in csv.DictReader(scores)]
-        plain += torch.logit(predict(site).figures[:, 0].double()).tolist()
-        dataset = chosen(site, None)
+        plain += torch.logit(predict(site).values[:, 0].double()).tolist()
+        dataset = select_dataset(site, None)
         targets.append(dataset.targets)
         patients += [f"{name}/{patient}" for patient in dataset.patients]
     figures = [

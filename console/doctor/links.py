@@ -15,7 +15,7 @@ from nightsplit.broker.topology import PREFIX, site_queues
 from nightsplit.console.doctor.finding import Finding, size
 from nightsplit.console.keys.bundle import BROKER_PORT, STORE_PORT
 from nightsplit.console.worker_file import WorkerFile
-from nightsplit.shared.credentials import TLS_SCHEMES, places_of, scheme_of
+from nightsplit.shared.credentials import TLS_SCHEMES, hosts_of, scheme_of
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.protocols.build import build_model, planned_message_bytes
 from nightsplit.shared.run_store.base import RunStore
@@ -45,7 +45,7 @@ def check_encryption(file: WorkerFile) -> Finding:
         scheme = scheme_of(address)
         if scheme in ("amqp", "redis"):
             found.append(f"{scheme} is unencrypted, on this machine only")
-        for host, port in places_of(address) if scheme in TLS_SCHEMES else ():
+        for host, port in hosts_of(address) if scheme in TLS_SCHEMES else ():
             version, end = _handshake(file, host, port or DEFAULT_PORTS[scheme])
             found.append(f"{host}: {version}, certificate until {end:%Y-%m-%d}")
             ends.append(end)

@@ -1,1 +1,1 @@
-"""A sequence model on ciphertexts: what a server computes that never sees a number."""
+"""Evaluation of a sequence model on ciphertexts."""

@@ -1,9 +1,9 @@
-"""A whole sequence in one go: gates see x_t alone, and what is left is a sum of products.
+"""Evaluation of a whole sequence in one step: gates depend only on x_t, and the result is a sum of products.
 
     h_T = o_T c_T,   c_T = sum over k of (i_k g_k) f_{k+1} ... f_T
 
-The output gate is one more factor, behind the last forget gate. Factors 2 ... frames are f_2 ... f_T, factor
-frames + 1 is o_T. As many sequences at once as a ciphertext has slots, one in each.
+The output gate is one more factor, after the last forget gate. Factors 2 ... frames are f_2 ... f_T, factor
+frames + 1 is o_T. A ciphertext holds as many sequences as it has slots, one in each.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,34 +17,34 @@ from nightsplit.shared.he.weights import ClassifierWeights
 
 
 def logits(arithmetic: Arithmetic, classifier: ClassifierWeights, frames: Sequence[Sequence[Ciphertext]]) -> Ciphertext:
-    """The logits, `one_shot_levels` below the features.
+    """Return the logits, `one_shot_levels` below the features.
 
     Args:
         arithmetic: of the site.
-        classifier: with gates that see x_t alone.
+        classifier: with gates that depend only on x_t.
         frames: the features of each frame, a ciphertext each, of the highest level.
     """
     spatial = np.concatenate([vote * classifier.spatial for vote in classifier.votes])
-    votes = arithmetic.weighted(spatial, [feature for features in frames for feature in features])
+    votes = arithmetic.weighted_sum(spatial, [feature for features in frames for feature in features])
 
     def gate(unit: int, frame: int, kind: int) -> Ciphertext:
         row, weight = kind * classifier.hidden + unit, classifier.temporal[unit] if kind == 2 else 1.0
-        return arithmetic.weighted(
+        return arithmetic.weighted_sum(
             weight * classifier.inputs[row], frames[frame - 1], float(weight * classifier.bias[row])
         )
 
     units = [Products(arithmetic, len(frames), partial(gate, unit)) for unit in range(classifier.hidden)]
     pairs = [pair for unit in units for pair in unit.pairs(1, len(frames) + 1)]
-    return arithmetic.plus(arithmetic.sum([arithmetic.products(pairs), votes]), classifier.constant)
+    return arithmetic.add_plain(arithmetic.sum([arithmetic.dot(pairs), votes]), classifier.constant)
 
 
 class Products:
-    """The evidence of one unit.
+    """Products of the gates of one unit.
 
     Args:
         arithmetic: of the site.
-        frames: of a sequence.
-        gate: of a frame, from 1, and of a kind: 0 to 3 for i, f, o, g; o with the weight of the evidence.
+        frames: number of frames in a sequence.
+        gate: returns the gate of a frame, from 1, and of a kind: 0 to 3 for i, f, o (with its weight), g.
     """
 
     def __init__(self, arithmetic: Arithmetic, frames: int, gate: Callable[[int, int], Ciphertext]) -> None:
@@ -52,45 +52,46 @@ class Products:
         self._factors: dict[tuple[int, int], Ciphertext] = {}
 
     def pairs(self, first: int, end: int) -> list[tuple[Ciphertext, Ciphertext]]:
-        """Products whose sum is what frames first ... end - 1 give, times the factors through `end`."""
+        """Return pairs of factors: the sum of their products is the terms of frames first ... end - 1, up to `end`."""
         pairs = []
         while first < end:
             middle = _split(first, end, self._frames)
-            pairs.append((self._factor(middle + 1, end), self._given(first, middle)))
+            pairs.append((self._factor(middle + 1, end), self._terms(first, middle)))
             first = middle + 1
         return pairs
 
-    def _given(self, first: int, end: int) -> Ciphertext:
-        """What frames first ... end give, times the factors through `end`."""
+    def _terms(self, first: int, end: int) -> Ciphertext:
+        """Return the sum of the terms of frames first ... end, times the factors to `end`."""
         if first == end:
-            return self._arithmetic.products([(self._gate(end, 0), self._gate(end, 3))])
-        return self._arithmetic.sum([self._arithmetic.products(self.pairs(first, end)), self._given(end, end)])
+            return self._arithmetic.dot([(self._gate(end, 0), self._gate(end, 3))])
+        return self._arithmetic.sum([self._arithmetic.dot(self.pairs(first, end)), self._terms(end, end)])
 
     def _factor(self, first: int, end: int) -> Ciphertext:
-        """The product of factors first ... end."""
+        """Return the product of factors first ... end."""
         if (first, end) not in self._factors:
             if first == end:
-                found = self._gate(end, 1) if end <= self._frames else self._gate(self._frames, 2)
+                product = self._gate(end, 1) if end <= self._frames else self._gate(self._frames, 2)
             else:
                 middle = (first + end) // 2
-                found = self._arithmetic.products([(self._factor(first, middle), self._factor(middle + 1, end))])
-            self._factors[first, end] = found
+                product = self._arithmetic.dot([(self._factor(first, middle), self._factor(middle + 1, end))])
+            self._factors[first, end] = product
         return self._factors[first, end]
 
 
 def _split(first: int, end: int, frames: int) -> int:
-    """Where products are divided so that they need the fewest levels."""
+    """Return the frame at which to divide products so that they need the fewest levels."""
     return min(range(first, end), key=lambda middle: _depth_at(first, middle, end, frames))
 
 
 @cache
 def _depth(first: int, end: int, frames: int) -> int:
-    """Levels of what frames first ... end give; there is nothing that `frames` + 1 gives."""
+    """Return the levels of the terms of frames first ... end; frame `frames` + 1 has no term."""
     if first == end:
         return int(end <= frames)
     return min(_depth_at(first, middle, end, frames) for middle in range(first, end))
 
 
 def _depth_at(first: int, middle: int, end: int, frames: int) -> int:
+    """Return the levels of the terms of frames first ... end when they are divided after `middle`."""
     factors = (end - middle - 1).bit_length()  # ceil(log2(end - middle))
     return max(1 + max(factors, _depth(first, middle, frames)), _depth(middle + 1, end, frames))

@@ -1,11 +1,11 @@
-"""Few sequences at once: a slot for each number, all features of a frame in one ciphertext.
+"""Packing of few sequences: a slot for each number, all features of a frame in one ciphertext.
 
-    gates = sum over diagonals d of W:  d * rotated(x, its place)          (baby steps of x, giant steps of sums)
+    gates = sum over diagonals d of W:  d * rotate(x, its place)           (baby steps of x, giant steps of sums)
 
-The functions are those of `batch`, with the levels they take; a row of ciphertexts is a single one. Only the first
-`hidden` dimensions of h and c mean something. What lies in the others comes of the wrong gates, and reaches nothing:
-the site packs anew what it reads, and a rotation for the votes stops before them. It tells of the weights all the
-same, so cover it before the site can decrypt it.
+The functions are those of `batch`, with the same levels; a row of ciphertexts is a single one. Only the first
+`hidden` dimensions of h and c are valid. The others hold products of the wrong gates, and have no effect: the site
+repacks the valid ones, and a rotation for the votes stops before the others. They still depend on the weights, so
+blind them before the site can decrypt them.
 """
 
 from collections.abc import Sequence
@@ -20,24 +20,24 @@ from nightsplit.shared.he.packing import Slots
 from nightsplit.shared.he.weights import ClassifierWeights, FloatArray
 
 ORDER = (0, 3, 1, 2)
-"""i, g, f, o: a rotation by `units` brings the next of them to the first dimensions."""
+"""Order of the gates, i, g, f, o: a rotation by `units` moves the next one to the first dimensions."""
 
 
 def step(
-    arithmetic: Arithmetic, classifier: ClassifierWeights, t: int, features: Sequence[Ciphertext], before: State | None
+    arithmetic: Arithmetic, classifier: ClassifierWeights, t: int, features: Sequence[Ciphertext], state: State | None
 ) -> State:
-    """As `batch.step`."""
-    o, c = _cells(arithmetic, classifier, features, before, last=False)
-    return State([arithmetic.products([(o, c)])], [c], _votes(arithmetic, classifier, t, features, before))
+    """Evaluate a frame as `batch.step`."""
+    o, c = _cells(arithmetic, classifier, features, state, last=False)
+    return State([arithmetic.dot([(o, c)])], [c], _votes(arithmetic, classifier, t, features, state))
 
 
 def last_step(
-    arithmetic: Arithmetic, classifier: ClassifierWeights, features: Sequence[Ciphertext], before: State | None
+    arithmetic: Arithmetic, classifier: ClassifierWeights, features: Sequence[Ciphertext], state: State | None
 ) -> Ciphertext:
-    """As `batch.last_step`; the logits are in the first dimension, and sums of other things in the others."""
-    o, c = _cells(arithmetic, classifier, features, before, last=True)
-    votes = _votes(arithmetic, classifier, classifier.frames - 1, features, before)
-    return _summed(arithmetic, classifier, arithmetic.products([(o, c)]), votes)
+    """Return the logits as `batch.last_step`, in the first dimension; the others hold unrelated sums."""
+    o, c = _cells(arithmetic, classifier, features, state, last=True)
+    votes = _votes(arithmetic, classifier, classifier.frames - 1, features, state)
+    return _sum_dimensions(arithmetic, classifier, arithmetic.dot([(o, c)]), votes)
 
 
 def _packing(arithmetic: Arithmetic, classifier: ClassifierWeights) -> Slots:
@@ -48,37 +48,37 @@ def _cells(
     arithmetic: Arithmetic,
     classifier: ClassifierWeights,
     features: Sequence[Ciphertext],
-    before: State | None,
+    state: State | None,
     last: bool,
 ) -> tuple[Ciphertext, Ciphertext]:
-    """The output gate and c."""
-    i, g, f, o = _gates(arithmetic, classifier, [features[0], *(before.h if before else [])], last)
-    return o, arithmetic.products([(i, g), *([(f, before.c[0])] if before else [])])
+    """Return the output gate and c."""
+    i, g, f, o = _gates(arithmetic, classifier, [features[0], *(state.h if state else [])], last)
+    return o, arithmetic.dot([(i, g), *([(f, state.c[0])] if state else [])])
 
 
 def _gates(
-    arithmetic: Arithmetic, classifier: ClassifierWeights, given: Sequence[Ciphertext], last: bool
+    arithmetic: Arithmetic, classifier: ClassifierWeights, inputs: Sequence[Ciphertext], last: bool
 ) -> list[Ciphertext]:
-    """The gates in `ORDER`, each from the first dimension on; `given` is x, or x and h."""
+    """Return the gates in `ORDER`, each from the first dimension on; `inputs` are x, or x and h."""
     packing = _packing(arithmetic, classifier)
     diagonals, bias = _matrix(arithmetic.ckks, classifier, last)
-    turned = [[one] for one in given]
-    for row in turned:
+    rotated = [[ciphertext] for ciphertext in inputs]
+    for row in rotated:
         for _ in range(packing.small - 1):
-            row.append(arithmetic.rotated(row[-1], packing.capacity))
+            row.append(arithmetic.rotate(row[-1], packing.capacity))
     total = None
-    for begin in reversed(range(0, max(map(len, diagonals[: len(given)])), packing.small)):
-        part = arithmetic.combined(
+    for begin in reversed(range(0, max(map(len, diagonals[: len(inputs)])), packing.small)):
+        part = arithmetic.dot_plain(
             term
-            for row, of_input in zip(turned, diagonals, strict=False)
+            for row, of_input in zip(rotated, diagonals, strict=False)
             for term in zip(row, of_input[begin : begin + packing.small], strict=False)
         )
         if total is not None:
-            part = arithmetic.sum([part, arithmetic.rotated(total, packing.small * packing.capacity)])
+            part = arithmetic.sum([part, arithmetic.rotate(total, packing.small * packing.capacity)])
         total = part
-    gates = [arithmetic.plus(arithmetic.rescaled(total), bias)]
+    gates = [arithmetic.add_plain(arithmetic.rescale(total), bias)]
     for _ in ORDER[1:]:
-        gates.append(arithmetic.rotated(gates[-1], packing.units * packing.capacity))
+        gates.append(arithmetic.rotate(gates[-1], packing.units * packing.capacity))
     return gates
 
 
@@ -86,7 +86,7 @@ def _gates(
 def _matrix(
     ckks: CkksParameters, classifier: ClassifierWeights, last: bool
 ) -> tuple[list[list[Plaintext]], list[float]]:
-    """Diagonals of W and of U, each moved back by the giant step that follows; and b.
+    """Return the diagonals of W and of U, each moved back by the giant step that follows, and b.
 
     At the last frame the weight of a unit's evidence is in its output gate, as in `batch`.
     """
@@ -96,66 +96,66 @@ def _matrix(
         weight[2, :, 0] = classifier.temporal * classifier.votes[-1]
 
     def by_dimension(rows: FloatArray) -> FloatArray:
-        """(4 hidden, n) -> (dimensions, n)."""
+        """Reorder rows (4 hidden, n) to (dimensions, n)."""
         gates = (weight * rows.reshape(4, classifier.hidden, -1))[list(ORDER)]
         return np.pad(gates, ((0, 0), (0, packing.units - classifier.hidden), (0, 0))).reshape(packing.dimensions, -1)
 
     def diagonals(rows: FloatArray, period: int) -> list[Plaintext]:
         matrix = np.pad(by_dimension(rows), ((0, 0), (0, period - rows.shape[1])))
-        place = np.arange(packing.dimensions)
-        turned = ((n - n % packing.small, matrix[place, (place + n) % period]) for n in range(period))
-        return [ckks.encode(_spread(packing, np.roll(diagonal, by)), ckks.top) for by, diagonal in turned]
+        index = np.arange(packing.dimensions)
+        shifts = ((n - n % packing.small, matrix[index, (index + n) % period]) for n in range(period))
+        return [ckks.encode(_repeat(packing, np.roll(diagonal, shift)), ckks.top) for shift, diagonal in shifts]
 
-    assert classifier.state is not None, "gates see h"
+    assert classifier.state is not None, "gates depend on h"
     encoded = [diagonals(classifier.inputs, packing.period), diagonals(classifier.state, packing.units)]
-    return encoded, _spread(packing, by_dimension(classifier.bias)[:, 0])
+    return encoded, _repeat(packing, by_dimension(classifier.bias)[:, 0])
 
 
 def _votes(
-    arithmetic: Arithmetic, classifier: ClassifierWeights, t: int, features: Sequence[Ciphertext], before: State | None
+    arithmetic: Arithmetic, classifier: ClassifierWeights, t: int, features: Sequence[Ciphertext], state: State | None
 ) -> Ciphertext:
-    """The votes with what is known at frame t; its parts lie in many dimensions."""
+    """Return the votes including frame t, as terms in many dimensions."""
     spatial, temporal = _vote_weights(arithmetic.ckks, classifier, t)
-    if before is None:
-        return arithmetic.rescaled(arithmetic.combined([(features[0], spatial)]))
-    known = arithmetic.rescaled(arithmetic.combined([(features[0], spatial), (before.h[0], temporal)]))
-    return arithmetic.sum([known, before.votes])
+    if state is None:
+        return arithmetic.rescale(arithmetic.dot_plain([(features[0], spatial)]))
+    votes = arithmetic.rescale(arithmetic.dot_plain([(features[0], spatial), (state.h[0], temporal)]))
+    return arithmetic.sum([votes, state.votes])
 
 
 @lru_cache(maxsize=64)
 def _vote_weights(ckks: CkksParameters, classifier: ClassifierWeights, t: int) -> tuple[Plaintext, Plaintext]:
-    """Of the features of frame t, and of the state before it."""
+    """Return the vote weights of the features of frame t, and of the state before it."""
     packing = Slots(ckks.slots, classifier.features, classifier.hidden)
     weights = (classifier.votes[t] * classifier.spatial, classifier.votes[t - 1] * classifier.temporal)
     padded = [np.pad(weight, (0, packing.dimensions - len(weight))) for weight in weights]
-    spatial, temporal = (ckks.encode(_spread(packing, weight), ckks.top) for weight in padded)
+    spatial, temporal = (ckks.encode(_repeat(packing, weight), ckks.top) for weight in padded)
     return spatial, temporal
 
 
-def _summed(
+def _sum_dimensions(
     arithmetic: Arithmetic, classifier: ClassifierWeights, evidence: Ciphertext, votes: Ciphertext
 ) -> Ciphertext:
-    """The logits in the first dimension: votes come from all features, evidence from the first `units` dimensions."""
+    """Return the logits in the first dimension: the sum of all votes and of the evidence in the first `units`."""
     packing = _packing(arithmetic, classifier)
 
-    def turned(given: Ciphertext, dimensions: int) -> Ciphertext:
+    def rotate(ciphertext: Ciphertext, dimensions: int) -> Ciphertext:
         for step in (packing.units, packing.small, 1):
             for _ in range(dimensions // step):
-                given = arithmetic.rotated(given, step * packing.capacity)
+                ciphertext = arithmetic.rotate(ciphertext, step * packing.capacity)
             dimensions %= step
-        return given
+        return ciphertext
 
-    votes = arithmetic.lowered(votes, arithmetic.ckks.level_of(evidence))
+    votes = arithmetic.lower(votes, arithmetic.ckks.level_of(evidence))
     folded = votes
     for _ in range(packing.period // packing.units - 1):
-        folded = arithmetic.sum([votes, turned(folded, packing.units)])
+        folded = arithmetic.sum([votes, rotate(folded, packing.units)])
     total, width = arithmetic.sum([evidence, folded]), packing.units
     while width > 1:
         width //= 2
-        total = arithmetic.sum([total, turned(total, width)])
-    return arithmetic.plus(total, classifier.constant)
+        total = arithmetic.sum([total, rotate(total, width)])
+    return arithmetic.add_plain(total, classifier.constant)
 
 
-def _spread(packing: Slots, by_dimension: FloatArray) -> list[float]:
-    """A number for each dimension, for every sequence."""
+def _repeat(packing: Slots, by_dimension: FloatArray) -> list[float]:
+    """Repeat the number of each dimension for every sequence."""
     return np.repeat(by_dimension, packing.capacity).tolist()

@@ -1,4 +1,4 @@
-"""The server's sides of the systems."""
+"""Server's sides of the protocols."""
 
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,21 @@ ROLES = load_roles(__name__)
 def make_server(
     config: RunConfig, state: Path, base: Path, device: str = "cpu", group: Group | None = None
 ) -> AnyServer:
-    """The role of the server in a run.
+    """Return the role of the server in a run.
 
     Args:
         config: the run.
-        state: folder for what outgrows a checkpoint (released activations).
+        state: folder for data too large for a checkpoint (released activations).
         base: folder of run.toml.
-        device: where the server's layers compute; a group knows it for each of its processes.
+        device: of the server's layers; a group has one for each of its processes.
         group: processes that train together, on the server's own store.
 
     Raises:
         ConfigError: 104, 105 the model cannot be used, 114 the run cannot be divided among processes.
     """
     if group is not None and not spec_of(config).uploads_once:
-        what = f"the server of {config.run.protocol} applies one message after the other, and has no work to divide."
-        raise ConfigError(114, what, "start it as a single process: nightsplit server server.toml.")
+        sentence = f"the server of {config.run.protocol} applies one message after the other, and cannot be divided."
+        raise ConfigError(114, sentence, "start it as a single process: nightsplit server server.toml.")
     model = build_model(config, base)
     if isinstance(model, WholeModel):
         role: type[RoundServer] = ROLES[config.run.protocol]

@@ -1,4 +1,4 @@
-"""he_clstm (Yue et al., ACM TOIT 21(3):57, HE-CLSTM), the server's half: it judges sequences that it cannot read."""
+"""he_clstm (Yue et al., ACM TOIT 21(3):57, HE-CLSTM), server's side: it classifies sequences that it cannot read."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from nightsplit.shared.he.weights import ClassifierWeights, FloatArray
 
 
 class HeClstmServer:
-    """Answers one query after the other, and remembers none.
+    """Server of encrypted queries, which keeps no state between them.
 
-    h, c and votes go back to the site between two frames, which encrypts them afresh. Before, a number is added to
+    Between two frames h, c and votes go back to the site, which encrypts them afresh. Before, a number is added to
     every slot, uniform within `BLINDING` and derived from the server's secret and a nonce: the site sees states that
-    are hidden but for a part in about 2^22. It sends the nonce back with them, so any server with the secret can take
-    the numbers away again. Each answer has a nonce of its own: a site that asks twice cannot subtract the answers.
+    are hidden except for a part in about 2^22. It returns the nonce with them, so that any server with the secret
+    can subtract the numbers. Each answer has its own nonce: a site that repeats a query cannot subtract the answers.
 
     Args:
         classifier: with its trained weights.
@@ -38,7 +38,7 @@ class HeClstmServer:
         self.steps = steps_of(classifier)
 
     def answer(
-        self, keys: PublicKeys, step: int, packing_name: str, pieces: Sequence[bytes], before: str, after: str
+        self, keys: PublicKeys, step: int, packing_name: str, pieces: Sequence[bytes], last_nonce: str, nonce: str
     ) -> list[bytes]:
         """Evaluate a step of a query.
 
@@ -47,9 +47,9 @@ class HeClstmServer:
             step: from 0.
             packing_name: as `packing_of` takes it.
             pieces: ciphertexts: the features of the frame (one_shot: of all frames); from the second frame on
-                also h, c and votes as the last answer had them.
-            before: nonce of that answer; empty at the first step.
-            after: a new nonce.
+                also h, c and votes of the last answer.
+            last_nonce: nonce of that answer; empty at the first step.
+            nonce: a new one.
 
         Returns:
             Ciphertexts: h, c and votes, blinded; at the last step the logits.
@@ -62,49 +62,50 @@ class HeClstmServer:
         if not 0 <= step < self.steps:
             raise mismatch(f"there is no step {step} of {self.steps}.")
         if self._classifier.state is None:
-            features = self._read(pieces, [len(packing.frame(self._nothing))] * self._classifier.frames)
+            features = self._read(pieces, [len(packing.frame(self._empty_frame))] * self._classifier.frames)
             return [to_bytes(one_shot.logits(arithmetic, self._classifier, features))]
         method = batch if packing_name == "batch" else slots
-        frame, state = self._taken(arithmetic, packing, step, pieces, before)
+        frame, state = self._read_frame(arithmetic, packing, step, pieces, last_nonce)
         if step == self.steps - 1:
             logits = method.last_step(arithmetic, self._classifier, frame, state)
-            (numbers,) = self._blinding(after, 1)  # other slots than those of the logits tell of the weights
-            shown = packing.votes(numbers[: packing.capacity])
-            return [to_bytes(arithmetic.plus(logits, (numbers - shown).tolist()))]
+            (numbers,) = self._blinding(nonce, 1)  # for the slots without logits, which depend on the weights
+            unblinded = packing.votes(numbers[: packing.capacity])
+            return [to_bytes(arithmetic.add_plain(logits, (numbers - unblinded).tolist()))]
         state = method.step(arithmetic, self._classifier, step, frame, state)
-        every = [arithmetic.bottom(part) for part in (*state.h, *state.c, state.votes)]
-        blinding = self._blinding(after, len(every))
+        parts = [arithmetic.drop_levels(part) for part in (*state.h, *state.c, state.votes)]
+        blinding = self._blinding(nonce, len(parts))
         return [
-            to_bytes(arithmetic.plus(part, numbers.tolist())) for part, numbers in zip(every, blinding, strict=True)
+            to_bytes(arithmetic.add_plain(part, numbers.tolist()))
+            for part, numbers in zip(parts, blinding, strict=True)
         ]
 
     @property
-    def _nothing(self) -> FloatArray:
+    def _empty_frame(self) -> FloatArray:
         return np.zeros((0, self._classifier.features))
 
-    def _taken(
+    def _read_frame(
         self, arithmetic: Arithmetic, packing: Packing, step: int, pieces: Sequence[bytes], nonce: str
     ) -> tuple[list[Ciphertext], State | None]:
-        """The features of a frame, and what came of the frame before with the blinding taken away."""
+        """Return the features of a frame, and the state after the last one without its blinding."""
         top, hidden = self.ckks.top, len(packing.state(np.zeros((0, self._classifier.hidden))))
-        features = len(packing.frame(self._nothing))
+        features = len(packing.frame(self._empty_frame))
         if step == 0:
             return self._read(pieces, [features])[0], None
         numbers = self._blinding(nonce, 2 * hidden + 1)
         frame, h, c, (votes,) = self._read(pieces, [features, hidden, hidden, 1], [top, top, top - 1, top - 1])
-        everybody = packing.capacity
+        capacity = packing.capacity
         for row, blinded in ((h, numbers[:hidden]), (c, numbers[hidden:-1])):
-            for part, vector in zip(row, packing.state(packing.read_state(blinded, everybody)), strict=True):
-                arithmetic.minus(part, vector.tolist())
-        arithmetic.minus(votes, packing.votes(packing.read_votes(numbers[-1], everybody)).tolist())
+            for part, vector in zip(row, packing.state(packing.read_state(blinded, capacity)), strict=True):
+                arithmetic.subtract_plain(part, vector.tolist())
+        arithmetic.subtract_plain(votes, packing.votes(packing.read_votes(numbers[-1], capacity)).tolist())
         return frame, State(h, c, votes)
 
     def _read(
         self, pieces: Sequence[bytes], lengths: Sequence[int], levels: Sequence[int] | None = None
     ) -> list[list[Ciphertext]]:
-        """Ciphertexts in rows of these lengths and levels; without levels, all of the highest one."""
+        """Return ciphertexts in rows of these lengths and levels, by default the highest one."""
         if len(pieces) != sum(lengths):
-            raise mismatch(f"{len(pieces)} ciphertexts came, not {sum(lengths)}.")
+            raise mismatch(f"{len(pieces)} ciphertexts arrived instead of {sum(lengths)}.")
         rest = iter(pieces)
         return [
             [self.ckks.read(next(rest), level) for _ in range(length)]
@@ -112,10 +113,10 @@ class HeClstmServer:
         ]
 
     def _blinding(self, nonce: str, count: int) -> list[FloatArray]:
-        """FloatArray for so many ciphertexts, a number for each slot."""
+        """Return numbers for `count` ciphertexts, one for each slot."""
         seed = self._secret + nonce.encode()
-        drawn = np.frombuffer(hashlib.shake_256(seed).digest(8 * count * self.ckks.slots), dtype="<u8")
-        return list((drawn * (2 * BLINDING / 2.0**64) - BLINDING).reshape(count, self.ckks.slots))
+        random = np.frombuffer(hashlib.shake_256(seed).digest(8 * count * self.ckks.slots), dtype="<u8")
+        return list((random * (2 * BLINDING / 2.0**64) - BLINDING).reshape(count, self.ckks.slots))
 
 
 ROLE = HeClstmServer

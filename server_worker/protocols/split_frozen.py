@@ -1,7 +1,7 @@
 """split_frozen: Ha et al. (IEEE Access 2021) with the site's layer detached in time.
 
-Sites release the activations of a bottom that is never trained, once, and may be gone for good.
-The server stores them, and when all have come it trains on them for as many epochs as it likes,
+Sites release the activations of a bottom that is never trained, once, and may then leave for good.
+The server stores them, and when all have arrived it trains on them for any number of epochs,
 while no site is online. No gradient returns.
 """
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from typing_extensions import override
 
 from nightsplit.server_worker.stream.activation_store import ActivationStore, Row
 from nightsplit.server_worker.stream.ddp import DividedTop, Group
@@ -29,61 +30,63 @@ from nightsplit.shared.wire.schema import Payload
 
 
 class SplitFrozenServer(StreamServer):
-    """Collects first, trains afterwards."""
+    """Server role of split_frozen, which collects activations first and trains afterwards."""
 
     top: StoredTop
 
     def __init__(self, config: RunConfig, top: StoredTop, contract: Mapping[Kind, Payload]) -> None:
         super().__init__(config, top, contract)
-        self._schedule = Fair(config.run.sites)  # nothing depends on the order of arrival
-        self.journalled = config.run.may_exclude  # but on when a site was left out
+        self._schedule = Fair(config.run.sites)  # the order of arrival does not matter
+        self.journalled = config.run.may_exclude  # the position of an exclusion does
         self._rows: dict[str, dict[int, int]] = {site: {} for site in config.run.sites}
         """Number of stored samples per site and item."""
         self._training: list[Row] = []
-        """All training samples, once collecting is complete."""
+        """All training samples, once all are stored."""
         self._trained = 0
-        """Batches trained on."""
+        """Number of batches trained on."""
 
     @classmethod
+    @override
     def make(cls, config: RunConfig, model: SplitModel, state: Path, device: str, group: Group | None) -> Self:
-        """See `StreamServer`."""
         store, parts = ActivationStore(state / "activations"), (model.parts.top, config.optimizer, config.task)
         top = StoredTop(*parts, device, store) if group is None else DividedTop(*parts, store, group)
         return cls(config, top, model.contract)
 
+    @override
     def help(self) -> None:
-        """See `ServerRole`."""
         assert isinstance(self.top, DividedTop)
         self.top.help()
 
+    @override
     def apply_item(self, site: str, slot: Slot, message: Message) -> list[Effect]:
-        """See `StreamServer`: store, answer nothing."""
         item = slot.item
         self.top.store.put(site, item.number, message.tensors)
         self._rows[site][item.number] = len(item.rows)
         if item.purpose is Purpose.TRAIN:
-            self.contributed(site, item)
-        return []
+            self.count_item(site, item)
+        return []  # no answer
 
+    @override
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
-        """See `Role`: nothing returns to the site; the report counts the refusal."""
-        self.refusals[header.sender] += 1
-        return self._settle(header.sender, header.seq)
+        self.refusals[header.sender] += 1  # for the report; the site gets no answer
+        return self._advance(header.sender, header.seq)
 
+    @override
     def share(self, site: str) -> float:
-        """See `StreamServer`: every step draws from all that is stored, so samples count."""
+        # Of samples and not of batches, since every step draws from all stored samples.
         return self.samples[site] / max(1, self.samples.total())
 
+    @override
     def complete(self) -> list[Effect]:
-        """Collecting is over; `next` trains."""
-        return []
+        return []  # `next` trains
 
+    @override
     def farewell_seq(self, site: str) -> int:
-        """The farewell is the only message that a site ever gets."""
-        return 1
+        return 1  # a site gets no other message
 
+    @override
     def next(self) -> list[Effect]:
-        """One training step on stored activations, or the evaluation behind an epoch."""
+        """Perform one training step on stored activations, with the evaluation and the end after an epoch."""
         if not self.done:
             return []
         if not self._training:
@@ -94,11 +97,11 @@ class SplitFrozenServer(StreamServer):
         epoch, batch = divmod(self._trained, per_epoch)
         generator = torch.Generator().manual_seed(seed_for(self.config.run.seed, "store", epoch + 1))
         order = torch.randperm(len(rows), generator=generator)
-        chosen = order[len(rows) * batch // per_epoch : len(rows) * (batch + 1) // per_epoch].tolist()
+        batch_rows = order[len(rows) * batch // per_epoch : len(rows) * (batch + 1) // per_epoch].tolist()
         seed = seed_for(self.config.run.seed, "top", "store", self._trained)
         effects: list[Effect] = []
         try:
-            loss = self.top.train_stored([rows[i] for i in chosen], seed)
+            loss = self.top.train_stored([rows[i] for i in batch_rows], seed)
         except Refused:
             self.refusals["store"] += 1
         else:
@@ -123,7 +126,7 @@ class SplitFrozenServer(StreamServer):
     def _evaluate(self, epoch: int) -> list[Effect]:
         if epoch % self.config.run.evaluate_every and epoch != self.config.run.epochs:
             return []
-        judged = False
+        evaluated = False
         for site in self.active_sites:
             for q in sorted(self._rows[site]):
                 part = self.sequences[site].plan.item(q).purpose
@@ -135,17 +138,17 @@ class SplitFrozenServer(StreamServer):
                         self.refusals[site] += 1
                     else:
                         self.evaluation.add(site, part, outputs, stored["targets"])
-            judged = self.evaluation.close(site, epoch)
-        return self.close_evaluation(epoch, judged)
+            evaluated = self.evaluation.close(site, epoch)
+        return self.close_evaluation(epoch, evaluated)
 
+    @override
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
-        """See `Role`."""
         base = super().snapshot(first_unconfirmed)
         rows = {site: {str(q): n for q, n in items.items()} for site, items in self._rows.items()}
         return Snapshot(base.tensors, {**base.facts, "rows": rows, "trained": self._trained})
 
+    @override
     def restore(self, snapshot: Snapshot) -> None:
-        """See `Role`."""
         super().restore(snapshot)
         self._trained = snapshot.facts["trained"]
         self._rows = {s: {int(q): n for q, n in items.items()} for s, items in snapshot.facts["rows"].items()}

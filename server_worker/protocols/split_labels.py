@@ -1,5 +1,7 @@
 """split_labels (Ha et al., IEEE Access 2021, doi 10.1109/ACCESS.2021.3108455): labels travel with the activations."""
 
+from typing_extensions import override
+
 from nightsplit.server_worker.stream.role import StreamServer
 from nightsplit.shared.engine.effects import Effect
 from nightsplit.shared.learning.seeds import seed_for
@@ -9,19 +11,19 @@ from nightsplit.shared.wire.message import Kind, Message
 
 
 class SplitLabelsServer(StreamServer):
-    """Trains the top on each batch and returns the gradient at the cut."""
+    """Server role of split_labels, which trains the top on each batch and returns the gradient at the cut."""
 
+    @override
     def apply_item(self, site: str, slot: Slot, message: Message) -> list[Effect]:
-        """See `StreamServer`."""
         smashed, targets = message.tensors["smashed"], message.tensors["targets"]
         item = slot.item
         if item.purpose is Purpose.TRAIN:
             seed = seed_for(self.config.run.seed, "top", site, item.number)
             loss, gradient = self.top.train_step(smashed, targets, seed)
-            record = self.trained(site, item, loss)
+            record = self.record_step(site, item, loss)
             return [self.answer(site, slot.seq, Kind.CUT_GRADIENT, {"gradient": gradient}), record]
         self.evaluation.add(site, item.purpose, self.top.predict(smashed), targets)
-        effects = self.close_block(site, item) if item.ends_block else []  # first: the answer tells the verdict
+        effects = self.close_block(site, item) if item.ends_block else []  # first: the answer has the result
         return [self.answer(site, slot.seq, Kind.NOTED), *effects]
 
 

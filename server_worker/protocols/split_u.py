@@ -6,7 +6,7 @@
     HeadGradient(q)─▶ middle, backward, step
     bottom, step  ◀─ CutGradient(q)
 
-Of held-out patients the server learns the site's own figures (Report), not their labels.
+For held-out patients the server receives the site's own figures (Report), not their labels.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from typing_extensions import override
 
 from nightsplit.server_worker.stream.ddp import Group
 from nightsplit.server_worker.stream.role import StreamServer
@@ -31,22 +32,22 @@ from nightsplit.shared.wire.schema import Payload
 
 
 class SplitUServer(StreamServer):
-    """Holds the layers in the middle."""
+    """Server role of split_u, which holds the layers in the middle."""
 
     top: Middle
 
     def __init__(self, config: RunConfig, top: Middle, contract: Mapping[Kind, Payload]) -> None:
         super().__init__(config, top, contract)
         self._open: dict[str, dict[int, tuple[int, torch.Tensor]]] = {site: {} for site in config.run.sites}
-        """Version and smashed data of training items whose gradient at the head has not come yet."""
+        """Version and smashed data of training items that wait for the gradient at the head."""
 
     @classmethod
+    @override
     def make(cls, config: RunConfig, model: SplitModel, state: Path, device: str, group: Group | None) -> Self:
-        """See `StreamServer`."""
         return cls(config, Middle(model.parts.top, config.optimizer, config.task, device), model.contract)
 
+    @override
     def apply_item(self, site: str, slot: Slot, message: Message) -> list[Effect]:
-        """See `StreamServer`."""
         kind, seq, item, q = message.header.kind, slot.seq, slot.item, slot.item.number
         seed = seed_for(self.config.run.seed, "top", site, q)
         if kind is Kind.SMASHED:
@@ -57,43 +58,44 @@ class SplitUServer(StreamServer):
                 self._open[site][q] = version, smashed
             return [self.answer(site, seq, Kind.HEAD_INPUT, {"activations": activations})]
         if kind is Kind.REPORT:
-            return self._take_report(site, item, message)
+            return self._add_report(site, item, message)
         if q not in self._open[site]:
             raise mismatch(f"item {q} has no open forward.")
         version, smashed = self._open[site][q]
         at_cut = self.top.backward(smashed, message.tensors["gradient"], version, seed)
-        self._close(site, item)
-        record = self.trained(site, item, None)
+        self._close_item(site, item)
+        record = self.record_step(site, item, None)
         return [self.answer(site, seq, Kind.CUT_GRADIENT, {"gradient": at_cut}), record]
 
+    @override
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
-        """See `StreamServer`; an item whose second half was refused is closed without a step."""
-        self._close(header.sender, self.sequences[header.sender].slot(header.seq).item)
+        # After a refused gradient the item is closed without a step.
+        self._close_item(header.sender, self.sequences[header.sender].slot(header.seq).item)
         return super().refused(header, refusal)
 
+    @override
     def exclude(self, sender: str) -> list[Effect]:
-        """See `StreamServer`; nobody will close the items that the site left open."""
-        self._open[sender].clear()
-        self._forget()
+        self._open[sender].clear()  # the site will not close them
+        self._drop_weights()
         return super().exclude(sender)
 
-    def _close(self, site: str, item: Item) -> None:
+    def _close_item(self, site: str, item: Item) -> None:
         self._open[site].pop(item.number, None)
-        self._forget()
+        self._drop_weights()
 
-    def _forget(self) -> None:
+    def _drop_weights(self) -> None:
         self.top.forget({version for items in self._open.values() for version, _ in items.values()})
 
-    def _take_report(self, site: str, item: Item, message: Message) -> list[Effect]:
-        figures = self.figures(message, item.ends_block)
-        self._close(site, item)  # a training item is reported when its head input could not be used
+    def _add_report(self, site: str, item: Item, message: Message) -> list[Effect]:
+        figures = self.read_figures(message, item.ends_block)
+        self._close_item(site, item)  # a site reports a training item when it could not use the head's input
         effects: list[Effect] = []
         if item.ends_block:
             effects = self.close_evaluation(item.epoch, self.evaluation.report(site, item.epoch, figures))
         return [self.answer(site, message.header.seq, Kind.NOTED), *effects]
 
+    @override
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
-        """See `Role`."""
         base = super().snapshot(first_unconfirmed)
         tensors = dict(base.tensors)
         versions = {}
@@ -102,8 +104,8 @@ class SplitUServer(StreamServer):
             versions[site] = {str(q): version for q, (version, _) in items.items()}
         return Snapshot(tensors, {**base.facts, "open": versions})
 
+    @override
     def restore(self, snapshot: Snapshot) -> None:
-        """See `Role`."""
         super().restore(snapshot)
         for site, versions in snapshot.facts["open"].items():
             smashed = under(f"open/{site}", snapshot.tensors)

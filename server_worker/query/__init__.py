@@ -1,1 +1,1 @@
-"""The server's side of the Query shape: takes queries as they come, and keeps public keys alone."""
+"""Server's side of the Query shape: it answers queries to the model of a finished run."""

@@ -1,6 +1,6 @@
-"""Processes that evaluate queries side by side. SEAL holds Python's lock, so threads would wait for each other.
+"""Pool of processes that evaluate queries in parallel. SEAL holds Python's lock, so threads would block each other.
 
-thread ──▶ its process ──▶ thread         a line for each: when a process dies, its line breaks, and nothing waits
+thread ──▶ its process ──▶ thread         a pipe for each: when a process dies, its pipe breaks, and no thread waits
 """
 
 import signal
@@ -19,32 +19,32 @@ from nightsplit.shared.he.weights import ClassifierWeights
 from nightsplit.shared.runtime.process import prepare_torch
 
 Evaluate = Callable[[PublicKeys, int, str, Sequence[bytes], str, str], "Future[list[bytes]]"]
-"""`HeClstmServer.answer`, begun."""
+"""`HeClstmServer.answer`, started in another process."""
 
 
 @contextmanager
 def evaluation_pool(classifier: ClassifierWeights, secret: bytes, processes: int) -> Iterator[Evaluate]:
-    """Evaluate in so many processes while the block runs; what it has begun by its end is finished, and dropped.
+    """Start a pool for the block; evaluations that still run at its end are completed and dropped.
 
-    What is begun raises, besides what `HeClstmServer.answer` does, StateError: 509 its process is gone.
+    An evaluation raises the errors of `HeClstmServer.answer`, and StateError 509 when its process is gone.
 
     Args:
-        classifier, secret: as for `HeClstmServer`.
-        processes: at most so many, each started when it is needed.
+        classifier, secret: as of `HeClstmServer`.
+        processes: largest number of processes, each started when it is needed.
     """
-    own, started = threading.local(), list[_Process]()
+    local, started = threading.local(), list[_Process]()
 
-    def begin() -> None:
-        own.process = _Process(classifier, secret)
-        started.append(own.process)
+    def start() -> None:
+        local.process = _Process(classifier, secret)
+        started.append(local.process)
 
-    def answer(*given: Any) -> list[bytes]:
-        process: _Process = own.process
-        return process.answer(*given)
+    def answer(*arguments: Any) -> list[bytes]:
+        process: _Process = local.process
+        return process.answer(*arguments)
 
-    threads = ThreadPoolExecutor(processes, initializer=begin)
+    threads = ThreadPoolExecutor(processes, initializer=start)
     try:
-        yield lambda *given: threads.submit(answer, *given)
+        yield lambda *arguments: threads.submit(answer, *arguments)
     finally:
         threads.shutdown(cancel_futures=True)
         for process in started:
@@ -52,43 +52,43 @@ def evaluation_pool(classifier: ClassifierWeights, secret: bytes, processes: int
 
 
 class _Process:
-    """A `HeClstmServer` elsewhere."""
+    """Process with a `HeClstmServer`."""
 
     def __init__(self, classifier: ClassifierWeights, secret: bytes) -> None:
         context = get_context("forkserver")
-        self._line, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, classifier, secret))
+        self._pipe, other_end = context.Pipe()
+        self._process = context.Process(target=_work, args=(other_end, classifier, secret))
         self._process.start()
-        theirs.close()
+        other_end.close()
 
-    def answer(self, *given: Any) -> list[bytes]:
-        """As `HeClstmServer.answer`."""
+    def answer(self, *arguments: Any) -> list[bytes]:
+        """Call `HeClstmServer.answer`."""
         try:
-            self._line.send(given)
-            found: list[bytes] | Refused = self._line.recv()
+            self._pipe.send(arguments)
+            result: list[bytes] | Refused = self._pipe.recv()
         except (EOFError, OSError):
-            what = "one that evaluates queries has ended."
-            raise StateError(509, what, "start the same command again: no query is lost.") from None
-        if isinstance(found, Refused):
-            raise found
-        return found
+            sentence = "a process that evaluates queries has ended."
+            raise StateError(509, sentence, "start the same command again: no query is lost.") from None
+        if isinstance(result, Refused):
+            raise result
+        return result
 
     def end(self) -> None:
-        self._line.close()
+        self._pipe.close()
         self._process.join()
 
 
-def _work(line: Connection, classifier: ClassifierWeights, secret: bytes) -> None:
-    """Until the line ends, as it does when the server dies."""
+def _work(pipe: Connection, classifier: ClassifierWeights, secret: bytes) -> None:
+    """Evaluate queries until the pipe breaks, as it does when the server dies."""
     prepare_torch(1, "cpu")
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to every process: the server decides
         signal.signal(number, signal.SIG_IGN)
-    half = HeClstmServer(classifier, secret)
+    server = HeClstmServer(classifier, secret)
     with suppress(EOFError, OSError):
         while True:
-            given = line.recv()
+            arguments = pipe.recv()
             try:
-                found: list[bytes] | Refused = half.answer(*given)
+                result: list[bytes] | Refused = server.answer(*arguments)
             except Refused as refusal:
-                found = refusal
-            line.send(found)
+                result = refusal
+            pipe.send(result)

@@ -1,1 +1,1 @@
-"""The server's side of the Round shape: combines what sites trained."""
+"""Server's side of the Round shape: it combines the updates of sites."""

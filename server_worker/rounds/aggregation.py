@@ -1,6 +1,6 @@
-"""How updates of several sites become one.
+"""Aggregation of the updates of several sites.
 
-An update is a list of slices, as it travelled; a sum over slices of some megabytes stays in the processor's cache.
+An update is a list of slices, as in its messages; a sum over slices of some megabytes stays in the processor's cache.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,14 +11,17 @@ from nightsplit.shared.config.run import RoundSection
 
 
 class WeightedMean:
-    """McMahan et al., AISTATS 2017, algorithm 1: sum of n_k w_k / n. One pass, one model of memory."""
+    """Weighted mean of updates, sum of n_k w_k / n (McMahan et al., AISTATS 2017, algorithm 1).
+
+    It takes one pass, and memory for one model.
+    """
 
     def __init__(self) -> None:
         self._sums: list[torch.Tensor] = []
         self._weight = 0.0
 
     def add(self, name: str, update: Sequence[torch.Tensor], weight: float) -> None:
-        """Take an update, slices of float32 (elements,) as long as those of the others; they are not changed."""
+        """Add an update, slices of float32 (elements,) as long as those of the others; they are not changed."""
         if not self._sums:
             self._sums = [values * weight for values in update]
         else:
@@ -27,15 +30,15 @@ class WeightedMean:
         self._weight += weight
 
     def result(self) -> Iterator[torch.Tensor]:
-        """Slices of the combined update, float32 (elements,); none when nothing came."""
+        """Return the slices of the combined update, float32 (elements,); none without updates."""
         return (total / self._weight for total in self._sums)
 
     def clear(self) -> None:
-        """Forget all updates."""
+        """Remove all updates."""
         self._sums, self._weight = [], 0.0
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Entries for a snapshot."""
+        """Return the tensors of a snapshot."""
         sums = {str(number): total for number, total in enumerate(self._sums)}
         return {**sums, "weight": torch.tensor(self._weight, dtype=torch.float64)}
 
@@ -46,12 +49,12 @@ class WeightedMean:
 
 
 class TrimmedMean:
-    """Coordinate-wise trimmed mean (Yin et al., ICML 2018, definition 2), against a site that lies.
+    """Coordinate-wise trimmed mean of updates (Yin et al., ICML 2018, definition 2), robust to a hostile site.
 
-    Keeps every update until it is combined. Each counts the same, whatever its weight.
+    It keeps every update until they are combined. All count the same; weights are ignored.
 
     Args:
-        trim: share of the values that is left out at each end; of m updates, floor(trim m) each. 0.5
+        trim: share of the values that is removed at each end; of m updates, floor(trim m) each. 0.5
             means the median: all but the middle one or two.
     """
 
@@ -60,29 +63,29 @@ class TrimmedMean:
         self._updates: dict[str, list[torch.Tensor]] = {}
 
     def add(self, name: str, update: Sequence[torch.Tensor], weight: float) -> None:
-        """See `WeightedMean`."""
+        """Add an update, slices of float32 (elements,) as long as those of the others; they are not changed."""
         self._updates[name] = list(update)
 
     def result(self) -> Iterator[torch.Tensor]:
-        """See `WeightedMean`."""
+        """Return the slices of the combined update, float32 (elements,); none without updates."""
         updates = [self._updates[name] for name in sorted(self._updates)]
         return (self._combine(torch.stack(slices)) for slices in zip(*updates, strict=True))
 
     def _combine(self, values: torch.Tensor) -> torch.Tensor:
-        """Of (updates, elements)."""
-        out = min((len(values) - 1) // 2, int(self._trim * len(values)))
-        return values.sort(0).values[out : len(values) - out].mean(0)
+        """Return the trimmed mean (elements,) of values (updates, elements)."""
+        trimmed = min((len(values) - 1) // 2, int(self._trim * len(values)))
+        return values.sort(0).values[trimmed : len(values) - trimmed].mean(0)
 
     def clear(self) -> None:
-        """See `WeightedMean`."""
+        """Remove all updates."""
         self._updates = {}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """See `WeightedMean`."""
+        """Return the tensors of a snapshot."""
         return {f"{number}/{name}": part for name, parts in self._updates.items() for number, part in enumerate(parts)}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """See `WeightedMean`."""
+        """Continue from `state`."""
         self.clear()
         slices = {(int(number), name): key for key in tensors for number, _, name in [key.partition("/")]}
         for (_, name), key in sorted(slices.items()):
@@ -90,7 +93,7 @@ class TrimmedMean:
 
 
 def make_aggregation(section: RoundSection) -> WeightedMean | TrimmedMean:
-    """What run.toml asks for."""
+    """Return the aggregation that run.toml asks for."""
     if section.combine == "mean":
         return WeightedMean()
     return TrimmedMean(0.5 if section.combine == "median" else section.trim)

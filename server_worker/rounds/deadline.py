@@ -1,4 +1,4 @@
-"""How long the open round of a run has been open, and whether it has been long enough."""
+"""Deadline of the open round."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -7,30 +7,30 @@ from nightsplit.shared.run_store.status import Round
 
 
 class Deadline:
-    """Of a round that has its quorum. The clock is this server's own, and goes on while no server is there.
+    """Deadline of a round that has its quorum, on this server's clock. It runs on while no server is active.
 
     Args:
-        hours: from the beginning of a round.
-        told: the round that was open at the server before this one.
-        now: the present moment.
+        hours: time from the beginning of a round.
+        previous: the round that was open at the last server.
+        now: the current time.
     """
 
-    def __init__(self, hours: float, told: Round, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+    def __init__(self, hours: float, previous: Round, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._hours = timedelta(hours=hours)
         self._now = now
-        self._number, self._opened = told.number, told.opened or now()
+        self._number, self._opened = previous.number, previous.opened or now()
 
-    def look(self, version: int) -> None:
-        """Take note of how often the server has combined; another number means another round."""
+    def update(self, version: int) -> None:
+        """Start a new round when the server has combined updates, which changes the version."""
         if version != self._number:
             self._number, self._opened = version, self._now()
 
     @property
     def is_over(self) -> bool:
-        """Whether the round has been open for long enough."""
+        """True when the round has been open for so long."""
         return self._now() - self._opened >= self._hours
 
     @property
     def round(self) -> Round:
-        """The open round: what `status` shows, and the next server goes on with."""
+        """Open round, shown by `status` and continued by the next server."""
         return Round(number=self._number, opened=self._opened)

@@ -1,10 +1,11 @@
-"""The server's side of the Round shape: who has reported, when a round closes, what everybody goes on with."""
+"""Server's side of the Round shape: updates of sites, the end of a round, and the model that comes of it."""
 
 from abc import abstractmethod
 from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from nightsplit.server_worker.role import Samples, ServerRole
 from nightsplit.shared.config.run import RunConfig
@@ -16,120 +17,119 @@ from nightsplit.shared.protocols.rounds import RoundSequence, Work, bounded, che
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Header, Kind, Message
 
-MOST_SAMPLES = 1_000_000_000
-"""Of a site. Nothing is held per sample; more are a mistake."""
+SAMPLES_MAX = 1_000_000_000
+"""Largest number of samples of a site. Nothing is stored per sample; more are a mistake."""
 
 
 class RoundServer(ServerRole[RoundSequence]):
-    """Combines what sites report, and answers each report with the model that came of it.
+    """Base class of roles that combine the updates of sites, and answer each update with the next model.
 
-        close = "all"       a round closes when every site that takes part has reported
-        close = "quorum"    or when `reports` have, and the deadline is over; who is late counts in the round
-                            that is open then, and goes on with the model that this one makes
-        close = "buffered"  when `reports` updates have come, of whomever; a site is answered at once
+        close = "all"       a round closes when every active site has reported
+        close = "quorum"    or when `reports` sites have, and the deadline is over; a late update counts in the round
+                            that is open when it comes, and its site continues with the model of that round
+        close = "buffered"  when `reports` updates have come, from any sites; a site is answered at once
                             (FedBuff: Nguyen et al., AISTATS 2022)
 
-    An update counts whole or not at all: one of which a slice was refused does not, nor does one whose site
-    left before the last slice. Its staleness is how often the server has combined since the model that the
-    update began with: 0 for everybody with "all".
+    Only whole updates count: not one with a refused slice, nor one of a site excluded before the last slice.
+    The staleness of an update is the number of combinations since the model that it began with: always 0 with "all".
     """
 
     def __init__(self, config: RunConfig, model: WholeModel) -> None:
         super().__init__(config, model.contract)
         self.layout = model.layout
         self.vector = model.layout.vector(model.module.state_dict())
-        """The present model, float32 (length,)."""
+        """Current model, float32 (length,)."""
         self.published = self.vector
-        """The model that the run began with."""
+        """Model that the run began with."""
         self._strict = config.run.order == "strict"
         self.journalled = not self._strict or config.run.may_exclude
         self._open: dict[str, list[torch.Tensor | None]] = {site: [] for site in config.run.sites}
-        """Slices of each site's present update; None for one that was refused."""
-        self._begun = dict.fromkeys(config.run.sites, 0)
-        """Version of the model that each site's present update began with."""
+        """Slices of each site's current update; None for one that was refused."""
+        self._bases = dict.fromkeys(config.run.sites, 0)
+        """Version of the model that each site's current update began with."""
         self._reported: dict[str, int] = {}
-        """Sites whose update is in the open round, and the number of its last slice, which is not answered yet."""
+        """Sites with an unanswered update in the open round, and the number of its last slice."""
         self._arrived = 0
-        """Updates in the open round."""
+        """Number of updates in the open round."""
         self.is_last = False
-        """Whether the present model is the final one."""
+        """True when the current model is the final one."""
         self._final: set[str] = set()
         """Sites that have the final model."""
-        self._through: set[str] = set()
-        """Sites that have judged the final model."""
+        self._finished: set[str] = set()
+        """Sites that have evaluated the final model."""
 
-    # -- what a system fills in ------------------------------------------------------------------
+    # -- for the protocols -----------------------------------------------------------------------
 
     @abstractmethod
     def add(self, site: str, update: Sequence[torch.Tensor], staleness: int) -> None:
-        """Take a site's whole update, slices of float32, which are not changed."""
+        """Add a site's whole update, slices of float32, which are not changed."""
 
     @abstractmethod
     def combine(self) -> torch.Tensor:
-        """The next model, float32 (length,), of `vector`, which is not changed, and the updates of the open round."""
+        """Return the next model, float32 (length,), from `vector`, which is not changed, and the round's updates."""
 
-    def take_final_figures(self, site: str, message: Message | None) -> list[Effect]:
-        """Note a site's report on the final model; None for one that could not be read.
-
-        Raises:
-            Refused: 304, 307 it is no such report; nothing is noted.
-        """
-        return self.take_figures(site, self.version, {} if message is None else self.figures(message, due=True))
+    def add_final_figures(self, site: str, message: Message | None) -> list[Effect]:
+        """Add a site's report on the final model, None for an unreadable one; Refused 304, 307 invalid, no change."""
+        return self.add_figures(site, self.version, {} if message is None else self.read_figures(message, due=True))
 
     # -- Role ------------------------------------------------------------------------------------
 
+    @override
     def choose(self, ready: Set[str]) -> str | None:
-        """See `Role`: in strict order the first site that has not reported; else who has sent least."""
+        # In strict order the first site that has not reported; else the one that has sent least.
         awaited = self.awaited()[:1] if self._strict else self.awaited()
         # A message may be here before its site's hello.
-        known = [site for site in awaited if site in ready and site in self.sequences]
-        # An update that has begun goes first, so that few of them are held at a time.
-        return min(known, key=lambda site: (not self._open[site], self.applied[site]), default=None)
+        candidates = [site for site in awaited if site in ready and site in self.sequences]
+        # A partial update goes first, so that few of them are in memory at a time.
+        return min(candidates, key=lambda site: (not self._open[site], self.applied[site]), default=None)
 
+    @override
     def awaited(self) -> list[str]:
-        """See `ServerRole`."""
-        return [s for s in self.active_sites if s not in self._reported and s not in self._through]
+        return [s for s in self.active_sites if s not in self._reported and s not in self._finished]
 
+    @override
     def on(self, message: Message) -> list[Effect]:
-        """See `Role`."""
         header = message.header
         if header.kind is Kind.HELLO:
             return self.handle_hello(message)
-        self._expect_in_place(header)
+        self._check_turn(header)
         site = header.sender
         if site in self._final:
-            return self._through_with(header, self.take_final_figures(site, message))
+            return self._finish_site(header, self.add_final_figures(site, message))
         number = len(self._open[site]) + 1
         values = check_slice(message, self.layout, number)
-        judged = number == self.layout.slices and is_evaluated(self.config, self._begun[site])
-        return self._take(header, values, self.figures(message, due=judged))
+        due = number == self.layout.slices and is_evaluated(self.config, self._bases[site])
+        return self._add_slice(header, values, self.read_figures(message, due=due))
 
-    def _expect_in_place(self, header: Header) -> None:
-        """A site that is known sends the slices of its update in order, and behind the final model its report."""
+    def _check_turn(self, header: Header) -> None:
+        """Raise Refused 304 unless a message is the next slice of a site's update, or its report on the final model."""
         site = header.sender
-        expected = (Kind.REPORT if site in self._final else Kind.UPDATE, self.applied[site] + 1, 0, self._begun[site])
+        expected = (Kind.REPORT if site in self._final else Kind.UPDATE, self.applied[site] + 1, 0, self._bases[site])
         is_awaited = site in self.sequences and site in self.awaited()
         if not is_awaited or (header.kind, header.seq, header.reply_to, header.version) != expected:
             raise mismatch(f"{header.message_id} is out of turn.")
 
+    @override
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
-        """See `Role`: an update less; the site goes on as if it had counted."""
+        # The update does not count, and the site continues as if it did.
         self.refusals[header.sender] += 1
         if header.sender in self._final:
-            return self._through_with(header, self.take_final_figures(header.sender, None))
-        return self._take(header, None, {})
+            return self._finish_site(header, self.add_final_figures(header.sender, None))
+        return self._add_slice(header, None, {})
 
+    @override
     def exclude(self, sender: str) -> list[Effect]:
-        """See `Role`: whole updates that the site gave stay, and nobody waits for it."""
+        # Its whole updates stay, and no site waits for it.
         self._reported.pop(sender, None)
         self._open[sender] = []
         effects = self.drop_site(sender)
         if self._ready_to_close(deadline=False):
             effects += self.close()
-        return effects + self._over()
+        return effects + self._end_if_done()
 
+    @override
     def close(self) -> list[Effect]:
-        """Combine what came, and answer who waits for it. Also called when the deadline of a quorum is over."""
+        """Combine the updates of the round, and answer the sites that wait; also called at the deadline of a quorum."""
         self.vector = bounded(self.combine())
         self._arrived = 0
         self.version += 1
@@ -141,35 +141,36 @@ class RoundServer(ServerRole[RoundSequence]):
         return effects
 
     @property
+    @override
     def may_close(self) -> bool:
-        """See `ServerRole`: the round has its quorum, and waits for more until the deadline."""
+        """True when the round has its quorum, and waits only for the deadline."""
         return self._ready_to_close(deadline=True)
 
-    # -- what the worker asks ----------------------------------------------------------------------
+    # -- for the worker ----------------------------------------------------------------------------
 
+    @override
     def weights(self) -> dict[str, torch.Tensor]:
-        """See `ServerRole`."""
         return self.layout.weights(self.vector)
 
+    @override
     def weights_in(self, snapshot: Snapshot) -> dict[str, torch.Tensor]:
-        """See `ServerRole`."""
         return self.layout.weights(snapshot.tensors["vector"])
 
+    @override
     def sequence_of(self, site: str, samples: Samples) -> RoundSequence:
-        """See `ServerRole`."""
-        if max(samples) > MOST_SAMPLES:
-            raise self.implausible(site, samples)
+        if max(samples) > SAMPLES_MAX:
+            raise self.too_many(site, samples)
         return RoundSequence.of(self.config, samples.train, self.layout)
 
     @property
+    @override
     def done(self) -> bool:
-        """See `ServerRole`."""
-        return self._through >= self.active_sites.keys()
+        return self._finished >= self.active_sites.keys()
 
-    # -- inside ------------------------------------------------------------------------------------
+    # -- rounds ------------------------------------------------------------------------------------
 
-    def _take(self, header: Header, values: torch.Tensor | None, metrics: SiteMetrics) -> list[Effect]:
-        """Keep a slice of an update, None if it was refused; with the last one the site has reported."""
+    def _add_slice(self, header: Header, values: torch.Tensor | None, metrics: SiteMetrics) -> list[Effect]:
+        """Add a slice of an update, None if it was refused; the last one completes the site's report."""
         site = header.sender
         self.applied[site] = header.seq
         self._open[site].append(values)
@@ -178,21 +179,21 @@ class RoundServer(ServerRole[RoundSequence]):
         update = [values for values in self._open[site] if values is not None]
         self._open[site] = []
         if len(update) == self.layout.slices:
-            self.add(site, update, self.version - self._begun[site])
+            self.add(site, update, self.version - self._bases[site])
         work = Work.of(self.config, self.sequences[site].train)
         self.batches[site] += work.batches
         self.samples[site] += work.samples
         self.steps += 1
-        late, epoch = self.version - self._begun[site], self.version + 1
-        trained = Record(
-            {"event": "train", "step": self.steps, "site": site, "epoch": epoch, "loss": None, "staleness": late}
+        staleness, epoch = self.version - self._bases[site], self.version + 1
+        record = Record(
+            {"event": "train", "step": self.steps, "site": site, "epoch": epoch, "loss": None, "staleness": staleness}
         )
-        effects: list[Effect] = [trained]
-        if self.config.round.close == "all" and is_evaluated(self.config, self._begun[site]):
-            effects += self.take_figures(site, self._begun[site], metrics)
+        effects: list[Effect] = [record]
+        if self.config.round.close == "all" and is_evaluated(self.config, self._bases[site]):
+            effects += self.add_figures(site, self._bases[site], metrics)
         self._reported[site] = header.seq
         self._arrived += 1
-        if self.is_last:  # it came too late for the last round
+        if self.is_last:  # too late for the last round
             return effects + self._answer(site, self._reported.pop(site))
         if self._ready_to_close(deadline=False):
             return effects + self.close()
@@ -201,7 +202,7 @@ class RoundServer(ServerRole[RoundSequence]):
         return effects
 
     def _ready_to_close(self, deadline: bool) -> bool:
-        """Whether the open round may close: with the deadline over, or without."""
+        """Return whether the open round may close, with or without its deadline being over."""
         section, active_sites = self.config.round, self.active_sites
         if self.is_last or not self._arrived:
             return False
@@ -213,9 +214,9 @@ class RoundServer(ServerRole[RoundSequence]):
         return enough and (deadline or not section.deadline_hours)
 
     def _answer(self, site: str, seq: int) -> list[Effect]:
-        """The present model, in answer to the update that ended with message `seq`."""
+        """Answer the update that ended with message `seq` with the current model."""
         slices = self.layout.slices
-        self._begun[site] = self.version
+        self._bases[site] = self.version
         if self.is_last:
             self._final.add(site)
         return [
@@ -227,26 +228,28 @@ class RoundServer(ServerRole[RoundSequence]):
             for number in range(1, slices + 1)
         ]  # fmt: skip
 
-    def take_figures(self, site: str, version: int, metrics: SiteMetrics) -> list[Effect]:
-        """Note a site's figures for a model."""
+    def add_figures(self, site: str, version: int, metrics: SiteMetrics) -> list[Effect]:
+        """Add a site's figures for a model."""
         return self.describe_candidate(version) if self.evaluation.report(site, version, metrics) else []
 
+    @override
     def describe_candidate(self, candidate: int) -> list[Effect]:
-        """See `ServerRole`; with "all" no site has combined since, so the present weights are the judged ones."""
         if self.evaluation.best == candidate:
-            self.best_weights = self.weights()
+            self.best_weights = self.weights()  # with "all" these are still the evaluated ones
         return super().describe_candidate(candidate)
 
-    def _through_with(self, header: Header, judged: list[Effect]) -> list[Effect]:
+    def _finish_site(self, header: Header, effects: list[Effect]) -> list[Effect]:
+        """Mark a site as finished; return the effects of its report, with those of the end of the run."""
         self.applied[header.sender] = header.seq
-        self._through.add(header.sender)
-        return judged + self._over()
+        self._finished.add(header.sender)
+        return effects + self._end_if_done()
 
-    def _over(self) -> list[Effect]:
+    def _end_if_done(self) -> list[Effect]:
         return self.end() if self.done else []
 
+    @override
     def end(self) -> list[Effect]:
-        """See `ServerRole`: everybody gets the best model."""
+        """End the run, and send the best model to all active sites."""
         self._ended = True
         if not self.best_weights:
             self.best_weights = self.weights()
@@ -263,34 +266,34 @@ class RoundServer(ServerRole[RoundSequence]):
 
     # -- snapshot ----------------------------------------------------------------------------------
 
+    @override
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
-        """See `Role`."""
         base = super().snapshot(first_unconfirmed)
-        came = {
-            f"{site}/{place}": values
+        slices_by_name = {
+            f"{site}/{index}": values
             for site, slices in self._open.items()
-            for place, values in enumerate(slices)
+            for index, values in enumerate(slices)
             if values is not None
         }
-        tensors = {**base.tensors, "vector": self.vector, **flatten("open", came)}
+        tensors = {**base.tensors, "vector": self.vector, **flatten("open", slices_by_name)}
         facts: dict[str, Any] = {
-            "version": self.version, "begun": dict(self._begun),
+            "version": self.version, "begun": dict(self._bases),
             "open": {site: len(slices) for site, slices in self._open.items()},
             "reported": dict(self._reported), "arrived": self._arrived,
-            "is_last": self.is_last, "final": sorted(self._final), "through": sorted(self._through),
+            "is_last": self.is_last, "final": sorted(self._final), "through": sorted(self._finished),
         }  # fmt: skip
         return Snapshot(tensors, {**base.facts, **facts})
 
+    @override
     def restore(self, snapshot: Snapshot) -> None:
-        """See `Role`."""
         super().restore(snapshot)
         tensors, facts = snapshot.tensors, snapshot.facts
         self.vector = tensors["vector"]
-        came = under("open", tensors)
+        slices = under("open", tensors)
         self._open = {
-            site: [came.get(f"{site}/{place}") for place in range(number)] for site, number in facts["open"].items()
+            site: [slices.get(f"{site}/{index}") for index in range(number)] for site, number in facts["open"].items()
         }
         self.version, self._arrived = facts["version"], facts["arrived"]
-        self._begun, self._reported = facts["begun"], facts["reported"]
+        self._bases, self._reported = facts["begun"], facts["reported"]
         self.is_last = facts["is_last"]
-        self._final, self._through = set(facts["final"]), set(facts["through"])
+        self._final, self._finished = set(facts["final"]), set(facts["through"])

@@ -1,1 +1,1 @@
-"""The server's side of the Stream shape: the top, and in which order it learns from whom."""
+"""Server's side of the Stream shape: the top, and the order in which it is trained on messages of sites."""

@@ -1,6 +1,6 @@
-"""Activations that were released once, on the server's disk, to be trained on many times.
+"""Store of released activations on the server's disk, which are trained on many times.
 
-One safetensors file per message, read by memory mapping: the store may be larger than memory.
+There is one safetensors file per message, read by memory mapping: the store may be larger than memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,37 +14,37 @@ from nightsplit.shared.storage.files import make_private_folder, write_atomic
 from nightsplit.shared.storage.tensors import as_safetensors
 
 Row = tuple[str, int, int]
-"""A stored sample: site, item, row."""
+"""Stored sample: site, item, row."""
 
 
 class ActivationStore:
-    """The released activations of one run, in a folder that belongs to its server alone."""
+    """Released activations of one run, in a folder that only its server uses."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def put(self, site: str, q: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Store item q of a site durably, once for all; StateError 501: the disk is full, earlier items are intact."""
-        place = self._place(site, q)
+        """Store item q of a site durably; StateError 501 when the disk is full, which leaves earlier items intact."""
+        path = self._path(site, q)
         try:
-            make_private_folder(place.parent)
-            write_atomic(place, as_safetensors(tensors))
+            make_private_folder(path.parent)
+            write_atomic(path, as_safetensors(tensors))
         except OSError as error:
-            needed = sum(tensor.nbytes for tensor in tensors.values())
-            what = f"{place} cannot be written ({error.strerror}); it needs {needed / 2**20:.1f} MiB."
-            remedy = "make room on that disk, then start the server again: it continues where it was."
-            raise StateError(501, what, remedy) from None
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            sentence = f"{path} cannot be written ({error.strerror}); it needs {size / 2**20:.1f} MiB."
+            fix = "make room on that disk, then start the server again: it continues where it was."
+            raise StateError(501, sentence, fix) from None
 
     def get(self, site: str, q: int, rows: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
-        """Item q of a site: all its rows, or only these, in this order."""
-        with safe_open(self._place(site, q), framework="pt") as file:
+        """Return item q of a site with all its rows, or only with `rows`, in their order."""
+        with safe_open(self._path(site, q), framework="pt") as file:
             if rows is None:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: torch.stack([part[row] for row in rows]) for name, part in slices.items()}
 
     def gather(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Smashed data (batch, *cut) and targets (batch,) of these rows, in this order."""
+        """Return smashed data (batch, *cut) and targets (batch,) of the rows, in their order."""
         by_file: dict[tuple[str, int], list[int]] = {}
         for position, (site, q, _) in enumerate(rows):
             by_file.setdefault((site, q), []).append(position)
@@ -56,5 +56,5 @@ class ActivationStore:
         smashed, targets = zip(*(parts[position] for position in range(len(rows))), strict=True)
         return torch.stack(smashed), torch.stack(targets)
 
-    def _place(self, site: str, q: int) -> Path:
+    def _path(self, site: str, q: int) -> Path:
         return self._folder / site / f"{q:09d}.safetensors"

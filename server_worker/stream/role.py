@@ -1,4 +1,4 @@
-"""The server's side of the Stream shape: order, evaluation, averaging, the end. Systems add `apply_item`."""
+"""Server's side of the Stream shape: order, evaluation, averaging and the end. Protocols add `apply_item`."""
 
 from abc import abstractmethod
 from collections import Counter, deque
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from typing_extensions import override
 
 from nightsplit.server_worker.role import Samples, ServerRole
 from nightsplit.server_worker.stream.ddp import Group
@@ -23,14 +24,14 @@ from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Header, Kind, Message, Scalar
 from nightsplit.shared.wire.schema import Payload
 
-MOST_ITEMS = 10_000_000
-"""Of a site's plan. FloatArray of messages stay below 2^26, as `Fair` needs it."""
-LONGEST_REASON = 500
-"""Characters of a refusal's sentence that travel: what it quotes may be as long as the message was."""
+ITEMS_MAX = 10_000_000
+"""Largest number of items in a site's plan, so that message numbers stay below 2^26, as `Fair` needs it."""
+REASON_LENGTH_MAX = 500
+"""Largest number of characters of a refusal that are sent, since it may quote as much as a whole message."""
 
 
 class StreamServer(ServerRole[StreamSequence]):
-    """Holds the top, and answers each site's messages in its order.
+    """Base class of roles that hold the top, and answer each site's messages in order.
 
     Args:
         config: the run.
@@ -49,22 +50,22 @@ class StreamServer(ServerRole[StreamSequence]):
         self._bottoms: dict[str, dict[str, torch.Tensor]] = {}
         """Bottoms to be averaged."""
         self._waiting: dict[str, int] = {}
-        """Sites that wait for the mean, and which of their messages it answers."""
+        """Sites that wait for the mean, with the number of the message that it answers."""
         self._averaged: Counter[str] = Counter()
-        """Averagings that each site has taken part in."""
+        """Number of averagings that each site has taken part in."""
         self._tops: dict[int, dict[str, torch.Tensor]] = {}
-        """The top as the last site had evaluated it, for epochs that are judged when a site is left out."""
+        """Last evaluated top by epoch, for evaluations that an exclusion may complete."""
 
     @classmethod
     def make(cls, config: RunConfig, model: SplitModel, state: Path, device: str, group: Group | None) -> Self:
-        """Make the role of a server; arguments as of `nightsplit.server_worker.protocols.make_server`."""
+        """Return the role of a server; arguments as of `nightsplit.server_worker.protocols.make_server`."""
         return cls(config, Top(model.parts.top, config.optimizer, config.task, device), model.contract)
 
-    # -- what a system fills in ------------------------------------------------------------------
+    # -- for the protocols -----------------------------------------------------------------------
 
     @abstractmethod
     def apply_item(self, site: str, slot: Slot, message: Message) -> list[Effect]:
-        """Apply a site's message about a batch; returns its answer and metrics.
+        """Apply a site's message about a batch; return its answer and metrics.
 
         Raises:
             Refused: the message cannot be applied; nothing was changed.
@@ -72,64 +73,66 @@ class StreamServer(ServerRole[StreamSequence]):
 
     # -- Role ------------------------------------------------------------------------------------
 
+    @override
     def choose(self, ready: Set[str]) -> str | None:
-        """See `Role`: the schedule's choice, among sites that do not wait for an averaging."""
         return self._schedule.choose(ready, self._waiting.keys(), self.sequences, self.active_sites)
 
+    @override
     def on(self, message: Message) -> list[Effect]:
-        """See `Role`."""
         if message.header.kind is Kind.HELLO:
             return self.handle_hello(message)
         site = message.header.sender
         slot = check_upload(message, self.sequences[site], self.config.task)
-        handle = self._collect if slot.item.purpose is Purpose.AVERAGE else self.apply_item
+        handle = self._add_bottom if slot.item.purpose is Purpose.AVERAGE else self.apply_item
         effects = handle(site, slot, message)
-        return effects + self._settle(site, slot.seq)
+        return effects + self._advance(site, slot.seq)
 
+    @override
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
-        """See `Role`: the site is told, and counts the item as one without a gradient."""
+        # The site is notified, and counts the item as one without a gradient.
         self.refusals[header.sender] += 1
         site, slot = header.sender, self.sequences[header.sender].slot(header.seq)
-        scalars: dict[str, Scalar] = {"number": refusal.number, "reason": refusal.sentence[:LONGEST_REASON]}
+        scalars: dict[str, Scalar] = {"number": refusal.number, "reason": refusal.sentence[:REASON_LENGTH_MAX]}
         effects: list[Effect] = []
-        # The others must not wait for a bottom or figures that were refused.
+        # Other sites must not wait for a bottom or figures that were refused.
         if slot.settles and slot.item.ends_block:
             effects = self.close_block(site, slot.item)
         elif slot.settles and slot.item.purpose is Purpose.AVERAGE:
             self._averaged[site] += 1
             effects = self._average()
-        return [self.answer(site, slot.seq, Kind.REFUSED, scalars=scalars), *effects, *self._settle(site, slot.seq)]
+        return [self.answer(site, slot.seq, Kind.REFUSED, scalars=scalars), *effects, *self._advance(site, slot.seq)]
 
+    @override
     def exclude(self, sender: str) -> list[Effect]:
-        """See `Role`: the run averages, judges and ends without the site; what it gave stays."""
+        # The run averages, evaluates and ends without the site; its contribution stays.
         self._waiting.pop(sender, None)
         effects = self.drop_site(sender)
         if self._waiting:
             effects += self._average()
-        return effects + self._over()
+        return effects + self._end_if_done()
 
-    # -- what the worker asks ----------------------------------------------------------------------
+    # -- for the worker ----------------------------------------------------------------------------
 
+    @override
     def weights(self) -> dict[str, torch.Tensor]:
-        """See `ServerRole`."""
         return self.top.weights()
 
+    @override
     def weights_in(self, snapshot: Snapshot) -> dict[str, torch.Tensor]:
-        """See `ServerRole`."""
         return under("top", snapshot.tensors)
 
+    @override
     def sequence_of(self, site: str, samples: Samples) -> StreamSequence:
-        """See `ServerRole`."""
         plan = Plan.of(self.config, *samples)
-        if plan.last > MOST_ITEMS:
-            raise self.implausible(site, samples)
+        if plan.last > ITEMS_MAX:
+            raise self.too_many(site, samples)
         return StreamSequence(plan, has_head=Kind.HEAD_INPUT in self._contract)
 
+    @override
     def awaited(self) -> list[str]:
-        """Sites without whose next message the run cannot go on, or cannot end."""
         return self._schedule.awaited(self._waiting.keys(), self.sequences, self.active_sites)
 
-    # -- parts that systems use ------------------------------------------------------------------
+    # -- used by the protocols -------------------------------------------------------------------
 
     def answer(
         self,
@@ -139,44 +142,44 @@ class StreamServer(ServerRole[StreamSequence]):
         tensors: Mapping[str, torch.Tensor] = {},
         scalars: Mapping[str, Scalar] = {},
     ) -> Send:
-        """The one answer to message `seq` of a site, with the progress on the epochs so far."""
+        """Return the answer to message `seq` of a site, with the progress on the epochs so far."""
         return Send(site, kind, seq, reply_to=seq, tensors=tensors, scalars={**scalars, **self.progress})
 
-    def trained(self, site: str, item: Item, loss: float | None) -> Record:
-        """Count a training step and describe it; the loss is None where only the site knows it."""
+    def record_step(self, site: str, item: Item, loss: float | None) -> Record:
+        """Count a training step and return its metrics; the loss is None where only the site knows it."""
         self.steps += 1
-        self.contributed(site, item)
-        settled = self._answered_at[site]
-        # Answers given to this site since the one that completed the bottom version of this batch.
-        since = self.applied[site] - (self.sequences[site].settles(item.version) if item.version else 0)
-        then = settled[-since - 1] if since < len(settled) else 0
+        self.count_item(site, item)
+        answered_at = self._answered_at[site]
+        # Answers to this site since the one that completed the bottom version of this batch.
+        answers = self.applied[site] - (self.sequences[site].settles(item.version) if item.version else 0)
+        base = answered_at[-answers - 1] if answers < len(answered_at) else 0
         return Record(
             {
                 "event": "train", "step": self.steps, "site": site, "epoch": item.epoch,
-                "loss": loss, "staleness": self.steps - 1 - then,
+                "loss": loss, "staleness": self.steps - 1 - base,
             }
         )  # fmt: skip
 
-    def contributed(self, site: str, item: Item) -> None:
-        """Count a training item as one that the top learns from."""
+    def count_item(self, site: str, item: Item) -> None:
+        """Count a training item as one that the top is trained on."""
         self.batches[site] += 1
         self.samples[site] += len(item.rows)
 
     def close_block(self, site: str, item: Item) -> list[Effect]:
-        """Measure what was collected of a site's block, of which `item` is the last."""
+        """Measure a site's block, of which `item` is the last."""
         return self.close_evaluation(item.epoch, self.evaluation.close(site, item.epoch))
 
-    def close_evaluation(self, epoch: int, judged: bool) -> list[Effect]:
-        """After a site's block: where that judged the epoch, remember the best model and describe it."""
+    def close_evaluation(self, epoch: int, evaluated: bool) -> list[Effect]:
+        """Describe an epoch after a site's block if it is evaluated by all sites now, and keep the best model."""
         self._tops.pop(epoch, None)
-        if judged:
+        if evaluated:
             return self.describe_candidate(epoch)
         if self.config.run.may_exclude:
             self._tops[epoch] = self.top.weights()
         return []
 
+    @override
     def describe_candidate(self, epoch: int) -> list[Effect]:
-        """See `ServerRole`; the best top is remembered."""
         top = self._tops.pop(epoch, None)
         if self.evaluation.best == epoch:
             self.best_weights = top or self.top.weights()
@@ -184,8 +187,8 @@ class StreamServer(ServerRole[StreamSequence]):
 
     # -- averaging, end ----------------------------------------------------------------------------
 
-    def _collect(self, site: str, slot: Slot, message: Message) -> list[Effect]:
-        """Take a site's bottom; let the site wait for the mean behind the last message about the averaging."""
+    def _add_bottom(self, site: str, slot: Slot, message: Message) -> list[Effect]:
+        """Add a site's bottom; after its last message about the averaging the site waits for the mean."""
         if message.header.kind is Kind.BOTTOM:
             self._bottoms[site] = {name: tensor.clone() for name, tensor in message.tensors.items()}
         if not slot.settles:
@@ -195,55 +198,55 @@ class StreamServer(ServerRole[StreamSequence]):
         return self._average()
 
     def _average(self) -> list[Effect]:
-        """Answer with the mean of the bottoms when all sites that take part have sent theirs.
+        """Answer with the mean of the bottoms when all active sites have sent theirs.
 
-        A site whose plan has no such averaging any more, or whose bottom was refused, has no part in the mean.
+        Sites without such an averaging in their plan, or with a refused bottom, have no part in the mean.
         """
         number = max(self._averaged.values())
         active_sites = self.active_sites
         partners = [s for s in active_sites if s in self.sequences and self.sequences[s].plan.averagings >= number]
         if not active_sites.keys() <= self.sequences.keys() or any(self._averaged[s] < number for s in partners):
             return []
-        return self._share_mean()
+        return self._send_mean()
 
-    def _share_mean(self) -> list[Effect]:
-        """Answer the sites that wait with the mean of what was given.
+    def _send_mean(self) -> list[Effect]:
+        """Answer the waiting sites with the mean of the bottoms.
 
-        Weighted by training samples (McMahan et al., AISTATS 2017, algorithm 1).
+        It is weighted by training samples (McMahan et al., AISTATS 2017, algorithm 1).
         """
-        givers = [s for s in self.config.run.sites if s in self._bottoms]
-        total = sum(self.sequences[s].plan.train for s in givers)
-        share = {s: self.sequences[s].plan.train / total for s in givers}
+        averaged = [s for s in self.config.run.sites if s in self._bottoms]
+        total = sum(self.sequences[s].plan.train for s in averaged)
+        share = {s: self.sequences[s].plan.train / total for s in averaged}
         mean = {
-            name: torch.stack([self._bottoms[s][name] * share[s] for s in givers]).sum(0)
-            for name in (self._bottoms[givers[0]] if givers else ())
+            name: torch.stack([self._bottoms[s][name] * share[s] for s in averaged]).sum(0)
+            for name in (self._bottoms[averaged[0]] if averaged else ())
         }
-        kind = Kind.AVERAGE if givers else Kind.NOTED
+        kind = Kind.AVERAGE if averaged else Kind.NOTED
         answers: list[Effect] = [self.answer(s, seq, kind, mean) for s, seq in self._waiting.items()]
         self._bottoms.clear()
         self._waiting.clear()
         return answers
 
-    def _settle(self, site: str, seq: int) -> list[Effect]:
-        """Count a message as applied; end the run behind the last one."""
+    def _advance(self, site: str, seq: int) -> list[Effect]:
+        """Count a message as applied, and end the run after the last one."""
         self.applied[site] = seq
         self._answered_at[site].append(self.steps)
-        return self._over()
+        return self._end_if_done()
 
-    def _over(self) -> list[Effect]:
+    def _end_if_done(self) -> list[Effect]:
         if self.done:
             return self.complete()
         if not self.evaluation.exhausted:
             return []
-        # The farewell comes behind an answer to everything that was applied.
-        return [*(self._share_mean() if self._waiting else []), *self.end()]
+        # The farewell comes after the answers to all applied messages.
+        return [*(self._send_mean() if self._waiting else []), *self.end()]
 
     def complete(self) -> list[Effect]:
-        """Every site's last message was applied."""
+        """Go on after the last message of every site was applied."""
         return self.end()
 
+    @override
     def end(self) -> list[Effect]:
-        """The run is over: by its plan, or because it no longer improves."""
         self._ended = True
         if not self.best_weights:
             self.best_weights = self.top.weights()
@@ -257,13 +260,13 @@ class StreamServer(ServerRole[StreamSequence]):
         return [Finish(tuple(farewell))]
 
     def farewell_seq(self, site: str) -> int:
-        """Number of the last message to a site: one behind its last answer."""
+        """Return the number of the last message to a site, one after its last answer."""
         return self.applied[site] + 1
 
     # -- snapshot ----------------------------------------------------------------------------------
 
+    @override
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
-        """See `Role`."""
         base = super().snapshot(first_unconfirmed)
         tensors = {**base.tensors, **self.top.state()}
         for site, bottom in self._bottoms.items():
@@ -277,8 +280,8 @@ class StreamServer(ServerRole[StreamSequence]):
         }  # fmt: skip
         return Snapshot(tensors, {**base.facts, **facts})
 
+    @override
     def restore(self, snapshot: Snapshot) -> None:
-        """See `Role`."""
         super().restore(snapshot)
         tensors, facts = snapshot.tensors, snapshot.facts
         self.top.restore(tensors)

@@ -1,10 +1,11 @@
-"""The server's layers: they learn from smashed data, and give back the gradient at the cut."""
+"""Server's layers, which are trained on smashed data and return the gradient at the cut."""
 
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.func import functional_call
+from typing_extensions import override
 
 from nightsplit.server_worker.stream.activation_store import ActivationStore, Row
 from nightsplit.shared.config.run import OptimizerSection, TaskSection
@@ -16,13 +17,13 @@ from nightsplit.shared.storage.checkpoint import flatten, under
 
 
 class Top:
-    """The layers behind the cut, with their optimizer.
+    """Layers behind the cut, with their optimizer.
 
     Args:
         module: the layers; moved to `device`.
         optimizer: as in run.toml.
-        task: gives the loss.
-        device: where it computes. Tensors go in and come out on the CPU.
+        task: defines the loss.
+        device: of the computation; arguments and results are on the CPU.
     """
 
     def __init__(self, module: nn.Module, optimizer: OptimizerSection, task: TaskSection, device: str) -> None:
@@ -32,7 +33,7 @@ class Top:
         self._device = device
 
     def train_step(self, smashed: torch.Tensor, targets: torch.Tensor, seed: int) -> tuple[float, torch.Tensor]:
-        """One training step.
+        """Perform one training step.
 
         Args:
             smashed: (batch, *cut) float32.
@@ -58,7 +59,7 @@ class Top:
         return loss.item(), inputs.grad.cpu()
 
     def predict(self, smashed: torch.Tensor) -> torch.Tensor:
-        """Outputs (batch, outputs) for smashed data (batch, *cut), in evaluation mode; Refused 312: not finite."""
+        """Return outputs (batch, outputs) in evaluation mode for smashed data (batch, *cut); Refused 312 not finite."""
         self.module.eval()
         with torch.no_grad():
             outputs: torch.Tensor = self.module(smashed.to(self._device))
@@ -66,11 +67,11 @@ class Top:
         return outputs.cpu()
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """CPU copies of parameters and buffers."""
+        """Return CPU copies of parameters and buffers."""
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.module.state_dict().items()}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Entries for a snapshot."""
+        """Return the tensors of a snapshot."""
         module, optimizer = self.module.state_dict(), optimizer_tensors(self._optimizer)
         return {**flatten("top", module), **flatten("optimizer", optimizer)}
 
@@ -81,7 +82,7 @@ class Top:
 
 
 class StoredTop(Top):
-    """A top that learns from a store of released activations; other arguments as in `Top`."""
+    """Top that is trained on a store of released activations; other arguments as of `Top`."""
 
     def __init__(
         self, module: nn.Module, optimizer: OptimizerSection, task: TaskSection, device: str, store: ActivationStore
@@ -90,27 +91,27 @@ class StoredTop(Top):
         self.store = store
 
     def train_stored(self, rows: Sequence[Row], seed: int) -> float:
-        """One training step on stored rows; returns the mean loss, and raises as `train_step`."""
+        """Perform one training step on stored rows and return the mean loss; raises as `train_step`."""
         return self.train_step(*self.store.gather(rows), seed)[0]
 
 
 class Middle(Top):
-    """The server's layers between the site's bottom and the site's head (split_u).
+    """Server's layers between the site's bottom and the site's head (split_u).
 
-    The gradient at the head arrives later than the forward that it belongs to, and other batches
-    may have changed the weights in between. So the weights of that forward are kept (weight
-    stashing: Harlap et al., PipeDream, SOSP 2019, section 3.3), its forward is recomputed with
-    them, and the resulting gradient is applied to the present weights.
+    The gradient at the head arrives later than the forward pass that it belongs to, and other batches
+    may have changed the weights in between. So the weights of that pass are kept (weight stashing:
+    Harlap et al., PipeDream, SOSP 2019, section 3.3), the pass is recomputed with them, and the
+    resulting gradient is applied to the current weights.
     """
 
     def __init__(self, module: nn.Module, optimizer: OptimizerSection, task: TaskSection, device: str) -> None:
         super().__init__(module, optimizer, task, device)
         self._steps = 0
         self._stash: dict[int, dict[str, torch.Tensor]] = {}
-        """Parameters by number of steps, for the versions that open forwards used."""
+        """Parameters by version, the number of steps, as used by open forward passes."""
 
     def forward(self, smashed: torch.Tensor, seed: int, training: bool) -> tuple[torch.Tensor, int]:
-        """Activations (batch, *head), and the version of their weights; not finite: Refused 312, nothing is changed."""
+        """Return activations (batch, *head) and the version of their weights; Refused 312: not finite, no change."""
         if not training:
             return self.predict(smashed), self._steps
         parameters = self._stash.get(self._steps) or {
@@ -118,7 +119,7 @@ class Middle(Top):
         }
         self.module.train()
         with torch.no_grad(), seeded(seed, self._device):
-            # Buffers are copied: only the recomputation may count towards running statistics.
+            # Buffers are copied: only the recomputation may update running statistics.
             weights = {**parameters, **self._buffers()}
             outputs: torch.Tensor = functional_call(self.module, weights, smashed.to(self._device))
         check_bounded("activations", outputs)
@@ -126,7 +127,7 @@ class Middle(Top):
         return outputs.cpu(), self._steps
 
     def backward(self, smashed: torch.Tensor, gradient: torch.Tensor, version: int, seed: int) -> torch.Tensor:
-        """Apply the gradient (batch, *head) at the head's input; returns that at the cut (batch, *cut).
+        """Apply the gradient (batch, *head) at the head's input; return the gradient at the cut (batch, *cut).
 
         Raises:
             Refused: 312 gradients are not finite; nothing was changed.
@@ -148,18 +149,18 @@ class Middle(Top):
         return at_cut.cpu()
 
     def forget(self, needed: set[int]) -> None:
-        """Drop the stashed weights of all versions but these."""
+        """Drop the stashed weights of all versions that are not needed."""
         self._stash = {version: weights for version, weights in self._stash.items() if version in needed}
 
+    @override
     def state(self) -> dict[str, torch.Tensor]:
-        """Entries for a snapshot."""
         entries = {**super().state(), "steps": torch.tensor(self._steps)}
         for version, weights in self._stash.items():
             entries |= flatten(f"stash/{version}", weights)
         return entries
 
+    @override
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Continue from `state`."""
         super().restore(tensors)
         self._steps = int(tensors["steps"])
         self._stash = {}

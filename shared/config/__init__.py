@@ -1,1 +1,1 @@
-"""The files a user writes, as frozen objects."""
+"""Configuration files as frozen objects."""

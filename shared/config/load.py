@@ -1,4 +1,4 @@
-"""Reads a file that a user wrote. Every key is checked: an error names the file, the key and the fix."""
+"""Loader of configuration files. Every key is checked: an error names the file, the key and the fix."""
 
 import re
 import tomllib
@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.inspect import type_info
 
-from nightsplit.shared.config.section import KeyConflict
+from nightsplit.shared.config.section import KeyConflictError
 from nightsplit.shared.config.suggest import did_you_mean, words_of
 from nightsplit.shared.errors import ConfigError
 
@@ -22,7 +22,7 @@ def load(path: Path, kind: type[T], overrides: Sequence[str] = ()) -> T:
 
     Args:
         path: the TOML file.
-        kind: what it must be: SiteConfig, ServerConfig, PolicyConfig. A run.toml is read by
+        kind: class of its content: SiteConfig, ServerConfig or PolicyConfig. A run.toml is read by
             `nightsplit.shared.protocols.load.load_run`.
         overrides: "section.key=value" with a TOML value (a bare word is taken as text).
 
@@ -32,9 +32,9 @@ def load(path: Path, kind: type[T], overrides: Sequence[str] = ()) -> T:
     try:
         content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(101, f"{path}: {error.strerror}.", "check the path and who may read it.") from None
+        raise ConfigError(101, f"{path}: {error.strerror}.", "check the path and the file's permissions.") from None
     except UnicodeDecodeError:
-        raise ConfigError(102, f"{path}: not a UTF-8 text.", "save the file as UTF-8.") from None
+        raise ConfigError(102, f"{path}: not UTF-8 text.", "save the file as UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(102, f"{path}: {error}.", "correct that line.") from None
     for override in overrides:
@@ -42,28 +42,27 @@ def load(path: Path, kind: type[T], overrides: Sequence[str] = ()) -> T:
     try:
         return msgspec.convert(content, kind)
     except msgspec.ValidationError as error:
-        what, where = _place(error)
-        if isinstance(error.__cause__, KeyConflict):
-            raise conflict_in(path, error.__cause__, where) from None
-        unknown = re.search("(?:unknown key|enum value) '?(.+?)'?$", what)
-        meant = did_you_mean(unknown[1], words_of(type_info(kind))) if unknown else ""
-        what = f"{path}: {where or 'file'}: {what}{meant}."
+        sentence, key = _split_error(error)
+        if isinstance(error.__cause__, KeyConflictError):
+            raise conflict_in(path, error.__cause__, key) from None
+        unknown = re.search("(?:unknown key|enum value) '?(.+?)'?$", sentence)
+        hint = did_you_mean(unknown[1], words_of(type_info(kind))) if unknown else ""
         remedy = "correct or remove that key; docs/reference/configuration.md lists all keys."
-        raise ConfigError(103, what, remedy) from None
+        raise ConfigError(103, f"{path}: {key or 'file'}: {sentence}{hint}.", remedy) from None
 
 
-def conflict_in(path: Path, conflict: KeyConflict, table: str = "") -> ConfigError:
-    """Return the error of a conflict in a file, found in a table of it or in the whole."""
+def conflict_in(path: Path, conflict: KeyConflictError, table: str = "") -> ConfigError:
+    """Return the ConfigError for a conflict in a table of a file, or in the file as a whole."""
     key = f"{table}.{conflict.key}" if table else conflict.key
-    return ConfigError(103, f"{path}: {key}: {conflict.what}.", conflict.remedy)
+    return ConfigError(103, f"{path}: {key}: {conflict.sentence}.", conflict.remedy)
 
 
 def _override(content: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     *sections, last = key.strip().split(".")
     if not equals or not sections:
-        what = f"--set {override}: not of the form section.key=value."
-        raise ConfigError(103, what, "write for example --set run.window=1.")
+        sentence = f"--set {override}: not of the form section.key=value."
+        raise ConfigError(103, sentence, "write for example --set run.window=1.")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -73,9 +72,9 @@ def _override(content: dict[str, Any], override: str) -> None:
     content[last] = value
 
 
-def _place(error: msgspec.ValidationError) -> tuple[str, str]:
-    """Divide 'Expected `int`, got `str` - at `$.run.window`' into 'expected int, got str' and 'run.window'."""
-    what, _, where = str(error).rpartition(" - at ") if " - at " in str(error) else (str(error), "", "")
+def _split_error(error: msgspec.ValidationError) -> tuple[str, str]:
+    """Split 'Expected `int`, got `str` - at `$.run.window`' into 'expected int, got str' and 'run.window'."""
+    sentence, _, key = str(error).rpartition(" - at ") if " - at " in str(error) else (str(error), "", "")
     for theirs, ours in (("`", ""), ("Object contains", "has an"), ("Object missing", "misses the"), ("field", "key")):
-        what = what.replace(theirs, ours)
-    return f"{what[0].lower()}{what[1:]}", where.strip("`").removeprefix("$").removeprefix(".")
+        sentence = sentence.replace(theirs, ours)
+    return f"{sentence[0].lower()}{sentence[1:]}", key.strip("`").removeprefix("$").removeprefix(".")

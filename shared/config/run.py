@@ -1,4 +1,4 @@
-"""run.toml, as frozen objects. All participants of a run hold the same one; its `digest` is what they compare."""
+"""Content of run.toml as frozen objects. All participants of a run hold the same file, and compare its `digest`."""
 
 import hashlib
 from typing import Annotated, Any, Literal
@@ -6,30 +6,30 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from nightsplit.shared.config.section import KeyConflict, Name, Natural, Positive, Section, Share
+from nightsplit.shared.config.section import KeyConflictError, Name, Natural, Positive, Section, Share
 from nightsplit.shared.wire.codecs import FloatCodec
 from nightsplit.shared.wire.message import SERVER
 
 
 class RunSection(Section, frozen=True, kw_only=True):
-    """[run]: what is trained, by whom, in which order.
+    """[run]: participants, protocol and order of training.
 
     Attributes:
         id: name of the run; part of every queue name.
         protocol: one of `nightsplit.shared.protocols.spec.PROTOCOLS`.
-        sites: names of the sites that take part.
-        seed: every random choice of the run derives from it.
-        order: "strict", a fixed function of site and seq, or "fair", weighted round robin over what arrived.
+        sites: names of the participating sites.
+        seed: seed of every random choice in the run.
+        order: "strict", a fixed function of site and seq, or "fair", weighted round robin over arrived messages.
         window: smashed batches a site may have unanswered; 1 is synchronous training.
         epochs: passes over each site's training data (split_frozen: over the stored activations).
         batch_size: samples per smashed batch, at least; a rest is spread over them. With rounds, per training step.
         evaluate_every: epochs between evaluations on held-out patients.
         patience: evaluations without improvement before the run stops early; 0 never stops early.
         bottoms: "independent", or "averaged" over sites every `average_every` training batches.
-        export_top: send the server's half of the best model to the sites at the end.
-        quorum: sites that must stay; the run goes on without others that fall silent. None: all must stay.
-        absence_hours: how long a site that the run waits for may be silent before it is left out.
-        tape: the server keeps every message that it receives, for `nightsplit replay`.
+        export_top: whether to send the server's part of the best model to the sites at the end.
+        quorum: number of sites that must stay; the run excludes others that fall silent. None: all must stay.
+        absence_hours: longest silence of a site that the run waits for, before it is excluded.
+        tape: whether the server keeps every message that it receives, for `nightsplit replay`.
     """
 
     id: Name
@@ -51,29 +51,29 @@ class RunSection(Section, frozen=True, kw_only=True):
 
     @property
     def may_exclude(self) -> bool:
-        """Whether the run may go on without a site."""
+        """True if the run may exclude a site."""
         return self.quorum is not None and self.quorum < len(self.sites)
 
     def __post_init__(self) -> None:
         if len(set(self.sites)) != len(self.sites):
-            raise KeyConflict("sites", "a name occurs twice", "give every site its own name.")
+            raise KeyConflictError("sites", "a name occurs twice", "give every site a different name.")
         if SERVER in self.sites:
-            raise KeyConflict("sites", f"{SERVER!r} is the server's own name", "rename the site.")
+            raise KeyConflictError("sites", f"{SERVER!r} is the server's own name", "rename the site.")
         if self.quorum is not None and self.quorum > len(self.sites):
-            raise KeyConflict("quorum", "a quorum is of the run's sites", f"set at most {len(self.sites)}.")
+            raise KeyConflictError("quorum", "a quorum above the number of sites", f"set at most {len(self.sites)}.")
         if self.bottoms == "averaged" and self.average_every < self.window:
-            what = f"below the window of {self.window}, averagings overlap, and correct twice"
-            raise KeyConflict("average_every", what, "set it to the window or more.")
+            sentence = f"below the window of {self.window}, averagings would overlap and correct weights twice"
+            raise KeyConflictError("average_every", sentence, "set it to the window or more.")
 
 
 class ModelSection(Section, frozen=True, kw_only=True):
-    """[model]: a factory and where its model is cut.
+    """[model]: factory and cut of the model.
 
     Attributes:
         factory: "package.module:function"; called with `settings`, returns `nn.Sequential` or `ModelParts`.
         settings: keyword arguments of the factory.
-        initial: a published model file whose weights the run begins with, beside run.toml; None for fresh ones.
-        initial_sha256: its hash, where `initial` is given.
+        initial: file beside run.toml with the published model's initial weights; None for fresh ones.
+        initial_sha256: its hash; required with `initial`.
         cut: modules [0, cut) of the Sequential stay at the site.
         head_cut: split_u only: modules [head_cut, end) return to the site.
     """
@@ -87,26 +87,26 @@ class ModelSection(Section, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if (self.initial is None) is not (self.initial_sha256 is None):
-            raise KeyConflict("initial_sha256", "a published model and its hash belong together", "give both, or none.")
+            raise KeyConflictError("initial_sha256", "a published model needs its hash", "give both keys, or neither.")
 
 
 class RoundSection(Section, frozen=True, kw_only=True):
-    """[round]: how models of the sites become one; for the systems that exchange weights.
+    """[round]: aggregation of the sites' models, for protocols that exchange weights.
 
     Attributes:
-        rounds: how often the server combines what the sites report.
-        local_epochs: passes over its training data that a site makes for a report.
-        local_batches: training batches for a report, in place of `local_epochs`.
-        close: when the server combines: "all" sites that take part have reported; "quorum": `reports` of
-            them have, late ones count in the next round; "buffered": `reports` updates have come, and a
-            site goes on at once (FedBuff).
+        rounds: number of aggregations at the server.
+        local_epochs: passes over a site's training data per report.
+        local_batches: training batches per report, in place of `local_epochs`.
+        close: condition of an aggregation: "all" participating sites have reported; "quorum": `reports` of
+            them have, late ones count in the next round; "buffered": `reports` updates have arrived, and a
+            site continues at once (FedBuff).
         reports: for "quorum" and "buffered".
-        deadline_hours: with "quorum", how long a round that has its quorum waits for the others.
+        deadline_hours: with "quorum", hours that a round with its quorum waits for the others.
         combine: "mean" weighted by training samples, "trimmed_mean" or "median" per coordinate.
-        trim: share that "trimmed_mean" leaves out at each end.
+        trim: share that "trimmed_mean" drops at each end.
         statistics: running statistics of BatchNorm are "pooled" over sites, or stay "local".
-        freeze: modules that keep their weights, by dotted name; they are not sent.
-        decay: of the learning rate over the run, "none" or "cosine" to zero.
+        freeze: dotted names of modules that keep their weights; they are not sent.
+        decay: schedule of the learning rate over the run, "none" or "cosine" to zero.
     """
 
     rounds: Positive = 10
@@ -123,12 +123,12 @@ class RoundSection(Section, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if (self.close == "all") is not (self.reports is None):
-            what = f'close = "{self.close}" is said'
-            raise KeyConflict("reports", what, 'give reports for "quorum" and "buffered" alone.')
+            sentence = f'close = "{self.close}" {"has no" if self.reports else "needs"} reports'
+            raise KeyConflictError("reports", sentence, 'give reports for "quorum" and "buffered" alone.')
 
 
 class TaskSection(Section, frozen=True, kw_only=True):
-    """[task]: what is predicted. `classes` is used by multiclass alone.
+    """[task]: prediction target. `classes` is used by multiclass alone.
 
     The model ends in 1 output for binary (a logit) and regression, in `classes` logits for multiclass,
     and in one logit per pixel, (1, height, width), for segmentation.
@@ -153,15 +153,15 @@ class OptimizerSection(Section, frozen=True, kw_only=True):
 
 
 class PrivacySection(Section, frozen=True, kw_only=True):
-    """[privacy]: differential privacy of what each site sends, for the systems that exchange weights.
+    """[privacy]: differential privacy of each site's messages, for protocols that exchange weights.
 
-    A site computes its own noise from these and its number of records, and adds it before anything leaves.
+    A site computes its own noise from these and its number of records, and adds it before it sends anything.
 
     Attributes:
-        epsilon: of one record over the whole run, at each site.
-        delta: likewise; below 1 / records.
+        epsilon: privacy loss of one record over the whole run, at each site.
+        delta: failure probability, likewise; below 1 / records.
         clip: L2 norm to which each record's gradient is clipped.
-        secure: draw the noise from a cryptographic stream.
+        secure: whether to draw the noise from a cryptographic stream.
     """
 
     epsilon: Annotated[float, Meta(gt=0)]
@@ -171,14 +171,14 @@ class PrivacySection(Section, frozen=True, kw_only=True):
 
 
 class WireSection(Section, frozen=True, kw_only=True):
-    """[wire]: how tensors travel, and how large things may grow.
+    """[wire]: encoding of tensors, and limits of messages and queues.
 
     Attributes:
         smashed: codec of activations.
         gradient: codec of gradients.
-        zstd: compress bodies (slow links and big backlogs; costs about 400 MB/s per core).
+        zstd: whether to compress tensors (for slow connections and big backlogs; about 400 MB/s per core).
         message_bytes: largest message; RabbitMQ 4 refuses more than 16 MiB unless configured.
-        queue_bytes: what a site's up queue may hold before the site waits.
+        queue_bytes: capacity of a site's up queue; the site waits while it is full.
     """
 
     smashed: FloatCodec = "fp16"
@@ -189,19 +189,19 @@ class WireSection(Section, frozen=True, kw_only=True):
 
 
 class DataSection(Section, frozen=True, kw_only=True):
-    """[data]: what all sites agree on about their data.
+    """[data]: format and preparation of the data, the same at all sites.
 
     Attributes:
-        features: table columns in order, the same at every site; images and arrays ignore it.
+        features: table columns in order; images and arrays ignore it.
         scaling: "site" fits mean and spread on each site's training patients, "run" uses `mean` and
             `spread`, "none" leaves values as they are.
         mean, spread: one figure per feature, for scaling = "run".
         image_size: side in pixels to which images are resized.
-        frames: a sample is a sequence of so many images, evenly spaced over a volume, a DICOM series or a
-            sequence of images. None: a sample is one image.
+        frames: images per sample, evenly spaced over a volume, a DICOM series or a sequence of images.
+            None: a sample is one image.
         window: DICOM and volumes: intensities from centre - width / 2 to centre + width / 2 become 0 to 1, the
             name of a usual CT window or [centre, width]. None: the DICOM file's own window, else percentiles.
-        classes: labels as the files write them, in the order of the model's outputs. Binary: [negative, positive].
+        classes: labels as written in the files, in the order of the model's outputs. Binary: [negative, positive].
             Segmentation has none.
         target_mean, target_spread: regression only: targets are trained on as (target - mean) / spread and
             reported in their own unit.
@@ -232,19 +232,19 @@ class DataSection(Section, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if self.validation + self.test >= 0.9:
-            raise KeyConflict("test", "validation and test leave less than a tenth to train on", "lower one of them.")
+            raise KeyConflictError("test", "validation and test leave too little for training", "lower one of them.")
         inputs = len(self.features) or self.frames or 1  # of a table, of a sequence, or the one channel of an image
         if self.scaling == "run" and not inputs == len(self.mean) == len(self.spread):
-            what = 'scaling = "run" needs one mean and one spread per feature'
-            raise KeyConflict("mean", what, 'give both lists, or use scaling = "site".')
+            sentence = 'scaling = "run" needs one mean and one spread per feature'
+            raise KeyConflictError("mean", sentence, 'give both lists, or use scaling = "site".')
         if self.features and self.frames is not None:
-            raise KeyConflict("frames", "a table has no frames", "leave it out, or set image_size, not features.")
+            raise KeyConflictError("frames", "a table has no frames", "remove it, or set image_size, not features.")
         if isinstance(self.window, tuple) and self.window[1] <= 0:
-            raise KeyConflict("window", f"a width of {self.window[1]}", "give [centre, width], the width above 0.")
+            raise KeyConflictError("window", f"a width of {self.window[1]}", "give [centre, width], the width above 0.")
 
 
 class RunConfig(Section, frozen=True, kw_only=True):
-    """run.toml, the same at every participant."""
+    """Content of run.toml, the same at every participant."""
 
     run: RunSection
     model: ModelSection
@@ -257,21 +257,21 @@ class RunConfig(Section, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if bool(self.data.features) == (self.data.image_size is not None):
-            what = "a run has either features or image_size"
-            raise KeyConflict("data.features", what, "name a table's columns, or the images' side.")
+            sentence = "a run has either features or image_size"
+            raise KeyConflictError("data.features", sentence, "name a table's columns, or the images' side.")
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """Shape of what the model says about one sample."""
+        """Shape of the model's output for one sample."""
         if self.task.kind == "segmentation":
             return (1, *self.data.input_shape[1:])
         return (self.task.outputs,)
 
     def canonical(self) -> str:
-        """The whole configuration as one line of JSON with sorted keys, defaults included."""
+        """Return the whole configuration as one line of JSON with sorted keys, defaults included."""
         return msgspec.json.encode(self, order="sorted").decode()
 
     @property
     def digest(self) -> str:
-        """sha256 of `canonical`: participants with different digests do not work together."""
+        """SHA-256 of `canonical`; participants with different digests do not work together."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()

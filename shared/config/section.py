@@ -1,4 +1,4 @@
-"""A table of a TOML file, and the types of its values."""
+"""Tables of TOML files, and the types of their values."""
 
 from typing import Annotated
 
@@ -10,22 +10,22 @@ Share = Annotated[float, Meta(ge=0.0, lt=1.0)]
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 
 
-class KeyConflict(ValueError):
-    """A key that does not go with others of its table, or of the file.
+class KeyConflictError(ValueError):
+    """Conflict between a key and others of its table, or of the file.
 
     Args:
-        key: its place below the table that is checked, e.g. "quorum" of [run], "data.features" of the whole file.
-        what: what is wrong with it.
-        remedy: what the user can do about it, as an instruction.
+        key: path of the key below the checked table, e.g. "quorum" of [run], "data.features" of the whole file.
+        sentence: description of the conflict.
+        remedy: instruction to the user that resolves it.
     """
 
-    def __init__(self, key: str, what: str, remedy: str) -> None:
-        super().__init__(f"{key}: {what}; {remedy}")
-        self.key, self.what, self.remedy = key, what, remedy
+    def __init__(self, key: str, sentence: str, remedy: str) -> None:
+        super().__init__(f"{key}: {sentence}; {remedy}")
+        self.key, self.sentence, self.remedy = key, sentence, remedy
 
 
 class Section(Struct, frozen=True, forbid_unknown_fields=True):
-    """A table of a TOML file: unknown keys are refused.
+    """Table of a TOML file: unknown keys are refused.
 
-    What one key cannot tell alone is checked in `__post_init__`, which raises `KeyConflict`.
+    Rules between keys are checked in `__post_init__`, which raises `KeyConflictError`.
     """

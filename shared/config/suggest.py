@@ -1,4 +1,4 @@
-"""What a user may have meant by a word that a file must not hold."""
+"""Suggestions for unknown keys and values in a user's file."""
 
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
@@ -7,13 +7,13 @@ from msgspec import inspect
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return " (did you mean strict?)", or nothing where no known word is like this one."""
+    """Return " (did you mean strict?)", or an empty string if no known word resembles this one."""
     close = get_close_matches(word, known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def words_of(kind: inspect.Type) -> Iterator[str]:
-    """Every key of a file, and every word that a key of it may be set to."""
+    """Yield every key of a file, and every word that is a valid value of one."""
     match kind:
         case inspect.StructType(fields=fields):
             for field in fields:

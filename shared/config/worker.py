@@ -1,4 +1,4 @@
-"""The section that site.toml and server.toml have in common."""
+"""Section shared by site.toml and server.toml."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,19 +10,19 @@ from nightsplit.shared.credentials import Credentials
 
 
 class WorkerSection(Section, frozen=True, kw_only=True):
-    """What every worker needs. Paths are relative to the file they stand in.
+    """Settings of every worker. Paths are relative to the file that contains them.
 
     Attributes:
         run: path of the run.toml.
         broker: "amqps://user@host:5671/vhost", "amqp://..." on this machine, or "embedded:folder".
         store: "rediss://user@host:6379/0", "redis://..." on this machine, or "sqlite:file".
-        ca: certificate of the authority that broker and store are verified by; None for the system's.
+        ca: CA certificate that verifies broker and store; None for the system's.
         certificate, key: this worker's own, for broker and store.
-        password: a file with the password for broker and store.
-        state: folder for checkpoints; belongs to this worker alone.
-        metrics: "host:port" where Prometheus may ask how the worker is; None to open no port.
+        password: file with the password for broker and store.
+        state: folder for checkpoints, for this worker alone.
+        metrics: "host:port" of the endpoint for Prometheus; None to open no port.
         shift: hours of work, e.g. "22:00-06:00 Europe/Berlin"; None for always.
-        threads: torch threads.
+        threads: number of torch threads.
         device: "cpu", "cuda" or "cuda:N".
     """
 
@@ -40,6 +40,6 @@ class WorkerSection(Section, frozen=True, kw_only=True):
     device: str = "cpu"
 
     def credentials(self, base: Path) -> Credentials:
-        """Its files of certificates and password; relative ones belong to the folder `base`."""
+        """Return the worker's certificate and password files; relative paths are resolved in the folder `base`."""
         names = (self.ca, self.certificate, self.key, self.password)
         return Credentials(*(None if name is None else base / name for name in names))

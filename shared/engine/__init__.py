@@ -1,1 +1,1 @@
-"""The machinery that runs a role, and makes it exactly-once in effect."""
+"""Engine: runs a role with exactly-once effects."""

@@ -1,4 +1,4 @@
-"""What a role may ask of the engine. Roles decide, the engine acts."""
+"""Effects that a role requests from the engine. Roles decide, the engine acts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from nightsplit.shared.wire.message import Kind, Scalar
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Send:
-    """Publish a message. The engine adds run, sender and fence.
+    """Message to publish. The engine adds run, sender and fence.
 
     Attributes as in `nightsplit.shared.wire.message.Header` and `Message`.
     """
@@ -26,17 +26,17 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Write a line of metrics. A replay after a crash may record the same line again."""
+    """Line of metrics to write. A replay after a crash may write the same line again."""
 
     metrics: Mapping[str, Scalar | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Spend:
-    """Pay, durably, for differential privacy before what comes behind is performed.
+    """Privacy spending to record durably before the effects after it are performed.
 
     Attributes:
-        steps: private training steps so far, all that leave with the next messages included.
+        steps: private training steps so far, including all those in the next messages.
     """
 
     steps: int
@@ -44,10 +44,10 @@ class Spend:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The role's work is done: make the end durable, then say the last words and leave.
+    """End of the role's work, to be made durable before the farewell is sent.
 
     Attributes:
-        farewell: messages that may be sent only when every kept checkpoint holds the end.
+        farewell: messages to send once every kept checkpoint contains the end.
     """
 
     farewell: tuple[Send, ...] = ()
@@ -56,6 +56,6 @@ class Finish:
 Effect = Send | Record | Spend | Finish
 
 
-def unpaid(spend: Spend) -> None:
-    """Stand for the ledger where there is none, so that no role trains privately without paying."""
+def forbid_spending(spend: Spend) -> None:
+    """Raise AssertionError, in place of a ledger, so that no role trains privately without one."""
     raise AssertionError("a role that spends privacy needs a ledger")

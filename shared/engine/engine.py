@@ -1,33 +1,35 @@
-"""The one loop that runs every role, and makes it exactly-once in effect.
+"""Loop that runs every role with exactly-once effects.
 
     recover   newest valid checkpoint ─▶ role.restore
     loop      delivery ─▶ mark check ─▶ role.on ─▶ effects ─▶ publish            [1] apply
               every N deliveries or T seconds:
                  snapshot(role state, marks, position)
-                 wait, while working on, until what it counts as sent is confirmed [2] confirm
+                 work on until the sends that it counts are confirmed              [2] confirm
                  write, force to disk, rename, move the pointer                    [3] checkpoint
-                 ack what the *oldest kept* checkpoint contains                    [4] ack
+                 ack the inputs of the *oldest kept* checkpoint                    [4] ack
 
-Inputs stay at the broker until a checkpoint that contains their effect is durable, twice over:
-the broker is the write-ahead log. A crash before [3] replays the same inputs from the same state
-and publishes byte-equal messages again, which receivers drop by their marks; a crash after [3]
-gets deliveries below the marks, and only acknowledges them. docs/explanation/delivery.md has the whole contract.
+Inputs stay at the broker, which serves as the write-ahead log, until two checkpoints with their effects
+are durable. A crash before [3] replays the same inputs from the same state and publishes byte-equal
+messages again, which receivers drop by their marks; after a crash behind [3], deliveries below the marks
+are only acknowledged. docs/explanation/delivery.md has all rules.
 """
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from logging import WARNING
 from typing import assert_never
 
 from nightsplit.shared import crash_points
-from nightsplit.shared.engine.effects import Effect, Finish, Record, Send, Spend, unpaid
+from nightsplit.shared.engine.effects import Effect, Finish, Record, Send, Spend, forbid_spending
 from nightsplit.shared.engine.failures import Failures
 from nightsplit.shared.engine.fencing import CheckpointAuthority
-from nightsplit.shared.engine.mailbox import Mailbox, PutAside, Received
+from nightsplit.shared.engine.mailbox import DeadLetter, Mailbox, Received
 from nightsplit.shared.engine.order import Apply, CloseRound, DeliveryOrder, Exclude, OrderEntry
 from nightsplit.shared.engine.pending import PendingSnapshot, UnackedDeliveries, UnconfirmedSends
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.errors import Refused, StateError
+from nightsplit.shared.log import event
 from nightsplit.shared.storage.checkpoint import Checkpoints, Snapshot
 from nightsplit.shared.transport import Blocked, Confirmed, Delivery, Unblocked
 from nightsplit.shared.wire.message import UNSEQUENCED, Header, Message
@@ -35,11 +37,11 @@ from nightsplit.shared.wire.message import UNSEQUENCED, Header, Message
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A message that was applied in its sequence.
+    """Outcome of a sequenced message.
 
     Attributes:
-        header: of the message.
-        refusal: why it was refused; it counts as applied.
+        header: header of the message.
+        refusal: reason for its refusal, after which it counts as applied; None if it was applied.
     """
 
     header: Header
@@ -47,19 +49,23 @@ class Outcome:
 
 
 class Engine:
-    """Runs one role over one mailbox until it finishes or is told to stop.
+    """Engine that runs one role over one mailbox until it finishes or has to stop.
 
     Args:
-        role: what to run.
+        role: the role.
         mailbox: its messages, in and out.
-        checkpoints: this worker's.
-        authority: lets checkpoints count.
-        record: takes the role's lines of metrics.
-        spend: pays for differential privacy, durably.
-        decide: as in `DeliveryOrder`; asked of a journalled role.
-        interval_seconds: longest time between checkpoints while there is something to save.
-        failures: messages to refuse since a role failed on them, as in `refusing_failures`.
+        checkpoints: checkpoints of this worker.
+        authority: makes checkpoints valid.
+        record: writes the role's lines of metrics.
+        spend: records privacy spending durably.
+        decide: as in `DeliveryOrder`; used with a journalled role.
+        failures: refusals of messages that a role failed on, as in `refusing_failures`.
     """
+
+    interval_seconds = 30.0
+    """Longest time between checkpoints while there is something to save."""
+    monotonic: Callable[[], float] = staticmethod(time.monotonic)
+    """Clock, in seconds, by which checkpoints are due."""
 
     def __init__(
         self,
@@ -68,9 +74,8 @@ class Engine:
         checkpoints: Checkpoints,
         authority: CheckpointAuthority,
         record: Callable[[Record], None] = lambda line: None,
-        spend: Callable[[Spend], None] = unpaid,
+        spend: Callable[[Spend], None] = forbid_spending,
         decide: Callable[[], OrderEntry | None] = lambda: None,
-        interval_seconds: float = 30.0,
         failures: Mapping[str, Refused] = {},
     ) -> None:
         self.counters = mailbox.counters
@@ -82,41 +87,38 @@ class Engine:
         self._authority = authority
         self._record = record
         self._spend = spend
-        self._interval = interval_seconds
-        self._failures = Failures(failures, mailbox.counters)
-        # A quarter of the prefetch each for: messages out of order, applied since the last
+        self._failures = Failures(failures)
+        # A quarter of the prefetch each for messages out of order, applied since the last
         # snapshot, in a snapshot being confirmed, and in the newest of the two kept checkpoints.
-        self._share = max(1, self._link.prefetch // 4)
+        self._quarter = max(1, self._link.prefetch // 4)
 
         self.marks = dict.fromkeys(mailbox.routes, 0)
         """Last applied seq per sender."""
         self.position = 0
-        """Messages applied in sequence, over all senders; every other entry of the journal counts as one more."""
+        """Number of entries of the order so far: sequenced messages of all senders, exclusions and closed rounds."""
         self.last: Outcome | None = None
-        """The message that was applied last."""
+        """Outcome of the last sequenced message."""
         self._counter = 0
         self._inbox: dict[str, dict[int, Received]] = {peer: {} for peer in mailbox.routes}
         self._unacked = UnackedDeliveries(checkpoints.keep)
         self._unconfirmed = UnconfirmedSends()
         self._pending: PendingSnapshot | None = None
         self._dirty = False
-        self._last_snapshot = time.monotonic()
+        self._last_snapshot = self.monotonic()
         self._finish: Finish | None = None
 
     def recover(self) -> list[str]:
-        """Restore the newest checkpoint that counts; returns a line for each one passed over."""
+        """Restore the newest valid checkpoint; return a line for each damaged one that was skipped."""
         found = self._checkpoints.load(self._authority.pointer())
         if found is None:
             return []
         pointer, snapshot, damaged = found
-        self.counters.skipped(damaged)
+        for line in damaged:
+            event("checkpoint_skipped", WARNING, checkpoint=line)
         engine = snapshot.facts["engine"]
         if engine["run"] != self._mailbox.run or set(engine["marks"]) != set(self.marks):
-            raise StateError(
-                506,
-                f"{self._checkpoints.folder} holds run {engine['run']} with {', '.join(engine['marks'])}.",
-                "give every run and worker its own state folder.",
-            )
+            sentence = f"{self._checkpoints.folder} holds run {engine['run']} with {', '.join(engine['marks'])}."
+            raise StateError(506, sentence, "give every run and worker its own state folder.")
         self.marks, self.position, self._counter = engine["marks"], engine["position"], pointer.counter
         self._role.restore(Snapshot(snapshot.tensors, snapshot.facts["role"]))
         return damaged
@@ -125,12 +127,12 @@ class Engine:
         """Work until the role has finished, `stop()` holds, or nothing happened for `idle_seconds`.
 
         Returns:
-            Whether the role has finished. If not, what was done is in a checkpoint, or will be
-            done again from the broker's copies.
+            Whether the role has finished. If not, its work is in a checkpoint, or will be repeated
+            from the broker's copies.
 
         Raises:
             StateError: 501 disk full, 505 another server took over.
-            BrokerError: what no retry can mend.
+            BrokerError: a failure that no retry can repair.
         """
         self.start()
         last_event = time.monotonic()
@@ -145,16 +147,17 @@ class Engine:
         return self.finished
 
     def start(self) -> None:
-        """Let the role begin."""
+        """Start the role."""
+        self._last_snapshot = self.monotonic()
         self._perform(self._role.start())
 
     @property
     def finished(self) -> bool:
-        """Whether the role's work is done."""
+        """True if the role's work is done."""
         return self._finish is not None
 
     def step(self, wait: float) -> bool:
-        """One turn of the loop; waits up to `wait` seconds when there is nothing to do. Whether there was."""
+        """Run one turn of the loop, waiting up to `wait` seconds for work; return whether there was any."""
         worked = self._apply() or self._work()
         self._unblock()
         received = self._receive(0.0 if worked else wait)
@@ -162,7 +165,7 @@ class Engine:
         return worked or received
 
     def leave(self) -> None:
-        """Make the end durable, or what was done so far."""
+        """Make the end or the work so far durable."""
         if self._finish is not None:
             self._end(self._finish)
         elif self._dirty and (self._role.rederives or not self._link.unconfirmed):
@@ -171,7 +174,7 @@ class Engine:
     # -- [1] apply -----------------------------------------------------------------------------
 
     def _receive(self, timeout: float) -> bool:
-        """Take in all events there are; whether there were any."""
+        """Handle all available events; return whether there were any."""
         event = self._link.receive(timeout)
         received = event is not None
         while event is not None:
@@ -179,18 +182,18 @@ class Engine:
                 case Delivery():
                     self._take(event)
                 case Confirmed(message_id):
-                    self._confirmed(message_id)
+                    self._confirm(message_id)
                 case Blocked(reason):
-                    self.counters.blocked(reason)
+                    self.counters.block(reason)
                 case Unblocked():
-                    self.counters.recovered()
+                    self.counters.unblock()
             event = self._link.receive(0.0)
         return received
 
     def _take(self, delivery: Delivery) -> None:
-        """Sort a delivery: to be applied in its turn, applied now, a duplicate, or refused."""
+        """Sort a delivery: to be applied in its turn, to be applied now, a duplicate, or refused."""
         received = self._mailbox.receive(delivery)
-        if isinstance(received, PutAside):
+        if isinstance(received, DeadLetter):
             self._keep_until_saved(received.delivery)
             return
         sender, seq = received.header.sender, received.header.seq
@@ -207,9 +210,9 @@ class Engine:
             self._inbox[sender][seq] = received
 
     def _apply(self) -> bool:
-        """Perform the next entry of the order, if it can be."""
-        if not self._role.rederives and self._broker_is_busy():
-            return False  # its reply could not be sent yet
+        """Perform the next entry of the order; return False if there is none yet."""
+        if not self._role.rederives and self._is_ahead():
+            return False  # the reply could not be sent yet
         match self._order.choose(self.position + 1, self.ready):
             case None:
                 return False
@@ -223,17 +226,17 @@ class Engine:
         return True
 
     def _apply_next(self, sender: str) -> None:
-        """Apply a sender's next message. Refusing counts as applying: a later one must not wait for it for ever."""
+        """Apply a sender's next message. A refused one counts as applied, so that later ones need not wait for it."""
         seq = self.marks[sender] + 1
         received = self._inbox[sender].pop(seq)
         refusal: Refused | None = None
         with self._failures.blame(received):
             try:
-                effects = self._role.on(self._opened(received))
-            except Refused as why:
-                refusal = why
-                effects = self._role.refused(received.header, why)
-                self._mailbox.put_aside(received.delivery, why, seq)
+                effects = self._role.on(self._open(received))
+            except Refused as reason:
+                refusal = reason
+                effects = self._role.refused(received.header, reason)
+                self._mailbox.dead_letter(received.delivery, reason, seq)
             self._keep_until_saved(received.delivery)
             self.marks[sender] = seq
             self.position += 1
@@ -243,59 +246,59 @@ class Engine:
         crash_points.reach("after_apply")
 
     def _apply_unsequenced(self, received: Received) -> None:
-        """Apply a message without a place in a sequence."""
+        """Apply a message that belongs to no sequence."""
         with self._failures.blame(received):
             try:
-                effects = self._role.on(self._opened(received))
+                effects = self._role.on(self._open(received))
             except Refused as refusal:
-                self._mailbox.put_aside(received.delivery, refusal)
+                self._mailbox.dead_letter(received.delivery, refusal)
             else:
                 self._perform(effects)
             self._keep_until_saved(received.delivery)
 
-    def _opened(self, received: Received) -> Message:
-        self._failures.expect_sound(received)
+    def _open(self, received: Received) -> Message:
+        self._failures.check(received)
         return self._mailbox.open(received)
 
     def _exclude(self, sender: str) -> None:
-        """Go on without a sender; whatever else comes from it is only acknowledged."""
+        """Exclude a sender; its further messages are only acknowledged."""
         for received in self._inbox[sender].values():
             self._keep_until_saved(received.delivery)
         self._inbox[sender].clear()
         self.position += 1
-        self.counters.excluded(sender, self.position)
+        event("site_excluded", WARNING, site=sender, position=self.position)
         self._perform(self._role.exclude(sender))
 
     @property
     def ready(self) -> set[str]:
-        """Senders whose next message is here."""
-        return {sender for sender, held in self._inbox.items() if self.marks[sender] + 1 in held}
+        """Senders whose next message has arrived."""
+        return {sender for sender, inbox in self._inbox.items() if self.marks[sender] + 1 in inbox}
 
     def _unblock(self) -> None:
-        """A full prefetch with nothing to apply would wait for ever: save, acknowledge, then ask for more."""
-        for sender, held in self._inbox.items():
-            if self.marks[sender] + 1 in held:
+        """Free a prefetch that is full of messages out of turn: save and acknowledge, else raise the prefetch."""
+        for sender, inbox in self._inbox.items():
+            if self.marks[sender] + 1 in inbox:
                 continue
-            kept = self._unacked.of(self._mailbox.routes[sender].incoming.name)
-            if len(held) + kept >= self._link.prefetch:
-                if kept:
+            unacked = self._unacked.count(self._mailbox.routes[sender].incoming.name)
+            if len(inbox) + unacked >= self._link.prefetch:
+                if unacked:
                     self._save_if_due(force=True)
                 else:
                     self._link.raise_prefetch(2 * self._link.prefetch)
 
-    def _broker_is_busy(self) -> bool:
-        """Never run far ahead of the oldest unconfirmed: a gap must fit into the receiver's prefetch."""
-        return self._unconfirmed.is_ahead(self._share)
+    def _is_ahead(self) -> bool:
+        """Return whether sends are so far ahead of the confirms that a gap could exceed the receiver's prefetch."""
+        return self._unconfirmed.is_ahead(self._quarter)
 
     def _keep_until_saved(self, delivery: Delivery) -> None:
-        self._unacked.take(delivery)
+        self._unacked.add(delivery)
         self._dirty = True
 
     # -- effects -------------------------------------------------------------------------------
 
     def _work(self) -> bool:
-        """Ask the role for more, unless the broker is still busy with what it was given."""
-        if self._broker_is_busy():
+        """Perform further work of the role, unless its sends are too far ahead of the confirms."""
+        if self._is_ahead():
             return False
         effects = self._role.next()
         self._perform(effects)
@@ -325,9 +328,9 @@ class Engine:
 
     # -- [2] confirm, [3] checkpoint, [4] ack ---------------------------------------------------
 
-    def _confirmed(self, message_id: str) -> None:
+    def _confirm(self, message_id: str) -> None:
         crash_points.reach("before_confirm")
-        self._unconfirmed.confirmed(message_id)
+        self._unconfirmed.confirm(message_id)
         self.counters.counts["confirmed"] += 1
         if self._pending is not None:
             self._pending.waiting_for.discard(message_id)
@@ -338,13 +341,13 @@ class Engine:
             if not self._pending.waiting_for:
                 self._commit(self._pending)
             return
-        # What is sealed must become free even on a quiet day: consumer_timeout would close the channel.
-        late = (self._dirty or self._unacked.sealed) and time.monotonic() - self._last_snapshot > self._interval
-        if force or late or self._unacked.most_open >= self._share:
+        # Sealed deliveries must be acknowledged even without new ones: consumer_timeout would close the channel.
+        has_work, age = self._dirty or self._unacked.has_sealed, self.monotonic() - self._last_snapshot
+        if force or (has_work and age > self.interval_seconds) or self._unacked.open_max >= self._quarter:
             self._pending = self._snapshot()
 
     def _save_now(self) -> None:
-        """A checkpoint of this moment; for a role that cannot rederive, once its sends are confirmed."""
+        """Write a checkpoint of the present state; for a role that cannot rederive, once its sends are confirmed."""
         while self._pending is not None:
             self._receive(0.1)
             self._save_if_due()
@@ -359,12 +362,12 @@ class Engine:
         engine = {"run": self._mailbox.run, "marks": dict(self.marks), "position": self.position}
         pending = PendingSnapshot(
             Snapshot(role.tensors, {"engine": engine, "role": role.facts}),
-            # Copies for the dead letter queue cannot be made again by any role.
+            # No role can make copies for the dead letter queue again.
             {sent for sent in self._link.unconfirmed if not (self._role.rederives and sent in self._unconfirmed)},
         )
         self._unacked.seal()
         self._dirty = False
-        self._last_snapshot = time.monotonic()
+        self._last_snapshot = self.monotonic()
         return pending
 
     def _commit(self, pending: PendingSnapshot) -> None:
@@ -372,25 +375,22 @@ class Engine:
         self._counter += 1
         pointer = self._checkpoints.write(self._authority.fence, self._counter, pending.snapshot)
         if not self._authority.move_pointer(pointer):
-            raise StateError(
-                505,
-                f"a server with a higher fence than {self._authority.fence} is active.",
-                "nothing is lost; stop this worker, or the other one.",
-            )
+            sentence = f"a server with a higher fence than {self._authority.fence} is active."
+            raise StateError(505, sentence, "nothing is lost; stop this worker, or the other one.")
         self._checkpoints.prune()
         self.counters.counts["checkpoints"] += 1
         self._perform(self._role.saved())
-        for delivery in self._unacked.saved():
+        for delivery in self._unacked.free():
             crash_points.reach("before_ack")
             self._link.acknowledge(delivery)
             crash_points.reach("after_ack")
 
     def _end(self, finish: Finish) -> None:
-        """Every kept checkpoint holds the end; only then the farewell, and the last acknowledgements."""
+        """Write the end into every kept checkpoint, then send the farewell, and acknowledge all deliveries."""
         for _ in range(self._checkpoints.keep):
             self._save_now()
         self._perform(list(finish.farewell))
         while not self._role.rederives and self._link.unconfirmed:
             self._receive(0.1)
-        for delivery in self._unacked.release():
+        for delivery in self._unacked.free_all():
             self._link.acknowledge(delivery)

@@ -1,33 +1,34 @@
-"""Messages on which a role failed: each becomes a refusal, and none can stop a run.
+"""Failures of a role on a message: each becomes a refusal, and none can stop a run.
 
     role.on(message) ──fails──▶ RoleFailedError ──▶ a new engine from the newest checkpoint, which refuses the message
 
-The role is a new one, restored: the state of one that failed half-way cannot be trusted.
+The new engine restores a new role: the state of one that failed half-way cannot be trusted.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from logging import ERROR
 from typing import TypeVar
 
 import torch
 
-from nightsplit.shared.engine.counters import Counters
 from nightsplit.shared.engine.mailbox import Received
 from nightsplit.shared.errors import NightsplitError, Refused
+from nightsplit.shared.log import event
 
 T = TypeVar("T")
 
-_NOT_THE_MESSAGE = (MemoryError, torch.OutOfMemoryError, OSError)
-"""Failures of the machine, which the same message would survive on another day."""
+_MACHINE_FAILURES = (MemoryError, torch.OutOfMemoryError, OSError)
+"""Failures of the machine, which do not depend on the message."""
 
 
 class RoleFailedError(Exception):
-    """A role failed on a message.
+    """Failure of a role on a message.
 
     Attributes:
-        digest: sha256 of the message's body.
-        refusal: with which an engine that begins anew refuses it.
+        digest: SHA-256 of the message's body.
+        refusal: refusal of the message by the next engine.
     """
 
     def __init__(self, digest: str, refusal: Refused) -> None:
@@ -36,39 +37,37 @@ class RoleFailedError(Exception):
 
 
 def refusing_failures(attempt: Callable[[Mapping[str, Refused]], T]) -> T:
-    """Run an engine until it ends, and one more for each message that its role failed on.
+    """Run an engine until it ends, and another one after each message that its role failed on.
 
     Args:
-        attempt: recovers an engine over a new link, with these messages to refuse, by digest, and runs it.
+        attempt: recovers and runs an engine over a new link; gets the refusals of such messages by digest.
     """
-    known: dict[str, Refused] = {}
+    refusals: dict[str, Refused] = {}
     while True:
         try:
-            return attempt(known)
+            return attempt(refusals)
         except RoleFailedError as failure:
-            known[failure.digest] = failure.refusal
+            refusals[failure.digest] = failure.refusal
 
 
 class Failures:
-    """Holds messages responsible for what they make a role do.
+    """Record of the messages that a role failed on.
 
     Args:
-        known: refusals of messages that a role failed on before, by digest.
-        counters: of the worker.
+        refusals: refusals of messages that a role failed on before, by digest.
     """
 
-    def __init__(self, known: Mapping[str, Refused], counters: Counters) -> None:
-        self._known = known
-        self._counters = counters
+    def __init__(self, refusals: Mapping[str, Refused]) -> None:
+        self._refusals = refusals
 
-    def expect_sound(self, received: Received) -> None:
-        """Raise the refusal of a message that is known."""
-        if self._known and (refusal := self._known.get(_digest(received))) is not None:
+    def check(self, received: Received) -> None:
+        """Raise the refusal of a message that a role failed on before."""
+        if self._refusals and (refusal := self._refusals.get(_digest(received))) is not None:
             raise refusal
 
     @contextmanager
     def blame(self, received: Received) -> Iterator[None]:
-        """Turn a failure of the block into one of the message, unless it is known: then the fault is ours.
+        """Attribute a failure of the body to the message, unless the message was refused for one before.
 
         Raises:
             RoleFailedError: the role could not apply the message, or its answer cannot be sent.
@@ -76,21 +75,20 @@ class Failures:
         try:
             yield
         except Exception as error:
-            ours = isinstance(error, (NightsplitError, *_NOT_THE_MESSAGE)) and not isinstance(error, Refused)
+            is_ours = isinstance(error, (NightsplitError, *_MACHINE_FAILURES)) and not isinstance(error, Refused)
             digest = _digest(received)
-            if ours or digest in self._known:
+            if is_ours or digest in self._refusals:
                 raise
             refusal = error if isinstance(error, Refused) else _unforeseen(received, error)
-            self._counters.failed(received.header, refusal)
+            message = received.header.message_id
+            event("role_failed", ERROR, number=refusal.number, message=message, reason=refusal.sentence)
             raise RoleFailedError(digest, refusal) from error
 
 
 def _unforeseen(received: Received, error: Exception) -> Refused:
-    return Refused(
-        316,
-        f"{received.header.message_id}: {type(error).__name__} while it was applied.",
-        "look at the log of the worker that refused it, and report it: it should have been refused before.",
-    )
+    sentence = f"{received.header.message_id}: {type(error).__name__} while it was applied."
+    remedy = "inspect the log of the worker that refused it, and report this as a bug in nightsplit."
+    return Refused(316, sentence, remedy)
 
 
 def _digest(received: Received) -> str:

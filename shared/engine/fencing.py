@@ -1,47 +1,52 @@
-"""The right to let checkpoints count, where several workers could hold one role."""
+"""Authority over checkpoints, where several workers could hold one role."""
 
 from typing import Protocol
+
+from typing_extensions import override
 
 from nightsplit.shared.storage.checkpoint import Pointer
 
 
 class CheckpointAuthority(Protocol):
-    """The run store's word on who acts, as a worker needs it."""
+    """Right of a worker to make its checkpoints valid, and to write the journal."""
 
     @property
     def fence(self) -> int:
         """Incarnation of the server; 0 at a site."""
 
     def pointer(self) -> Pointer | None:
-        """The newest checkpoint that counts; None at a site, or when none was written."""
+        """Return the pointer to the newest valid checkpoint; None at a site, or if none was written."""
 
     def move_pointer(self, pointer: Pointer) -> bool:
-        """Make a checkpoint count; False when a later incarnation took over."""
+        """Make a checkpoint the newest valid one; return False if a later incarnation took over."""
 
     def journal(self, position: int, sender: str) -> str:
-        """Write down, durably, who is applied at `position`; returns who was written down first."""
+        """Fill `position` durably with an entry unless it is filled; return its content."""
 
     def journalled(self, position: int) -> str | None:
-        """Who was written down at `position`."""
+        """Return the content of the journal at `position`."""
 
 
-class SoleWriter:
-    """The authority of a worker whose folder is locked, so that no other can hold its role (`lock_folder`)."""
+class SoleWriter(CheckpointAuthority):
+    """Authority of a worker that holds its role alone, since it has locked its folder (`lock_folder`)."""
 
-    fence = 0
+    @property
+    @override
+    def fence(self) -> int:
+        return 0
 
+    @override
     def pointer(self) -> Pointer | None:
-        """No pointer is kept: the newest checkpoint counts."""
-        return None
+        return None  # the newest checkpoint is valid
 
+    @override
     def move_pointer(self, pointer: Pointer) -> bool:
-        """Nobody could have taken over."""
         return True
 
+    @override
     def journal(self, position: int, sender: str) -> str:
-        """A site has one sender, so there is no order to keep."""
-        return sender
+        return sender  # a site has one sender, hence no order to write down
 
+    @override
     def journalled(self, position: int) -> str | None:
-        """As `journal`."""
         return None

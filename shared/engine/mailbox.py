@@ -1,10 +1,10 @@
-"""The one pipeline of messages, into a worker and out of it. Nothing else reads a header, refuses, or publishes.
+"""Pipeline of all messages into a worker and out of it. No other code reads headers, refuses or publishes.
 
     in    delivery ─▶ header ─▶ identity ─▶ [open] ─▶ schema, decode ─▶ message | dead letter
     out   message ─▶ gate (sites) ─▶ schema, encode ─▶ [seal] ─▶ publish
 
-The stages in brackets are empty: a sealed message would be opened and verified before its schema is looked at, and
-sealed behind its encoding.
+The stages in brackets are empty: a sealed message would be opened and verified before its schema is checked, and
+sealed after its encoding.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,11 +23,11 @@ from nightsplit.shared.wire.schema import Payload
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A delivery whose header was read, and which is from whom it says.
+    """Delivery with a decoded header and a verified sender.
 
     Attributes:
-        head: of the message.
-        delivery: holds the rest of it.
+        head: header map of the message.
+        delivery: the delivery, with the rest of its body.
     """
 
     head: Head
@@ -35,16 +35,16 @@ class Received:
 
     @property
     def header(self) -> Header:
-        """Who says what to whom."""
+        """Header of the message."""
         return self.head.header
 
 
 @dataclass(frozen=True, slots=True)
-class PutAside:
-    """A delivery that was refused.
+class DeadLetter:
+    """Refused delivery.
 
     Attributes:
-        delivery: to be acknowledged once its copy is safe.
+        delivery: the delivery, to be acknowledged once its copy is confirmed.
         copy: id under which the copy in the dead letter queue is confirmed.
     """
 
@@ -53,25 +53,25 @@ class PutAside:
 
 
 class Gate(Protocol):
-    """The hospital's word on each message, see `nightsplit.site_worker.policy`."""
+    """Check of each message against the hospital's policy, see `nightsplit.site_worker.policy`."""
 
     def check_out(self, header: Header, payload: Payload, samples: int | None) -> None:
-        """Check a message that leaves, with the number of samples in it; None where it holds none by itself.
+        """Check a message before it leaves; `samples` is their number in it, or None without a batch dimension.
 
         Raises:
-            ConfigError: 108 the hospital does not let it out.
+            ConfigError: 108 the policy forbids to send it.
         """
 
     def check_in(self, header: Header, payload: Payload) -> None:
-        """Check a message before it is obeyed.
+        """Check a message before it is applied.
 
         Raises:
-            ConfigError: 108 it sets what the hospital keeps to itself.
+            ConfigError: 108 the policy forbids the weights that it sets.
         """
 
 
 def header_of(body: bytes) -> Header:
-    """Read the header of a message that lies somewhere, to show it.
+    """Decode the header of a stored message, to show it.
 
     Raises:
         Refused: 301-309 it cannot be read.
@@ -80,16 +80,16 @@ def header_of(body: bytes) -> Header:
 
 
 class Mailbox:
-    """Messages of one worker.
+    """Mailbox of one worker.
 
     Args:
         run: id of the run.
-        name: of the worker.
+        name: name of the worker.
         link: consumes the incoming queue of every route.
-        routes: by peer.
-        payload_of: schema of a kind; None for one that is not used.
-        message_bytes: largest message, both ways.
-        gate: at a site; None at the server, which has no patients.
+        routes: routes by peer.
+        payload_of: returns the schema of a kind; None for one that is not used.
+        message_bytes: largest message in both directions.
+        gate: a site's policy; None at the server, which has no patients.
     """
 
     def __init__(
@@ -103,9 +103,9 @@ class Mailbox:
 
     # -- in ----------------------------------------------------------------------------------------
 
-    def receive(self, delivery: Delivery) -> Received | PutAside:
-        """Read a header, once, and check who sent it; a message that fails here has no place in any sequence."""
-        self.counters.received(delivery.body)
+    def receive(self, delivery: Delivery) -> Received | DeadLetter:
+        """Decode a header and verify its sender; a message refused here has no place in any sequence."""
+        self.counters.count_received(delivery.body)
         sender = self._senders[delivery.queue]
         try:
             head = read_head(delivery.body, self._schema)
@@ -113,44 +113,41 @@ class Mailbox:
             if (header.run, header.sender, header.receiver) != (self.run, sender, self.name) or (
                 not delivery.may_be_from(sender, self.name)
             ):
-                raise Refused(
-                    310,
-                    f"{header.message_id} came through {delivery.queue}{delivery.by}.",
-                    "check which worker publishes to that queue.",
-                )
+                sentence = f"{header.message_id} came through {delivery.queue}{delivery.by}."
+                raise Refused(310, sentence, "check which worker publishes to that queue.")
         except Refused as refusal:
-            return self.put_aside(delivery, refusal)
+            return self.dead_letter(delivery, refusal)
         return Received(head, delivery)
 
     def open(self, received: Received) -> Message:
-        """Decode a message whose turn it is.
+        """Decode a message when its turn has come.
 
         Raises:
-            Refused: 303-309, 311 it is not what its kind carries here.
-            ConfigError: 108 the hospital does not obey it.
+            Refused: 303-309, 311 it does not match the schema of its kind.
+            ConfigError: 108 the hospital's policy forbids it.
         """
         message = read_body(received.head, received.delivery.body, self.message_bytes)
         if self._gate is not None and received.head.payload is not None:
             self._gate.check_in(received.header, received.head.payload)
         return message
 
-    def put_aside(self, delivery: Delivery, refusal: Refused, seq: int | None = None) -> PutAside:
+    def dead_letter(self, delivery: Delivery, refusal: Refused, seq: int | None = None) -> DeadLetter:
         """Publish a copy with the reason to the dead letter queue.
 
         Args:
-            delivery: what is refused.
-            refusal: why.
-            seq: place in its sender's sequence, if it has one.
+            delivery: the refused delivery.
+            refusal: the reason.
+            seq: number in its sender's sequence, if it has one.
         """
         sender = self._senders[delivery.queue]
-        self.counters.refused(sender, seq, refusal)
+        self.counters.count_refused(sender, seq, refusal)
         copy = f"dead/{delivery.message_id}/{self.counters.counts['refused']}"
         reason = {
             "number": str(refusal.number), "reason": str(refusal), "sender": sender, "queue": delivery.queue,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }  # fmt: skip
         self.link.publish(self.routes[sender].dead, copy, [delivery.body], reason)
-        return PutAside(delivery, copy)
+        return DeadLetter(delivery, copy)
 
     def _schema(self, header: Header) -> Payload:
         payload = self._payload_of(header.kind)
@@ -163,19 +160,19 @@ class Mailbox:
     def header(
         self, receiver: str, kind: Kind, seq: int, reply_to: int = 0, version: int = 0, fence: int = 0
     ) -> Header:
-        """Make the header of a message from this worker."""
+        """Return the header of a message from this worker."""
         return Header(self.run, self.name, receiver, kind, seq, reply_to, version, fence)
 
     def send(self, message: Message, name: str | None = None) -> str:
         """Publish a message, and return the id under which it is confirmed.
 
         Args:
-            message: from this worker.
-            name: for the broker, where several messages have one id; the message's own otherwise.
+            message: message from this worker.
+            name: id at the broker, if several messages share one id; the message's own otherwise.
 
         Raises:
-            ConfigError: 108 the hospital does not let it out.
-            Refused: 301, 304-308 it is not what its kind carries.
+            ConfigError: 108 the hospital's policy forbids it.
+            Refused: 301, 304-308 it does not match the schema of its kind.
         """
         payload = self._payload_of(message.header.kind)
         assert payload is not None, message.header.kind
@@ -185,16 +182,16 @@ class Mailbox:
         name = name or message.header.message_id
         body = encode(message, payload, self.message_bytes)
         self.link.publish(self.routes[message.header.receiver].outgoing, name, body)
-        self.counters.sent(body)
+        self.counters.count_sent(body)
         return name
 
     def send_again(self, queue: Queue, name: str, body: bytes) -> None:
-        """Publish the bytes of a message to a queue in which they were before.
+        """Publish the bytes of a message again to their queue.
 
         Raises:
-            ConfigError: 108 they are a site's own message, which the hospital no longer lets out.
-            Refused: 301-311 they are, and cannot be read.
-            BrokerError: 203 as `Link.publish`.
+            ConfigError: 108 they are a site's own message, which the hospital's policy now forbids.
+            Refused: 301-311 they are a site's own message, which cannot be read.
+            BrokerError: 203 as in `Link.publish`.
         """
         leaves = any(queue.name == route.outgoing.name for route in self.routes.values())
         if self._gate is not None and leaves:

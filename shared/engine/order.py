@@ -1,4 +1,4 @@
-"""The order in which messages of several senders are applied: the role's choice, written down where timing decides."""
+"""Order in which messages of several senders are applied: the role's choice, journalled where timing decides."""
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass
@@ -9,61 +9,61 @@ from nightsplit.shared.engine.role import Role
 
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """The next message of a sender is applied."""
+    """Entry: apply the next message of a sender."""
 
     sender: str
 
 
 @dataclass(frozen=True, slots=True)
 class Exclude:
-    """The run goes on without a sender."""
+    """Entry: continue the run without a sender."""
 
     sender: str
 
 
 @dataclass(frozen=True, slots=True)
 class CloseRound:
-    """The role waits no longer for what has not come."""
+    """Entry: close the round without the reports that have not come."""
 
 
 OrderEntry = Apply | Exclude | CloseRound
 
-_EXCLUDES, _CLOSES = "-", "."
+_EXCLUDE, _CLOSE = "-", "."
 
 
 def to_journal(entry: OrderEntry) -> str:
-    """Spell an entry as the run store keeps it."""
+    """Encode an entry for the run store."""
     match entry:
         case Apply(sender):
             return sender
         case Exclude(sender):
-            return _EXCLUDES + sender
+            return _EXCLUDE + sender
         case CloseRound():
-            return _CLOSES
+            return _CLOSE
 
 
 def from_journal(text: str) -> OrderEntry:
-    """Read an entry; a site's name begins with neither sign."""
-    if text == _CLOSES:
+    """Decode an entry; a site's name starts with neither sign."""
+    if text == _CLOSE:
         return CloseRound()
-    return Exclude(text.removeprefix(_EXCLUDES)) if text.startswith(_EXCLUDES) else Apply(text)
+    return Exclude(text.removeprefix(_EXCLUDE)) if text.startswith(_EXCLUDE) else Apply(text)
 
 
 class DeliveryOrder:
-    """Asks the role, and the journal before it where the role keeps one.
+    """Order of entries: from the journal, if the role keeps one, and beyond its end by the role's choice.
 
         position     1    2    3    4    5
-        journal      A    B    -C   .    .       a restart from position 1 follows it over 2 and 3:
-        checkpoint   x                           whoever it names is waited for; from 4 on the role chooses
+        journal      A    B    -C   .    .       a restart from position 1 follows it over 2 and 3, and
+        checkpoint   x                           waits for the senders it names; from 4 on the role chooses
 
-    An entry is durable before the message is applied, so before anything that depends on it leaves.
-    That the run goes on without C is an entry like any other: it is decided once, whoever decides, and
-    every restart, successor and replay meets it at the same place. So is that a round closes.
+    An entry is durable before its message is applied, hence before any message that depends on it leaves.
+    The exclusion of C and the close of a round are entries like any other: decided once, and found at the
+    same position by every restart, successor and replay.
 
     Args:
-        role: chooses.
+        role: chooses between senders.
         authority: keeps the journal.
-        decide: asked when nothing can be applied; None to wait on.
+        decide: called when no message can be applied; returns None to wait.
     """
 
     def __init__(self, role: Role, authority: CheckpointAuthority, decide: Callable[[], OrderEntry | None]) -> None:
@@ -71,23 +71,23 @@ class DeliveryOrder:
         self._authority = authority
         self._decide = decide
         self._replaying = True
-        """The journal may hold entries beyond the checkpoint."""
-        self._written: tuple[int, OrderEntry] | None = None
-        """Position and entry that the journal named last."""
+        """True while the journal may hold entries beyond the checkpoint."""
+        self._latest: tuple[int, OrderEntry] | None = None
+        """Position and content of the latest journal entry."""
 
     def choose(self, position: int, ready: Set[str]) -> OrderEntry | None:
-        """Choose what happens at `position`; None to wait.
+        """Return the entry at `position`; None to wait.
 
         Args:
-            position: of the next entry.
-            ready: senders whose next message is here.
+            position: position of the next entry.
+            ready: senders whose next message has arrived.
         """
         if not self._role.journalled:
             return self._choice(ready)
-        if self._written is None or self._written[0] != position:
-            self._written = self._entry(position, ready)
-        entry = self._written[1] if self._written is not None else None
-        # The role has a say in what the journal names: the message may be here before its sender's hello.
+        if self._latest is None or self._latest[0] != position:
+            self._latest = self._entry(position, ready)
+        entry = self._latest[1] if self._latest is not None else None
+        # The role must agree with the journal: the message may have arrived before its sender's hello.
         return self._choice(ready & {entry.sender}) if isinstance(entry, Apply) else entry
 
     def _choice(self, ready: Set[str]) -> Apply | None:
@@ -95,13 +95,13 @@ class DeliveryOrder:
         return None if sender is None else Apply(sender)
 
     def _entry(self, position: int, ready: Set[str]) -> tuple[int, OrderEntry] | None:
-        """The journal's entry at `position`, after the choice was written into it if need be."""
+        """Return the journal's entry at `position`; choose and write it if the journal ends before."""
         if self._replaying:
-            known = self._authority.journalled(position)
-            if known is not None:
-                return position, from_journal(known)
+            entry = self._authority.journalled(position)
+            if entry is not None:
+                return position, from_journal(entry)
             self._replaying = False
-        chosen = self._choice(ready) or self._decide()
-        if chosen is None:
+        choice = self._choice(ready) or self._decide()
+        if choice is None:
             return None
-        return position, from_journal(self._authority.journal(position, to_journal(chosen)))
+        return position, from_journal(self._authority.journal(position, to_journal(choice)))

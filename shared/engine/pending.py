@@ -1,4 +1,4 @@
-"""Inputs until they may be acknowledged, sends until they are confirmed, a snapshot until it may be written."""
+"""Pending work: deliveries to acknowledge, sends to be confirmed, and a snapshot to write."""
 
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -10,20 +10,20 @@ from nightsplit.shared.transport import Delivery
 
 @dataclass(slots=True)
 class PendingSnapshot:
-    """A snapshot that waits until the sends it counts are confirmed."""
+    """Snapshot that waits until the sends it counts are confirmed."""
 
     snapshot: Snapshot
     waiting_for: set[str]
 
 
 class UnackedDeliveries:
-    """Deliveries that were applied, until the oldest kept checkpoint contains them.
+    """Applied deliveries that are not in the oldest kept checkpoint yet.
 
-        take ──▶ open ──seal──▶ in a snapshot ──saved──▶ in the newest checkpoint ──saved──▶ free
+        add ──▶ open ──seal──▶ in a snapshot ──free──▶ in the newest checkpoint ──free──▶ acknowledged
 
     Args:
-        keep: checkpoints that stay on disk. A delivery is free when all of them contain it: falling
-            back to the oldest must still find its inputs at the broker.
+        keep: number of kept checkpoints. A delivery is freed when all of them contain it: a fallback to
+            the oldest must still find its inputs at the broker.
     """
 
     def __init__(self, keep: int) -> None:
@@ -33,25 +33,25 @@ class UnackedDeliveries:
         self._sealed: deque[list[Delivery]] = deque()
         self._kept_per_queue: Counter[str] = Counter()
 
-    def take(self, delivery: Delivery) -> None:
-        """Keep a delivery whose effect is in the role's state."""
-        # Only the tag is still needed: bodies kept here would hold a night's memory.
+    def add(self, delivery: Delivery) -> None:
+        """Add a delivery that the role's state contains."""
+        # Without the body, since only the tag is still needed and a night's bodies would fill the memory.
         self._open.append(replace(delivery, body=b""))
         self._open_per_queue[delivery.queue] += 1
         self._kept_per_queue[delivery.queue] += 1
 
     def seal(self) -> None:
-        """A snapshot was taken: it contains what was taken so far."""
+        """Assign all open deliveries to a new snapshot."""
         self._sealed.append(self._open)
         self._open, self._open_per_queue = [], Counter()
 
-    def saved(self) -> Iterator[Delivery]:
-        """The last snapshot is a checkpoint now; gives what may be acknowledged."""
+    def free(self) -> Iterator[Delivery]:
+        """Yield the deliveries that all kept checkpoints contain, once the last snapshot is one of them."""
         while len(self._sealed) >= self._keep:
             yield from self._free_oldest()
 
-    def release(self) -> Iterator[Delivery]:
-        """Every kept checkpoint holds the end; gives the rest."""
+    def free_all(self) -> Iterator[Delivery]:
+        """Yield all sealed deliveries, once every kept checkpoint contains the end."""
         while self._sealed:
             yield from self._free_oldest()
 
@@ -61,34 +61,34 @@ class UnackedDeliveries:
         return freed
 
     @property
-    def most_open(self) -> int:
-        """Deliveries of one queue that no snapshot contains yet; the most of any queue."""
+    def open_max(self) -> int:
+        """Number of deliveries that no snapshot contains yet, at the queue with most of them."""
         return max(self._open_per_queue.values(), default=0)
 
     @property
-    def sealed(self) -> bool:
-        """Whether snapshots contain deliveries that only further checkpoints set free."""
+    def has_sealed(self) -> bool:
+        """True if snapshots contain deliveries that only further checkpoints can free."""
         return any(self._sealed)
 
-    def of(self, queue: str) -> int:
-        """Deliveries of a queue that are not free."""
+    def count(self, queue: str) -> int:
+        """Return the number of a queue's deliveries that are not freed."""
         return self._kept_per_queue[queue]
 
 
 class UnconfirmedSends:
-    """Messages in sequence that were published, until the broker confirms them."""
+    """Published sequenced messages that the broker has not confirmed yet."""
 
     def __init__(self) -> None:
         self._unconfirmed: dict[str, tuple[str, int]] = {}
         self._latest: dict[str, int] = {}
 
     def add(self, message_id: str, receiver: str, seq: int) -> None:
-        """A message was published."""
+        """Add a published message."""
         self._unconfirmed[message_id] = receiver, seq
         self._latest[receiver] = seq
 
-    def confirmed(self, message_id: str) -> None:
-        """The broker has it."""
+    def confirm(self, message_id: str) -> None:
+        """Remove a message that the broker has confirmed."""
         self._unconfirmed.pop(message_id, None)
 
     def __contains__(self, message_id: object) -> bool:
@@ -96,11 +96,11 @@ class UnconfirmedSends:
 
     @property
     def first(self) -> int | None:
-        """Lowest seq that is not confirmed; meaningful where there is one receiver."""
+        """Lowest unconfirmed seq; meaningful for a single receiver."""
         return min((seq for _, seq in self._unconfirmed.values()), default=None)
 
     def is_ahead(self, limit: int) -> bool:
-        """Whether the latest message to a receiver is `limit` or more beyond its oldest unconfirmed one."""
+        """Return whether `limit` or more messages to a receiver follow from its oldest unconfirmed one on."""
         oldest: dict[str, int] = {}
         for receiver, seq in self._unconfirmed.values():
             oldest[receiver] = min(seq, oldest.get(receiver, seq))

@@ -1,8 +1,8 @@
-"""What the engine runs: a role, which decides and never acts.
+"""Role, which the engine runs: it decides and never acts.
 
 A role opens no socket, file or clock, and starts no thread: it takes messages and returns
-effects, so a test compares lists of effects and needs no mock. Everything it must remember is in
-its snapshot. The shapes of a role (stream, rounds) are base classes beside the systems:
+effects, so that a test compares lists of effects and needs no mock. Its snapshot holds all of its
+state. The shapes of a role (stream, rounds) are base classes beside the protocols:
 `nightsplit.site_worker.stream.role` and `nightsplit.server_worker.stream.role`.
 """
 
@@ -18,14 +18,14 @@ from nightsplit.shared.wire.schema import Payload
 
 
 class Role(ABC):
-    """One side of a system.
+    """One side of a protocol.
 
     Attributes:
         name: site name, or `SERVER`.
-        rederives: unconfirmed sends can be made again from the snapshot, so a snapshot may be taken
-            while some are under way. Otherwise one counts only when its sends are confirmed.
-        journalled: the order between senders depends on timing and must be written down.
-        excluded: senders whom the role goes on without, and how many messages were applied before.
+        rederives: whether unconfirmed sends can be made again from the snapshot, so that it can be
+            written at once. Otherwise it is written when its sends are confirmed.
+        journalled: whether the order between senders depends on timing and must be journalled.
+        excluded: excluded senders, with the number of messages applied before.
     """
 
     rederives: ClassVar[bool]
@@ -37,18 +37,18 @@ class Role(ABC):
 
     @abstractmethod
     def payload(self, kind: Kind) -> Payload | None:
-        """The contract of a kind of message; None for a kind that this system does not use."""
+        """Return the payload of a kind of message; None for a kind that this protocol does not use."""
 
     @abstractmethod
     def start(self) -> list[Effect]:
-        """Called once in every process, after `restore` where there is something to restore."""
+        """Begin; called once in every process, after `restore` if there is a checkpoint."""
 
     def next(self) -> list[Effect]:
-        """More work that no message asked for; empty when there is nothing to do but wait."""
+        """Return the effects of further work that needs no message; none if the role waits."""
         return []
 
     def choose(self, ready: Set[str]) -> str | None:
-        """Which sender's next message is applied; None to wait for one that is not `ready`."""
+        """Return the sender whose next message is applied; None to wait for one that is not `ready`."""
         return min(ready, default=None)
 
     @abstractmethod
@@ -62,27 +62,27 @@ class Role(ABC):
 
     @abstractmethod
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
-        """Count a message in sequence as applied although it was refused."""
+        """Count a refused message of a sequence as applied."""
 
     def exclude(self, sender: str) -> list[Effect]:
-        """Go on without a sender for ever; it is then in `excluded`, and no message of it is applied."""
+        """Add a sender to `excluded`; no message of it is applied any more."""
         raise NotImplementedError
 
     def close(self) -> list[Effect]:
-        """Go on with what there is, without waiting for more."""
+        """Close the round without waiting for further reports."""
         raise NotImplementedError
 
     @abstractmethod
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
-        """All state, in tensors that later work does not change.
+        """Return all state, in tensors that later work does not change.
 
         Args:
-            first_unconfirmed: lowest seq that was sent and is not confirmed; None when all are.
-                A role that rederives continues from there after a restore.
+            first_unconfirmed: lowest unconfirmed seq; None if there is none. A role that rederives
+                continues from there after a restore.
         """
 
     def saved(self) -> list[Effect]:
-        """The last snapshot is durable; its inputs will be acknowledged after the next one."""
+        """React to the last snapshot's being durable; its inputs are acknowledged after the next one."""
         return []
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Encrypted arithmetic that both sides know: parameters, packing, weights. Needs the extra `he`."""
+"""Homomorphic encryption on both sides: parameters, packing, weights. Needs the extra `he`."""
 
 from importlib.util import find_spec
 
@@ -6,6 +6,6 @@ from nightsplit.shared.errors import RunError
 
 
 def check_installed() -> None:
-    """Raise RunError 615 where the package of the extra is missing."""
+    """Raise RunError 615 if the package of the extra is missing."""
     if find_spec("tenseal") is None:
         raise RunError(615, "TenSEAL cannot be imported.", "pip install nightsplit[he].")

@@ -1,53 +1,53 @@
-"""CkksParameters, steps and packing of a query to a `SequenceClassifier`, on which site and server agree."""
+"""Parameters, steps and packing of a query to a `SequenceClassifier`, the same at site and server."""
 
 from nightsplit.shared.errors import ConfigError, mismatch
 from nightsplit.shared.he.ckks import CkksParameters
 from nightsplit.shared.he.packing import Batch, Packing, Slots
 from nightsplit.shared.he.weights import ClassifierWeights
 
-MOST_FRAMES = 14
-"""Of a one_shot query: five levels, of 29 bits each. Six would leave 25 bits, and errors that change decisions."""
+FRAMES_MAX = 14
+"""Frames of a one_shot query: five levels of 29 bits. Six would leave 25 bits, and errors that change decisions."""
 
 REFRESH = CkksParameters(degree=8192, bits=(56, 32, 32, 32, 60), scale_bits=32)
-"""Three levels a frame. 24 bits above the scale are room for the blinding. The last prime has to be clearly larger than
-the first one: with 60 bits for both, rotations made errors of 8e-3 in logits, which now are below 2e-4."""
+"""Parameters of three levels a frame. The blinding takes the 24 bits above the scale. The last prime has to be clearly
+larger than the first: with 60 bits for both, rotations caused errors of 8e-3 in logits, which now are below 2e-4."""
 
 BLINDING = 2.0**22
-"""FloatArray that blind are below it, in absolute value; states are within about 1."""
+"""Bound of the blinding numbers' absolute values; states are within about 1."""
 
 
 def parameters_for(classifier: ClassifierWeights) -> CkksParameters:
-    """CKKS parameters for queries to a model: 128 bits of security, ring of degree 8192, with 218 bits for primes.
+    """Return the parameters for queries to a model: 128 bits of security, degree 8192, 218 bits for primes.
 
     Raises:
         ConfigError: 105 the model's sequences are too long.
     """
     if classifier.state is not None:
         return REFRESH
-    if classifier.frames > MOST_FRAMES:
-        what = f"a one_shot query may have {MOST_FRAMES} frames, the model takes {classifier.frames}."
-        raise ConfigError(105, what, "train with recurrent = true, whose queries go to the server frame by frame.")
+    if classifier.frames > FRAMES_MAX:
+        sentence = f"a one_shot query may have {FRAMES_MAX} frames, the model takes {classifier.frames}."
+        raise ConfigError(105, sentence, "train with recurrent = true, whose queries go to the server frame by frame.")
     levels = one_shot_levels(classifier.frames)
     scale = 204 // (levels + 2)
     return CkksParameters(8192, (scale + 7, *[scale] * levels, scale + 7), scale)
 
 
 def one_shot_levels(frames: int) -> int:
-    """What a one_shot query takes: a level for the gates, and the depth of the tree of products over time."""
+    """Return the levels of a one_shot query: one for the gates, and the depth of the tree of products over time."""
     return 1 + (frames + 1).bit_length()
 
 
 def steps_of(classifier: ClassifierWeights) -> int:
-    """Messages of a query each way."""
+    """Return the number of messages of a query in each direction."""
     return 1 if classifier.state is None else classifier.frames
 
 
-SEVERAL = 700
-"""Sequences from which on a batch is faster than slots."""
+BATCH_SEQUENCES_MIN = 700
+"""Number of sequences from which `Batch` is faster than `Slots`."""
 
 
 def packing_of(name: str, ckks: CkksParameters, classifier: ClassifierWeights) -> Packing:
-    """The packing that a query names; Refused 304 where there is none of that name for this model."""
+    """Return the packing of this name; Refused 304 if this model has none of that name."""
     if name == "batch":
         return Batch(ckks.slots)
     if name == "slots" and classifier.state is not None:
@@ -56,10 +56,10 @@ def packing_of(name: str, ckks: CkksParameters, classifier: ClassifierWeights) -
 
 
 def rotations_of(ckks: CkksParameters, classifier: ClassifierWeights) -> tuple[int, ...]:
-    """Steps by which a server rotates what a site encrypts, whatever the packing."""
+    """Return the steps by which a server rotates a site's ciphertexts, in any packing."""
     return () if classifier.state is None else packing_of("slots", ckks, classifier).rotations
 
 
 def packing_for(sequences: int, classifier: ClassifierWeights) -> str:
-    """The packing that suits so many sequences."""
-    return "slots" if classifier.state is not None and sequences < SEVERAL else "batch"
+    """Return the name of the fastest packing for this number of sequences."""
+    return "slots" if classifier.state is not None and sequences < BATCH_SEQUENCES_MIN else "batch"

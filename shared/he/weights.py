@@ -1,4 +1,4 @@
-"""The weights of a `SequenceClassifier` as plain numbers, for whoever computes with it in other ways than torch."""
+"""Weights of a `SequenceClassifier` as plain numbers, for computation without torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class ClassifierWeights:
-    """See `SequenceClassifier` for the formulas.
+    """Weights of a `SequenceClassifier`; its docstring has the formulas.
 
     Attributes:
         inputs: W, float64 (4 hidden, features), in the order i, f, o, g.
@@ -22,7 +22,7 @@ class ClassifierWeights:
         bias: b, (4 hidden,).
         spatial: m a, (features,): evidence of a frame's features, before the votes.
         temporal: (1 - m) w, (hidden,): evidence of a state, before the votes.
-        constant: what is added to every logit.
+        constant: sum of the constant terms of every logit.
         votes: v, (frames,).
     """
 
@@ -41,17 +41,17 @@ class ClassifierWeights:
 
     @property
     def features(self) -> int:
-        """Of a frame."""
+        """Number of features of a frame."""
         return len(self.spatial)
 
     @property
     def hidden(self) -> int:
-        """Units of the LSTM."""
+        """Number of units of the LSTM."""
         return len(self.temporal)
 
     @classmethod
     def of(cls, weights: Mapping[str, torch.Tensor]) -> ClassifierWeights:
-        """From the state dict of a `SequenceClassifier`."""
+        """Compute them from the state dict of a `SequenceClassifier`."""
         found = {name: tensor.detach().double().numpy() for name, tensor in weights.items()}
         mixture = 1 / (1 + np.exp(-found["mixture"]))
         votes = np.exp(found["votes"] - found["votes"].max())

@@ -1,1 +1,1 @@
-"""Losses, optimizers, figures of a model, seeds."""
+"""Losses, optimizers, metrics and seeds."""

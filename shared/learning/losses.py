@@ -1,4 +1,4 @@
-"""What a task asks a model to minimise."""
+"""Loss functions by task."""
 
 import torch
 from torch.nn import functional
@@ -7,10 +7,10 @@ from nightsplit.shared.config.run import DataSection, TaskSection
 
 
 def loss_of(task: TaskSection, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean loss of a batch.
+    """Return the mean loss of a batch.
 
     Args:
-        task: what is predicted.
+        task: the task.
         outputs: (batch, task.outputs) float32: logits, or standardised predictions; (batch, 1, height, width)
             logits for segmentation.
         targets: (batch,) float32 0/1 (binary) or standardised values (regression), int64 (multiclass);
@@ -29,20 +29,20 @@ def loss_of(task: TaskSection, outputs: torch.Tensor, targets: torch.Tensor) -> 
 
 
 def standardise(task: TaskSection, data: DataSection, targets: torch.Tensor) -> torch.Tensor:
-    """Targets as a model is trained on them: of regression (target - mean) / spread, others as they are."""
+    """Return (target - mean) / spread for regression, other targets unchanged."""
     return (targets - data.target_mean) / data.target_spread if task.kind == "regression" else targets
 
 
 SMOOTH = 10.0
-"""Pixels added to both sides of the Dice fraction: an empty slice that is predicted empty is right."""
+"""Pixels added to both sides of the Dice fraction: an empty prediction of an empty slice is right."""
 FOREGROUND = 10.0
-"""Weight of a foreground pixel in the cross entropy; organs fill few of the pixels."""
+"""Weight of a foreground pixel in the cross entropy, since organs fill few of the pixels."""
 
 
 def segmentation_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Soft Dice (Milletari et al., 3DV 2016, with p in place of p^2) plus cross entropy, per image, then the mean.
+    """Return soft Dice (Milletari et al., 3DV 2016, with p in place of p^2) plus cross entropy, mean over images.
 
-    Per image, and not over the batch, so that the loss of a batch is the mean of its records' losses.
+    Both are per image, so that the loss of a batch is the mean of its records' losses.
 
     Args:
         logits, masks: (batch, height, width) float32, masks 0/1.

@@ -1,4 +1,4 @@
-"""The figures by which a model is judged on held-out patients."""
+"""Metrics of a model on held-out patients."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,12 @@ from msgspec import Meta, Struct
 from nightsplit.shared.config.run import DataSection, TaskSection
 from nightsplit.shared.learning.losses import loss_of
 
-LARGEST_FIGURE = 1e30
-"""Beyond it a figure counts as undefined: weighted means over sites stay finite."""
+FIGURE_MAX = 1e30
+"""Largest figure that counts as defined, so that weighted means over sites stay finite."""
 
 Count = Annotated[float, Meta(ge=0, multiple_of=1)]
 Share = Annotated[float, Meta(ge=0, le=1)] | None
-Size = Annotated[float, Meta(ge=0, le=LARGEST_FIGURE)] | None
+Size = Annotated[float, Meta(ge=0, le=FIGURE_MAX)] | None
 
 
 class Figures(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -37,7 +37,7 @@ class ValueFigures(Figures, frozen=True, kw_only=True):
     """Figures of a regression, `mae` in the target's own unit."""
 
     mae: Size
-    r2: Annotated[float, Meta(ge=-LARGEST_FIGURE, le=1)] | None
+    r2: Annotated[float, Meta(ge=-FIGURE_MAX, le=1)] | None
 
 
 class MaskFigures(Figures, frozen=True, kw_only=True):
@@ -52,7 +52,7 @@ FIGURES: Mapping[str, type[Figures]] = {
     "regression": ValueFigures,
     "segmentation": MaskFigures,
 }
-"""By kind of task."""
+"""Figures by kind of task."""
 
 Metrics = dict[str, float | None]
 """`Figures` as plain data."""
@@ -63,14 +63,14 @@ HEADLINE: Mapping[str, str] = {
     "regression": "mae",
     "segmentation": "dice",
 }
-"""The figure that reports lead with, by kind of task."""
+"""Main figure of a report, by kind of task."""
 
 
 def score(task: TaskSection, metrics: Metrics) -> tuple[float, float]:
-    """How good a model is, for comparisons: by the headline figure, then by the loss. Larger is better.
+    """Return a score that compares models: the headline figure, then the negative loss. Larger is better.
 
-    The loss alone would stop too early: a network goes on to rank patients better while it grows
-    overconfident. A figure that is undefined counts as the worst.
+    The loss alone would stop training too early: the ranking of patients still improves while a network
+    grows overconfident. An undefined figure counts as the worst.
     """
     headline, loss = metrics.get(HEADLINE[task.kind]), metrics.get("loss")
     sign = -1.0 if task.kind == "regression" else 1.0
@@ -80,16 +80,16 @@ def score(task: TaskSection, metrics: Metrics) -> tuple[float, float]:
 def measure(
     task: TaskSection, data: DataSection, outputs: torch.Tensor, targets: torch.Tensor, patients: Sequence[str] = ()
 ) -> Metrics:
-    """Evaluate predictions on held-out samples.
+    """Return the metrics of predictions on held-out samples.
 
-    A figure that outputs which are not finite, or targets of no class, leave undefined is None.
+    All but `samples` are None if outputs are not finite or targets are invalid; so is a figure that is undefined.
 
     Args:
-        task, data: what was predicted, and in which unit.
-        outputs, targets: as in `loss_of`; regression is judged in the target's own unit.
-        patients: whom each sample belongs to; used by segmentation, whose Dice is that of a patient's volume.
+        task, data: the task, and the unit of its targets.
+        outputs, targets: as in `loss_of`; regression is measured in the target's own unit.
+        patients: patient of each sample; used by segmentation, which measures Dice per patient's volume.
     """
-    # Half of a worker's start would go into this import, and nothing is judged before an epoch is over.
+    # Imported late, since it takes half of a worker's start and no model is evaluated before an epoch is over.
     from sklearn.metrics import balanced_accuracy_score, mean_absolute_error, r2_score, roc_auc_score
 
     metrics: Metrics = dict.fromkeys(FIGURES[task.kind].__struct_fields__)
@@ -109,20 +109,21 @@ def measure(
                 metrics["mae"] = _defined(float(mean_absolute_error(truth, predicted)))
                 metrics["r2"] = _defined(float(r2_score(truth, predicted))) if len(truth) > 1 else None
         return metrics
-    several = len(np.unique(truth)) == (2 if task.kind == "binary" else task.classes)
+    if len(np.unique(truth)) < (2 if task.kind == "binary" else task.classes):
+        return metrics
     if task.kind == "binary":
         scores = torch.sigmoid(outputs.squeeze(1)).numpy()
-        chosen = (scores > 0.5).astype(truth.dtype)
+        predicted = (scores > 0.5).astype(truth.dtype)
     else:
         scores = torch.softmax(outputs, 1).numpy()
-        chosen = scores.argmax(1)
-    metrics["auc"] = float(roc_auc_score(truth, scores, multi_class="ovr")) if several else None
-    metrics["balanced_accuracy"] = float(balanced_accuracy_score(truth, chosen)) if several else None
+        predicted = scores.argmax(1)
+    metrics["auc"] = float(roc_auc_score(truth, scores, multi_class="ovr"))
+    metrics["balanced_accuracy"] = float(balanced_accuracy_score(truth, predicted))
     return metrics
 
 
 def _are_targets(task: TaskSection, targets: torch.Tensor) -> bool:
-    """Whether each is a class of the task, or a finite value."""
+    """Return whether all targets are classes of the task, or finite values."""
     if task.kind in ("regression", "segmentation"):
         return bool(targets.isfinite().all())
     classes = 2 if task.kind == "binary" else task.classes
@@ -130,11 +131,11 @@ def _are_targets(task: TaskSection, targets: torch.Tensor) -> bool:
 
 
 def _defined(figure: float) -> float | None:
-    return figure if abs(figure) <= LARGEST_FIGURE else None
+    return figure if abs(figure) <= FIGURE_MAX else None
 
 
 def _dice(predicted: torch.Tensor, truth: torch.Tensor, patients: Sequence[str]) -> float:
-    """Mean over patients of 2 |A and B| / (|A| + |B|) over all their slices; 1 where both are empty."""
+    """Return the mean over patients of 2 |A and B| / (|A| + |B|) over all their slices; 1 if both are empty."""
     names, of_patient = np.unique(np.asarray(patients), return_inverse=True)
     index = torch.from_numpy(of_patient)
     counted = (pixels.flatten(1).sum(1).float() for pixels in (predicted & truth, predicted.int() + truth.int()))
@@ -143,11 +144,11 @@ def _dice(predicted: torch.Tensor, truth: torch.Tensor, patients: Sequence[str])
 
 
 def overall(sites: Sequence[Metrics]) -> Metrics:
-    """Mean over sites weighted by samples; a figure that is undefined at a site leaves that site out."""
+    """Return the mean over sites weighted by samples; each figure skips sites where it is undefined."""
     names = dict.fromkeys(name for metrics in sites for name in metrics if name != "samples")
     result: Metrics = {"samples": sum(metrics["samples"] or 0.0 for metrics in sites)}
     for name in names:
-        known = [(m["samples"] or 0.0, value) for m in sites if (value := m.get(name)) is not None]
-        total = sum(samples for samples, _ in known)
-        result[name] = sum(samples * value for samples, value in known) / total if total else None
+        figures = [(m["samples"] or 0.0, value) for m in sites if (value := m.get(name)) is not None]
+        total = sum(samples for samples, _ in figures)
+        result[name] = sum(samples * value for samples, value in figures) / total if total else None
     return result

@@ -1,4 +1,4 @@
-"""Optimizers, and module and optimizer state as flat tensors for snapshots."""
+"""Optimizers, and their state as flat tensors for snapshots."""
 
 from collections.abc import Iterable, Mapping
 
@@ -9,7 +9,7 @@ from nightsplit.shared.config.run import OptimizerSection
 
 
 def make_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that run.toml asks for; without parameters (a bottom of pooling) one that does nothing."""
+    """Make the optimizer of run.toml; without parameters (a bottom of pooling) it does nothing."""
     parameters = list(parameters) or [nn.Parameter(torch.zeros(0))]
     if section.name == "sgd":
         return torch.optim.SGD(parameters, lr=section.lr, weight_decay=section.weight_decay, momentum=section.momentum)
@@ -18,17 +18,17 @@ def make_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's memory: "<parameter number>/<name>" to tensor."""
+    """Return the optimizer's state: "<parameter number>/<name>" to tensor."""
     return {
         f"{number}/{name}": value
-        for number, memory in optimizer.state_dict()["state"].items()
-        for name, value in memory.items()
+        for number, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
         if value is not None
     }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave."""
+    """Restore the result of `optimizer_tensors`."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         number, _, name = key.partition("/")

@@ -1,4 +1,4 @@
-"""Seeds derived from what they are for, so that a replay needs no saved generator state."""
+"""Seeds derived from their purpose, so that a replay needs no saved generator state."""
 
 import hashlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import torch
 
 
 def seed_for(run_seed: int, *purpose: str | int) -> int:
-    """A 63-bit seed that depends on `run_seed` and every part of `purpose`."""
+    """Return a 63-bit seed that depends on `run_seed` and every part of `purpose`."""
     text = "/".join(str(part) for part in (run_seed, *purpose))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
@@ -16,13 +16,13 @@ def seed_for(run_seed: int, *purpose: str | int) -> int:
 @contextmanager
 def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
     """Run the body with torch's generators (CPU, and `device`'s) at `seed`, then restore them."""
-    # Not torch.manual_seed: it also notes, with a stack trace each, that other kinds of device
-    # are to be seeded should they ever be used. That takes longer than a small layer.
+    # Not torch.manual_seed: it also queues a seed, with a stack trace, for every other kind of
+    # device, which takes longer than a small layer.
     device = torch.device(device)
     generators = [torch.default_generator]
     if device.type == "cuda":
-        present = torch.cuda.current_device()  # makes sure that CUDA has its generators
-        index = present if device.index is None else device.index
+        current = torch.cuda.current_device()  # initializes CUDA's generators
+        index = current if device.index is None else device.index
         generators.append(torch.cuda.default_generators[index])
     states = [generator.get_state() for generator in generators]
     try:

@@ -1,1 +1,1 @@
-"""Cutting a model, and small reference networks."""
+"""Models: partition, weights, published files, and small reference networks."""

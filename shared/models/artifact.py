@@ -1,10 +1,10 @@
-"""A published model file: the weights of a network, and a card that says what they learned from.
+"""Published model file: the weights of a network, and a card that states their origin.
 
     model.safetensors   one tensor per weight, by the names of the model's state dict
                         metadata "card": JSON, see `Card`
 
-One file, so that weights and card cannot be parted. Its name in a run is its sha256, the one that `sha256sum`
-prints: whoever begins from it states the hash, and anything else is refused.
+One file, so that weights and card stay together. A run names it by its SHA-256, as `sha256sum` prints it, and
+refuses any other file.
 """
 
 import hashlib
@@ -29,15 +29,15 @@ _CARD = "card"
 
 
 class SourceCard(Struct, frozen=True, kw_only=True):
-    """A data set that a model learned from.
+    """Data set that a model was trained on.
 
     Attributes:
-        name: what it is called.
-        licence: as its publisher states it; None where that is not known.
+        name: its name.
+        licence: as its publisher states it; None if unknown.
         classes: labels in the order of the model's outputs.
-        samples: number of samples that were trained on.
-        held_out: number of samples that the figures were measured on.
-        figures: on held-out samples, as `nightsplit.shared.learning.metrics.measure` gives them.
+        samples: number of training samples.
+        held_out: number of held-out samples.
+        figures: on held-out samples, see `nightsplit.shared.learning.metrics.measure`.
     """
 
     name: str
@@ -49,18 +49,18 @@ class SourceCard(Struct, frozen=True, kw_only=True):
 
 
 class Card(Struct, frozen=True, kw_only=True):
-    """Where a published model comes from.
+    """Origin of a published model.
 
     Attributes:
-        name: of the model.
+        name: name of the model.
         factory, settings: [model] of the configuration that made it.
-        head: the module that was made for the source's task; it is not taken over by another task.
-        input_shape: of one sample, without the batch dimension.
-        sources: what it learned from.
+        head: name of the module made for the source's task, which another task does not take over.
+        input_shape: shape of one sample, without the batch dimension.
+        sources: data sets that it was trained on.
         epochs: passes over the sources.
-        seed: of weights, order and augmentation.
+        seed: seed of weights, order and augmentation.
         date: day on which it was written, UTC, as 2026-01-31.
-        weights_sha256: of the weights alone, see `hashing`; two trainings that agree agree in it.
+        weights_sha256: hash of the weights alone, see `hashing`; equal for equal trainings.
     """
 
     name: str
@@ -77,12 +77,12 @@ class Card(Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """A published model file, as read and verified.
+    """Verified content of a published model file.
 
     Attributes:
         path: the file.
-        sha256: of the whole file.
-        card: where the weights come from.
+        sha256: hash of the whole file.
+        card: origin of the weights.
         tensors: the weights by name, on the CPU.
     """
 
@@ -92,38 +92,35 @@ class Artifact:
     tensors: Mapping[str, torch.Tensor]
 
     def load_into(self, module: nn.Module) -> None:
-        """Let a model begin with these weights; its own head stays as it was made.
+        """Load these weights into a model, except those of its head.
 
-        Every weight outside the head must be in both with the same shape and dtype: a backbone that is
-        taken in part would be another network than either.
+        Every weight outside the head must be in both with the same shape and dtype: a partly loaded
+        backbone would be a different network.
 
         Raises:
             ConfigError: 117 the two differ outside the head; the model is unchanged.
         """
         own = module.state_dict()
         head = f"{self.card.head}."
-        wanted = {name for name in own if not name.startswith(head)}
+        backbone = {name for name in own if not name.startswith(head)}
         published = {name for name in self.tensors if not name.startswith(head)}
-        for name in sorted(wanted ^ published):
+        for name in sorted(backbone ^ published):
             missing = "the model" if name in published else "the file"
             raise self._misfit(f"{missing} has no {name}")
-        for name in sorted(wanted):
+        for name in sorted(backbone):
             theirs, mine = self.tensors[name], own[name]
             if (theirs.shape, theirs.dtype) != (mine.shape, mine.dtype):
-                raise self._misfit(f"{name} is {_described(theirs)} in the file and {_described(mine)} in the model")
-        module.load_state_dict({name: self.tensors[name] for name in wanted}, strict=False)
+                raise self._misfit(f"{name} is {_describe(theirs)} in the file and {_describe(mine)} in the model")
+        module.load_state_dict({name: self.tensors[name] for name in backbone}, strict=False)
 
-    def _misfit(self, what: str) -> ConfigError:
-        return ConfigError(
-            117,
-            f"{self.path}: {what}.",
-            f"build the model as the file's was: {self.card.factory} with {self.card.settings}; only {self.card.head} "
-            "may differ.",
-        )
+    def _misfit(self, difference: str) -> ConfigError:
+        made = f"{self.card.factory} with {self.card.settings}"
+        remedy = f"build the model as the file's was: {made}; only {self.card.head} may differ."
+        return ConfigError(117, f"{self.path}: {difference}.", remedy)
 
 
 def write_artifact(path: Path, card: Card, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Publish a model, whole or not at all, and return the sha256 of its file; OSError: it cannot be written.
+    """Write a model file atomically and return its SHA-256; OSError if it cannot be written.
 
     Args:
         path: the file.
@@ -138,10 +135,10 @@ def write_artifact(path: Path, card: Card, tensors: Mapping[str, torch.Tensor]) 
 
 
 def read_artifact(path: Path, sha256: str | None = None) -> Artifact:
-    """Read a published model, whose file has this sha256, or any for None.
+    """Read a published model; its file must have this SHA-256, if one is given.
 
     Raises:
-        ConfigError: 115 it is missing, damaged, or no such file; 116 it is another one than expected.
+        ConfigError: 115 it is missing, damaged or not a model file; 116 it has another hash.
     """
     try:
         content = path.read_bytes()
@@ -149,25 +146,25 @@ def read_artifact(path: Path, sha256: str | None = None) -> Artifact:
         raise _unusable(path, error.strerror or "cannot be read") from None
     found = hashlib.sha256(content).hexdigest()
     if sha256 is not None and found != sha256.lower():
-        what = f"{path} has sha256 {found[:12]}..., {sha256[:12]}... is expected."
+        sentence = f"{path} has sha256 {found[:12]}..., {sha256[:12]}... is expected."
         remedy = "ask its publisher for that file, or correct the hash if this is the model you mean."
-        raise ConfigError(116, what, remedy)
+        raise ConfigError(116, sentence, remedy)
     try:
         tensors = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])  # that of any safetensors file
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])  # as in any safetensors file
         card = msgspec.json.decode(header["__metadata__"][_CARD], type=Card)
     except SafetensorError:
-        raise _unusable(path, "is no safetensors file, or is damaged") from None
+        raise _unusable(path, "is not a safetensors file, or is damaged") from None
     except (KeyError, msgspec.DecodeError):
-        raise _unusable(path, "holds weights without a card that says where they come from") from None
+        raise _unusable(path, "holds weights without a card that states their origin") from None
     if weights_sha256(tensors) != card.weights_sha256:
-        raise _unusable(path, "holds other weights than its card says")
+        raise _unusable(path, "holds other weights than its card states")
     return Artifact(path, found, card, tensors)
 
 
-def _unusable(path: Path, what: str) -> ConfigError:
-    return ConfigError(115, f"{path}: {what}.", "make it with nightsplit pretrain, or fetch it again.")
+def _unusable(path: Path, reason: str) -> ConfigError:
+    return ConfigError(115, f"{path}: {reason}.", "create it with nightsplit pretrain, or download it again.")
 
 
-def _described(tensor: torch.Tensor) -> str:
+def _describe(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -1,4 +1,4 @@
-"""One hash for named weights."""
+"""Hash of named weights."""
 
 import hashlib
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ import torch
 
 
 def weights_sha256(weights: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over names and values: equal only when every bit is."""
+    """Return the SHA-256 of names and values; equal only if every bit is."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         values = weights[name].detach().cpu().contiguous().reshape(-1)  # a counter has no dimension to view

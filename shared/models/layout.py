@@ -1,4 +1,4 @@
-"""The whole model of a run whose participants exchange weights, and which of its weights travel."""
+"""Whole model for protocols that exchange weights, and the layout of the weights they send."""
 
 from __future__ import annotations
 
@@ -19,48 +19,48 @@ from nightsplit.shared.models.artifact import read_artifact
 from nightsplit.shared.models.partition import ModelParts, make
 
 MEAN, VARIANCE = ".running_mean", ".running_var"
-"""Ends of the names of a normalization's running statistics (`torch.nn.modules.batchnorm`)."""
+"""Suffixes of a normalization's running statistics (`torch.nn.modules.batchnorm`)."""
 
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """Floating-point weights as one vector, so that a model of any size travels in slices.
+    """Layout of floating-point weights in one vector, so that a model of any size is sent in slices.
 
         weight | bias | weight | bias | running mean | running second moment | ...
         ├─────── slice 1 ───────┼─────────── slice 2 ───────────┼── slice 3 ──┤
 
-    A running variance travels as the second moment, variance + mean^2: then any weighted mean of
+    A running variance is sent as the second moment, variance + mean^2: then any weighted mean of
     vectors holds the variance of the pooled samples (law of total variance).
 
     Attributes:
-        shapes: of the weights that travel, by name.
-        most: elements of a slice.
-        buffers: which of them are measured and not trained.
+        shapes: shapes of the sent weights, by name.
+        slice_length: elements of a slice.
+        buffers: names of the weights that are measured, not trained.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
-    most: int
+    slice_length: int
     buffers: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, module: nn.Module, config: RunConfig, most: int) -> WeightLayout:
-        """What travels in a run: weights of modules that are not frozen, buffers where they are pooled.
+    def of(cls, module: nn.Module, config: RunConfig, slice_length: int) -> WeightLayout:
+        """Return the layout of a run: weights of modules that are not frozen, and buffers if they are pooled.
 
         Raises:
-            ConfigError: 105 a weight is no float32, or nothing is left to train.
+            ConfigError: 105 a weight is not float32, or nothing is left to train.
         """
         frozen = frozen_weights(module, config.round.freeze)
         trained = {name for name, _ in module.named_parameters()} - frozen
-        kept = set() if config.round.statistics == "local" else set(dict(module.named_buffers())) - frozen
+        pooled = set() if config.round.statistics == "local" else set(dict(module.named_buffers())) - frozen
         shapes = {}
         for name, tensor in module.state_dict().items():
-            if name in trained | kept and tensor.is_floating_point():
+            if name in trained | pooled and tensor.is_floating_point():
                 if tensor.dtype != torch.float32:
                     raise ConfigError(105, f"{name} of the model is {tensor.dtype}.", "build the model in float32.")
                 shapes[name] = tuple(tensor.shape)
         if not trained & shapes.keys():
             raise ConfigError(105, "round.freeze leaves nothing to train.", "freeze fewer modules.")
-        return cls(shapes, most, frozenset(kept & shapes.keys()))
+        return cls(shapes, slice_length, frozenset(pooled & shapes.keys()))
 
     @cached_property
     def _bounds(self) -> list[int]:
@@ -68,37 +68,37 @@ class WeightLayout:
 
     @property
     def length(self) -> int:
-        """Elements of the vector."""
+        """Length of the vector in elements."""
         return self._bounds[-1]
 
     @property
     def slices(self) -> int:
-        """How many slices it travels in."""
-        return -(-self.length // self.most)
+        """Number of slices."""
+        return -(-self.length // self.slice_length)
 
     def slice(self, number: int) -> slice:
-        """Where slice `number` is in the vector, 1 <= number <= slices."""
-        return slice((number - 1) * self.most, min(number * self.most, self.length))
+        """Return the range of slice `number` in the vector, 1 <= number <= slices."""
+        return slice((number - 1) * self.slice_length, min(number * self.slice_length, self.length))
 
     @cached_property
     def statistics(self) -> torch.Tensor:
-        """bool (length,): elements of buffers."""
-        return self._marks(self.buffers)
+        """Mask of the elements of buffers, bool (length,)."""
+        return self._mask(self.buffers)
 
     @cached_property
     def second_moments(self) -> torch.Tensor:
-        """bool (length,): elements that are never negative."""
-        return self._marks({name for name in self.buffers if name.endswith(VARIANCE)})
+        """Mask of the elements that are never negative, bool (length,)."""
+        return self._mask({name for name in self.buffers if name.endswith(VARIANCE)})
 
-    def _marks(self, names: Set[str]) -> torch.Tensor:
+    def _mask(self, names: Set[str]) -> torch.Tensor:
         return torch.cat([torch.full((prod(shape),), name in names) for name, shape in self.shapes.items()])
 
     def vector(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """float32 (length,) on the CPU, of weights by name."""
+        """Return weights as a vector, float32 (length,) on the CPU."""
         return torch.cat([self._encoded(name, weights).detach().cpu().reshape(-1) for name in self.shapes])
 
     def weights(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Weights by name, of a vector (length,)."""
+        """Return the weights in a vector (length,) by name."""
         weights = {
             name: vector[first:last].view(shape).clone()
             for (name, shape), (first, last) in zip(self.shapes.items(), pairwise(self._bounds), strict=True)
@@ -115,31 +115,31 @@ class WeightLayout:
 
 
 def build_network(config: RunConfig, base: Path) -> nn.Module:
-    """Make the model of a run, uncut, with the weights that the run begins with.
+    """Build the uncut model of a run with its initial weights.
 
     Args:
-        config: the run. `model.cut` is not looked at.
-        base: folder of run.toml, where `model.initial` is.
+        config: the run; `model.cut` is ignored.
+        base: folder of run.toml and of `model.initial`.
 
     Raises:
-        ConfigError: 104 the factory cannot be used; 115-117 as `read_artifact` and `Artifact.load_into`.
+        ConfigError: 104 the factory cannot be used; 115-117 as in `read_artifact` and `Artifact.load_into`.
     """
     module = make(config.model, config.run.seed)
     if isinstance(module, ModelParts):
         module = nn.Sequential(OrderedDict(module.modules))
     if not isinstance(module, nn.Module):
-        what = f"{config.model.factory} returned {type(module).__name__}."
-        raise ConfigError(104, what, "let it return a torch.nn.Module.")
+        sentence = f"{config.model.factory} returned {type(module).__name__}."
+        raise ConfigError(104, sentence, "let it return a torch.nn.Module.")
     if config.model.initial is not None:
         read_artifact(base / config.model.initial, config.model.initial_sha256).load_into(module)
     return module
 
 
 def frozen_weights(module: nn.Module, freeze: list[str]) -> set[str]:
-    """Names of parameters and buffers that belong to frozen modules; ConfigError 105 where one is not there."""
+    """Return the names of all parameters and buffers of frozen modules; ConfigError 105 if a module does not exist."""
     modules = dict(module.named_modules())
     for name in freeze:
         if name not in modules:
-            what = f"round.freeze names {name!r}; the model has {', '.join(n for n in modules if n)}."
-            raise ConfigError(105, what, "correct it.")
+            sentence = f"round.freeze names {name!r}; the model has {', '.join(n for n in modules if n)}."
+            raise ConfigError(105, sentence, "correct that name.")
     return {w for w in module.state_dict() if any(w.startswith(f"{name}.") for name in freeze)}

@@ -3,12 +3,12 @@
 The first stage of each is one hidden layer with its activation (and pooling), so `model.cut = 1` leaves
 exactly one hidden layer at the site, as in Ha et al., "Spatio-Temporal Split Learning for
 Privacy-Preserving Medical Platforms", IEEE Access 9, 2021 (arXiv 2108.10147). The last stage holds the
-output layer, for `model.head_cut`. Four rules keep training steady when sites are unequal and late:
+output layer, for `model.head_cut`. Four rules keep training stable when sites are unequal and late:
 
-- GroupNorm, not BatchNorm: statistics of a batch are statistics of the site that happens to be served,
-  and a recomputed forward would update running statistics twice.
-- No norm in the first stage either: it would take away how bright an image is, which tells about CT.
-- Dropout only after the first stage: what a site sends is a function of its weights and the images, and
+- GroupNorm, not BatchNorm: statistics of a batch would be those of a single site, and a recomputed
+  forward would update running statistics twice.
+- No norm in the first stage: it would remove the brightness of an image, which matters in CT.
+- Dropout only after the first stage: a site's activations depend on its weights and images alone, and
   an upload that is stored once still gets fresh dropout in every epoch at the server.
 - No module occurs in two stages, so any cut is possible.
 """
@@ -21,7 +21,7 @@ from torch import nn
 
 
 def mlp(inputs: int, hidden: Sequence[int], outputs: int, dropout: float = 0.0) -> nn.Sequential:
-    """Linear layers with ReLU, for tables: stages `layer1`, ..., `layerN`, `output`.
+    """Build linear layers with ReLU, for tables: stages `layer1`, ..., `layerN`, `output`.
 
     Shapes: float32 (batch, inputs) -> (batch, hidden[0]) at cut = 1 -> (batch, outputs).
     Parameters: the sum of (n + 1) * m over successive widths n, m; 13 -> [32, 16] -> 1: 993.
@@ -30,7 +30,7 @@ def mlp(inputs: int, hidden: Sequence[int], outputs: int, dropout: float = 0.0) 
         inputs: number of features.
         hidden: widths of the hidden layers, at least one.
         outputs: width of the last layer.
-        dropout: before every layer but the first.
+        dropout: probability before every layer but the first.
     """
     if not hidden:
         raise ValueError("hidden is empty: the site needs one hidden layer")
@@ -43,17 +43,17 @@ def mlp(inputs: int, hidden: Sequence[int], outputs: int, dropout: float = 0.0) 
 
 
 def small_cnn(channels: int = 1, outputs: int = 1, width: int = 16, dropout: float = 0.2) -> nn.Sequential:
-    """Three convolutions, for chest X-rays of 28x28: stages `block1`..`block3`, `pool`, `output`.
+    """Build three convolutions, for chest X-rays of 28x28: stages `block1`..`block3`, `pool`, `output`.
 
     Shapes: float32 (batch, channels, 28, 28) -> (batch, width, 14, 14) at cut = 1
     -> (batch, 2 width, 7, 7) -> (batch, 4 width, 3, 3) -> (batch, 4 width) at head_cut = 4
-    -> (batch, outputs). Any side of at least 8 pixels will do. Parameters with the defaults: 23,457.
+    -> (batch, outputs). Any side of at least 8 pixels works. Parameters with the defaults: 23,457.
 
     Args:
-        channels: of the images.
+        channels: channels of the images.
         outputs: width of the last layer.
         width: channels at the cut, a multiple of 4.
-        dropout: before the output layer.
+        dropout: probability before the output layer.
     """
     return nn.Sequential(
         OrderedDict[str, nn.Module](
@@ -67,9 +67,9 @@ def small_cnn(channels: int = 1, outputs: int = 1, width: int = 16, dropout: flo
 
 
 def ct_cnn(channels: int = 1, outputs: int = 1, width: int = 16, side: int = 64, dropout: float = 0.3) -> nn.Sequential:
-    """Four convolutions, for lung CT of 64x64: stages `block1`..`block4`, `flat`, `output`.
+    """Build four convolutions, for lung CT of 64x64: stages `block1`..`block4`, `flat`, `output`.
 
-    The last feature map is flattened, not averaged: in these images it matters where something is.
+    The last feature map is flattened, not averaged, since positions matter in these images.
 
     Shapes: float32 (batch, channels, side, side) -> (batch, width, side/2, side/2) at cut = 1
     -> (batch, 2 width, side/4, side/4) -> (batch, 4 width, side/8, side/8)
@@ -77,11 +77,11 @@ def ct_cnn(channels: int = 1, outputs: int = 1, width: int = 16, side: int = 64,
     -> (batch, outputs). Parameters with the defaults: 61,409.
 
     Args:
-        channels: of the images.
+        channels: channels of the images.
         outputs: width of the last layer.
         width: channels at the cut, a multiple of 4.
-        side: of the images in pixels, at least 16.
-        dropout: before the output layer.
+        side: side of the images in pixels, at least 16.
+        dropout: probability before the output layer.
     """
     return nn.Sequential(
         OrderedDict[str, nn.Module](
@@ -96,7 +96,7 @@ def ct_cnn(channels: int = 1, outputs: int = 1, width: int = 16, side: int = 64,
 
 
 def _block(inputs: int, outputs: int, *, norm: bool = True) -> nn.Sequential:
-    """One convolution: (batch, inputs, h, w) -> (batch, outputs, h // 2, w // 2)."""
+    """Build one convolution: (batch, inputs, h, w) -> (batch, outputs, h // 2, w // 2)."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, padding=1, bias=not norm),
         *([nn.GroupNorm(4, outputs)] if norm else []),

@@ -1,12 +1,12 @@
-"""Making the user's model and cutting it: bottom for the site, top for the server, head for a U-shape.
+"""Partition of the user's model: bottom for the site, top for the server, head for a U-shape.
 
                     cut                        head_cut (split_u only)
     stages  0 .. cut-1 | cut .. head_cut-1 | head_cut .. end
             bottom     | top               | head
             site       | server            | site again
 
-Everything that can be wrong with a cut is found here, before a patient's data is touched, and the
-error says which cut would do (as in torchgpipe's `split_module`).
+Every invalid cut is found here, before a patient's data is read, and the error names the nearest
+valid cut (as in torchgpipe's `split_module`).
 """
 
 import copy
@@ -34,11 +34,11 @@ from nightsplit.shared.learning.seeds import seed_for, seeded
 
 Shape = tuple[int, ...]
 
-# Directories whose frames say nothing about the user's mistake.
-_NOT_THE_USERS = (str(Path(torch.__file__).parent), "<frozen ", __file__)
+# Stack frames in these files are not the user's code.
+_FOREIGN_FILES = (str(Path(torch.__file__).parent), "<frozen ", __file__)
 
-# What a part without weights would amount to.
-_IDLE = {
+# Effect of a part without weights.
+_WEIGHTLESS = {
     "bottom": "the site would send its data as they are",
     "top": "the server would have nothing to train",
     "head": "the site would have nothing to train on its labels",
@@ -47,10 +47,10 @@ _IDLE = {
 
 @dataclass(frozen=True)
 class ModelParts:
-    """A model in parts; the whole is `head(top(bottom(x)))`, or `top(bottom(x))` without a head.
+    """Model in parts; the whole is `head(top(bottom(x)))`, or `top(bottom(x))` without a head.
 
     Attributes:
-        bottom: from the data to the cut; stays at the site.
+        bottom: from the data to the cut; at the site.
         top: from the cut to the output, or to the head's input; at the server.
         head: from the top's output to the prediction, at the site; None unless the run is a split_u.
     """
@@ -61,54 +61,50 @@ class ModelParts:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """The parts by name, in the order of the forward pass."""
+        """Parts by name, in the order of the forward pass."""
         modules = {"bottom": self.bottom, "top": self.top}
         return modules if self.head is None else {**modules, "head": self.head}
 
 
 def build(model: ModelSection, seed: int, *, with_head: bool) -> ModelParts:
-    """Make the model of a run and cut it.
+    """Build the model of a run and cut it.
 
     Every participant builds the whole model and keeps its part: the factory runs with torch's CPU
-    generator at a seed that only depends on `seed`, so that all start from the same weights. A factory
+    generator at a seed that depends only on `seed`, so that all start from the same weights. A factory
     that draws from another generator (numpy, random) must seed it itself.
 
     Args:
-        model: the factory, its settings and where to cut. The factory is imported from the Python path
-            or the current directory. The parts of an `nn.Sequential` keep the names of its stages, so
+        model: the factory, its settings and the cut. The factory is imported from the Python path or
+            the current directory. The parts of an `nn.Sequential` keep the names of its stages, so
             their state dicts together are the whole model's.
         seed: the run's seed.
-        with_head: the run is a split_u; otherwise `model.head_cut` is not looked at.
+        with_head: whether the model has a head (split_u); otherwise `model.head_cut` is ignored.
 
     Raises:
         ConfigError: 104 the factory cannot be imported or called, or returns neither a plain
             `nn.Sequential` nor `ModelParts`; 105 the model cannot be cut there: a part is empty or holds no
             weights, two parts share weights, or the head is missing.
     """
-    made = make(model, seed)
-    if isinstance(made, ModelParts):
-        return _checked(model, made, with_head=with_head)
-    # A subclass with its own forward is no chain of stages: cutting it would change what it computes.
-    if isinstance(made, nn.Sequential) and type(made).forward is nn.Sequential.forward:
-        return _cut(model, made, with_head=with_head)
-    raise ConfigError(
-        104,
-        f"{model.factory} returned {type(made).__name__}, which is neither a plain nn.Sequential nor ModelParts.",
-        "let it return nn.Sequential(...) of its stages, or "
-        "nightsplit.models.ModelParts(bottom=..., top=...) if it is no chain.",
-    )
+    whole = make(model, seed)
+    if isinstance(whole, ModelParts):
+        return _check_parts(model, whole, with_head=with_head)
+    # A subclass with its own forward is not a chain of stages: a cut would change its output.
+    if isinstance(whole, nn.Sequential) and type(whole).forward is nn.Sequential.forward:
+        return _cut(model, whole, with_head=with_head)
+    sentence = f"{model.factory} returned {type(whole).__name__}, neither a plain nn.Sequential nor ModelParts."
+    remedy = "return nn.Sequential(...) of its stages, or nightsplit.models.ModelParts(bottom=..., top=...)."
+    raise ConfigError(104, sentence, remedy)
 
 
 def output_shapes(parts: ModelParts, input_shape: Shape) -> tuple[Shape, Shape | None, Shape]:
-    """The shapes at the cut, at the head if there is one, and at the end, for float32 samples of `input_shape`.
+    """Return the shapes at the cut, at the head if there is one, and at the end, for float32 samples of `input_shape`.
 
-    All are lengths without the batch dimension.
-    A dry forward of zeros through a copy in eval mode: weights, buffers, modes and generators of the
-    model stay as they are.
+    All shapes lack the batch dimension. They come from a forward pass of zeros through a copy in eval
+    mode: weights, buffers, modes and generators of the model stay unchanged.
 
     Raises:
-        ConfigError: 104 a part does not take what comes before it; 105 a part returns no tensor with
-            one row per sample, so there is nothing to send.
+        ConfigError: 104 a part does not accept the output before it; 105 a part does not return one
+            tensor with a row per sample, which could be sent.
     """
     shapes = flow_shapes(parts.modules, input_shape)
     last = shapes["top"]
@@ -116,7 +112,7 @@ def output_shapes(parts: ModelParts, input_shape: Shape) -> tuple[Shape, Shape |
 
 
 def flow_shapes(parts: Mapping[str, nn.Module], input_shape: Shape) -> dict[str, Shape]:
-    """What each of the parts returns for one sample, in a chain; as `output_shapes`."""
+    """Return the output shape of each part of a chain for one sample; errors as in `output_shapes`."""
     shapes: dict[str, Shape] = {}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         flow = torch.zeros(2, *input_shape)  # two samples, to see whether the batch dimension is kept
@@ -125,50 +121,50 @@ def flow_shapes(parts: Mapping[str, nn.Module], input_shape: Shape) -> dict[str,
             try:
                 flow = copy.deepcopy(part).cpu().eval()(flow)
             except Exception as error:
-                what = f"the {name} does not take a sample of shape {received}: {_described(error)}."
+                sentence = f"the {name} does not take a sample of shape {received}: {_describe(error)}."
                 remedy = "make model.settings fit the data: its features, or its channels and image size."
-                raise ConfigError(104, what, remedy) from error
+                raise ConfigError(104, sentence, remedy) from error
             if not isinstance(flow, Tensor) or flow.ndim == 0 or flow.shape[0] != 2:
                 returned = f"shape {tuple(flow.shape)}" if isinstance(flow, Tensor) else type(flow).__name__
-                what = f"for 2 samples the {name} returns {returned}, not a tensor with 2 rows."
+                sentence = f"for 2 samples the {name} returns {returned}, not a tensor with 2 rows."
                 remedy = "cut where the model passes on one tensor whose first dimension is the batch."
-                raise ConfigError(105, what, remedy)
+                raise ConfigError(105, sentence, remedy)
             shapes[name] = tuple(flow.shape[1:])
     return shapes
 
 
 def make(model: ModelSection, seed: int) -> Any:
-    """What the factory returns, with torch's CPU generator at a seed that depends on `seed` alone; 104 as `build`."""
+    """Call the factory with torch's CPU generator at a seed that depends on `seed` alone; 104 as in `build`."""
     with _current_directory_on_path():
         factory = _find(model.factory)
         try:
             inspect.signature(factory).bind(**model.settings)
         except TypeError as error:
-            what = f"{model.factory} does not take model.settings: {error}{_defined(factory)}."
-            raise ConfigError(104, what, f"set model.settings to its arguments {_arguments(factory)}.") from error
+            sentence = f"{model.factory} does not take model.settings: {error}{_source(factory)}."
+            raise ConfigError(104, sentence, f"set model.settings to its arguments {_arguments(factory)}.") from error
         except ValueError:
-            pass  # a factory written in C has no signature: the call itself will tell
+            pass  # a factory written in C has no signature: the call itself fails
         try:
             with seeded(seed_for(seed, "model")):
                 return factory(**model.settings)
         except Exception as error:
-            what = f"{model.factory} failed: {_described(error)}."
-            raise ConfigError(104, what, "correct model.settings, or the factory at that line.") from error
+            sentence = f"{model.factory} failed: {_describe(error)}."
+            raise ConfigError(104, sentence, "correct model.settings, or the factory at that line.") from error
 
 
 def _find(name: str) -> Callable[..., Any]:
-    """The factory called "package.module:function"."""
+    """Import the factory "package.module:function"."""
     module_name, _, function = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), function)):
-        what = f'model.factory = "{name}" is not of the form "package.module:function".'
-        raise ConfigError(104, what, 'write for example model.factory = "nightsplit.models:mlp".')
+        sentence = f'model.factory = "{name}" is not of the form "package.module:function".'
+        raise ConfigError(104, sentence, 'write for example model.factory = "nightsplit.models:mlp".')
     try:
         module = importlib.import_module(module_name)
-    # A script without a main guard may call sys.exit, which would end the worker without a word.
+    # A script without a main guard may call sys.exit, which would end the worker without a message.
     except (Exception, SystemExit) as error:
-        what = f"module {module_name} cannot be imported: {_described(error)}."
+        sentence = f"module {module_name} cannot be imported: {_describe(error)}."
         remedy = f"correct model.factory or that module, or start in its folder instead of {Path.cwd()}."
-        raise ConfigError(104, what, remedy) from error
+        raise ConfigError(104, sentence, remedy) from error
     factory = getattr(module, function, None)
     if callable(factory):
         return factory  # type: ignore[no-any-return]
@@ -181,26 +177,26 @@ def _find(name: str) -> Callable[..., Any]:
 
 @contextmanager
 def _current_directory_on_path() -> Iterator[None]:
-    """Last on the path, so that a file beside the user hides no installed module."""
-    here = str(Path.cwd())
-    if here in sys.path:
+    """Append the current directory to the path: last, so that its files hide no installed module."""
+    current = str(Path.cwd())
+    if current in sys.path:
         yield
         return
-    sys.path.append(here)
+    sys.path.append(current)
     try:
         yield
     finally:
-        sys.path.remove(here)
+        sys.path.remove(current)
 
 
-def _described(error: BaseException) -> str:
-    """Type, message, file and line of an exception from the user's code."""
+def _describe(error: BaseException) -> str:
+    """Return type, message, file and line of an exception from the user's code."""
     message = " ".join(str(error).split()).rstrip(".") or "no message"
     if isinstance(error, SyntaxError) and error.filename:
         return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)
-    users = [frame for frame in frames if not frame.filename.startswith(_NOT_THE_USERS)]
-    frame = (users or frames)[-1]
+    own = [frame for frame in frames if not frame.filename.startswith(_FOREIGN_FILES)]
+    frame = (own or frames)[-1]
     return f"{type(error).__name__}: {message} ({frame.filename}, line {frame.lineno})"
 
 
@@ -209,7 +205,7 @@ def _arguments(factory: Callable[..., Any]) -> str:
     return str(signature).replace("'", "")  # annotations are quoted under `from __future__ import annotations`
 
 
-def _defined(factory: Callable[..., Any]) -> str:
+def _source(factory: Callable[..., Any]) -> str:
     try:
         return f" ({inspect.getsourcefile(factory)}, line {inspect.getsourcelines(factory)[1]})"
     except (OSError, TypeError):
@@ -217,7 +213,7 @@ def _defined(factory: Callable[..., Any]) -> str:
 
 
 def _cut(model: ModelSection, whole: nn.Sequential, *, with_head: bool) -> ModelParts:
-    # Not named_children(): it leaves out a stage that occurs twice.
+    # Not named_children(), which skips a stage that occurs twice.
     stages = list(whole._modules.items())
 
     def parts(*cuts: int) -> dict[str, nn.Module]:
@@ -225,27 +221,27 @@ def _cut(model: ModelSection, whole: nn.Sequential, *, with_head: bool) -> Model
         cut = (nn.Sequential(OrderedDict(stages[first:last])) for first, last in bounds)
         return dict(zip(("bottom", "top", "head"), cut, strict=False))
 
-    asked = {"model.cut": model.cut}
+    settings = {"model.cut": model.cut}
     if with_head:
-        asked["model.head_cut"] = model.head_cut or len(stages)
+        settings["model.head_cut"] = model.head_cut or len(stages)
     unset = with_head and model.head_cut is None
-    trouble = "the run needs a head and that is not set" if unset else _trouble(parts(*asked.values()))
-    if trouble is None:
-        return ModelParts(**parts(*asked.values()))
+    problem = "the run needs a head and that is not set" if unset else _problem(parts(*settings.values()))
+    if problem is None:
+        return ModelParts(**parts(*settings.values()))
 
-    possible = itertools.combinations(range(1, len(stages)), len(asked))
-    cuts = [cuts for cuts in possible if _trouble(parts(*cuts)) is None]
+    possible = itertools.combinations(range(1, len(stages)), len(settings))
+    cuts = [cuts for cuts in possible if _problem(parts(*cuts)) is None]
     remedy = "give every part a stage with weights that no other part uses."
     if cuts:
-        nearest = min(cuts, key=lambda cuts: math.dist(cuts, asked.values()))
-        settings = " and ".join(f"{key} = {value}" for key, value in zip(asked, nearest, strict=True))
-        remedy = f"set {settings}: {_drawn(stages, nearest)}."
-    setting = ", ".join(f"{key} = {value}" for key, value in asked.items())
-    raise ConfigError(105, f"{model.factory} with {setting}: {trouble}.", remedy)
+        nearest = min(cuts, key=lambda cuts: math.dist(cuts, settings.values()))
+        valid = " and ".join(f"{key} = {value}" for key, value in zip(settings, nearest, strict=True))
+        remedy = f"set {valid}: {_format_stages(stages, nearest)}."
+    invalid = ", ".join(f"{key} = {value}" for key, value in settings.items())
+    raise ConfigError(105, f"{model.factory} with {invalid}: {problem}.", remedy)
 
 
-def _drawn(stages: Sequence[tuple[str, nn.Module]], cuts: tuple[int, ...]) -> str:
-    """'0 conv, 1 relu | 2 linear': the stages with their index, a bar at every cut."""
+def _format_stages(stages: Sequence[tuple[str, nn.Module]], cuts: tuple[int, ...]) -> str:
+    """Return the stages with their index and a bar at every cut: '0 conv, 1 relu | 2 linear'."""
     text = ""
     for index, (name, stage) in enumerate(stages):
         text += " | " if index in cuts else ", " if index else ""
@@ -253,37 +249,37 @@ def _drawn(stages: Sequence[tuple[str, nn.Module]], cuts: tuple[int, ...]) -> st
     return text
 
 
-def _checked(model: ModelSection, parts: ModelParts, *, with_head: bool) -> ModelParts:
-    """What a factory cut itself, if the run can use it."""
+def _check_parts(model: ModelSection, parts: ModelParts, *, with_head: bool) -> ModelParts:
+    """Return the parts that a factory cut itself, if the run can use them."""
     modules: Mapping[str, object] = parts.modules
     for name, part in modules.items():
         if not isinstance(part, nn.Module):
-            what = f"{model.factory} returned ModelParts whose {name} is of type {type(part).__name__}."
-            raise ConfigError(104, what, "let every part be an nn.Module.")
-    trouble = _trouble(parts.modules)
+            sentence = f"{model.factory} returned ModelParts whose {name} is of type {type(part).__name__}."
+            raise ConfigError(104, sentence, "make every part an nn.Module.")
+    problem = _problem(parts.modules)
     if with_head and parts.head is None:
-        trouble = "the run needs a head, but the ModelParts have none"
+        problem = "the run needs a head, but the ModelParts have none"
     elif parts.head is not None and not with_head:
-        trouble = "the ModelParts have a head, but only split_u has a place for it"
-    if trouble is None:
+        problem = "the ModelParts have a head, but only split_u uses one"
+    if problem is None:
         return parts
-    wanted = "ModelParts(bottom=..., top=..., head=...)" if with_head else "ModelParts(bottom=..., top=...)"
-    remedy = f"let it return {wanted}, each part with weights that no other part uses."
-    raise ConfigError(105, f"{model.factory}: {trouble}.", remedy)
+    expected = "ModelParts(bottom=..., top=..., head=...)" if with_head else "ModelParts(bottom=..., top=...)"
+    remedy = f"return {expected}, each part with weights that no other part uses."
+    raise ConfigError(105, f"{model.factory}: {problem}.", remedy)
 
 
-def _trouble(parts: Mapping[str, nn.Module]) -> str | None:
-    """Why these parts cannot be trained apart from each other; None if they can."""
+def _problem(parts: Mapping[str, nn.Module]) -> str | None:
+    """Return the reason why these parts cannot be trained separately; None if they can."""
     owners: dict[int, tuple[str, str]] = {}
     for part, module in parts.items():
         if isinstance(module, nn.Sequential) and not len(module):
             return f"nothing is left for the {part}"
         if next(module.parameters(), None) is None:
-            return f"the {part} has no weights, so {_IDLE[part]}"
+            return f"the {part} has no weights, so {_WEIGHTLESS[part]}"
         for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
             if is_lazy(tensor):
-                return f"{name} of the {part} is lazy: it would not start alike at every participant"
-            # The storage, because a view of another part's weights is shared too.
+                return f"{name} of the {part} is lazy: it would start differently at every participant"
+            # By storage, since a view of another part's weights is shared, too.
             storage = tensor.untyped_storage().data_ptr()
             owner, first = owners.setdefault(storage, (part, name)) if storage else (part, name)
             if owner != part:

@@ -1,8 +1,8 @@
 """Networks for segmentation: one logit per pixel of a grey image.
 
-Both use GroupNorm, never BatchNorm: a record's gradient must not depend on the other records of its batch,
-or clipping it (differential privacy) bounds nothing. Both begin with a bias that says "background", as most
-pixels are: else the first gradients of all records only agree on that.
+Both use GroupNorm, never BatchNorm: if a record's gradient depended on other records of its batch, clipping
+it (differential privacy) would bound nothing. Both start with an output bias towards background, as most
+pixels are; otherwise the first gradients of all records would only learn that bias.
 """
 
 from itertools import chain
@@ -10,6 +10,7 @@ from itertools import chain
 import torch
 from torch import nn
 from torch.nn import functional
+from typing_extensions import override
 
 GROUPS = 4
 
@@ -22,43 +23,43 @@ def unet(
     smooth: bool = False,
     output_bias: float = -2.5,
 ) -> nn.Module:
-    """A U-Net of two levels (Ronneberger et al., MICCAI 2015) that works on folded pixels.
+    """Build a U-Net of two levels (Ronneberger et al., MICCAI 2015) on folded pixels.
 
     The stem folds blocks of `fold` x `fold` pixels into channels, and the head unfolds them (PixelUnshuffle and
     PixelShuffle; Shi et al., CVPR 2016), so that the costly first layers see a quarter of the positions. Three
-    channels tell each position where it is: x, y and the squared distance from the centre.
+    channels hold the position: x, y and the squared distance from the centre.
 
     Shapes: float32 (batch, channels, h, w) -> logits (batch, 1, h, w); h and w multiples of 4 fold.
     Parameters with the defaults: 30,396.
 
     Args:
-        channels: of the images.
-        width: of the first level, a multiple of 4; the second has twice, the bottom four times as many.
-        fold: side of the folded blocks; 1 works on single pixels.
-        coordinates: add the three channels of positions.
-        smooth: SiLU and average pooling in place of ReLU and maximum pooling. Such a net shows what an attack
-            by gradient inversion can reach, which kinks of the loss would hide.
-        output_bias: logit of a pixel at the start.
+        channels: channels of the images.
+        width: channels of the first level, a multiple of 4; the second has twice, the bottom four times as many.
+        fold: side of the folded blocks; 1 for single pixels.
+        coordinates: whether to add the three channels of positions.
+        smooth: whether to use SiLU and average pooling in place of ReLU and maximum pooling, whose kinks in the
+            loss would hide the full power of an attack by gradient inversion.
+        output_bias: initial logit of a pixel.
     """
     return _UNet(channels, width, fold, coordinates, smooth, output_bias)
 
 
 def monet(channels: int = 1, width: int = 16, dropout: float = 0.2, output_bias: float = -2.5) -> nn.Module:
-    """MoNet (Knolle et al., PLoS ONE 2021), the network of Ziller et al., arXiv 2107.02586.
+    """Build MoNet (Knolle et al., PLoS ONE 2021), the network of Ziller et al., arXiv 2107.02586.
 
-    Two levels of a convolution and a residual block whose four convolutions have dilation 4, 3, 2, 1. As in the
-    authors' code, but for three points: GroupNorm in place of BatchNorm; the long skips from encoder to decoder
-    do fire (there, a comparison of names never held); and the output has a bias in place of a normalization,
+    Two levels of a convolution and a residual block whose four convolutions have dilation 4, 3, 2, 1. It differs
+    from the authors' code in three points: GroupNorm in place of BatchNorm; the long skips from encoder to decoder
+    work (there, a comparison of names never holds); and the output has a bias in place of a normalization,
     which would give an empty slice as much foreground as a full one.
 
     Shapes: float32 (batch, channels, h, w) -> logits (batch, 1, h, w); h and w multiples of 4.
     Parameters with the defaults: 401,665.
 
     Args:
-        channels: of the images.
-        width: of the first level, a multiple of 4.
-        dropout: of whole channels, within the residual blocks.
-        output_bias: logit of a pixel at the start.
+        channels: channels of the images.
+        width: channels of the first level, a multiple of 4.
+        dropout: probability per channel, within the residual blocks.
+        output_bias: initial logit of a pixel.
     """
     return _MoNet(channels, width, dropout, output_bias)
 
@@ -81,6 +82,7 @@ class _UNet(nn.Module):
         self.shrink = nn.AvgPool2d(2) if smooth else nn.MaxPool2d(2)
         self.enlarge = nn.Upsample(scale_factor=2)
 
+    @override
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         folded = self.fold(images)
         if self.coordinates:
@@ -100,9 +102,9 @@ def _pair(inputs: int, outputs: int, smooth: bool) -> nn.Sequential:
 
 
 def _positions(maps: torch.Tensor) -> torch.Tensor:
-    """(batch, 3, h, w): x and y in [-1, 1], and x² + y², of every position of `maps` (batch, _, h, w).
+    """Return x and y in [-1, 1] and x² + y² of every position of `maps` (batch, _, h, w), as (batch, 3, h, w).
 
-    Made anew for each batch: a buffer would be taken for a statistic of the model and sent.
+    Computed for each batch, since a buffer would count as a statistic of the model and be sent.
     """
     height, width = maps.shape[-2:]
     y = torch.linspace(-1, 1, height, device=maps.device)[:, None].expand(height, width)
@@ -125,6 +127,7 @@ class _MoNet(nn.Module):
         self.output = nn.Conv2d(width, 1, 1)
         nn.init.constant_(self.output.bias, output_bias)  # type: ignore[arg-type]  # it has one
 
+    @override
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         first = self.first(images)
         second = self.second(self.halve_first(first))
@@ -136,13 +139,14 @@ class _MoNet(nn.Module):
 
 
 class _Dilated(nn.Module):
-    """Four convolutions of decreasing dilation, with the short skips of the authors' code."""
+    """Residual block of four convolutions of decreasing dilation, with the short skips of the authors' code."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
         self.convolutions = nn.ModuleList(_conv(width, width, dilation=dilation) for dilation in (4, 3, 2, 1))
         self.dropout = dropout
 
+    @override
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         fourth, third, second, first = self.convolutions
         middle = self._drop(third(self._drop(fourth(maps)) + maps))

@@ -1,4 +1,4 @@
-"""Networks that classify a sequence of images, and whose second half can work on ciphertexts (system `he_clstm`).
+"""Networks that classify a sequence of images, the second part of which works on ciphertexts (`he_clstm`).
 
     frames ──▶ FrameEncoder ──▶ features in [-1, 1] ──▶ SequenceClassifier ──▶ logit
                at the site, in the clear                at the server, encrypted
@@ -13,20 +13,21 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+from typing_extensions import override
 
 
 def clstm(
     frames: int = 5, side: int = 32, width: int = 8, features: int = 32, hidden: int = 16, recurrent: bool = True
 ) -> nn.Sequential:
-    """The network of `he_clstm`, in two halves: `encoder` (cut = 1) and `classifier`.
+    """Build the network of `he_clstm` in two stages: `encoder` (cut = 1) and `classifier`.
 
     Shapes: float32 (batch, frames, side, side) -> (batch, frames, features) at cut = 1 -> (batch, 1).
 
     Args:
         frames: images of a sequence.
-        side: of an image in pixels, a multiple of 8.
+        side: side of an image in pixels, a multiple of 8.
         width: channels of the first convolution, a multiple of 4.
-        features: of a frame.
+        features: features of a frame.
         hidden: units of the LSTM.
         recurrent: as in `SequenceClassifier`.
     """
@@ -39,7 +40,7 @@ def clstm(
 
 
 class FrameEncoder(nn.Module):
-    """Three convolutions for each frame by itself.
+    """Encoder of three convolutions, applied to each frame separately.
 
     Shapes: float32 (batch, frames, side, side) -> (batch, frames, features), all within [-1, 1].
     """
@@ -55,32 +56,32 @@ class FrameEncoder(nn.Module):
         self.blocks = nn.Sequential(block(1, width), block(width, 2 * width), block(2 * width, 2 * width))
         self.features = nn.Linear(2 * width * (side // 8) ** 2, features)
 
+    @override
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """See the class."""
         batch, frames = images.shape[:2]
         maps = self.blocks(images.reshape(batch * frames, 1, *images.shape[2:]))
         return torch.tanh(self.features(maps.flatten(1))).view(batch, frames, -1)
 
 
 class SequenceClassifier(nn.Module):
-    """An LSTM of products and sums, the weighted unit and the vote: polynomials, so that ciphertexts can pass.
+    """LSTM of products and sums with the weighted unit and the vote: polynomials, which ciphertexts allow.
 
         i, f, o, g = W x_t + U h_{t-1} + b       c_t = f c_{t-1} + i g       h_t = o c_t
         evidence of frame t = m (a x_t + a') + (1 - m) (w h_t + w')           (weighted unit)
         logit = sum over t of v_t evidence_t                                    (vote; v_t > 0, their sum is 1)
 
-    Gates are the first-order polynomials of the sigmoid and of tanh: what is between is learned, and a penalty
-    keeps every gate and state within [-1, 1] (`_kept_small`). The products make it as strong as an LSTM with
-    curves on what was tried (docs/explanation/he_clstm.md).
+    Gates are the first-order polynomials of the sigmoid and of tanh, with learned weights in front, and a penalty
+    keeps every gate and state within [-1, 1] (`_penalize_large`). The products make it as accurate as an LSTM with
+    sigmoid and tanh in the experiments of docs/explanation/he_clstm.md.
 
     Shapes: float32 (batch, frames, features) within [-1, 1] -> (batch, 1).
 
     Args:
         frames: length of a sequence.
-        features: of a frame.
+        features: features of a frame.
         hidden: units.
-        recurrent: gates see h_{t-1}. Without, they see x_t alone: c_t is a sum of products that a tree can
-            evaluate in log(frames) levels, and only the last frame gives temporal evidence.
+        recurrent: whether gates see h_{t-1}. Without, they see x_t alone: c_t is a sum of products that a tree
+            can evaluate in log(frames) levels, and only the last frame gives temporal evidence.
     """
 
     def __init__(self, frames: int, features: int, hidden: int, recurrent: bool = True) -> None:
@@ -91,13 +92,13 @@ class SequenceClassifier(nn.Module):
         self.temporal = nn.Linear(hidden, 1)
         self.mixture = nn.Parameter(torch.zeros(()))
         self.votes = nn.Parameter(torch.zeros(frames))
-        with torch.no_grad():  # gates begin in the middle of their range, and a little forgetful
+        with torch.no_grad():  # gates start in the middle of their range, the forget gate below 1
             for layer in filter(None, (self.inputs, self.state)):
                 layer.weight.mul_(0.5)
             self.inputs.bias.copy_(torch.tensor([0.5, 0.8, 0.5, 0.0]).repeat_interleave(hidden))
 
+    @override
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """See the class."""
         hidden = self.temporal.in_features
         h = c = features.new_zeros(len(features), hidden)
         mixture, votes = torch.sigmoid(self.mixture), torch.softmax(self.votes, 0)
@@ -106,8 +107,8 @@ class SequenceClassifier(nn.Module):
             gates = self.inputs(features[:, t])
             if self.state is not None:
                 gates = gates + self.state(h)
-            i, f, o, g = _kept_small(gates).chunk(4, 1)
-            c = _kept_small(f * c + i * g)
+            i, f, o, g = _penalize_large(gates).chunk(4, 1)
+            c = _penalize_large(f * c + i * g)
             h = o * c
             if self.state is not None:
                 logit = logit + votes[t] * (1 - mixture) * self.temporal(h).squeeze(1)
@@ -117,26 +118,28 @@ class SequenceClassifier(nn.Module):
         return scores
 
 
-class _KeptSmall(torch.autograd.Function):
-    """The identity, whose gradient is that of the loss plus the mean over the batch of sum max(0, |v| - 1)^2.
+class _RangePenalty(torch.autograd.Function):
+    """Identity that adds to the loss's gradient that of a penalty, the mean over the batch of sum max(0, |v| - 1)^2.
 
-    As a gradient, the penalty reaches training wherever the loss is computed, also at another worker.
+    As a gradient, the penalty takes effect wherever the loss is computed, also at another worker.
     """
 
     @staticmethod
+    @override
     def forward(ctx: FunctionCtx, values: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(values)
         return values.view_as(values)
 
     @staticmethod
     @once_differentiable
+    @override
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         (values,) = ctx.saved_tensors
         excess = (values.abs() - 1).clamp(min=0) * values.sign()
-        changed: torch.Tensor = gradient + 2 / len(values) * excess
-        return changed
+        total: torch.Tensor = gradient + 2 / len(values) * excess
+        return total
 
 
-def _kept_small(values: torch.Tensor) -> torch.Tensor:
-    kept: torch.Tensor = _KeptSmall.apply(values)  # type: ignore[no-untyped-call]
-    return kept
+def _penalize_large(values: torch.Tensor) -> torch.Tensor:
+    same: torch.Tensor = _RangePenalty.apply(values)  # type: ignore[no-untyped-call]
+    return same

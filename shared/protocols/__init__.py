@@ -1,6 +1,6 @@
-"""The contracts of the systems: payloads, settings, paper. Each has a side at the site and one at the server.
+"""Specifications of the protocols. Each has a role at the site and one at the server.
 
-A module of this package with a `SPEC` is a system; nothing lists them.
+Every module of this package with a `SPEC` is a protocol; there is no other list.
 """
 
 from importlib import import_module
@@ -11,5 +11,5 @@ from nightsplit.shared.protocols.spec import PROTOCOLS
 for _name in sorted(_module.name for _module in iter_modules(__path__)):
     if (_spec := getattr(import_module(f"{__name__}.{_name}"), "SPEC", None)) is not None:
         if _spec.name != _name:
-            raise ImportError(f"{__name__}.{_name} describes {_spec.name!r}: let file and system have one name")
+            raise ImportError(f"{__name__}.{_name} specifies {_spec.name!r}: give file and protocol the same name")
         PROTOCOLS[_name] = _spec

@@ -1,4 +1,4 @@
-"""From run.toml to the modules of a run and the contract between participants; the same at every one of them."""
+"""Construction of a run's modules and contract from run.toml, the same at every participant."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from nightsplit.shared.wire.schema import BATCH, Payload
 
 @dataclass(frozen=True)
 class SplitModel:
-    """A model in parts, for systems that exchange activations.
+    """Model in parts, for protocols that exchange activations.
 
     Attributes:
         parts: freshly initialised modules, equal at every participant.
@@ -32,17 +32,17 @@ class SplitModel:
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
-        """The modules by name, in the order of the forward pass."""
+        """Modules by name, in the order of the forward pass."""
         return self.parts.modules
 
 
 @dataclass(frozen=True)
 class WholeModel:
-    """A whole model, for systems that exchange its weights.
+    """Whole model, for protocols that exchange its weights.
 
     Attributes:
-        module: the model as the run begins, equal at every participant.
-        layout: which of its weights travel, and how.
+        module: the model with its initial weights, equal at every participant.
+        layout: layout of the weights that are sent.
         contract: payload of each kind of message.
     """
 
@@ -52,7 +52,7 @@ class WholeModel:
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
-        """See `SplitModel`."""
+        """The model under its name."""
         return {"model": self.module}
 
 
@@ -60,7 +60,7 @@ def build_split_model(config: RunConfig) -> SplitModel:
     """Build the model, cut it, and derive the contract.
 
     Raises:
-        ConfigError: 104, 105 as `build`; 105 when the last layer does not fit the task.
+        ConfigError: 104, 105 as in `build`; 105 the last layer does not fit the task.
         BrokerError: 203 a planned message exceeds wire.message_bytes.
     """
     spec = spec_of(config)
@@ -70,10 +70,10 @@ def build_split_model(config: RunConfig) -> SplitModel:
     contract = spec.payloads(config, Shapes(cut, head or (), weights(parts.bottom), weights(parts.top)))
     planned = planned_message_bytes(config, contract)
     if planned > config.wire.message_bytes:
+        allowed = f"wire.message_bytes allows {config.wire.message_bytes / 2**20:.1f} MiB"
         raise BrokerError(
             203,
-            f"a message of this run needs {planned / 2**20:.1f} MiB, wire.message_bytes allows "
-            f"{config.wire.message_bytes / 2**20:.1f} MiB.",
+            f"a message of this run needs {planned / 2**20:.1f} MiB, {allowed}.",
             "lower run.batch_size, choose a smaller codec, switch run.export_top off, or raise wire.message_bytes "
             "and the broker's own limit.",
         )
@@ -81,38 +81,35 @@ def build_split_model(config: RunConfig) -> SplitModel:
 
 
 def build_whole_model(config: RunConfig, base: Path) -> WholeModel:
-    """Make the model of a run of rounds, uncut.
+    """Build the uncut model of a run of rounds, and derive the contract.
 
     Args:
         config: the run.
-        base: folder of run.toml, where `model.initial` is.
+        base: folder of run.toml and of `model.initial`.
 
     Raises:
         ConfigError: 104 the factory cannot be used, 105 the last layer does not fit the task or nothing is
             trained, 115-117 the initial weights cannot be used.
-        BrokerError: 203 wire.message_bytes leaves no room for weights.
+        BrokerError: 203 wire.message_bytes is too small for weights.
     """
     if config.wire.message_bytes < 2 * HEADER_BYTES:
-        raise BrokerError(
-            203,
-            f"wire.message_bytes is {config.wire.message_bytes}; a message of weights needs {2 * HEADER_BYTES}.",
-            "raise wire.message_bytes; larger messages mean fewer of them.",
-        )
+        sentence = f"wire.message_bytes is {config.wire.message_bytes}; a message of weights needs {2 * HEADER_BYTES}."
+        raise BrokerError(203, sentence, "raise wire.message_bytes; larger messages mean fewer of them.")
     module = build_network(config, base)
     _check_outputs(config, flow_shapes({"model": module}, config.data.input_shape)["model"])
-    layout = WeightLayout.of(module, config, most=elements(config))
+    layout = WeightLayout.of(module, config, slice_length=elements(config))
     shapes = Shapes(statistics=int(layout.statistics.sum()))
     return WholeModel(module, layout, spec_of(config).payloads(config, shapes))
 
 
 def build_model(config: RunConfig, base: Path) -> SplitModel | WholeModel:
-    """What the run's system needs; arguments and errors as above."""
+    """Build the model that the run's protocol needs; arguments and errors as above."""
     return build_whole_model(config, base) if spec_of(config).shape is Shape.ROUND else build_split_model(config)
 
 
 def planned_message_bytes(config: RunConfig, contract: Mapping[Kind, Payload]) -> int:
-    """Size of the largest message of a run, without compression and header."""
-    lengths = {BATCH: 2 * config.run.batch_size - 1, "slice": elements(config)}  # with a rest that is folded in
+    """Return the size of a run's largest message in bytes, without compression and header."""
+    lengths = {BATCH: 2 * config.run.batch_size - 1, "slice": elements(config)}  # a batch with its rest
 
     def size(payload: Payload) -> int:
         return sum(
@@ -126,9 +123,6 @@ def planned_message_bytes(config: RunConfig, contract: Mapping[Kind, Payload]) -
 def _check_outputs(config: RunConfig, found: tuple[int, ...]) -> None:
     expected = config.output_shape
     if found != expected:
-        raise ConfigError(
-            105,
-            f"the model ends in shape {found} per sample, {config.task.kind} needs {expected}.",
-            f"let the last layer have {expected[0]} output{'s' * (expected[0] > 1)}"
-            f"{' for each pixel' if len(expected) > 1 else ''}.",
-        )
+        sentence = f"the model ends in shape {found} per sample, {config.task.kind} needs {expected}."
+        width = f"{expected[0]} output{'s' * (expected[0] > 1)}{' for each pixel' if len(expected) > 1 else ''}"
+        raise ConfigError(105, sentence, f"give the last layer {width}.")

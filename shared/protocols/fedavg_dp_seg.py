@@ -1,19 +1,19 @@
-"""fedavg_dp_seg: as fedavg_transfer, with differential privacy at the site."""
+"""fedavg_dp_seg: fedavg_transfer with differential privacy at the site."""
 
 from dataclasses import replace
 
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.config.section import KeyConflict
+from nightsplit.shared.config.section import KeyConflictError
 from nightsplit.shared.protocols import rounds
 from nightsplit.shared.protocols.spec import ProtocolSpec, Shape
 
 
 def check(config: RunConfig) -> None:
-    """Raise `KeyConflict` where run.toml asks for what the system has not."""
+    """Raise `KeyConflictError` if run.toml has settings that the protocol does not support."""
     rounds.check(config)
     if config.privacy is None:
-        what = "fedavg_dp_seg says how private it is"
-        raise KeyConflict("privacy", what, "give epsilon, delta and clip under [privacy].")
+        remedy = "give epsilon, delta and clip under [privacy]."
+        raise KeyConflictError("privacy", "fedavg_dp_seg needs a privacy budget", remedy)
 
 
 SPEC = ProtocolSpec(

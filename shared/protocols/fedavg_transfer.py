@@ -1,4 +1,4 @@
-"""fedavg_transfer: what sites' training changed in a published model is averaged, round by round."""
+"""fedavg_transfer: the sites' updates of a published model are averaged, round by round."""
 
 from nightsplit.shared.protocols import rounds
 from nightsplit.shared.protocols.spec import ProtocolSpec, Shape

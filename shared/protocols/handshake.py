@@ -1,4 +1,4 @@
-"""How a site and the server agree on a run before anything of a patient is sent; the same in every system."""
+"""Handshake of a site and the server before any patient's data is sent; the same in every protocol."""
 
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import TITLES, RunError
@@ -6,15 +6,15 @@ from nightsplit.shared.wire.message import Kind
 from nightsplit.shared.wire.schema import Payload, Reveals, ScalarSpec
 
 ANY = ""
-"""In a rejection: it holds for every incarnation of the site."""
+"""Incarnation in a rejection that holds for every incarnation of the site."""
 
-VERDICT = {"best": ScalarSpec(int, low=0), "judged": ScalarSpec(int, low=0)}
-"""In every answer: the best epoch so far, and the last one that was judged (0: none)."""
+PROGRESS = {"best": ScalarSpec(int, low=0), "judged": ScalarSpec(int, low=0)}
+"""Scalars of every answer: the best epoch so far, and the last evaluated one (0: none)."""
 
 _FACT, _COUNT = ScalarSpec(int, Reveals.NOTHING, low=0), ScalarSpec(int, Reveals.COUNTS, low=0)
 _TEXT, _NUMBER = ScalarSpec(str, Reveals.NOTHING), ScalarSpec(int, low=min(TITLES), high=max(TITLES))
 
-AGREEMENT = (
+HANDSHAKE = (
     Payload(Kind.MANIFEST, scalars={"config": _TEXT, "contract": _TEXT}),
     Payload(
         Kind.HELLO,
@@ -25,15 +25,15 @@ AGREEMENT = (
     ),
     Payload(Kind.REJECTED, scalars={"incarnation": _TEXT, "number": _NUMBER, "reason": _TEXT}),
 )  # fmt: skip
-"""Payloads of the greetings."""
+"""Payloads of the handshake; `contract` is the digest of the run."""
 
 REFUSAL = {"number": _NUMBER, "reason": _TEXT}
-"""In the answer to a message that was refused."""
+"""Scalars of the answer to a refused message."""
 
 
 def check_digest(stored: str, config: RunConfig, who: str) -> None:
-    """Let a worker go on with the run.toml that its state was made with; RunError 601 where it has changed."""
+    """Check that a worker's state belongs to this run.toml; RunError 601 if the file has changed."""
     if stored != config.digest:
-        what = f"{who} began {config.run.id} with another run.toml."
+        sentence = f"{who} began {config.run.id} with another run.toml."
         remedy = "restore the file as it was, or start a new run under another id. Nothing more was sent."
-        raise RunError(601, what, remedy)
+        raise RunError(601, sentence, remedy)

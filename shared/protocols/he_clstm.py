@@ -1,11 +1,11 @@
-"""he_clstm (Yue et al., ACM TOIT 21(3):57, HE-CLSTM): sequences are judged while they are encrypted.
+"""he_clstm (Yue et al., ACM TOIT 21(3):57, HE-CLSTM): classification of encrypted sequences.
 
-A system of the Query shape. It asks a model that is there: the one of a finished run whose last stage is a
-`SequenceClassifier`. Whether its gates see the state decides how a query goes:
+A protocol of the Query shape for a finished run whose model ends in a `SequenceClassifier`. Its gates decide the
+course of a query:
 
-    refresh    gates see h: one message each way for every frame. Between two frames h, c and the votes come
-               back to the site, blinded, which encrypts them afresh: 3 levels are enough for any length.
-    one_shot   gates see x_t alone: one message each way, made for a site that is offline until tomorrow.
+    refresh    gates see h: one message each way for every frame. Between two frames h, c and the votes return
+               blinded to the site, which encrypts them again: 3 levels are enough for any length.
+    one_shot   gates see x_t alone: one message each way, for a site that is offline until the next day.
 """
 
 from collections import OrderedDict
@@ -25,23 +25,22 @@ from nightsplit.shared.protocols.spec import Names, ProtocolSpec, Shape
 
 
 def stages_of(config: RunConfig) -> tuple[nn.Sequential, nn.Sequential]:
-    """Both parts of a run's model, as it is made: what works at the site, and the classifier alone.
+    """Build both parts of a run's model, without trained weights: the site's stages, and the classifier.
 
     Raises:
-        ConfigError: 104 the model cannot be made, 105 its last stage cannot work on ciphertexts.
+        ConfigError: 104 the model cannot be built, 105 its last stage cannot work on ciphertexts.
     """
     whole = make(config.model, config.run.seed)
     stages = list(whole.named_children()) if isinstance(whole, nn.Sequential) else []
     if len(stages) < 2 or not isinstance(stages[-1][1], SequenceClassifier):
-        what = f"model.factory {config.model.factory}: its last stage works on no ciphertexts."
-        raise ConfigError(
-            105, what, "train a model that ends with a SequenceClassifier, as nightsplit.models:clstm does."
-        )
+        sentence = f"model.factory {config.model.factory}: its last stage cannot work on ciphertexts."
+        remedy = "train a model that ends with a SequenceClassifier, as nightsplit.models:clstm does."
+        raise ConfigError(105, sentence, remedy)
     return nn.Sequential(OrderedDict(stages[:-1])), nn.Sequential(OrderedDict(stages[-1:]))
 
 
 def classifier_of(last: nn.Sequential) -> ClassifierWeights:
-    """The classifier in its part, with the weights that it has there."""
+    """Return the present weights of the classifier in its part."""
     (classifier,) = last.children()
     return ClassifierWeights.of(classifier.state_dict())
 
@@ -50,23 +49,22 @@ def fill(part: nn.Module, folder: Path, names: Sequence[str]) -> None:
     """Load the trained weights of a part.
 
     Args:
-        part: of the run's model.
-        folder: where the finished run has written its model.
-        names: of files that hold the part's weights, perhaps among others; the first that is there is read.
+        part: part of the run's model.
+        folder: folder in which the finished run has written its model.
+        names: names of files that may hold the part's weights; the first that exists is read.
 
     Raises:
-        RunError: 605 there is none, 604 the weights are not in it, or are others.
+        RunError: 605 no such file exists, 604 it lacks the weights or has different ones.
     """
     path = next((folder / name for name in names if (folder / name).exists()), None)
     if path is None:
-        what = f"{folder} has no trained model: the run has not finished here."
-        raise RunError(605, what, "let the run finish first.")
+        raise RunError(605, f"{folder} has no trained model: the run has not finished here.", "finish the run first.")
     try:
         with safe_open(path, framework="pt") as file:
             part.load_state_dict({name: file.get_tensor(name) for name in part.state_dict()})
     except (OSError, SafetensorError, RuntimeError) as error:
-        what = f"{path}: {str(error).splitlines()[0]}."
-        raise RunError(604, what, "name the file that the finished run has written.") from None
+        sentence = f"{path}: {str(error).splitlines()[0]}."
+        raise RunError(604, sentence, "name the file that the finished run has written.") from None
 
 
 SPEC = ProtocolSpec(
@@ -75,13 +73,7 @@ SPEC = ProtocolSpec(
     shape=Shape.QUERY,
     payloads=lambda config, shapes: query.CONTRACT,
     names=Names(
-        weights="model",
-        share="the model that is asked",
-        heading="encrypted",
-        steps="queries",
-        message="query",
-        fate="answered",
-        done="answered",
-        reply="answer",
+        weights="model", share="the queried model", heading="encrypted", steps="queries",
+        message="query", fate="answered", done="answered", reply="answer",
     ),
-)
+)  # fmt: skip

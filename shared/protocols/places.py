@@ -1,28 +1,28 @@
-"""Which kind of message belongs at which place of a stream, and in which ranges: whatever does not is refused.
+"""Kinds and ranges of messages allowed at each position of a stream; all others are refused.
 
     item         half      a site sends                  the server answers
     training     first     smashed                       cut_gradient; with a head: head_input
                  second    head_gradient, or a report    cut_gradient; noted
     averaging    first     bottom                        average; with a head: noted
-                 second    report                        average; noted where nobody gave a bottom
+                 second    report                        average; noted if no site sent a bottom
     evaluation   first     smashed                       noted; with a head: head_input
                  second    report                        noted
 
-In place of any answer there may be `refused`. A site that uploads once gets no answer. `finish` follows
-behind the last one; earlier only where the run may end early.
+Any answer may be `refused` instead. A site that uploads once gets no answer. `finish` follows the last
+answer; it comes earlier only if the run may end early.
 """
 
 from collections.abc import Mapping
 
 from nightsplit.shared.config.run import RunSection, TaskSection
 from nightsplit.shared.errors import Refused, mismatch
-from nightsplit.shared.learning.bounds import LARGEST_NORM, check_bounded, is_bounded
+from nightsplit.shared.learning.bounds import NORM_MAX, check_bounded, is_bounded
 from nightsplit.shared.protocols.plan import Purpose, evaluations
 from nightsplit.shared.protocols.stream import Half, Slot, StreamSequence
 from nightsplit.shared.wire.message import Kind, Message
 
 Kinds = tuple[frozenset[Kind], frozenset[Kind]]
-"""The kinds that the site may send at a place, and those that the server may answer."""
+"""Kinds that the site may send at a position, and those that the server may answer."""
 
 
 def _kinds(up: set[Kind], down: set[Kind]) -> Kinds:
@@ -46,7 +46,7 @@ WITH_HEAD: Mapping[tuple[Purpose, Half], Kinds] = {
 
 
 def kinds_at(sequence: StreamSequence, slot: Slot) -> Kinds:
-    """The kinds that belong at a place, but for the farewell."""
+    """Return the kinds allowed at a position, without the farewell."""
     if sequence.has_head:
         return WITH_HEAD[slot.item.purpose, slot.half]
     up, down = WITHOUT_HEAD[slot.item.purpose]
@@ -54,11 +54,11 @@ def kinds_at(sequence: StreamSequence, slot: Slot) -> Kinds:
 
 
 def check_upload(message: Message, sequence: StreamSequence, task: TaskSection) -> Slot:
-    """Find the place of a site's message.
+    """Check a site's message and return its position.
 
     Raises:
-        Refused: 304 it belongs elsewhere, or has targets that the task has not; 306 its batch has another size;
-            312 weights that are not finite.
+        Refused: 304 it does not belong there, or has targets that are invalid for the task; 306 its batch has
+            another size; 312 weights that are not finite.
     """
     slot = sequence.slot(message.header.seq)
     _check_kind(message, kinds_at(sequence, slot)[0])
@@ -75,10 +75,11 @@ def check_upload(message: Message, sequence: StreamSequence, task: TaskSection) 
 
 
 def check_answer(message: Message, sequence: StreamSequence, run: RunSection) -> Slot:
-    """Find the place that the server's message answers.
+    """Check the server's message and return the position that it answers.
 
     Raises:
-        Refused: 304 it belongs elsewhere, or judges what cannot have been judged; 306 its batch has another size.
+        Refused: 304 it does not belong there, or reports an evaluation that is impossible; 306 its batch has
+            another size.
     """
     header = message.header
     slot = sequence.slot(header.seq)
@@ -86,20 +87,20 @@ def check_answer(message: Message, sequence: StreamSequence, run: RunSection) ->
     if header.reply_to != header.seq:
         raise _misplaced(message, f"answers message {header.reply_to}")
     _check_rows(message, slot)
-    _check_verdict(message, sequence, run, header.seq)
+    _check_progress(message, sequence, run, header.seq)
     return slot
 
 
 def check_farewell(message: Message, sequence: StreamSequence, run: RunSection) -> None:
-    """Check that a run may end here: behind its last message, or where `patience` evaluations brought no improvement.
+    """Check that a run may end here: after its last message, or after `patience` evaluations without improvement.
 
     Raises:
         Refused: 304 it cannot end here.
     """
     seq = message.header.seq
-    _check_verdict(message, sequence, run, seq - 1)
-    at_best, at_judged = (evaluations(epoch, run.epochs, run.evaluate_every) for epoch in _verdict(message))
-    exhausted = 0 < run.patience <= at_judged - at_best
+    _check_progress(message, sequence, run, seq - 1)
+    at_best, at_last = (evaluations(epoch, run.epochs, run.evaluate_every) for epoch in _progress(message))
+    exhausted = 0 < run.patience <= at_last - at_best
     if seq != sequence.answers and (sequence.plan.uploads_once or not exhausted):
         raise _misplaced(message, "ends a run that is not at its end")
 
@@ -122,32 +123,32 @@ def _check_targets(message: Message, task: TaskSection) -> None:
     if targets is None:
         return
     if task.kind == "multiclass":
-        known, range_of = bool(((targets >= 0) & (targets < task.classes)).all()), f"0 to {task.classes - 1}"
+        valid, targets_allowed = bool(((targets >= 0) & (targets < task.classes)).all()), f"0 to {task.classes - 1}"
     elif task.kind == "binary":
-        known, range_of = bool(((targets == 0) | (targets == 1)).all()), "0 and 1"
+        valid, targets_allowed = bool(((targets == 0) | (targets == 1)).all()), "0 and 1"
     else:
-        known, range_of = is_bounded(targets), f"numbers up to {LARGEST_NORM:g}"
-    if not known:
-        raise _misplaced(message, f"has targets beside {range_of}")
+        valid, targets_allowed = is_bounded(targets), f"numbers up to {NORM_MAX:g}"
+    if not valid:
+        raise _misplaced(message, f"has targets other than {targets_allowed}")
 
 
-def _check_verdict(message: Message, sequence: StreamSequence, run: RunSection, seq: int) -> None:
-    """Only an epoch that the site itself has evaluated, up to message `seq`, can have been judged."""
-    best, judged = _verdict(message)
-    possible = best <= judged and all(_is_evaluated(epoch, run) for epoch in (best, judged) if epoch)
-    if possible and judged and not sequence.plan.uploads_once:
-        possible = sequence.settles(sequence.plan.end(judged)) <= seq
+def _check_progress(message: Message, sequence: StreamSequence, run: RunSection, seq: int) -> None:
+    """Check that the epochs are ones that the site itself has evaluated up to message `seq`."""
+    best, last = _progress(message)
+    possible = best <= last and all(_is_evaluated(epoch, run) for epoch in (best, last) if epoch)
+    if possible and last and not sequence.plan.uploads_once:
+        possible = sequence.settles(sequence.plan.end(last)) <= seq
     if not possible:
-        raise _misplaced(message, f"says that epoch {best} is the best, and {judged} the last that was judged")
+        raise _misplaced(message, f"reports epoch {best} as the best, and {last} as the last evaluated one")
 
 
 def _is_evaluated(epoch: int, run: RunSection) -> bool:
     return 0 < epoch <= run.epochs and (epoch % run.evaluate_every == 0 or epoch == run.epochs)
 
 
-def _verdict(message: Message) -> tuple[int, int]:
+def _progress(message: Message) -> tuple[int, int]:
     return int(message.scalars["best"]), int(message.scalars["judged"])
 
 
-def _misplaced(message: Message, what: str) -> Refused:
-    return mismatch(f"{message.header.message_id} {what}.")
+def _misplaced(message: Message, reason: str) -> Refused:
+    return mismatch(f"{message.header.message_id} {reason}.")

@@ -1,6 +1,6 @@
-"""What a site will send in a run, item by item: a pure function of its numbers of patients' samples.
+"""Plan of a site's items in a run: a pure function of its numbers of patients' samples.
 
-Both sides hold the same plan, so an item is known by its number 1, 2, 3... alone:
+Both sides hold the same plan, so that the number 1, 2, 3... of an item identifies it:
 
     epoch 1: T T T A T T T A T | V V S      T training batch, A averaging of the bottoms,
     epoch 2: T T A T T T A T T | V V S      V validation batch, S test batch
@@ -8,10 +8,10 @@ Both sides hold the same plan, so an item is known by its number 1, 2, 3... alon
 
 The forward of an item uses the bottom that has applied the answers to all items up to
 `Item.version`: a fixed lag of `window` items, whatever the timing. All items of an evaluation
-block use one version, so that an evaluation judges one model.
+block use one version, so that an evaluation is about one model.
 
-An item is computed when it is asked for: a plan takes no more memory or time for ten million items
-than for ten, so nobody's numbers can exhaust the server.
+Items are computed on demand: a plan takes no more memory or time for ten million items than for ten,
+so that no site's numbers can exhaust the server.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nightsplit.shared.protocols.spec import spec_of
 
 
 class Purpose(StrEnum):
-    """The purpose of an item."""
+    """Purpose of an item."""
 
     TRAIN = "train"
     AVERAGE = "average"
@@ -35,7 +35,7 @@ class Purpose(StrEnum):
 
 
 Place = tuple[int, int, Fraction]
-"""Where an item stands among the items of all sites: epoch, phase, share of the phase."""
+"""Position of an item among the items of all sites: epoch, phase, share of the phase."""
 
 _PHASES = {Purpose.TRAIN: 0, Purpose.AVERAGE: 0, Purpose.VALIDATION: 1, Purpose.TEST: 2}
 _UNLIMITED = 2**62
@@ -43,16 +43,16 @@ _UNLIMITED = 2**62
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One item of a plan.
+    """Item of a plan.
 
     Attributes:
         number: 1, 2, 3... in the plan.
         purpose: its purpose.
         epoch: 1, 2, 3...
         batch: number of the batch within the epoch and purpose, from 0; of an averaging, the batch before it.
-        batches: how many batches the epoch has for this purpose.
+        batches: number of the epoch's batches of this purpose.
         rows: positions of the batch's samples in its part; empty for an averaging.
-        version: the bottom that its forward uses, or that is averaged: a count of answered items.
+        version: version of the bottom that its forward uses, or that is averaged: a count of answered items.
         ends_block: whether it is the last of an evaluation block.
     """
 
@@ -67,31 +67,31 @@ class Item:
 
     @property
     def evaluates(self) -> bool:
-        """Whether it belongs to an evaluation block."""
+        """True if it belongs to an evaluation block."""
         return self.purpose in (Purpose.VALIDATION, Purpose.TEST)
 
     @property
     def place(self) -> Place:
-        """Items of all sites in the order of their places form a fair schedule that timing cannot change.
+        """Position in the fair schedule of all sites, which does not depend on timing.
 
-        Sites go through an epoch in proportion to their sizes, and evaluate when all have trained. An averaging
-        stands directly behind its batch.
+        Sites progress through an epoch in proportion to their sizes, and evaluate when all have trained. An
+        averaging comes directly after its batch.
         """
         return self.epoch, _PHASES[self.purpose], Fraction(self.batch + 1, self.batches)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A site's items.
+    """Plan of a site's items.
 
     Attributes:
         train, validation, test: number of samples.
         batch_size: smallest batch of a part that has as many samples.
         epochs: passes over the training samples.
         evaluate_every: epochs between evaluation blocks.
-        average_every: training batches between averagings; None where bottoms are independent.
+        average_every: training batches between averagings; None for independent bottoms.
         window: items a site may have unanswered.
-        uploads_once: no item is answered.
+        uploads_once: whether no item is answered.
     """
 
     train: int
@@ -106,7 +106,7 @@ class Plan:
 
     @classmethod
     def of(cls, config: RunConfig, train: int, validation: int, test: int) -> Plan:
-        """The plan of a site with these numbers of samples."""
+        """Return the plan of a site with these numbers of samples."""
         run = config.run
         frozen = spec_of(config).uploads_once
         return cls(
@@ -114,7 +114,7 @@ class Plan:
             epochs=1 if frozen else run.epochs,
             evaluate_every=run.evaluate_every,
             average_every=run.average_every if run.bottoms == "averaged" else None,
-            window=_UNLIMITED if frozen else run.window,  # what is never answered holds nothing up
+            window=_UNLIMITED if frozen else run.window,  # no item waits for an answer
             uploads_once=frozen,
         )  # fmt: skip
 
@@ -131,17 +131,17 @@ class Plan:
 
     @property
     def averagings(self) -> int:
-        """How many averagings the site takes part in."""
+        """Number of averagings of the site."""
         return self._averagings(self.epochs)
 
     def end(self, epoch: int) -> int:
-        """Number of the last item of an epoch, 0 <= epoch <= epochs."""
+        """Return the number of the last item of an epoch, 0 <= epoch <= epochs."""
         blocks = evaluations(epoch, self.epochs, self.evaluate_every)
         block = self._batches(self.validation) + self._batches(self.test)
         return epoch * self._batches(self.train) + self._averagings(epoch) + blocks * block
 
     def item(self, number: int) -> Item:
-        """Item `number`, 1 <= number <= last."""
+        """Return item `number`, 1 <= number <= last."""
         epoch = bisect_left(range(1, self.epochs + 1), number, key=self.end) + 1
         batches = self._batches(self.train)
         # Among the training batches and averagings of the whole run, counted from 0.
@@ -152,36 +152,36 @@ class Plan:
             return self._held_out(number, epoch, beyond)
         version = max(0, number - self.window)
         every = self.average_every or _UNLIMITED
-        averagings, place = divmod(position, every + 1)  # every batches and the averaging behind them
-        batch = averagings * every + place - trained
-        if place == every:
+        averagings, offset = divmod(position, every + 1)  # groups of `every` batches and an averaging
+        batch = averagings * every + offset - trained
+        if offset == every:
             return Item(number, Purpose.AVERAGE, epoch, batch - 1, batches, range(0), version)
         return Item(number, Purpose.TRAIN, epoch, batch, batches, _rows(self.train, batch, batches), version)
 
-    def _held_out(self, number: int, epoch: int, place: int) -> Item:
-        """The item at a place, from 0, of an epoch's evaluation block."""
+    def _held_out(self, number: int, epoch: int, offset: int) -> Item:
+        """Return the item at an offset, from 0, in an epoch's evaluation block."""
         before, batches = self._batches(self.validation), self._batches(self.test)
-        version, last = max(0, number - place - self.window), place == before + batches - 1
-        if place < before:
-            rows = _rows(self.validation, place, before)
-            return Item(number, Purpose.VALIDATION, epoch, place, before, rows, version, last)
-        rows = _rows(self.test, place - before, batches)
-        return Item(number, Purpose.TEST, epoch, place - before, batches, rows, version, last)
+        version, last = max(0, number - offset - self.window), offset == before + batches - 1
+        if offset < before:
+            rows = _rows(self.validation, offset, before)
+            return Item(number, Purpose.VALIDATION, epoch, offset, before, rows, version, last)
+        rows = _rows(self.test, offset - before, batches)
+        return Item(number, Purpose.TEST, epoch, offset - before, batches, rows, version, last)
 
     def _batches(self, samples: int) -> int:
-        """Batches of a part. A rest is folded into them: a message of few patients tells much about each."""
+        """Return the number of batches. A rest is spread over them: a message of few patients reveals much of each."""
         return max(samples // self.batch_size, min(samples, 1))
 
     def _averagings(self, epochs: int) -> int:
-        """Averagings in the first epochs."""
+        """Return the number of averagings in the first epochs."""
         return 0 if self.average_every is None else epochs * self._batches(self.train) // self.average_every
 
 
 def evaluations(epoch: int, epochs: int, every: int) -> int:
-    """Evaluation blocks up to the end of an epoch: one behind each `every` epochs, and one at the end."""
+    """Return the number of evaluation blocks up to the end of an epoch: one per `every` epochs, and one at the end."""
     return epoch // every + (epoch == epochs and epoch % every > 0)
 
 
 def _rows(samples: int, batch: int, batches: int) -> range:
-    """Batches of a part differ by at most one sample in size."""
+    """Return the rows of a batch; batches of a part differ by at most one sample in size."""
     return range(samples * batch // batches, samples * (batch + 1) // batches)

@@ -1,17 +1,16 @@
-"""The Query shape: a site asks, whichever server is up answers, and neither waits for the other.
+"""Query shape: a site sends queries, any active server answers them, and neither waits for the other.
 
     site                                             server
-     ├── KEYS (public, in chunks) ────────────────▶   keeps them under their sha256
-     ├── QUERY 1 (in chunks) ─────────────────────▶   computes, and remembers nothing
+     ├── KEYS (public, in chunks) ────────────────▶   stores them under their sha256
+     ├── QUERY 1 (in chunks) ─────────────────────▶   computes, without any state
      ◀── ANSWER 1 (in chunks), or UNANSWERED 1 ────┤   acknowledges the query when the answer is confirmed
 
-A site numbers its queries, and keeps what it needs for an answer in a file of its own
-(`nightsplit.site_worker.query.store`). The server has no state but the keys: after a crash the broker delivers the
-query again, and it is answered again. The site takes the first answer and drops a second one. So a query has its effect
-exactly once, whoever dies.
+A site numbers its queries, and stores the state of each in a file (`nightsplit.site_worker.query.store`). The server
+has no state except the keys: after a crash the broker delivers the query again, and it is answered again. The site
+uses the first answer and drops a second one. So a query takes effect exactly once, whichever side crashes.
 
-A parcel is what belongs together: all ciphertexts of a query, say. It travels in chunks below the broker's limit;
-a chunk names the sha256 of the whole parcel, so that nothing is computed with what was altered on the way.
+A parcel is a sequence of byte strings, such as all ciphertexts of a query. It is sent in chunks below the broker's
+limit; every chunk names the sha256 of the whole parcel, so that an altered parcel is never computed with.
 """
 
 import hashlib
@@ -27,17 +26,17 @@ from nightsplit.shared.wire.message import Header, Kind, Message, Scalar
 from nightsplit.shared.wire.schema import Payload, Reveals, ScalarSpec, TensorSpec, contract
 
 HEADER_BYTES = 32 * 2**10
-"""Of a message, left for its header."""
-MOST_CHUNKS = 64
-"""Of a parcel."""
+"""Bytes of a message reserved for its header."""
+CHUNKS_MAX = 64
+"""Chunks of a parcel."""
 KEYS_UNKNOWN = 314
-"""Number of the refusal after which a site sends its public keys, and the query, once more."""
+"""Number of the refusal after which a site sends its public keys and the query again."""
 BLINDED_ELSEWHERE = 315
-"""Number of the refusal after which a site begins the query once more."""
+"""Number of the refusal after which a site restarts the query."""
 
 
-def _parcel(kind: Kind, reveals: Reveals, *more: str) -> Payload:
-    """Return the payload of a chunk; `more` names texts that each one carries."""
+def _parcel(kind: Kind, reveals: Reveals, *texts: str) -> Payload:
+    """Return the payload of a chunk; `texts` names the strings that each one carries."""
     return Payload(
         kind,
         {
@@ -45,9 +44,9 @@ def _parcel(kind: Kind, reveals: Reveals, *more: str) -> Payload:
             "sizes": TensorSpec(torch.int64, ("pieces",), reveals=reveals),
         },
         {
-            "chunk": ScalarSpec(int, reveals, low=0, high=MOST_CHUNKS - 1),
-            "chunks": ScalarSpec(int, reveals, low=1, high=MOST_CHUNKS),
-            **{name: ScalarSpec(str, reveals) for name in ("sha256", *more)},
+            "chunk": ScalarSpec(int, reveals, low=0, high=CHUNKS_MAX - 1),
+            "chunks": ScalarSpec(int, reveals, low=1, high=CHUNKS_MAX),
+            **{name: ScalarSpec(str, reveals) for name in ("sha256", *texts)},
         },
     )
 
@@ -60,53 +59,53 @@ CONTRACT = contract(
 )
 """Payload of each kind. `seq` in their headers is the number of the query, `version` the step of its evaluation.
 
-`blinding` names what the state in an answer is blinded with (name of the server's secret/nonce of the answer); the
-query with the next step names it, too.
+`blinding` names the blinding of the state in an answer (name of the server's secret/nonce of the answer); the query
+with the next step names it, too.
 """
 
 
 def chunks(
     header: Header, pieces: Sequence[bytes], limit: int, scalars: Mapping[str, Scalar] = {}
 ) -> Iterator[Message]:
-    """The messages of a parcel.
+    """Split a parcel into messages.
 
     Args:
-        header: of each of them.
-        pieces: what is sent, e.g. a ciphertext each; a longer one than a message goes into several.
+        header: header of every message.
+        pieces: byte strings, e.g. ciphertexts; one may span several messages.
         limit: largest message in bytes.
-        scalars: what else each of them carries.
+        scalars: further scalars of every message.
     """
-    room = limit - HEADER_BYTES
+    chunk_bytes = limit - HEADER_BYTES
     content = b"".join(pieces)
     sizes = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)
-    number = max(1, -(-len(content) // room))
+    number = max(1, -(-len(content) // chunk_bytes))
     sha256 = hashlib.sha256(content).hexdigest()
     for chunk in range(number):
-        part = np.frombuffer(content[chunk * room : (chunk + 1) * room], dtype=np.uint8)
+        part = np.frombuffer(content[chunk * chunk_bytes : (chunk + 1) * chunk_bytes], dtype=np.uint8)
         tensors = {"content": torch.from_numpy(part.copy()), "sizes": sizes}
         yield Message(header, tensors, {**scalars, "chunk": chunk, "chunks": number, "sha256": sha256})
 
 
 class Parcels:
-    """Parcels that are coming in; chunks may come twice, and anew from the first after a crash of their sender."""
+    """Incomplete parcels; chunks may arrive twice, and again from the first after a crash of their sender."""
 
     def __init__(self) -> None:
         self._parts: dict[tuple[Kind, int, int], dict[int, Message]] = {}
 
     def add(self, message: Message) -> list[bytes] | None:
-        """Take a chunk; the pieces of its parcel when it was the last one missing.
+        """Add a chunk; return the pieces of its parcel once it is complete.
 
         Raises:
-            Refused: 304 its place among the chunks is impossible, or the parcel is not what was sent. It is forgotten.
+            Refused: 304 the chunk's number is invalid, or the parcel was altered and is dropped.
         """
         header, scalars = message.header, message.scalars
         chunk, number = int(scalars["chunk"]), int(scalars["chunks"])
-        if not 0 <= chunk < number <= MOST_CHUNKS:
+        if not 0 <= chunk < number <= CHUNKS_MAX:
             raise mismatch(f"chunk {chunk} of {number} is impossible.")
         name = (header.kind, header.seq, header.version)
         parts = self._parts.setdefault(name, {})
-        if any(known.scalars[same] != scalars[same] for known in parts.values() for same in ("sha256", "chunks")):
-            parts.clear()  # its sender has died meanwhile, and has encrypted it anew
+        if any(part.scalars[key] != scalars[key] for part in parts.values() for key in ("sha256", "chunks")):
+            parts.clear()  # its sender crashed meanwhile, and has encrypted it again
         parts[chunk] = message
         if len(parts) < number:
             return None

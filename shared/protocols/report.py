@@ -1,4 +1,4 @@
-"""What a site reports about a model: the figures of its own held-out samples, by part. Both sides use one structure.
+"""Report of a site about a model: metrics of its own held-out samples, by part. Both sides use one structure.
 
 {"test": {"auc": 0.91, "balanced_accuracy": 0.83, "loss": 0.4, "samples": 12.0}, "validation": {...}}
 """
@@ -19,10 +19,10 @@ SiteMetrics = dict[str, Metrics]
 """Metrics by part: "validation", "test"."""
 
 NO_FIGURES = "{}"
-"""The text where a model is not judged, or could not be."""
+"""Report on a model that was not evaluated, or could not be."""
 
-LONGEST = 2000
-"""Characters of a report."""
+REPORT_CHARS_MAX = 2000
+"""Longest report in characters."""
 
 _Part = Literal["validation", "test"]
 
@@ -35,30 +35,30 @@ _DECODERS: Mapping[str, msgspec.json.Decoder[Any]] = {
 
 
 def encode_report(task: TaskSection, metrics: Mapping[str, Metrics]) -> str:
-    """Write what `measure` gave for each part as the text that travels."""
+    """Encode the metrics of each part as text."""
     report = {part: msgspec.convert(figures, FIGURES[task.kind]) for part, figures in metrics.items()}
     return json.dumps(msgspec.to_builtins(report), sort_keys=True)
 
 
 def decode_report(text: str, task: TaskSection, samples: Mapping[str, int], name: str) -> SiteMetrics:
-    """Read a report.
+    """Decode a report.
 
     Args:
-        text: from whomever.
-        task: of the run.
-        samples: how many the site has announced, by part; it may report fewer, where some could not be judged.
-        name: of the message.
+        text: untrusted text.
+        task: task of the run.
+        samples: number of samples that the site has announced, by part; fewer are valid, if some were unusable.
+        name: name of the message.
 
     Raises:
-        Refused: 304 it is not the report of such a site.
+        Refused: 304 it is not a report of this site on this task.
     """
     try:
-        if len(text) > LONGEST:
+        if len(text) > REPORT_CHARS_MAX:
             raise ValueError("too long")
         report: SiteMetrics = msgspec.to_builtins(_DECODERS[task.kind].decode(text))
         if any((metrics["samples"] or 0) > samples[part] for part, metrics in report.items()):
             raise ValueError("too many")
     except (msgspec.MsgspecError, ValueError):
-        what = f"{name} has no figures of {', '.join(f'{samples[part]} {part}' for part in PARTS)} samples."
-        raise mismatch(what) from None
+        announced = ", ".join(f"{samples[part]} {part}" for part in PARTS)
+        raise mismatch(f"{name} has no figures of {announced} samples.") from None
     return report

@@ -1,10 +1,10 @@
-"""What a system is: one frozen object, `SPEC` of its file in this folder.
+"""Specification of a protocol: one frozen object, `SPEC` of its file in this folder.
 
-    shared/protocols/<name>.py           SPEC   what is sent, what it needs of run.toml, what users read about it
-    site_worker/protocols/<name>.py      ROLE   the site's side, a class
-    server_worker/protocols/<name>.py    ROLE   the server's side, likewise
+    shared/protocols/<name>.py           SPEC   payloads, checks of run.toml, texts for users
+    site_worker/protocols/<name>.py      ROLE   class of the site's role
+    server_worker/protocols/<name>.py    ROLE   class of the server's role
 
-A system is these three files. Nothing else names one: whoever has to treat systems differently asks the `SPEC`.
+A protocol is these three files. No other code names one: differences between protocols are attributes of `SPEC`.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,11 +21,11 @@ from nightsplit.shared.wire.schema import Contract
 
 
 class Shape(StrEnum):
-    """How the participants of a system work together; each shape has a folder at either side.
+    """Pattern of communication; each shape has a folder on either side.
 
     STREAM: a cut model; activations of one batch after the other, and their answers.
-    ROUND: a whole model; what training at the sites changed in it is combined.
-    QUERY: a trained model is asked; no run trains with such a system.
+    ROUND: a whole model; updates from the sites' training are combined.
+    QUERY: queries to a trained model; no run trains with such a protocol.
     """
 
     STREAM = auto()
@@ -39,17 +39,17 @@ TRAINING = (Shape.STREAM, Shape.ROUND)
 
 @dataclass(frozen=True)
 class Names:
-    """What users read about a system.
+    """Names and texts of a protocol for users.
 
     Attributes:
-        weights: name of the server's weights in the report and of their file, without its ending.
-        share: what these are of the model.
-        heading: of the run's own model in a table of results.
-        steps: what the server counts.
-        message: what sites send, in the singular.
-        fate: what becomes of it while the server is offline.
-        done: what has become of it.
-        reply: what comes back, in the singular.
+        weights: name of the server's weights in the report, and stem of their file's name.
+        share: description of these weights.
+        heading: column of the run's own model in a table of results.
+        steps: unit that the server counts.
+        message: name of a site's message, in the singular.
+        fate: participle for a message's processing, after the server was offline.
+        done: participle for a processed message.
+        reply: name of the server's reply, in the singular.
     """
 
     weights: str
@@ -64,13 +64,13 @@ class Names:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the messages of a run depend on in its model; a shape of system leaves out what it has none of.
+    """Shapes of a run's model on which its messages depend; empty where a protocol does not use them.
 
     Attributes:
-        cut: lengths of one sample's activations at the cut.
+        cut: shape of one sample's activations at the cut.
         head: likewise at the head's input.
-        bottom, top: weights by name, of which dtype and shape count.
-        statistics: how many running statistics travel.
+        bottom, top: weights by name, of which only dtype and shape matter.
+        statistics: number of running statistics that are sent.
     """
 
     cut: tuple[int, ...] = ()
@@ -82,20 +82,20 @@ class Shapes:
 
 @dataclass(frozen=True)
 class ProtocolSpec:
-    """A system.
+    """Specification of a protocol.
 
     Attributes:
-        name: as run.toml and three files call it.
-        paper: where it comes from.
-        shape: how its participants work together.
-        payloads: the contract of a run whose model has these shapes.
-        names: what users read.
-        check: raises `KeyConflict` where run.toml asks for what the system has not.
-        settings: the settings of a run that its report begins with, in words.
-        has_head: the last layers and the labels stay at the site.
-        trains_bottom: the site's layers are trained.
-        uploads_once: a site's activations are sent once, without waiting for any answer; the server trains on its
-            store of them.
+        name: name in run.toml, and of its three files.
+        paper: its source.
+        shape: its pattern of communication.
+        payloads: returns the contract of a run whose model has these shapes.
+        names: texts for users.
+        check: raises `KeyConflictError` if run.toml has settings that the protocol does not support.
+        settings: returns the settings of a run at the top of its report, in words.
+        has_head: whether the last layers and the labels stay at the site.
+        trains_bottom: whether the site's layers are trained.
+        uploads_once: whether a site sends its activations once, without waiting for any answer, and the server
+            trains on its store of them.
     """
 
     name: str
@@ -111,43 +111,43 @@ class ProtocolSpec:
 
 
 PROTOCOLS: dict[str, ProtocolSpec] = {}
-"""Every system by name; filled when this package is imported."""
+"""All protocols by name; filled when this package is imported."""
 
 
 def spec_of(config: RunConfig) -> ProtocolSpec:
-    """Return the system of a run."""
+    """Return the protocol of a run."""
     return PROTOCOLS[config.run.protocol]
 
 
 def systems(*shapes: Shape) -> list[str]:
-    """Return the names of the systems of these shapes."""
+    """Return the names of the protocols of these shapes."""
     return [name for name, spec in PROTOCOLS.items() if spec.shape in shapes]
 
 
 def sketch(config: RunConfig) -> Contract:
-    """Return the contract of a run whose model has not been made: right in all but the lengths of tensors.
+    """Return the contract of a run without building its model: correct except for the lengths of tensors.
 
-    By it a hospital judges a run before any code is run that run.toml names.
+    It lets a hospital check a run before any code that run.toml names is executed.
     """
-    some = {"weight": torch.zeros(1)}
-    return spec_of(config).payloads(config, Shapes((1,), (1,), some, some, 1))
+    weights = {"weight": torch.zeros(1)}
+    return spec_of(config).payloads(config, Shapes((1,), (1,), weights, weights, 1))
 
 
 def load_roles(side: str) -> dict[str, type[Any]]:
-    """Return the role class of every system that a run may have, at one side.
+    """Return the role class of every protocol that trains, on one side.
 
     Args:
-        side: the package with a module for each system.
+        side: package with a module for each protocol.
 
     Raises:
-        ImportError: a system lacks its module there, or the module its `ROLE`.
+        ImportError: a protocol lacks its module there, or the module its `ROLE`.
     """
     roles: dict[str, type[Any]] = {}
     for name, spec in PROTOCOLS.items():
         module = f"{side}.{name}"
         if find_spec(module) is None:
-            raise ImportError(f"{name} has no side in {side}: write {module}, with the class of its role as ROLE")
-        if spec.shape is not Shape.QUERY:  # whose library is an extra, and is imported when somebody asks
+            raise ImportError(f"{name} has no role in {side}: write {module}, with the class of its role as ROLE")
+        if spec.shape is not Shape.QUERY:  # its library is an extra, imported with the first query
             try:
                 roles[name] = import_module(module).ROLE
             except AttributeError:

@@ -1,8 +1,8 @@
-"""split_labels: activations and labels go to the server, gradients return."""
+"""split_labels: sites send activations and labels, the server returns gradients."""
 
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.protocols import stream
-from nightsplit.shared.protocols.handshake import AGREEMENT
+from nightsplit.shared.protocols.handshake import HANDSHAKE
 from nightsplit.shared.protocols.spec import ProtocolSpec, Shape, Shapes
 from nightsplit.shared.wire.message import Kind
 from nightsplit.shared.wire.schema import Contract, Payload, contract
@@ -12,7 +12,7 @@ def payloads(config: RunConfig, shapes: Shapes) -> Contract:
     """Return the contract of a run."""
     smashed = {"smashed": stream.activations(config, shapes), "targets": stream.targets(config)}
     return contract(
-        *AGREEMENT, Payload(Kind.SMASHED, smashed), *stream.answers(config, shapes), stream.finish(config, shapes)
+        *HANDSHAKE, Payload(Kind.SMASHED, smashed), *stream.answers(config, shapes), stream.finish(config, shapes)
     )
 
 

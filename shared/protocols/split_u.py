@@ -3,9 +3,9 @@
 import torch
 
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.config.section import KeyConflict
+from nightsplit.shared.config.section import KeyConflictError
 from nightsplit.shared.protocols import stream
-from nightsplit.shared.protocols.handshake import AGREEMENT, VERDICT
+from nightsplit.shared.protocols.handshake import HANDSHAKE, PROGRESS
 from nightsplit.shared.protocols.spec import ProtocolSpec, Shape, Shapes
 from nightsplit.shared.wire.message import Kind
 from nightsplit.shared.wire.schema import Contract, Payload, Reveals, ScalarSpec, TensorSpec, contract
@@ -15,9 +15,9 @@ def payloads(config: RunConfig, shapes: Shapes) -> Contract:
     """Return the contract of a run."""
     activations = TensorSpec(torch.float32, ("batch", *shapes.head), config.wire.smashed, config.wire.zstd)
     return contract(
-        *AGREEMENT,
+        *HANDSHAKE,
         Payload(Kind.SMASHED, {"smashed": stream.activations(config, shapes)}),
-        Payload(Kind.HEAD_INPUT, {"activations": activations}, VERDICT),
+        Payload(Kind.HEAD_INPUT, {"activations": activations}, PROGRESS),
         Payload(Kind.HEAD_GRADIENT, stream.gradient(config, shapes.head, Reveals.GRADIENTS)),
         Payload(Kind.REPORT, scalars={"metrics": ScalarSpec(str, Reveals.COUNTS)}),
         *stream.answers(config, shapes),
@@ -26,11 +26,11 @@ def payloads(config: RunConfig, shapes: Shapes) -> Contract:
 
 
 def check(config: RunConfig) -> None:
-    """Raise `KeyConflict` where run.toml asks for what the system has not."""
+    """Raise `KeyConflictError` if run.toml has settings that the protocol does not support."""
     stream.check(config)
     if config.model.head_cut is None:
-        what = "split_u needs to know where the head begins"
-        raise KeyConflict("model.head_cut", what, "set head_cut, after cut and before the end.")
+        remedy = "set head_cut, after cut and before the end."
+        raise KeyConflictError("model.head_cut", "split_u needs the start of the head", remedy)
 
 
 SPEC = ProtocolSpec(

@@ -1,1 +1,1 @@
-"""What the workers of a run know of each other besides their messages."""
+"""State that the workers of a run share besides their messages."""

@@ -1,10 +1,10 @@
-"""The run store: what servers, sites and the console know of a run besides its messages.
+"""Run store: state of a run that servers, sites and the console share besides its messages.
 
-    status     what each worker last said of itself, and when
-    lease      which server is active; its number, the fence, grows with every take-over
-    pointer    the newest checkpoint that counts, moved only by the holder of the fence
-    journal    the order in which a server applied messages, where timing decides it, and at which
-               place of that order it left a site out; a position is filled once
+    status     last report of each worker, and its time
+    lease      the active server; its number, the fence, grows with every take-over
+    pointer    the newest valid checkpoint, moved only by the holder of the fence
+    journal    the order in which a server applied messages and excluded sites, where timing decides
+               it; a position is filled once
 
 One interface, three stores (memory, SQLite, Redis), one conformance suite.
 """
@@ -17,17 +17,17 @@ from nightsplit.shared.run_store.status import WorkerStatus
 from nightsplit.shared.storage.checkpoint import Pointer
 
 SILENT_SECONDS = 10.0
-"""A worker speaks every second; one that was silent for so long is not there."""
+"""Silence after which a worker counts as offline; it reports every second."""
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What a worker last said of itself.
+    """Last status of a worker.
 
     Attributes:
         worker: site name, or "server".
-        report: its words; `status.UNREADABLE` when they cannot be read.
-        age_seconds: how long ago, by the store's own clock.
+        report: its content; `status.UNREADABLE` when it cannot be read.
+        age_seconds: its age, by the store's own clock.
     """
 
     worker: str
@@ -36,12 +36,12 @@ class Status:
 
     @property
     def online(self) -> bool:
-        """Whether the worker is there: it spoke lately, and not to say that it leaves."""
+        """True if the worker has reported lately, and has not left."""
         return self.age_seconds < SILENT_SECONDS and not self.report.phase.has_left
 
 
 def age_seconds(now: float, written: float) -> float:
-    """Seconds since `written`, which a worker may have falsified: at least 0, at most since 1970."""
+    """Return the seconds since `written`, which a worker may have falsified: at least 0, at most since 1970."""
     return min(max(0.0, now - written), now)
 
 
@@ -53,51 +53,50 @@ class RunStore(ABC):
 
     @abstractmethod
     def put_status(self, worker: str, status: WorkerStatus) -> None:
-        """Replace what is known of `worker`."""
+        """Replace the status of `worker`."""
 
     @abstractmethod
     def statuses(self, workers: Iterable[str]) -> dict[str, Status]:
-        """What is known of each of these workers; one that never spoke is left out.
+        """Return the status of each of these workers, without those that never reported.
 
-        Whatever stands in a worker's record, reading it raises nothing: see `status.read_status`.
+        No content of a record raises an error: see `status.read_status`.
         """
 
     @abstractmethod
     def now(self) -> float:
-        """The store's own wall clock, in seconds since 1970."""
+        """Return the store's own wall clock, in seconds since 1970."""
 
     @abstractmethod
     def acquire_lease(self, owner: str, ttl_seconds: float) -> int | None:
-        """Become the active server. Returns the new fence, larger than every earlier one.
+        """Become the active server and return the new fence, larger than every earlier one.
 
-        None when another owner's lease has not run out. The same owner always succeeds: it
-        was restarted.
+        Return None while another owner's lease runs. The same owner always succeeds: it was restarted.
         """
 
     @abstractmethod
     def renew_lease(self, owner: str, fence: int, ttl_seconds: float) -> bool:
-        """Stay the active server; False when another took over, which cannot be undone."""
+        """Stay the active server; return False if another took over, which is final."""
 
     @abstractmethod
     def release_lease(self, owner: str, fence: int) -> None:
-        """Stop being the active server; harmless when another took over."""
+        """Stop being the active server; do nothing if another took over."""
 
     @abstractmethod
     def pointer(self) -> Pointer | None:
-        """The newest checkpoint that counts."""
+        """Return the pointer to the newest valid checkpoint."""
 
     @abstractmethod
     def move_pointer(self, pointer: Pointer) -> bool:
-        """Make a checkpoint count. False, and nothing moved, when a higher fence was handed out."""
+        """Make a checkpoint the newest valid one; return False, and change nothing, if a higher fence exists."""
 
     @abstractmethod
     def journal(self, position: int, sender: str) -> str:
-        """Fill `position` (1, 2, 3...) with `sender` unless it is filled; returns what is there, durably."""
+        """Fill `position` (1, 2, 3...) durably with `sender` unless it is filled; return its content."""
 
     @abstractmethod
     def journalled(self, position: int) -> str | None:
-        """What the journal holds at `position`."""
+        """Return the content of the journal at `position`."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the store."""
+        """Close the connection to the store."""

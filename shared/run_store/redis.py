@@ -1,9 +1,9 @@
-"""The run store in Redis, for servers on several hosts. Each change is one script of lua/, so it is atomic.
+"""Run store in Redis, for servers on several hosts. Each change is one script of lua/, so it is atomic.
 
-Redis must run with `appendonly yes`. With `appendfsync everysec` what a method returned survives the
-death of any process, the Redis server's included, but not a host that crashes within the second;
-the journal and the pointer of a run that must survive that too need `appendfsync always`. All times
-are the Redis server's own, so clocks of workers may differ.
+Redis must run with `appendonly yes`. With `appendfsync everysec` a returned change survives the
+death of any process, including the Redis server, but not a host that crashes within the second;
+`appendfsync always` protects the journal and the pointer against that, too. All times are the
+Redis server's own, so clocks of workers may differ.
 """
 
 import ssl
@@ -17,11 +17,12 @@ import msgspec
 import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
+from typing_extensions import override
 
-from nightsplit.shared.credentials import NOBODY, Credentials
+from nightsplit.shared.credentials import NO_CREDENTIALS, Credentials
 from nightsplit.shared.errors import BrokerError, ConfigError
 from nightsplit.shared.run_store.base import RunStore, Status, age_seconds
-from nightsplit.shared.run_store.status import UNREADABLE, WorkerStatus, most_bytes, read_status, write_status
+from nightsplit.shared.run_store.status import UNREADABLE, WorkerStatus, read_status, record_bytes_max, write_status
 from nightsplit.shared.storage.checkpoint import Pointer
 from nightsplit.shared.wire.message import SERVER
 
@@ -31,11 +32,11 @@ T = TypeVar("T")
 
 
 SERVER_RULES = "~nightsplit:* +@all -@admin -@dangerous"
-"""What an ACL of Redis lets the server do: all with the keys of runs, nothing with Redis itself."""
+"""Redis ACL rules of the server: full access to the keys of runs, no administration."""
 
 
 def site_rules(site: str) -> str:
-    """What an ACL of Redis lets a site do: say how it is itself, and read how the server is, in every run."""
+    """Return the Redis ACL rules of a site: in every run, write its own status and read the server's."""
     own, server = (f"nightsplit:{{*}}:status:{worker}" for worker in (site, SERVER))
     return f"%RW~{own} %R~{server} -@all +ping +evalsha +script|load +time +set +getrange"
 
@@ -44,108 +45,109 @@ class RedisStore(RunStore):
     """State of `run` at `url` ("redis://[[user]:password@]host[:port][/database]", or rediss: for TLS).
 
     Raises:
-        ConfigError: 107 when `url` is not an address of Redis, 113 a file of `credentials` cannot be used.
-        BrokerError: 207 when the server cannot be reached or refuses the login.
+        ConfigError: 107 `url` is not an address of Redis, 113 a file of `credentials` cannot be used.
+        BrokerError: 207 the server cannot be reached or refuses the login.
     """
 
-    def __init__(self, url: str, run: str, credentials: Credentials = NOBODY) -> None:
+    def __init__(self, url: str, run: str, credentials: Credentials = NO_CREDENTIALS) -> None:
         try:
             address = urlsplit(url)
-            self._place = f"{address.scheme}://{address.hostname}:{address.port or 6379}"  # without the password
+            self._server = f"{address.scheme}://{address.hostname}:{address.port or 6379}"  # without the password
             self._redis = redis.Redis.from_url(
                 url,
                 **_login(address, credentials),
                 decode_responses=True,
-                encoding_errors="surrogateescape",  # a site may write what is no text; the schema then refuses it
+                encoding_errors="surrogateescape",  # a site may write invalid text; the schema then refuses it
                 socket_timeout=TIMEOUT_SECONDS,
                 socket_connect_timeout=TIMEOUT_SECONDS,
                 retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=3),
             )
-        except ValueError:  # Its text may hold the password.
-            what = "the store's address is not one of Redis."
-            raise ConfigError(107, what, 'write "redis://user:password@host:6379/0".') from None
+        except ValueError:  # the text may hold the password
+            sentence = "the store's address is not one of Redis."
+            raise ConfigError(107, sentence, 'write "redis://user:password@host:6379/0".') from None
         # Braces keep the keys of a run on one node of a Redis cluster, as scripts require.
         self._prefix = f"nightsplit:{{{run}}}"
         self._lease, self._pointer, self._journal = (f"{self._prefix}:{of}" for of in ("lease", "pointer", "journal"))
         try:
-            self._ask(self._redis.ping)
+            self._call(self._redis.ping)
         except BrokerError:
             self.close()
             raise
 
+    @override
     def put_status(self, worker: str, status: WorkerStatus) -> None:
-        """See `RunStore`."""
         self._run("put_status", [self._status(worker)], write_status(status))
 
+    @override
     def statuses(self, workers: Iterable[str]) -> dict[str, Status]:
-        """See `RunStore`."""
-        wanted = list(workers)
-        # No script: to Redis a script wants to write whatever it names, and a site may only read the server's.
+        workers = list(workers)
+        # No script: it would need the right to write every key, and a site may only read the server's.
         commands = self._redis.pipeline(transaction=False)
-        for worker in wanted:
-            commands.getrange(self._status(worker), 0, most_bytes(worker))
-        found: list[str] = self._ask(commands.execute)
+        for worker in workers:
+            commands.getrange(self._status(worker), 0, record_bytes_max(worker))
+        found: list[str] = self._call(commands.execute)
         now = self.now()
-        return {worker: _read(worker, entry, now) for worker, entry in zip(wanted, found, strict=True) if entry}
+        return {worker: _read(worker, entry, now) for worker, entry in zip(workers, found, strict=True) if entry}
 
+    @override
     def now(self) -> float:
-        """See `RunStore`."""
-        seconds, microseconds = self._ask(self._redis.time)
+        seconds, microseconds = self._call(self._redis.time)
         return float(seconds + microseconds / 1e6)
 
+    @override
     def acquire_lease(self, owner: str, ttl_seconds: float) -> int | None:
-        """See `RunStore`."""
         fence = self._run("acquire_lease", [self._lease], owner, round(ttl_seconds * 1000))
         return None if fence is None else int(fence)
 
+    @override
     def renew_lease(self, owner: str, fence: int, ttl_seconds: float) -> bool:
-        """See `RunStore`."""
         return bool(self._run("renew_lease", [self._lease], owner, fence, round(ttl_seconds * 1000)))
 
+    @override
     def release_lease(self, owner: str, fence: int) -> None:
-        """See `RunStore`."""
         self._run("release_lease", [self._lease], owner, fence)
 
+    @override
     def pointer(self) -> Pointer | None:
-        """See `RunStore`."""
-        found = self._ask(lambda: self._redis.hgetall(self._pointer))
+        found = self._call(lambda: self._redis.hgetall(self._pointer))
         return Pointer(int(found["fence"]), int(found["counter"]), str(found["sha256"])) if found else None
 
+    @override
     def move_pointer(self, pointer: Pointer) -> bool:
-        """See `RunStore`."""
         keys = [self._lease, self._pointer]
         return bool(self._run("move_pointer", keys, pointer.fence, pointer.counter, pointer.sha256))
 
+    @override
     def journal(self, position: int, sender: str) -> str:
-        """See `RunStore`; how durable it is depends on `appendfsync`."""
+        # Durable as far as `appendfsync` allows.
         return str(self._run("journal", [self._journal], position, sender))
 
+    @override
     def journalled(self, position: int) -> str | None:
-        """See `RunStore`."""
-        sender = self._ask(lambda: self._redis.hget(self._journal, str(position)))
+        sender = self._call(lambda: self._redis.hget(self._journal, str(position)))
         return None if sender is None else str(sender)
 
+    @override
     def close(self) -> None:
-        """See `RunStore`."""
         self._redis.close()
 
     def _status(self, worker: str) -> str:
-        """A key of its own for each worker, since Redis gives rights by key."""
+        """Return the worker's own key, since Redis grants rights by key."""
         return f"{self._prefix}:status:{worker}"
 
     def _run(self, script: str, keys: list[str], *arguments: str | int) -> Any:
-        return self._ask(lambda: self._redis.register_script(_text_of(script))(keys, arguments))
+        return self._call(lambda: self._redis.register_script(_text_of(script))(keys, arguments))
 
-    def _ask(self, command: Callable[[], T]) -> T:
+    def _call(self, command: Callable[[], T]) -> T:
         try:
             return command()
         except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
-            what = f"{self._place} refuses: {str(error).rstrip('.')}."
+            sentence = f"{self._server} refuses: {str(error).rstrip('.')}."
             remedy = "check user and password, and that the address names this worker's own user."
-            raise BrokerError(207, what, remedy) from None
+            raise BrokerError(207, sentence, remedy) from None
         except redis.RedisError as error:
-            what = f"{self._place}: {error}."
-            raise BrokerError(207, what, "start Redis, or check the address of the store and the network.") from None
+            remedy = "start Redis, or check the address of the store and the network."
+            raise BrokerError(207, f"{self._server}: {error}.", remedy) from None
 
 
 @cache
@@ -154,21 +156,21 @@ def _text_of(script: str) -> str:
 
 
 def _read(worker: str, entry: str, now: float) -> Status:
-    """The status of a worker; of 1970 where even its time cannot be read."""
+    """Return the status in a worker's entry; it dates from 1970 if even its time cannot be read."""
     try:
         written, record = msgspec.json.decode(entry, type=tuple[float, str])
-    except (msgspec.MsgspecError, ValueError, RecursionError):  # as `read_status`
+    except (msgspec.MsgspecError, ValueError, RecursionError):  # as in `read_status`
         return Status(worker, UNREADABLE, age_seconds(now, 0.0))
     return Status(worker, read_status(record, worker), age_seconds(now, written / 1000))
 
 
 def _login(address: SplitResult, credentials: Credentials) -> dict[str, Any]:
-    """What redis-py wants to know of `credentials` for this address."""
+    """Return the arguments of redis-py for `credentials` at this address."""
     settings: dict[str, Any] = {}
     if (secret := credentials.secret()) is not None:
         settings["password"] = secret
     if address.scheme == "rediss":
-        credentials.tls()  # says what is wrong with a file; redis-py would only say so when it connects
+        credentials.tls()  # reports a wrong file now; redis-py would only when it connects
         settings |= {
             "ssl_cert_reqs": "required",
             "ssl_check_hostname": True,

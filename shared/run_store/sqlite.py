@@ -1,8 +1,8 @@
-"""The run store in a file, for the processes of one host. What it returned survives a power cut.
+"""Run store in a file, for the processes of one host. A returned change survives a power cut.
 
-Leases run on the monotonic clock, which the processes of a host share, so that setting the wall
-clock takes no lease away; one that reaches further ahead than it can last is from before a reboot.
-Ages of statuses are read off the wall clock, since they have to make sense after a reboot.
+Leases use the monotonic clock, which the processes of a host share, so that setting the wall clock
+ends no lease; one that ends later than a lease can last dates from before a reboot. Ages of
+statuses use the wall clock, since they have to make sense after a reboot.
 """
 
 import sqlite3
@@ -12,8 +12,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from typing_extensions import override
+
 from nightsplit.shared.run_store.base import RunStore, Status, age_seconds
-from nightsplit.shared.run_store.status import WorkerStatus, most_bytes, read_status, write_status
+from nightsplit.shared.run_store.status import WorkerStatus, read_status, record_bytes_max, write_status
 from nightsplit.shared.storage.checkpoint import Pointer
 from nightsplit.shared.storage.sqlite import broker_errors, open_database, transaction
 
@@ -35,7 +37,11 @@ CREATE TABLE IF NOT EXISTS journal (
 
 
 class SqliteStore(RunStore):
-    """State of `run` in the file `path`, on a local disk, which may hold other runs too; BrokerError 207: unusable."""
+    """State of `run` in the file `path` on a local disk, which may hold other runs, too.
+
+    Raises:
+        BrokerError: 207 the file cannot be used.
+    """
 
     def __init__(self, path: Path, run: str) -> None:
         self._path = path
@@ -44,22 +50,22 @@ class SqliteStore(RunStore):
         with broker_errors(207, path):
             self._rows = open_database(path, SCHEMA)
 
+    @override
     def put_status(self, worker: str, status: WorkerStatus) -> None:
-        """See `RunStore`."""
         with self._writing() as rows:
             row = (self._run, worker, write_status(status), time.time())
             rows.execute("REPLACE INTO status VALUES (?, ?, ?, ?)", row)
 
+    @override
     def statuses(self, workers: Iterable[str]) -> dict[str, Status]:
-        """See `RunStore`."""
         found = {}
         with self._reading() as rows:
             for worker in workers:
-                # As bytes, since text that is not UTF-8 is an error to SQLite.
+                # As bytes, since SQLite raises an error on text that is not UTF-8.
                 row = rows.execute(
                     "SELECT ifnull(substr(CAST(facts AS BLOB), 1, ?), ''), CAST(written AS REAL) FROM status"
                     " WHERE run = ? AND worker = ?",
-                    (most_bytes(worker) + 1, self._run, worker),
+                    (record_bytes_max(worker) + 1, self._run, worker),
                 ).fetchone()
                 if row is not None:
                     found[worker] = row
@@ -69,12 +75,12 @@ class SqliteStore(RunStore):
             for worker, (record, written) in found.items()
         }
 
+    @override
     def now(self) -> float:
-        """See `RunStore`."""
         return time.time()
 
+    @override
     def acquire_lease(self, owner: str, ttl_seconds: float) -> int | None:
-        """See `RunStore`."""
         with self._writing() as rows:
             now = time.monotonic()
             fence, holder, expires = rows.execute(
@@ -85,8 +91,8 @@ class SqliteStore(RunStore):
             rows.execute("REPLACE INTO lease VALUES (?, ?, ?, ?)", (self._run, fence + 1, owner, now + ttl_seconds))
             return int(fence) + 1
 
+    @override
     def renew_lease(self, owner: str, fence: int, ttl_seconds: float) -> bool:
-        """See `RunStore`."""
         with self._writing() as rows:
             renewed = rows.execute(
                 "UPDATE lease SET expires = ? WHERE run = ? AND owner = ? AND fence = ?",
@@ -94,20 +100,20 @@ class SqliteStore(RunStore):
             )
             return renewed.rowcount == 1
 
+    @override
     def release_lease(self, owner: str, fence: int) -> None:
-        """See `RunStore`."""
         with self._writing() as rows:
             command = "UPDATE lease SET owner = NULL WHERE run = ? AND owner = ? AND fence = ?"
             rows.execute(command, (self._run, owner, fence))
 
+    @override
     def pointer(self) -> Pointer | None:
-        """See `RunStore`."""
         with self._reading() as rows:
             found = rows.execute("SELECT fence, counter, sha256 FROM pointer WHERE run = ?", (self._run,)).fetchone()
         return None if found is None else Pointer(*found)
 
+    @override
     def move_pointer(self, pointer: Pointer) -> bool:
-        """See `RunStore`."""
         with self._writing() as rows:
             moved = rows.execute(
                 "REPLACE INTO pointer SELECT :run, :fence, :counter, :sha256"
@@ -116,21 +122,21 @@ class SqliteStore(RunStore):
             )
             return moved.rowcount == 1
 
+    @override
     def journal(self, position: int, sender: str) -> str:
-        """See `RunStore`."""
         with self._writing() as rows:
             rows.execute("INSERT OR IGNORE INTO journal VALUES (?, ?, ?)", (self._run, position, sender))
             filled = self._journalled(rows, position)
             assert filled is not None
             return filled
 
+    @override
     def journalled(self, position: int) -> str | None:
-        """See `RunStore`."""
         with self._reading() as rows:
             return self._journalled(rows, position)
 
+    @override
     def close(self) -> None:
-        """See `RunStore`."""
         self._rows.close()
 
     def _journalled(self, rows: sqlite3.Connection, position: int) -> str | None:

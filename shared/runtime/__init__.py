@@ -1,1 +1,1 @@
-"""A worker as a process: its shift, heartbeat, signals and metrics."""
+"""Worker processes: shifts, heartbeat, signals and metrics."""

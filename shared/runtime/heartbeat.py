@@ -1,4 +1,4 @@
-"""Tells the run store how a worker is, on a thread of its own."""
+"""Heartbeat of a worker: reports its status to the run store from a separate thread."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from nightsplit.shared.run_store.status import Phase, WorkerStatus
 
 @dataclass
 class Heartbeat:
-    """Tells the run store, every `interval` seconds, how a worker is; on a thread of its own.
+    """Thread that reports a worker's status to the run store every `interval` seconds.
 
-    An exception ends one beat and never the thread. The last words of a worker that fails are number and
-    title of its error: the run store has other readers than the worker's own console.
+    An exception ends one beat and never the thread. The last report of a worker that fails is number and
+    title of its error, since the run store has other readers than the worker's own console.
 
     Args:
-        worker: name under which it speaks.
-        open_store: makes the thread's own connection.
-        status: what to say, called on the thread.
-        observe: shown the same, e.g. to draw progress.
-        beat: what else to do at each beat, with the store; whatever it raises is kept in `error`.
+        worker: name of the worker.
+        open_store: opens the thread's own connection.
+        status: returns the status; called on the thread.
+        observe: receives the same status, e.g. to draw progress.
+        beat: further work at each beat, with the store; its exception is kept in `error`.
     """
 
     worker: str
@@ -58,36 +58,33 @@ class Heartbeat:
             try:
                 store = store or self.open_store()
                 self.beat(store)
-                self._say(store)
+                self._report(store)
             except Exception as error:
-                # A store that is away must not end the training; the worker looks at `error`.
-                self._store_is_away(error)
+                # An unreachable store must not end the training; the worker checks `error`.
+                self._set_error(error)
                 self._stop.wait(self.interval)
             else:
-                self._store_is_back()
+                self._clear_error()
         if store is not None:
-            with suppress(Exception):  # the last words; nobody is left who could say them again
-                self._say(store)
+            with suppress(Exception):  # the last report, which cannot be repeated
+                self._report(store)
             with suppress(Exception):
                 store.close()
 
-    def _store_is_away(self, error: Exception) -> None:
+    def _set_error(self, error: Exception) -> None:
         if self.error is None:
-            event(
-                "store_unreachable",
-                WARNING,
-                reason=str(error) if isinstance(error, BrokerError) else type(error).__name__,
-            )
+            reason = str(error) if isinstance(error, BrokerError) else type(error).__name__
+            event("store_unreachable", WARNING, reason=reason)
         self.error = error
-        with suppress(Exception):  # it may have been the status that failed
+        with suppress(Exception):  # `status` itself may have failed
             self._show(self.status())
 
-    def _store_is_back(self) -> None:
+    def _clear_error(self) -> None:
         if self.error is not None:
             event("store_reachable")
         self.error = None
 
-    def _say(self, store: RunStore) -> None:
+    def _report(self, store: RunStore) -> None:
         status = self.status()
         if self._failure is not None:
             status = replace(status, phase=Phase.FAILED, detail=self._failure)
@@ -95,5 +92,5 @@ class Heartbeat:
         store.put_status(self.worker, status)
 
     def _show(self, status: WorkerStatus) -> None:
-        with suppress(Exception):  # showing it disturbs neither the work nor what others are told
+        with suppress(Exception):  # a failing observer must stop neither the work nor the report
             self.observe(status)

@@ -1,4 +1,4 @@
-"""The address where Prometheus reads a worker's metrics: HTTP on this machine, HTTPS beyond it."""
+"""Endpoint of a worker's metrics for Prometheus: HTTP on this machine, HTTPS beyond it."""
 
 import socket
 import ssl
@@ -11,24 +11,25 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 from prometheus_client.registry import Collector
+from typing_extensions import override
 
 from nightsplit.shared.credentials import Credentials, is_loopback
 from nightsplit.shared.errors import ConfigError
 
 
 @contextmanager
-def served(metrics: Collector, address: str, credentials: Credentials) -> Iterator[None]:
-    """Answer Prometheus while the block runs.
+def serve_metrics(metrics: Collector, address: str, credentials: Credentials) -> Iterator[None]:
+    """Serve metrics to Prometheus while the body runs.
 
     Args:
-        metrics: what to tell, beside this process's memory and processor time.
-        address: "host:port". Beyond this machine it is HTTPS, for clients that show a certificate of
-            the same authority.
+        metrics: collector of the metrics; this process's memory and processor time are added.
+        address: "host:port". Beyond this machine it is HTTPS, for clients with a certificate of the same
+            authority.
         credentials: certificates for HTTPS.
 
     Raises:
-        ConfigError: 111 an address beyond this machine without certificates, 112 nobody can listen there,
-            113 a certificate cannot be used.
+        ConfigError: 111 an address beyond this machine without certificates, 112 the address cannot be
+            used, 113 a certificate cannot be used.
     """
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
@@ -39,8 +40,8 @@ def served(metrics: Collector, address: str, credentials: Credentials) -> Iterat
     try:
         server = _Server(host, int(port), tls)
     except (OSError, OverflowError) as error:
-        what = f"{address}: {getattr(error, 'strerror', None) or error}."
-        raise ConfigError(112, what, "give metrics an address of this machine and a port of its own.") from None
+        sentence = f"{address}: {getattr(error, 'strerror', None) or error}."
+        raise ConfigError(112, sentence, "set metrics to an address of this machine and an unused port.") from None
     server.set_app(make_wsgi_app(registry))
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
@@ -55,9 +56,10 @@ def served(metrics: Collector, address: str, credentials: Credentials) -> Iterat
 def _tls(address: str, credentials: Credentials) -> ssl.SSLContext:
     ca, certificate, key = credentials.ca, credentials.certificate, credentials.key
     if ca is None or certificate is None or key is None:
-        what = f"the metrics at {address} would be readable for the whole network."
-        raise ConfigError(111, what, "name ca, certificate and key in the same file, or let metrics be 127.0.0.1:9400.")
-    credentials.tls()  # raises 113 for what is wrong with the files
+        sentence = f"the metrics at {address} would be readable for the whole network."
+        remedy = "name ca, certificate and key in the same file, or set metrics to 127.0.0.1:9400."
+        raise ConfigError(111, sentence, remedy)
+    credentials.tls()  # raises 113 if a file is wrong
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=ca)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.verify_mode = ssl.CERT_REQUIRED
@@ -66,14 +68,15 @@ def _tls(address: str, credentials: Credentials) -> ssl.SSLContext:
 
 
 class _Request(WSGIRequestHandler):
-    timeout = 10.0  # of a silent client, also in the middle of its handshake
+    timeout = 10.0  # seconds of silence of a client, also during its handshake
 
+    @override
     def log_message(self, format: str, *args: Any) -> None:
-        """Scrapes are no events."""
+        pass  # scrapes are not logged
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """A thread for each scrape: one that hangs holds up neither the next nor the worker's end."""
+    """HTTP server with a thread per scrape, so that a hanging one delays neither the next nor the worker's end."""
 
     daemon_threads = True
     block_on_close = False
@@ -84,5 +87,6 @@ class _Server(ThreadingMixIn, WSGIServer):
         if tls is not None:
             self.socket = tls.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
 
+    @override
     def handle_error(self, request: object, client_address: object) -> None:
-        """Whoever was refused or hung up knows it; stderr is the worker's."""
+        pass  # the client knows that it was refused or hung up, and stderr is the worker's

@@ -1,4 +1,4 @@
-"""What the workers of both sides need around the engine: a folder of their own, threads, a voice."""
+"""Process of a worker: lock of its state folder, torch, memory and signals."""
 
 import ctypes
 import fcntl
@@ -16,68 +16,68 @@ from nightsplit.shared.errors import ConfigError, StateError
 from nightsplit.shared.storage.files import make_private_folder
 
 PREFETCH_BYTES = 128 * 2**20
-"""What a worker may hold of one queue."""
+"""Memory for the unacknowledged messages of one queue."""
 INBOX_BYTES = 512 * 2**20
-"""What it may hold of all its queues together, as far as `LEAST_PREFETCH` allows."""
-LEAST_PREFETCH, MOST_PREFETCH = 16, 512
-"""Fewer than 16 would mean a checkpoint per message or two, since the engine divides them by four."""
+"""Memory for those of all queues together, as far as `PREFETCH_MIN` allows."""
+PREFETCH_MIN, PREFETCH_MAX = 16, 512
+"""Fewer than 16 would mean a checkpoint every few messages, since the engine divides them by four."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep a state folder for this process alone; the lock ends with the process, however it ends.
+    """Lock a state folder for this process alone; the lock ends with the process, even if it is killed.
 
     Raises:
         StateError: 503 another process has it, 501 it cannot be written, 513 it is open to other users.
     """
-    with try_lock_folder(folder) as alone:
-        if not alone:
-            what = f"{folder} is used by another process."
-            raise StateError(503, what, "stop the other worker, or give this one its own folder.")
+    with try_lock_folder(folder) as is_locked:
+        if not is_locked:
+            sentence = f"{folder} is used by another process."
+            raise StateError(503, sentence, "stop the other worker, or give this one its own folder.")
         yield
 
 
 @contextmanager
 def try_lock_folder(folder: Path) -> Iterator[bool]:
-    """Lock a state folder while the block runs, if nobody else has; whether it is locked.
+    """Lock a state folder while the body runs, unless another process has; yield whether it is locked.
 
     Raises:
         StateError: 501 it cannot be written, 513 it is open to other users.
     """
     try:
         make_private_folder(folder)
-        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
-        raise StateError(501, f"{folder}: {error.strerror}.", "name a state folder on a disk with room.") from None
-    alone = False
+        remedy = "name a state folder on a disk with free space."
+        raise StateError(501, f"{folder}: {error.strerror}.", remedy) from None
+    is_locked = False
     try:
         with suppress(BlockingIOError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone = True
-        yield alone
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = True
+        yield is_locked
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def prepare_torch(threads: int, device: str) -> None:
-    """Fix the number of threads and check the device; ConfigError 109 where it is not there."""
+    """Set the number of threads and check the device; ConfigError 109 if it is not available."""
     torch.set_num_threads(threads)
     _keep_memory()
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        what = f"device {device!r}: {reason}."
-        raise ConfigError(109, what, 'use device = "cpu", or install a CUDA build of torch.') from None
+        sentence = f"device {device!r}: {str(error).splitlines()[0]}."
+        raise ConfigError(109, sentence, 'use device = "cpu", or install a CUDA build of torch.') from None
 
 
 def _keep_memory() -> None:
-    """Let freed memory stay with the process, where the C library can do that (glibc).
+    """Keep freed memory in the process, if the C library supports it (glibc).
 
-    By default it gives the megabytes of every batch back, and gets them again as zeroed pages:
-    a fifth of the worker's time was spent on that. The most that was ever needed is kept.
+    By default it returns the megabytes of every batch to the system and gets them again as zeroed
+    pages, which took a fifth of the worker's time.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -88,30 +88,30 @@ def _keep_memory() -> None:
 
 
 def prefetch_for(message_bytes: int, queues: int = 1) -> int:
-    """Deliveries of each of its queues that a worker takes at a time: as many as fit its memory, within reason."""
+    """Return a worker's prefetch for each of its queues: deliveries that fit its memory, within limits."""
     fitting = min(PREFETCH_BYTES, INBOX_BYTES // queues) // max(1, message_bytes)
-    return max(LEAST_PREFETCH, min(MOST_PREFETCH, fitting))
+    return max(PREFETCH_MIN, min(PREFETCH_MAX, fitting))
 
 
 @dataclass(slots=True)
 class StopSignal:
-    """SIGTERM and Ctrl-C ask a worker to leave after its current step; a second one ends it at once.
+    """Handler of SIGTERM and Ctrl-C: the first ends a worker after its current step, a second one at once.
 
     Attributes:
-        asked: whether one came.
-        number: which one it was; None before one came.
+        requested: whether a signal has come.
+        number: number of the signal; None before it.
     """
 
-    asked: bool = False
+    requested: bool = False
     number: int | None = None
 
     def install(self) -> None:
-        """Listen from now on. Main thread only."""
+        """Install the handlers. Main thread only."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+            signal.signal(number, self._handle)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.asked, self.number = True, number
+        self.requested, self.number = True, number

@@ -1,8 +1,8 @@
-"""The hours in which a worker may work: "22:00-06:00 Europe/Berlin".
+"""Shift: the hours in which a worker may work, e.g. "22:00-06:00 Europe/Berlin".
 
-Opening and closing are times on the wall clock of a zone, so a night lasts 7 or 9 hours when the
-clocks change. A wall-clock time that occurs twice is its first occurrence; one that the change
-skips is as far after the last one before it as the text says.
+Opening and closing are times on the wall clock of a zone, so that a night lasts 7 or 9 hours when
+the clocks change. A time that occurs twice means its first occurrence; a time that the change skips
+is read with the offset before the change, so that 02:30 becomes 03:30.
 """
 
 import re
@@ -10,51 +10,54 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, time, timedelta
 from zoneinfo import ZoneInfo
 
+from typing_extensions import override
+
 from nightsplit.shared.errors import ConfigError
 
 _TEXT = re.compile(r"\s*(\d{1,2}):(\d{2})\s*-\s*(\d{1,2}):(\d{2})\s+(\S+)\s*")
-_REMEDY = 'write for example shift = "22:00-06:00 Europe/Berlin"; leave the key out to work at all hours.'
+_REMEDY = 'write for example shift = "22:00-06:00 Europe/Berlin"; remove the key to work at all hours.'
 
 
 class Shift:
-    """Working hours that return every day; None for all hours.
+    """Daily working hours, or all hours.
 
     Args:
-        text: "HH:MM-HH:MM Zone" with a zone of the IANA database ("Europe/Berlin", "UTC"), or None.
+        text: "HH:MM-HH:MM Zone" with a zone of the IANA database ("Europe/Berlin", "UTC"); None for all hours.
 
     Raises:
-        ConfigError: 106 unreadable text, unknown zone, or a shift that is empty.
+        ConfigError: 106 invalid text, unknown zone, or an empty shift.
     """
 
     def __init__(self, text: str | None) -> None:
         self.text = text
         self._hours = None if text is None else _parse(text)
 
+    @override
     def __str__(self) -> str:
         return self.text or "always"
 
     def is_open(self, moment: datetime) -> bool:
-        """Whether work may be done at `moment` (with a time zone); opening is inside, closing outside."""
+        """Return whether the shift includes `moment` (with a time zone), from opening to before closing."""
         return self._hours is None or self._current(moment) is not None
 
     def opens_at(self, moment: datetime) -> datetime:
-        """`moment` itself if it is open, else the next opening, in UTC."""
+        """Return `moment` itself if the shift includes it, else the next opening, in UTC."""
         if self.is_open(moment):
             return moment
         return next(opening for opening, _ in self._around(moment) if opening > moment)
 
     def closes_at(self, moment: datetime) -> datetime | None:
-        """The end of the hours around `moment`, in UTC; `moment` itself if closed; None for never."""
+        """Return the end of the hours around `moment`, in UTC; `moment` itself if closed; None for never."""
         if self._hours is None:
             return None
         return self._current(moment) or moment
 
     def _current(self, moment: datetime) -> datetime | None:
-        """The end of the hours that contain `moment`."""
+        """Return the end of the hours that contain `moment`, if any do."""
         return next((closing for opening, closing in self._around(moment) if opening <= moment < closing), None)
 
     def _around(self, moment: datetime) -> Iterator[tuple[datetime, datetime]]:
-        """Hours from the day before `moment` on, in UTC; a clock change may swallow short ones."""
+        """Yield the hours from the day before `moment` on, in UTC; a clock change may remove short ones."""
         assert self._hours is not None
         assert moment.tzinfo is not None, "a moment needs a time zone"
         opening, closing, zone = self._hours

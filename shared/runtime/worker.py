@@ -1,4 +1,4 @@
-"""What a site's worker and the server's have in common: a run, a shift, and when to leave."""
+"""Base of the workers of sites and server: their run, shift and status."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from nightsplit.shared.log import event
 from nightsplit.shared.protocols.load import load_run
 from nightsplit.shared.run_store.base import RunStore
 from nightsplit.shared.run_store.connect import open_store
-from nightsplit.shared.run_store.status import Phase, WorkerStatus, brief
+from nightsplit.shared.run_store.status import Phase, WorkerStatus, clean_detail
 from nightsplit.shared.runtime.process import StopSignal
 from nightsplit.shared.runtime.shift import Shift
 
@@ -31,7 +31,7 @@ class Participant:
     Args:
         base: folder of the worker's file; relative paths start there.
         config: the worker's section.
-        overrides: "section.key=value" for run.toml (as `nightsplit.shared.protocols.load.load_run`).
+        overrides: "section.key=value" for run.toml (as in `nightsplit.shared.protocols.load.load_run`).
     """
 
     def __init__(self, base: Path, config: WorkerSection, overrides: Sequence[str]) -> None:
@@ -48,17 +48,17 @@ class Participant:
 
 
 class Worker(Participant):
-    """A worker of one run that works in its shifts.
+    """Worker of one run that works in its shifts.
 
     Args:
         base, config, overrides: see `Participant`.
-        clock: tells when the shift is.
-        stop: asked between steps.
-        observe: shown the worker's status every second.
+        clock: clock of the shift.
+        stop: signal that is checked between steps.
+        observe: receives the worker's status every second.
 
     Attributes:
-        phase: what the worker does.
-        recovered: damaged checkpoints that were passed over.
+        phase: present state of the worker.
+        skipped_checkpoints: name and damage of each checkpoint that was skipped.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Worker(Participant):
         self.phase = Phase.STARTING
         self._detail: str | None = None
         self._reason: str | None = None
-        self.recovered: list[str] = []
+        self.skipped_checkpoints: list[str] = []
         self._metrics_address = config.metrics
         self._clock = clock or SystemClock()
         self._stop = stop or StopSignal()
@@ -84,12 +84,12 @@ class Worker(Participant):
         self._telemetry: Telemetry | None = None
 
     def enter(self, phase: Phase, detail: str | None = None, reason: str | None = None) -> None:
-        """Do something else from now on, or for another reason. A change is an event of the log.
+        """Change the phase or its reason. A change is logged.
 
         Args:
-            phase: what.
-            detail: why, in words that all may read in the run store.
-            reason: why, for this machine's own console and log, in place of `detail`.
+            phase: the new phase.
+            detail: its reason, for all readers of the run store.
+            reason: its reason for this machine's own console and log, in place of `detail`.
         """
         before = self.phase, self._detail, self._reason
         self.phase, self._detail, self._reason = phase, detail, reason
@@ -98,45 +98,45 @@ class Worker(Participant):
             event(phase, WARNING if phase is Phase.BLOCKED else INFO, **facts)
 
     def _present(self) -> WorkerStatus:
-        """What every worker can tell; one at work may be held up by the broker."""
+        """Return the status that every worker has; at work it may be blocked by the broker."""
         phase, detail = self.phase, self._detail
-        if phase is Phase.WORKING and self._counters.trouble is not None:
-            phase, detail = Phase.BLOCKED, self._counters.trouble
+        if phase is Phase.WORKING and self._counters.blocked_reason is not None:
+            phase, detail = Phase.BLOCKED, self._counters.blocked_reason
         return WorkerStatus(
             phase=phase,
-            detail=None if detail is None else brief(detail),
+            detail=None if detail is None else clean_detail(detail),
             run=self.run_config.run.id,
             digest=self.run_config.digest,
-            skipped_checkpoints=tuple(map(brief, self.recovered)),
+            skipped_checkpoints=tuple(map(clean_detail, self.skipped_checkpoints)),
         )
 
     @contextmanager
     def telemetry(self, worker: str, sites: Sequence[str]) -> Iterator[None]:
-        """Answer Prometheus while the block runs, where the worker's file asks for it; see `served`."""
+        """Serve metrics while the body runs, if the worker's file has an address; see `serve_metrics`."""
         if self._metrics_address is None:
             yield
             return
         from nightsplit.shared.runtime.metrics import Telemetry
-        from nightsplit.shared.runtime.metrics_server import served  # loaded by those who want it
+        from nightsplit.shared.runtime.metrics_server import serve_metrics  # imported only with an address
 
         self._telemetry = Telemetry(self.run_config.run.id, worker, sites)
-        with served(self._telemetry, self._metrics_address, self.credentials):
+        with serve_metrics(self._telemetry, self._metrics_address, self.credentials):
             yield
 
     def _observe(self, status: WorkerStatus) -> None:
         if self._telemetry is not None:
             self._telemetry.observe(status, self._counters.counts)
-        in_full = self._reason is not None and status.phase is self.phase
-        self._show(replace(status, detail=self._reason) if in_full else status)
+        has_reason = self._reason is not None and status.phase is self.phase
+        self._show(replace(status, detail=self._reason) if has_reason else status)
 
     def wait_for_shift(self) -> bool:
-        """Sleep until the shift is open; False when asked to stop."""
-        while not self.shift.is_open(self._clock.now()) and not self._stop.asked:
+        """Sleep until the shift is open; return False if the worker has to stop."""
+        while not self.shift.is_open(self._clock.now()) and not self._stop.requested:
             self.enter(Phase.WAITING, f"its shift ({self.shift})")
-            left = (self.shift.opens_at(self._clock.now()) - self._clock.now()).total_seconds()
-            self._clock.sleep(min(left, 2.0))  # not longer, since a signal does not end a sleep
-        return not self._stop.asked
+            remaining = (self.shift.opens_at(self._clock.now()) - self._clock.now()).total_seconds()
+            self._clock.sleep(min(remaining, 2.0))  # not longer, since a signal does not end a sleep
+        return not self._stop.requested
 
     def off_duty(self) -> bool:
-        """Whether the worker was asked to stop, or its shift is over."""
-        return self._stop.asked or not self.shift.is_open(self._clock.now())
+        """Return whether the worker has to stop, or its shift is over."""
+        return self._stop.requested or not self.shift.is_open(self._clock.now())

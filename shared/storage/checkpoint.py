@@ -1,12 +1,12 @@
 """Checkpoints: atomic, verified snapshots on disk.
 
     <folder>/<fence>-<counter>/tensors.safetensors   every tensor of the snapshot
-                              /manifest.json         facts, engine state, sha256 of both
+                              /manifest.json         facts, engine state, SHA-256 of both
 
-A checkpoint is written beside its place, forced to disk, and renamed: it is there whole or not at
-all. Its name alone does not make it count: a `Pointer` (fence, counter, sha256 of the manifest)
-kept in the run store does, where several servers could write (docs/explanation/delivery.md, rule 7).
-When the newest is damaged, the one before it is used.
+A checkpoint is written as a draft, forced to disk and renamed, so that it exists whole or not at all.
+Where several servers could write, it is valid only once a `Pointer` in the run store (fence, counter,
+SHA-256 of the manifest) names it or a later one (docs/explanation/delivery.md, rule 7). When the newest is
+damaged, the one before it is used.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ _NAME = re.compile(r"\d+-\d+")
 
 @dataclass(frozen=True, slots=True)
 class Pointer:
-    """The newest checkpoint that counts: who wrote it, which one, and its hash."""
+    """Identity of the newest valid checkpoint: fence of its writer, counter, and SHA-256 of its manifest."""
 
     fence: int
     counter: int
@@ -44,11 +44,11 @@ class Pointer:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """State as plain data.
+    """State of a worker as plain data.
 
     Attributes:
         tensors: CPU tensors by name, never changed after the snapshot was taken.
-        facts: what JSON can hold, by name.
+        facts: JSON values by name.
     """
 
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -56,19 +56,19 @@ class Snapshot:
 
 
 class Checkpoints:
-    """The checkpoints of one worker in one run, in a folder that belongs to this worker alone."""
+    """Checkpoints of one worker in one run, in a folder for this worker alone."""
 
     keep = 2
-    """How many stay; a damaged newest one costs nothing while an older one is there."""
+    """Number of checkpoints kept, so that an intact one remains when the newest is damaged."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._damaged: set[Path] = set()
 
     def write(self, fence: int, counter: int, snapshot: Snapshot) -> Pointer:
-        """Make a snapshot durable; StateError 501 where the disk is full, which leaves older checkpoints intact."""
-        place = self._place(fence, counter)
-        draft = self.folder / f".{place.name}.draft"
+        """Write a snapshot durably; StateError 501 if the disk is full, which leaves older checkpoints intact."""
+        path = self._path(fence, counter)
+        draft = self.folder / f".{path.name}.draft"
         try:
             shutil.rmtree(draft, ignore_errors=True)
             make_private_folder(self.folder)
@@ -81,82 +81,83 @@ class Checkpoints:
             crash_points.reach("checkpoint_written")
             force_to_disk(draft)
             crash_points.reach("checkpoint_synced")
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
             crash_points.reach("before_rename")
-            draft.rename(place)
+            draft.rename(path)
             crash_points.reach("after_rename")
             force_to_disk(self.folder)
         except OSError as error:
             shutil.rmtree(draft, ignore_errors=True)
             raise _write_failed(error, self.folder, snapshot) from None
-        self._damaged.discard(place)
+        self._damaged.discard(path)
         return Pointer(fence, counter, _hash(manifest))
 
     def prune(self) -> None:
-        """Remove all but the newest `keep`; one that `load` found damaged is none of them."""
-        sound = [place for place in self._places() if place not in self._damaged]
-        for place in [*self._damaged, *sound[: -self.keep]]:
-            shutil.rmtree(place, ignore_errors=True)
+        """Remove all but the newest `keep` intact checkpoints; `load` finds the damaged ones."""
+        intact = [path for path in self._paths() if path not in self._damaged]
+        for path in [*self._damaged, *intact[: -self.keep]]:
+            shutil.rmtree(path, ignore_errors=True)
         self._damaged.clear()
 
     def load(self, pointer: Pointer | None = None) -> tuple[Pointer, Snapshot, list[str]] | None:
-        """The newest valid checkpoint that counts, and what was passed over on the way to it.
+        """Read the newest intact checkpoint.
 
         Args:
-            pointer: the newest one that counts; None where this worker is the only writer.
+            pointer: the newest valid one; None where this worker is the only writer.
 
         Returns:
-            None when nothing was ever written.
+            Its pointer, its content, and the name and damage of each checkpoint skipped before it; None when
+            nothing was ever written.
 
         Raises:
-            StateError: 502 there were checkpoints, and none of them can be trusted.
+            StateError: 502 there are checkpoints, and all are damaged.
         """
         damaged: list[str] = []
-        places = self._places()
-        if pointer is not None and self._place(pointer.fence, pointer.counter) not in places:
-            damaged.append(f"{self._place(pointer.fence, pointer.counter).name}: is missing")
-        for place in reversed(places):
-            fence, counter = _numbers(place)
+        paths = self._paths()
+        if pointer is not None and self._path(pointer.fence, pointer.counter) not in paths:
+            damaged.append(f"{self._path(pointer.fence, pointer.counter).name}: is missing")
+        for path in reversed(paths):
+            fence, counter = _numbers(path)
             if pointer is not None and (fence, counter) > (pointer.fence, pointer.counter):
-                continue  # written, but its pointer was never moved: it does not count
+                continue  # written, but the pointer was never moved to it
             try:
-                snapshot, sha256 = _read(place)
+                snapshot, sha256 = _read(path)
                 found = Pointer(fence, counter, sha256)
                 if pointer is not None and (fence, counter) == (pointer.fence, pointer.counter) and found != pointer:
                     raise ValueError("not the one that the run store names")
             except (OSError, ValueError, SafetensorError) as error:
-                self._damaged.add(place)
-                damaged.append(f"{place.name}: {_explain(error)}")
+                self._damaged.add(path)
+                damaged.append(f"{path.name}: {_explain(error)}")
                 continue
             return found, snapshot, damaged
         if damaged:
-            what = f"{self.folder}: {'; '.join(damaged)}."
+            sentence = f"{self.folder}: {'; '.join(damaged)}."
             remedy = "restore the folder from a backup, or start a new run under another id. No run restarts silently."
-            raise StateError(502, what, remedy)
+            raise StateError(502, sentence, remedy)
         return None
 
     @property
     def last_fence(self) -> int:
-        """Highest fence of a checkpoint that is here, whether it counts or not; 0 for none."""
-        return max((_numbers(place)[0] for place in self._places()), default=0)
+        """Highest fence of the checkpoints in the folder, valid or not; 0 for none."""
+        return max((_numbers(path)[0] for path in self._paths()), default=0)
 
-    def _place(self, fence: int, counter: int) -> Path:
+    def _path(self, fence: int, counter: int) -> Path:
         return self.folder / f"{fence:06d}-{counter:09d}"
 
-    def _places(self) -> list[Path]:
-        """Checkpoint folders, oldest first. Drafts, and what somebody put beside them, are none."""
+    def _paths(self) -> list[Path]:
+        """Return the checkpoint folders, oldest first, without drafts and foreign files."""
         if not self.folder.is_dir():
             return []
-        return sorted((place for place in self.folder.iterdir() if _NAME.fullmatch(place.name)), key=_numbers)
+        return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), key=_numbers)
 
 
-def _numbers(place: Path) -> tuple[int, int]:
-    fence, _, counter = place.name.partition("-")
+def _numbers(path: Path) -> tuple[int, int]:
+    fence, _, counter = path.name.partition("-")
     return int(fence), int(counter)
 
 
-def _read(place: Path) -> tuple[Snapshot, str]:
-    content = (place / MANIFEST).read_bytes()
+def _read(path: Path) -> tuple[Snapshot, str]:
+    content = (path / MANIFEST).read_bytes()
     try:
         manifest = json.loads(content)
         facts, sha256s = manifest["facts"], (manifest["facts_sha256"], manifest["tensors_sha256"])
@@ -164,18 +165,18 @@ def _read(place: Path) -> tuple[Snapshot, str]:
         raise ValueError("the manifest is damaged") from None
     if _hash(_canonical(facts)) != sha256s[0]:
         raise ValueError("the manifest is damaged")
-    if _sha256(place / TENSORS) != sha256s[1]:
+    if _sha256(path / TENSORS) != sha256s[1]:
         raise ValueError("the tensors are damaged")
-    return Snapshot(load_file(place / TENSORS), facts), _hash(content)
+    return Snapshot(load_file(path / TENSORS), facts), _hash(content)
 
 
 def _canonical(content: object) -> bytes:
-    """JSON that is the same again after it was read."""
+    """Return JSON that stays equal when it is read and written again."""
     return json.dumps(content, sort_keys=True).encode()
 
 
 def _explain(error: Exception) -> str:
-    """One clause on what is wrong with a checkpoint, in our own words: other workers may read it in the run store."""
+    """Describe a damage in one clause without foreign text, since other workers read it in the run store."""
     if isinstance(error, SafetensorError):
         return "the tensors cannot be read"
     if isinstance(error, OSError):
@@ -194,20 +195,17 @@ def _sha256(path: Path) -> str:
 
 def _write_failed(error: OSError, folder: Path, snapshot: Snapshot) -> StateError:
     needed = sum(tensor.nbytes for tensor in snapshot.tensors.values())
-    what = "is full" if is_full(error) else f"cannot be written ({error.strerror})"
-    return StateError(
-        501,
-        f"{folder} {what}; a checkpoint needs {needed / 2**20:.1f} MiB. The last checkpoint is intact.",
-        "make room on that disk, then start the worker again: it continues where it was.",
-    )
+    reason = "is full" if is_full(error) else f"cannot be written ({error.strerror})"
+    sentence = f"{folder} {reason}; a checkpoint needs {needed / 2**20:.1f} MiB. The last checkpoint is intact."
+    return StateError(501, sentence, "make room on that disk, then start the worker again: it continues where it was.")
 
 
 def flatten(prefix: str, tensors: Mapping[str, torch.Tensor] | Mapping[int, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Entries for `Snapshot.tensors`: CPU copies under `prefix/`."""
+    """Return CPU copies under `prefix/`, as entries of `Snapshot.tensors`."""
     return {f"{prefix}/{name}": tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The entries that `flatten` stored under `prefix/`."""
+    """Return the tensors that `flatten` stored under `prefix/`."""
     start = f"{prefix}/"
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}

@@ -1,4 +1,4 @@
-"""Files that outlive a power cut, are there whole or not at all, and are their owner's alone."""
+"""Durable, atomic files that only their owner can read."""
 
 import os
 import secrets
@@ -11,21 +11,21 @@ from nightsplit.shared.errors import StateError
 SECRET_BYTES = 32
 
 Content = bytes | Callable[[Path], object]
-"""What goes into a file, or a function that writes it to the path it is given: large things need no copy in memory."""
+"""Bytes of a file, or a function that writes it to a path, which spares large content a copy in memory."""
 
-_OTHERS = 0o077
-"""All rights of group and others."""
+_OTHERS_RIGHTS = 0o077
+"""Permissions of group and others."""
 
 
 def write_atomic(path: Path, content: Content, mode: int = 0o600) -> None:
-    """Write a file, or replace one: whoever reads it finds the old content or the new one, also after a power cut.
+    """Write or replace a file atomically: readers find the old content or the new one, also after a power cut.
 
-    A process that is killed meanwhile leaves a draft, `.NAME.XXXXXXXX.draft`, which nobody reads.
+    A process killed meanwhile leaves a draft, `.NAME.XXXXXXXX.draft`, which is never read.
 
     Args:
-        path: the file; its folder is there.
-        content: what it shall hold.
-        mode: its permissions, whatever the umask.
+        path: the file, in an existing folder.
+        content: the new content.
+        mode: its permissions, regardless of the umask.
 
     Raises:
         OSError: it cannot be written; the old content stays.
@@ -41,14 +41,14 @@ def write_atomic(path: Path, content: Content, mode: int = 0o600) -> None:
 
 
 def write_new(path: Path, content: Content, mode: int = 0o600) -> None:
-    """Write a file that is not there yet, and force it to disk; its name is durable once the folder is, too.
+    """Create a file and force it to disk; its name is durable once the folder is forced to disk, too.
 
     Arguments as of `write_atomic`.
 
     Raises:
-        OSError: it is there, or cannot be written; then nothing of it stays.
+        OSError: it exists, or cannot be written; then nothing of it stays.
     """
-    path.touch(0o600, exist_ok=False)  # before there is anything in it
+    path.touch(0o600, exist_ok=False)  # private before it has content
     try:
         if callable(content):
             content(path)
@@ -62,65 +62,65 @@ def write_new(path: Path, content: Content, mode: int = 0o600) -> None:
 
 
 def force_to_disk(path: Path) -> None:
-    """Return when a file's content, or a folder's list of files, would outlive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until a file's content, or a folder's list of files, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def make_private_folder(path: Path) -> None:
-    """Make a folder that its owner alone may enter, whatever the umask; one that is there is kept private.
+    """Create a folder that only its owner may enter, regardless of the umask; make an existing one private.
 
     Raises:
-        OSError: it cannot be made.
-        StateError: 513 as `keep_private`.
+        OSError: it cannot be created.
+        StateError: 513 as in `keep_private`.
     """
     path.mkdir(0o700, parents=True, exist_ok=True)
     keep_private(path)
 
 
 def keep_private(path: Path) -> None:
-    """Take away what rights group and others have to a file or folder of ours.
+    """Remove all permissions of group and others from a file or folder.
 
     Raises:
         StateError: 513 it is another user's, or a folder of all users (such as /tmp).
     """
     mode = path.stat().st_mode
-    if not mode & _OTHERS:
+    if not mode & _OTHERS_RIGHTS:
         return
     try:
         if mode & stat.S_ISVTX:
             raise PermissionError
-        path.chmod(stat.S_IMODE(mode) & ~_OTHERS)
+        path.chmod(stat.S_IMODE(mode) & ~_OTHERS_RIGHTS)
     except PermissionError:
-        remedy = "name a place of your own, or a folder below it, which is made for you alone."
+        remedy = "name a folder of your own, or a new one inside it, which is created for you alone."
         raise StateError(513, f"{path} is shared with other users.", remedy) from None
 
 
 def read_secret_file(path: Path) -> bytes:
-    """The secret in `path`; OSError: it cannot be read, ValueError: says that others may read it, or why it is none."""
-    if path.stat().st_mode & _OTHERS:
+    """Return the secret in `path`; OSError if it cannot be read, ValueError if it is invalid or others may read it."""
+    if path.stat().st_mode & _OTHERS_RIGHTS:
         raise ValueError("may be read by other users")
     secret = path.read_bytes()
     if len(secret) != SECRET_BYTES:
-        raise ValueError(f"has {len(secret)} bytes in place of {SECRET_BYTES}")
+        raise ValueError(f"has {len(secret)} bytes instead of {SECRET_BYTES}")
     return secret
 
 
 def make_secret_file(path: Path) -> bytes:
-    """A new secret, durable in `path` with mode 0600: whole, or not at all.
+    """Create a secret in `path` with mode 0600, durably and atomically, and return it.
 
     Raises:
-        FileExistsError: there is one.
+        FileExistsError: the file exists.
         OSError: it cannot be written.
     """
     secret = secrets.token_bytes(SECRET_BYTES)
     draft = _draft_of(path)
     write_new(draft, secret)
     try:
-        os.link(draft, path)  # unlike a rename, it never replaces one that another process made meanwhile
+        os.link(draft, path)  # unlike a rename, never replaces one that another process created meanwhile
     finally:
         draft.unlink()
     force_to_disk(path.parent)
@@ -128,5 +128,5 @@ def make_secret_file(path: Path) -> bytes:
 
 
 def _draft_of(path: Path) -> Path:
-    """A name beside `path` that no other writer has."""
+    """Return a unique name beside `path`."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.draft")

@@ -1,4 +1,4 @@
-"""Tensors as the content of a file."""
+"""Tensors as safetensors files."""
 
 import os
 import re
@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 def as_safetensors(
     tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> Callable[[Path], None]:
-    """Content for `write_atomic`: a safetensors file with these tensors, of any shape and dtype.
+    """Return content for `write_atomic`: a safetensors file with these tensors, of any shape and dtype.
 
-    It raises OSError when the file cannot be written, as a file of bytes would.
+    It raises OSError if the file cannot be written, like content of bytes.
     """
 
     def write(path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Codecs: a tensor as bytes, and back.
+"""Codecs between tensors and bytes.
 
-    codec   bytes per value   parameter        what is lost
+    codec   bytes per value   parameter        precision lost
     raw     as in memory      0                nothing (any dtype of `DTYPES`)
     fp32    4                 0                nothing
     fp16    2                 exponent k       below 2^-11 of each value: fp16 of x * 2^k
@@ -8,8 +8,8 @@
     int8    1 + scales        0                half a step of 1/127 of the row's largest value
 
 All but "raw" need dtype float32. Bytes are little-endian. Every dimension is >= 1, floating-point
-values are finite. The same tensor always gives the same bytes: each operation below is exact or
-rounds as IEEE 754 demands, so neither the processor nor the number of threads can show.
+values are finite. Equal tensors give equal bytes on any processor and with any number of threads:
+each operation below is exact, or rounds as IEEE 754 demands.
 """
 
 import math
@@ -25,7 +25,7 @@ import zstandard
 from nightsplit.shared.errors import Refused
 
 FloatCodec = Literal["fp32", "fp16", "bf16", "int8"]
-"""Codecs of float32, among which a run chooses."""
+"""Codecs of float32 that a run can choose."""
 Codec = Literal["raw", FloatCodec]
 
 if sys.byteorder != "little":
@@ -33,7 +33,7 @@ if sys.byteorder != "little":
 
 with warnings.catch_warnings():
     # torch warns once per process about a tensor over read-only bytes. Ours are never written in
-    # place (`Message` says so), and filtering around each call would not be safe between threads.
+    # place (see `Message`), and a filter around each call would not be thread-safe.
     warnings.simplefilter("ignore")
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
@@ -44,10 +44,10 @@ DTYPES: dict[str, torch.dtype] = {
         *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
     )
 }
-"""The only dtypes that travel, by their name on the wire."""
+"""Dtypes allowed in a message, by their name on the wire."""
 
 REMEDIES: dict[int, str] = {
-    301: "let only nightsplit workers publish here, and look at the dead letter with its reason.",
+    301: "allow only nightsplit workers to publish here, and inspect the dead letter and its reason.",
     302: "run the same nightsplit version at the site and at the server.",
     303: "run the same nightsplit version at the site and at the server.",
     304: "give site and server the same run.toml and the same nightsplit version.",
@@ -55,24 +55,24 @@ REMEDIES: dict[int, str] = {
     306: "give site and server the same run.toml: the model and the cut decide the shapes.",
     307: "lower the learning rate or clip gradients at the sender, and check its data for NaN.",
     308: "use a smaller batch or a smaller codec, or raise the limit at the broker and in run.toml.",
-    309: "look at the dead letter with its reason, and at whatever sits between site and broker.",
-    311: "look at the dead letter with its reason; a nightsplit worker never sends such bytes.",
+    309: "inspect the dead letter and its reason, and any proxy between site and broker.",
+    311: "inspect the dead letter and its reason; a nightsplit worker never sends such bytes.",
 }
 
 
 def refusal(number: int, sentence: str) -> Refused:
-    """The `Refused` of this number, with the remedy that belongs to it."""
+    """Return the `Refused` with this number and its remedy."""
     return Refused(number, sentence, REMEDIES[number])
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """How one tensor lies in a message: a row of the header.
+    """Description of an encoded tensor: one row of the header.
 
     Attributes:
-        name: of the tensor in its message.
+        name: name of the tensor within its message.
         codec: key of the table above.
-        zstd: the encoded bytes are one zstd frame that states its content size.
+        zstd: whether the encoded bytes are one zstd frame that states its content size.
         dtype: dtype before encoding and after decoding.
         shape: length per dimension, each >= 1.
         parameter: the codec's parameter, an integer.
@@ -89,26 +89,26 @@ class Entry:
 
     @property
     def encoded_size(self) -> int:
-        """Bytes that the codec makes, before compression."""
+        """Encoded bytes before compression."""
         return encoded_size(self.codec, self.dtype, self.shape)
 
 
 def encoded_size(codec: Codec, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """Bytes that a codec makes of a tensor, before compression; follows from dtype and shape alone."""
+    """Return the encoded bytes of a tensor before compression; they depend on dtype and shape alone."""
     return _METHODS[codec].size(dtype, shape)
 
 
 def encode(name: str, tensor: torch.Tensor, codec: Codec, zstd: bool) -> tuple[Entry, bytes | memoryview]:
-    """Turn a tensor into bytes.
+    """Encode a tensor.
 
     With "raw" and "fp32" and no zstd the bytes are a view of a contiguous tensor's own memory: it
     must not be written to until they have been sent.
 
     Args:
-        name: of the tensor in its message.
+        name: name of the tensor within its message.
         tensor: dense, on the CPU, any strides; float32 unless the codec is "raw".
-        codec: how to encode it.
-        zstd: compress the encoded bytes at level 1.
+        codec: codec to use.
+        zstd: whether to compress the encoded bytes, at level 1.
 
     Raises:
         Refused: 305 dtype, layout or device; 306 a dimension of 0; 307 not finite.
@@ -128,13 +128,13 @@ def encode(name: str, tensor: torch.Tensor, codec: Codec, zstd: bool) -> tuple[E
 
 
 def decode(entry: Entry, body: bytes, offset: int) -> torch.Tensor:
-    """Turn the bytes of `body` at `offset` back into a tensor of the entry's dtype and shape.
+    """Decode the bytes of `body` at `offset` into a tensor of the entry's dtype and shape.
 
     "raw" and "fp32" without zstd give a view of `body`: never write to it in place.
 
     Raises:
-        Refused: 305 dtype, parameter or a bool that is none; 307 not finite; 309 the entry's length
-            is not that of its shape or runs past the body; 311 the zstd frame.
+        Refused: 305 dtype, parameter or an invalid bool; 307 not finite; 309 the entry's length
+            does not match its shape or runs past the body; 311 the zstd frame.
     """
     _check_dtype(entry.name, entry.dtype, entry.codec)
     method = _METHODS[entry.codec]
@@ -152,11 +152,11 @@ def decode(entry: Entry, body: bytes, offset: int) -> torch.Tensor:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """True when no value is NaN or infinite; always true for integers and bool."""
+    """Return whether no value is NaN or infinite; always True for integers and bool."""
     if not tensor.is_floating_point():
         return True
-    # A sum is finite only if all its terms are, and costs a quarter of a search. A sum that
-    # overflows proves nothing: then search.
+    # A sum is finite only if all its terms are, and costs a quarter of a search. Search only when
+    # the sum overflows, which proves nothing.
     return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
@@ -168,16 +168,15 @@ def _check_dtype(name: str, dtype: torch.dtype, codec: Codec) -> None:
 def _check_values(name: str, tensor: torch.Tensor) -> None:
     if not is_finite(tensor):
         raise refusal(307, f"Tensor '{name}' holds NaN or infinite values.")
-    # Any other byte would be a bool that is neither True nor False.
     if tensor.dtype == torch.bool and tensor.view(torch.uint8).amax() > 1:
-        raise refusal(305, f"Tensor '{name}' is said to be bool and holds other values.")
+        raise refusal(305, f"Tensor '{name}' of dtype bool holds bytes other than 0 and 1.")
 
 
 def _decompress(entry: Entry, frame: memoryview) -> bytes:
-    """Inflate exactly `entry.encoded_size` bytes, and not one if the frame announces any other size.
+    """Decompress exactly `entry.encoded_size` bytes, and none if the frame announces any other size.
 
     zstandard ignores `max_output_size` when a frame states its content size: 16 KB could become
-    512 MB. So the stated size is compared first; then it is also what gets allocated.
+    512 MB. So the stated size, which is also the size allocated, is compared first.
     """
     try:
         stated = zstandard.frame_content_size(frame)
@@ -201,16 +200,16 @@ def _decode_plain(entry: Entry, body: bytes, offset: int) -> torch.Tensor:
     return _view(body, offset, entry.dtype, entry.shape)
 
 
-_ROUNDS_FINITE = torch.finfo(torch.bfloat16).max  # above it, 16 bits may round up to infinity
-_EXPONENTS = range(-113, 127)  # from float32's maximum to where 2^k and 2^-k both are normal numbers
+_BF16_MAX = torch.finfo(torch.bfloat16).max  # larger values may round up to infinity
+_EXPONENTS = range(-113, 127)  # from float32's maximum to the last k with 2^k and 2^-k both normal numbers
 
 
 def _encode_fp16(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     # Gradients of 1e-6 would be fp16 subnormals of a few bits. A power of two that lifts the
     # largest value to [2^14, 2^15) costs no precision, and leaves 29 octaves of normal numbers.
     largest = tensor.abs().amax().item()
-    if largest > _ROUNDS_FINITE:
-        return _encode_fp16(tensor.clamp(-_ROUNDS_FINITE, _ROUNDS_FINITE))
+    if largest > _BF16_MAX:
+        return _encode_fp16(tensor.clamp(-_BF16_MAX, _BF16_MAX))
     exponent = min(15 - math.frexp(largest)[1], _EXPONENTS[-1]) if largest else 0
     return (tensor * 2.0**exponent).to(torch.float16), exponent
 
@@ -222,7 +221,7 @@ def _decode_fp16(entry: Entry, body: bytes, offset: int) -> torch.Tensor:
 def _encode_bf16(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     encoded = tensor.to(torch.bfloat16)
     if not is_finite(encoded):
-        encoded = tensor.clamp(-_ROUNDS_FINITE, _ROUNDS_FINITE).to(torch.bfloat16)
+        encoded = tensor.clamp(-_BF16_MAX, _BF16_MAX).to(torch.bfloat16)
     return encoded, 0
 
 
@@ -230,19 +229,19 @@ def _decode_bf16(entry: Entry, body: bytes, offset: int) -> torch.Tensor:
     return _view(body, offset, torch.bfloat16, entry.shape).to(torch.float32)
 
 
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # a row of zeros divides by this
-_LARGEST_SCALE = torch.finfo(torch.float32).max / 127 * (1 - 2**-24)  # 127 times this is still finite
+_SCALE_MIN = torch.finfo(torch.float32).tiny  # divisor of a row of zeros
+_SCALE_MAX = torch.finfo(torch.float32).max / 127 * (1 - 2**-24)  # 127 times this is still finite
 
 
 def _rows(shape: tuple[int, ...]) -> int:
-    """Rows with a scale of their own: (sample, channel), in two dimensions sample, else the tensor."""
+    """Return the number of int8 scales: one per (sample, channel), per sample in two dimensions, else one."""
     return math.prod(shape[: min(2, max(0, len(shape) - 1))])
 
 
 def _encode_int8(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     rows = _rows(tuple(tensor.shape))
     values = tensor.reshape(rows, -1)
-    scales = (values.abs().amax(1) / 127).clamp_(_SMALLEST_SCALE, _LARGEST_SCALE)
+    scales = (values.abs().amax(1) / 127).clamp_(_SCALE_MIN, _SCALE_MAX)
     encoded = torch.empty(rows * 4 + values.numel(), dtype=torch.uint8)
     encoded[: rows * 4].view(torch.float32).copy_(scales)
     steps = (values / scales[:, None]).round_()
@@ -259,10 +258,10 @@ def _decode_int8(entry: Entry, body: bytes, offset: int) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Method:
-    """All that makes a codec: none of the four can be forgotten.
+    """Implementation of a codec.
 
-    `encode` gives a tensor whose bytes travel, and the parameter; `decode` gets the bytes at an
-    offset; `size` is the number of bytes for a dtype and shape.
+    `encode` returns a tensor whose bytes are sent, and the parameter; `decode` reads the bytes at
+    an offset; `size` returns the number of bytes for a dtype and shape.
     """
 
     encode: Callable[[torch.Tensor], tuple[torch.Tensor, int]]
@@ -279,4 +278,4 @@ _METHODS: dict[Codec, _Method] = {
     "int8": _Method(_encode_int8, _decode_int8, lambda dtype, shape: math.prod(shape) + _rows(shape) * 4),
 }
 if set(_METHODS) != set(get_args(Codec)):
-    raise ImportError(f"codecs without an encoder or unknown: {set(_METHODS) ^ set(get_args(Codec))}")
+    raise ImportError(f"codecs without an implementation or unknown: {set(_METHODS) ^ set(get_args(Codec))}")

@@ -1,4 +1,4 @@
-"""Bytes <-> Message. `docs/reference/wire.md` draws the format and lists what is refused with which number.
+"""Encoding and decoding of whole messages. `docs/reference/wire.md` describes the format and all refusals.
 
     0                  4                      64·a           64·b
     ┌──────────────────┬────────────────┬─────┬────────┬─────┬────────┐
@@ -6,7 +6,7 @@
     └──────────────────┴────────────────┴─────┴────────┴─────┴────────┘
 
 Every part after the header starts at a multiple of 64 and gaps hold zeros; nothing follows the
-last part. A header has exactly one spelling: it must pack back into the bytes it was read from.
+last part. A header has exactly one encoding: it must pack back into the bytes it was read from.
 All sizes are checked before anything is decoded or allocated.
 """
 
@@ -24,19 +24,19 @@ from nightsplit.shared.wire.schema import Payload, TensorSpec
 
 ALIGNMENT = 64
 MAX_EXPANSION = 8
-"""All tensors of a message take at most this many times `max_bytes` once decoded."""
+"""Limit of all decoded tensors of a message, as a multiple of `max_bytes`."""
 
 
 def encode(message: Message, payload: Payload, max_bytes: int) -> list[bytes | memoryview]:
-    """Turn a message into pieces that make the body when joined.
+    """Encode a message into pieces that form the body when joined.
 
     Pieces may be views of the tensors' own memory: these must not be written to until the message
     has been sent. Equal messages give equal bytes.
 
     Args:
-        message: CPU tensors and scalars exactly as `payload` says.
-        payload: the contract of the message's kind.
-        max_bytes: largest body that the broker takes.
+        message: CPU tensors and scalars exactly as `payload` specifies.
+        payload: schema of the message's kind.
+        max_bytes: largest body that the broker accepts.
 
     Raises:
         Refused: 301 a header field, 304-307 the message violates its payload, 308 a limit. All are
@@ -62,17 +62,17 @@ def encode(message: Message, payload: Payload, max_bytes: int) -> list[bytes | m
 
 
 def read_body(head: Head, body: bytes, max_bytes: int) -> Message:
-    """Turn the rest of a body into the message that its head announces.
+    """Decode the rest of a body into the message that its head announces.
 
     Tensors of codec "raw" and "fp32" without zstd are views of `body`, never to be written in place.
 
     Args:
-        head: as `read_head` gave it.
+        head: result of `read_head`.
         body: the same body.
-        max_bytes: a larger body is refused; all tensors decoded take at most 8 times as much.
+        max_bytes: largest body accepted; all decoded tensors take at most `MAX_EXPANSION` times as much.
 
     Raises:
-        Refused: 303-309 or 311, and never anything else, whatever the bytes are.
+        Refused: 303-309 or 311; no bytes raise any other error.
     """
     _check_size(len(body), max_bytes)
     if head.refusal is not None:
@@ -84,12 +84,12 @@ def read_body(head: Head, body: bytes, max_bytes: int) -> Message:
     for entry in entries:
         _check_codec(entry, payload.tensors[entry.name])
     _check_decoded_size(entries, max_bytes)
-    places = zip(entries, list(_offsets(body, head)), strict=True)
-    return Message(head.header, {entry.name: codecs.decode(entry, body, at) for entry, at in places}, head.scalars)
+    rows = zip(entries, list(_offsets(body, head)), strict=True)
+    return Message(head.header, {entry.name: codecs.decode(entry, body, at) for entry, at in rows}, head.scalars)
 
 
 def decode(body: bytes, payload: Payload, max_bytes: int) -> Message:
-    """Turn a body of a known kind into its message: `read_head`, then `read_body`."""
+    """Decode a body of a known kind: `read_head`, then `read_body`."""
     return read_body(read_head(body, lambda header: payload), body, max_bytes)
 
 
@@ -97,11 +97,11 @@ def _check_names(what: str, found: Mapping[str, object], expected: Mapping[str, 
     if found.keys() != expected.keys():
         differing = expected.keys() - found.keys(), found.keys() - expected.keys()
         missing, extra = ([name[:80] for name in heapq.nsmallest(5, names)] for names in differing)
-        raise refusal(304, f"Its {what} lack {missing!r:.200} and have {extra!r:.200} on top.")
+        raise refusal(304, f"Its {what} lack {missing!r:.200} and have the unknown {extra!r:.200}.")
 
 
 def _check_scalars(scalars: Mapping[str, Scalar], payload: Payload) -> None:
-    """Names and exact types (a bool is no int, an int no float), finite values, and their limits."""
+    """Check names, exact types (a bool is no int, an int no float), finite values and limits."""
     _check_names("scalars", scalars, payload.scalars)
     for name, value in scalars.items():
         spec = payload.scalars[name]
@@ -116,7 +116,7 @@ def _check_scalars(scalars: Mapping[str, Scalar], payload: Payload) -> None:
 
 
 def _check_tensors(found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], payload: Payload) -> None:
-    """Names, dtypes and shapes; a named dimension has one length throughout the message."""
+    """Check names, dtypes and shapes; a named dimension has one length throughout the message."""
     _check_names("tensors", found, payload.tensors)
     bound: dict[str, int] = {}
     for name, (dtype, shape) in found.items():
@@ -151,7 +151,7 @@ def _check_decoded_size(entries: Sequence[Entry], max_bytes: int) -> None:
 
 
 def _offsets(body: bytes, head: Head) -> Iterator[int]:
-    """Where each tensor starts, once the gaps and the end have been found right."""
+    """Yield the offset of each tensor; Refused 309 for a gap that is not empty, or a wrong end."""
     end = head.end
     for entry in head.entries:
         start = end + -end % ALIGNMENT

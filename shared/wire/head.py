@@ -1,4 +1,4 @@
-"""The header map of a message: read once, checked by itself, in its one spelling."""
+"""Header map of a message: its only valid encoding, and the checks that need no schema."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from nightsplit.shared.wire.message import WIRE_VERSION, Header, Kind, Scalar
 from nightsplit.shared.wire.schema import Payload
 
 MAX_HEADER = 256 * 1024
-"""Bytes of the packed header."""
+"""Bytes of a packed header."""
 MAX_TENSORS = 2048
-"""Of a message."""
+"""Tensors per message."""
 MAX_SCALARS = 256
-"""Of a message."""
+"""Scalars per message."""
 MAX_DIMENSIONS = 8
-"""Of a tensor."""
+"""Dimensions per tensor."""
 MAX_NAME = 200
-"""Characters of a run, sender or receiver."""
+"""Characters of a run, sender or receiver name."""
 PREFIX = 4
-"""Bytes in front of the map, which tell its length."""
+"""Bytes in front of the map that hold its length."""
 INT64 = range(-(2**63), 2**63)
 
 _NAMES = ("run", "sender", "receiver")
@@ -35,14 +35,15 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The header map of a body, checked by itself.
+    """Decoded header map of a body.
 
     Attributes:
-        header: who says what to whom.
-        payload: schema of the message's kind; None where the kind was not looked up.
-        scalars, entries: as announced. Entries are kept as long as `payload` names them.
-        end: offset behind the map.
-        refusal: why the rows of tensors do not fit `payload`, or there is none; `read_body` raises it.
+        header: header fields.
+        payload: schema of the message's kind; None where it was not looked up.
+        scalars: announced scalars by name.
+        entries: announced tensors, up to the first that does not fit `payload`.
+        end: offset of the first byte after the map.
+        refusal: error that `read_body` raises: tensors that do not fit `payload`, or a kind without one.
     """
 
     header: Header
@@ -54,15 +55,15 @@ class Head:
 
 
 def read_head(body: bytes, payload_of: Callable[[Header], Payload | None] = lambda header: None) -> Head:
-    """Read the header map, once for all; touches no tensor.
+    """Decode the header map of a body, without its tensors.
 
     Args:
-        body: anything at all.
-        payload_of: finds the schema of a header's kind. Refused: what it raises is kept in `Head.refusal`, since a
-            message that has a place in a sequence is refused when its turn comes.
+        body: arbitrary bytes.
+        payload_of: returns the schema of a header's kind. Its Refused is kept in `Head.refusal`, since a message with
+            a sequence number is refused only when its turn comes.
 
     Raises:
-        Refused: 301, 302, 303, 305, 306 or 309, all about the map itself.
+        Refused: 301, 302, 303, 305, 306 or 309: the map itself is invalid.
     """
     packed = _packed_header(body)
     try:
@@ -74,7 +75,7 @@ def read_head(body: bytes, payload_of: Callable[[Header], Payload | None] = lamb
 
 
 def pack_head(header: Header, scalars: Mapping[str, Scalar], entries: Sequence[Entry]) -> bytes:
-    """Spell a header map.
+    """Encode a header map.
 
     Raises:
         Refused: 304 a string is not valid text, 308 a limit.
@@ -94,7 +95,7 @@ def pack_head(header: Header, scalars: Mapping[str, Scalar], entries: Sequence[E
 
 
 def _packer(header: Header, scalars: Mapping[str, Scalar], tensors: int, size: int = 1024) -> Any:
-    """The one spelling of a header, up to its rows: keys in the order of `_KEYS`, scalars and tensors by name."""
+    """Return a packer that holds a header up to its rows: keys in the order of `_KEYS`, scalars sorted by name."""
     fields = [
         WIRE_VERSION,
         *(getattr(header, name) for name in _NAMES),
@@ -129,10 +130,10 @@ def _packed_header(body: bytes) -> memoryview:
 
 
 def _parse(packed: memoryview, payload_of: Callable[[Header], Payload | None]) -> Head:
-    """Read the map piece by piece: its version first, the one field that all wire versions have in common.
+    """Read the map field by field, first its version, the one field that all wire versions share.
 
-    Left alone, msgpack allocates a list of any length that is claimed before it has read one item, a
-    thousand lists deep. So it may make none by itself (0 items): lists and maps are read where they belong.
+    msgpack would allocate a list of any claimed length before reading one item, nested a thousand deep.
+    So its limits are 0 items, and lists and maps are read explicitly where they belong.
     """
     size = len(packed)
     reader = msgpack.Unpacker(raw=False, read_size=size, max_buffer_size=size, max_array_len=0, max_map_len=0)
@@ -150,7 +151,7 @@ def _parse(packed: memoryview, payload_of: Callable[[Header], Payload | None]) -
         fields[key] = reader.unpack()
     header = Header(**fields | {"kind": _kind(fields["kind"])})
     check_header(header)
-    payload, unfit = _looked_up(header, payload_of)
+    payload, unfit = _look_up(header, payload_of)
     scalars = _scalars(reader)
     _expect(reader, "tensors")
     tensors = _length(reader.read_array_header(), MAX_TENSORS)
@@ -163,11 +164,11 @@ def _parse(packed: memoryview, payload_of: Callable[[Header], Payload | None]) -
             unfit = _misfit(entry.name, entries, payload)
             entries.append(entry)
     if packer.getbuffer() != packed:
-        raise refusal(301, "Its header is not spelled as nightsplit spells it (a repeated field?).")
+        raise refusal(301, "Its header is not encoded as nightsplit encodes it (a repeated field?).")
     return Head(header, payload, scalars, entries, PREFIX + size, unfit)
 
 
-def _looked_up(header: Header, payload_of: Callable[[Header], Payload | None]) -> tuple[Payload | None, Refused | None]:
+def _look_up(header: Header, payload_of: Callable[[Header], Payload | None]) -> tuple[Payload | None, Refused | None]:
     try:
         return payload_of(header), None
     except Refused as unfit:
@@ -192,7 +193,7 @@ def _kind(value: object) -> Kind:
 
 
 def shown(value: object) -> str:
-    """Quote a value of a stranger, cut short."""
+    """Quote an untrusted value, cut short."""
     # Cut first: the repr of a string may be ten times as long.
     if isinstance(value, str):
         return repr(value[:80])[:80]
@@ -200,7 +201,7 @@ def shown(value: object) -> str:
 
 
 def check_header(header: Header) -> None:
-    """Check names and counts; Refused 301 says which is none."""
+    """Check names and counts; Refused 301 names the first invalid one."""
     for name in _NAMES:
         value = getattr(header, name)
         if type(value) is not str or not 0 < len(value) <= MAX_NAME or not value.isprintable():
@@ -236,7 +237,7 @@ def _entry(reader: Any) -> Entry:
         raise refusal(305, f"Tensor {shown(name)} has dtype {shown(dtype)}, codec {shown(codec)}.")
     for length in shape:
         if type(length) is not int or length < 1:
-            raise refusal(306, f"Tensor {shown(name)} has a dimension that is no number >= 1.")
+            raise refusal(306, f"Tensor {shown(name)} has a dimension that is not a number >= 1.")
     return Entry(name, _CODECS[codec], zstd, DTYPES[dtype], shape, parameter, nbytes)
 
 

@@ -1,7 +1,7 @@
-"""A message: a frozen header, named tensors and named scalars, and nothing else.
+"""Message: a frozen header, named tensors and named scalars.
 
 Content is a pure function of (configuration, data, run seed, applied history), so that a message
-that is published again after a crash is byte-equal to its first copy, but for the fence.
+published again after a crash is byte-equal to its first copy, except for the fence.
 """
 
 from collections.abc import Mapping
@@ -16,31 +16,31 @@ Scalar = bool | int | float | str
 
 
 class Kind(StrEnum):
-    """What a message is. `nightsplit.shared.protocols` says which payload each kind carries."""
+    """Kind of a message. `nightsplit.shared.protocols` defines the payload of each."""
 
-    MANIFEST = "manifest"  # server -> site: the run as opened; first in every down queue
-    HELLO = "hello"  # site -> server: the site's plan and contract
+    MANIFEST = "manifest"  # server -> site: the open run; first in every down queue
+    HELLO = "hello"  # site -> server: the site's plan and run digest
     SMASHED = "smashed"  # site -> server: activations at the cut
     HEAD_GRADIENT = "head_gradient"  # site -> server: gradient at the head's input (split_u)
     REPORT = "report"  # site -> server: the site's own metrics (split_u, rounds)
     BOTTOM = "bottom"  # site -> server: weights to be averaged
-    UPDATE = "update"  # site -> server: what a site's training changed in the model, a slice of it
+    UPDATE = "update"  # site -> server: change of the model by a site's training, a slice of it
     KEYS = "keys"  # site -> server: public keys, a chunk of them
-    QUERY = "query"  # site -> server: what is to be evaluated, a chunk of it
+    QUERY = "query"  # site -> server: encrypted input, a chunk of it
     CUT_GRADIENT = "cut_gradient"  # server -> site: gradient at the cut
     HEAD_INPUT = "head_input"  # server -> site: activations for the head (split_u)
     AVERAGE = "average"  # server -> site: averaged bottom weights
-    MODEL = "model"  # server -> site: the model that the updates became, a slice of it
-    ANSWER = "answer"  # server -> site: what came of a query, a chunk of it
+    MODEL = "model"  # server -> site: the combined model, a slice of it
+    ANSWER = "answer"  # server -> site: result of a query, a chunk of it
     UNANSWERED = "unanswered"  # server -> site: the query cannot be evaluated
-    NOTED = "noted"  # server -> site: applied, and there is nothing to say
+    NOTED = "noted"  # server -> site: applied; there is no content to return
     REFUSED = "refused"  # server -> site: not applied, counts as applied
     REJECTED = "rejected"  # server -> site: the hello is not accepted
     FINISH = "finish"  # server -> site: the run is over
 
 
 UNSEQUENCED = frozenset({Kind.MANIFEST, Kind.HELLO, Kind.REJECTED})
-"""Kinds whose number would depend on timing: they carry seq 0 and may be repeated."""
+"""Kinds with seq 0, since their number would depend on timing; they may be repeated."""
 
 FROM_SITES = frozenset({
     Kind.HELLO, Kind.SMASHED, Kind.HEAD_GRADIENT, Kind.REPORT, Kind.BOTTOM, Kind.UPDATE, Kind.KEYS, Kind.QUERY,
@@ -50,17 +50,17 @@ FROM_SITES = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Who says what to whom, and where it stands.
+    """Identity of a message: run, sender, receiver, kind and sequence number.
 
     Attributes:
         run: id of the run.
         sender: site name, or `SERVER`.
         receiver: site name, or `SERVER`.
-        kind: what the message is.
+        kind: kind of the message.
         seq: 1, 2, 3... per (run, sender, receiver); 0 for kinds in `UNSEQUENCED`.
-        reply_to: seq of the message that this answers, 0 for none.
-        version: weights of the bottom that made or apply to the content (gradients applied so far).
-        fence: incarnation of the server that sent it; 0 from a site. Not part of the content.
+        reply_to: seq of the message that this one answers; 0 for none.
+        version: version of the bottom's weights (number of gradients applied) that the content belongs to.
+        fence: incarnation of the sending server; 0 from a site. Not part of the content.
     """
 
     run: str
@@ -74,18 +74,18 @@ class Header:
 
     @property
     def message_id(self) -> str:
-        """Equal for every copy of a message, different for different messages."""
+        """Identifier that all copies of a message share, and no other message has."""
         return f"{self.run}/{self.sender}/{self.receiver}/{self.kind}/{self.seq}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Message:
-    """A header with its payload.
+    """Header with tensors and scalars.
 
     Attributes:
-        header: where the message stands.
+        header: identity of the message.
         tensors: CPU tensors by name. From the wire they may be read-only views: never write in place.
-        scalars: small facts by name.
+        scalars: scalars by name.
     """
 
     header: Header
@@ -94,4 +94,4 @@ class Message:
 
 
 SERVER = "server"
-"""Name of the server as sender and receiver; no site may have it."""
+"""Name of the server as sender and receiver; not allowed for a site."""

@@ -1,7 +1,7 @@
-"""The schema of a message kind: exactly which tensors and scalars it carries, and what each tells about patients.
+"""Schema of a message kind: its exact tensors and scalars, and the information about patients that each reveals.
 
-Sender and receiver hold the same `Payload`; what differs from it is refused. A payload that a site sends cannot be
-made unless every part of it says what it reveals, so that a hospital's policy can never be asked about an unknown.
+Sender and receiver hold the same `Payload`; a message that differs from it is refused. A payload that a site sends
+must declare what every part reveals, so that a hospital's policy covers all that leaves the hospital.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from nightsplit.shared.wire.message import FROM_SITES, Kind
 
 
 class Reveals(StrEnum):
-    """How much a tensor or scalar of a message tells about patients; `TELLS` says it in words."""
+    """Information about patients in a tensor or scalar of a message; `TELLS` describes each in words."""
 
     LABELS = "labels"
     ACTIVATIONS = "activations"
@@ -29,18 +29,18 @@ class Reveals(StrEnum):
 
 
 TELLS: Mapping[Reveals, str] = {
-    Reveals.LABELS: "what is to be predicted, of each patient in a message",
+    Reveals.LABELS: "the values to be predicted, of each patient in a message",
     Reveals.ACTIVATIONS: "outputs of the site's layers for each patient in a message",
     Reveals.STORED_ACTIVATIONS: "activations that the server keeps, to train on them again or to replay the run",
-    Reveals.GRADIENTS: "gradients at the head for each patient in a message; labels can be read from them",
-    Reveals.WEIGHTS: "weights that patients of the site have shaped, or what training here changed in them",
+    Reveals.GRADIENTS: "gradients at the head for each patient in a message; labels can be derived from them",
+    Reveals.WEIGHTS: "weights trained on patients of the site, or their change by training at the site",
     Reveals.COUNTS: "numbers of samples, and figures over all held-out patients of the site",
-    Reveals.CIPHERTEXT: "values of patients, encrypted: this site alone can decrypt them",
-    Reveals.NOTHING: "names, places in a sequence and settings of the run",
+    Reveals.CIPHERTEXT: "encrypted values of patients: only this site can decrypt them",
+    Reveals.NOTHING: "names, sequence numbers and settings of the run",
 }
 
 BATCH = "batch"
-"""Name of the dimension along which a tensor holds samples of patients."""
+"""Name of the dimension of patients' samples."""
 
 ScalarType = type[bool] | type[int] | type[float] | type[str]
 
@@ -53,9 +53,9 @@ class TensorSpec:
         dtype: dtype before encoding and after decoding.
         shape: a length per dimension; a name stands for any length >= 1 that is the same wherever
             the name occurs in the message, e.g. ("batch", 16, 32, 32). "batch" counts patients' samples.
-        codec: how it travels; "raw" keeps its bytes, the others need dtype float32.
-        zstd: its encoded bytes are compressed.
-        reveals: what it tells about patients; to be said of what a site sends.
+        codec: encoding on the wire; "raw" keeps its bytes, the others need dtype float32.
+        zstd: whether its encoded bytes are compressed.
+        reveals: its information about patients; required in messages from sites.
     """
 
     dtype: torch.dtype
@@ -71,11 +71,11 @@ class ScalarSpec:
 
     Attributes:
         type: its exact type.
-        reveals: as of a `TensorSpec`.
-        low, high: the smallest and the largest value of a number.
+        reveals: as in `TensorSpec`.
+        low, high: smallest and largest value of a number.
 
     Raises:
-        TypeError: limits of what is no number.
+        TypeError: limits of a type that is not a number.
     """
 
     type: ScalarType
@@ -90,15 +90,15 @@ class ScalarSpec:
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """All that a message of one kind carries; floating-point values must be finite.
+    """Complete content of a message of one kind; floating-point values must be finite.
 
     Attributes:
-        kind: of the message.
+        kind: kind of the message.
         tensors, scalars: its parts by name.
-        sets_weights: the server's message replaces weights of layers that work at the site.
+        sets_weights: whether the server's message replaces weights of layers that the site runs.
 
     Raises:
-        ValueError: a part of what a site sends does not say what it reveals, or a site's message sets weights.
+        ValueError: a part of a site's message does not declare what it reveals, or a site's message sets weights.
     """
 
     kind: Kind
@@ -110,17 +110,17 @@ class Payload:
         if self.kind not in FROM_SITES:
             return
         if silent := ", ".join(name for name, spec in self._parts if spec.reveals is None):
-            raise ValueError(f"{self.kind} leaves a site, so say what it tells of patients (reveals=): {silent}")
+            raise ValueError(f"{self.kind} leaves a site: declare what it reveals about patients (reveals=): {silent}")
         if self.sets_weights:
-            raise ValueError(f"{self.kind} is sent by sites: it sets no weights at one")
+            raise ValueError(f"{self.kind} is sent by sites: it cannot set weights at one")
 
     @property
     def reveals(self) -> frozenset[Reveals]:
-        """What the message tells about patients."""
+        """All information about patients in the message."""
         return frozenset(spec.reveals for _, spec in self._parts if spec.reveals is not None)
 
     def samples(self, shapes: Mapping[str, Sequence[int]]) -> int | None:
-        """Count patients' samples in a message whose tensors have these shapes; None where it holds none by itself."""
+        """Return the number of patients' samples in a message with these shapes; None without a batch dimension."""
         for name, spec in self.tensors.items():
             if BATCH in spec.shape:
                 return shapes[name][spec.shape.index(BATCH)]
@@ -132,12 +132,12 @@ class Payload:
 
 
 Contract = Mapping[Kind, Payload]
-"""The payload of each kind of message that a run has."""
+"""Payload of each kind of message in a run."""
 
 
 def contract(*payloads: Payload) -> Contract:
-    """Return the contract of these payloads; ValueError where two are of one kind."""
+    """Return the contract of these payloads; ValueError if two have the same kind."""
     kinds = {payload.kind: payload for payload in payloads}
     if len(kinds) < len(payloads):
-        raise ValueError("a contract has one payload of each kind")
+        raise ValueError("a contract has one payload per kind")
     return kinds

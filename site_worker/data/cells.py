@@ -11,20 +11,20 @@ from nightsplit.shared.errors import DataError
 
 
 def read_cells(path: Path) -> tuple[dict[str, list[str]], Callable[[int], str]]:
-    """All cells of a CSV or Parquet file as text, by column, and a function that tells where a row stands.
+    """Read all cells of a CSV or Parquet file as text, by column, and a function from a row to its location.
 
     Raises:
-        DataError: 401 missing, unreadable, empty or not UTF-8, 402 two columns of one name,
+        DataError: 401 missing, unreadable, empty or not UTF-8, 402 two columns with the same name,
             403 a line with more cells than the heading.
     """
     try:
-        heading, cells, lines = _parquet(path) if path.suffix.lower() == ".parquet" else _csv(path)
+        heading, cells, lines = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
     except OSError as error:
-        remedy = "check data.path in site.toml and who may read the file."
+        remedy = "check data.path in site.toml, and the permissions of the file."
         raise DataError(401, f"{path}: {error.strerror or error}.", remedy) from None
     if len(set(heading)) != len(heading):
-        twice = next(name for name in heading if heading.count(name) > 1)
-        raise DataError(402, f"{path} has more than one column {twice!r}.", "rename one of them.")
+        duplicate = next(name for name in heading if heading.count(name) > 1)
+        raise DataError(402, f"{path} has more than one column {duplicate!r}.", "rename one of them.")
     if not cells:
         raise DataError(401, f"{path} has no rows.", "check that the export was complete.")
     columns = {name: [row[i] for row in cells] for i, name in enumerate(heading)}
@@ -32,10 +32,10 @@ def read_cells(path: Path) -> tuple[dict[str, list[str]], Callable[[int], str]]:
     return columns, lambda row: f"{path}, {unit} {lines[row]}"
 
 
-Cells = tuple[list[str], list[list[str]], list[int]]  # heading, cells by row, line or row number for people
+Cells = tuple[list[str], list[list[str]], list[int]]  # heading, cells by row, line or row numbers from 1
 
 
-def _csv(path: Path) -> Cells:
+def _read_csv(path: Path) -> Cells:
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
@@ -47,22 +47,22 @@ def _csv(path: Path) -> Cells:
         raise DataError(401, f"{path} is empty or has no heading.", "check that the export was complete.")
     separator = max(",;\t", key=first.count)
     try:
-        # header=None: pandas would otherwise rename columns, and take a column too many for an index.
+        # Without header=None pandas would rename columns, and read an extra column as an index.
         frame = pd.read_csv(
             io.StringIO(text), sep=separator, header=None, dtype=str, na_filter=False, skip_blank_lines=False
         ).fillna("")
     except ValueError as error:  # ParserError, EmptyDataError
         reason = str(error).rpartition("C error: ")[2].strip()
-        remedy = "correct that line: is a quote open, or a separator too many?"
+        remedy = "correct that line: look for an open quote or an extra separator."
         raise DataError(403, f"{path}: {reason}.", remedy) from None
     heading, *cells = frame.to_numpy().tolist()
-    # A quoted cell may span lines, and blank lines are skipped: count as a person would.
+    # Line numbers as an editor shows them: a quoted cell may span lines, and blank lines are skipped.
     lines = list(accumulate((1 + sum(cell.count("\n") for cell in row) for row in [heading, *cells]), initial=1))[1:]
     filled = [i for i, row in enumerate(cells) if any(cell.strip() for cell in row)]
     return [name.strip() for name in heading], [cells[i] for i in filled], [lines[i] for i in filled]
 
 
-def _parquet(path: Path) -> Cells:
+def _read_parquet(path: Path) -> Cells:
     if not path.is_file():
         raise FileNotFoundError(2, "No such file")
     try:
@@ -70,16 +70,16 @@ def _parquet(path: Path) -> Cells:
     except ImportError:
         remedy = "pip install nightsplit[parquet], or save as CSV."
         raise DataError(401, f"{path} is a Parquet file, and pyarrow is not installed.", remedy) from None
-    except Exception as error:  # pyarrow and pandas share no exception for a broken file
-        what = f"{path} is no readable Parquet file ({type(error).__name__})."
-        raise DataError(401, what, "export it again.") from None
+    except Exception as error:  # pyarrow and pandas have no common exception for a broken file
+        sentence = f"{path} is not a readable Parquet file ({type(error).__name__})."
+        raise DataError(401, sentence, "export it again.") from None
     if frame.index.names != [None]:
         frame = frame.reset_index()
-    cells = [[_text(value) for value in row] for row in frame.astype(object).to_numpy().tolist()]
+    cells = [[_to_text(value) for value in row] for row in frame.astype(object).to_numpy().tolist()]
     return [str(name) for name in frame.columns], cells, list(range(1, len(cells) + 1))
 
 
-def _text(value: object) -> str:
+def _to_text(value: object) -> str:
     if isinstance(value, bool):
         return str(int(value))
     return "" if value is None or value is pd.NA or value != value else str(value)

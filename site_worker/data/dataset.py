@@ -1,4 +1,4 @@
-"""A site's data in memory: one row per sample, and the patient each row belongs to."""
+"""A site's data in memory: one row per sample, and the patient of each row."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Dataset:
     """Samples of one site.
 
     Attributes:
-        inputs: float32 (n, features), (n, 1, height, width), or (n, frames, height, width); NaN is a value
-            that was not measured.
+        inputs: float32 (n, features), (n, 1, height, width), or (n, frames, height, width); NaN where a value
+            is missing.
         targets: float32 (n,) for regression (in the label's own unit) and binary (0. or 1.),
             int64 (n,) for multiclass, float32 (n, height, width) of 0. and 1. for segmentation.
-        patients: n names; rows with the same name belong together in every split.
+        patients: name of the patient of each row; the rows of a patient stay together in every split.
     """
 
     inputs: torch.Tensor
@@ -36,13 +36,13 @@ class Dataset:
         return len(self.patients)
 
     def select(self, indices: Sequence[int]) -> Dataset:
-        """The rows at `indices`, in that order."""
-        chosen = torch.tensor(list(indices), dtype=torch.int64)
-        return Dataset(self.inputs[chosen], self.targets[chosen], tuple(self.patients[i] for i in indices))
+        """Return the rows at `indices`, in that order."""
+        rows = torch.tensor(list(indices), dtype=torch.int64)
+        return Dataset(self.inputs[rows], self.targets[rows], tuple(self.patients[i] for i in indices))
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of all contents in order. It stays at the site: a hash confirms a guess of the data."""
+        """sha256 of all contents in order. It must stay at the site: a hash can confirm a guess of the data."""
         digest = hashlib.sha256()
         for tensor in (self.inputs, self.targets):
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -51,16 +51,16 @@ class Dataset:
             digest.update(f"{len(patient)}:{patient}".encode())
         return digest.hexdigest()
 
-    def expect(self, fingerprint: str) -> None:
-        """Check that this is the data a run began with; DataError 409 where it changed in between."""
+    def check_fingerprint(self, fingerprint: str) -> None:
+        """Check that the data is that of the start of the run; DataError 409 if it has changed."""
         if self.fingerprint != fingerprint:
-            what = f"the data's fingerprint is {self.fingerprint[:12]}, the run began with {fingerprint[:12]}."
-            raise DataError(409, what, "restore the files as they were, or start a new run with the new data.")
+            sentence = f"the data's fingerprint is {self.fingerprint[:12]}, the run began with {fingerprint[:12]}."
+            raise DataError(409, sentence, "restore the files as they were, or start a new run with the new data.")
 
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """A dataset divided by patient; a part whose share is 0 is empty."""
+    """Dataset divided by patient; a split with share 0 is empty."""
 
     train: Dataset
     validation: Dataset
@@ -68,5 +68,5 @@ class Splits:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Samples of each part, by what a user calls it."""
+        """Number of samples of each split, by the split's name in texts."""
         return {"training": len(self.train), "validation": len(self.validation), "test": len(self.test)}

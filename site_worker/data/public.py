@@ -1,4 +1,4 @@
-"""Where the public data sets of the examples come from. The project contains none of their data."""
+"""Sources of the public data sets of the examples, which are not part of the project."""
 
 from pathlib import PurePath
 
@@ -27,8 +27,8 @@ _ORIGINS = {
 }
 
 
-def how_to_get(path: str) -> str | None:
-    """What to download, if a folder in `path` has the name of a data set that the examples use."""
+def download_hint(path: str) -> str | None:
+    """Return instructions to download a data set of the examples, if a folder in `path` has its name."""
     for part in PurePath(path).parts:
         name = part.lower().removesuffix("-v1.1")
         if name in _ORIGINS:

@@ -1,7 +1,7 @@
-"""Dividing patients into training, validation and test.
+"""Division of patients into training, validation and test.
 
 Patients are ordered by a hash of their name and the seed. The order does not depend on the order of the file, on the
-platform or on a library's random generator, and a patient who is added later does not shuffle the others.
+platform or on a library's random generator, and adding a patient later does not reorder the others.
 """
 
 import hashlib
@@ -14,30 +14,29 @@ from nightsplit.site_worker.data.dataset import Dataset, Splits
 
 
 def shuffled(patients: Iterable[str], seed: int | str) -> list[str]:
-    """The distinct names in an order that depends on the names and the seed alone."""
+    """Return the distinct names in an order that is a function of names and seed."""
     return sorted(set(patients), key=lambda name: (hashlib.sha256(f"{seed}/{name}".encode()).digest(), name))
 
 
 def split(dataset: Dataset, task: TaskSection, validation: float, test: float, seed: int) -> Splits:
     """Divide a dataset by patient; the rows of a patient stay together, in the dataset's order.
 
-    For classification each part gets the classes in the proportion of the whole as far as whole
-    patients allow, and every class keeps a patient in training. A patient's class is the most
-    frequent one of its rows (the higher one if two are equally frequent).
+    For classification the splits are stratified as far as whole patients allow, and every class keeps a patient in
+    training. A patient's class is the most frequent class of its rows (the higher of two equally frequent ones).
 
     `validation` and `test` are shares of the patients, 0 for none; `seed` is the run's.
 
     Raises:
-        DataError: 405 too few patients, 404 a single class in the training part.
+        DataError: 405 too few patients, 404 a single class in the training split.
     """
-    strata = _strata(dataset, task, seed)
+    strata = _stratify(dataset, task, seed)
     sizes = [len(names) for names in strata]
     patients, held_out = sum(sizes), (validation > 0) + (test > 0)
     needed = max(1, len(strata)) + held_out
     if patients < needed:
-        whom = f"{needed - held_out} for training (one per class), one for each of {held_out} held-out splits"
-        what = f"the site has {patients} of the {needed} patients needed: {whom}."
-        raise DataError(405, what, "add patients, or set data.validation or data.test to 0 in run.toml.")
+        parts = f"{needed - held_out} for training (one per class), one for each of {held_out} held-out splits"
+        sentence = f"the site has {patients} of the {needed} patients needed: {parts}."
+        raise DataError(405, sentence, "add patients, or set data.validation or data.test to 0 in run.toml.")
     room = patients - len(strata)
     tests = min(max(round(patients * test), 1), room - (validation > 0)) if test else 0
     validations = min(max(round(patients * validation), 1), room - tests) if validation else 0
@@ -62,8 +61,8 @@ def _has_classes(task: TaskSection) -> bool:
     return task.kind in ("binary", "multiclass")
 
 
-def _strata(dataset: Dataset, task: TaskSection, seed: int) -> list[list[str]]:
-    """Patients by class, in classes' order; one list where there are none. Each list is shuffled."""
+def _stratify(dataset: Dataset, task: TaskSection, seed: int) -> list[list[str]]:
+    """Return the shuffled patients of each class, in the order of classes; one list for a task without classes."""
     if not _has_classes(task):
         return [shuffled(dataset.patients, f"split/{seed}")]
     labels: defaultdict[str, Counter[int]] = defaultdict(Counter)
@@ -76,7 +75,7 @@ def _strata(dataset: Dataset, task: TaskSection, seed: int) -> list[list[str]]:
 
 
 def _apportion(total: int, sizes: Sequence[int], room: Sequence[int]) -> list[int]:
-    """`total` in proportion to `sizes`, by largest remainder, never above `room` (whose sum suffices)."""
+    """Apportion `total` to `sizes` by largest remainder, at most `room` each; the sum of `room` is at least `total`."""
     exact = [total * size / sum(sizes) for size in sizes]
     counts = [min(int(share), free) for share, free in zip(exact, room, strict=True)]
     while sum(counts) < total:
@@ -88,6 +87,6 @@ def _apportion(total: int, sizes: Sequence[int], room: Sequence[int]) -> list[in
 def _check_classes(train: Dataset) -> None:
     only, *others = {int(target) for target in train.targets.tolist()}
     if not others:
-        what = f"all {len(train)} training rows are of class {only} (entry {only + 1} of data.classes)."
-        together = "train this site's patients together with those of another site."
-        raise DataError(404, what, f"check data.label and data.classes, add patients of another class, or {together}")
+        sentence = f"all {len(train)} training rows are of class {only} (entry {only + 1} of data.classes)."
+        remedy = "train this site's patients together with those of another site."
+        raise DataError(404, sentence, f"check data.label and data.classes, add patients of another class, or {remedy}")

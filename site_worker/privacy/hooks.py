@@ -1,7 +1,7 @@
 """Opacus' hooks for gradients of single records, with a faster rule for convolutions.
 
 Opacus copies the input of a convolution once for every element of the kernel (unfold), and then multiplies. Here
-it is copied once for every column of the kernel: shifted by a row, a copy is its own slice.
+the input is copied once for every column of the kernel: a shift by a row is a slice of that copy.
 """
 
 from typing import Any, ClassVar
@@ -13,23 +13,25 @@ from torch import nn
 from torch.nn import functional
 
 Gradients = dict[torch.Tensor, torch.Tensor]
-"""(batch, *shape) for each parameter that is trained."""
+"""Gradients (batch, *shape) of single records, by trainable parameter."""
 
 
-def convolution(layer: nn.Conv2d, activations: list[torch.Tensor], backprops: torch.Tensor) -> Gradients:
-    """Gradients of single records, by input [(batch, channels, h, w)] and gradient at the output (batch, o, h', w')."""
+def conv_grad_sample(layer: nn.Conv2d, activations: list[torch.Tensor], backprops: torch.Tensor) -> Gradients:
+    """Compute gradients from the input [(batch, channels, h, w)] and the gradient at the output (batch, o, h', w')."""
     if layer.groups > 1 or isinstance(layer.padding, str) or layer.padding_mode != "zeros":
         return dict(compute_conv_grad_sample(layer, activations, backprops))
     return _gradients(layer, _kernel(layer, activations[0], backprops), backprops)
 
 
-def transposed(layer: nn.ConvTranspose2d, activations: list[torch.Tensor], backprops: torch.Tensor) -> Gradients:
-    """As `convolution`: input and output have changed places."""
+def conv_transpose_grad_sample(
+    layer: nn.ConvTranspose2d, activations: list[torch.Tensor], backprops: torch.Tensor
+) -> Gradients:
+    """Compute gradients as `conv_grad_sample`, with input and output exchanged."""
     return _gradients(layer, _kernel(layer, backprops, activations[0]), backprops)
 
 
 def _kernel(layer: nn.Conv2d | nn.ConvTranspose2d, wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
-    """(batch, o, c, *kernel): `wide` (batch, c, h, w) under the kernel, times `narrow` (batch, o, h', w')."""
+    """Return (batch, o, c, *kernel): `wide` (batch, c, h, w) under the kernel, times `narrow` (batch, o, h', w')."""
     batch, outputs, height, width = narrow.shape
     rows, columns = layer.kernel_size
     (down, right), (row, column) = layer.stride, layer.dilation
@@ -55,17 +57,17 @@ def _gradients(layer: nn.Conv2d | nn.ConvTranspose2d, kernel: torch.Tensor, back
 
 
 def has_rule(module: nn.Module) -> bool:
-    """Whether a layer is none of those for which there is no rule here; Opacus has some for its own versions."""
-    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+    """Return whether gradients of single records can be computed for a layer."""
+    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):  # Opacus has rules for its own versions of them
         return False
     return not (isinstance(module, nn.ConvTranspose2d) and module.groups > 1)
 
 
-class Hooked(GradSampleModule):  # type: ignore[misc]  # Opacus has no type hints
-    """A module whose parameters get `grad_sample`, (batch, *shape), from a backward of a sum of losses."""
+class PerSampleModule(GradSampleModule):  # type: ignore[misc]  # Opacus has no type hints
+    """Module that stores `grad_sample`, (batch, *shape), in each parameter in the backward of a sum of losses."""
 
     GRAD_SAMPLERS: ClassVar[dict[type[nn.Module], Any]] = {
-        **GradSampleModule.GRAD_SAMPLERS, nn.Conv2d: convolution, nn.ConvTranspose2d: transposed,
+        **GradSampleModule.GRAD_SAMPLERS, nn.Conv2d: conv_grad_sample, nn.ConvTranspose2d: conv_transpose_grad_sample,
     }  # fmt: skip
 
     def __init__(self, module: nn.Module) -> None:

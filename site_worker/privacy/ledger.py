@@ -1,10 +1,10 @@
-"""What all runs have spent on a site's data: written durably before what it pays for leaves the site.
+"""The durable ledger of the privacy that all runs have spent on a site's data.
 
-One row per run, whatever became of it: runs that only tried out a setting have seen the data, too. A row says
-how many steps are paid for; a replay after a crash pays for the same steps, which costs nothing. Beside it,
-the records of each patient in the run, under a name that only the site's secret can make.
+It has one row per run, also for failed runs and trials, which have used the data, too. A row holds the number of steps
+that are paid for, before weights that contain them leave the site; paying again in a replay after a crash costs
+nothing. A second table holds the number of records of each patient in a run, under a keyed hash.
 
-Each row is sealed with the secret. So a bit that flipped is found, and a row that somebody wrote by hand.
+Each row has a seal, a hash keyed with the site's secret, so that damaged and forged rows are detected.
 """
 
 import operator
@@ -19,7 +19,7 @@ from typing import Any
 
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.storage.sqlite import explain, open_database, transaction
-from nightsplit.site_worker.privacy.accounting import Spent, Use, epsilon_of, patient_epsilon
+from nightsplit.site_worker.privacy.accounting import Epsilon, Use, epsilon_of, patient_epsilon
 from nightsplit.site_worker.privacy.secret import Secret, make_secret, read_secret
 
 _SCHEMA = """
@@ -37,13 +37,13 @@ _RESTORE = "restore ledger and key from a backup; the privacy spent is not known
 
 @dataclass(frozen=True)
 class Entry:
-    """A run in the ledger.
+    """Row of a run in the ledger.
 
     Attributes:
-        identity: keyed hash of its contract and training data: of all that its noise depends on.
-        records: the site's training records in it.
+        identity: keyed hash of the run's digest and training data, on which its noise depends.
+        records: number of the site's training records.
         use: rate, noise, and the steps that are paid for.
-        patients: keyed hash of who took part with how many records.
+        patients: keyed hash of the patients and their numbers of records.
     """
 
     run: str
@@ -56,88 +56,89 @@ class Entry:
 
 @dataclass(frozen=True)
 class Total:
-    """What runs together have spent, at the smallest delta of any.
+    """Epsilon of several runs together.
 
     Attributes:
-        delta: that one; None when there is no run.
-        record: of a record that took part in all of them.
-        patient: of the patient who lost most, all records together.
-        patient_records: the most records that this patient had in a run.
+        delta: smallest delta of any run; None if there is no run.
+        record: epsilon of a record that was in all runs.
+        patient: largest epsilon of a patient, for all records together.
+        patient_records: largest number of records of this patient in a run.
     """
 
     delta: float | None
-    record: Spent
+    record: Epsilon
     patient: float
     patient_records: int
 
 
 class Ledger:
-    """The ledger of a site, made with its secret where both are missing; RunError 612 where it cannot be used.
+    """Ledger of a site, created with its secret if both are missing; RunError 612 if it cannot be used.
 
-    It is a SQLite file, the secret is beside it, with the suffix .key. Processes of one host may share it.
+    The ledger is a SQLite file; the secret is beside it, with the suffix .key. Processes of one host may share both.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         key = path.with_suffix(".key")
-        with self._trouble():
+        with self._errors():
             self._rows = open_database(path, _SCHEMA)
             if self._rows.execute("PRAGMA quick_check").fetchone() != ("ok",):
-                raise self._unusable("the file is damaged")
-            self.secret = self._own(key)
+                raise self._error("the file is damaged")
+            self.secret = self._open_secret(key)
 
     def close(self) -> None:
-        """Release the file."""
+        """Close the file."""
         self._rows.close()
 
     def begin(
-        self, run: str, identity: str, use: Use, delta: float, patients: Sequence[str], most: float | None
+        self, run: str, identity: str, use: Use, delta: float, patients: Sequence[str], epsilon_max: float | None
     ) -> Entry:
-        """Enter a run, or find it entered. Nothing is spent yet.
+        """Return the entry of a run, after making one without steps for a new run.
 
         Args:
-            identity: what must not change under the run's id: its contract, and the training data's fingerprint.
-            use: rate, noise, and all the steps that it plans. A run that is entered keeps its first noise.
-            patients: of each training record, whose it is.
-            most: epsilon that all runs together may spend on a record; None without limit.
+            identity: text that must not change under this id: the run's digest and the training data's fingerprint.
+            use: rate, noise, and all planned steps. An existing entry keeps its noise.
+            patients: patient of each training record.
+            epsilon_max: largest epsilon that all runs together may spend on a record; None without limit.
 
         Raises:
-            RunError: 611 the planned steps would exceed `most`; 612; 613 the id was used with another identity.
+            RunError: 611 the planned steps would exceed `epsilon_max`; 612; 613 the id was used with another identity.
         """
         counts = sorted((self.secret.derive("patient", name).key, n) for name, n in Counter(patients).items())
         keyed = self.secret.derive("identity", identity).key
         entry = Entry(run, keyed, len(patients), replace(use, steps=0), delta, self._digest(counts))
-        with self._trouble():
-            known = {other.run: other for other in self.entries()}
-            found = known.get(run, entry)
+        with self._errors():
+            entries = {other.run: other for other in self.entries()}
+            found = entries.get(run, entry)
             if (found.identity, found.patients) != (entry.identity, entry.patients):
                 remedy = "give the new run another run.id; what the old one spent stays counted."
                 raise RunError(613, f"run {run!r} is in {self._path} with other data, patients or settings.", remedy)
-            self._refuse_above(most, {**known, run: replace(found, use=replace(found.use, steps=use.steps))}, run)
-            if run not in known:
+            planned = replace(found, use=replace(found.use, steps=use.steps))
+            self._check_budget(epsilon_max, {**entries, run: planned}, run)
+            if run not in entries:
                 with transaction(self._rows):
                     row = (run, keyed, entry.records, use.rate, use.sigma, delta, 0, entry.patients, self._seal(entry))
                     self._rows.execute("INSERT INTO run VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
                     self._rows.executemany("INSERT INTO patient VALUES (?, ?, ?)", [(run, *c) for c in counts])
         return found
 
-    def spend(self, run: str, steps: int, most: float | None) -> None:
-        """Pay for the steps 1 to `steps` of a run that has begun; those paid before cost nothing more.
+    def spend(self, run: str, steps: int, epsilon_max: float | None) -> None:
+        """Pay for the steps 1 to `steps` of a run with an entry; steps paid before cost nothing more.
 
         Raises:
-            RunError: 611 all runs together would exceed `most`: nothing is written; 612.
+            RunError: 611 all runs together would exceed `epsilon_max`: nothing is written; 612.
         """
-        with self._trouble():
+        with self._errors():
             while True:
                 before = self.entries()
-                known = {entry.run: entry for entry in before}
-                if run not in known:
-                    raise self._unusable(f"run {run!r} is gone from it")
-                if steps <= known[run].use.steps:
+                entries = {entry.run: entry for entry in before}
+                if run not in entries:
+                    raise self._error(f"run {run!r} is missing from it")
+                if steps <= entries[run].use.steps:
                     return
-                paid = replace(known[run], use=replace(known[run].use, steps=steps))
-                self._refuse_above(most, {**known, run: paid}, run)
-                # The arithmetic takes long, so the file is not held meanwhile: look again.
+                paid = replace(entries[run], use=replace(entries[run].use, steps=steps))
+                self._check_budget(epsilon_max, {**entries, run: paid}, run)
+                # The check is slow and does not lock the file: repeat it if another process wrote meanwhile.
                 with transaction(self._rows):
                     if self.entries() == before:
                         row = (steps, self._seal(paid), run)
@@ -145,79 +146,80 @@ class Ledger:
                         return
 
     def entries(self) -> list[Entry]:
-        """Every run, in the order of entering; RunError 612 where they cannot be read."""
-        with self._trouble():
-            return [self._entry(row) for row in self._rows.execute("SELECT * FROM run ORDER BY rowid").fetchall()]
+        """Return all entries, oldest first; RunError 612 if they cannot be read."""
+        with self._errors():
+            return [self._parse_entry(row) for row in self._rows.execute("SELECT * FROM run ORDER BY rowid").fetchall()]
 
     def total(self, run: str | None = None) -> Total:
-        """What all runs together have spent, or one run alone; RunError 612 where that cannot be read."""
+        """Return the epsilon of all runs together, or of one run; RunError 612 if the entries cannot be read."""
         entries = [entry for entry in self.entries() if entry.use.steps and run in (None, entry.run)]
         if not entries:
-            return Total(None, Spent(0.0, 0.0), 0.0, 0)
+            return Total(None, Epsilon(0.0, 0.0), 0.0, 0)
         delta = min(entry.delta for entry in entries)
         uses = [entry.use for entry in entries]
-        with self._trouble():
-            shares = [dict(self._patients(entry.run)) for entry in entries]
-        # Who has no more records than another patient, in no run, has lost no more.
+        with self._errors():
+            shares = [dict(self._read_patients(entry.run)) for entry in entries]
+        # Only profiles (records in each run) that no other dominates can have the largest epsilon.
         profiles = {tuple(share.get(patient, 0) for share in shares) for patient in set().union(*shares)}
-        largest = [one for one in profiles if not any(_covers(other, one) for other in profiles)]
-        worst = max((patient_epsilon(list(zip(uses, one, strict=True)), delta), max(one)) for one in largest)
+        largest = [profile for profile in profiles if not any(_dominates(other, profile) for other in profiles)]
+        worst = max((patient_epsilon(list(zip(uses, each, strict=True)), delta), max(each)) for each in largest)
         return Total(delta, epsilon_of(uses, delta), *worst)
 
-    def _refuse_above(self, most: float | None, runs: dict[str, Entry], run: str) -> None:
-        if most is None:
+    def _check_budget(self, epsilon_max: float | None, entries: dict[str, Entry], run: str) -> None:
+        if epsilon_max is None:
             return
-        delta = min(entry.delta for entry in runs.values())
-        spent = epsilon_of([entry.use for entry in runs.values()], delta).pld
-        if spent > most:
-            all_runs = f"over all {len(runs)} runs (delta {delta:g}); policy.toml allows {most:g}."
-            what = f"run {run!r} would bring the epsilon of a record to {spent:.3g} {all_runs}"
-            planned = "plan it with a smaller privacy.epsilon; only the hospital may raise max_epsilon."
-            raise RunError(611, what, f"let the run end here, or {planned}")
+        delta = min(entry.delta for entry in entries.values())
+        spent = epsilon_of([entry.use for entry in entries.values()], delta).pld
+        if spent > epsilon_max:
+            limit = f"over all {len(entries)} runs (delta {delta:g}); policy.toml allows {epsilon_max:g}."
+            sentence = f"run {run!r} would bring the epsilon of a record to {spent:.3g} {limit}"
+            remedy = "plan it with a smaller privacy.epsilon; only the hospital may raise max_epsilon."
+            raise RunError(611, sentence, f"let the run end here, or {remedy}")
 
-    def _own(self, key: Path) -> Secret:
-        """The secret that this ledger was made with."""
+    def _open_secret(self, key: Path) -> Secret:
+        """Read the secret of this ledger, or make one for a new ledger."""
         with transaction(self._rows):
             found = self._rows.execute("SELECT proof FROM owner").fetchall()
             if key.exists():
                 secret = read_secret(key)
                 if found != [(secret.derive("ledger").key,)]:
-                    raise self._unusable(f"it is empty, or was not made with {key}")
+                    raise self._error(f"it is empty, or was not made with {key}")
             elif found:
-                raise self._unusable(f"its secret {key} is missing")
+                raise self._error(f"its secret {key} is missing")
             else:
                 secret = make_secret(key)
                 self._rows.execute("INSERT INTO owner VALUES (?)", (secret.derive("ledger").key,))
         return secret
 
-    def _entry(self, row: Sequence[Any]) -> Entry:
+    def _parse_entry(self, row: Sequence[Any]) -> Entry:
         run, identity, records, rate, sigma, delta, steps, patients, seal = row
         entry = Entry(run, identity, records, Use(rate, sigma, steps), delta, patients)
-        if self._seal(entry) != seal or self._digest(self._patients(run)) != patients:
-            raise self._unusable(f"the row of run {run!r} does not fit its seal")
+        if self._seal(entry) != seal or self._digest(self._read_patients(run)) != patients:
+            raise self._error(f"the row of run {run!r} does not fit its seal")
         return entry
 
-    def _patients(self, run: str) -> list[tuple[bytes, int]]:
+    def _read_patients(self, run: str) -> list[tuple[bytes, int]]:
         found = self._rows.execute("SELECT patient, records FROM patient WHERE run = ? ORDER BY patient", (run,))
         return found.fetchall()
 
     def _seal(self, entry: Entry) -> bytes:
-        figures = struct.pack("<qdddq", entry.records, entry.use.rate, entry.use.sigma, entry.delta, entry.use.steps)
-        return self.secret.derive("row", entry.run, entry.identity, figures, entry.patients).key
+        numbers = struct.pack("<qdddq", entry.records, entry.use.rate, entry.use.sigma, entry.delta, entry.use.steps)
+        return self.secret.derive("row", entry.run, entry.identity, numbers, entry.patients).key
 
     def _digest(self, counts: list[tuple[bytes, int]]) -> bytes:
         return self.secret.derive("patients", *(part for count in counts for part in count)).key
 
     @contextmanager
-    def _trouble(self) -> Iterator[None]:
+    def _errors(self) -> Iterator[None]:
+        """Raise RunError 612 for an error of the file."""
         try:
             yield
         except (OSError, sqlite3.Error, struct.error, TypeError) as error:
-            raise self._unusable(explain(error)) from None
+            raise self._error(explain(error)) from None
 
-    def _unusable(self, reason: str) -> RunError:
+    def _error(self, reason: str) -> RunError:
         return RunError(612, f"{self._path}: {reason}.", _RESTORE)
 
 
-def _covers(other: tuple[int, ...], one: tuple[int, ...]) -> bool:
-    return other != one and all(map(operator.ge, other, one))
+def _dominates(other: tuple[int, ...], profile: tuple[int, ...]) -> bool:
+    return other != profile and all(map(operator.ge, other, profile))

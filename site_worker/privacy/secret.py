@@ -1,8 +1,8 @@
-"""The site's secret, and all randomness of differential privacy, which derives from it.
+"""The site's secret, and the random numbers of differential privacy, which are derived from it.
 
-What is drawn follows from (secret, run, purpose, step): a replay after a crash draws the same, and nobody who
-knows run.toml can draw it. Torch's generator would not do. Its CPU version takes 32 bits of its seed, so that
-a server could try all seeds and take the noise away again.
+They are a function of (secret, run, purpose, step): a replay after a crash draws the same numbers, and run.toml alone
+does not reveal them. Torch's generator is not safe: on the CPU it uses 32 bits of its seed, so a server could try all
+seeds and subtract the noise.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from nightsplit.shared.errors import RunError
 from nightsplit.shared.storage.files import make_secret_file, read_secret_file
 
 _BLOCK = 2**18
-"""Normals that are made at a time: memory stays small for large models."""
-_SUMMED = 4
-"""Draws behind each normal of the secure stream."""
+"""Normals per block, to keep the memory small for large models."""
+_DRAWS = 4
+"""Draws that are summed for each normal of the secure stream."""
 
 
 @dataclass(frozen=True)
 class Secret:
-    """32 bytes that never leave the site, or what was derived from them."""
+    """32 bytes that never leave the site, or bytes derived from them."""
 
     key: bytes = field(repr=False)
 
     def derive(self, *purpose: str | int | bytes) -> Secret:
-        """Another secret for each purpose: HMAC-SHA256 of its parts."""
+        """Derive a secret for a purpose: HMAC-SHA256 of its parts."""
         parts = [part if isinstance(part, bytes) else str(part).encode() for part in purpose]
         text = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
         return Secret(hmac.digest(self.key, text, hashlib.sha256))
 
     def records(self, count: int, rate: float) -> npt.NDArray[np.int64]:
-        """Poisson sampling: which of `count` records are in a batch, each with probability `rate`; may be none."""
+        """Return the indices of a Poisson sample of `count` records, each with probability `rate`; may be empty."""
         return np.flatnonzero(_Keystream(self.key).uniform(count) < rate)
 
     def normals(self, count: int, *, secure: bool) -> npt.NDArray[np.float32]:
-        """`count` independent standard normals, float32.
+        """Return `count` independent standard normals, float32.
 
-        Where `secure`, from the cryptographic stream ChaCha20: each is half the sum of four draws in float64, so
-        that the gaps between floating-point numbers do not tell what noise was added to (Mironov, CCS 2012;
-        Holohan and Braghin, ESORICS 2021; Opacus does the same in its secure mode). Otherwise from Philox, whose
-        key has 128 bits and which is not made for secrecy.
+        If `secure`, they come from the cryptographic stream ChaCha20; each is half the sum of four draws in float64,
+        so that the gaps between floating-point numbers do not reveal the value under the noise (Mironov, CCS 2012;
+        Holohan and Braghin, ESORICS 2021; Opacus does the same in its secure mode). Otherwise they come from Philox,
+        which has a key of 128 bits but is not a cryptographic generator.
         """
         if not secure:
             philox = np.random.Philox(key=int.from_bytes(self.key[:16], "big"))
@@ -57,16 +57,16 @@ class Secret:
         normals = np.empty(count, dtype=np.float32)
         for start in range(0, count, _BLOCK):
             length = min(_BLOCK, count - start)
-            draws = stream.normals(_SUMMED * length).reshape(_SUMMED, length)
-            normals[start : start + length] = draws.sum(axis=0) / np.sqrt(_SUMMED)
+            draws = stream.normals(_DRAWS * length).reshape(_DRAWS, length)
+            normals[start : start + length] = draws.sum(axis=0) / np.sqrt(_DRAWS)
         return normals
 
 
 def read_secret(path: Path) -> Secret:
-    """The secret in `path`.
+    """Read the secret in `path`.
 
     Raises:
-        RunError: 612 others may read it, or it is no secret.
+        RunError: 612 other users may read the file, or it holds no secret.
         OSError: it cannot be read.
     """
     try:
@@ -77,23 +77,23 @@ def read_secret(path: Path) -> Secret:
 
 
 def make_secret(path: Path) -> Secret:
-    """A new secret in `path`; raises as `make_secret_file`."""
+    """Write a new secret to `path`; raises as `make_secret_file`."""
     return Secret(make_secret_file(path))
 
 
 class _Keystream:
-    """Random numbers from the bytes of ChaCha20, under a key that is used for one stream alone."""
+    """Random numbers from ChaCha20, with a key that is used for this stream only."""
 
     def __init__(self, key: bytes) -> None:
         self._encryptor = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
 
     def uniform(self, count: int) -> npt.NDArray[np.float64]:
-        """In [0, 1), multiples of 2**-53."""
+        """Return numbers in [0, 1), multiples of 2**-53."""
         integers = np.frombuffer(self._encryptor.update(bytes(8 * count)), dtype="<u8")
         return (integers >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def normals(self, count: int) -> npt.NDArray[np.float64]:
-        """Standard ones (Box and Muller, 1958)."""
+        """Return standard normals (Box and Muller, 1958)."""
         half = (count + 1) // 2
         radius = np.sqrt(-2.0 * np.log1p(-self.uniform(half)))
         angle = 2.0 * np.pi * self.uniform(half)

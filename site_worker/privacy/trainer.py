@@ -5,32 +5,34 @@ import hashlib
 import torch
 from torch import nn
 from torch.func import vmap
+from typing_extensions import override
 
 from nightsplit.shared.config.run import PrivacySection, RunConfig
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.learning.losses import loss_of
 from nightsplit.shared.learning.seeds import seeded
-from nightsplit.site_worker.privacy.hooks import Hooked, has_rule
+from nightsplit.site_worker.privacy.hooks import PerSampleModule, has_rule
 from nightsplit.site_worker.privacy.secret import Secret
 from nightsplit.site_worker.rounds.trainer import Trainer
 
 
 class PrivateTrainer(Trainer):
-    """Trains with noise, on batches that `PrivateBatches` has sampled.
+    """Trainer with noise, for the batches of `PrivateBatches`.
 
     Gradients of single records come from Opacus' hooks (Yousefpour et al., arXiv 2109.12298). The hooks keep
-    the inputs of each layer on a stack, so that two forwards before a backward would give wrong gradients
-    without a word: `gradients` is one forward and one backward, always.
+    the inputs of each layer on a stack, so that two forwards before a backward would silently give wrong gradients:
+    `gradients` always does one forward and one backward.
 
     Args:
-        privacy: clipping norm and kind of stream.
-        secret: of this run.
+        module, config, device: see `Trainer`.
+        privacy: clipping norm, and whether the noise is from the secure stream.
+        secret: secret of this run.
         sigma: standard deviation of the noise, in units of the clipping norm.
-        batch: expected number of records in a batch: rate times records. The divisor, since the number that
-            came is private.
+        batch: expected number of records in a batch: rate times records. Sums are divided by it, since the actual
+            number is private.
 
     Raises:
-        RunError: 610 the model cannot be trained like this.
+        RunError: 610 the model cannot be trained with differential privacy.
     """
 
     def __init__(
@@ -44,32 +46,30 @@ class PrivateTrainer(Trainer):
         self._batch = batch
         self._check_layers()
         try:
-            self._hooked = Hooked(self.module)
+            self._hooked = PerSampleModule(self.module)
         except NotImplementedError as error:
-            what = " ".join(str(error).split())[:200]
-            raise RunError(610, f"{what}.", "use layers without buffers and without recurrence.") from None
+            reason = " ".join(str(error).split())[:200]
+            raise RunError(610, f"{reason}.", "use layers without buffers and without recurrence.") from None
 
+    @override
     def step(self, inputs: torch.Tensor, targets: torch.Tensor, seed: int, rate: float) -> float:
-        """Take one step with noise; see `Trainer.step`. The batch may be empty: then the step is noise alone.
-
-        The mean loss that it returns, 0 of an empty batch, is for the site's eyes: no noise hides it.
-        """
-        loss, total = 0.0, torch.zeros(sum(parameter.numel() for parameter in self.trained))
+        # The step of an empty batch is noise only, its loss is 0. The loss must stay at the site: it has no noise.
+        loss, total = 0.0, torch.zeros(sum(parameter.numel() for parameter in self.trainable))
         if len(inputs):
             loss, gradients = self.gradients(inputs, targets, seed)
             total = self._clipped_sum(gradients).cpu()
         noisy = (self._with_noise(total, seed) / self._batch).to(self.device)
-        parts = torch.split(noisy, [parameter.numel() for parameter in self.trained])
-        for parameter, part in zip(self.trained, parts, strict=True):
+        parts = torch.split(noisy, [parameter.numel() for parameter in self.trainable])
+        for parameter, part in zip(self.trainable, parts, strict=True):
             parameter.grad = part.view_as(parameter)
         self.advance(rate)
         return loss
 
     def gradients(self, inputs: torch.Tensor, targets: torch.Tensor, seed: int) -> tuple[float, list[torch.Tensor]]:
-        """Mean loss, and the gradients of single records: (batch, *shape) of each trained parameter; raises as `step`.
+        """Return the mean loss and the gradients of single records, (batch, *shape) for each trainable parameter.
 
-        The loss of a record is `loss_of` a batch of one. So a Dice loss, which is no sum over a batch, is
-        taken for each record alone.
+        The loss of a record is `loss_of` for a batch of one. So a Dice loss, which is not a sum over a batch, is
+        computed for each record. Raises as `step`.
         """
         self.train_mode()
         leaf = inputs.to(self.device).detach().requires_grad_()
@@ -77,11 +77,11 @@ class PrivateTrainer(Trainer):
             outputs = self._hooked(leaf)
         loss_of_one = vmap(lambda output, target: loss_of(self.config.task, output[None], target[None]))
         losses = loss_of_one(outputs, targets.to(self.device))
-        # Down to the inputs alone: the sums over the batch, which autograd would put into .grad, are not needed.
+        # With respect to the inputs only: the sums over the batch, which autograd would put into .grad, are not needed.
         torch.autograd.backward(losses.sum(), inputs=[leaf])
-        gradients: list[torch.Tensor] = [parameter.grad_sample for parameter in self.trained]  # type: ignore[attr-defined]
+        gradients: list[torch.Tensor] = [parameter.grad_sample for parameter in self.trainable]  # type: ignore[attr-defined]
         self._hooked.zero_grad()
-        return self.finite(losses.mean()), gradients
+        return self.to_number(losses.mean()), gradients
 
     def _clipped_sum(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         rows = [gradient.flatten(1) for gradient in gradients]
@@ -90,10 +90,10 @@ class PrivateTrainer(Trainer):
         return torch.cat([factors @ row for row in rows])
 
     def _with_noise(self, total: torch.Tensor, seed: int) -> torch.Tensor:
-        """`total` (all trained weights) with N(0, (sigma clip)^2) on each coordinate.
+        """Add N(0, (sigma clip)^2) to each coordinate of `total`, the sum for all trainable weights.
 
-        The noise depends on the sum as well, as a signature's nonce does on its message (RFC 6979). A replay
-        that came out otherwise, on another machine say, would else show the difference of both sums bare.
+        The noise depends on the sum as well, as the nonce of a signature on its message (RFC 6979). Otherwise a replay
+        with another sum, on another machine for example, would reveal the difference of both sums without noise.
         """
         if self._sigma == 0:
             return total
@@ -106,17 +106,17 @@ class PrivateTrainer(Trainer):
         for name, module in self.module.named_modules():
             if id(module) in frozen:
                 continue
-            what = f"{name} is {type(module).__name__}, which"
+            layer = f"{name} is {type(module).__name__}, which"
             if not has_rule(module):
                 remedy = "use convolutions and linear layers, or freeze that module."
-                raise RunError(610, f"{what} has no rule for gradients of single records.", remedy)
+                raise RunError(610, f"{layer} has no rule for gradients of single records.", remedy)
             if _mixes_records(module):
                 remedy = "use GroupNorm in its place, or freeze that module."
-                raise RunError(610, f"{what} mixes the records of a batch.", remedy)
+                raise RunError(610, f"{layer} mixes the records of a batch.", remedy)
 
 
 def _mixes_records(module: nn.Module) -> bool:
-    """Whether it takes statistics over a batch, or keeps running ones."""
+    """Return whether a layer computes statistics over a batch, or keeps running statistics."""
     if isinstance(module, nn.modules.instancenorm._InstanceNorm):
         return module.track_running_stats
     return isinstance(module, nn.modules.batchnorm._BatchNorm)

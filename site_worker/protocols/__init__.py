@@ -1,4 +1,4 @@
-"""The site's sides of the systems."""
+"""The site's side of each protocol."""
 
 from pathlib import Path
 
@@ -20,14 +20,14 @@ def make_site(
     name: str, config: RunConfig, splits: Splits, incarnation: str, base: Path, device: str = "cpu",
     ledger: Path | None = None, max_epsilon: float | None = None,
 ) -> SiteRole:  # fmt: skip
-    """The role of the site `name` in a run.
+    """Make the role of the site `name` in a run.
 
     Args:
         splits: the site's scaled data.
-        incarnation: names this process.
+        incarnation: id of this process.
         base: folder of run.toml.
-        ledger: file of what runs with differential privacy have spent; needed by those.
-        max_epsilon: the most that they may spend.
+        ledger: file of the privacy ledger; required by runs with differential privacy.
+        max_epsilon: largest epsilon that these may spend.
 
     Raises:
         ConfigError: 104, 105 the model cannot be used.
@@ -43,7 +43,7 @@ def make_site(
         return role(name, config, model, trainer, RoundBatches(config, name, splits), incarnation)
     assert ledger is not None, "a private run needs a ledger"
     check_installed()
-    from nightsplit.site_worker.privacy.site import take_part  # its libraries are an extra, and take seconds
+    from nightsplit.site_worker.privacy.site import take_part  # needs an extra, and its import takes seconds
 
     private = take_part(config, config.privacy, name, splits, model.module, device, ledger, max_epsilon)
     return role(name, config, model, private.trainer, private.batches, incarnation, private.account)

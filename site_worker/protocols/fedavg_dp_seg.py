@@ -1,10 +1,10 @@
-"""fedavg_dp_seg (Ziller et al., arXiv 2107.02586): the site adds noise to its training, and keeps an account of it."""
+"""fedavg_dp_seg (Ziller et al., arXiv 2107.02586): the site trains with noise, and records the privacy it spends."""
 
 from nightsplit.site_worker.protocols.fedavg_transfer import FedavgTransferSite
 
 
 class FedavgDpSegSite(FedavgTransferSite):
-    """The same half, with the trainer, the batches and the account of a `PrivateSplit`."""
+    """The role of fedavg_transfer, with the trainer, batches and account of `PrivateTraining`."""
 
 
 ROLE = FedavgDpSegSite

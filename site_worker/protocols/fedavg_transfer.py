@@ -1,10 +1,10 @@
-"""fedavg_transfer (Zhang and Li, arXiv 2203.12803), stage 2: federated fine-tuning of a model trained elsewhere."""
+"""fedavg_transfer (Zhang and Li, arXiv 2203.12803), stage 2: federated fine-tuning of a pretrained model."""
 
 from nightsplit.site_worker.rounds.role import RoundSite
 
 
 class FedavgTransferSite(RoundSite):
-    """Trains on its patients from the model that came last; what changed goes to the server."""
+    """Role that fine-tunes the server's last model on the site's patients, and sends the update."""
 
 
 ROLE = FedavgTransferSite

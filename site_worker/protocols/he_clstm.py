@@ -1,8 +1,9 @@
-"""he_clstm (Yue et al., ACM TOIT 21(3):57, HE-CLSTM), the site's half: sequences leave encrypted, scores come back."""
+"""he_clstm (Yue et al., ACM TOIT 21(3):57, HE-CLSTM): the site sends encrypted sequences and decrypts their scores."""
 
 from collections.abc import Sequence
 
 import numpy as np
+from typing_extensions import override
 
 from nightsplit.shared.errors import mismatch
 from nightsplit.shared.he.packing import Packing
@@ -14,7 +15,7 @@ from nightsplit.site_worker.query.store import Query
 
 
 class HeClstmSite(QueryRole):
-    """The site's role in a query: encrypts the inputs of a step and decrypts its result; needs no trained weights."""
+    """Role that encrypts the inputs of a step and decrypts its result; needs no trained weights."""
 
     def __init__(self, classifier: ClassifierWeights, keys: SecretKeys) -> None:
         self._classifier = classifier
@@ -22,42 +23,42 @@ class HeClstmSite(QueryRole):
         self.ckks = parameters_for(classifier)
         self.steps = steps_of(classifier)
 
+    @override
     def packing_for(self, sequences: int) -> tuple[str, int]:
-        """See `QueryRole`."""
         name = packing_for(sequences, self._classifier)
         return name, packing_of(name, self.ckks, self._classifier).capacity
 
-    def pieces(self, query: Query) -> list[bytes]:
-        """See `QueryRole`."""
+    @override
+    def encrypt_step(self, query: Query) -> list[bytes]:
         packing, top = self._packing(query), self.ckks.top
         frames = query.features if self._classifier.state is None else query.features[:, query.step : query.step + 1]
         vectors = [vector for frame in frames.swapaxes(0, 1) for vector in packing.frame(frame)]
-        sent = [self._keys.encrypted(vector, top) for vector in vectors]
+        pieces = [self._keys.encrypt(vector, top) for vector in vectors]
         if query.state is None:
-            return sent
+            return pieces
         h, c, votes = np.split(query.state, [self._classifier.hidden, 2 * self._classifier.hidden], 1)
-        sent += [self._keys.encrypted(vector, top) for vector in packing.state(h)]
-        sent += [self._keys.encrypted(vector, top - 1) for vector in packing.state(c)]
-        return [*sent, self._keys.encrypted(packing.votes(votes[:, 0]), top - 1)]
+        pieces += [self._keys.encrypt(vector, top) for vector in packing.state(h)]
+        pieces += [self._keys.encrypt(vector, top - 1) for vector in packing.state(c)]
+        return [*pieces, self._keys.encrypt(packing.votes(votes[:, 0]), top - 1)]
 
-    def state(self, query: Query, pieces: Sequence[bytes]) -> FloatArray:
-        """See `QueryRole`: h, c and votes, float64 (capacity, 2 hidden + 1)."""
-        packing, vectors = self._packing(query), self._decrypted(pieces)
-        hidden, everybody = (len(vectors) - 1) // 2, packing.capacity
+    @override
+    def decrypt_state(self, query: Query, pieces: Sequence[bytes]) -> FloatArray:
+        packing, vectors = self._packing(query), self._decrypt(pieces)
+        hidden, capacity = (len(vectors) - 1) // 2, packing.capacity
         if len(vectors) != 2 * len(packing.state(np.zeros((0, self._classifier.hidden)))) + 1:
             raise mismatch(f"an answer has {len(pieces)} ciphertexts.")
-        h, c = (packing.read_state(part, everybody) for part in (vectors[:hidden], vectors[hidden:-1]))
-        return np.concatenate([h, c, packing.read_votes(vectors[-1], everybody)[:, None]], axis=1)
+        h, c = (packing.read_state(part, capacity) for part in (vectors[:hidden], vectors[hidden:-1]))
+        return np.concatenate([h, c, packing.read_votes(vectors[-1], capacity)[:, None]], axis=1)
 
-    def logits(self, query: Query, pieces: Sequence[bytes]) -> FloatArray:
-        """See `QueryRole`."""
-        vectors = self._decrypted(pieces)
+    @override
+    def decrypt_logits(self, query: Query, pieces: Sequence[bytes]) -> FloatArray:
+        vectors = self._decrypt(pieces)
         if len(vectors) != 1:
             raise mismatch(f"an answer has {len(pieces)} ciphertexts.")
         return vectors[0][: len(query.features)]
 
-    def _decrypted(self, pieces: Sequence[bytes]) -> list[FloatArray]:
-        return [self._keys.decrypted(self.ckks.read_any(piece)) for piece in pieces]
+    def _decrypt(self, pieces: Sequence[bytes]) -> list[FloatArray]:
+        return [self._keys.decrypt(self.ckks.read_any(piece)) for piece in pieces]
 
     def _packing(self, query: Query) -> Packing:
         return packing_of(query.packing, self.ckks, self._classifier)

@@ -1,14 +1,14 @@
-"""split_frozen: Ha et al. (IEEE Access 2021) with the site's layer detached in time.
+"""split_frozen: Ha et al. (IEEE Access 2021) with a bottom that is not trained.
 
-The bottom keeps its first weights. Its activations are released once; after that the site is free
-to go. Nothing comes back but the news that the run has finished.
+The bottom keeps its initial weights. The site uploads its activations once and may then disconnect: the only answer
+is the farewell at the end of the run.
 """
 
 from nightsplit.site_worker.protocols.split_labels import SplitLabelsSite
 
 
 class SplitFrozenSite(SplitLabelsSite):
-    """Sends like split_labels; the plan has one epoch, and a window that never closes."""
+    """The role of split_labels, for a plan with one epoch and an unlimited window."""
 
 
 ROLE = SplitFrozenSite

@@ -1,5 +1,7 @@
 """split_labels (Ha et al., IEEE Access 2021, doi 10.1109/ACCESS.2021.3108455): labels travel with the activations."""
 
+from typing_extensions import override
+
 from nightsplit.shared.engine.effects import Send
 from nightsplit.shared.protocols.plan import Item
 from nightsplit.shared.wire.message import Kind, Message
@@ -7,14 +9,14 @@ from nightsplit.site_worker.stream.role import StreamSite
 
 
 class SplitLabelsSite(StreamSite):
-    """Sends activations with their targets, learns from the gradients that return."""
+    """Role that sends activations with their targets, and trains with the gradients of the server."""
 
-    def content(self, item: Item) -> Send:
-        """See `StreamSite`."""
+    @override
+    def send_first(self, item: Item) -> Send:
         return self.send(item, Kind.SMASHED, {"smashed": self.forward(item), "targets": self.batches.targets(item)})
 
-    def take(self, item: Item, message: Message) -> None:
-        """See `StreamSite`."""
+    @override
+    def apply_answer(self, item: Item, message: Message) -> None:
         self.apply_gradient(item, message.tensors["gradient"])
 
 

@@ -5,6 +5,7 @@ from typing import Self
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Send
@@ -27,19 +28,12 @@ from nightsplit.site_worker.stream.role import StreamSite
 
 
 class SplitUSite(StreamSite):
-    """Holds the bottom, the head and the labels; the head computes on `device`. Other arguments as of `StreamSite`."""
+    """Role with the bottom, the head and the labels; the head is moved to `device`. Arguments as for `StreamSite`."""
 
     def __init__(
-        self,
-        name: str,
-        config: RunConfig,
-        bottom: Bottom,
-        batches: StreamBatches,
-        contract: Mapping[Kind, Payload],
-        incarnation: str,
-        head: nn.Module,
-        device: str,
-    ) -> None:
+        self, name: str, config: RunConfig, bottom: Bottom, batches: StreamBatches, contract: Mapping[Kind, Payload],
+        incarnation: str, head: nn.Module, device: str,
+    ) -> None:  # fmt: skip
         super().__init__(name, config, bottom, batches, contract, incarnation)
         self.head = head.to(device)
         self._device = device
@@ -47,37 +41,38 @@ class SplitUSite(StreamSite):
         self._gradients: dict[int, torch.Tensor] = {}
         """Gradients at the head's input, by item, until their message is confirmed."""
         self._reports: dict[int, str] = {}
-        """The site's figures, by the last item of their block, until their message is confirmed."""
+        """Metrics by the last item of their block, until their message is confirmed."""
         self._outputs: dict[int, torch.Tensor] = {}
-        """Predictions for the held-out samples of the open evaluation block, by item."""
+        """Outputs for the held-out samples of the open evaluation block, by item."""
         self._heads: dict[int, dict[str, torch.Tensor]] = {}
-        """The head that each epoch was evaluated with, while that epoch may still be the best."""
+        """Head of each evaluated epoch that may still be the best."""
 
     @classmethod
+    @override
     def make(
         cls, name: str, config: RunConfig, model: SplitModel, splits: Splits, incarnation: str, device: str
     ) -> Self:
-        """See `StreamSite`."""
         bottom, head = Bottom(model.parts.bottom, config.optimizer, device), model.parts.head
         assert head is not None
         return cls(name, config, bottom, StreamBatches(config, name, splits), model.contract, incarnation, head, device)
 
+    @override
     def model(self) -> dict[str, dict[str, torch.Tensor]]:
-        """See `SiteRole`."""
         return {**super().model(), "head": self._heads.get(self.best, self.head.state_dict())}
 
-    def content(self, item: Item) -> Send:
-        """See `StreamSite`."""
+    @override
+    def send_first(self, item: Item) -> Send:
         return self.send(item, Kind.SMASHED, {"smashed": self.forward(item)})
 
-    def second(self, item: Item) -> Send:
-        """See `StreamSite`; where no head input could be used there is no gradient, and an empty report."""
+    @override
+    def send_second(self, item: Item) -> Send:
         if item.number in self._gradients:
             return self.send(item, Kind.HEAD_GRADIENT, {"gradient": self._gradients[item.number]})
+        # Also if the head's input was refused: then there is no gradient, and no report.
         return self.send(item, Kind.REPORT, {}, metrics=self._reports.get(item.number, NO_FIGURES))
 
-    def take(self, item: Item, message: Message) -> None:
-        """See `StreamSite`: the head's turn, or the gradient at the cut."""
+    @override
+    def apply_answer(self, item: Item, message: Message) -> None:
         if message.header.kind is Kind.CUT_GRADIENT:
             self.apply_gradient(item, message.tensors["gradient"])
             return
@@ -91,17 +86,21 @@ class SplitUSite(StreamSite):
         check_bounded("outputs", outputs)
         self._outputs[item.number] = outputs.cpu()
 
-    def count_answer(self, slot: Slot, judged: int) -> None:
-        """See `StreamSite`; with the last head input of a block, usable or not, the site has its figures."""
+    @override
+    def count_answer(self, slot: Slot, evaluated: int) -> None:
         item = slot.item
-        if item.ends_block and not slot.settles:
-            self._reports[item.number] = self._judge()
-            self._heads = {epoch: kept for epoch, kept in self._heads.items() if self.open_candidate(epoch)}
+        if item.ends_block and not slot.settles:  # the last head input of the block, even if it was refused
+            self._reports[item.number] = self._evaluate()
+            self._heads = {epoch: head for epoch, head in self._heads.items() if self.is_candidate(epoch)}
             self._heads[item.epoch] = {name: tensor.clone() for name, tensor in self.head.state_dict().items()}
-        super().count_answer(slot, judged)
+        super().count_answer(slot, evaluated)
 
     def _train_head(self, item: Item, activations: torch.Tensor) -> torch.Tensor:
-        """One step of the head: the gradient (batch, *head) at its input, finite; else 312, and nothing was changed."""
+        """Train the head for one step; return the gradient (batch, *head) at its input.
+
+        Raises:
+            Refused: 312 values are not finite; nothing was changed.
+        """
         inputs = activations.to(self._device, copy=True).requires_grad_()
         self.head.train()
         with buffers_kept(self.head):
@@ -114,34 +113,34 @@ class SplitUSite(StreamSite):
         self._optimizer.step()
         return inputs.grad.cpu()
 
-    def _judge(self) -> str:
-        """The figures of the block that just ended, as JSON."""
-        figures = {}
-        evaluated = [self.batches.plan.item(q) for q in sorted(self._outputs)]
+    def _evaluate(self) -> str:
+        """Measure the block that just ended; return the metrics as JSON."""
+        metrics = {}
+        block = [self.batches.plan.item(q) for q in sorted(self._outputs)]
         for part in (Purpose.VALIDATION, Purpose.TEST):
-            if items := [item for item in evaluated if item.purpose is part]:
+            if items := [item for item in block if item.purpose is part]:
                 outputs = torch.cat([self._outputs[item.number] for item in items])
                 targets = torch.cat([self.batches.targets(item) for item in items])
-                figures[part.value] = measure(self.config.task, self.config.data, outputs, targets)
+                metrics[part.value] = measure(self.config.task, self.config.data, outputs, targets)
         self._outputs.clear()
-        return encode_report(self.config.task, figures)
+        return encode_report(self.config.task, metrics)
 
+    @override
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
-        """See `Role`."""
         base = super().snapshot(first_unconfirmed)
         resume = base.facts["next"]
-        for kept in (self._gradients, self._reports):
-            for q in [q for q in kept if self.sequence.settles(q) < resume]:
-                del kept[q]
+        for by_item in (self._gradients, self._reports):
+            for q in [q for q in by_item if self.sequence.settles(q) < resume]:
+                del by_item[q]
         tensors = {**base.tensors, **flatten("gradients", self._gradients), **flatten("outputs", self._outputs)}
         tensors.update(flatten("head", self.head.state_dict()))
         tensors.update(flatten("head_optimizer", optimizer_tensors(self._optimizer)))
-        for epoch, kept_head in self._heads.items():
-            tensors.update(flatten(f"candidate_head/{epoch}", kept_head))
+        for epoch, head in self._heads.items():
+            tensors.update(flatten(f"candidate_head/{epoch}", head))
         return Snapshot(tensors, {**base.facts, "reports": {**self._reports}, "heads": list(self._heads)})
 
+    @override
     def restore(self, snapshot: Snapshot) -> None:
-        """See `Role`."""
         super().restore(snapshot)
         tensors = snapshot.tensors
         self.head.load_state_dict(under("head", tensors))

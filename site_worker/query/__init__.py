@@ -1,1 +1,1 @@
-"""Sequences that leave the site encrypted: keys, what was submitted, what came back."""
+"""The site's side of the Query shape: keys, submitted sequences, encrypted queries, scores."""

@@ -1,4 +1,4 @@
-"""A site's own pair of keys: the secret one never leaves its folder."""
+"""A site's own keys: the secret key never leaves its folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SECRET = "secret.key"
 
 
 class SecretKeys:
-    """Encrypts and decrypts. Every site makes its own; whoever has the file can read all that it sent."""
+    """Secret key of a site, to encrypt and decrypt; its file decrypts everything that the site has sent."""
 
     def __init__(self, ckks: CkksParameters, secret: seal.SecretKey) -> None:
         self.ckks = ckks
@@ -26,8 +26,8 @@ class SecretKeys:
         self._decryptor = seal.Decryptor(ckks.context, secret)
 
     @classmethod
-    def made(cls, ckks: CkksParameters, folder: Path, rotations: Sequence[int] = ()) -> tuple[SecretKeys, PublicKeys]:
-        """New keys; the secret one is to_bytes into `folder`, which is made, readable by its owner alone.
+    def make(cls, ckks: CkksParameters, folder: Path, rotations: Sequence[int] = ()) -> tuple[SecretKeys, PublicKeys]:
+        """Make keys, and write the secret key to `folder`, which is created with access for its owner only.
 
         `rotations` are the steps by which a server will rotate slots.
         """
@@ -40,21 +40,22 @@ class SecretKeys:
 
     @classmethod
     def read(cls, ckks: CkksParameters, folder: Path) -> SecretKeys:
-        """The keys that were made before; StateError 511 where there is no secret one of these parameters."""
+        """Read the key in `folder`; StateError 511 if there is none with these parameters."""
         secret = seal.SecretKey()
         try:
             secret.load(ckks.context, str(folder / SECRET))
         except (RuntimeError, ValueError):
-            remedy = "restore it from a backup; without it, answers to what was sent cannot be read."
-            raise StateError(511, f"{folder / SECRET} is missing, damaged, or of another ckks.", remedy) from None
+            sentence = f"{folder / SECRET} is missing, damaged, or was made for another model."
+            remedy = "restore it from a backup; without it, answers to the queries already sent cannot be decrypted."
+            raise StateError(511, sentence, remedy) from None
         return cls(ckks, secret)
 
-    def encrypted(self, numbers: NDArray[np.float64], level: int) -> bytes:
-        """The bytes of a ciphertext of at most `ckks.slots` numbers, with the scale of that level."""
+    def encrypt(self, numbers: NDArray[np.float64], level: int) -> bytes:
+        """Encrypt at most `ckks.slots` numbers, with the scale of a level; return the ciphertext's bytes."""
         return to_bytes(self._encryptor.encrypt_symmetric(self.ckks.encode(numbers.tolist(), level)))
 
-    def decrypted(self, ciphertext: Ciphertext) -> NDArray[np.float64]:
-        """The numbers in all slots, float64 (slots,)."""
+    def decrypt(self, ciphertext: Ciphertext) -> NDArray[np.float64]:
+        """Return the numbers in all slots, float64 (slots,)."""
         plain = seal.Plaintext()
         self._decryptor.decrypt(ciphertext, plain)
         return np.asarray(self.ckks.encoder.decode_double(plain))

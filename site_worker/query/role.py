@@ -1,4 +1,4 @@
-"""What the client of encrypted queries asks of a system: to encrypt a step, and to read what came back."""
+"""Interface of a protocol to the client of encrypted queries: encrypt a step, decrypt its answer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -8,27 +8,27 @@ from nightsplit.site_worker.query.store import Query
 
 
 class QueryRole(ABC):
-    """The site's side of a Query system."""
+    """The site's side of a Query protocol."""
 
     steps: int
-    """Messages to the server that a query takes."""
+    """Messages of a query to the server."""
 
     @abstractmethod
     def packing_for(self, sequences: int) -> tuple[str, int]:
-        """Name the packing that suits so many sequences, and how many of them it takes at once."""
+        """Return the name of the packing for this number of sequences, and its capacity in sequences."""
 
     @abstractmethod
-    def pieces(self, query: Query) -> list[bytes]:
+    def encrypt_step(self, query: Query) -> list[bytes]:
         """Encrypt the query's present step."""
 
     @abstractmethod
-    def state(self, query: Query, pieces: Sequence[bytes]) -> FloatArray:
-        """Return what the server needs back, blinded by it: h, c and votes, float64; raises as `logits`."""
+    def decrypt_state(self, query: Query, pieces: Sequence[bytes]) -> FloatArray:
+        """Return the blinded state for the next step: h, c and votes, float64; raises as `decrypt_logits`."""
 
     @abstractmethod
-    def logits(self, query: Query, pieces: Sequence[bytes]) -> FloatArray:
+    def decrypt_logits(self, query: Query, pieces: Sequence[bytes]) -> FloatArray:
         """Return the scores of the sequences, float64 (n,).
 
         Raises:
-            Refused: 304, 313 the answer is none.
+            Refused: 304, 313 the answer is invalid.
         """

@@ -1,6 +1,6 @@
-"""The queries of a site: what was submitted, how far each is, and the scores. Durable before all else.
+"""The durable store of a site's queries: submissions, the progress of each query, and scores.
 
-submissions ──▶ wait ──▶ queries of the packing that suits all that wait ──▶ scores, by submission
+submissions ──▶ wait ──▶ queries, with one packing for all waiting sequences ──▶ scores, by submission
 """
 
 import json
@@ -31,7 +31,7 @@ CREATE TABLE IF NOT EXISTS announced (keys TEXT PRIMARY KEY);
 
 
 class Origin(NamedTuple):
-    """Where a sequence comes from; submissions of a site, and rows of a submission, count from 1."""
+    """Submission and row of a sequence; both count from 1."""
 
     submission: int
     row: int
@@ -40,20 +40,20 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """Sequences that are judged together.
+    """Sequences that are evaluated together.
 
     Attributes:
         number: 1, 2, 3... at this site.
-        keys: sha256 of the public keys that it was begun with.
-        origins: of its sequences.
+        keys: sha256 of the public keys of its ciphertexts.
+        origins: origin of each sequence.
         features: float64 (n, frames, features).
-        step: the one that is asked for or answered next, from 0.
-        sent: whether the broker holds all of this step.
-        state: blinded numbers that this step gives back to the server, float64 (capacity, 2 hidden + 1); None at
-            the first step.
-        blinding: names what they are blinded with; empty at the first step.
-        logits: float64 (n,), once they are there.
-        refusal: why the server cannot answer it; None while it may.
+        step: present step, from 0.
+        sent: whether the broker has confirmed all messages of this step.
+        state: state that this step returns to the server, blinded, float64 (capacity, 2 hidden + 1); None at the
+            first step.
+        blinding: id of the state's blinding; empty at the first step.
+        logits: float64 (n,); None until they are here.
+        refusal: reason why there is no answer; None unless refused.
     """
 
     number: int
@@ -70,7 +70,7 @@ class Query:
 
 
 class OpenQuery(NamedTuple):
-    """Where an open query is; attributes as of `Query`."""
+    """Progress of an open query; attributes as in `Query`."""
 
     number: int
     step: int
@@ -78,35 +78,35 @@ class OpenQuery(NamedTuple):
 
 
 class QueryStore:
-    """The queries of one site and run, in a SQLite file; StateError 501 where that cannot be used."""
+    """Queries of one site and run in a SQLite file; StateError 501 if the file cannot be used."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with self._trouble():
+        with self._errors():
             self._rows = open_database(path, _SCHEMA)
 
     def close(self) -> None:
-        """Release the file."""
+        """Close the file."""
         self._rows.close()
 
     def submit(self, patients: Sequence[str], features: FloatArray) -> None:
-        """Take sequences in, float64 (n, frames, features)."""
-        with self._trouble(), transaction(self._rows):
+        """Store sequences, float64 (n, frames, features)."""
+        with self._errors(), transaction(self._rows):
             self._rows.execute(
                 "INSERT INTO submission (patients, shape, features) VALUES (?, ?, ?)",
                 (json.dumps(list(patients)), json.dumps(features.shape), features.tobytes()),
             )
 
     def form(self, keys: str, packing_for: Callable[[int], tuple[str, int]]) -> None:
-        """Make queries of all sequences that wait, to be encrypted for the public keys with the sha256 `keys`.
+        """Form queries from all waiting sequences, for the public keys with the sha256 `keys`.
 
-        `packing_for` names the packing that suits so many sequences, and how many of them it takes at once.
+        `packing_for` is `QueryRole.packing_for`.
         """
-        with self._trouble(), transaction(self._rows):
+        with self._errors(), transaction(self._rows):
             waiting = self._rows.execute("SELECT * FROM submission ORDER BY number").fetchall()
             if not waiting:
                 return
-            features = np.concatenate([_array(content, shape) for _, _, shape, content in waiting])
+            features = np.concatenate([_parse_array(content, shape) for _, _, shape, content in waiting])
             origins = [
                 Origin(number, row, patient)
                 for number, patients, _, _ in waiting
@@ -114,82 +114,83 @@ class QueryStore:
             ]
             packing, capacity = packing_for(len(origins))
             for first in range(0, len(origins), capacity):
-                part, whose = features[first : first + capacity], json.dumps(origins[first : first + capacity])
+                part, part_origins = features[first : first + capacity], json.dumps(origins[first : first + capacity])
                 self._rows.execute(
                     "INSERT INTO query (keys, packing, origins, shape, features) VALUES (?, ?, ?, ?, ?)",
-                    (keys, packing, whose, json.dumps(part.shape), part.tobytes()),
+                    (keys, packing, part_origins, json.dumps(part.shape), part.tobytes()),
                 )
             self._rows.execute("DELETE FROM submission")
 
-    def unformed(self) -> int:
-        """Sequences that wait for `form`."""
-        with self._trouble():
+    def count_waiting(self) -> int:
+        """Return the number of sequences that wait for `form`."""
+        with self._errors():
             rows = self._rows.execute("SELECT patients FROM submission").fetchall()
         return sum(len(json.loads(patients)) for (patients,) in rows)
 
     def open(self) -> list[OpenQuery]:
-        """QueryStore to which an answer may come, in the order of their numbers."""
-        with self._trouble():
+        """Return the queries without an answer or refusal, by number."""
+        with self._errors():
             rows = self._rows.execute(
                 "SELECT number, step, sent FROM query WHERE logits IS NULL AND refusal IS NULL ORDER BY number"
             ).fetchall()
         return [OpenQuery(number, step, bool(sent)) for number, step, sent in rows]
 
     def get(self, number: int) -> Query:
-        """The query of that number, which there is."""
-        with self._trouble():
-            return _query(self._rows.execute("SELECT * FROM query WHERE number = ?", (number,)).fetchone())
+        """Return the query with this number, which must exist."""
+        with self._errors():
+            return _parse_query(self._rows.execute("SELECT * FROM query WHERE number = ?", (number,)).fetchone())
 
     def all(self) -> Iterator[Query]:
-        """All that were ever formed, one after the other."""
-        with self._trouble():
+        """Yield all queries, by number."""
+        with self._errors():
             numbers = self._rows.execute("SELECT number FROM query ORDER BY number").fetchall()
         return (self.get(number) for (number,) in numbers)
 
-    def is_announced(self, keys: str) -> bool:
-        """Whether the broker has held these public keys for the server."""
-        with self._trouble():
+    def has_sent_keys(self, keys: str) -> bool:
+        """Return whether the broker has confirmed these public keys."""
+        with self._errors():
             return self._rows.execute("SELECT 1 FROM announced WHERE keys = ?", (keys,)).fetchone() is not None
 
-    def announced(self, keys: str) -> None:
-        """The broker holds them."""
-        with self._trouble(), transaction(self._rows):
+    def mark_keys_sent(self, keys: str) -> None:
+        """Record that the broker has confirmed these public keys."""
+        with self._errors(), transaction(self._rows):
             self._rows.execute("INSERT OR IGNORE INTO announced VALUES (?)", (keys,))
 
-    def forgotten(self, keys: str) -> None:
-        """The server does not know them: they and what was begun with them have to be sent again."""
-        with self._trouble(), transaction(self._rows):
+    def mark_keys_unsent(self, keys: str) -> None:
+        """Record that the server does not have these keys: they and their open queries must be sent again."""
+        with self._errors(), transaction(self._rows):
             self._rows.execute("DELETE FROM announced WHERE keys = ?", (keys,))
             self._rows.execute("UPDATE query SET sent = 0 WHERE keys = ? AND logits IS NULL", (keys,))
 
-    def sent(self, number: int, step: int) -> None:
-        """The broker holds all of a step. An answer may have come before it said so."""
-        with self._trouble(), transaction(self._rows):
+    def mark_sent(self, number: int, step: int) -> None:
+        """Record that the broker has confirmed a step; its answer may have come before, then nothing changes."""
+        with self._errors(), transaction(self._rows):
             self._rows.execute("UPDATE query SET sent = 1 WHERE number = ? AND step = ?", (number, step))
 
     def advance(self, number: int, step: int, state: FloatArray, blinding: str) -> None:
-        """The next step may be sent."""
+        """Record a step's answer, so that the next step may be sent."""
         self._set(number, step=step, sent=False, state=state.tobytes(), width=state.shape[1], blinding=blinding)
 
-    def begin_again(self, number: int) -> None:
-        """No server can go on with it."""
+    def restart(self, number: int) -> None:
+        """Start again from step 0, since no server can remove the blinding of the state."""
         self._set(number, step=0, sent=False, state=None, blinding="")
 
-    def answered(self, number: int, logits: FloatArray) -> None:
-        """The scores are there."""
+    def save_logits(self, number: int, logits: FloatArray) -> None:
+        """Save the scores of a query."""
         self._set(number, logits=logits.tobytes(), state=None)
 
-    def refused(self, number: int, refusal: str) -> None:
-        """There will be no scores."""
+    def save_refusal(self, number: int, refusal: str) -> None:
+        """Save the reason why a query gets no scores."""
         self._set(number, refusal=refusal)
 
     def _set(self, number: int, **values: Any) -> None:
         columns = ", ".join(f"{name} = ?" for name in values)
-        with self._trouble(), transaction(self._rows):
+        with self._errors(), transaction(self._rows):
             self._rows.execute(f"UPDATE query SET {columns} WHERE number = ?", (*values.values(), number))
 
     @contextmanager
-    def _trouble(self) -> Iterator[None]:
+    def _errors(self) -> Iterator[None]:
+        """Raise StateError 501 for an error of the file."""
         try:
             yield
         except (OSError, sqlite3.Error) as error:
@@ -197,14 +198,14 @@ class QueryStore:
             raise StateError(501, f"{self._path}: {explain(error)}.", remedy) from None
 
 
-def _query(row: Sequence[Any]) -> Query:
+def _parse_query(row: Sequence[Any]) -> Query:
     number, keys, packing, origins, shape, features, step, sent, state, width, blinding, logits, refusal = row
-    whose = tuple(Origin(*origin) for origin in json.loads(origins))
-    blinded = None if state is None else np.frombuffer(state).reshape(-1, width)
-    scores = None if logits is None else np.frombuffer(logits)
-    asked = _array(features, shape)
-    return Query(number, keys, packing, whose, asked, step, bool(sent), blinded, blinding, scores, refusal)
+    return Query(
+        number, keys, packing, tuple(Origin(*origin) for origin in json.loads(origins)), _parse_array(features, shape),
+        step, bool(sent), None if state is None else np.frombuffer(state).reshape(-1, width), blinding,
+        None if logits is None else np.frombuffer(logits), refusal,
+    )  # fmt: skip
 
 
-def _array(content: bytes, shape: str) -> FloatArray:
+def _parse_array(content: bytes, shape: str) -> FloatArray:
     return np.frombuffer(content).reshape(json.loads(shape))

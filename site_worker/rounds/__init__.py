@@ -1,1 +1,1 @@
-"""The site's side of the Round shape: trains the whole model, sends what changed."""
+"""The site's side of the Round shape: trains the whole model and sends its updates."""

@@ -1,4 +1,4 @@
-"""A whole model at a site: one local training step after the other."""
+"""Local training of a whole model at a site."""
 
 from collections.abc import Mapping
 
@@ -13,13 +13,13 @@ from nightsplit.shared.learning.seeds import seeded
 from nightsplit.shared.models.layout import frozen_weights
 from nightsplit.shared.storage.checkpoint import flatten, under
 
-ROWS_AT_A_TIME = 256
+INFERENCE_BATCH_SIZE = 256
 
 
 class Trainer:
-    """Trains the modules that are not frozen. The optimizer's memory stays at the site, from round to round.
+    """Trainer of the modules that are not frozen. The optimizer's state stays at the site between rounds.
 
-    The model is moved to `device`; tensors go in and come out on the CPU.
+    The model is moved to `device`; arguments and results are on the CPU.
     """
 
     def __init__(self, module: nn.Module, config: RunConfig, device: str) -> None:
@@ -29,8 +29,8 @@ class Trainer:
         frozen = frozen_weights(module, config.round.freeze)
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name not in frozen)
-        self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.optimizer = make_optimizer(config.optimizer, self.trained)
+        self.trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.optimizer = make_optimizer(config.optimizer, self.trainable)
         self._frozen = [module.get_submodule(name) for name in config.round.freeze]
 
     def step(self, inputs: torch.Tensor, targets: torch.Tensor, seed: int, rate: float) -> float:
@@ -38,8 +38,8 @@ class Trainer:
 
         Args:
             inputs: (batch, ...) float32.
-            targets: as `loss_of` takes them.
-            seed: of dropout.
+            targets: as for `loss_of`.
+            seed: seed of dropout.
             rate: factor of the learning rate.
 
         Raises:
@@ -51,53 +51,53 @@ class Trainer:
         self.optimizer.zero_grad()
         torch.autograd.backward(loss)
         self.advance(rate)
-        return self.finite(loss)
+        return self.to_number(loss)
 
     def train_mode(self) -> None:
-        """Training mode, but for what is frozen: its running statistics stay as they are."""
+        """Set training mode, except for frozen modules, so that their running statistics do not change."""
         self.module.train()
         for module in self._frozen:
             module.eval()
 
     def advance(self, rate: float) -> None:
-        """Let the optimizer take the step that the gradients ask for."""
+        """Step the optimizer with the present gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.optimizer.lr * rate
         self.optimizer.step()
 
-    def finite(self, loss: torch.Tensor) -> float:
-        """The loss as a number; raises as `step`."""
+    def to_number(self, loss: torch.Tensor) -> float:
+        """Return the loss as a number; raises as `step`."""
         if not torch.isfinite(loss):
-            raise diverged("the training loss is not finite")
+            raise divergence_error("the training loss is not finite")
         return loss.item()
 
     def measure_statistics(self, inputs: torch.Tensor) -> None:
-        """Measure the running statistics of normalizations anew, on inputs (n, ...) float32, without labels.
+        """Estimate the running statistics of normalization layers again, on inputs (n, ...) float32.
 
-        As re-estimation after a merge (Jordan et al., REPAIR, ICLR 2023): each is the mean over batches.
+        Each is the mean over batches, as after a merge in REPAIR (Jordan et al., ICLR 2023).
         """
         norms = [module for module in self.module.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         norms = [norm for norm in norms if norm.track_running_stats]
         if not norms:
             return
-        kept = [norm.momentum for norm in norms]
+        momenta = [norm.momentum for norm in norms]
         self.module.eval()
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None
             norm.train()
         with torch.no_grad():
-            for rows in torch.split(inputs, ROWS_AT_A_TIME):
+            for rows in torch.split(inputs, INFERENCE_BATCH_SIZE):
                 self.module(rows.to(self.device))
-        for norm, momentum in zip(norms, kept, strict=True):
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
     def predict(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Outputs for inputs (n, ...) float32, in evaluation mode."""
-        return outputs_of(self.module.eval(), inputs, self.device)
+        """Return the outputs for inputs (n, ...) float32, in evaluation mode."""
+        return compute_outputs(self.module.eval(), inputs, self.device)
 
     def predict_with(self, weights: Mapping[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
-        """As `predict`, with these weights, which do not stay."""
+        """Predict with other weights, and restore the present ones."""
         own = self.weights()
         self.load(weights)
         outputs = self.predict(inputs)
@@ -105,15 +105,15 @@ class Trainer:
         return outputs
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """CPU copies of parameters and buffers."""
+        """Return copies of parameters and buffers, on the CPU."""
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.module.state_dict().items()}
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Go on with these weights; what they do not name stays."""
+        """Load these weights; others stay as they are."""
         self.module.load_state_dict(dict(weights), strict=False)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Entries for a snapshot."""
+        """Return the entries for a snapshot."""
         module, optimizer = self.module.state_dict(), optimizer_tensors(self.optimizer)
         return {**flatten("module", module), **flatten("optimizer", optimizer)}
 
@@ -124,11 +124,11 @@ class Trainer:
 
 
 @torch.no_grad()
-def outputs_of(module: nn.Module, inputs: torch.Tensor, device: str) -> torch.Tensor:
-    """Outputs (n, ...), on the CPU, for inputs (n, ...), of which `device` holds a part at a time."""
-    return torch.cat([module(rows.to(device)).cpu() for rows in torch.split(inputs, ROWS_AT_A_TIME)])
+def compute_outputs(module: nn.Module, inputs: torch.Tensor, device: str) -> torch.Tensor:
+    """Return the outputs (n, ...), on the CPU, for inputs (n, ...), which are moved to `device` in batches."""
+    return torch.cat([module(rows.to(device)).cpu() for rows in torch.split(inputs, INFERENCE_BATCH_SIZE)])
 
 
-def diverged(what: str) -> RunError:
-    """The error of a training that leads nowhere."""
-    return RunError(603, f"{what}.", "lower optimizer.lr in a new run, or check the data.")
+def divergence_error(reason: str) -> RunError:
+    """Return error 603 of a training that diverged."""
+    return RunError(603, f"{reason}.", "lower optimizer.lr in a new run, or check the data.")

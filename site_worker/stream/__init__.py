@@ -1,1 +1,1 @@
-"""The site's side of the Stream shape: the bottom, its batches, what is sent when."""
+"""The site's side of the Stream shape: the bottom, its batches, the order of its messages."""

@@ -1,4 +1,4 @@
-"""Which samples an item of the plan holds: a pure function of (data, run seed, site, item)."""
+"""Samples of each item of the plan: a pure function of (data, run seed, site, item)."""
 
 from functools import lru_cache
 
@@ -14,13 +14,7 @@ from nightsplit.site_worker.data.dataset import Dataset, Splits
 
 
 class StreamBatches:
-    """The batches of one site.
-
-    Args:
-        config: the run.
-        site: the site's name.
-        splits: its scaled data, divided by patient.
-    """
+    """Batches of one site; `splits` is its scaled data, divided by patient."""
 
     def __init__(self, config: RunConfig, site: str, splits: Splits) -> None:
         self.plan = Plan.of(config, len(splits.train), len(splits.validation), len(splits.test))
@@ -32,22 +26,22 @@ class StreamBatches:
         self._shuffled = lru_cache(maxsize=4)(self._shuffle)
 
     def inputs(self, item: Item) -> torch.Tensor:
-        """Inputs (batch, ...) float32 of an item; those of a training batch are augmented."""
+        """Return the inputs (batch, ...) float32 of an item, augmented in a training batch."""
         inputs = self._parts[item.purpose].inputs[self._rows(item)]
         names = self._config.data.augment
-        # What is released once must look like what the model will be asked about.
+        # Activations that are uploaded once must come from inputs like those of evaluation.
         if item.purpose is Purpose.TRAIN and names and not spec_of(self._config).uploads_once:
             generator = torch.Generator().manual_seed(self.seed("augment", item))
             inputs = augment(inputs, names, generator)
         return inputs
 
     def targets(self, item: Item) -> torch.Tensor:
-        """Targets (batch,) of an item, standardised for regression."""
+        """Return the targets (batch,) of an item, standardised for regression."""
         targets = self._parts[item.purpose].targets[self._rows(item)]
         return standardise(self._config.task, self._config.data, targets)
 
     def seed(self, layers: str, item: Item) -> int:
-        """Seed of what is random in an item."""
+        """Return the seed of an item for dropout in `layers`, or for augmentation."""
         return seed_for(self._config.run.seed, layers, self._site, item.number)
 
     def _rows(self, item: Item) -> torch.Tensor:

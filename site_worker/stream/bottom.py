@@ -1,15 +1,14 @@
-"""The site's layers, which learn from gradients that come late.
+"""The site's layers, trained with delayed gradients.
 
-The forward of item q uses the retained version q - window, and the gradient that answers it may arrive when other
-gradients were applied in between, or in another process on another day. So the weights of all versions still in flight
-are kept (the bottom is small), and the forward is recomputed from (version, inputs, seed) when the gradient arrives:
+The forward of item q uses the retained version q - window. Its gradient may arrive after other gradients were
+applied, or in another process on another day. So the weights of all versions still in flight are kept (the bottom is
+small), and the forward is recomputed from (version, inputs, seed) when the gradient arrives:
 
     version      0 ──g1──▶ 1 ──g2──▶ 2 ──g3──▶ 3        one step per answered item
     forward      of items 1..W      W+1      W+2        each by its retained version
     gradient g_q is taken at version_of(q), and applied to the present weights
 
-While a process lives, the graph of a forward is still there when its gradient arrives, and saves
-recomputing it; the result is the same to the bit.
+A process that still has the graph of the forward uses it instead; the result is the same to the bit.
 """
 
 from collections.abc import Mapping
@@ -25,19 +24,18 @@ from nightsplit.shared.learning.seeds import seeded
 from nightsplit.shared.protocols.plan import Item
 from nightsplit.shared.storage.checkpoint import flatten, under
 
-GRAPHS = 8
-"""Forwards whose graph is kept. A longer window is answered hours later, by a recomputation."""
-
+GRAPHS_MAX = 8
+"""Most graphs that are kept. With a longer window the gradient arrives hours later, and the forward is recomputed."""
 
 Weights = dict[str, torch.Tensor]
 """Parameters, then buffers, of one version of the bottom. Tensors are shared between versions and never changed."""
 
 
 class Bottom:
-    """The layers in front of the cut, with their versions and their optimizer.
+    """Layers in front of the cut, with their versions and their optimizer.
 
-    They are moved to `device`; tensors go in and come out on the CPU. `version`, which names the present weights,
-    counts the answered items.
+    The layers are moved to `device`; arguments and results are on the CPU. `version`, that of the present weights, is
+    the number of answered items.
     """
 
     def __init__(self, module: nn.Module, optimizer: OptimizerSection, device: str) -> None:
@@ -46,18 +44,18 @@ class Bottom:
         self._optimizer = make_optimizer(optimizer, module.parameters())
         self._device = device
         self._parameters = [name for name, _ in module.named_parameters()]
-        self._versions = {0: self._present()}
+        self._versions = {0: self._copy_weights()}
         self._graphs: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
-        # A kept graph has already counted its batch into running statistics: those must be
-        # counted when the gradient is applied, so a bottom with buffers always recomputes.
+        # A kept graph has already updated the running statistics, which must change when the gradient is applied:
+        # a bottom with buffers always recomputes.
         self._keeps_graphs = not dict(module.named_buffers())
 
     def forward(self, item: Item, inputs: torch.Tensor, seed: int, training: bool) -> torch.Tensor:
-        """Smashed data (batch, *cut) of an item by its version, which is retained; changes no weights.
+        """Return the smashed data (batch, *cut) of an item by its retained version; changes no weights.
 
         `inputs` are float32 (batch, ...), `seed` is that of dropout; the graph may be kept.
         """
-        keep = training and self._keeps_graphs and len(self._graphs) < GRAPHS
+        keep = training and self._keeps_graphs and len(self._graphs) < GRAPHS_MAX
         with torch.set_grad_enabled(keep):
             outputs, parameters, _ = self._run(self._versions[item.version], inputs, seed, training)
         if keep and outputs.requires_grad:
@@ -68,34 +66,34 @@ class Bottom:
         """Apply the gradient (batch, *cut) of a training item; inputs and seed are those of its forward.
 
         Raises:
-            Refused: 312 what it makes is not finite; no weight was changed.
+            Refused: 312 the weight gradients or the statistics are not finite; no weight was changed.
         """
         buffers: Mapping[str, torch.Tensor] = {}
         if item.number in self._graphs:
             outputs, parameters = self._graphs.pop(item.number)
         else:
-            then, now = self._versions[item.version], self._versions[self.version]
-            used = {**now, **{name: then[name] for name in self._parameters}}
-            outputs, parameters, buffers = self._run(used, inputs, seed, training=True)
+            old, present = self._versions[item.version], self._versions[self.version]
+            weights = {**present, **{name: old[name] for name in self._parameters}}
+            outputs, parameters, buffers = self._run(weights, inputs, seed, training=True)
         if outputs.requires_grad:
             gradients = torch.autograd.grad(outputs, parameters, gradient.to(self._device))
             check_bounded("gradients", *gradients, *buffers.values())
-            for parameter, its_gradient in zip(self.module.parameters(), gradients, strict=True):
-                parameter.grad = its_gradient
+            for parameter, parameter_gradient in zip(self.module.parameters(), gradients, strict=True):
+                parameter.grad = parameter_gradient
             self._optimizer.step()
         self.module.load_state_dict(buffers, strict=False)
-        self._advance(self._present())
+        self._advance(self._copy_weights())
 
-    def skip_checkpoint(self, item: Item) -> None:
+    def skip(self, item: Item) -> None:
         """Count an item as answered without a gradient."""
         self._graphs.pop(item.number, None)
         self._advance(self._versions[self.version])
 
     def merge(self, version: int, mean: Mapping[str, torch.Tensor]) -> None:
-        """Take over averaged weights; `version` is what this site had sent.
+        """Adopt averaged weights; `version` is the version that this site had sent.
 
-        Steps made since that version are kept on top: with window 1 there are none, and the
-        present weights become the mean itself.
+        Changes since that version are added: with window 1 there are none, and the present weights become the mean
+        itself.
 
         Raises:
             Refused: 312 the weights would not be finite; none was changed.
@@ -104,23 +102,23 @@ class Bottom:
         merged = {name: mean[name].to(self._device) + (present[name] - sent[name]) for name in mean}
         check_bounded("averaged weights", *merged.values())
         self.module.load_state_dict(merged, strict=False)
-        self._advance(self._present())
+        self._advance(self._copy_weights())
 
     def weights(self, version: int) -> Weights:
-        """Parameters and buffers of a retained version; not to be changed."""
+        """Return the parameters and buffers of a retained version; not to be changed."""
         return self._versions[version]
 
     def forget(self, below: int) -> None:
         """Drop versions that no item can need any more."""
-        self._versions = {version: kept for version, kept in self._versions.items() if version >= below}
+        self._versions = {version: weights for version, weights in self._versions.items() if version >= below}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Entries for a snapshot."""
+        """Return the entries for a snapshot."""
         entries = flatten("optimizer", optimizer_tensors(self._optimizer))
-        for version, kept in self._versions.items():
-            # Versions without a step between them share their weights; so do their entries.
-            if version == min(self._versions) or kept is not self._versions[version - 1]:
-                entries.update(flatten(f"bottom/{version}", kept))
+        for version, weights in self._versions.items():
+            # Versions without a step between them share their weights and their entries.
+            if version == min(self._versions) or weights is not self._versions[version - 1]:
+                entries.update(flatten(f"bottom/{version}", weights))
         entries["versions"] = torch.tensor([min(self._versions), self.version])
         return entries
 
@@ -132,7 +130,7 @@ class Bottom:
             stored = under(f"bottom/{version}", tensors)
             if stored or version == first:
                 self.module.load_state_dict(stored)
-                self._versions[version] = self._present()
+                self._versions[version] = self._copy_weights()
             else:
                 self._versions[version] = self._versions[version - 1]
         restore_optimizer(self._optimizer, under("optimizer", tensors))
@@ -140,7 +138,7 @@ class Bottom:
     def _run(
         self, weights: Weights, inputs: torch.Tensor, seed: int, training: bool
     ) -> tuple[torch.Tensor, list[torch.Tensor], dict[str, torch.Tensor]]:
-        """Outputs, the leaves they depend on, and the buffers after the run."""
+        """Return the outputs, their leaf parameters, and the buffers after the forward."""
         parameters = {name: weights[name].detach().requires_grad_() for name in self._parameters}
         buffers = {name: tensor.clone() for name, tensor in weights.items() if name not in parameters}
         self.module.train(training)
@@ -148,7 +146,7 @@ class Bottom:
             outputs = functional_call(self.module, {**parameters, **buffers}, inputs.to(self._device))
         return outputs, list(parameters.values()), buffers
 
-    def _present(self) -> Weights:
+    def _copy_weights(self) -> Weights:
         present = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         return {name: tensor.detach().clone() for name, tensor in present.items()}
 

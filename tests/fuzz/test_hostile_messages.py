@@ -52,7 +52,7 @@ class Liar:
         self.numbers: Counter[int] = Counter()
         """Of refusals."""
         self.ended: Counter[int] = Counter()
-        """FloatArray with which a worker ended."""
+        """Numbers with which a worker ended."""
         self.server_ended = False
 
     def forgery(self, genuine: Message, role) -> Message:

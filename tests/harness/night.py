@@ -1,18 +1,14 @@
-"""A small run in one process: real roles, engines and checkpoints, any broker, steppable at will."""
+"""A small run in one process, which can be shaken."""
 
 from __future__ import annotations
 
-import hashlib
+import random
 import tempfile
-from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
 import torch
 
-from nightsplit.broker.topology import SiteQueues, site_queues
-from nightsplit.server_worker.protocols import make_server
-from nightsplit.server_worker.role import ServerRole
 from nightsplit.shared.config.run import (
     DataSection,
     ModelSection,
@@ -24,29 +20,18 @@ from nightsplit.shared.config.run import (
     TaskSection,
     WireSection,
 )
-from nightsplit.shared.engine.effects import unpaid
-from nightsplit.shared.engine.engine import Engine
-from nightsplit.shared.engine.mailbox import Mailbox
-from nightsplit.shared.engine.order import Exclude
-from nightsplit.shared.errors import Refused
 from nightsplit.shared.protocols.spec import Shape, systems
-from nightsplit.shared.run_store.base import RunStore
-from nightsplit.shared.storage.checkpoint import Checkpoints
-from nightsplit.shared.transport import Broker, Route
-from nightsplit.shared.wire.message import SERVER
-from nightsplit.simulation.broker import MemoryBroker
-from nightsplit.simulation.store import MemoryStore
+from nightsplit.shared.transport import Broker
+from nightsplit.simulation.run import Simulation
 from nightsplit.site_worker.data.dataset import Dataset, Splits
-from nightsplit.site_worker.protocols import make_site
-from nightsplit.site_worker.protocols.data_vectors import DataVectorsSite
-from nightsplit.site_worker.role import SiteRole
-from nightsplit.site_worker.rounds.role import RoundSite
 
 SYSTEMS = [
     ("split_labels", "independent", 4),
+    ("split_labels", "averaged", 1),
     ("split_labels", "averaged", 3),
+    ("split_u", "independent", 1),
     ("split_u", "independent", 4),
-    ("split_u", "averaged", 3),
+    ("split_u", "averaged", 2),
     ("split_frozen", "independent", 4),
     ("fedavg_transfer", "independent", 4),
     ("fedavg_dp_seg", "independent", 4),
@@ -133,115 +118,45 @@ def tiny_splits(site: str) -> Splits:
     return Splits(part(n), part(max(4, n // 4)), part(max(4, n // 4)))
 
 
-class Authority:
-    """Lets checkpoints count; the store's journal, no lease."""
+class Night(Simulation):
+    """A run of tiny sites."""
 
-    def __init__(self, store: RunStore | None, fence: int) -> None:
-        self.store, self.fence = store, fence
+    def __init__(self, config: RunConfig, folder: Path, broker: Broker | None = None, prefetch: int = 32, **more):
+        splits = {site: tiny_splits(site) for site in config.run.sites}
+        super().__init__(config, splits, folder, folder, broker, prefetch, **more)
+        self.ledgers = Path(_LEDGERS.name)
 
-    def pointer(self):
-        return self.store.pointer() if self.store else None
+    @property
+    def over(self) -> bool:
+        return self.finished >= {*self.workers}
 
-    def move_pointer(self, pointer):
-        return self.store.move_pointer(pointer) if self.store else True
+    def turn(self, worker: str, steps: int = 1) -> None:
+        """Let a worker take some steps; one that was killed comes back."""
+        for _ in range(steps):
+            if worker not in self.engines and worker not in self.finished:
+                self.start(worker)
+            if worker in self.engines:
+                self.step(worker)
 
-    def journal(self, position, sender):
-        return self.store.journal(position, sender)
+    def shaken(self, seed: int) -> Self:
+        """To the end, while workers die at random."""
+        dice = random.Random(seed)
+        for _ in range(20_000):
+            if self.over:
+                return self
+            worker = dice.choice([worker for worker in self.workers if worker not in self.finished])
+            self.turn(worker, dice.randint(1, 12))
+            if worker in self.engines and dice.random() < 0.15:
+                self.kill(worker)
+        raise AssertionError(f"the run hangs: {self.server.applied}, {self.server.excluded}")
 
-    def journalled(self, position):
-        return self.store.journalled(position)
+    def in_peace(self, folder: Path) -> Night:
+        """The same run, which nobody disturbs."""
+        return Night(self.config, folder)
 
-
-class Night:
-    """Workers of one run that can be started, stopped and thrown away between any two steps."""
-
-    def __init__(
-        self, config: RunConfig, folder: Path, broker: Broker | None = None, prefetch: int = 32, device: str = "cpu"
-    ) -> None:
-        self.config, self.folder, self.prefetch, self.device = config, folder, prefetch, device
-        self.broker = broker or MemoryBroker()
-        self.store = MemoryStore()
-        self.queues: dict[str, SiteQueues] = {
-            site: site_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites
-        }
-        for queues in self.queues.values():
-            self.broker.declare(queues)
-        self.links = {}
-        self.roles: dict[str, SiteRole | ServerRole] = {}
-        self.engines: dict[str, Engine] = {}
-        self.lines = []
-        self.starts = 0
-        self.failures: defaultdict[str, dict[str, Refused]] = defaultdict(dict)
-        """Messages that a worker's role failed on."""
-        self.absent = lambda: None
-        """Names a site that the server should go on without."""
-        self.decide = lambda: Exclude(absent) if (absent := self.absent()) else None
-        """What is written into the journal when nothing can be applied."""
-
-    def start(self, name: str) -> Engine:
-        """A worker as a fresh process would start it: from its newest checkpoint."""
-        self.starts += 1
-        if name == SERVER:
-            role = make_server(self.config, self.folder / SERVER, self.folder, self.device)
-            routes = {site: Route(q.down, q.up, q.dead) for site, q in self.queues.items()}
-            authority = Authority(self.store, self.store.acquire_lease(SERVER, 60) or 0)
-        else:
-            ledger = Path(_LEDGERS.name) / f"{self.config.digest}-{name}.db"
-            incarnation = f"{name}-{self.starts}"
-            role = make_site(name, self.config, tiny_splits(name), incarnation, self.folder, self.device, ledger)
-            queues = self.queues[name]
-            routes = {SERVER: Route(queues.up, queues.down, queues.dead)}
-            authority = Authority(None, 0)
-        link = self.broker.link([route.incoming for route in routes.values()], self.prefetch, name)
-        mailbox = Mailbox(self.config.run.id, name, link, routes, role.payload, self.config.wire.message_bytes)
-        engine = Engine(
-            role, mailbox, Checkpoints(self.folder / name / "checkpoints"), authority, self.lines.append,
-            spend=account.pay if (account := getattr(role, "account", None)) else unpaid,
-            decide=lambda: self.decide(), failures=self.failures[name],
-        )  # fmt: skip
-        engine.recover()
-        self.links[name], self.roles[name], self.engines[name] = link, role, engine
-        return engine
-
-    def kill(self, name: str) -> None:
-        """Take a worker away without a word, as SIGKILL would: only its link ends."""
-        self.links.pop(name).close()
-        del self.engines[name]
-
-    def work(self, name: str, idle_seconds: float = 0.3) -> bool:
-        """One worker, alone, until it has nothing left to do; whether it finished."""
-        engine = self.start(name)
-        finished = engine.run(lambda: False, idle_seconds)
-        self.kill(name)
-        return finished
-
-    def together(self) -> None:
-        """All workers at once, taking turns, until the run is over."""
-        for name in (SERVER, *self.config.run.sites):
-            self.start(name).start()
-        while self.engines:
-            for name, engine in list(self.engines.items()):
-                engine.step(0.0)
-                if engine.finished:
-                    engine.leave()
-                    self.kill(name)
-
-    def fingerprint(self, *excluded: str) -> str:
-        """sha256 of all final weights, but for those of sites that left: what is trained, and the best of it."""
-        digest = hashlib.sha256()
-        for name in [SERVER, *self.config.run.sites]:
-            for state in [] if name in excluded else _states(self.roles[name]):
-                for key in sorted(state):
-                    digest.update(key.encode() + state[key].cpu().numpy().tobytes())
-        return digest.hexdigest()
-
-
-def _states(role: SiteRole | ServerRole) -> list[Mapping[str, torch.Tensor]]:
-    """Weights that a worker ends with."""
-    if isinstance(role, ServerRole):
-        return [role.weights(), role.best_weights]
-    if isinstance(role, DataVectorsSite):
-        return list(role.model().values())  # what it judged last is no result
-    if isinstance(role, RoundSite):
-        return [role.trainer.weights(), *role.model().values()]
-    return [role.bottom.module.state_dict(), role.final_bottom()]
+    def replayed(self, folder: Path) -> Night:
+        """The run once more in peace, in the order that its journal holds."""
+        again = self.in_peace(folder)
+        for position, entry in enumerate(self.journal(), 1):
+            again.store.journal(position, entry)
+        return again.run()

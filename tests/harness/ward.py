@@ -1,7 +1,6 @@
-"""A night on an injected clock, in which sites can go."""
+"""A night in which sites can go, and time passes."""
 
 import json
-import random
 
 import msgspec
 
@@ -18,7 +17,7 @@ SECONDS = 15
 
 
 class Ward(Night):
-    """A night on an injected clock, in which sites can go.
+    """A night in which sites can go.
 
     Args:
         goes: after how many messages that the broker has confirmed a site is gone for ever; 0: it never comes.
@@ -26,101 +25,83 @@ class Ward(Night):
 
     def __init__(self, config, folder, goes=None, **more):
         super().__init__(config, folder, prefetch=16, **more)
+        self.interval_seconds = 8 * SECONDS
         self.goes = goes or {}
         self.turns = 0
-        self.finished = set()
         self.told = {}
         """Errors that ended a site."""
-        self.absent = lambda: self.silence.overdue(self.server.awaited(), self.server.active_sites)
+        self.decide = lambda: Exclude(absent) if (absent := self.absent()) else None
 
-    @property
-    def server(self):
-        return self.roles[SERVER]
+    def absent(self):
+        return self.silence.overdue(self.server.awaited(), self.server.active_sites)
 
-    def start(self, name):
-        if name == SERVER:
+    def start(self, worker):
+        if worker == SERVER:
             known = self.store.statuses([SERVER]).get(SERVER)
             before = known.report.sites if known is not None else {}
-            self.silence = SilenceTracker(self.config, before, lambda: SECONDS * self.turns)
-        return super().start(name)
+            self.silence = SilenceTracker(self.config, before, lambda: self.clock.now().timestamp())
+        return super().start(worker)
 
-    def is_gone(self, name):
-        if name not in self.goes:
+    def is_gone(self, worker):
+        if worker not in self.goes:
             return False
-        sent = self.roles[name].next_seq - 1 if name in self.roles else 0
-        return sent >= self.goes[name] and (name not in self.links or not self.links[name].unconfirmed)
+        sent = self.roles[worker].next_seq - 1 if worker in self.roles else 0
+        return sent >= self.goes[worker] and (worker not in self.links or not self.links[worker].unconfirmed)
 
     def look(self):
-        self.silence.look(self.server.applied, self.server.awaited(), self.store.statuses(self.config.run.sites), True)
+        self.silence.update(
+            self.server.applied, self.server.awaited(), self.store.statuses(self.config.run.sites), True
+        )
         lacking = self.silence.lacking(self.server.awaited(), self.server.active_sites)
         sites = {site: SiteStatus(presence=presence) for site, presence in self.silence.sites.items()}
         self.store.put_status(SERVER, WorkerStatus(phase=Phase.WORKING, lacking=tuple(lacking), sites=sites))
 
-    def turn(self, name, steps=1):
+    def step(self, worker):
+        """As a night's; but the server looks who is there first, and a site may be told to leave, or go."""
+        if worker == SERVER:
+            self.look()
+        try:
+            worked = super().step(worker)
+        except RunError as error:
+            self.told[worker] = error
+            self.finished.add(worker)
+            self.kill(worker)
+            return True
+        if worker in self.engines and self.is_gone(worker):
+            self.kill(worker)
+        return worked
+
+    def turn(self, worker, steps=1):
         """Let a worker take some steps; time passes, in which every site that lives shows it."""
         self.turns += 1
+        self.clock.advance(SECONDS)
         for site in self.config.run.sites:
             if site not in self.finished and not self.is_gone(site):
                 self.store.put_status(site, WorkerStatus(phase=Phase.WORKING, beat=str(self.turns)))
-        if name in self.finished or self.is_gone(name):
-            return
-        if name not in self.engines:
-            self.start(name).start()
-        engine = self.engines[name]
-        try:
-            for _ in range(steps):
-                if name == SERVER:
-                    self.look()
-                engine.step(0.0)
-                if engine.finished or self.is_gone(name):
-                    break
-            if self.turns % 8 == 0:
-                engine._save_if_due(force=True)  # as every 30 seconds
-        except RunError as error:
-            self.told[name] = error
-            self.finished.add(name)
-            self.kill(name)
-            return
-        if engine.finished:
-            engine.leave()
-            self.finished.add(name)
-        if engine.finished or self.is_gone(name):
-            self.kill(name)
+        for _ in range(steps):
+            if not self.is_gone(worker):
+                super().turn(worker)
 
     @property
     def over(self):
-        return all(name in self.finished or self.is_gone(name) for name in (SERVER, *self.config.run.sites))
+        return all(worker in self.finished or self.is_gone(worker) for worker in self.workers)
 
-    def calmly(self, turns=5000):
+    def run(self, turns=5000):
         """All workers in turn, until the run is over for everybody who is still there."""
         for number in range(turns):
             if self.over:
                 return self
-            self.turn((SERVER, *self.config.run.sites)[number % (1 + len(self.config.run.sites))], 3)
+            self.turn(self.workers[number % len(self.workers)], 3)
         raise AssertionError(f"the run hangs: {self.server.applied}, {self.server.excluded}")
 
-    def shaken(self, seed):
-        """Workers die at random."""
-        dice = random.Random(seed)
-        for _ in range(4_000):
-            if self.over:
-                return self
-            name = dice.choice([SERVER, *self.config.run.sites])
-            self.turn(name, dice.randint(1, 12))
-            if name in self.engines and dice.random() < 0.15:
-                self.kill(name)
-        raise AssertionError(f"the run hangs: {self.server.applied}, {self.server.excluded}")
-
-    def journal(self):
-        entries = []
-        while (entry := self.store.journalled(len(entries) + 1)) is not None:
-            entries.append(entry)
-        return entries
+    def in_peace(self, folder):
+        """The site that was gone is at work all the time."""
+        return Ward(self.config, folder)
 
     def outcome(self):
         """The decisions, the figures, and all that the server and the sites that stayed end with."""
         history = json.dumps(self.server.evaluation.history, sort_keys=True)
-        return dict(self.server.excluded), history, self.fingerprint(*self.goes)
+        return dict(self.server.excluded), history, self.fingerprint(*self.goes, *self.server.excluded)
 
 
 def ward_config(protocol="split_labels", bottoms="independent", window=4, order="strict", **run):
@@ -135,14 +116,3 @@ def replace_run(config, **run):
 
 def decided(ward):
     return any(isinstance(from_journal(entry), Exclude) for entry in ward.journal())
-
-
-def replayed(ward, folder):
-    """The run once more, from its journal, with the site that was gone at work all the time."""
-    again = Ward(ward.config, folder)
-    for position, entry in enumerate(ward.journal(), 1):
-        again.store.journal(position, entry)
-    again.absent = lambda: None  # what it needs is written down
-    again.calmly()
-    again.goes = ward.goes  # for the comparison
-    return again

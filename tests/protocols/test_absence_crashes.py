@@ -21,14 +21,14 @@ def test_the_server_may_die_between_any_two_steps_around_the_decision(protocol, 
     while not decided(calm):
         calm.turn(names[steps % 4])
         steps += 1
-    calm.calmly()
+    calm.run()
     for offset in range(-1, 4):
         ward = Ward(config, tmp_path / f"killed{offset}", goes)
         for number in range(steps + 40):
             if number == steps - 1 + 4 * offset and SERVER in ward.engines:
                 ward.kill(SERVER)
             ward.turn(names[number % 4])
-        assert ward.calmly().outcome() == calm.outcome(), f"killed {offset} steps of the server from the decision"
+        assert ward.run().outcome() == calm.outcome(), f"killed {offset} steps of the server from the decision"
         assert ward.journal().count("-south") == 1
 
 
@@ -45,10 +45,9 @@ def test_silence_goes_on_where_the_last_server_left_off(tmp_path):
 
 @pytest.mark.parametrize("place", ["before the record", "behind the record", "publish 0", "publish 1", "publish 2"])
 @pytest.mark.parametrize("bottoms", ["independent", "averaged"])
-def test_the_server_may_die_within_the_decision(place, bottoms, tmp_path):
+def test_the_server_may_die_within_the_decision(place, bottoms, calm, tmp_path):
     """An effect of the decision left, or half of them, or none: the successor comes to the same end."""
     config, goes = ward_config(bottoms=bottoms, window=3, evaluate_every=2), {"south": 5}
-    calm = Ward(config, tmp_path / "calm", goes).calmly()
     ward = Ward(config, tmp_path / "killed", goes)
     journal, state = ward.store.journal, {"armed": True}
 
@@ -85,7 +84,7 @@ def test_the_server_may_die_within_the_decision(place, bottoms, tmp_path):
             ward.kill(SERVER)
             ward.store.put_status(SERVER, UNREADABLE)  # a successor that knows nothing of the silence
     assert killed == 1
-    assert ward.outcome() == calm.outcome()
+    assert ward.outcome() == calm(config, goes).outcome()
     assert ward.journal().count("-south") == 1
 
 

@@ -4,6 +4,7 @@ import torch
 from safetensors.torch import load_file
 
 from nightsplit.console.cli import run
+from nightsplit.shared.engine.order import Exclude
 from nightsplit.shared.learning.metrics import score
 from nightsplit.shared.protocols.data_vectors import SCALES
 from nightsplit.shared.wire.message import SERVER
@@ -13,8 +14,7 @@ from tests.protocols.test_rounds import SITES, begun, rest
 
 def test_vectors_are_what_each_site_would_reach_alone_and_the_sum_is_scaled_by_validation(tmp_path):
     config = tiny_rounds(protocol="data_vectors", local_epochs=3)
-    night = Night(config, tmp_path)
-    night.together()
+    night = Night(config, tmp_path).run()
     server = night.roles[SERVER]
     assert set(server.vectors) == set(SITES)
     history = server.evaluation.history
@@ -32,12 +32,12 @@ def test_a_sum_does_not_depend_on_who_came_first(tmp_path):
     ends = set()
     for number, names in enumerate([SITES, SITES[::-1], ("south", "east", "north")]):
         night = Night(tiny_rounds(protocol="data_vectors", order="fair"), tmp_path / str(number))
-        night.start(SERVER).start()
+        night.start(SERVER)
         for name in names:
-            night.start(name).start()
+            night.start(name)
             rest(night, [SERVER, name], turns=100)
         rest(night, [SERVER, *names], turns=500)
-        assert night.engines[SERVER].finished
+        assert SERVER in night.finished
         ends.add(night.fingerprint())
     assert len(ends) == 1
 
@@ -47,16 +47,15 @@ def test_a_vector_that_comes_too_late_is_published_beside_the_merge(tmp_path):
     night = begun(config, tmp_path, (SERVER, "north", "south"))
     rest(night, [SERVER, "north", "south"])
     merged = night.roles[SERVER].vector
-    night.start("east").start()
+    night.start("east")
     rest(night, [SERVER, *SITES], turns=1000)
-    assert night.engines[SERVER].finished
+    assert SERVER in night.finished
     assert torch.equal(night.roles[SERVER].vector, merged)
     assert set(night.roles[SERVER].vectors) == set(SITES)
 
 
 def test_statistics_of_a_merge_are_measured_anew_and_pooled(tmp_path):
-    night = Night(tiny_rounds(protocol="data_vectors"), tmp_path)
-    night.together()
+    night = Night(tiny_rounds(protocol="data_vectors"), tmp_path).run()
     server, model = night.roles[SERVER], night.roles["north"].model()["model"]
     inputs = torch.cat([night.roles[site].batches.train.inputs for site in SITES])
     hidden = inputs @ model["0.weight"].T + model["0.bias"]
@@ -67,8 +66,7 @@ def test_statistics_of_a_merge_are_measured_anew_and_pooled(tmp_path):
 
 def test_published_vectors_are_merged_again_with_a_site_more_or_one_less(tmp_path, capsys):
     """To the bit what the run would have added up, whoever is added when; and another theta_pre is refused."""
-    everybody = Night(tiny_rounds(protocol="data_vectors", statistics="local"), tmp_path / "all")
-    everybody.together()
+    everybody = Night(tiny_rounds(protocol="data_vectors", statistics="local"), tmp_path / "all").run()
     server = everybody.roles[SERVER]
     server.publish(tmp_path)
     files = {site: tmp_path / "vectors" / f"{site}.safetensors" for site in SITES}
@@ -90,8 +88,7 @@ def test_published_vectors_are_merged_again_with_a_site_more_or_one_less(tmp_pat
     capsys.readouterr()
     others = {"seed": 4}, {"freeze": ["0"]}
     for changed, number in zip(others, ("E116", "E117"), strict=True):
-        night = Night(tiny_rounds(protocol="data_vectors", statistics="local", **changed), tmp_path / number)
-        night.together()
+        night = Night(tiny_rounds(protocol="data_vectors", statistics="local", **changed), tmp_path / number).run()
         night.roles[SERVER].publish(tmp_path / number)
         stranger = tmp_path / number / "vectors" / "north.safetensors"
         assert run(["merge", str(tmp_path), "--output", str(tmp_path / "no"), "--with", str(stranger)]) == 1
@@ -106,9 +103,9 @@ def test_part_of_a_vector_does_not_count(tmp_path):
     config = tiny_rounds(protocol="data_vectors", quorum=2)
     night = Night(config, tmp_path)
     gone = []
-    night.absent = lambda: "east" if gone and "east" not in night.roles[SERVER].excluded else None
-    for name in (SERVER, *SITES):
-        night.start(name).start()
+    night.decide = lambda: Exclude("east") if gone and "east" not in night.server.excluded else None
+    for name in night.workers:
+        night.start(name)
     while night.roles["east"].next_seq < 2:
         rest(night, [SERVER, *SITES], turns=1)
     night.kill("east")
@@ -117,6 +114,6 @@ def test_part_of_a_vector_does_not_count(tmp_path):
     gone.append(True)
     rest(night, [SERVER, "north", "south"], turns=2000)
     server = night.roles[SERVER]
-    assert night.engines[SERVER].finished
+    assert SERVER in night.finished
     assert set(server.vectors) == {"north", "south"}
     torch.testing.assert_close(server.vector, server.published + sum(server.vectors.values()))

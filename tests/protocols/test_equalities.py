@@ -56,8 +56,7 @@ def trained_whole(night, site):
 @pytest.mark.parametrize("protocol", ["split_labels", "split_u"])
 def test_one_site_window_1_is_ordinary_training(protocol, optimizer, tmp_path):
     config = tiny_config(("north",), protocol=protocol, window=1, codec="fp32", optimizer=optimizer)
-    night = Night(config, tmp_path)
-    night.together()
+    night = Night(config, tmp_path).run()
     expected, found = ordinary_training(config, "north"), trained_whole(night, "north")
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
@@ -70,7 +69,7 @@ def test_split_u_equals_split_labels(tmp_path):
     for protocol in ("split_labels", "split_u"):
         config = tiny_config(("south",), protocol=protocol, window=1, codec="fp32")
         nights.append(Night(config, tmp_path / protocol))
-        nights[-1].together()
+        nights[-1].run()
     labels, u = (trained_whole(night, "south") for night in nights)
     assert all(torch.equal(labels[name], u[name]) for name in labels)
 
@@ -86,8 +85,8 @@ def real_broker(request, tmp_path):
 def test_every_broker_gives_the_same_weights(protocol, real_broker, tmp_path):
     config = tiny_config(protocol=protocol, window=4, epochs=2)
     in_memory, elsewhere = Night(config, tmp_path / "a"), Night(config, tmp_path / "b", real_broker)
-    in_memory.together()
-    elsewhere.together()
+    in_memory.run()
+    elsewhere.run()
     assert elsewhere.fingerprint() == in_memory.fingerprint()
 
 
@@ -108,7 +107,7 @@ def test_a_decoupled_night_equals_a_night_together(protocol, tmp_path):
         apart.work(SERVER)
         visits = [apart.work(site) for site in config.run.sites]
         finished = all(visits)
-    together.together()
+    together.run()
     assert apart.fingerprint() == together.fingerprint()
 
 

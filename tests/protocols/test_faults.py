@@ -3,7 +3,6 @@
 The brokers are real and in this process; `nightsplit.simulation.faults` lies between them and the workers.
 """
 
-import itertools
 from collections import Counter
 
 import pytest
@@ -11,13 +10,11 @@ import pytest
 from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import site_queues
-from nightsplit.shared.protocols.spec import TRAINING, systems
 from nightsplit.shared.transport import Blocked, Confirmed, Delivery, Unblocked
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.simulation.faults import Faults, FaultyBroker
-from tests.harness.night import Night, tiny_config
-from tests.protocols.test_crashes import SYSTEMS, shaken
+from tests.harness.night import SYSTEMS, Night, tiny_config
 
 FAULTS = Faults(duplicate=0.3, reorder=10, delay=0.05, lose_confirm=0.1, disconnect=0.02)
 HAPPENED = {"duplicates", "reordered", "delays", "lost_confirms", "disconnects"}
@@ -41,24 +38,8 @@ class BadNight(Night):
         assert self.counts["refused"] == 0, "nothing was wrong with any message"
 
 
-def replayed(night, folder):
-    """The same run in peace, in the order that the journal of `night` holds."""
-    replay = Night(night.config, folder)
-    for position in itertools.count(1):
-        sender = night.store.journalled(position)
-        if sender is None:
-            break
-        replay.store.journal(position, sender)
-    replay.together()
-    return replay
-
-
 def config_of(protocol, bottoms, window, **run):
     return tiny_config(protocol=protocol, bottoms=bottoms, average_every=3, window=window, epochs=2, **run)
-
-
-def test_every_system_is_here():
-    assert {protocol for protocol, _, _ in SYSTEMS} == set(systems(*TRAINING))
 
 
 @pytest.fixture(params=[("memory", 0), ("embedded", 2)], ids=lambda param: f"{param[0]}-{param[1]}")
@@ -68,74 +49,62 @@ def broker_and_seed(request, tmp_path):
 
 
 @pytest.mark.parametrize(("protocol", "bottoms", "window"), SYSTEMS)
-def test_a_strict_run_ends_bit_identical(protocol, bottoms, window, broker_and_seed, tmp_path):
+def test_a_strict_run_ends_bit_identical(protocol, bottoms, window, broker_and_seed, calm, tmp_path):
     config = config_of(protocol, bottoms, window)
-    calm = Night(config, tmp_path / "calm")
-    calm.together()
-    bad = BadNight(config, tmp_path / "bad", *broker_and_seed)
-    bad.together()
-    assert bad.fingerprint() == calm.fingerprint()
+    bad = BadNight(config, tmp_path, *broker_and_seed).run()
+    assert bad.fingerprint() == calm(config).fingerprint()
     bad.check_that_it_was_bad()
 
 
 @pytest.mark.parametrize(("protocol", "bottoms", "window"), SYSTEMS)
 def test_a_fair_run_ends_like_the_replay_of_its_journal(protocol, bottoms, window, broker_and_seed, tmp_path):
-    bad = BadNight(config_of(protocol, bottoms, window, order="fair"), tmp_path / "bad", *broker_and_seed)
-    bad.together()
-    assert replayed(bad, tmp_path / "replay").fingerprint() == bad.fingerprint()
+    bad = BadNight(config_of(protocol, bottoms, window, order="fair"), tmp_path / "bad", *broker_and_seed).run()
+    assert bad.replayed(tmp_path / "replay").fingerprint() == bad.fingerprint()
     bad.check_that_it_was_bad()
 
 
 def test_the_faults_show_in_a_fair_run(tmp_path):
     """Otherwise the test above could not fail."""
     config = tiny_config(order="fair", window=3, epochs=2)
-    fingerprints = set()
-    for seed in range(3):
-        bad = BadNight(config, tmp_path / str(seed), MemoryBroker(), seed)
-        bad.together()
-        fingerprints.add(bad.fingerprint())
-    assert len(fingerprints) > 1
+    nights = [BadNight(config, tmp_path / str(seed), MemoryBroker(), seed).run() for seed in range(3)]
+    assert len({bad.fingerprint() for bad in nights}) > 1
 
 
 @pytest.mark.parametrize("order", ["strict", "fair"])
 @pytest.mark.parametrize(("protocol", "bottoms", "window"), SYSTEMS)
-def test_workers_die_over_bad_lines(protocol, bottoms, window, order, tmp_path):
+def test_workers_die_over_bad_lines(protocol, bottoms, window, order, calm, tmp_path):
     """Both at once: what comes again after a crash is itself late, doubled and in another order."""
-    bad = BadNight(config_of(protocol, bottoms, window, order=order), tmp_path / "bad", MemoryBroker(), seed=7)
-    fingerprint = shaken(bad, seed=7)
-    assert replayed(bad, tmp_path / "replay").fingerprint() == fingerprint
+    config = config_of(protocol, bottoms, window, order=order)
+    bad = BadNight(config, tmp_path / "bad", MemoryBroker(), seed=7).shaken(seed=7)
+    expected = calm(config) if order == "strict" else bad.replayed(tmp_path / "replay")
+    assert bad.fingerprint() == expected.fingerprint()
     bad.check_that_it_was_bad()
 
 
 @pytest.mark.rabbitmq
-def test_a_run_over_rabbitmq(rabbitmq, tmp_path):
+def test_a_run_over_rabbitmq(rabbitmq, calm, tmp_path):
     config = tiny_config(("north", "south"), window=4, epochs=1)
-    calm = Night(config, tmp_path / "calm")
-    calm.together()
-    bad = BadNight(config, tmp_path / "bad", RabbitBroker(rabbitmq.vhost()), seed=1)
-    bad.together()
-    assert bad.fingerprint() == calm.fingerprint()
+    bad = BadNight(config, tmp_path, RabbitBroker(rabbitmq.vhost()), seed=1).run()
+    assert bad.fingerprint() == calm(config).fingerprint()
     bad.check_that_it_was_bad()
 
 
 # -- what the faults have found ---------------------------------------------------------------------
 
 
-def test_all_answers_lie_there_before_the_site_would_send_again(tmp_path):
+def test_all_answers_lie_there_before_the_site_would_send_again(calm, tmp_path):
     """The site dies between sending and its checkpoint; the server finishes; the site finds the end at once."""
     config = tiny_config(("north",), window=64, epochs=2)
-    calm, night = Night(config, tmp_path / "calm"), Night(config, tmp_path / "night", prefetch=64)
-    calm.together()
+    night = Night(config, tmp_path, prefetch=64)
     night.work(SERVER, 0.1)
-    site = night.start("north")
-    site.start()
+    night.start("north")
     while night.roles["north"].next_seq <= night.roles["north"].sequence.last:
-        site.step(0.0)
+        night.step("north")
     night.kill("north")
     night.work(SERVER, 0.1)
     assert night.work("north", 0.1)
     assert night.roles["north"].next_seq == 1, "nothing was sent again"
-    assert night.fingerprint() == calm.fingerprint(), "the best bottom is kept all the same"
+    assert night.fingerprint() == calm(config).fingerprint(), "the best bottom is kept all the same"
 
 
 @pytest.mark.parametrize("seed", [5, 6, 13])
@@ -144,13 +113,13 @@ def test_a_journalled_message_that_comes_before_its_hello(seed, tmp_path):
     config = tiny_config(("north",), order="fair", epochs=1)
     night = BadNight(config, tmp_path, MemoryBroker(), seed, Faults(reorder=10, delay=0.5))
     for name in (SERVER, "north"):
-        night.start(name).start()
+        night.start(name)
     while night.store.journalled(1) is None:
         for engine in night.engines.values():
             engine.step(0.0)
     for name in (SERVER, "north"):
         night.kill(name)
-    night.together()
+    night.run()
     assert night.roles["north"].finished
 
 

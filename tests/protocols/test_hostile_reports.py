@@ -34,22 +34,18 @@ RUNS = {
 
 def played(night, change):
     """To the end, the server thrown away again and again; `change` makes the last site's role a liar."""
-    for name in (SERVER, *SITES):
-        night.start(name).start()
+    for name in night.workers:
+        night.start(name)
     change(night.roles[SITES[-1]])
     turns = 0
     while night.engines:
         turns += 1
         assert turns < 5000, "the run hangs"
-        for name, engine in list(night.engines.items()):
-            engine.step(0.0)
-            if engine.finished:
-                engine.leave()
-                night.kill(name)
-            elif name == SERVER and turns % 40 == 0:
-                night.kill(SERVER)
-                night.start(SERVER).start()
-    return night.roles[SERVER]
+        for name in list(night.engines):
+            night.step(name)
+        if SERVER in night.engines and turns % 40 == 0:
+            night.restart(SERVER)
+    return night.server
 
 
 def written(night, folder):
@@ -59,8 +55,7 @@ def written(night, folder):
         if line.metrics["event"] not in ("local", "spend"):
             log.write(line)
     log.close()
-    server = night.roles[SERVER]
-    write_report(folder, night.config, server, dict.fromkeys(SITES))
+    write_report(folder, night.config, night.server, dict.fromkeys(SITES))
 
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")
@@ -76,10 +71,10 @@ def test_a_report_that_lies_is_refused_and_the_run_ends(run, lie, tmp_path):
     def change(role):
         text = LIES[lie]
         if run == "data_vectors":
-            honest = role.judge_final
-            role.judge_final = lambda: (honest(), json.dumps([text, *["{}"] * (len(SCALES) - 1)]))[1]
+            honest = role.evaluate_final
+            role.evaluate_final = lambda: (honest(), json.dumps([text, *["{}"] * (len(SCALES) - 1)]))[1]
         else:
-            setattr(role, "judge" if run == "fedavg_transfer" else "_judge", lambda: text)
+            setattr(role, "evaluate" if run == "fedavg_transfer" else "_evaluate", lambda: text)
 
     night = Night(RUNS[run], tmp_path)
     server = played(night, change)
@@ -110,7 +105,7 @@ def test_the_largest_values_do_not_end_the_run(combine, size, tmp_path):
     """Means, squares of running means, a model of two rounds: nothing overflows that others would have to read."""
 
     def change(role):
-        role._changed = lambda: torch.full((role.layout.length,), size)
+        role._make_update = lambda: torch.full((role.layout.length,), size)
 
     night = Night(tiny_rounds(SITES, rounds=3, combine=combine), tmp_path)
     server = played(night, change)
@@ -122,7 +117,7 @@ def test_the_largest_values_do_not_end_the_run(combine, size, tmp_path):
 
 def test_the_largest_vector_does_not_end_the_run(tmp_path):
     def change(role):
-        role._changed = lambda: torch.full((role.layout.length,), 1e20)
+        role._make_update = lambda: torch.full((role.layout.length,), 1e20)
 
     night = Night(RUNS["data_vectors"], tmp_path)
     server = played(night, change)
@@ -137,20 +132,20 @@ def test_a_site_that_a_model_makes_diverge_says_which_one(tmp_path):
     night.start("north")
     role = night.roles["north"]
     with torch.no_grad():
-        role.trainer.trained[0].fill_(torch.inf)
+        role.trainer.trainable[0].fill_(torch.inf)
     for version, sentence in ((0, "not finite. Fix"), (1, "the server's model 1.*another site's update")):
         role._version = version
         with pytest.raises(RunError, match=f"E603.*{sentence}"):
             role._train()
         with pytest.raises(RunError, match=f"E603.*1e\\+20.*{sentence.removeprefix('not finite')}"):
-            role._changed()
+            role._make_update()
 
 
 def test_a_model_that_gives_nothing_finite_leaves_the_site_with_its_own(tmp_path):
     """Each value of it is small enough; what follows from them for a patient is not."""
 
     def change(role):
-        role._changed = lambda: torch.full((role.layout.length,), 1e15)
+        role._make_update = lambda: torch.full((role.layout.length,), 1e15)
 
     night = Night(tiny_rounds(SITES, rounds=2, statistics="local"), tmp_path)
     played(night, change)

@@ -26,12 +26,12 @@ def test_a_site_that_comes_back_is_told_and_changes_nothing(order, tmp_path):
     assert ward.server.applied["south"] == applied
     ward.goes = {"south": 5}
     if order == "strict":
-        assert ward.outcome() == Ward(config, tmp_path / "gone", {"south": 5}).calmly().outcome()
+        assert ward.outcome() == Ward(config, tmp_path / "gone", {"south": 5}).run().outcome()
     assert ward.broker.depth(ward.queues["south"].up) == 0, "its late messages are acknowledged"
 
 
 def test_a_site_that_comes_back_when_all_is_over_is_told(tmp_path):
-    ward = Ward(ward_config(), tmp_path, {"south": 5}).calmly()
+    ward = Ward(ward_config(), tmp_path, {"south": 5}).run()
     ward.goes = {}
     for _ in range(3):  # however often it is started again
         ward.finished.discard("south")
@@ -50,7 +50,7 @@ def test_without_its_quorum_the_run_waits_and_says_for_whom(tmp_path):
     assert ward.server.excluded == {}
     assert ward.store.statuses([SERVER])[SERVER].report.lacking == ("south", "east")
     ward.goes = {"south": 0}  # east comes, so two of three are there
-    ward.calmly()
+    ward.run()
     assert list(ward.server.excluded) == ["south"]
     assert ward.store.statuses([SERVER])[SERVER].report.lacking == ()
 
@@ -102,4 +102,4 @@ def test_in_strict_order_all_wait_for_a_slow_site_and_nothing_changes(tmp_path):
     then = slow_run(ward)
     assert ward.server.excluded == {}
     assert then["south"] >= ward.server.sequences["south"].last - 2, "they came to the end together"
-    assert ward.outcome() == Ward(config, tmp_path / "calm").calmly().outcome()
+    assert ward.outcome() == Ward(config, tmp_path / "calm").run().outcome()

@@ -151,7 +151,7 @@ def test_an_end_that_comes_early_answers_those_who_wait_for_an_averaging(tmp_pat
     run = {"order": "fair", "bottoms": "averaged", "window": 1, "average_every": 1, "epochs": 12, "patience": 1}
     talk = Dialogue(tiny_config(("north", "east"), **run), tmp_path, NorthIsSlow(0))
     assert all(talk.walk())
-    assert talk.roles[SERVER].evaluation.judged < 12
+    assert talk.roles[SERVER].evaluation.evaluated < 12
 
 
 TARGETS = {

@@ -14,10 +14,11 @@ import zstandard
 
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.protocols.handshake import VERDICT
+from nightsplit.shared.protocols.handshake import PROGRESS
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.shared.wire.schema import Payload, Reveals, ScalarSpec, TensorSpec
+from nightsplit.simulation.broker import MemoryBroker
 from tests.harness.night import Night, tiny_config
 
 F32 = torch.float32
@@ -239,23 +240,10 @@ def inject(night: Night, *bodies: bytes) -> None:
 
 def finish(night: Night) -> None:
     """Go on to the end; every message of every site was applied."""
-    while night.engines:
-        for name, engine in list(night.engines.items()):
-            engine.step(0.0)
-            if engine.finished:
-                engine.leave()
-                night.kill(name)
+    night.run()
     for site in night.config.run.sites:
         assert night.roles[site].finished
         assert night.roles[SERVER].applied[site] == night.roles[site].sequence.last
-
-
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory) -> str:
-    """What the run ends with when nobody disturbs it."""
-    night = Night(config(), tmp_path_factory.mktemp("calm"))
-    night.together()
-    return night.fingerprint()
 
 
 def test_there_are_more_than_thirty_kinds():
@@ -265,19 +253,19 @@ def test_there_are_more_than_thirty_kinds():
 @pytest.mark.parametrize("name", POISON)
 def test_poison_in_a_running_run(name, calm, tmp_path):
     make, number = POISON[name]
-    night = Night(config(), tmp_path)
-    for worker in (SERVER, "north", "south"):
-        night.start(worker).start()
+    night = Night(config(), tmp_path, MemoryBroker())  # which carries more than the run allows
 
     def go_on(enough: Callable[[], bool]) -> None:
         for _ in range(1000):
             if enough():
                 return
-            for engine in night.engines.values():
-                engine.step(0.0)
+            for worker in list(night.engines):
+                night.step(worker)
         pytest.fail("the run hangs")
 
-    applied = night.roles[SERVER].applied
+    for worker in night.workers:
+        night.start(worker)
+    applied = night.server.applied
     go_on(lambda: applied["north"] >= 2)
     q = night.roles["north"].next_seq
     assert night.config.run.window == 1
@@ -299,7 +287,7 @@ def test_poison_in_a_running_run(name, calm, tmp_path):
     finish(night)
     assert night.roles[SERVER].refusals == ({"north": 1} if name in COUNTED else {})
     assert night.broker.depth(night.queues["north"].dead) == 1
-    assert (night.fingerprint() == calm) is (name in UNPLACED)
+    assert (night.fingerprint() == calm(config()).fingerprint()) is (name in UNPLACED)
 
 
 def test_all_poison_in_one_queue_over_rabbitmq(rabbitmq, tmp_path):
@@ -308,8 +296,6 @@ def test_all_poison_in_one_queue_over_rabbitmq(rabbitmq, tmp_path):
     night = Night(config(("north",), epochs=8), tmp_path, RabbitBroker(rabbitmq.vhost()))
     night.work(SERVER, 0.1)
     inject(night, *bodies)
-    for worker in (SERVER, "north"):
-        night.start(worker).start()
     finish(night)
     letters = {}
     with night.broker.link([night.queues["north"].dead], 128, "reader") as link:
@@ -326,11 +312,11 @@ def test_an_unusable_answer_counts_as_one_without_a_gradient(tmp_path):
     night = Night(config(("north",)), tmp_path)
     night.work(SERVER, 0.1)
     answer = Header("night", SERVER, "north", Kind.CUT_GRADIENT, 1, reply_to=1)
-    payload = Payload(Kind.CUT_GRADIENT, {"gradient": TensorSpec(F32, ("batch", 8), "fp16", zstd=True)}, VERDICT)
+    payload = Payload(Kind.CUT_GRADIENT, {"gradient": TensorSpec(F32, ("batch", 8), "fp16", zstd=True)}, PROGRESS)
     message = Message(answer, {"gradient": torch.randn(3, 8)}, {"best": 0, "judged": 0})
     with night.broker.link([], 8, "attacker") as link:
         link.publish(night.queues["north"].down, "poison", [b"".join(wire.encode(message, payload, 2**20))])
-    night.together()
+    night.run()
     assert night.roles["north"].finished
     assert night.roles["north"].bottom.version == night.roles["north"].sequence.last
     (letter,) = night.broker.peek(night.queues["north"].dead)

@@ -20,7 +20,7 @@ from nightsplit.shared.errors import Refused, StateError
 from nightsplit.shared.he.sequences import parameters_for, rotations_of
 from nightsplit.shared.he.weights import ClassifierWeights, FloatArray
 from nightsplit.shared.models.sequences import SequenceClassifier
-from nightsplit.shared.protocols.query import CONTRACT, HEADER_BYTES, MOST_CHUNKS, Parcels, chunks
+from nightsplit.shared.protocols.query import CHUNKS_MAX, CONTRACT, HEADER_BYTES, Parcels, chunks
 from nightsplit.shared.transport import Delivery, Route
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
@@ -44,7 +44,7 @@ class Service:
         self.network = SequenceClassifier(FRAMES, FEATURES, HIDDEN, recurrent).double()
         self.classifier = ClassifierWeights.of(self.network.state_dict())
         self.ckks = parameters_for(self.classifier)
-        secret, self.public = SecretKeys.made(self.ckks, folder / "site", rotations_of(self.ckks, self.classifier))
+        secret, self.public = SecretKeys.make(self.ckks, folder / "site", rotations_of(self.ckks, self.classifier))
         self.queries = QueryStore(folder / "queries.db")
         self.half = HeClstmSite(self.classifier, secret)
         self.broker, self.names = MemoryBroker(), query_queues("film", "north", 2**30)
@@ -61,7 +61,7 @@ class Service:
     def answer(self, evaluate: Evaluate | None = None, secret: bytes = b"s" * 32) -> QueryServer:
         """The server alone, until nothing comes; it evaluates in threads of this process."""
         names = self.names
-        with ThreadPoolExecutor(2) as pool, self.broker.link([names.up], 2 * MOST_CHUNKS, SERVER) as link:
+        with ThreadPoolExecutor(2) as pool, self.broker.link([names.up], 2 * CHUNKS_MAX, SERVER) as link:
             route = {"north": Route(outgoing=names.down, incoming=names.up, dead=names.dead)}
             in_threads = partial(pool.submit, HeClstmServer(self.classifier, secret).answer)
             evaluate, name = evaluate or in_threads, secret.hex()
@@ -73,7 +73,7 @@ class Service:
     def ask(self) -> bool:
         """The site alone, until nothing comes; whether all is over."""
         names = self.names
-        with self.broker.link([names.down], 2 * MOST_CHUNKS, "north") as link:
+        with self.broker.link([names.down], 2 * CHUNKS_MAX, "north") as link:
             routes = {SERVER: Route(outgoing=names.up, incoming=names.down, dead=names.dead)}
             mailbox = Mailbox("film", "north", link, routes, CONTRACT.get, LIMIT)
             return QueryClient(mailbox, self.half, self.public, self.queries).run(lambda: False, 0.05)
@@ -134,10 +134,10 @@ def test_what_waits_is_asked_together(service: Service) -> None:
     """As one query, in the packing that suits the sum; scores come by submission."""
     for _ in range(3):
         service.queries.submit(["a", "b,c", "d"], service.features)
-    assert service.queries.unformed() == 9
+    assert service.queries.count_waiting() == 9
     service.settle()
     (query,) = service.queries.all()
-    assert service.queries.unformed() == 0
+    assert service.queries.count_waiting() == 0
     assert [tuple(origin) for origin in query.origins[2:5]] == [(1, 3, "d"), (2, 1, "a"), (2, 2, "b,c")]
     assert query.logits is not None
     np.testing.assert_allclose(query.logits, np.tile(service.expected(), 3), atol=1e-4)
@@ -218,7 +218,7 @@ def test_answers_to_the_same_query_are_blinded_with_other_numbers(service: Servi
         for body in bodies:
             pieces = parcels.add(wire.decode(body, CONTRACT[Kind.ANSWER], LIMIT))
             if pieces is not None and service.classifier.state is not None:
-                states.append(service.half.state(query, pieces))
+                states.append(service.half.decrypt_state(query, pieces))
         return bodies
 
     service.edit("down", kept)
@@ -299,7 +299,7 @@ def test_garbage_is_put_aside_and_the_next_query_answered(service: Service) -> N
 
 def test_what_fits_no_step_is_refused(service: Service) -> None:
     half, number = HeClstmServer(service.classifier, b"s" * 32), service.submit()
-    pieces = service.half.pieces(service.queries.get(number))
+    pieces = service.half.encrypt_step(service.queries.get(number))
     name = service.queries.get(number).packing
     for step, packing, sent in ((0, "spiral", pieces), (half.steps, name, pieces), (-1, name, pieces), (0, name, [])):
         with pytest.raises(Refused, match="304"):

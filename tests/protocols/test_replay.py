@@ -10,16 +10,16 @@ import torch
 from nightsplit.console.replay import Replay
 from nightsplit.server_worker.tape import FOLDER, Tape, TapedLink
 from nightsplit.shared.engine.effects import Record
+from nightsplit.shared.engine.order import Exclude
 from nightsplit.shared.errors import StateError
 from nightsplit.shared.models.hashing import weights_sha256
-from nightsplit.shared.protocols.spec import TRAINING, sketch, systems
+from nightsplit.shared.protocols.spec import sketch
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.shared.wire.schema import Reveals, TensorSpec
 from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.simulation.store import MemoryStore
 from tests.harness.night import SYSTEMS, Night, tiny_config
-from tests.protocols.test_crashes import shaken
 
 
 class PowerCut(Tape):
@@ -66,10 +66,6 @@ def weights_of(night):
     return weights_sha256(role.best_weights), weights_sha256(role.weights())
 
 
-def test_every_protocol_is_replayed():
-    assert {protocol for protocol, _, _ in SYSTEMS} == set(systems(*TRAINING))
-
-
 @pytest.mark.parametrize("order", ["strict", "fair"])
 @pytest.mark.parametrize(("protocol", "bottoms", "window"), SYSTEMS)
 def test_a_shaken_run_and_its_replay_end_with_equal_weights(protocol, bottoms, window, order, tmp_path):
@@ -77,7 +73,7 @@ def test_a_shaken_run_and_its_replay_end_with_equal_weights(protocol, bottoms, w
     night = taped_night(
         tmp_path, protocol=protocol, bottoms=bottoms, average_every=3, window=window, order=order, epochs=2
     )
-    shaken(night, seed=3)
+    night.shaken(seed=3)
     replay = replayed(night)
     assert replay.engine.finished
     assert replay.engine.position == sum(night.roles[SERVER].applied.values())
@@ -89,7 +85,7 @@ def test_a_shaken_run_and_its_replay_end_with_equal_weights(protocol, bottoms, w
 def test_a_fair_run_is_replayed_in_the_order_of_its_journal(tmp_path):
     """Otherwise the test above could not fail."""
     night = taped_night(tmp_path, order="fair", window=3)
-    shaken(night, seed=3)
+    night.shaken(seed=3)
     turned = MemoryStore()
     senders = [night.store.journalled(position) for position in range(1, replayed(night).engine.position + 1)]
     first = senders.index(next(sender for sender in senders if sender != senders[0]))
@@ -102,19 +98,15 @@ def test_a_fair_run_is_replayed_in_the_order_of_its_journal(tmp_path):
 @pytest.mark.parametrize("order", ["strict", "fair"])
 def test_a_site_that_was_left_out_is_left_out_at_the_same_place(order, tmp_path):
     night = taped_night(tmp_path, order=order, quorum=2, epochs=2)
-    gone = night.start("east")
-    for name in (SERVER, "north", "south"):
-        night.start(name).start()
-    gone.start()
-    server, turns = night.engines[SERVER], 0
-    while not server.finished:
+    for name in (SERVER, "north", "south", "east"):
+        night.start(name)
+    turns = 0
+    while SERVER not in night.finished:
         if (turns := turns + 1) == 12:
             night.kill("east")
-            night.absent = lambda: next(iter({"east"} & night.roles[SERVER].active_sites.keys()), None)
-        for engine in list(night.engines.values()):
-            engine.step(0.0)
-    server.leave()
-    night.kill(SERVER)
+            night.decide = lambda: Exclude("east") if "east" in night.server.active_sites else None
+        for name in list(night.engines):
+            night.step(name)
     assert set(night.roles[SERVER].excluded) == {"east"}
     replay = replayed(night)
     assert replay.weights() == weights_of(night)
@@ -122,8 +114,7 @@ def test_a_site_that_was_left_out_is_left_out_at_the_same_place(order, tmp_path)
 
 
 def test_nothing_of_the_run_is_changed(tmp_path):
-    night = taped_night(tmp_path, order="fair")
-    night.together()
+    night = taped_night(tmp_path, order="fair").run()
     waiting = {queue.name: night.broker.depth(queue) for queues in night.queues.values() for queue in queues}
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     pointer, position = night.store.pointer(), replayed(night).engine.position
@@ -139,20 +130,18 @@ def test_nothing_of_the_run_is_changed(tmp_path):
 def test_until_gives_the_weights_of_a_server_that_stood_there(protocol, order, tmp_path):
     night = taped_night(tmp_path, protocol=protocol, order=order, window=3)
     seen, losses = {}, {}
-    for name in (SERVER, *night.config.run.sites):
-        night.start(name).start()
+    for name in night.workers:
+        night.start(name)
     server = night.engines[SERVER]
-    while not server.finished:
+    while SERVER not in night.finished:
         position, lines = server.position, len(night.lines)
-        for engine in list(night.engines.values()):
-            engine.step(0.0)
+        for name in list(night.engines):
+            night.step(name)
         if server.position > position:
             assert server.position == position + 1
             seen[server.position] = weights_sha256(night.roles[SERVER].weights())
             trained = [line for line in night.lines[lines:] if line.metrics["event"] == "train"]
             losses[server.position] = trained[0].metrics["loss"] if trained else None
-    server.leave()
-    night.kill(SERVER)
     assert len(seen) > 20
     assert len(set(seen.values())) > 20
     for position in random.Random(1).sample(sorted(seen), 5):
@@ -188,7 +177,7 @@ def test_a_poison_message_is_replayed_to_the_same_weights_and_named(name, tmp_pa
     night.work(SERVER, 0.1)
     with night.broker.link([], 8, "attacker") as link:
         link.publish(night.queues["north"].up, "poison", [body])
-    night.together()
+    night.run()
     assert night.broker.peek(night.queues["north"].dead)[0].headers["number"] == str(number)
     replay = replayed(night)
     assert replay.weights() == weights_of(night)
@@ -207,8 +196,7 @@ def test_a_poison_message_is_replayed_to_the_same_weights_and_named(name, tmp_pa
 
 
 def test_copies_of_messages_change_nothing(tmp_path):
-    night = taped_night(tmp_path, epochs=2)
-    night.together()
+    night = taped_night(tmp_path, epochs=2).run()
     expected = replayed(night)
     (file,) = (tmp_path / FOLDER).glob("*.tape")
     (tmp_path / FOLDER / "000002.tape").write_bytes(file.read_bytes())
@@ -222,9 +210,7 @@ def test_copies_of_messages_change_nothing(tmp_path):
 
 @pytest.fixture
 def night(tmp_path):
-    night = taped_night(tmp_path, epochs=1)
-    night.together()
-    return night
+    return taped_night(tmp_path, epochs=1).run()
 
 
 def failure(night, number=508, **arguments):
@@ -297,8 +283,7 @@ def test_another_run_toml(night):
 
 
 def test_a_journal_that_was_lost(tmp_path):
-    night = taped_night(tmp_path, order="fair", epochs=1)
-    night.together()
+    night = taped_night(tmp_path, order="fair", epochs=1).run()
     assert "order journal" in failure(night, store=MemoryStore())
 
 

@@ -8,12 +8,10 @@ import torch
 from msgspec.structs import replace
 
 from nightsplit.server_worker.rounds.aggregation import TrimmedMean, WeightedMean
-from nightsplit.shared.engine.order import CloseRound
+from nightsplit.shared.engine.order import CloseRound, Exclude
 from nightsplit.shared.protocols.build import build_whole_model
 from nightsplit.shared.wire.message import SERVER, Kind
 from tests.harness.night import Night, tiny_rounds, tiny_splits
-from tests.protocols.test_crashes import shaken
-from tests.protocols.test_faults import replayed
 
 SITES = ("north", "south", "east")
 
@@ -22,16 +20,14 @@ def rest(night, names, turns=400):
     """Let some workers go on until nothing happens."""
     for _ in range(turns):
         for name in names:
-            if name in night.engines and not night.engines[name].finished:
-                night.engines[name].step(0.0)
-                if night.engines[name].finished:
-                    night.engines[name].leave()
+            if name in night.engines:
+                night.step(name)
 
 
 def begun(config, folder, names=(SERVER, *SITES)):
     night = Night(config, folder)
     for name in names:
-        night.start(name).start()
+        night.start(name)
     return night
 
 
@@ -49,20 +45,20 @@ def test_a_round_waits_for_all_and_then_goes_on(tmp_path):
     assert night.roles[SERVER].awaited() == ["east"]
     rest(night, [SERVER, *SITES], turns=2000)
     assert night.roles[SERVER].version == 4
-    assert all(engine.finished for engine in night.engines.values())
+    assert night.over
 
 
 def test_a_site_reports_days_late_and_counts_in_the_round_that_is_open(tmp_path):
     """Everybody goes and comes back; the late update, made of the first model, has a staleness and a smaller say."""
     config = tiny_rounds(order="fair", close="quorum", reports=2)
     night = begun(config, tmp_path, (SERVER, "north", "south"))
-    night.start("east").start()
+    night.start("east")
     rest(night, [SERVER, "east"], turns=2)  # its hello, no more
     rest(night, [SERVER, "north", "south"])
     assert night.roles[SERVER].version == 4, "two of three suffice"
-    assert not night.engines[SERVER].finished, "the third gets the final model when it reports"
+    assert SERVER not in night.finished, "the third gets the final model when it reports"
     rest(night, [SERVER, *SITES], turns=2000)
-    assert night.engines[SERVER].finished
+    assert SERVER in night.finished
     stale = [line["staleness"] for line in lines(night, "train") if line["site"] == "east"]
     assert stale == [4]
 
@@ -80,7 +76,7 @@ def test_a_late_update_is_kept_for_the_next_round(tmp_path):
     assert night.roles[SERVER].version == 2, "east's late update and north's new one are a quorum"
     assert not torch.equal(night.roles[SERVER].vector, before)
     rest(night, [SERVER, *SITES], turns=2000)
-    assert all(engine.finished for engine in night.engines.values())
+    assert night.over
 
 
 def test_a_deadline_closes_a_round_that_has_its_quorum(tmp_path):
@@ -89,8 +85,8 @@ def test_a_deadline_closes_a_round_that_has_its_quorum(tmp_path):
     night = Night(config, tmp_path / "night")
     over = []
     night.decide = lambda: CloseRound() if over and night.roles[SERVER].may_close else None
-    for name in (SERVER, *SITES):
-        night.start(name).start()
+    for name in night.workers:
+        night.start(name)
     rest(night, [SERVER, "north", "south"])
     assert night.roles[SERVER].version == 0, "there is time until the deadline"
     assert night.roles[SERVER].may_close
@@ -98,15 +94,14 @@ def test_a_deadline_closes_a_round_that_has_its_quorum(tmp_path):
     rest(night, [SERVER], turns=3)
     assert night.roles[SERVER].version == 1
     assert night.roles[SERVER].awaited() == ["north", "south", "east"]
-    night.kill(SERVER)
     over.clear()
-    night.start(SERVER).start()
+    night.restart(SERVER)
     rest(night, [SERVER], turns=10)
     assert night.roles[SERVER].version == 1
     over.append(True)
     rest(night, [SERVER, *SITES], turns=2000)
-    assert night.engines[SERVER].finished
-    assert replayed(night, tmp_path / "replay").fingerprint() == night.fingerprint()
+    assert SERVER in night.finished
+    assert night.replayed(tmp_path / "replay").fingerprint() == night.fingerprint()
 
 
 def test_buffered_rounds_answer_at_once(tmp_path):
@@ -115,32 +110,31 @@ def test_buffered_rounds_answer_at_once(tmp_path):
     rest(night, [SERVER, "north"], turns=2000)
     assert night.roles[SERVER].version == 4, "eight updates of one site are four buffers"
     rest(night, [SERVER, *SITES], turns=2000)
-    assert all(engine.finished for engine in night.engines.values())
+    assert night.over
     assert {line["site"] for line in lines(night, "train")} == set(SITES)
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("rule", [{"close": "quorum", "reports": 2}, {"close": "buffered", "reports": 3}])
 def test_workers_die_under_every_rule(rule, seed, tmp_path):
-    night = Night(tiny_rounds(order="fair", **rule), tmp_path / "shaken", prefetch=16)
-    fingerprint = shaken(night, seed)
-    assert replayed(night, tmp_path / "replay").fingerprint() == fingerprint
+    night = Night(tiny_rounds(order="fair", **rule), tmp_path / "shaken", prefetch=16).shaken(seed)
+    assert night.replayed(tmp_path / "replay").fingerprint() == night.fingerprint()
 
 
 def test_a_site_that_leaves_for_ever_is_not_waited_for(tmp_path):
     config = tiny_rounds(quorum=2)
     night = Night(config, tmp_path)
     gone = []
-    night.absent = lambda: "east" if gone and "east" not in night.roles[SERVER].excluded else None
-    for name in (SERVER, *SITES):
-        night.start(name).start()
+    night.decide = lambda: Exclude("east") if gone and "east" not in night.server.excluded else None
+    for name in night.workers:
+        night.start(name)
     while night.roles[SERVER].version < 2:
         rest(night, [SERVER, *SITES], turns=1)
     night.kill("east")
     gone.append(True)
     rest(night, [SERVER, "north", "south"], turns=2000)
     server = night.roles[SERVER]
-    assert night.engines[SERVER].finished
+    assert SERVER in night.finished
     assert server.version == 4
     assert set(server.excluded) == {"east"}
     assert server.evaluation.best > 0
@@ -159,7 +153,7 @@ def test_a_round_is_the_weighted_mean_of_what_sites_would_reach_alone(tmp_path):
     for site in SITES:
         role = night.roles[site]
         rest(night, [SERVER, site], turns=3)
-        while role._made < 1:
+        while role._last_update < 1:
             night.engines[site].step(0.0)
         updates[site] = role._updates[1]
     sizes = {site: len(tiny_splits(site).train) for site in SITES}
@@ -189,8 +183,7 @@ def test_running_statistics_are_those_of_the_pooled_samples():
 def test_local_statistics_stay_at_the_site(tmp_path):
     config = tiny_rounds(statistics="local", rounds=2)
     assert not [name for name in build_whole_model(config, tmp_path).layout.shapes if "running" in name]
-    night = Night(config, tmp_path)
-    night.together()
+    night = Night(config, tmp_path).run()
     means = [night.roles[site].model()["model"]["1.running_mean"] for site in SITES]
     assert not torch.equal(means[0], means[1])
     weights = [night.roles[site].model()["model"]["0.weight"] for site in SITES]
@@ -201,8 +194,7 @@ def test_what_is_frozen_keeps_its_weights_and_does_not_travel(tmp_path):
     config = tiny_rounds(freeze=["0", "1"])
     made = build_whole_model(config, tmp_path)
     assert {name.split(".")[0] for name in made.layout.shapes} == {"4", "6"}
-    night = Night(config, tmp_path)
-    night.together()
+    night = Night(config, tmp_path).run()
     for site in SITES:
         trained = night.roles[site].trainer.weights()
         for name, weights in made.module.state_dict().items():
@@ -215,7 +207,7 @@ def test_a_hostile_site_does_not_decide(combine, tmp_path):
 
     def size_with(rule):
         night = begun(tiny_rounds(rounds=1, combine=rule, trim=0.34), tmp_path / rule)
-        while night.roles["east"]._made < 1:
+        while night.roles["east"]._last_update < 1:
             rest(night, [SERVER, *SITES], turns=1)
         night.roles["east"]._updates[1] = torch.full_like(night.roles["east"]._updates[1], 1e6)
         rest(night, [SERVER, *SITES], turns=2000)
@@ -227,11 +219,11 @@ def test_a_hostile_site_does_not_decide(combine, tmp_path):
 
 def test_values_that_no_sum_could_hold_are_refused(tmp_path):
     night = begun(tiny_rounds(rounds=2), tmp_path)
-    while night.roles["east"]._made < 1:
+    while night.roles["east"]._last_update < 1:
         rest(night, [SERVER, *SITES], turns=1)
     night.roles["east"]._updates[1] = torch.full_like(night.roles["east"]._updates[1], 3e38)
     rest(night, [SERVER, *SITES], turns=3000)
-    assert all(engine.finished for engine in night.engines.values())
+    assert night.over
     assert night.roles[SERVER].refusals["east"] == night.roles[SERVER].layout.slices
     assert night.roles[SERVER].vector.isfinite().all()
 
@@ -240,15 +232,15 @@ def test_an_update_of_which_a_slice_cannot_be_read_does_not_count(tmp_path):
     night = begun(tiny_rounds(rounds=1), tmp_path)
     first = night.roles[SERVER].vector
     layout = night.roles[SERVER].layout
-    while night.roles["east"]._made < 1:
+    while night.roles["east"]._last_update < 1:
         rest(night, [SERVER, *SITES], turns=1)
     night.roles["east"]._updates[1] = night.roles["east"]._updates[1][: layout.slice(layout.slices).stop - 7]
-    while not all(night.roles[site]._made for site in SITES):
+    while not all(night.roles[site]._last_update for site in SITES):
         rest(night, [SERVER, *SITES], turns=1)
     updates = {site: night.roles[site]._updates[1] for site in SITES}
     rest(night, [SERVER, *SITES], turns=2000)
     server = night.roles[SERVER]
-    assert all(engine.finished for engine in night.engines.values())
+    assert night.over
     assert server.refusals["east"] == 1
     assert night.broker.depth(night.queues["east"].dead) == 1
     sizes = {site: len(tiny_splits(site).train) for site in ("north", "south")}
@@ -263,7 +255,7 @@ def test_a_late_update_counts_whole_in_one_round(tmp_path):
     server, allowed = night.roles[SERVER], set()
     choose = server.choose
     server.choose = lambda ready: choose(ready & allowed)
-    while not all(night.roles[site]._made for site in SITES):
+    while not all(night.roles[site]._last_update for site in SITES):
         rest(night, [SERVER, *SITES], turns=1)
     first, updates = server.vector, {site: night.roles[site]._updates[1] for site in SITES}
     allowed = {"east"}
@@ -277,8 +269,7 @@ def test_a_late_update_counts_whole_in_one_round(tmp_path):
     on_time = sum(sizes[site] * updates[site] for site in allowed) / (sizes["north"] + sizes["south"])
     torch.testing.assert_close(server.vector, first + on_time)
     before = server.vector
-    night.kill(SERVER)
-    night.start(SERVER).start()
+    night.restart(SERVER)
     server = night.roles[SERVER]
     while server.version < 2:
         rest(night, [SERVER, "east", "north"], turns=1)
@@ -302,7 +293,7 @@ def test_a_model_that_cannot_be_read_leaves_the_site_with_its_own(version, tmp_p
 
     server._answer = broken
     rest(night, [SERVER, *SITES], turns=3000)
-    assert all(engine.finished for engine in night.engines.values())
+    assert night.over
     assert night.broker.depth(night.queues["east"].dead) >= 1
     best = night.roles[SERVER].best_weights
     assert all(torch.equal(night.roles["east"].model()["model"][name], best[name]) for name in best)
@@ -312,11 +303,11 @@ def test_a_model_that_cannot_be_read_leaves_the_site_with_its_own(version, tmp_p
 def test_figures_that_are_none_are_refused(kind, tmp_path):
     night = begun(tiny_rounds(rounds=1), tmp_path)
     place = 2 if kind is Kind.REPORT else 1
-    while place not in night.roles["east"]._figures:
+    while place not in night.roles["east"]._metrics:
         rest(night, [SERVER, *SITES], turns=1)
-    night.roles["east"]._figures[place] = '{"test": {"auc": "high"}}'
+    night.roles["east"]._metrics[place] = '{"test": {"auc": "high"}}'
     rest(night, [SERVER, *SITES], turns=2000)
-    assert all(engine.finished for engine in night.engines.values())
+    assert night.over
     assert night.roles[SERVER].refusals["east"] == 1
 
 
@@ -356,8 +347,7 @@ def test_an_aggregation_goes_on_after_a_restore(aggregation):
 
 
 def test_the_best_model_is_what_everybody_gets(tmp_path):
-    night = Night(tiny_rounds(rounds=5), tmp_path)
-    night.together()
+    night = Night(tiny_rounds(rounds=5), tmp_path).run()
     server = night.roles[SERVER]
     assert [entry["epoch"] for entry in server.evaluation.history] == [1, 2, 3, 4, 5]
     assert 1 <= server.evaluation.best <= 5
@@ -369,8 +359,7 @@ def test_the_best_model_is_what_everybody_gets(tmp_path):
 
 def test_a_run_that_no_longer_improves_ends_early(tmp_path):
     config = tiny_rounds(rounds=30, patience=2)
-    night = Night(replace(config, optimizer=replace(config.optimizer, lr=1e-9)), tmp_path)
-    night.together()
+    night = Night(replace(config, optimizer=replace(config.optimizer, lr=1e-9)), tmp_path).run()
     assert night.roles[SERVER].version < 10
 
 
@@ -378,15 +367,13 @@ def test_updates_in_one_slice_and_in_several_give_the_same_model(tmp_path):
     ends = []
     for number, size in enumerate((2**16, 2**20)):
         config = tiny_rounds()
-        night = Night(replace(config, wire=replace(config.wire, message_bytes=size)), tmp_path / str(number))
-        night.together()
+        night = Night(replace(config, wire=replace(config.wire, message_bytes=size)), tmp_path / str(number)).run()
         ends.append(night.roles[SERVER].vector)
         assert night.roles[SERVER].layout.slices == (3 if number == 0 else 1)
     assert torch.equal(*ends)
 
 
 def test_the_farewell_says_what_was_best(tmp_path):
-    night = Night(tiny_rounds(rounds=2), tmp_path)
-    night.together()
+    night = Night(tiny_rounds(rounds=2), tmp_path).run()
     best = night.roles[SERVER].evaluation
     assert {night.roles[site].best for site in SITES} == {best.best} != {0}

@@ -15,7 +15,7 @@ SPEC = """
 from dataclasses import replace
 
 from nightsplit.shared.protocols import split_labels, stream
-from nightsplit.shared.protocols.handshake import AGREEMENT
+from nightsplit.shared.protocols.handshake import HANDSHAKE
 from nightsplit.shared.wire.message import Kind
 from nightsplit.shared.wire.schema import Payload, contract
 
@@ -23,7 +23,7 @@ from nightsplit.shared.wire.schema import Payload, contract
 def payloads(config, shapes):
     hidden = {"smashed": stream.activations(config, shapes), "notes": stream.targets(config)}
     smashed = Payload(Kind.SMASHED, hidden)
-    return contract(*AGREEMENT, smashed, *stream.answers(config, shapes), stream.finish(config, shapes))
+    return contract(*HANDSHAKE, smashed, *stream.answers(config, shapes), stream.finish(config, shapes))
 
 
 SPEC = replace(split_labels.SPEC, name="split_signs", payloads=payloads)
@@ -75,14 +75,13 @@ from nightsplit.shared.protocols.spec import sketch
 from nightsplit.shared.wire.schema import Reveals
 from nightsplit.site_worker.config import PolicyConfig
 from nightsplit.site_worker.policy import check_policy
-from tests.harness.night import SERVER, Night, tiny_config
+from tests.harness.night import Night, tiny_config
 
 house = Path(sys.argv[1])
 assert Path(nightsplit.__file__).is_relative_to(house)
 config = tiny_config(protocol="split_signs")
-night = Night(config, house / "run")
-night.together()
-server, north = night.roles[SERVER], night.roles["north"]
+night = Night(config, house / "run").run()
+server, north = night.server, night.roles["north"]
 assert (type(server).__name__, type(north).__name__) == ("SplitSignsServer", "SplitSignsSite")
 assert north.finished and server.done and server.evaluation.best and server.steps == 27
 assert not server.refusals and all(night.broker.depth(queues.dead) == 0 for queues in night.queues.values())
@@ -126,7 +125,7 @@ def test_a_system_that_lacks_a_side_is_named_at_once(house: Path) -> None:
     assert told.startswith("ImportError: nightsplit.server_worker.protocols.split_signs has no ROLE")
     path.unlink()
     told = python(house, "import nightsplit.server_worker.protocols").stderr.splitlines()[-1]
-    assert told.startswith("ImportError: split_signs has no side in nightsplit.server_worker.protocols: write ")
+    assert told.startswith("ImportError: split_signs has no role in nightsplit.server_worker.protocols: write ")
 
 
 @pytest.mark.timeout(200)
@@ -134,4 +133,6 @@ def test_a_part_that_does_not_say_what_it_tells_cannot_be_sent(house: Path) -> N
     path = house / "shared" / "protocols" / "split_signs.py"
     path.write_text(SPEC.replace("stream.targets(config)", "replace(stream.targets(config), reveals=None)"))
     told = python(house, PLAY).stderr.splitlines()[-1]
-    assert told.startswith("ValueError: smashed leaves a site, so say what it tells of patients (reveals=): notes")
+    assert told.startswith(
+        "ValueError: smashed leaves a site: declare what it reveals about patients (reveals=): notes"
+    )

@@ -122,7 +122,7 @@ def test_a_server_rejects_a_site_whose_patients_or_memory_changed(config, server
         changed = role.on(hello(config, "east", test=5, mark=1, released=1))
         assert seen(changed) == [rejection("east", "east-1", 409, "the site's data changed since the run began")]
         lost = role.on(hello(config, "east", incarnation="east-2"))
-        stands = "the site stands at answer 0, but had stored 1 before"
+        stands = "the site is at answer 0, but had stored 1 before"
         assert seen(lost) == [rejection("east", "east-2", 504, stands)]
         assert role.on(hello(config, "east")) == [], "a copy of an old hello says nothing about a loss"
 

@@ -39,7 +39,7 @@ class Sides:
         self.network = SequenceClassifier(FRAMES, FEATURES, HIDDEN, recurrent).double()
         self.classifier = ClassifierWeights.of(self.network.state_dict())
         self.ckks = parameters_for(self.classifier)
-        secret, self.keys = SecretKeys.made(self.ckks, folder, rotations_of(self.ckks, self.classifier))
+        secret, self.keys = SecretKeys.make(self.ckks, folder, rotations_of(self.ckks, self.classifier))
         self.site, self.server = HeClstmSite(self.classifier, secret), HeClstmServer(self.classifier, SECRET)
 
     def levels(self, pieces):
@@ -63,41 +63,41 @@ def one_shot(tmp_path_factory):
 @pytest.fixture(scope="module")
 def first_step(refresh):
     """Both sides of step 0: what was asked, and what was answered."""
-    asked = refresh.site.pieces(QUERY)
+    asked = refresh.site.encrypt_step(QUERY)
     return asked, refresh.server.answer(refresh.keys, 0, "slots", asked, "", "nonce 1")
 
 
 @pytest.fixture
 def second_query(refresh, first_step):
     """The query as the site goes on with it."""
-    state = refresh.site.state(QUERY, first_step[1])
+    state = refresh.site.decrypt_state(QUERY, first_step[1])
     return replace(QUERY, step=1, state=state, blinding="nonce 1")
 
 
 def test_each_step_of_refresh_has_its_ciphertexts(refresh, first_step, second_query):
     asked, answered = first_step
     assert (refresh.levels(asked), refresh.levels(answered)) == ([3], [0, 0, 0])
-    pieces = refresh.site.pieces(second_query)
+    pieces = refresh.site.encrypt_step(second_query)
     assert refresh.levels(pieces) == [3, 3, 2, 2]
     last = refresh.server.answer(refresh.keys, 1, "slots", pieces, "nonce 1", "nonce 2")
     assert refresh.levels(last) == [0]
-    np.testing.assert_allclose(refresh.site.logits(second_query, last), refresh.expected(), atol=1e-4)
+    np.testing.assert_allclose(refresh.site.decrypt_logits(second_query, last), refresh.expected(), atol=1e-4)
 
 
 def test_another_server_with_the_same_secret_goes_on(refresh, second_query):
     """A server has nothing to restore: the query brings it all."""
-    pieces = refresh.site.pieces(second_query)
+    pieces = refresh.site.encrypt_step(second_query)
     right, wrong = (
         HeClstmServer(refresh.classifier, secret).answer(refresh.keys, 1, "slots", pieces, "nonce 1", "nonce 2")
         for secret in (SECRET, b"t" * 32)
     )
-    np.testing.assert_allclose(refresh.site.logits(second_query, right), refresh.expected(), atol=1e-4)
-    assert np.abs(refresh.site.logits(second_query, wrong) - refresh.expected()).min() > 1
+    np.testing.assert_allclose(refresh.site.decrypt_logits(second_query, right), refresh.expected(), atol=1e-4)
+    assert np.abs(refresh.site.decrypt_logits(second_query, wrong) - refresh.expected()).min() > 1
 
 
 def test_the_site_does_not_see_its_state(refresh, first_step):
     again = refresh.server.answer(refresh.keys, 0, "slots", first_step[0], "", "nonce 3")
-    first, second = (refresh.site.state(QUERY, pieces) for pieces in (first_step[1], again))
+    first, second = (refresh.site.decrypt_state(QUERY, pieces) for pieces in (first_step[1], again))
     assert first.shape == (refresh.site.packing_for(3)[1], 2 * HIDDEN + 1)
     assert np.abs(first).mean() > 1e5
     assert np.abs(first - second).mean() > 1e5, "a nonce blinds once"
@@ -107,17 +107,19 @@ def test_one_shot_asks_once(one_shot):
     query = replace(QUERY, packing="batch")
     assert one_shot.site.steps == one_shot.server.steps == 1
     assert one_shot.site.packing_for(3) == ("batch", one_shot.ckks.slots)
-    pieces = one_shot.site.pieces(query)
+    pieces = one_shot.site.encrypt_step(query)
     assert one_shot.levels(pieces) == [one_shot.ckks.top] * FRAMES * FEATURES
     answered = one_shot.server.answer(one_shot.keys, 0, "batch", pieces, "", "nonce")
     assert len(answered) == 1
-    np.testing.assert_allclose(one_shot.site.logits(query, answered), one_shot.expected(), atol=1e-4)
+    np.testing.assert_allclose(one_shot.site.decrypt_logits(query, answered), one_shot.expected(), atol=1e-4)
 
 
 @pytest.mark.parametrize("step", [-1, FRAMES])
 def test_the_server_refuses_a_step_that_is_none(refresh, second_query, step):
     with pytest.raises(Refused, match=f"there is no step {step} of {FRAMES}") as refusal:
-        refresh.server.answer(refresh.keys, step, "slots", refresh.site.pieces(second_query), "nonce 1", "nonce 2")
+        refresh.server.answer(
+            refresh.keys, step, "slots", refresh.site.encrypt_step(second_query), "nonce 1", "nonce 2"
+        )
     assert refusal.value.number == 304
 
 
@@ -139,13 +141,13 @@ def test_either_side_refuses_what_it_cannot_read(refresh, one_shot, first_step):
         lambda: refresh.server.answer(refresh.keys, 0, "slots", damaged, "", "nonce"),
         lambda: refresh.server.answer(refresh.keys, 0, "slots", answered[:1], "", "nonce"),
         lambda: refresh.server.answer(one_shot.keys, 0, "slots", asked, "", "nonce"),
-        lambda: refresh.site.state(QUERY, damaged * 3),
+        lambda: refresh.site.decrypt_state(QUERY, damaged * 3),
     ]
     for read in reads:
         with pytest.raises(Refused) as refusal:
             read()
         assert refusal.value.number == 313
-    for read in (refresh.site.state, refresh.site.logits):
+    for read in (refresh.site.decrypt_state, refresh.site.decrypt_logits):
         with pytest.raises(Refused) as refusal:
             read(QUERY, answered[:2])
         assert refusal.value.number == 304

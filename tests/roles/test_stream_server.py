@@ -109,12 +109,12 @@ def test_figures_are_those_of_the_top_on_what_was_sent(labels):
     [
         (smashed("south", 1, 12, version=1), 304, "bottom version 1, item 1 needs 0"),
         (smashed("south", 1, 11), 306, "11 rows, item 1 has 12"),
-        (smashed("south", 5, 12), 304, "no place in a sequence of 4"),
+        (smashed("south", 5, 12), 304, "is outside a sequence of 4"),
         (said("south", Kind.BOTTOM, 1, 0, {"0.weight": torch.eye(8, 6)}), 304, "comes where smashed belongs"),
         (said("south", Kind.REPORT, 1, metrics=NO_FIGURES), 304, "comes where smashed belongs"),
         (
             said("south", Kind.SMASHED, 1, 0, {"smashed": torch.ones(12, 8), "targets": torch.full((12,), 0.5)}),
-            304, "targets beside 0 and 1",
+            304, "targets other than 0 and 1",
         ),
         (
             said("south", Kind.SMASHED, 1, 0, {"smashed": torch.full((12, 8), 3e38), "targets": torch.ones(12)}),

@@ -106,7 +106,7 @@ class North:
 
     def close(self) -> None:
         """Have it leave, if it has not."""
-        self._stop.asked = True
+        self._stop.requested = True
         self._thread.shutdown()
 
 

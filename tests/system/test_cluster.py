@@ -14,7 +14,7 @@ from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.rabbitmq.errors import arguments
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.shared.config.run import WireSection
-from nightsplit.shared.credentials import NOBODY
+from nightsplit.shared.credentials import NO_CREDENTIALS
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Blocked, Confirmed, Delivery, Link
 from tests.faults.numbered import Numbered
@@ -131,7 +131,7 @@ def broker(url: str, queues: SiteQueues) -> RabbitBroker:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a channel owes is waited for two seconds, in place of a minute."""
-    monkeypatch.setattr(rabbitmq_connection, "FORGOTTEN_S", 2.0)
+    monkeypatch.setattr(rabbitmq_connection, "SILENCE_S_MAX", 2.0)
 
 
 def next_of(link: Link, *kinds: type) -> object:
@@ -171,7 +171,7 @@ def test_a_queue_that_a_cluster_does_not_know_for_a_while(broker: RabbitBroker, 
 def test_a_queue_that_a_cluster_does_not_know_for_long(
     broker: RabbitBroker, queues: SiteQueues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rabbitmq_connection, "MISSING_S", 2.0)
+    monkeypatch.setattr(rabbitmq_connection, "QUEUE_MISSING_S_MAX", 2.0)
     with broker.link([], 1, "site") as link:
         broker.delete([queues.up])
         link.publish(queues.up, "m", [b"x"])
@@ -190,7 +190,7 @@ def test_a_channel_that_a_cluster_has_forgotten(broker: RabbitBroker, queues: Si
         link.publish(queues.up, "2", [b"y"])
         trouble = next_of(link, Blocked)
         assert isinstance(trouble, Blocked)
-        assert "the broker owes an answer and is silent for 2 s" in trouble.reason
+        assert "the broker owes a reply and is silent for 2 s" in trouble.reason
         for number in ("1", "2"):
             delivery = next_of(link, Delivery)
             assert isinstance(delivery, Delivery)
@@ -220,7 +220,7 @@ def test_a_quiet_cluster_is_left_alone(
     broker: RabbitBroker, queues: SiteQueues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing to say, or a full prefetch, is no silence: no message is delivered twice."""
-    monkeypatch.setattr(rabbitmq_connection, "FORGOTTEN_S", 0.5)
+    monkeypatch.setattr(rabbitmq_connection, "SILENCE_S_MAX", 0.5)
     with broker.link([queues.up], 1, "server") as link:
         while link.receive(2.0) is not None:
             pass  # the first host is away
@@ -241,13 +241,13 @@ def test_hosts_of_no_common_cluster(url: str, queues: SiteQueues, rabbitmq: Rabb
 
 
 def test_an_address_of_several_hosts() -> None:
-    addresses = read_addresses("amqps://north@h1,h2:5673,[::1]:5674/ward", 30, NOBODY)
+    addresses = read_addresses("amqps://north@h1,h2:5673,[::1]:5674/ward", 30, NO_CREDENTIALS)
     assert [(a.host, a.port, a.virtual_host) for a in addresses] == [
         ("h1", 5671, "ward"), ("h2", 5673, "ward"), ("::1", 5674, "ward"),
     ]  # fmt: skip
     assert [a.ssl_options.server_hostname for a in addresses] == ["h1", "h2", "::1"]
     with pytest.raises(BrokerError, match="E201"):
-        read_addresses("amqp://guest:guest@h1,,h2:x/", 30, NOBODY)
+        read_addresses("amqp://guest:guest@h1,,h2:x/", 30, NO_CREDENTIALS)
 
 
 def test_the_type_of_a_queue_is_never_left_to_the_broker() -> None:

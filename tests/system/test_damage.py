@@ -171,7 +171,7 @@ def test_with_no_checkpoint_left_nothing_begins_from_zero(
     if worker == "server":
         refuses_to_start(hospital, worker, "E502 No valid checkpoint is left", "is missing")
     else:
-        refuses_to_start(hospital, worker, "E504 Site lost its state", "stands at answer 0, but had stored")
+        refuses_to_start(hospital, worker, "E504 Site lost its state", "is at answer 0, but had stored")
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(tmp_path / "backup", folder)
     hospital.start(worker)
@@ -263,7 +263,7 @@ def test_a_disk_that_is_full_under_the_run_store(
     said = (hospital.folder / "server.log").read_text().splitlines()[-1]
     assert said.startswith("E207 Run store cannot be reached: ")
     assert "disk is full" in said
-    assert "64 MiB of room" in said
+    assert "64 MiB of free space" in said
     refuses_to_start(hospital, "server", "E207", "disk is full")
     assert hospital.processes["north"].poll() is None
     disk.make_room()

@@ -71,9 +71,7 @@ def test_a_list_reads_through_and_changes_nothing(night, capsys):
 def test_ids_that_are_not_there(night, capsys):
     put(night, night.queues["north"].dead, *letters(night, 3))
     ids = [letter["id"] for letter in listed(file_of(night), capsys)]
-    with pytest.raises(
-        NightsplitError, match="E606 No such dead letter: no letter has the id abc, def; the other 2"
-    ):
+    with pytest.raises(NightsplitError, match="E606 No such dead letter: no letter has the id abc, def; the other 2"):
         discard_letters(file_of(night), ["abc", ids[2], "def", ids[0]])
     assert [letter["id"] for letter in listed(file_of(night), capsys)] == [ids[1]]
     with pytest.raises(NightsplitError, match="E606"):

@@ -48,26 +48,23 @@ def night(broker, tmp_path) -> Night:
 
 
 def start_all(night: Night) -> None:
-    for worker in (SERVER, *night.config.run.sites):
-        night.start(worker).start()
+    for worker in night.workers:
+        night.start(worker)
 
 
 def finish(night: Night) -> None:
     deadline = time.monotonic() + 90
     while night.engines:
         assert time.monotonic() < deadline, {name: engine.marks for name, engine in night.engines.items()}
-        for name, engine in list(night.engines.items()):
-            engine.step(0.0)
-            if engine.finished:
-                engine.leave()
-                night.kill(name)
+        for name in list(night.engines):
+            night.step(name)
 
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory) -> str:
     """What `night` ends with when nobody disturbs it."""
     night = Night(tiny_config(("north", "south"), epochs=2, window=1000), tmp_path_factory.mktemp("calm"))
-    night.together()
+    night.run()
     return night.fingerprint()
 
 
@@ -83,12 +80,12 @@ def test_what_another_version_refused_is_replayed_and_the_run_ends_bit_identical
     sent = sent_all(night)
     with monkeypatch.context() as another:
         another.setattr(head, "WIRE_VERSION", 2)
+        night.interval_seconds = -1  # it has nothing to do but to save, so that what was refused is acknowledged
         engine = night.start(SERVER)
-        engine._interval = 0.05  # it has nothing to do but to save, so that what was refused is acknowledged
-        engine.start()
         counts = engine.counters.counts
         wait_until(lambda: not engine.step(0.1) and counts["refused"] == sent, 60, "every message to be refused")
-        wait_until(lambda: not engine.step(0.1) and not (engine._dirty or engine._unacked.sealed), 30, "checkpoints")
+        unacked = engine._unacked
+        wait_until(lambda: not engine.step(0.1) and not (engine._dirty or unacked.has_sealed), 30, "checkpoints")
         night.kill(SERVER)
     for queues in night.queues.values():
         depth(night, queues.up, 0)
@@ -194,7 +191,6 @@ def test_a_counted_letter_that_is_replayed_is_a_duplicate(broker, tmp_path, caps
 
     replay_letters(file_of(night), [letter["id"]])
     engine = night.start(SERVER)
-    engine.start()
     wait_until(lambda: engine.step(0.1) and engine.counters.counts["duplicates"] > 0, 30, "a duplicate")
     assert night.roles[SERVER].refusals == {"north": 1}
     night.kill(SERVER)

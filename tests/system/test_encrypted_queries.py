@@ -127,7 +127,7 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     text = (folder / "run.toml").read_text()
     plain = text.replace("nightsplit.models:clstm", "benchmarks.accuracy.plain_clstm:plain_clstm")
     (folder / "run.toml").write_text(plain.replace(", recurrent = false", ""))
-    assert "works on no ciphertexts" in refused(capsys, 105, "serve-queries", server)
+    assert "cannot work on ciphertexts" in refused(capsys, 105, "serve-queries", server)
     (folder / "run.toml").write_text(text.replace(f"frames = {FRAMES}", "frames = 15"))
     assert "may have 14 frames, the model takes 15" in refused(capsys, 105, "query", north)
 

@@ -47,7 +47,7 @@ def at_work(worker: ServerWorker | SiteWorker, stop: StopSignal) -> Iterator[Non
     try:
         yield
     finally:
-        stop.asked = True
+        stop.requested = True
         thread.join(60)
         assert not thread.is_alive()
 

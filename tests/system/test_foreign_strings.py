@@ -20,13 +20,12 @@ from nightsplit.console.ui.progress import Progress
 from nightsplit.console.ui.text import Screen, columns, screen
 from nightsplit.server_worker.report import write_report
 from nightsplit.shared.foreign import in_markdown, shown
-from nightsplit.shared.protocols.handshake import AGREEMENT, ANY
+from nightsplit.shared.protocols.handshake import ANY, HANDSHAKE
 from nightsplit.shared.run_store.status import Phase, WorkerStatus
 from nightsplit.shared.transport import Queue
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.shared.wire.schema import contract
-from nightsplit.simulation.broker import MemoryBroker
 from tests.harness.night import Night, tiny_config
 from tests.harness.study import SITES, change, write_study
 
@@ -93,7 +92,7 @@ def test_a_server_that_rejects(study, capsys):
     """What it says goes into the line of the error, the line of progress, the log, and the run store."""
     header = Header("ward", SERVER, "north", Kind.REJECTED, 0)
     message = Message(header, {}, {"incarnation": ANY, "number": 601, "reason": HOSTILE})
-    publish(study, QUEUES["north"].down, b"".join(wire.encode(message, contract(*AGREEMENT)[Kind.REJECTED], 2**24)), {})
+    publish(study, QUEUES["north"].down, b"".join(wire.encode(message, contract(*HANDSHAKE)[Kind.REJECTED], 2**24)), {})
     assert run(["site", "north.toml"]) == 1
     out, err = capsys.readouterr()
     inert(out)
@@ -207,9 +206,8 @@ def test_what_is_kept_of_a_crash(study, capsys, monkeypatch):
 
 
 def test_the_report(tmp_path):
-    night = Night(tiny_config(("north", "south"), epochs=1), tmp_path / "night", MemoryBroker())
-    night.together()
-    report = night.roles[SERVER].evaluation.of(night.roles[SERVER].evaluation.best)
+    night = Night(tiny_config(("north", "south"), epochs=1), tmp_path / "night").run()
+    report = night.roles[SERVER].evaluation.entry(night.roles[SERVER].evaluation.best)
     report["overall"]["test"][HOSTILE] = 0.5
     write_report(tmp_path, night.config, night.roles[SERVER], dict.fromkeys(night.config.run.sites))
     text = inert((tmp_path / "report.md").read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from nightsplit.console.cli import run
-from nightsplit.server_worker.tape import FOLDER, Tape, recorded
+from nightsplit.server_worker.tape import FOLDER, Tape, read_tape
 from nightsplit.shared.errors import ConfigError, StateError
 from nightsplit.shared.transport import Delivery
 from nightsplit.site_worker.worker import SiteWorker
@@ -115,6 +115,6 @@ def test_a_full_disk_is_told_before_anything_is_acknowledged(tmp_path):
         with suppress(StateError):
             tape.close()
         assert 10 < len(whole) < 50
-        assert [delivery.message_id for delivery in recorded(disk / FOLDER, [])] == whole
+        assert [delivery.message_id for delivery in read_tape(disk / FOLDER, [])] == whole
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -35,11 +35,6 @@ def test_the_newest_two_stay(checkpoints):
     assert torch.equal(found.tensors["weights"], torch.full((4, 4), 3.0))
 
 
-def test_a_higher_fence_is_newer_than_a_higher_counter(checkpoints):
-    checkpoints.write(2, 1, snapshot(9))
-    assert checkpoints.load()[0].fence == 2
-
-
 def damage(path, how):
     if how == "flip":
         content = bytearray(path.read_bytes())
@@ -125,13 +120,6 @@ def test_a_damaged_one_takes_no_place_of_a_sound_one(checkpoints, fence):
     assert places(checkpoints) == [f"{fence:06d}-000000003", f"{fence:06d}-000000004"]
 
 
-def test_numbers_as_names_of_facts(tmp_path):
-    """JSON makes them text, and sorts them otherwise: that is no damage."""
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.write(0, 1, Snapshot({}, {"epochs": {2: "b", 10: "a"}}))
-    assert checkpoints.load()[1].facts == {"epochs": {"2": "b", "10": "a"}}
-
-
 def test_with_none_left_there_is_no_silent_start_from_zero(checkpoints):
     for place in places(checkpoints):
         damage(checkpoints.folder / place / TENSORS, "flip")
@@ -155,16 +143,6 @@ def test_a_pointer_without_its_checkpoint_is_an_error(tmp_path):
     with pytest.raises(StateError) as caught:
         Checkpoints(tmp_path).load(Pointer(1, 3, "0" * 64))
     assert caught.value.number == 502
-
-
-def test_nothing_written_is_a_fresh_start(tmp_path):
-    assert Checkpoints(tmp_path / "nowhere").load() is None
-
-
-def test_what_the_pointer_does_not_name_does_not_count(checkpoints):
-    pointer = checkpoints.load()[0]
-    checkpoints.write(1, 4, snapshot(4))  # written, and the crash came before its pointer was moved
-    assert checkpoints.load(pointer)[0].counter == 3
 
 
 def test_a_draft_left_by_a_crash_is_ignored(checkpoints):

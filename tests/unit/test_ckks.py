@@ -37,15 +37,15 @@ class Little:
         """As a server and a site do it together."""
         arithmetic = Arithmetic(LITTLE, PublicKeys(relin, galois), (1,))
         given = LITTLE.read(ciphertext, 2)
-        product = arithmetic.products([(arithmetic.rotated(given, 1), given)])
-        answer = to_bytes(arithmetic.bottom(arithmetic.weighted([0.5], [product], 0.25)))
-        return self.secret.decrypted(LITTLE.read_any(answer))
+        product = arithmetic.dot([(arithmetic.rotate(given, 1), given)])
+        answer = to_bytes(arithmetic.drop_levels(arithmetic.weighted_sum([0.5], [product], 0.25)))
+        return self.secret.decrypt(LITTLE.read_any(answer))
 
 
 @pytest.fixture(scope="module")
 def little(tmp_path_factory: pytest.TempPathFactory) -> Little:
-    secret, public = SecretKeys.made(LITTLE, tmp_path_factory.mktemp("little"), (1,))
-    return Little(secret, public, secret.encrypted(np.linspace(-1, 1, LITTLE.slots), 2))
+    secret, public = SecretKeys.make(LITTLE, tmp_path_factory.mktemp("little"), (1,))
+    return Little(secret, public, secret.encrypt(np.linspace(-1, 1, LITTLE.slots), 2))
 
 
 def refused(work: Callable[[], object]) -> None:
@@ -126,7 +126,7 @@ def test_a_forged_ciphertext(little: Little, at: int, new: bytes) -> None:
     assert numbers[FORM] == 1
     assert numbers[SCALE : SCALE + 8] == struct.pack("<d", 2.0**24)
     assert np.array_equal(
-        little.secret.decrypted(LITTLE.read(forged(numbers), 2)), little.secret.decrypted(LITTLE.read(content, 2))
+        little.secret.decrypt(LITTLE.read(forged(numbers), 2)), little.secret.decrypt(LITTLE.read(content, 2))
     )
     at %= len(numbers)
     refused(lambda: LITTLE.read(forged(numbers[:at] + new + numbers[at + len(new) :]), 2))
@@ -135,8 +135,8 @@ def test_a_forged_ciphertext(little: Little, at: int, new: bytes) -> None:
 
 def test_another_level(little: Little) -> None:
     for level in (0, 1):
-        refused(lambda level=level: LITTLE.read(little.secret.encrypted(np.ones(3), level), 2))  # type: ignore[misc]
-    lower = little.secret.encrypted(np.ones(3), 1)
+        refused(lambda level=level: LITTLE.read(little.secret.encrypt(np.ones(3), level), 2))  # type: ignore[misc]
+    lower = little.secret.encrypt(np.ones(3), 1)
     assert LITTLE.level_of(LITTLE.read(lower, 1)) == 1
     numbers = uncompressed(lower)
     pretends = numbers[:SCALE] + struct.pack("<d", LITTLE.scales[2]) + numbers[SCALE + 8 :]
@@ -172,22 +172,22 @@ def test_less_than_128_bits_of_security(ckks: CkksParameters) -> None:
 
 
 def test_the_secret_key_is_for_its_owner_alone(tmp_path: Path) -> None:
-    secret, public = SecretKeys.made(LITTLE, tmp_path / "keys")
+    secret, public = SecretKeys.make(LITTLE, tmp_path / "keys")
     assert [path.name for path in (tmp_path / "keys").iterdir()] == ["secret.key"]
     assert stat.S_IMODE((tmp_path / "keys" / "secret.key").stat().st_mode) == 0o600
     again = SecretKeys.read(LITTLE, tmp_path / "keys")
-    sent = LITTLE.read(secret.encrypted(np.array([0.5, -0.25]), 2), 2)
-    assert again.decrypted(sent)[:2] == pytest.approx([0.5, -0.25], abs=1e-3)
+    sent = LITTLE.read(secret.encrypt(np.array([0.5, -0.25]), 2), 2)
+    assert again.decrypt(sent)[:2] == pytest.approx([0.5, -0.25], abs=1e-3)
     assert public.galois == b""
 
 
 def test_nobody_else_can_decrypt(little: Little, tmp_path: Path) -> None:
-    other, _ = SecretKeys.made(LITTLE, tmp_path)
-    assert np.abs(other.decrypted(LITTLE.read(little.ciphertext, 2))).mean() > 1000
+    other, _ = SecretKeys.make(LITTLE, tmp_path)
+    assert np.abs(other.decrypt(LITTLE.read(little.ciphertext, 2))).mean() > 1000
 
 
 def test_the_same_numbers_never_look_the_same(little: Little) -> None:
-    assert little.secret.encrypted(np.ones(3), 2) != little.secret.encrypted(np.ones(3), 2)
+    assert little.secret.encrypt(np.ones(3), 2) != little.secret.encrypt(np.ones(3), 2)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"nothing of the kind", bytes(16)])
@@ -200,7 +200,7 @@ def test_a_secret_key_that_cannot_be_read(tmp_path: Path, content: bytes | None)
 
 
 def test_a_secret_key_of_another_circuit(tmp_path: Path) -> None:
-    SecretKeys.made(LITTLE, tmp_path)
+    SecretKeys.make(LITTLE, tmp_path)
     with pytest.raises(StateError) as caught:
         SecretKeys.read(LARGE, tmp_path)
     assert caught.value.number == 511
@@ -211,9 +211,9 @@ def test_the_secret_key_is_in_nothing_that_is_sent(tmp_path: Path) -> None:
 
     That public keys do not tell it in other ways is the hardness of ring learning with errors, and no test's.
     """
-    secret, public = SecretKeys.made(LITTLE, tmp_path, (1, 2))
+    secret, public = SecretKeys.make(LITTLE, tmp_path, (1, 2))
     file = (tmp_path / "secret.key").read_bytes()
-    short = secret.encrypted(np.linspace(-1, 1, LITTLE.slots), 2)
+    short = secret.encrypt(np.linspace(-1, 1, LITTLE.slots), 2)
     sent = {"relin": public.relin, "galois": public.galois, "short": short, "long": to_bytes(LITTLE.read(short, 2))}
     key = uncompressed(file)
     assert len(key) > 4 * 4096 * 8  # for each of four primes, 4096 numbers

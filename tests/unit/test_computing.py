@@ -39,16 +39,16 @@ def eventually(holds: Callable[[], bool]) -> bool:
 
 def test_processes_give_what_one_gives(tmp_path: Path) -> None:
     ckks = parameters_for(classifier())
-    secret, public = SecretKeys.made(ckks, tmp_path)
+    secret, public = SecretKeys.make(ckks, tmp_path)
     frames = [Batch(ckks.slots).frame(np.full((2, 2), number / 10)) for number in range(2)]
-    pieces = [secret.encrypted(vector, ckks.top) for frame in frames for vector in frame]
+    pieces = [secret.encrypt(vector, ckks.top) for frame in frames for vector in frame]
     (expected,) = HeClstmServer(classifier(), SECRET).answer(public, 0, "batch", pieces, "", "n")
     with evaluation_pool(classifier(), SECRET, 2) as evaluate:
         answers = [evaluate(public, 0, "batch", pieces, "", "n") for _ in range(4)]
         refused = evaluate(public, 7, "batch", pieces, "", "n")
         for answer in answers:
             (found,) = answer.result()
-            numbers = [secret.decrypted(ckks.read_any(one))[:2] for one in (found, expected)]
+            numbers = [secret.decrypt(ckks.read_any(one))[:2] for one in (found, expected)]
             assert numbers[0] == pytest.approx(numbers[1], abs=1e-9)
         with pytest.raises(Refused) as caught:
             refused.result()
@@ -58,7 +58,7 @@ def test_processes_give_what_one_gives(tmp_path: Path) -> None:
 
 
 def test_a_process_that_is_killed_is_noticed(tmp_path: Path) -> None:
-    _, public = SecretKeys.made(parameters_for(classifier()), tmp_path)
+    _, public = SecretKeys.make(parameters_for(classifier()), tmp_path)
     with evaluation_pool(classifier(), SECRET, 1) as evaluate:
         with pytest.raises(Refused):
             evaluate(public, 0, "batch", [], "", "n").result()

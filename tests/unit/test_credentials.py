@@ -3,7 +3,7 @@ import ssl
 import pytest
 
 from nightsplit.console.keys.ca import Authority
-from nightsplit.shared.credentials import Credentials, expect_private, places_of
+from nightsplit.shared.credentials import Credentials, expect_private, hosts_of
 from nightsplit.shared.errors import ConfigError
 
 
@@ -17,7 +17,7 @@ from nightsplit.shared.errors import ConfigError
     ],
 )
 def test_places(address, places):
-    assert list(places_of(address)) == places
+    assert list(hosts_of(address)) == places
 
 
 @pytest.mark.parametrize(

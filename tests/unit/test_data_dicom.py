@@ -164,7 +164,7 @@ def test_an_index_of_files_and_of_folders(tmp_path: Path) -> None:
         write_dicom(tmp_path / place, flat(1), PatientID=patient, SeriesInstanceUID=f"1.{ord(patient[1])}")
     (tmp_path / "index.csv").write_text("file,label,who,figure\ns/one,ill,x,1\ns/two.dcm,well,x,2\ns/gone,ill,y,3\n")
     message = refusal(406, tmp_path, index="index.csv")
-    assert "gone is not there, listed in" in message
+    assert "gone does not exist, listed in" in message
     assert "index.csv, line 4" in message
     (tmp_path / "index.csv").write_text("file,label,who,figure\ns/one,ill,x,1\ns/two.dcm,well,x,2\n")
     dataset = load(tmp_path, index="index.csv")
@@ -197,16 +197,16 @@ def test_text_burned_into_an_image_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_image(tmp_path: Path) -> None:
-    assert "holds no DICOM file" in refusal(401, tmp_path)
+    assert "contains no DICOM file" in refusal(401, tmp_path)
     bundled(tmp_path, "reportsi.dcm", "rtplan.dcm")
-    assert "holds no image" in refusal(401, tmp_path)
+    assert "contains no image" in refusal(401, tmp_path)
     write_dicom(tmp_path / "ill" / "1.2.840.7", flat(1))
     (tmp_path / "ill" / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
     (tmp_path / "ill" / "notes.txt").write_text("Jane Doe")
     (tmp_path / "ill" / ".hidden").write_text("Jane Doe")
     assert len(load(tmp_path)) == 1
     (tmp_path / "ill" / "IM0001").write_text("Jane Doe")
-    assert "IM0001 is no DICOM file" in refusal(406, tmp_path)
+    assert "IM0001 is not a DICOM file" in refusal(406, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -253,9 +253,9 @@ def test_encodings_of_one_image_give_one_result(tmp_path: Path) -> None:
         ("MR_truncated.dcm", 406, "cannot be read"),
         ("JPGExtended.dcm", 406, "cannot be read"),
         ("badVR.dcm", 406, "cannot be read"),
-        ("examples_palette.dcm", 406, "is coloured by a palette"),
-        ("ExplVR_LitEndNoMeta.dcm", 406, "is no DICOM file"),
-        ("meta_missing_tsyntax.dcm", 401, "holds no image"),
+        ("examples_palette.dcm", 406, "has colours from a palette"),
+        ("ExplVR_LitEndNoMeta.dcm", 406, "is not a DICOM file"),
+        ("meta_missing_tsyntax.dcm", 401, "contains no image"),
     ],
 )
 def test_bundled_files_that_are_refused(tmp_path: Path, name: str, number: int, says: str) -> None:

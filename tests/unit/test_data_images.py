@@ -151,17 +151,17 @@ def test_truncated_image(tmp_path: Path) -> None:
 def test_image_errors(tmp_path: Path) -> None:
     keys = indexed(tmp_path, INDEX + "a/four.png,1,p3,z\n")
     message = refusal(406, tmp_path, **keys)
-    assert "four.png is not there, listed in" in message
+    assert "four.png does not exist, listed in" in message
     assert "index.csv, line 5" in message
     (tmp_path / "a" / "four.png").write_bytes(b"")
     assert "four.png cannot be read" in refusal(406, tmp_path, **keys)
 
 
 def test_folder_errors(tmp_path: Path) -> None:
-    assert "holds no image" in refusal(401, tmp_path)
+    assert "contains no image" in refusal(401, tmp_path)
     assert "does not exist" in refusal(401, tmp_path, path="absent")
     draw(tmp_path / "a.png")
-    assert "is no folder" in refusal(401, tmp_path, path="a.png")
+    assert "is not a folder" in refusal(401, tmp_path, path="a.png")
     assert "is in no folder of a class; data.classes names negative, positive" in refusal(403, tmp_path)
     (tmp_path / "a.png").unlink()
     draw(tmp_path / "positive" / "negative" / "a.png")
@@ -220,15 +220,15 @@ def test_colour_and_floating_point_arrays(tmp_path: Path) -> None:
         ({"train_images": np.zeros((4, 6), np.uint8)}, {}, 407, "shape (4, 6)"),
         ({"train_images": np.zeros((4, 6, 6, 2), np.uint8)}, {}, 407, "shape (4, 6, 6, 2)"),
         ({"train_images": np.zeros((4, 6, 6), np.int32)}, {}, 407, "int32"),
-        ({"train_images": np.full((4, 6, 6), np.nan)}, {}, 403, "x.npz, row 1: 'train_images' holds"),
+        ({"train_images": np.full((4, 6, 6), np.nan)}, {}, 403, "x.npz, row 1: 'train_images' has"),
         ({}, {"images": "scans"}, 402, "no array 'scans'; it has train_images, train_labels, who"),
         ({}, {"where": {"ward": ["1"]}}, 402, "'ward'"),
         ({"train_labels": np.array([0, 1, 7, 0])}, {}, 403, "x.npz, row 3: train_labels '7'"),
         ({"who": np.array([None, "a", "b", "c"], dtype=object)}, {}, 401, "without objects"),
         ({}, {"path": "absent.npz"}, 401, "does not exist"),
-        ({}, {"path": "broken.npz"}, 401, "no readable .npz"),
-        ({}, {"path": "cut.npz"}, 401, "no readable .npz"),
-        ({}, {"path": "."}, 401, "no readable .npz"),
+        ({}, {"path": "broken.npz"}, 401, "not a readable .npz"),
+        ({}, {"path": "cut.npz"}, 401, "not a readable .npz"),
+        ({}, {"path": "."}, 401, "not a readable .npz"),
     ],
 )
 def test_array_errors(tmp_path: Path, changed: dict[str, Any], keys: dict[str, Any], number: int, part: str) -> None:

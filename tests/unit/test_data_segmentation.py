@@ -66,7 +66,7 @@ def test_masks_of_an_archive(tmp_path: Path) -> None:
         ({"masks": np.zeros((40, 8, 6), np.uint8)}, 407, "'masks' is uint8 of shape (40, 8, 6)"),
         ({"masks": np.zeros((39, 6, 8), np.uint8)}, 407, "'images' has shape (40, 6, 8)"),
         ({"masks": np.full((40, 6, 8), "a")}, 407, "'masks' is <U1"),
-        ({"masks": np.zeros((40, 6, 8), np.uint8)}, 412, "40 masks, and no pixel in them is foreground"),
+        ({"masks": np.zeros((40, 6, 8), np.uint8)}, 412, "no pixel of its 40 masks is foreground"),
     ],
 )
 def test_masks_that_do_not_fit(tmp_path: Path, changed: dict[str, Any], number: int, says: str) -> None:
@@ -111,11 +111,11 @@ def test_scaling_leaves_masks_alone(tmp_path: Path) -> None:
 def test_a_changed_mask_is_noticed(tmp_path: Path) -> None:
     archive(tmp_path)
     whole = load(tmp_path)
-    whole.expect(load(tmp_path).fingerprint)
+    whole.check_fingerprint(load(tmp_path).fingerprint)
     masks = whole.targets.clone()
     masks[3, 2, 1] = 1 - masks[3, 2, 1]
     with pytest.raises(DataError) as caught:
-        Dataset(whole.inputs, masks, whole.patients).expect(whole.fingerprint)
+        Dataset(whole.inputs, masks, whole.patients).check_fingerprint(whole.fingerprint)
     assert caught.value.number == 409
 
 

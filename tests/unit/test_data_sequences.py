@@ -13,7 +13,7 @@ from nightsplit.shared.errors import ConfigError, DataError
 from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.dataset import Dataset
 from nightsplit.site_worker.data.scaling import scale
-from nightsplit.site_worker.data.sequences import spaced
+from nightsplit.site_worker.data.sequences import space_evenly
 from nightsplit.site_worker.data.source import load_dataset
 from nightsplit.site_worker.data.split import split
 
@@ -54,7 +54,7 @@ def test_images_are_put_in_the_order_of_their_frames(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("frames", "places"), [(1, [4]), (2, [2, 6]), (3, [1, 4, 7]), (9, list(range(9)))])
 def test_frames_are_evenly_spaced(frames: int, places: list[int]) -> None:
-    assert spaced(9, frames) == places
+    assert space_evenly(9, frames) == places
 
 
 def test_frames_of_a_sequence_belong_to_one_patient_with_one_label(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_frames_of_a_sequence_belong_to_one_patient_with_one_label(tmp_path: Pat
     [
         (INDEX.replace(",frame", ",number"), 402, "no column 'frame'"),
         (INDEX.replace(",sequence", ",film"), 402, "no column 'sequence'"),
-        (INDEX.replace("a,10", "a,tenth"), 403, "column frame: 'tenth' is no number"),
+        (INDEX.replace("a,10", "a,tenth"), 403, "column frame: 'tenth' is not a number"),
         (INDEX.replace("a,10", "a,"), 403, "index.csv, line 2: sequence or frame is empty"),
         (INDEX.replace("p1,a,10", "p1,,10"), 403, "index.csv, line 2: sequence or frame is empty"),
     ],

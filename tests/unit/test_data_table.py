@@ -148,7 +148,7 @@ def test_shares_of_one_file_are_disjoint_complete_and_stable(load: Load) -> None
         (TABLE, {"where": {"ward": ["1"]}}, 402, ["'ward'"]),
         (TABLE, {"missing": {"bmi": ["0"]}}, 402, ["'bmi'"]),
         (TABLE.replace("place", "age"), {}, 402, ["more than one column 'age'"]),
-        (TABLE, {}, 403, ["heart.csv, line 5, column chol: '?' is no number", "data.missing"]),
+        (TABLE, {}, 403, ["heart.csv, line 5, column chol: '?' is not a number", "data.missing"]),
         (TABLE.replace("?", "250 mg"), {}, 403, ["line 5", "'250 mg'", "unit"]),
         (TABLE.replace("?", "1e39"), {}, 403, ["line 5", "'1e39'"]),
         (TABLE.replace("?", "nan"), {}, 403, ["line 5", "'nan'"]),
@@ -205,7 +205,7 @@ def test_missing_file_and_folder_in_its_place(load: Load, tmp_path: Path) -> Non
 
 
 def test_broken_parquet(load: Load) -> None:
-    with pytest.raises(DataError, match="no readable Parquet file") as caught:
+    with pytest.raises(DataError, match="not a readable Parquet file") as caught:
         load("PAR1", name="a.parquet")
     assert caught.value.number == 401
 
@@ -258,10 +258,10 @@ def test_public_sets_say_where_they_come_from(
 
 def test_fingerprint_notices_a_change(load: Load) -> None:
     dataset = load(TABLE, missing=MISSING)
-    dataset.expect(dataset.fingerprint)
+    dataset.check_fingerprint(dataset.fingerprint)
     for changed in (TABLE.replace("63", "64"), TABLE.replace("b,2", "b,0")):
         with pytest.raises(DataError, match="fingerprint") as caught:
-            load(changed, missing=MISSING).expect(dataset.fingerprint)
+            load(changed, missing=MISSING).check_fingerprint(dataset.fingerprint)
         assert caught.value.number == 409
     assert dataset.select([1, 0]).fingerprint != dataset.select([0, 1]).fingerprint
 

@@ -82,7 +82,7 @@ def test_foreground(tmp_path: Path) -> None:
     assert segment(tmp_path).targets.sum() == 6
     assert segment(tmp_path, foreground=[2]).targets.sum() == 3
     assert segment(tmp_path, foreground=[1, 2]).targets.sum() == 6
-    with pytest.raises(DataError, match="no pixel in them is foreground") as caught:
+    with pytest.raises(DataError, match="masks is foreground") as caught:
         segment(tmp_path, foreground=[7])
     assert caught.value.number == 412
 
@@ -144,7 +144,7 @@ def test_labels_of_an_index(tmp_path: Path) -> None:
     assert torch.equal(middle.inputs[0], dataset.inputs[2])
     (tmp_path / "index.csv").write_text("file,label\nscans/b.nii,ill\nscans/d.nii,well\n")
     message = refusal(406, tmp_path, index="index.csv")
-    assert "d.nii is not there, listed in" in message
+    assert "d.nii does not exist, listed in" in message
     assert "index.csv, line 3" in message
 
 
@@ -154,7 +154,7 @@ def test_labels_of_folders(tmp_path: Path) -> None:
     dataset = load(tmp_path)
     assert dataset.targets.tolist() == [1] * 6 + [0] * 6
     assert set(dataset.patients) == {"patient7", "well/b.nii"}
-    assert "no index with the figures" in refusal(402, tmp_path, task=TaskSection(kind="regression"))
+    assert "no index with the numbers" in refusal(402, tmp_path, task=TaskSection(kind="regression"))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_masks_that_do_not_fit(tmp_path: Path) -> None:
         assert caught.value.number == 412
         assert says in str(caught.value)
     mask.unlink()
-    with pytest.raises(DataError, match=r"case_1\.nii\.gz is not there") as caught:
+    with pytest.raises(DataError, match=r"case_1\.nii\.gz does not exist") as caught:
         segment(tmp_path)
     assert caught.value.number == 412
 
@@ -204,14 +204,14 @@ def test_masks_of_volumes_with_one_name(tmp_path: Path) -> None:
 
 def test_volumes_that_cannot_be_read(tmp_path: Path) -> None:
     file = tmp_path / "ill" / "a.nii.gz"
-    assert "holds no NIfTI volume" in refusal(401, tmp_path)
+    assert "contains no NIfTI volume" in refusal(401, tmp_path)
     save(file, np.random.default_rng(0).integers(0, 1000, (9, 9, 9), dtype=np.int16))
     content = file.read_bytes()
     for broken in (content[:700], b"no volume", b""):
         file.write_bytes(broken)
         assert "a.nii.gz cannot be read" in refusal(406, tmp_path)
     save(file, np.full((2, 2, 2), np.nan, dtype=np.float32))
-    assert "holds values that are no finite numbers" in refusal(406, tmp_path)
+    assert "has values that are not finite" in refusal(406, tmp_path)
     save(file, ramp((2, 2, 2, 3)))
     assert "has the shape (2, 2, 2, 3), a volume has three dimensions" in refusal(406, tmp_path)
     save(file, ramp((2, 3, 4, 1)))

@@ -34,12 +34,12 @@ def test_the_next_round_has_all_its_time() -> None:
     clock = Clock()
     deadline = Deadline(2.0, Round(), clock)
     clock.pass_hours(1.5)
-    deadline.look(0)
+    deadline.update(0)
     clock.pass_hours(0.25)
-    deadline.look(1)
+    deadline.update(1)
     clock.pass_hours(1.75)
     assert not deadline.is_over
-    deadline.look(1)
+    deadline.update(1)
     clock.pass_hours(0.25)
     assert deadline.is_over
 
@@ -48,10 +48,10 @@ def test_it_goes_on_while_no_server_is_there() -> None:
     """Also over a night: sites have had these hours."""
     clock = Clock()
     first = Deadline(12.0, Round(), clock)
-    first.look(3)
+    first.update(3)
     clock.pass_hours(4)
     second = Deadline(12.0, first.round, clock)
-    second.look(3)
+    second.update(3)
     clock.pass_hours(7.5)
     assert not second.is_over
     clock.pass_hours(0.5)
@@ -63,5 +63,5 @@ def test_a_server_that_finds_another_round_than_it_was_told_of_begins_anew() -> 
     first = Deadline(1.0, Round(), clock)
     clock.pass_hours(5)
     second = Deadline(1.0, first.round, clock)
-    second.look(1)
+    second.update(1)
     assert not second.is_over

@@ -40,19 +40,19 @@ class Pair:
 
     def sent(self, vectors: Sequence[FloatArray], level: int | None = None) -> list[Ciphertext]:
         level = self.ckks.top if level is None else level
-        return [self.ckks.read(self.secret.encrypted(vector, level), level) for vector in vectors]
+        return [self.ckks.read(self.secret.encrypt(vector, level), level) for vector in vectors]
 
     def seen(self, ciphertexts: Sequence[Ciphertext]) -> list[FloatArray]:
         """What the site reads of an answer."""
-        sent = [to_bytes(self.arithmetic.bottom(one)) for one in ciphertexts]
-        return [self.secret.decrypted(self.ckks.read_any(one)) for one in sent]
+        sent = [to_bytes(self.arithmetic.drop_levels(one)) for one in ciphertexts]
+        return [self.secret.decrypt(self.ckks.read_any(one)) for one in sent]
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     @cache
     def pair(ckks: CkksParameters, rotations: tuple[int, ...]) -> Pair:
-        secret, public = SecretKeys.made(ckks, tmp_path_factory.mktemp("keys"), rotations)
+        secret, public = SecretKeys.make(ckks, tmp_path_factory.mktemp("keys"), rotations)
         return Pair(secret, Arithmetic(ckks, public, rotations))
 
     return pair
@@ -183,12 +183,12 @@ def test_convolution(pairs) -> None:  # type: ignore[no-untyped-def]
 
 
 class Plain:
-    """FloatArray with the level they would have."""
+    """Numbers with the level they would have."""
 
     def sum(self, terms: Sequence[tuple[float, int]]) -> tuple[float, int]:
         return sum(value for value, _ in terms), min(level for _, level in terms)
 
-    def products(self, pairs: Sequence[tuple[tuple[float, int], tuple[float, int]]]) -> tuple[float, int]:
+    def dot(self, pairs: Sequence[tuple[tuple[float, int], tuple[float, int]]]) -> tuple[float, int]:
         level = min(level for pair in pairs for _, level in pair)
         return sum(one * other for (one, _), (other, _) in pairs), level - 1
 
@@ -199,7 +199,7 @@ def test_products_over_time(frames: int, seed: int) -> None:
     """The fewest levels that a product of frames + 2 gates can have, behind that of the gates."""
     gates = np.random.default_rng(seed).uniform(-1, 1, (frames + 1, 4))
     tree = one_shot.Products(Plain(), frames, lambda frame, kind: (gates[frame, kind], 0))  # type: ignore[arg-type]
-    found, level = Plain().products(tree.pairs(1, frames + 1))
+    found, level = Plain().dot(tree.pairs(1, frames + 1))
     c = 0.0
     for i, f, _, g in gates[1:]:
         c = f * c + i * g

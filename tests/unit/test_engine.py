@@ -6,6 +6,7 @@ from nightsplit.broker.topology import site_queues
 from nightsplit.shared.engine.effects import Finish, Record, Send
 from nightsplit.shared.engine.engine import Engine
 from nightsplit.shared.engine.failures import refusing_failures
+from nightsplit.shared.engine.fencing import SoleWriter
 from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.errors import Refused, StateError
@@ -16,7 +17,6 @@ from nightsplit.shared.wire import head
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.shared.wire.schema import Payload, Reveals, ScalarSpec, contract
 from nightsplit.simulation.broker import MemoryBroker
-from tests.harness.night import Authority
 
 QUEUES = {site: site_queues("run", site, 10_000) for site in ("a", "b")}
 CONTRACT = contract(
@@ -69,7 +69,7 @@ class Bench:
 
     def __init__(self, folder, prefetch=8):
         self.folder, self.prefetch = folder, prefetch
-        self.broker, self.authority = MemoryBroker(), Authority(None, 1)
+        self.broker, self.authority = MemoryBroker(), SoleWriter()
         for queues in QUEUES.values():
             self.broker.declare(queues)
         self.lines = []

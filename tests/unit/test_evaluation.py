@@ -20,7 +20,7 @@ def report(judge, epoch, loss, auc=None):
 def test_an_epoch_is_judged_when_every_site_has_reported():
     judge = evaluation()
     assert report(judge, 1, 0.5) == [False, True]
-    assert (judge.best, judge.judged) == (1, 1)
+    assert (judge.best, judge.evaluated) == (1, 1)
 
 
 def test_the_best_validation_auc_wins_whatever_loss_and_test_say():
@@ -35,7 +35,7 @@ def test_where_auc_is_undefined_the_loss_decides():
     for epoch, loss in enumerate((0.7, 0.4, 0.5), 1):
         report(judge, epoch, loss)
     assert judge.best == 2
-    assert judge.of(2)["overall"]["validation"]["loss"] == pytest.approx(0.4)
+    assert judge.entry(2)["overall"]["validation"]["loss"] == pytest.approx(0.4)
 
 
 def test_patience_counts_evaluations_without_improvement():
@@ -77,4 +77,4 @@ def test_a_candidate_of_which_nothing_was_reported_does_not_replace_one_with_fig
     report(judge, 1, 0.5, 0.8)
     for site in ("north", "south"):
         judge.report(site, 2, {})
-    assert (judge.best, judge.judged) == (1, 2)
+    assert (judge.best, judge.evaluated) == (1, 2)

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from nightsplit.console.ui import json_log
+from nightsplit.shared.engine.order import Exclude
 from nightsplit.shared.errors import BrokerError, ConfigError, DataError, StateError
 from nightsplit.shared.log import event
-from nightsplit.shared.protocols.handshake import VERDICT
+from nightsplit.shared.protocols.handshake import PROGRESS
 from nightsplit.shared.run_store.status import Phase, Presence, SiteStatus, WorkerStatus
 from nightsplit.shared.transport import Blocked, Unblocked
 from nightsplit.shared.wire import format as wire
@@ -74,13 +75,13 @@ def test_counts_are_told_now_and_then(lines):
 def test_a_refused_message_is_told_by_number_sender_and_seq(lines, tmp_path: Path):
     night = Night(tiny_config(("north",)), tmp_path)
     night.work(SERVER, 0.1)
-    payload = Payload(Kind.CUT_GRADIENT, {"gradient": TensorSpec(torch.float32, ("batch", 8), "fp16")}, VERDICT)
+    payload = Payload(Kind.CUT_GRADIENT, {"gradient": TensorSpec(torch.float32, ("batch", 8), "fp16")}, PROGRESS)
     answer = Header("night", SERVER, "north", Kind.CUT_GRADIENT, 1, reply_to=1)
     short = Message(answer, {"gradient": torch.randn(3, 8)}, {"best": 0, "judged": 0})
     with night.broker.link([], 8, "somebody") as link:
         link.publish(night.queues["north"].down, "short", [b"".join(wire.encode(short, payload, 2**20))])
         link.publish(night.queues["north"].up, "junk", [b"erika mueller"])
-    night.together()
+    night.run()
     refused = [line for line in lines() if line["event"] == "refused"]
     assert [(line["number"], line["sender"], line["seq"]) for line in refused] == [
         (301, "north", None),
@@ -90,10 +91,9 @@ def test_a_refused_message_is_told_by_number_sender_and_seq(lines, tmp_path: Pat
 
 def test_a_site_that_is_left_out_is_told_with_its_place(lines, tmp_path: Path):
     night = Night(tiny_config(("north", "south"), quorum=1), tmp_path)
-    engine = night.start(SERVER)
-    night.absent = lambda: None if night.roles[SERVER].excluded else "south"
-    engine.start()
-    engine.step(0.0)
+    night.decide = lambda: None if night.server.excluded else Exclude("south")
+    night.start(SERVER)
+    night.step(SERVER)
     (line,) = [line for line in lines() if line["event"] == "site_excluded"]
     assert line["site"] == "south"
     assert line["position"] == 1

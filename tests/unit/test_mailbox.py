@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nightsplit.broker.topology import site_queues
-from nightsplit.shared.engine.mailbox import Mailbox, PutAside, Received
+from nightsplit.shared.engine.mailbox import DeadLetter, Mailbox, Received
 from nightsplit.shared.errors import ConfigError, Refused
 from nightsplit.shared.transport import Delivery, Route
 from nightsplit.shared.wire import head
@@ -87,14 +87,14 @@ def test_what_is_from_nobody_is_put_aside_at_once(broker, number, change):
             encode(Message(replace(GRADIENT.header, **change), GRADIENT.tensors), SCHEMA[Kind.CUT_GRADIENT], 2**20)
         )
     put = mailbox.receive(delivery(body=body))
-    assert isinstance(put, PutAside)
+    assert isinstance(put, DeadLetter)
     (letter,) = broker.peek(QUEUES.dead)
     assert (letter.headers["number"], letter.message_id, letter.body) == (str(number), put.copy, body)
     assert mailbox.counters.counts["refused"] == 1
 
 
 def test_another_user_of_the_broker_is_nobody(broker):
-    assert isinstance(site(broker).receive(delivery(user="south")), PutAside)
+    assert isinstance(site(broker).receive(delivery(user="south")), DeadLetter)
     assert isinstance(site(broker).receive(delivery(user=SERVER)), Received)
 
 

@@ -13,7 +13,7 @@ def outbox_with(count: int, queue: str = "q") -> tuple[Outbox, list[OutgoingMess
     ]
     for message in messages:
         outbox.add(message)
-        outbox.sent(message)
+        outbox.mark_sent(message)
     return outbox, messages
 
 
@@ -42,11 +42,11 @@ def test_tag_zero_settles_everything() -> None:
 def test_a_new_channel_sends_everything_again_in_order() -> None:
     outbox, messages = outbox_with(4)
     (second,) = outbox.settle(2, multiple=False)
-    outbox.taken(second)
+    outbox.confirm(second)
     assert outbox.due() == []
-    outbox.recall()
+    outbox.reset()
     assert outbox.due() == [messages[0], messages[2], messages[3]]
-    outbox.sent(messages[0])
+    outbox.mark_sent(messages[0])
     assert outbox.settle(1, multiple=False) == [messages[0]], "a new channel counts from 1"
 
 
@@ -61,14 +61,14 @@ def test_a_held_queue_is_offered_one_message_at_a_time() -> None:
     later = OutgoingMessage(queue, "later", b"", {})
     outbox.add(later)
     assert outbox.due() == []
-    outbox.wake(queue)
+    outbox.resume(queue)
     for number, message in enumerate([first, second], 3):
         assert outbox.due() == [message]
-        outbox.sent(message)
+        outbox.mark_sent(message)
         assert outbox.due() == []
         assert outbox.settle(number, multiple=False) == [message]
         assert outbox.is_held(queue)
-        assert outbox.taken(message) is (message is second), "held until it took all that it held up"
+        assert outbox.confirm(message) is (message is second), "held until it took all that it held up"
     assert outbox.due() == [later]
 
 
@@ -78,4 +78,4 @@ def test_a_held_queue_does_not_hold_another() -> None:
     outbox.settle(2, multiple=True)
     outbox.hold(first.queue)
     assert outbox.due() == [second]
-    assert outbox.taken(second) is False
+    assert outbox.confirm(second) is False

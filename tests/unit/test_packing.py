@@ -87,9 +87,9 @@ def test_slots_of_absent_sequences_are_zero(packing: Packing) -> None:
 def test_too_many_sequences(packing: Packing) -> None:
     n = packing.capacity + 1
     for wrong in (lambda: packing.frame(np.ones((n, 3))), lambda: packing.state(np.ones((n, 2)))):
-        with pytest.raises(ValueError, match=f"{n} sequences, and room for {n - 1}"):
+        with pytest.raises(ValueError, match=f"{n} sequences, but a capacity of {n - 1}"):
             wrong()
-    with pytest.raises(ValueError, match="room for"):
+    with pytest.raises(ValueError, match="capacity of"):
         packing.votes(np.ones(n))
 
 

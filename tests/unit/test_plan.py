@@ -157,6 +157,5 @@ def test_a_message_and_its_answer_look_their_item_up_four_times_at_most(protocol
     asked = []
     item = Plan.item
     monkeypatch.setattr(Plan, "item", lambda plan, number: asked.append(number) or item(plan, number))
-    night = Night(tiny_config(("north", "south"), protocol=protocol, order=order, epochs=2), tmp_path)
-    night.together()
+    night = Night(tiny_config(("north", "south"), protocol=protocol, order=order, epochs=2), tmp_path).run()
     assert 0 < len(asked) <= 4 * sum(night.roles[SERVER].applied.values())

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from nightsplit.server_worker.presence import LONGEST_LOOK, SilenceTracker
+from nightsplit.server_worker.presence import UPDATE_INTERVAL_S_MAX, SilenceTracker
 from nightsplit.shared.run_store.base import Status
 from nightsplit.shared.run_store.status import Phase, SiteStatus, WorkerStatus
 from tests.harness.night import tiny_config
@@ -27,7 +27,7 @@ class Watch:
             self.now = min(until, self.now + step)
             report = WorkerStatus(phase=Phase.WORKING, beat=self.beat)
             statuses = {"north": Status("north", report, age_seconds=86_400.0)}
-            self.silence.look(self.applied, awaited, statuses, listening)
+            self.silence.update(self.applied, awaited, statuses, listening)
             if self.now >= until:
                 break
 
@@ -79,7 +79,7 @@ def test_a_server_that_slept_has_not_listened():
     watch = Watch()
     watch.pass_time(86_400, step=86_400)
     assert watch.overdue is None
-    watch.pass_time(3600 - LONGEST_LOOK)
+    watch.pass_time(3600 - UPDATE_INTERVAL_S_MAX)
     assert watch.overdue == "north"
 
 

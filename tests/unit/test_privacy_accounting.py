@@ -5,7 +5,7 @@ from math import exp
 import pytest
 from dp_accounting.pld import privacy_loss_distribution as pld
 
-from nightsplit.site_worker.privacy.accounting import Spent, Use, epsilon_of, noise_for, patient_epsilon
+from nightsplit.site_worker.privacy.accounting import Epsilon, Use, epsilon_of, noise_for, patient_epsilon
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_uses_compose() -> None:
 
 
 def test_nothing_costs_nothing() -> None:
-    assert epsilon_of([], 1e-4) == epsilon_of([Use(0.1, 1.0, 0)], 1e-4) == Spent(0.0, 0.0)
+    assert epsilon_of([], 1e-4) == epsilon_of([Use(0.1, 1.0, 0)], 1e-4) == Epsilon(0.0, 0.0)
     assert patient_epsilon([], 1e-4) == patient_epsilon([(Use(0.1, 1.0, 5), 0)], 1e-4) == 0.0
 
 

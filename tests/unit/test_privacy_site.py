@@ -20,8 +20,8 @@ from nightsplit.shared.errors import RunError
 from nightsplit.shared.models.networks import mlp
 from nightsplit.site_worker import privacy
 from nightsplit.site_worker.data.dataset import Dataset, Splits
-from nightsplit.site_worker.privacy.accounting import Spent, epsilon_of
-from nightsplit.site_worker.privacy.site import PrivateSplit, take_part
+from nightsplit.site_worker.privacy.accounting import Epsilon, epsilon_of
+from nightsplit.site_worker.privacy.site import PrivateTraining, take_part
 
 PRIVACY = PrivacySection(epsilon=2.0, delta=1e-3, clip=1.0)
 CONFIG = RunConfig(
@@ -40,16 +40,16 @@ def parts_of(count: int) -> Splits:
     return Splits(data, data.select([]), data.select([]))
 
 
-def part(folder: Path, count: int = 100, site: str = "mercy") -> PrivateSplit:
+def part(folder: Path, count: int = 100, site: str = "mercy") -> PrivateTraining:
     torch.manual_seed(0)
     return take_part(CONFIG, PRIVACY, site, parts_of(count), mlp(3, [4], 1), "cpu", folder / "ledger.db", None)
 
 
-def spent(part: PrivateSplit) -> Spent:
+def spent(part: PrivateTraining) -> Epsilon:
     return part.account.ledger.total(CONFIG.run.id).record
 
 
-def train(part: PrivateSplit, steps: int) -> dict[str, torch.Tensor]:
+def train(part: PrivateTraining, steps: int) -> dict[str, torch.Tensor]:
     for k in range(steps):
         part.trainer.step(*part.batches.batch(k), part.batches.seed("trainer", k), 1.0)
     return part.trainer.weights()

@@ -159,9 +159,9 @@ def test_dropout_is_seeded() -> None:
 
 def moved(trainer: PrivateTrainer, *batch: torch.Tensor, seed: int = 3) -> torch.Tensor:
     """What a step of plain gradient descent at learning rate 0.01 subtracts, divided by that."""
-    before = torch.cat([parameter.detach().flatten().clone() for parameter in trainer.trained])
+    before = torch.cat([parameter.detach().flatten().clone() for parameter in trainer.trainable])
     trainer.step(*batch, seed, 1.0)
-    after = torch.cat([parameter.detach().flatten() for parameter in trainer.trained])
+    after = torch.cat([parameter.detach().flatten() for parameter in trainer.trainable])
     return (before - after) / 1e-2
 
 

@@ -13,11 +13,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from nightsplit.console.keys.ca import Authority
-from nightsplit.shared.credentials import NOBODY, Credentials
+from nightsplit.shared.credentials import NO_CREDENTIALS, Credentials
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.run_store.status import Phase, Presence, SiteStatus, WorkerStatus
 from nightsplit.shared.runtime.metrics import Telemetry
-from nightsplit.shared.runtime.metrics_server import served
+from nightsplit.shared.runtime.metrics_server import serve_metrics
 from tests.harness.services import free_port
 
 SERVER_STATUS = WorkerStatus(
@@ -115,10 +115,10 @@ def ask(url: str) -> str:
 
 def test_a_port_that_somebody_has_is_an_error_with_a_number() -> None:
     address = f"127.0.0.1:{free_port()}"
-    with served(Telemetry("ldl", "north", ["north"]), address, NOBODY):
+    with serve_metrics(Telemetry("ldl", "north", ["north"]), address, NO_CREDENTIALS):
         with (
             pytest.raises(ConfigError) as caught,
-            served(Telemetry("ldl", "south", ["south"]), address, NOBODY),
+            serve_metrics(Telemetry("ldl", "south", ["south"]), address, NO_CREDENTIALS),
         ):
             pass
         assert caught.value.number == 112
@@ -130,15 +130,21 @@ def test_a_port_that_somebody_has_is_an_error_with_a_number() -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.7", "", "[::]", "monitoring.example.org"])
 def test_beyond_this_machine_nothing_is_told_without_certificates(host: str, tmp_path: Path) -> None:
-    for credentials in (NOBODY, Credentials(certificate=tmp_path / "north.pem", key=tmp_path / "north.key")):
-        with pytest.raises(ConfigError) as caught, served(Telemetry("ldl", "north", []), f"{host}:9400", credentials):
+    for credentials in (NO_CREDENTIALS, Credentials(certificate=tmp_path / "north.pem", key=tmp_path / "north.key")):
+        with (
+            pytest.raises(ConfigError) as caught,
+            serve_metrics(Telemetry("ldl", "north", []), f"{host}:9400", credentials),
+        ):
             pass
         assert caught.value.number == 111
 
 
 def test_a_certificate_that_is_not_there(tmp_path: Path) -> None:
     credentials = Credentials(*(tmp_path / name for name in ("ca.pem", "north.pem", "north.key")))
-    with pytest.raises(ConfigError) as caught, served(Telemetry("ldl", "north", []), "0.0.0.0:9400", credentials):
+    with (
+        pytest.raises(ConfigError) as caught,
+        serve_metrics(Telemetry("ldl", "north", []), "0.0.0.0:9400", credentials),
+    ):
         pass
     assert caught.value.number == 113
 
@@ -161,7 +167,7 @@ def test_beyond_this_machine_it_answers_those_with_a_certificate_of_the_same_aut
             return secure.makefile("rb").read().decode()
 
     worker = Credentials(ca, tmp_path / "north.pem", tmp_path / "north.key")
-    with served(Telemetry("ldl", "north", ["north"]), f"0.0.0.0:{port}", worker):
+    with serve_metrics(Telemetry("ldl", "north", ["north"]), f"0.0.0.0:{port}", worker):
         assert "nightsplit_state" in answer_to("prometheus")
         for client in (None, "stranger"):
             with pytest.raises(OSError, match=r"certificate required|unknown ca|reset|EOF"):

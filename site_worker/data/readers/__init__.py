@@ -1,1 +1,1 @@
-"""One file per kind of source."""
+"""Readers, one for each kind of source."""

@@ -1,4 +1,4 @@
-"""Folders of images, grey; labels and patients as `listing` finds them."""
+"""Folders of images, converted to grey; labels and patients come from `listing`."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -11,41 +11,40 @@ from PIL import Image
 from nightsplit.shared.config.run import DataSection
 from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.listing import list_files, reading
-from nightsplit.site_worker.data.pixels import stacked
+from nightsplit.site_worker.data.pixels import stack
 from nightsplit.site_worker.data.rows import Rows
-from nightsplit.site_worker.data.sequences import indexed
+from nightsplit.site_worker.data.sequences import group_sequences
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".webp"})
 
 
 def open_images(folder: Path, source: SourceSection, data: DataSection, classes: Collection[str]) -> Rows:
-    """The rows of a folder of images; inputs are float32 (n, 1, size, size) in [0, 1].
+    """Open a folder of images; its rows have inputs float32 (n, 1, size, size) in [0, 1].
 
-    Without data.image_size the images keep their size, which must then be the same for all. With
-    data.frames the index's columns `sequence` and `frame` say which images belong together, and their order.
-    Arguments are those of `list_files`.
+    Without data.image_size all images must have one size. With data.frames the index has the columns `sequence`
+    and `frame`. Arguments are those of `list_files`.
 
     Raises:
-        DataError: see `list_files` and `indexed`; 406 an image that cannot be read (when reading).
+        DataError: see `list_files` and `group_sequences`; 406 an image that cannot be read (when reading).
     """
     listing = list_files(folder, source, classes, lambda path: path.suffix.lower() in SUFFIXES, "image")
 
-    def read(chosen: Sequence[int]) -> torch.Tensor:
-        images = [_read_image(listing.base / listing.files[i], data.image_size, listing.listed(i)) for i in chosen]
-        return stacked(images, lambda i: listing.base / listing.files[chosen[i]])
+    def read(indices: Sequence[int]) -> torch.Tensor:
+        images = [_read_image(listing.base / listing.files[i], data.image_size, listing.reference(i)) for i in indices]
+        return stack(images, lambda i: listing.base / listing.files[indices[i]])
 
-    rows = Rows(listing.source, listing.columns, source.label, listing.patient, listing.place, read)
-    return replace(rows, sequences=indexed(rows)) if data.frames and source.index else rows
+    rows = Rows(listing.source, listing.columns, source.label, listing.patient, listing.location, read)
+    return replace(rows, sequences=group_sequences(rows)) if data.frames and source.index else rows
 
 
-def _read_image(path: Path, size: int | None, listed: str) -> torch.Tensor:
-    """One image, float32 (1, height, width) in [0, 1]."""
-    with reading(path, listed):
+def _read_image(path: Path, size: int | None, reference: str) -> torch.Tensor:
+    """Read an image, float32 (1, height, width) in [0, 1]."""
+    with reading(path, reference):
         with Image.open(path) as image:
             # convert("L") would clip 16-bit radiographs to white.
-            deep = image.mode.startswith("I")
-            grey = image.convert("I" if deep else "L").convert("F")
+            is_16_bit = image.mode.startswith("I")
+            grey = image.convert("I" if is_16_bit else "L").convert("F")
         if size is not None and grey.size != (size, size):
             grey = grey.resize((size, size), Image.Resampling.BILINEAR)
-    array = np.asarray(grey, dtype=np.float32) / np.float32(65535 if deep else 255)
+    array = np.asarray(grey, dtype=np.float32) / np.float32(65535 if is_16_bit else 255)
     return torch.from_numpy(array).unsqueeze(0)

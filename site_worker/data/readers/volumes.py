@@ -1,7 +1,7 @@
 """Folders of NIfTI volumes (.nii, .nii.gz), cut into slices; each slice is a row, the volume is its patient.
 
-Volumes are brought to the orientation of DICOM first (axes to the left, the back and the head), so that
-all files are cut the same way, however they are stored, and an axial slice looks like the DICOM image.
+Volumes are reoriented to the axes of DICOM (to the left, the back and the head), so that all files are cut the same
+way, and an axial slice looks like the DICOM image.
 
     imagesTr/hippocampus_001.nii.gz     with path = ".../imagesTr" and masks = "../labelsTr"
     labelsTr/hippocampus_001.nii.gz     (the layout of the Medical Segmentation Decathlon)
@@ -21,117 +21,120 @@ from nibabel.spatialimages import SpatialImage
 from nightsplit.shared.config.run import DataSection
 from nightsplit.shared.errors import DataError
 from nightsplit.site_worker.config import SourceSection
-from nightsplit.site_worker.data.listing import list_files, reading, unreadable
-from nightsplit.site_worker.data.pixels import Array, levelled, masked, percentile_window, resized, stacked, window_of
-from nightsplit.site_worker.data.rows import Read, Rows
+from nightsplit.site_worker.data.listing import list_files, reading, unreadable_error
+from nightsplit.site_worker.data.pixels import Array, apply_window, binarize, fit_window, resize, stack, window_of
+from nightsplit.site_worker.data.rows import Reader, Rows
 
 SUFFIXES = (".nii", ".nii.gz")
 _DICOM_AXES = axcodes2ornt(("L", "P", "S"))
 
 Slice = tuple[int, int]
-"""Number of a volume, and of a slice in it."""
+"""Index of a volume, and of a slice in it."""
 
 
 def open_volumes(
     folder: Path, source: SourceSection, data: DataSection, classes: Collection[str], masks: str | None
 ) -> Rows:
-    """The slices of a folder of volumes; inputs are float32 (n, 1, size, size) in [0, 1].
+    """Open a folder of volumes; its rows, the slices, have inputs float32 (n, 1, size, size) in [0, 1].
 
-    A volume's intensities are brought to [0, 1] by data.window, else by its 0.5th and 99.5th percentiles.
+    A volume's intensities are mapped to [0, 1] by data.window, else by its 0.5th and 99.5th percentiles.
     `masks` is the folder of the masks, relative to `folder`; a mask has the name of its volume, or its whole path
-    where two volumes have one name. Other arguments are those of `list_files`.
+    if two volumes have the same name. Other arguments are those of `list_files`.
 
     Raises:
         DataError: see `list_files`; 406 a volume that cannot be read, 412 a mask that does not fit.
     """
     listing = list_files(folder, source, classes, lambda path: path.name.lower().endswith(SUFFIXES), "NIfTI volume")
     paths = [listing.base / file for file in listing.files]
-    counts = [_count(path, source.axis, listing.listed(i)) for i, path in enumerate(paths)]
+    counts = [_count(path, source.axis, listing.reference(i)) for i, path in enumerate(paths)]
     slices = [(i, k) for i, count in enumerate(counts) for k in range(count)]
     starts = list(accumulate(counts, initial=0))
     columns = {name: [cells[i] for i, _ in slices] for name, cells in listing.columns.items()}
     columns |= {"volume": [listing.files[i] for i, _ in slices], "slice": [str(k) for _, k in slices]}
     window = window_of(data)
 
-    def image(i: int, chosen: Sequence[int]) -> torch.Tensor:
+    def image(i: int, indices: Sequence[int]) -> torch.Tensor:
         values = _cut(paths[i], source.axis).astype(np.float32)
         if not np.isfinite(values).all():
-            raise unreadable(paths[i], "holds values that are no finite numbers")
-        levels = levelled(values[chosen], window or percentile_window(values))
-        return resized(torch.from_numpy(levels).unsqueeze(1), data.image_size)
+            raise unreadable_error(paths[i], "has values that are not finite")
+        levels = apply_window(values[indices], window or fit_window(values))
+        return resize(torch.from_numpy(levels).unsqueeze(1), data.image_size)
 
     rows = Rows(
         listing.source, columns, source.label, listing.patient or "volume",
         lambda row: f"{paths[slices[row][0]]}, slice {slices[row][1]}",
-        _reader(paths, slices, image),
+        _make_reader(paths, slices, image),
         {file: range(starts[i], starts[i + 1]) for i, file in enumerate(listing.files)},
     )  # fmt: skip
     if masks is None:
         return rows
-    distinct = len({path.name for path in paths}) == len(paths)
-    names = [path.name for path in paths] if distinct else listing.files
+    has_unique_names = len({path.name for path in paths}) == len(paths)
+    names = [path.name for path in paths] if has_unique_names else listing.files
 
-    def mask(i: int, chosen: Sequence[int]) -> torch.Tensor:
+    def mask(i: int, indices: Sequence[int]) -> torch.Tensor:
         labels = _cut_mask(folder / masks / names[i], paths[i], source.axis)
-        return masked(labels[chosen], source.foreground, data.image_size)
+        return binarize(labels[indices], source.foreground, data.image_size)
 
-    return replace(rows, read_masks=_reader(paths, slices, mask))
-
-
-def _reader(paths: Sequence[Path], slices: Sequence[Slice], read: Callable[[int, list[int]], torch.Tensor]) -> Read:
-    """Reads rows volume by volume, so that a file is opened once and one volume is in memory."""
-
-    def of_rows(chosen: Sequence[int]) -> torch.Tensor:
-        places = [slices[row] for row in chosen]
-        parts = [read(i, [k for _, k in of]) for i, of in groupby(places, key=lambda place: place[0])]
-        return stacked([image for part in parts for image in part], lambda at: paths[places[at][0]])
-
-    return of_rows
+    return replace(rows, read_masks=_make_reader(paths, slices, mask))
 
 
-def _count(path: Path, axis: int, listed: str) -> int:
-    """Slices across an axis; the header alone is read."""
-    with reading(path, listed):
+def _make_reader(
+    paths: Sequence[Path], slices: Sequence[Slice], read: Callable[[int, list[int]], torch.Tensor]
+) -> Reader:
+    """Make a reader of rows that opens each file once and has one volume in memory."""
+
+    def read_rows(indices: Sequence[int]) -> torch.Tensor:
+        selected = [slices[row] for row in indices]
+        parts = [read(i, [k for _, k in group]) for i, group in groupby(selected, key=lambda one: one[0])]
+        return stack([image for part in parts for image in part], lambda n: paths[selected[n][0]])
+
+    return read_rows
+
+
+def _count(path: Path, axis: int, reference: str) -> int:
+    """Return the number of slices across an axis; reads only the header."""
+    with reading(path, reference):
         image = _load(path)
-        return int(image.shape[int(np.flatnonzero(_turn(image)[:, 0] == axis)[0])])
+        return int(image.shape[int(np.flatnonzero(_reorientation(image)[:, 0] == axis)[0])])
 
 
 def _cut(path: Path, axis: int) -> Array:
-    """The slices (n, height, width) across an axis."""
+    """Read the slices (n, height, width) across an axis."""
     with reading(path):
         image = _load(path)
-        values = np.asarray(image.as_reoriented(_turn(image)).dataobj)
+        values = np.asarray(image.as_reoriented(_reorientation(image)).dataobj)
         return np.moveaxis(values.reshape(values.shape[:3]), axis, 0).swapaxes(1, 2)
 
 
 def _cut_mask(path: Path, image: Path, axis: int) -> Array:
-    """The slices of a mask, which must lie on those of the image."""
+    """Read the slices of a mask, which must have the shape and axes of the image."""
     if not path.is_file():
-        raise _no_fit(path, "is not there", f"put the mask of {image.name} there; its name is that of the volume")
+        raise _mask_error(path, "does not exist", f"add the mask of {image.name}, with the name of the volume")
     with reading(path):
         mask = _load(path)
     volume = _load(image)
     if mask.shape[:3] != volume.shape[:3]:
-        raise _no_fit(path, f"is {mask.shape}, {image} is {volume.shape}", "export both from one volume")
-    if not np.array_equal(_turn(mask), _turn(volume)):
-        raise _no_fit(path, f"stores its axes in other directions than {image}", "export it with the volume's affine")
+        raise _mask_error(path, f"is {mask.shape}, {image} is {volume.shape}", "export both from one volume")
+    if not np.array_equal(_reorientation(mask), _reorientation(volume)):
+        reason = f"stores its axes in other directions than {image}"
+        raise _mask_error(path, reason, "export it with the volume's affine")
     return _cut(path, axis)
 
 
 def _load(path: Path) -> SpatialImage:
-    """A volume (x, y, z); (x, y, z, 1) counts as one. Its voxels are read later."""
+    """Open a volume (x, y, z) or (x, y, z, 1), without reading its voxels."""
     image = nibabel.load(path)
     if not isinstance(image, SpatialImage):
-        raise unreadable(path, "is no volume")
+        raise unreadable_error(path, "is not a volume")
     if len(image.shape) < 3 or any(extent > 1 for extent in image.shape[3:]):
-        raise unreadable(path, f"has the shape {image.shape}, a volume has three dimensions")
+        raise unreadable_error(path, f"has the shape {image.shape}, a volume has three dimensions")
     return image
 
 
-def _turn(image: SpatialImage) -> Array:
-    turn: Array = ornt_transform(io_orientation(image.affine), _DICOM_AXES)
-    return turn
+def _reorientation(image: SpatialImage) -> Array:
+    orientation: Array = ornt_transform(io_orientation(image.affine), _DICOM_AXES)
+    return orientation
 
 
-def _no_fit(mask: Path, what: str, remedy: str) -> DataError:
-    return DataError(412, f"{mask} {what}.", f"{remedy}.")
+def _mask_error(mask: Path, reason: str, remedy: str) -> DataError:
+    return DataError(412, f"{mask} {reason}.", f"{remedy}.")
