@@ -108,7 +108,11 @@ class SiteRole(Role):
             number, reason = int(scalars["number"]), str(scalars["reason"])
             if number not in TITLES:
                 raise mismatch(f"it rejects with number {number}.")
-            raise RunError(number, f"the server rejects {self.name}: {reason}.", f"see: nightsplit explain {number}.")
+            raise RunError(
+                number,
+                f"the server rejects {self.name}: {reason}.",
+                "ask the server's side, then start the site again.",
+            )
         return self.answer(message)
 
     # -- for subclasses ----------------------------------------------------------------------------
