@@ -169,7 +169,7 @@ def _pool(config: PretrainConfig, splits: Sequence[Splits]) -> Splits:
 
 
 def _train(trainer: Trainer, batches: RoundBatches) -> None:
-    """Train the only round of a run whose only site has all sources."""
+    """Train the only round of a run with one site, which has all sources."""
     console, epochs = screen(), batches.config.round.local_epochs
     steps = Work.of(batches.config, len(batches.train)).batches
     losses = []

@@ -155,7 +155,7 @@ class Replay:
         return weights_sha256(best) if best else None, weights_sha256(self.role.weights())
 
     def _step(self) -> bool:
-        """Let the engine apply at most one message; return whether it did any work."""
+        """Apply at most one message; return whether the engine did any work."""
         before, self._loss = self.engine.last, None
         worked = self.engine.step(0.0)
         last = self.engine.last

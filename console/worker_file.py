@@ -52,12 +52,12 @@ class WorkerFile(Participant):
 
     @property
     def sites(self) -> list[str]:
-        """Sites whose queues and status this worker may read: its own, or all of the run for the server."""
+        """Sites with queues and status that this worker may read: itself, or all of the run for the server."""
         return [self.config.name] if isinstance(self.config, SiteSection) else self.run_config.run.sites
 
     @property
     def other_sites(self) -> list[str]:
-        """Sites of the run whose queues and status this worker may not read."""
+        """Sites of the run with queues and status that this worker may not read."""
         return [site for site in self.run_config.run.sites if site not in self.sites]
 
     def open_broker(self) -> Broker:

@@ -45,7 +45,7 @@ class Services:
                 self._request("DELETE", f"/api/users/{user['name']}")
 
     def update_store(self) -> None:
-        """Let Redis read users.acl again; it closes the connections of deleted users.
+        """Make Redis read users.acl again; it closes the connections of deleted users.
 
         Raises:
             BrokerError: 211 Redis cannot be reached, or refuses.
