@@ -10,7 +10,7 @@ TORCH := torch==2.13.0
 #     make setup TORCH_INDEX=https://...
 TORCH_INDEX ?=
 
-# Options for pytest: make test ARGS="-x tests/unit"
+# Options for pytest: make test ARGS="-x tests/engine"
 ARGS ?=
 
 # Tests wait for processes and clocks half of the time, so two files run side by side; in the order of their names,
@@ -18,7 +18,7 @@ ARGS ?=
 SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup services demo test check format bench clean
+.PHONY: help setup services demo test test-all check format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,7 +41,10 @@ services:  ## install RabbitMQ and Redis for the tests, where they are missing (
 demo: setup  ## three hospitals that work by night and a server that works by day, here
 	@$(BIN)/nightsplit demo
 
-test: setup services  ## all tests, against a real RabbitMQ and a real Redis of their own
+test: setup services  ## the tests, against a real RabbitMQ and a real Redis of their own (minutes)
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not campaign" $(ARGS)
+
+test-all: setup services  ## these, and campaigns of kills, clusters, containers, full disks and bad links (half an hour)
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 check: setup  ## style, types and the rules of who may import whom
