@@ -105,7 +105,7 @@ class Mailbox:
 
     def receive(self, delivery: Delivery) -> Received | DeadLetter:
         """Decode a header and verify its sender; a message refused here has no place in any sequence."""
-        self.counters.count_received(delivery.body)
+        self.counters.counts["received_bytes"] += len(delivery.body)
         sender = self._senders[delivery.queue]
         try:
             head = read_head(delivery.body, self._schema)
@@ -182,7 +182,7 @@ class Mailbox:
         name = name or message.header.message_id
         body = encode(message, payload, self.message_bytes)
         self.link.publish(self.routes[message.header.receiver].outgoing, name, body)
-        self.counters.count_sent(body)
+        self.counters.counts.update(sent=1, sent_bytes=sum(memoryview(piece).nbytes for piece in body))
         return name
 
     def send_again(self, queue: Queue, name: str, body: bytes) -> None:

@@ -124,12 +124,6 @@ class Plan:
         return self.end(self.epochs)
 
     @property
-    def smallest_batches(self) -> dict[Purpose, int]:
-        """Rows of the smallest batch of each part that has samples: `batch_size`, or fewer where the part has fewer."""
-        parts = {Purpose.TRAIN: self.train, Purpose.VALIDATION: self.validation, Purpose.TEST: self.test}
-        return {part: samples // self._batches(samples) for part, samples in parts.items() if samples}
-
-    @property
     def averagings(self) -> int:
         """Number of averagings of the site."""
         return self._averagings(self.epochs)
