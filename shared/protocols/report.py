@@ -11,7 +11,7 @@ import msgspec
 
 from nightsplit.shared.config.run import TaskSection
 from nightsplit.shared.errors import mismatch
-from nightsplit.shared.learning.metrics import FIGURES, ClassFigures, MaskFigures, Metrics, ValueFigures
+from nightsplit.shared.learning.metrics import FIGURES, Metrics
 
 PARTS = ("validation", "test")
 
@@ -24,13 +24,9 @@ NO_FIGURES = "{}"
 REPORT_CHARS_MAX = 2000
 """Longest report in characters."""
 
-_Part = Literal["validation", "test"]
-
 _DECODERS: Mapping[str, msgspec.json.Decoder[Any]] = {
-    "binary": msgspec.json.Decoder(dict[_Part, ClassFigures]),
-    "multiclass": msgspec.json.Decoder(dict[_Part, ClassFigures]),
-    "regression": msgspec.json.Decoder(dict[_Part, ValueFigures]),
-    "segmentation": msgspec.json.Decoder(dict[_Part, MaskFigures]),
+    kind: msgspec.json.Decoder(dict[Literal["validation", "test"], figures])  # type: ignore[valid-type]
+    for kind, figures in FIGURES.items()
 }
 
 

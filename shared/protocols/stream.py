@@ -10,7 +10,7 @@ to a site are numbered like the site's own.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Literal
 
 import torch
@@ -21,7 +21,7 @@ from nightsplit.shared.config.section import KeyConflictError
 from nightsplit.shared.errors import mismatch
 from nightsplit.shared.protocols.handshake import PROGRESS, REFUSAL
 from nightsplit.shared.protocols.plan import Item, Place, Plan
-from nightsplit.shared.protocols.spec import Names, Shape, Shapes, systems
+from nightsplit.shared.protocols.spec import Names, ProtocolSpec, Shape, Shapes, systems
 from nightsplit.shared.wire.message import Kind
 from nightsplit.shared.wire.schema import Payload, Reveals, ScalarSpec, TensorSpec
 
@@ -49,6 +49,10 @@ def check(config: RunConfig) -> None:
         raise KeyConflictError("model.initial", f"{protocol} begins with fresh weights", "remove it.")
     if config.task.kind == "segmentation":
         raise KeyConflictError("task.kind", f"{protocol} cannot segment", f"choose one of {rounds}.")
+
+
+protocol = partial(ProtocolSpec, shape=Shape.STREAM, settings=settings, names=NAMES)
+"""Specification of a protocol of this shape."""
 
 
 def activations(config: RunConfig, shapes: Shapes, stored: bool = False) -> TensorSpec:
@@ -158,11 +162,7 @@ class StreamSequence:
         return 1 if self.plan.uploads_once else self.last + 1
 
     def slot(self, seq: int) -> Slot:
-        """Return the position of message `seq`.
-
-        Raises:
-            Refused: 304 the site sends no such message.
-        """
+        """Return the position of message `seq`; Refused 304 if the site sends no such message."""
         if not 0 < seq <= self.last:
             raise mismatch(f"message {seq} is outside a sequence of {self.last}.")
         return self._slots(seq)
