@@ -32,7 +32,6 @@ def judge(
     """Evaluate a model on every site's test patients.
 
     Args:
-        config: the run.
         splits: scaled data by site.
         predict: returns the outputs (batch, outputs) for a site's name and inputs (batch, ...).
     """

@@ -110,8 +110,6 @@ class Simulation:
         self._readers = {queues.up.name: SERVER for queues in self.queues.values()}
         self._readers |= {queues.down.name: site for site, queues in self.queues.items()}
 
-    # -- progress --------------------------------------------------------------------------------
-
     def start(self, worker: str) -> Engine:
         """Start a worker from its newest checkpoint, as a new process would."""
         engine = self._recovered(worker)
@@ -188,8 +186,6 @@ class Simulation:
         if queue.name in self._readers:
             self._scheduler.wake(self._readers[queue.name])
 
-    # -- results -----------------------------------------------------------------------------------
-
     @property
     def server(self) -> AnyServer:
         """The server's role."""
@@ -219,11 +215,7 @@ class Simulation:
         return digest.hexdigest()
 
     def judgement(self, splits: Mapping[str, Splits] | None = None) -> ModelFigures:
-        """Evaluate the best model, with each site's own part of it, on test patients.
-
-        Args:
-            splits: data by site; by default those of the run.
-        """
+        """Evaluate the best model, with each site's own part, on the test patients of `splits` or of the run."""
         modules = build_model(self.config, self.base).modules
 
         def predict(site: str, inputs: torch.Tensor) -> torch.Tensor:

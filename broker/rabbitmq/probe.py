@@ -50,11 +50,7 @@ class Probe:
         return self._permits(lambda channel: channel.queue_declare(name, exclusive=True, auto_delete=True))
 
     def send(self, queue: Queue, size: int) -> None:
-        """Send `size` bytes as far as the exchange of `queue`.
-
-        Raises:
-            BrokerError: 201, 202, 203 too large for this broker, 205 no such exchange, 209 publishing is blocked.
-        """
+        """Send `size` bytes to the exchange of `queue`; BrokerError 201-203, 205, or 209 publishing is blocked."""
         refusal = self._refusal(lambda channel: self._publish(channel, queue.exchange, size))
         if refusal is not None:
             raise permanent_error(refusal, self._addresses[0]) or unreachable(refusal, self._addresses[0])

@@ -37,12 +37,7 @@ from nightsplit.shared.wire.message import UNSEQUENCED, Header, Message
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Outcome of a sequenced message.
-
-    Attributes:
-        header: header of the message.
-        refusal: reason for its refusal, after which it counts as applied; None if it was applied.
-    """
+    """Header of a sequenced message, and the reason for its refusal; None if it was applied."""
 
     header: Header
     refusal: Refused | None
@@ -68,16 +63,10 @@ class Engine:
     """Clock, in seconds, by which checkpoints are due."""
 
     def __init__(
-        self,
-        role: Role,
-        mailbox: Mailbox,
-        checkpoints: Checkpoints,
-        authority: CheckpointAuthority,
-        record: Callable[[Record], None] = lambda line: None,
-        spend: Callable[[Spend], None] = forbid_spending,
-        decide: Callable[[], OrderEntry | None] = lambda: None,
-        failures: Mapping[str, Refused] = {},
-    ) -> None:
+        self, role: Role, mailbox: Mailbox, checkpoints: Checkpoints, authority: CheckpointAuthority,
+        record: Callable[[Record], None] = lambda line: None, spend: Callable[[Spend], None] = forbid_spending,
+        decide: Callable[[], OrderEntry | None] = lambda: None, failures: Mapping[str, Refused] = {},
+    ) -> None:  # fmt: skip
         self.counters = mailbox.counters
         self._role = role
         self._mailbox = mailbox

@@ -76,12 +76,7 @@ class DeliveryOrder:
         """Position and content of the latest journal entry."""
 
     def choose(self, position: int, ready: Set[str]) -> OrderEntry | None:
-        """Return the entry at `position`; None to wait.
-
-        Args:
-            position: position of the next entry.
-            ready: senders whose next message has arrived.
-        """
+        """Return the entry at `position`, given the senders with a message `ready`; None to wait."""
         if not self._role.journalled:
             return self._choice(ready)
         if self._latest is None or self._latest[0] != position:

@@ -122,10 +122,7 @@ class Artifact:
 def write_artifact(path: Path, card: Card, tensors: Mapping[str, torch.Tensor]) -> str:
     """Write a model file atomically and return its SHA-256; OSError if it cannot be written.
 
-    Args:
-        path: the file.
-        card: its `weights_sha256` is `weights_sha256(tensors)`.
-        tensors: the weights by name.
+    `card.weights_sha256` is `weights_sha256(tensors)`.
     """
     metadata = {_CARD: msgspec.json.encode(card, order="sorted").decode()}
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
@@ -135,11 +132,7 @@ def write_artifact(path: Path, card: Card, tensors: Mapping[str, torch.Tensor]) 
 
 
 def read_artifact(path: Path, sha256: str | None = None) -> Artifact:
-    """Read a published model; its file must have this SHA-256, if one is given.
-
-    Raises:
-        ConfigError: 115 it is missing, damaged or not a model file; 116 it has another hash.
-    """
+    """Read a published model, of this hash if one is given; ConfigError 115 no intact model file, 116 another hash."""
     try:
         content = path.read_bytes()
     except OSError as error:

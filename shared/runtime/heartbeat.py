@@ -64,7 +64,9 @@ class Heartbeat:
                 self._set_error(error)
                 self._stop.wait(self.interval)
             else:
-                self._clear_error()
+                if self.error is not None:
+                    event("store_reachable")
+                self.error = None
         if store is not None:
             with suppress(Exception):  # the last report, which cannot be repeated
                 self._report(store)
@@ -78,11 +80,6 @@ class Heartbeat:
         self.error = error
         with suppress(Exception):  # `status` itself may have failed
             self._show(self.status())
-
-    def _clear_error(self) -> None:
-        if self.error is not None:
-            event("store_reachable")
-        self.error = None
 
     def _report(self, store: RunStore) -> None:
         status = self.status()

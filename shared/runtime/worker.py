@@ -42,14 +42,9 @@ class Worker:
     """
 
     def __init__(
-        self,
-        base: Path,
-        config: WorkerSection,
-        overrides: Sequence[str],
-        clock: Clock | None,
-        stop: StopSignal | None,
-        observe: Observer,
-    ) -> None:
+        self, base: Path, config: WorkerSection, overrides: Sequence[str],
+        clock: Clock | None, stop: StopSignal | None, observe: Observer,
+    ) -> None:  # fmt: skip
         self.base = base
         self.run_config = load_run(base / config.run, overrides)
         self.run_folder = (base / config.run).parent
