@@ -26,7 +26,7 @@ class ModelFigures:
     pooled: Metrics
 
 
-def judge(
+def evaluate(
     config: RunConfig, splits: Mapping[str, Splits], predict: Callable[[str, torch.Tensor], torch.Tensor]
 ) -> ModelFigures:
     """Evaluate a model on every site's test patients.

@@ -57,12 +57,7 @@ class Faults:
 
 
 class FaultyBroker(Broker):
-    """Broker that another one backs, with faulty links.
-
-    Args:
-        broker: the other one.
-        faults: faults of every link.
-        seed: seed of all dice.
+    """Broker that another one backs, with faulty links whose dice have this seed.
 
     Attributes:
         counts: faults so far, over all links: "duplicates", "reordered", "delays", "lost_confirms", "disconnects".
@@ -107,15 +102,7 @@ class _Sent:
 
 
 class FaultyLink(WrappedLink):
-    """Link over one connection after another.
-
-    Args:
-        connect: opens a link of the real broker with a prefetch.
-        prefetch: prefetch of the first one.
-        faults: faults of each connection.
-        dice: source of randomness.
-        counts: counts of faults, which the link increases.
-    """
+    """Link over one connection after another, which `connect` opens with a prefetch; adds its faults to `counts`."""
 
     def __init__(
         self, connect: Callable[[int], Link], prefetch: int, faults: Faults, dice: random.Random, counts: Counter[str]

@@ -1,6 +1,6 @@
 """Whole run in one process: the real roles, engines and wire format, any broker, a clock that is moved by hand.
 
-    config, splits ──▶ Simulation ──run()──▶ fingerprint(), judgement()
+    config, splits ──▶ Simulation ──run()──▶ fingerprint(), evaluate()
                          │ step(worker), kill(worker), restart(worker) for full control
 
 A worker can be killed between any two steps, as by SIGKILL. All that a process would leave behind stays: checkpoints
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from torch import nn
 from torch.func import functional_call
 from typing_extensions import override
 
@@ -40,7 +39,7 @@ from nightsplit.shared.wire.message import SERVER
 from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.simulation.checkpoints import MemoryCheckpoints
 from nightsplit.simulation.clock import ManualClock
-from nightsplit.simulation.evaluate import ModelFigures, judge
+from nightsplit.simulation.evaluate import ModelFigures, evaluate
 from nightsplit.simulation.scheduler import Scheduler
 from nightsplit.simulation.store import MemoryStore
 from nightsplit.site_worker.data.dataset import Splits
@@ -59,15 +58,12 @@ class Simulation:
     """Run with all its workers in this process.
 
     Args:
-        config: the run.
         splits: scaled data by site.
         folder: folder of the workers' files: released activations, ledgers, and checkpoints if they are on disk.
         base: folder of run.toml and of `model.initial`.
         broker: the broker; by default one in memory.
-        prefetch: prefetch of every link.
         clock: the clock; by default one that is moved by hand.
         workers: workers in this simulation; by default all.
-        device: device of all workers.
         on_disk: whether checkpoints are on disk.
 
     Attributes:
@@ -214,7 +210,7 @@ class Simulation:
                     digest.update(key.encode() + state[key].cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def judgement(self, splits: Mapping[str, Splits] | None = None) -> ModelFigures:
+    def evaluate(self, splits: Mapping[str, Splits] | None = None) -> ModelFigures:
         """Evaluate the best model, with each site's own part, on the test patients of `splits` or of the run."""
         modules = build_model(self.config, self.base).modules
 
@@ -224,12 +220,12 @@ class Simulation:
             # Weights that are not sent (local statistics) are the site's own.
             part = spec_of(self.config).names.weights
             weights[part] = {**weights.get(part, {}), **self.server.best_weights}
-            flow = inputs
-            for name, module in modules.items():
-                flow = _forward(module, weights[name], flow)
-            return flow
+            with torch.no_grad():
+                for name, module in modules.items():
+                    inputs = functional_call(module.eval(), dict(weights[name]), inputs)
+            return inputs
 
-        return judge(self.config, splits or self.splits, predict)
+        return evaluate(self.config, splits or self.splits, predict)
 
 
 def simulate(config: RunConfig, splits: Mapping[str, Splits], base: Path = Path()) -> Simulation:
@@ -263,9 +259,3 @@ def _states(role: SiteRole | AnyServer) -> list[Mapping[str, torch.Tensor]]:
         case StreamSite():
             return [role.bottom.module.state_dict(), role.final_bottom()]
     return [*role.model().values()]  # the weights that it evaluated last are no result
-
-
-def _forward(module: nn.Module, weights: Mapping[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
-    """Return the outputs in evaluation mode, with these weights in place of the module's own."""
-    with torch.no_grad():
-        return functional_call(module.eval(), dict(weights), inputs)  # type: ignore[no-any-return]

@@ -315,13 +315,10 @@ class EmbeddedLink(Link):
     def _report(self, reason: str | None) -> None:
         """Report when the link becomes blocked, for a reason, and when it no longer is."""
         with self._changed:
-            if reason is not None and not self._is_blocked:
-                self._events.append(Blocked(reason))
+            if self._is_blocked is (reason is None):
+                self._is_blocked = reason is not None
+                self._events.append(Unblocked() if reason is None else Blocked(reason))
                 self._changed.notify_all()
-            if reason is None and self._is_blocked:
-                self._events.append(Unblocked())
-                self._changed.notify_all()
-            self._is_blocked = reason is not None
 
     def _fail(self, error: BrokerError) -> None:
         with self._changed:

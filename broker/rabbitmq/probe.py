@@ -21,15 +21,7 @@ UNROUTABLE_KEY = "doctor"
 
 
 class Probe:
-    """Probe of the permissions of one user at one broker.
-
-    Args:
-        url, credentials: as of `nightsplit.broker.rabbitmq.broker.RabbitBroker`.
-
-    Raises:
-        BrokerError: 201 the address cannot be read.
-        ConfigError: 113 a file of `credentials` cannot be used.
-    """
+    """Probe of the permissions of one user at one broker; errors as of `RabbitBroker`."""
 
     def __init__(self, url: str, credentials: Credentials) -> None:
         self._addresses = read_addresses(url, 30, credentials)

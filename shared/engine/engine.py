@@ -47,9 +47,6 @@ class Engine:
     """Engine that runs one role over one mailbox until it finishes or has to stop.
 
     Args:
-        role: the role.
-        mailbox: its messages, in and out.
-        checkpoints: checkpoints of this worker.
         authority: makes checkpoints valid.
         record: writes the role's lines of metrics.
         spend: records privacy spending durably.

@@ -61,8 +61,6 @@ class Mailbox:
     """Mailbox of one worker.
 
     Args:
-        run: id of the run.
-        name: name of the worker.
         link: consumes the incoming queue of every route.
         routes: routes by peer.
         payload_of: returns the schema of a kind; None for one that is not used.
@@ -130,8 +128,7 @@ class Mailbox:
         """Publish a message, and return the id under which it is confirmed.
 
         Args:
-            message: message from this worker.
-            name: id at the broker, if several messages share one id; the message's own otherwise.
+                name: id at the broker, if several messages share one id; the message's own otherwise.
 
         Raises:
             ConfigError: 108 the hospital's policy forbids it.

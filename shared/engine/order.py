@@ -60,10 +60,7 @@ class DeliveryOrder:
     The exclusion of C and the close of a round are entries like any other: decided once, and found at the
     same position by every restart, successor and replay.
 
-    Args:
-        role: chooses between senders.
-        authority: keeps the journal.
-        decide: called when no message can be applied; returns None to wait.
+    `decide` is called when no message can be applied, and returns None to wait.
     """
 
     def __init__(self, role: Role, authority: CheckpointAuthority, decide: Callable[[], OrderEntry | None]) -> None:

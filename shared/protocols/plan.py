@@ -47,7 +47,6 @@ class Item:
 
     Attributes:
         number: 1, 2, 3... in the plan.
-        purpose: its purpose.
         epoch: 1, 2, 3...
         batch: number of the batch within the epoch and purpose, from 0; of an averaging, the batch before it.
         batches: number of the epoch's batches of this purpose.

@@ -37,16 +37,9 @@ def encode_report(task: TaskSection, metrics: Mapping[str, Metrics]) -> str:
 
 
 def decode_report(text: str, task: TaskSection, samples: Mapping[str, int], name: str) -> SiteMetrics:
-    """Decode a report.
+    """Decode untrusted text of message `name`; Refused 304 unless it is a report on this task.
 
-    Args:
-        text: untrusted text.
-        task: task of the run.
-        samples: number of samples that the site has announced, by part; fewer are valid, if some were unusable.
-        name: name of the message.
-
-    Raises:
-        Refused: 304 it is not a report of this site on this task.
+    Figures may be of fewer than the announced `samples` by part, if some were unusable, never of more.
     """
     try:
         if len(text) > REPORT_CHARS_MAX:

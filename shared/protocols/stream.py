@@ -73,20 +73,17 @@ def gradient(config: RunConfig, shape: tuple[int, ...], reveals: Reveals | None 
     return {"gradient": TensorSpec(torch.float32, ("batch", *shape), wire.gradient, wire.zstd, reveals)}
 
 
-def answers(config: RunConfig, shapes: Shapes) -> tuple[Payload, ...]:
+def answers(config: RunConfig, shapes: Shapes) -> list[Payload]:
     """Return the payloads of a server's answers with a trained bottom, and of averaging if the run has it."""
-    payloads = (
+    payloads = [
         Payload(Kind.CUT_GRADIENT, gradient(config, shapes.cut), PROGRESS),
         Payload(Kind.NOTED, scalars=PROGRESS),
         Payload(Kind.REFUSED, scalars={**REFUSAL, **PROGRESS}),
-    )
-    if config.run.bottoms != "averaged":
-        return payloads
-    return (
-        *payloads,
-        Payload(Kind.BOTTOM, weights_spec(shapes.bottom, Reveals.WEIGHTS)),
-        Payload(Kind.AVERAGE, weights_spec(shapes.bottom), PROGRESS, sets_weights=True),
-    )
+    ]
+    if config.run.bottoms == "averaged":
+        payloads.append(Payload(Kind.BOTTOM, weights_spec(shapes.bottom, Reveals.WEIGHTS)))
+        payloads.append(Payload(Kind.AVERAGE, weights_spec(shapes.bottom), PROGRESS, sets_weights=True))
+    return payloads
 
 
 def finish(config: RunConfig, shapes: Shapes) -> Payload:
@@ -114,7 +111,6 @@ class Slot:
 
     Attributes:
         seq: number of the message, and of the server's answer.
-        item: its item.
         half: "first", or "second" in a protocol with a head.
         settles: whether the answer completes the item.
     """

@@ -24,7 +24,6 @@ class Heartbeat:
     title of its error, since the run store has other readers than the worker's own console.
 
     Args:
-        worker: name of the worker.
         open_store: opens the thread's own connection.
         status: returns the status; called on the thread.
         observe: receives the same status, e.g. to draw progress.
