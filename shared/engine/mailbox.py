@@ -128,7 +128,7 @@ class Mailbox:
         """Publish a message, and return the id under which it is confirmed.
 
         Args:
-                name: id at the broker, if several messages share one id; the message's own otherwise.
+            name: id at the broker, if several messages share one id; the message's own otherwise.
 
         Raises:
             ConfigError: 108 the hospital's policy forbids it.

@@ -67,7 +67,6 @@ class Worker:
         """Change the phase or its reason. A change is logged.
 
         Args:
-            phase: the new phase.
             detail: its reason, for all readers of the run store.
             reason: its reason for this machine's own console and log, in place of `detail`.
         """
