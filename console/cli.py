@@ -1,4 +1,4 @@
-"""nightsplit: the command line, put together from its verbs. A verb imports what takes time to load when it runs."""
+"""nightsplit: the command line, assembled from its verbs. A verb imports slow modules only when it runs."""
 
 import errno
 import logging
@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -40,11 +39,11 @@ from nightsplit.shared.errors import NightsplitError, StateError
 from nightsplit.shared.foreign import shown
 from nightsplit.shared.log import event
 
-_NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR}
+_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR}
 
 app = typer.Typer(
-    help="""Train one neural network with several hospitals, without moving the patients' records and without
-    anybody having to be online at the same time. Begin with: nightsplit demo""",
+    help="""Train one neural network with several hospitals that keep their patients' records and never have to
+    be online at the same time. Begin with: nightsplit demo""",
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -69,21 +68,21 @@ def _top(
 
 
 def main() -> int:
-    """Entry point: the exit code of the command line that this process was started with."""
-    os.umask(0o077)  # what we or a library of ours write may hold something of a patient
+    """Run the command line of this process and return the exit code."""
+    os.umask(0o077)  # any file of ours or of a library may hold patient data
     if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # they speak to developers of libraries
+        warnings.simplefilter("ignore")  # they are for developers of libraries
     threading.excepthook = lambda thread: _crashed(thread.exc_value)
     if os.environ.get("_NIGHTSPLIT_COMPLETE"):
-        app(prog_name="nightsplit")  # a shell asks what may follow, and gets its answer there
+        app(prog_name="nightsplit")  # a shell asks for completions
     return run(sys.argv[1:])
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Carry out a command line; the only place where an error becomes a line and an exit code."""
+    """Run a command line and return the exit code; the only place that prints errors."""
     json_log.switch(False)
     try:
-        code = _carry_out(arguments)
+        code = _invoke(arguments)
         sys.stdout.flush()
         return code
     except typer.TyperException as error:
@@ -93,18 +92,18 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return stopped()
     except BrokenPipeError:
-        # Whoever read our output has seen enough; Python would complain once more while it exits.
+        # The reader of our output has closed it; Python would report that once more while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
-            what = f"{error.filename or 'a file'}: {error.strerror}."
-            return _failed(StateError(501, what, "make room, or name a place that may be written; then start again."))
+        if isinstance(error, OSError) and error.errno in _WRITE_ERRORS:
+            sentence = f"{error.filename or 'a file'}: {error.strerror}."
+            return _failed(StateError(501, sentence, "make room, or name a writable place; then start again."))
         _crashed(error)
         return CRASHED
 
 
-def _carry_out(arguments: Sequence[str]) -> int:
+def _invoke(arguments: Sequence[str]) -> int:
     command = typer.main.get_command(app)
     try:
         with command.make_context("nightsplit", [*arguments]) as context:
@@ -115,7 +114,7 @@ def _carry_out(arguments: Sequence[str]) -> int:
 
 
 def _misused(error: typer.TyperException) -> int:
-    """Say in a line what is wrong with the command line."""
+    """Print a mistake in the command line and return the exit code."""
     context: typer.Context | None = getattr(error, "ctx", None)
     verb = context.command_path if context else "nightsplit"
     print(shown(f"{verb}: {error.format_message()} ({verb} --help)"), file=sys.stderr)
@@ -130,22 +129,21 @@ def _failed(error: NightsplitError) -> int:
 
 
 def _crashed(error: BaseException | None) -> None:
-    """Keep the traceback for those who can use it, and give the user one line."""
+    """Write the traceback to a file, and print one line for the user."""
     stamp = time.strftime("nightsplit-crash-%Y%m%d-%H%M%S-")
     text = "".join(traceback.format_exception(error)) if error is not None else ""
     text = "\n".join(map(shown, text.splitlines()))
-    kept: Path | None = None
-    for folder in (".", None):  # here, or where temporary files go
+    path: str | None = None
+    for folder in (".", None):  # here, or in the folder of temporary files
         with suppress(OSError):
-            handle, name = tempfile.mkstemp(".log", stamp, folder)  # ours alone, and no name that others foresee
+            handle, path = tempfile.mkstemp(".log", stamp, folder)  # private, and with an unpredictable name
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(f"nightsplit {version('nightsplit')}\n{text}")
-            kept = Path(name)
             break
     kind = type(error).__name__
-    event("crashed", logging.ERROR, type=kind, traceback=None if kept is None else str(kept))
+    event("crashed", logging.ERROR, type=kind, traceback=path)
     if json_log.is_on():
         return
-    what = f"nightsplit met an error that it does not know ({kind})"
-    report = f"Please report it with {kept}, after a look whether that file names a patient."
-    print(f"{what}." if kept is None else f"{what}; nothing is lost. {report}", file=sys.stderr)
+    what = f"nightsplit stopped at an unexpected error ({kind})"
+    report = f"Please report it with {path}, after checking that the file names no patient."
+    print(f"{what}." if path is None else f"{what}; nothing is lost. {report}", file=sys.stderr)

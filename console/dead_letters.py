@@ -1,18 +1,18 @@
-"""The messages that a worker refused. nightsplit dlq looks at them, sends them again, or lets them go.
+"""Dead letters: messages that a worker refused. nightsplit dlq lists, replays or discards them.
 
-A pass over a site's dead letters, on a link of its own:
+A pass over the dead letters of a site, on a link of its own:
 
-    pass ──bookmark──▶ oldest letter, ..., newest letter, bookmark ──▶ pass: all have been seen
-    replay    publish to the queue it came from ─▶ the broker's confirm ─▶ acknowledge the letter
+    pass ──bookmark──▶ oldest letter, ..., newest letter, bookmark ──▶ pass: all letters are seen
+    replay    publish to the original queue ─▶ confirm of the broker ─▶ acknowledge the letter
     discard   acknowledge the letter
-    else      nothing: what is not acknowledged returns to its place when the link closes
+    else      nothing: an unacknowledged letter returns to its place when the link closes
 
-A queue does not tell where it ends, and its depth leaves out what another consumer holds; the bookmark
-tells both. A pass that is killed loses nothing. It leaves at most a letter beside its replayed copy, and
-a bookmark, which the next pass removes.
+A queue has no end marker, and its depth excludes messages that another consumer holds: hence the bookmark.
+A pass that is killed loses nothing. It leaves at most one letter beside its replayed copy, and a bookmark,
+which the next pass removes.
 
-Replay needs no queue of its own: where its receiver waits for just this message behind a backlog larger
-than the prefetch, it raises the prefetch until it gets there (`Engine._unblock`).
+Replay needs no queue of its own: a receiver that waits for this message behind a backlog larger than the
+prefetch raises its prefetch until the message arrives (`Engine._unblock`).
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.config import SiteSection
 from nightsplit.site_worker.policy import Gate
 
-PATIENCE_S = 30.0
-"""How long nothing at all may arrive; an embedded queue is free 10 s after its consumer died."""
+TIMEOUT_S = 30.0
+"""Seconds without any event before a pass gives up; an embedded queue is free 10 s after its consumer died."""
 
-MOST = 65_535
-"""Letters that a pass can look at without letting them go: AMQP knows no larger prefetch."""
+PREFETCH_MAX = 65_535
+"""Letters that a pass can read without acknowledging any: the largest prefetch of AMQP."""
 
-FEW = 16
-"""Letters at a time where each leaves its queue: memory holds the bodies of so many."""
+PREFETCH = 16
+"""Letters in memory at a time where a pass acknowledges each."""
 
 _BOOKMARK = "dlq/"
 
 
 @dataclass(frozen=True)
 class Letter:
-    """What a dead letter says of itself; None where nobody wrote it down.
+    """Description of a dead letter; a fact that its headers lack is None.
 
     Attributes:
-        id: follows from all that the letter holds, so it is the same in every pass.
-        site: whose queue it lies in.
-        number, reason: of the error with which it was refused.
+        id: hash of the whole letter, so it is the same in every pass.
+        site: site of the dead letter queue.
+        number, reason: number and text of the error with which it was refused.
         sender: worker whose queue it came through.
-        time: when it was refused, UTC.
+        time: time of the refusal, UTC.
         size: bytes of the message.
-        queue: where it came from.
-        message_id: with which it was published first.
+        queue: queue that it came from.
+        message_id: id with which it was first published.
     """
 
     id: str
@@ -77,15 +77,15 @@ class Letter:
 
     @classmethod
     def of(cls, site: str, delivery: Delivery) -> Letter:
-        """Read a letter's headers: ours, or those of a broker that a policy made move a message by itself."""
+        """Read a letter's headers: ours, or those of a broker whose policy moved the message."""
         headers = delivery.headers
-        around = json.dumps([delivery.queue, delivery.message_id, sorted(headers.items())]).encode()
+        surroundings = json.dumps([delivery.queue, delivery.message_id, sorted(headers.items())]).encode()
         number = headers.get("number", "")
         message_id = delivery.message_id
         if message_id.startswith("dead/"):  # dead/<its id>/<count>
             message_id = message_id.removeprefix("dead/").rpartition("/")[0]
         return cls(
-            id=hashlib.sha256(around + delivery.body).hexdigest()[:12],
+            id=hashlib.sha256(surroundings + delivery.body).hexdigest()[:12],
             site=site,
             number=int(number) if number.isdecimal() else None,
             reason=headers.get("reason", headers.get("x-first-death-reason")),
@@ -98,20 +98,20 @@ class Letter:
 
     @property
     def sentence(self) -> str | None:
-        """The reason without the error's title and remedy."""
+        """Reason without the title and the fix of its error."""
         if self.reason is None or self.number is None:
             return self.reason
         return self.reason.partition(": ")[2].partition(" Fix: ")[0]
 
 
 class _Pass:
-    """The letters that lie in a site's queue when the pass begins, oldest first.
+    """Iterator over the dead letters that a site's queue holds when the pass begins, oldest first.
 
-    Iterating ends when all have been seen, and the broker has confirmed what was replayed.
+    It ends when all letters are seen, and the broker has confirmed each replayed one.
 
     Args:
-        mailbox: of the worker, over a link that consumes the site's dead letters.
-        site, queues: whose they are.
+        mailbox: the worker's mailbox, over a link that consumes the site's dead letters.
+        site, queues: the site, and its queues.
     """
 
     def __init__(self, mailbox: Mailbox, site: str, queues: SiteQueues) -> None:
@@ -119,25 +119,24 @@ class _Pass:
         self._site = site
         self._queues = queues
         self._held = 0
-        self._replayed: defaultdict[str, deque[Delivery]] = defaultdict(deque)
+        self._replayed: defaultdict[str, deque[tuple[Letter, Delivery]]] = defaultdict(deque)
         self.complete = False
-        """Whether the bookmark was reached."""
+        """The pass has reached its bookmark."""
 
     def __iter__(self) -> Iterator[tuple[Letter, Delivery]]:
         bookmark = f"{_BOOKMARK}{uuid.uuid4().hex}"
         self._link.publish(self._queues.dead, bookmark, [])
-        while not (self.complete or self._held == MOST) or self._replayed:
-            match self._link.receive(PATIENCE_S):
+        while not (self.complete or self._held == PREFETCH_MAX) or self._replayed:
+            match self._link.receive(TIMEOUT_S):
                 case None:
-                    raise BrokerError(
-                        210,
-                        f"nothing came from {self._queues.dead.name} for {PATIENCE_S:.0f} s.",
-                        "wait until the other dlq command has ended, then try again.",
-                    )
+                    sentence = f"nothing came from {self._queues.dead.name} for {TIMEOUT_S:.0f} s."
+                    raise BrokerError(210, sentence, "wait until the other dlq command has ended, then try again.")
                 case Blocked(reason):
-                    raise BrokerError(209, f"{reason}.", "try again when this is over; no dead letter is lost.")
+                    raise BrokerError(209, f"{reason}.", "try again later; no dead letter is lost.")
                 case Confirmed(message_id) if message_id in self._replayed:
-                    self._confirmed(message_id)
+                    self.discard(*self._replayed[message_id].popleft())
+                    if not self._replayed[message_id]:
+                        del self._replayed[message_id]
                 case Delivery() as delivery if delivery.message_id.startswith(_BOOKMARK):
                     self._link.acknowledge(delivery)  # ours, or that of a pass that was killed
                     self.complete = self.complete or delivery.message_id == bookmark
@@ -145,151 +144,132 @@ class _Pass:
                     self._held += 1
                     yield Letter.of(self._site, delivery), delivery
 
-    def discard(self, delivery: Delivery) -> None:
-        """Let the broker forget a letter."""
+    def discard(self, letter: Letter, delivery: Delivery) -> None:
+        """Remove a letter from its queue."""
         self._link.acknowledge(delivery)
         self._held -= 1
 
     def replay(self, letter: Letter, delivery: Delivery) -> None:
-        """Publish a letter where it came from, and discard it once the broker has confirmed that.
+        """Publish a letter to its original queue, and discard it when the broker has confirmed that.
 
         Raises:
-            RunError: 607 it does not say where it came from.
+            RunError: 607 it does not name its original queue.
             BrokerError: 203 it is larger than a message of the run may be.
         """
-        # One of the site's own queues: a header is no reason to publish anywhere else.
+        # Only to the site's own queues, whatever the header names.
         origin = next((queue for queue in (self._queues.up, self._queues.down) if queue.name == letter.queue), None)
         if origin is None:
-            raise RunError(
-                607,
-                f"{letter.id} came from {letter.queue or 'nowhere that it names'}.",
-                "look at it with nightsplit dlq show, then discard it.",
-            )
+            sentence = f"{letter.id} does not name the queue of {self._site} that it came from."
+            raise RunError(607, sentence, "look at it with nightsplit dlq show, then discard it.")
         self._mailbox.send_again(origin, letter.message_id, delivery.body)
-        self._replayed[letter.message_id].append(replace(delivery, body=b""))
-
-    def _confirmed(self, message_id: str) -> None:
-        waiting = self._replayed[message_id]
-        self.discard(waiting.popleft())
-        if not waiting:
-            del self._replayed[message_id]
+        self._replayed[letter.message_id].append((letter, replace(delivery, body=b"")))
 
 
-_Act = Callable[[_Pass, Letter, Delivery], None]
+_Action = Callable[[_Pass, Letter, Delivery], None]
 
 
-def _go_through(file: WorkerFile, prefetch: int, act: _Act) -> bool:
-    """Pass over the dead letters of every site that this worker has to do with; whether all were seen.
+def _visit(file: WorkerFile, prefetch: int, act: _Action) -> bool:
+    """Act on each dead letter of the worker's sites; return whether all letters were seen.
 
     Raises:
-        BrokerError: 205 the run was not opened, 209 the broker takes nothing, 210 another command reads.
+        BrokerError: 205 the run was not opened, 209 the broker is blocked, 210 another command reads.
         RunError: 602 the site is not part of the run.
     """
-    for site in file.sites:
-        if site not in file.run.run.sites:
-            raise RunError(602, f"{site} is not among the sites of {file.run.run.id}.", "correct site.name.")
-    broker = file.broker()
-    complete = True
-    for site, of_site in file.queues().items():
-        with broker.link([of_site.dead], prefetch, f"dlq:{socket.gethostname()}:{os.getpid()}") as link:
-            one = _Pass(_mailbox(file, link, site, of_site), site, of_site)
+    broker, run, complete = file.open_broker(), file.run_config.run, True
+    for site, queues in file.queues().items():
+        if site not in run.sites:
+            raise RunError(602, f"{site} is not among the sites of {run.id}.", "correct site.name.")
+        with broker.link([queues.dead], prefetch, f"dlq:{socket.gethostname()}:{os.getpid()}") as link:
+            one = _Pass(_open_mailbox(file, link, site, queues), site, queues)
             for letter, delivery in one:
                 act(one, letter, delivery)
             complete = complete and one.complete
     return complete
 
 
-def _mailbox(file: WorkerFile, link: Link, site: str, queues: SiteQueues) -> Mailbox:
-    """The worker's mailbox: what a site sends again passes its gate once more."""
-    run, schema, limit = file.run.run.id, sketch(file.run).get, file.run.wire.message_bytes
-    if isinstance(file.worker, SiteSection):
+def _open_mailbox(file: WorkerFile, link: Link, site: str, queues: SiteQueues) -> Mailbox:
+    """Make the worker's mailbox; a replayed message of a site passes its gate again."""
+    config = file.run_config
+    run, schema, limit = config.run.id, sketch(config).get, config.wire.message_bytes
+    if isinstance(file.config, SiteSection):
         routes = {SERVER: Route(outgoing=queues.up, incoming=queues.down, dead=queues.dead)}
-        return Mailbox(run, site, link, routes, schema, limit, Gate(file.base / file.worker.policy, file.run))
+        return Mailbox(run, site, link, routes, schema, limit, Gate(file.base / file.config.policy, config))
     routes = {site: Route(outgoing=queues.down, incoming=queues.up, dead=queues.dead)}
     return Mailbox(run, SERVER, link, routes, schema, limit)
 
 
 def list_letters(file: WorkerFile, as_json: bool) -> None:
-    """Print what every dead letter says of itself. Raises: see `_go_through`."""
+    """Print a line for each dead letter. Raises as `_visit`."""
     letters: list[Letter] = []
-    complete = _go_through(file, MOST, lambda one, letter, delivery: letters.append(letter))
+    complete = _visit(file, PREFETCH_MAX, lambda one, letter, delivery: letters.append(letter))
     if as_json:
-        found = {"run": file.run.run.id, "complete": complete, "dead_letters": [asdict(letter) for letter in letters]}
-        print(json.dumps(found, indent=2))
+        rows = [asdict(letter) for letter in letters]
+        print(json.dumps({"run": file.run_config.run.id, "complete": complete, "dead_letters": rows}, indent=2))
         return
     console = screen()
     if letters:
-        table = columns(
-            "id", "site", "number", "reason", "sender", "time", "bytes", "from", numbers=("number", "bytes")
-        )
+        names = ("id", "site", "number", "reason", "sender", "time", "bytes", "from")
+        table = columns(*names, numbers=("number", "bytes"))
         for letter in letters:
-            told = letter.number, letter.sentence, letter.sender, letter.time, letter.size, letter.queue
-            table.add_row(letter.id, letter.site, *("-" if fact is None else str(fact) for fact in told))
+            facts = letter.number, letter.sentence, letter.sender, letter.time, letter.size, letter.queue
+            table.add_row(letter.id, letter.site, *("-" if fact is None else str(fact) for fact in facts))
         console.print(table)
-    more = "" if complete else f"; there are more behind the oldest {MOST} of a site"
+    more = "" if complete else f"; there are more behind the oldest {PREFETCH_MAX} of a site"
     console.print(counted(len(letters), "dead letter") + more)
 
 
-def show_letter(file: WorkerFile, wanted: str, as_json: bool) -> None:
-    """Print everything about one dead letter but the values of its tensors.
+def show_letter(file: WorkerFile, letter_id: str, as_json: bool) -> None:
+    """Print all of one dead letter except the values of its tensors.
 
     Raises:
-        RunError: 606 there is none of this id; see `_go_through`.
+        RunError: 606 no letter has this id; others as `_visit`.
     """
-    found: list[tuple[Letter, Delivery]] = []
+    found: dict[str, tuple[Letter, Delivery]] = {}
 
     def keep(one: _Pass, letter: Letter, delivery: Delivery) -> None:
-        if letter.id == wanted and not found:
-            found.append((letter, delivery))
+        if letter.id == letter_id:
+            found.setdefault(letter_id, (letter, delivery))
 
-    _go_through(file, MOST, keep)
+    _visit(file, PREFETCH_MAX, keep)
     if not found:
-        raise _unknown([wanted])
-    letter, delivery = found[0]
-    message: dict[str, object] | None = None
-    unreadable = None
+        raise _not_found([letter_id])
+    letter, delivery = found[letter_id]
+    message: dict[str, object] | None
     try:
-        message = asdict(header_of(delivery.body))
+        message, unreadable = asdict(header_of(delivery.body)), None
     except Refused as refusal:
-        unreadable = str(refusal)
+        message, unreadable = None, str(refusal)
+    headers = dict(sorted(delivery.headers.items()))
     if as_json:
-        headers = dict(delivery.headers)
-        print(
-            json.dumps(
-                {"letter": asdict(letter), "headers": headers, "message": message, "unreadable": unreadable}, indent=2
-            )
-        )
+        facts = {"letter": asdict(letter), "headers": headers, "message": message, "unreadable": unreadable}
+        print(json.dumps(facts, indent=2))
         return
-    told = {**asdict(letter), **{f"header {name}": value for name, value in sorted(delivery.headers.items())}}
-    told |= {f"message {name}": value for name, value in (message or {"header": unreadable}).items()}
-    for name, value in told.items():
+    lines = asdict(letter) | {f"header {name}": value for name, value in headers.items()}
+    lines |= {f"message {name}": value for name, value in (message or {"header": unreadable}).items()}
+    for name, value in lines.items():
         print(shown(f"{name:<20} {'-' if value is None else value}"))
 
 
 def replay_letters(file: WorkerFile, chosen: Collection[str] | None) -> None:
-    """Send dead letters to their queues again.
+    """Send dead letters to their original queues again.
 
     Args:
-        file: whose.
-        chosen: ids; None for all.
+        file: the worker's file.
+        chosen: ids of the letters; None for all.
 
     Raises:
-        RunError: 606, 607; BrokerError: 203; see `_go_through`. What was replayed before stays replayed.
+        RunError: 606, 607; BrokerError: 203; others as `_visit`. Letters replayed before stay replayed.
     """
     print(f"{counted(_settle(file, chosen, _Pass.replay), 'dead letter')} sent again")
 
 
 def discard_letters(file: WorkerFile, chosen: Collection[str] | None) -> None:
     """Delete dead letters for good; arguments and errors as `replay_letters`."""
-
-    def discard(one: _Pass, letter: Letter, delivery: Delivery) -> None:
-        one.discard(delivery)
-
-    print(f"{counted(_settle(file, chosen, discard), 'dead letter')} discarded")
+    print(f"{counted(_settle(file, chosen, _Pass.discard), 'dead letter')} discarded")
 
 
-def _settle(file: WorkerFile, chosen: Collection[str] | None, act: _Act) -> int:
-    """Do something to the chosen letters; how many there were. Raises RunError 606 for ids that were not found."""
+def _settle(file: WorkerFile, chosen: Collection[str] | None, act: _Action) -> int:
+    """Act on the chosen letters and return their number. RunError 606 names the ids that were not found."""
     found: list[str] = []
 
     def settle(one: _Pass, letter: Letter, delivery: Delivery) -> None:
@@ -297,16 +277,12 @@ def _settle(file: WorkerFile, chosen: Collection[str] | None, act: _Act) -> int:
             act(one, letter, delivery)
             found.append(letter.id)
 
-    _go_through(file, FEW if chosen is None else MOST, settle)
+    _visit(file, PREFETCH if chosen is None else PREFETCH_MAX, settle)
     if missing := sorted(set(chosen or ()) - set(found)):
-        raise _unknown(missing, len(found))
+        raise _not_found(missing, len(found))
     return len(found)
 
 
-def _unknown(ids: Collection[str], others: int = 0) -> RunError:
-    what = f"{', '.join(ids)} is not here"
-    return RunError(
-        606,
-        what + (f"; {others} of the others were settled." if others else "."),
-        "see what is there with: nightsplit dlq list.",
-    )
+def _not_found(ids: Collection[str], others: int = 0) -> RunError:
+    sentence = f"no letter has the id {', '.join(ids)}" + (f"; the other {others} are done." if others else ".")
+    return RunError(606, sentence, "list the letters with: nightsplit dlq list.")

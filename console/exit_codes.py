@@ -1,4 +1,4 @@
-"""How a command ends."""
+"""Exit codes of an interrupted or crashed command."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ INTERRUPTED, CRASHED = 130, 70
 
 
 def stopped(stop: StopSignal | None = None) -> int:
-    """Say that the user has stopped the command, by a signal or (None) by Ctrl-C; returns the exit code."""
+    """Report that the user stopped the command, by a signal or (None) by Ctrl-C, and return the exit code."""
     event("stopped")
     if not json_log.is_on():
-        print(f"{'' if stop else chr(10)}stopped; start the same command again to go on", file=sys.stderr)
+        print(f"{'' if stop else chr(10)}stopped; start the same command again to continue", file=sys.stderr)
     return INTERRUPTED if stop is None or stop.number == signal.SIGINT else 0

@@ -1,4 +1,4 @@
-"""Options and arguments that several verbs have."""
+"""Options and arguments of several verbs."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,29 +12,21 @@ EitherFile = Annotated[Path, Argument(metavar="FILE.TOML", help="a worker's conf
 
 Overrides = Annotated[
     list[str],
-    Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="another value for a key of run.toml, e.g. run.window=8; the same at every participant",
-    ),
+    Option("--set", metavar="KEY=VALUE", help="override a key of run.toml, e.g. run.window=8, at every participant"),
 ]
 IdleSeconds = Annotated[
     float | None,
-    Option(
-        "--exit-when-idle",
-        metavar="SECONDS",
-        help="exit when nothing happened for so long; otherwise stay until all is done",
-    ),
+    Option("--exit-when-idle", metavar="SECONDS", help="exit when idle for this long (default: stay to the end)"),
 ]
 LogFormat = Annotated[
     Literal["text", "json"],
-    Option(help="json: one object a line on stderr, for programs that read logs, and nothing else"),
+    Option(help="json: only one object per line on stderr, for programs that read logs"),
 ]
 AsJson = Annotated[bool, Option("--json", help="print one JSON object, for other programs")]
 
 
 def print_help_alone(context: typer.Context) -> None:
-    """Print the help of a group of verbs that is called without one, and end there."""
+    """Print the help of a group that is called without a verb, and exit."""
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit

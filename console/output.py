@@ -1,4 +1,4 @@
-"""The result of a verb: printed, or in a file for the user alone."""
+"""Output of a verb: printed, or a file that only the user can read."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from nightsplit.shared.storage.files import write_atomic
 
 
 def write_output(path: Path | None, content: bytes) -> None:
-    """Write `content` to `path`, making its folder; or print it, where `path` is None.
+    """Write `content` to `path` and make its folder; print it if `path` is None.
 
     Raises:
         OSError: it cannot be written.
@@ -15,7 +15,7 @@ def write_output(path: Path | None, content: bytes) -> None:
     if path is None:
         sys.stdout.write(content.decode())
     elif path.is_symlink() or (path.exists() and not path.is_file()):
-        path.write_bytes(content)  # /dev/stdout, a pipe: what is behind it is not ours to replace
+        path.write_bytes(content)  # /dev/stdout or a pipe must not be replaced by a file
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)

@@ -1,8 +1,8 @@
 """Stage 1 of a transfer: train a network on public data, and publish its weights with a card.
 
 Zhang and Li, "Two-stage Federated Transfer Learning", arXiv 2203.12803: a network first learns a source task
-where there is no secret; stage 2 goes on with the hospitals (`fedavg_transfer`). Here the source task is to tell
-the classes of all sources apart, in one layer of outputs: [MedNIST's six | chest X-ray's two].
+on public data; stage 2 continues with the hospitals (`fedavg_transfer`). Here the source task is to classify
+the classes of all sources with one layer of outputs: [MedNIST's six | chest X-ray's two].
 """
 
 import time
@@ -43,15 +43,15 @@ from nightsplit.site_worker.rounds.trainer import Trainer
 
 
 class PretrainSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[pretrain]: what is made, and how.
+    """[pretrain]: the model and its training.
 
     Attributes:
-        name: of the model.
+        name: name of the model.
         output: the file to write, relative to pretrain.toml.
-        head: module that holds the source task's outputs; whoever begins from the file leaves it out.
-        seed: of first weights, division, order, augmentation and dropout.
+        head: module with the outputs of the source task; a run that starts from the file does not use it.
+        seed: seed of initial weights, splits, order, augmentation and dropout.
         epochs: passes over all sources together; the learning rate falls to zero along a cosine.
-        batch_size: samples per step, of all sources mixed.
+        batch_size: samples per step, from all sources.
         threads: torch threads.
     """
 
@@ -68,9 +68,9 @@ class PublicSource(SourceSection, frozen=True, kw_only=True):
     """[[source]]: a public data set. Keys as in [data] of site.toml, and:
 
     Attributes:
-        name: what it is called.
-        classes: its labels, as `data.classes` of run.toml gives them.
-        licence: as its publisher states it.
+        name: name of the data set.
+        classes: its labels, as in `data.classes` of run.toml.
+        licence: its licence, in its publisher's words.
     """
 
     name: str
@@ -79,7 +79,7 @@ class PublicSource(SourceSection, frozen=True, kw_only=True):
 
 
 class PretrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """pretrain.toml. [model], [optimizer] and [data] are those of run.toml; `data.classes` is each source's own."""
+    """pretrain.toml. [model], [optimizer] and [data] are those of run.toml; `data.classes` differs by source."""
 
     pretrain: PretrainSection
     model: ModelSection
@@ -89,18 +89,18 @@ class PretrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def task(self) -> TaskSection:
-        """Telling the classes of all sources apart."""
+        """Classification over the classes of all sources."""
         return TaskSection(kind="multiclass", classes=sum(len(source.classes) for source in self.source))
 
     def run(self) -> RunConfig:
-        """The same as a run of one site, for what trains and reads in runs."""
+        """Return the same as a run of one site, for the functions that read and train by a run."""
         section = self.pretrain
         run = RunSection(
             id=section.name, protocol=fedavg_transfer.SPEC.name, sites=["sources"], seed=section.seed,
             batch_size=section.batch_size,
         )  # fmt: skip
         once = RoundSection(rounds=1, local_epochs=section.epochs, decay="cosine")
-        data = replace(self.data, validation=0.0)  # the number of epochs is fixed beforehand: nothing is chosen
+        data = replace(self.data, validation=0.0)  # the number of epochs is fixed: no model is selected
         return RunConfig(
             run=run, model=self.model, task=self.task, optimizer=self.optimizer, round=once, data=data
         )  # fmt: skip
@@ -120,23 +120,23 @@ def train_first_model(path: Path) -> None:
     trainer = Trainer(build_whole_model(run, path.parent).module, run, "cpu")
     names, head = list(trainer.weights()), config.pretrain.head
     if not any(name.startswith(f"{head}.") for name in names):
-        what = f"{path}: pretrain.head: the model has no weights under {head!r}."
-        raise ConfigError(103, what, f"name the module with the last layer; the last weight is {names[-1]}.")
-    _train(trainer, RoundBatches(run, "sources", _pooled(config, splits)))
+        sentence = f"{path}: pretrain.head: the model has no weights under {head!r}."
+        raise ConfigError(103, sentence, f"name the module with the last layer; the last weight is {names[-1]}.")
+    _train(trainer, RoundBatches(run, "sources", _pool(config, splits)))
 
     card = _card(config, trainer, splits)
     output = path.parent / config.pretrain.output
     sha256 = write_artifact(output, card, trainer.weights())
     console = screen()
     for source in card.sources:
-        told = ((name, value) for name, value in source.figures.items() if name != "samples" and value is not None)
-        figures = [f"{name} {value:.3f}" for name, value in told]
+        metrics = ((name, value) for name, value in source.figures.items() if name != "samples" and value is not None)
+        figures = [f"{name} {value:.3f}" for name, value in metrics]
         console.print(f"{source.name}, {source.held_out} held out: {', '.join(figures)}", soft_wrap=True)
     console.print(f"{output}", f'initial_sha256 = "{sha256}"', sep="\n", soft_wrap=True)
 
 
 def _read(config: PretrainConfig, path: Path) -> list[Splits]:
-    """Each source by itself: divided, and scaled as its own training part asks for; targets from 0."""
+    """Read, split and scale each source by itself; its targets start at 0."""
     if any(len(source.classes) < 2 for source in config.source) or not config.source:
         what = f"{path}: source: each needs a name and two classes or more."
         raise ConfigError(103, what, "list its labels in classes.")
@@ -151,17 +151,17 @@ def _read(config: PretrainConfig, path: Path) -> list[Splits]:
     return read
 
 
-def _outputs(config: PretrainConfig) -> list[slice]:
-    """Each source's classes among the model's outputs."""
+def _slices(config: PretrainConfig) -> list[slice]:
+    """Return the slice of each source's classes in the model's outputs."""
     ends = accumulate(len(source.classes) for source in config.source)
     return [slice(end - len(source.classes), end) for source, end in zip(config.source, ends, strict=True)]
 
 
-def _pooled(config: PretrainConfig, splits: Sequence[Splits]) -> Splits:
-    """All training samples as those of one site."""
+def _pool(config: PretrainConfig, splits: Sequence[Splits]) -> Splits:
+    """Join all training samples into the splits of one site."""
     train = Dataset(
         torch.cat([part.train.inputs for part in splits]),
-        torch.cat([part.train.targets + own.start for part, own in zip(splits, _outputs(config), strict=True)]),
+        torch.cat([part.train.targets + own.start for part, own in zip(splits, _slices(config), strict=True)]),
         tuple(f"{number}/{name}" for number, part in enumerate(splits) for name in part.train.patients),
     )
     nothing = train.select([])
@@ -169,7 +169,7 @@ def _pooled(config: PretrainConfig, splits: Sequence[Splits]) -> Splits:
 
 
 def _train(trainer: Trainer, batches: RoundBatches) -> None:
-    """The one round of a run whose only site has all sources."""
+    """Train the only round of a run with one site, which has all sources."""
     console, epochs = screen(), batches.config.round.local_epochs
     steps = Work.of(batches.config, len(batches.train)).batches
     losses = []
@@ -189,9 +189,9 @@ def _card(config: PretrainConfig, trainer: Trainer, splits: Sequence[Splits]) ->
             classes=source.classes,
             samples=len(part.train),
             held_out=len(part.test),
-            figures=_judge(trainer, config.data, own, part.test),
+            figures=_evaluate(trainer, config.data, own, part.test),
         )
-        for source, part, own in zip(config.source, splits, _outputs(config), strict=True)
+        for source, part, own in zip(config.source, splits, _slices(config), strict=True)
     ]
     return Card(
         name=section.name,
@@ -207,8 +207,8 @@ def _card(config: PretrainConfig, trainer: Trainer, splits: Sequence[Splits]) ->
     )
 
 
-def _judge(trainer: Trainer, data: DataSection, classes: slice, held_out: Dataset) -> Metrics:
-    """Figures on one source's held-out samples, among its own classes."""
+def _evaluate(trainer: Trainer, data: DataSection, classes: slice, held_out: Dataset) -> Metrics:
+    """Return the metrics of one source's held-out samples, over its own classes."""
     if not len(held_out):
         return {}
     outputs = trainer.predict(held_out.inputs)[:, classes]

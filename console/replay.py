@@ -1,9 +1,9 @@
-"""Trains the server's half again from a tape, and compares it with what the run left behind.
+"""Replay of a run: trains the server's part again from the tape, and compares it with the run's results.
 
     tape ──▶ Player ──deliveries──▶ engine ──▶ a fresh server role ──▶ sha256 of its weights
-             nothing leaves ◀──answers──┘
+             discarded ◀──answers──┘
 
-Engine and role are those of the run. Where timing decided the order, they follow the run's journal.
+Engine and role are those of the run. Where timing decided the order, they follow the run's order journal.
 """
 
 import json
@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from typing_extensions import override
 
 from nightsplit.broker.topology import site_queues
 from nightsplit.console.worker_file import WorkerFile
@@ -37,56 +39,56 @@ from nightsplit.shared.wire.message import SERVER
 
 
 def summarise(file: WorkerFile, until: int | None) -> dict[str, Any]:
-    """Replay a run, up to position `until` as `Replay.go` does; what came of it, as plain data.
+    """Replay a run up to position `until` as `Replay.run`, and return the result as plain data.
 
-    `equal` is None where the replay stopped before the end: the run left nothing to compare with.
+    `equal` is None if the replay stopped before the end: there is nothing to compare with.
 
     Raises:
         ConfigError: 103 the file is a site's.
-        StateError: 507 the run has no tape, 508 a message that is needed is not on it.
+        StateError: 507 the run has no tape, 508 the tape lacks a message.
     """
-    server = file.worker
+    server = file.config
     if not isinstance(server, ServerSection):
-        raise ConfigError(103, f"{file.path}: has no [server].", "name the server.toml: the server holds the tape.")
+        raise ConfigError(103, f"{file.path}: has no [server].", "name the server.toml: the tape is at the server.")
     prepare_torch(server.threads, server.device)
-    with closing(file.store()) as store:
-        replay = Replay(file.run, file.run_folder, file.state / FOLDER, store, server.device)
-        replay.go(until)
+    with closing(file.open_store()) as store:
+        replay = Replay(file.run_config, file.run_folder, file.state_folder / FOLDER, store, server.device)
+        replay.run(until)
     best, last = replay.weights()
-    recorded_best, recorded_last = _left_behind(file, replay.role) if replay.finished else (None, None)
+    recorded_best, recorded_last = _recorded(file, replay.role) if replay.engine.finished else (None, None)
     return {
-        "run": file.run.run.id,
+        "run": file.run_config.run.id,
         "messages": replay.player.played,
-        "position": replay.position,
-        "finished": replay.finished,
+        "position": replay.engine.position,
+        "finished": replay.engine.finished,
         "last": replay.last and asdict(replay.last),
         "sha256": {
             "best": {"replayed": best, "recorded": recorded_best},
             "last": {"replayed": last, "recorded": recorded_last},
         },
-        "equal": (best, last) == (recorded_best, recorded_last) if replay.finished else None,
+        "equal": (best, last) == (recorded_best, recorded_last) if replay.engine.finished else None,
     }
 
 
-def _left_behind(file: WorkerFile, role: AnyServer) -> tuple[str | None, str | None]:
-    """sha256 of the best weights as reported, and of the last ones in the newest checkpoint; None if not there."""
-    assert isinstance(file.worker, ServerSection)
+def _recorded(file: WorkerFile, role: AnyServer) -> tuple[str | None, str | None]:
+    """Return the sha256 of the report's best weights and of the newest checkpoint's weights; None if missing."""
+    assert isinstance(file.config, ServerSection)
     best = None
     with suppress(OSError, ValueError):
-        report = (file.base / file.worker.report / "report.json").read_text(encoding="utf-8")
-        best = json.loads(report).get(f"{spec_of(file.run).names.weights}_sha256")
-    found = Checkpoints(file.state / "checkpoints").load()
+        report = (file.base / file.config.report / "report.json").read_text(encoding="utf-8")
+        best = json.loads(report).get(f"{spec_of(file.run_config).names.weights}_sha256")
+    found = Checkpoints(file.state_folder / "checkpoints").load()
     return best, found and weights_sha256(role.weights_in(found[1]))
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """A message that was applied.
+    """An applied message.
 
     Attributes:
         message: its id.
-        loss: of the training step; None without a step, or where the site alone knows it.
-        refused: why it was refused; it counts as applied.
+        loss: loss of the training step; None without a step, or if only the site knows it.
+        refused: error of a refused message, which counts as applied.
     """
 
     message: str
@@ -95,41 +97,41 @@ class Applied:
 
 
 class Replay:
-    """A run once more, from its beginning.
+    """Replay of a run from its beginning.
 
     Args:
         config: the run.
         base: folder of run.toml.
-        tape: its folder.
-        store: only its journal is read.
-        device: where the server's layers computed, and compute.
+        tape: folder of the tape.
+        store: run store, of which only the order journal is read.
+        device: device of the server's layers, in the run and now.
 
     Attributes:
-        role: the server that is trained, from `go` on.
-        player: of the tape.
-        last: the last message that was applied.
+        role, engine: the server's role in training and its engine, set by `run`.
+        player: link that delivers the tape.
+        last: the last applied message.
     """
 
     role: AnyServer
+    engine: Engine
 
     def __init__(self, config: RunConfig, base: Path, tape: Path, store: RunStore, device: str) -> None:
         self._config, self._base, self._tape, self._device = config, base, tape, device
         self._order = _Order(store, tape)
         self.player = _Player(tape)
         self._loss: float | None = None
-        self._engine: Engine
         self.last: Applied | None = None
 
-    def go(self, until: int | None = None) -> None:
+    def run(self, until: int | None = None) -> None:
         """Replay to the end of the run, or stop before.
 
         Args:
-            until: position to stop at (`Engine.position`): so many messages of all sites together were
-                applied in their sequence, refused ones included. What a role does behind the last
-                message (split_frozen trains then) is not done when that is the place to stop.
+            until: position to stop at (`Engine.position`): number of messages of all sites that are applied in
+                their sequence, refused ones included. The work of a role after its last message (split_frozen
+                trains then) is not done if the replay stops there.
 
         Raises:
-            StateError: 507 there is no tape, 508 it lacks what comes next.
+            StateError: 507 there is no tape, 508 it lacks the next message.
         """
         with TemporaryDirectory(prefix="nightsplit-replay-") as scratch:
             self.role = role = make_server(self._config, Path(scratch), self._base, self._device)
@@ -137,7 +139,7 @@ class Replay:
             queues = {site: site_queues(run.id, site, wire.queue_bytes) for site in run.sites}
             routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in queues.items()}
             mailbox = Mailbox(run.id, SERVER, self.player, routes, role.payload, wire.message_bytes)
-            self._engine = engine = Engine(
+            self.engine = engine = Engine(
                 role, mailbox, Checkpoints(Path(scratch) / "checkpoints"), self._order, self._record
             )
             engine.interval_seconds = math.inf
@@ -145,28 +147,18 @@ class Replay:
             while not engine.finished and (until is None or engine.position < until):
                 # A role that has all its messages may have work of its own (split_frozen).
                 if not self._step() and self.player.at_end and not role.done:
-                    raise self._incomplete()
-
-    @property
-    def position(self) -> int:
-        """As `Engine.position`."""
-        return self._engine.position
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run's end was reached."""
-        return self._engine.finished
+                    raise self._missing_message()
 
     def weights(self) -> tuple[str | None, str]:
-        """sha256 of the best weights (None: no epoch was judged) and of the last ones."""
+        """Return the sha256 of the best weights (None: no epoch was evaluated) and of the last ones."""
         best = self.role.best_weights
         return weights_sha256(best) if best else None, weights_sha256(self.role.weights())
 
     def _step(self) -> bool:
-        """One turn of the engine, which applies one message at most; whether there was anything to do."""
-        before, self._loss = self._engine.last, None
-        worked = self._engine.step(0.0)
-        last = self._engine.last
+        """Apply at most one message; return whether the engine did any work."""
+        before, self._loss = self.engine.last, None
+        worked = self.engine.step(0.0)
+        last = self.engine.last
         if last is not None and last is not before:
             self.last = Applied(last.header.message_id, self._loss, str(last.refusal) if last.refusal else None)
         return worked
@@ -176,49 +168,53 @@ class Replay:
         if line.metrics["event"] == "train" and isinstance(loss, float):
             self._loss = loss
 
-    def _incomplete(self) -> StateError:
+    def _missing_message(self) -> StateError:
         missing = []
         for site in self.role.awaited():
             due = self.role.applied[site] + 1
             if site not in self.role.sequences:
-                missing.append(f"a greeting of {site} that fits run.toml")
-            elif site not in self._engine.ready:
+                missing.append(f"a hello of {site} that fits run.toml")
+            elif site not in self.engine.ready:
                 missing.append(f"message {due} of {site}")
         damaged = f" Damaged: {', '.join(self.player.damaged)}." if self.player.damaged else ""
-        what = " and ".join(missing) or "whom the order journal names next"
-        return _tape_ends(self._tape, self.position, f"{what} is missing.{damaged}")
+        what = " and ".join(missing) or "the message that the order journal names next"
+        return _incomplete(self._tape, self.engine.position, f"{what} is missing.{damaged}")
 
 
-def _tape_ends(tape: Path, position: int, why: str) -> StateError:
-    remedy = f"restore it from a copy; or replay what is there: --until {position}."
-    return StateError(508, f"{tape} leads to position {position}: {why}", remedy)
+def _incomplete(tape: Path, position: int, reason: str) -> StateError:
+    remedy = f"restore it from a copy; or replay only its beginning: --until {position}."
+    return StateError(508, f"{tape} ends at position {position}: {reason}", remedy)
 
 
 @dataclass(frozen=True)
 class _Order(SoleWriter):
-    """The order that was written down where timing decided it; it is followed, and never written."""
+    """Order journal of the run, read-only."""
 
     store: RunStore
     tape: Path
 
+    @override
     def journalled(self, position: int) -> str | None:
-        """See `Authority`."""
         return self.store.journalled(position)
 
+    @override
     def journal(self, position: int, sender: str) -> str:
-        """Raise StateError 508: where the journal ends, nobody knows what was applied next."""
-        why = f"the order journal in the run store does not go on, though a message of {sender} is there."
-        raise _tape_ends(self.tape, position - 1, why)
+        # Beyond the end of the journal, the run's order is unknown.
+        reason = f"the order journal in the run store ends there, although a message of {sender} follows."
+        raise _incomplete(self.tape, position - 1, reason)
 
 
 class _Player(Link):
-    """A link that delivers a tape, and confirms what is published without sending it anywhere.
+    """Link that delivers a tape, and confirms and discards published messages.
 
     Attributes:
-        played: deliveries so far; greetings and copies are among them.
-        at_end: whether there are no more.
-        damaged: places of the tape that cannot be read, as far as it was played.
+        played: number of deliveries so far, hellos and duplicates included.
+        at_end: the tape has no more deliveries.
+        damaged: entries that could not be read so far.
     """
+
+    unconfirmed = frozenset[str]()
+    prefetch = 2**16  # enough for any disorder of the tape; the engine writes a checkpoint after a quarter of it
 
     def __init__(self, tape: Path) -> None:
         self.played = 0
@@ -226,11 +222,11 @@ class _Player(Link):
         self.damaged: list[str] = []
         self._tape = read_tape(tape, self.damaged)
         self._confirmed: deque[str] = deque()
-        self._prefetch = 2**16
         self._pauses = False
 
+    @override
     def receive(self, timeout: float) -> Event | None:
-        """Confirms, then one delivery; None behind it, so that it is applied before the next one comes."""
+        # Confirms first; after a delivery None, so that the engine applies it before the next one.
         if self._confirmed:
             return Confirmed(self._confirmed.popleft())
         if self._pauses:
@@ -241,28 +237,20 @@ class _Player(Link):
         self.played += self._pauses
         return delivery
 
+    @override
     def publish(
         self, queue: Queue, message_id: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str] = {}
     ) -> None:
-        """Nothing leaves."""
         self._confirmed.append(message_id)
 
+    @override
     def acknowledge(self, delivery: Delivery) -> None:
-        """The tape forgets nothing."""
+        pass
 
-    @property
-    def unconfirmed(self) -> frozenset[str]:
-        """What is published counts as confirmed at once."""
-        return frozenset()
-
-    @property
-    def prefetch(self) -> int:
-        """So many messages may be out of order; a checkpoint, of which a replay needs none, is due after a quarter."""
-        return self._prefetch
-
+    @override
     def raise_prefetch(self, prefetch: int) -> None:
-        """See `Link`."""
-        self._prefetch = prefetch
+        self.prefetch = prefetch
 
+    @override
     def close(self) -> None:
-        """Nothing is held."""
+        pass

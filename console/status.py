@@ -1,9 +1,10 @@
-"""What the run store and the broker know of a run, one line per worker."""
+"""Status of a run from the run store and the broker, one line per worker."""
 
 from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
+from nightsplit.broker.topology import query_queues
 from nightsplit.console.ui.text import counted, duration, server_offline, state_of
 from nightsplit.console.worker_file import WorkerFile
 from nightsplit.shared.errors import BrokerError, RunError
@@ -13,30 +14,30 @@ from nightsplit.shared.wire.message import SERVER
 
 COUNTS = ("sent", "confirmed", "answered", "applied", "queued", "refused", "duplicates")
 QUEUES = ("up", "down", "dead")
-GIVEN = ("batches", "samples", "share", "excluded_at")
-"""The part of each site in the training, as the server tells it."""
+SITE_FACTS = ("batches", "samples", "share", "excluded_at")
+"""Facts that the server reports of each site."""
 
 
 def summarise(file: WorkerFile) -> dict[str, Any]:
-    """Everything that the status says, as plain data; docs/reference/logs_and_metrics.md explains the keys.
+    """Return the status as plain data; docs/reference/logs_and_metrics.md explains the keys.
 
     Raises:
         BrokerError: 207 the run store cannot be reached.
-        RunError: 605 nothing is known of the run.
+        RunError: 605 neither run store nor broker knows the run.
     """
-    with closing(file.store()) as store:
+    with closing(file.open_store()) as store:
         statuses = store.statuses([SERVER, *file.sites])
     depths, queries, broker = _depths(file)
     absent = all(depth is None for site in depths.values() for depth in site.values())
     if not statuses and absent and broker is None:
-        what = f"run {file.run.run.id!r} has left no trace at the broker and in the run store."
-        raise RunError(605, what, "open it with: nightsplit open server.toml; or check run.id, broker and store.")
+        sentence = f"neither the broker nor the run store knows run {file.run_config.run.id!r}."
+        raise RunError(605, sentence, "open it with: nightsplit open server.toml; or check run.id, broker and store.")
     server = statuses.get(SERVER)
-    told = server.report.sites if server is not None else {}
-    workers = [_line(SERVER, server)]
-    workers += [_site(_line(site, statuses.get(site)), told.get(site), depths[site]) for site in file.sites]
+    reported = server.report.sites if server is not None else {}
+    workers = [_line_of_worker(SERVER, server)]
+    workers += [_line_of_site(site, statuses.get(site), reported.get(site), depths[site]) for site in file.sites]
     return {
-        "run": file.run.run.id,
+        "run": file.run_config.run.id,
         "sentence": _sentence(server, sum(line["queued"] or 0 for line in workers[1:])),
         "workers": workers,
         "at_broker": depths,
@@ -49,12 +50,12 @@ Depths = dict[str, dict[str, int | None]]
 
 
 def _depths(file: WorkerFile) -> tuple[Depths, Depths, str | None]:
-    """Messages that wait in each site's queues, those for queries apart; and why nothing is known of them."""
+    """Return the depths of each site's queues, of its queues for queries, and the error of a broker that failed."""
     try:
-        broker, run, queries = file.broker(), {}, {}
+        broker, run, queries = file.open_broker(), {}, {}
         for site, queues in file.queues().items():
             run[site] = {name: broker.depth(queue) for name, queue in zip(QUEUES, queues, strict=True)}
-        for site, queues in file.query_queues().items():
+        for site, queues in file.queues(query_queues).items():
             queries[site] = {"ask": broker.depth(queues.up), "answer": broker.depth(queues.down)}
     except BrokerError as error:
         return {site: dict.fromkeys(QUEUES) for site in file.sites}, {}, str(error)
@@ -62,9 +63,9 @@ def _depths(file: WorkerFile) -> tuple[Depths, Depths, str | None]:
 
 
 def _sentence(server: Status | None, queued: int) -> str:
-    """The whole run in a line."""
+    """Return the state of the whole run in a line."""
     if server is None:
-        return f"nothing was heard of the server yet; {counted(queued, 'batch')} queued, waiting for it"
+        return f"the server has not reported yet; {counted(queued, 'batch')} queued, waiting for it"
     report = server.report
     if report.phase is Phase.FINISHED:
         return "the run is finished"
@@ -76,21 +77,24 @@ def _sentence(server: Status | None, queued: int) -> str:
         return server_offline(queued)
     of = f" of {report.planned}" if report.planned is not None else ""
     applied = f"{report.applied or 0}{of} messages applied"
-    sentence = f"server is {_loudly(report)}; {applied}, {counted(queued, 'batch')} queued"
+    sentence = f"server is {_state_in_words(report)}; {applied}, {counted(queued, 'batch')} queued"
     if not report.lacking:
         return sentence
     lacking = ", ".join(report.lacking)
-    return f"{sentence}; WAITS for {lacking}: silent for too long, but without them the quorum is not met"
+    return f"{sentence}; WAITS for {lacking}: silent for too long, but the quorum is not met without them"
 
 
-def _site(line: dict[str, Any], told: SiteStatus | None, depths: Mapping[str, int | None]) -> dict[str, Any]:
-    """The line of a site, with what the server says of its messages.
+def _line_of_site(
+    site: str, status: Status | None, reported: SiteStatus | None, depths: Mapping[str, int | None]
+) -> dict[str, Any]:
+    """Return the line of a site, with the server's report of its messages.
 
-    What is queued is what the broker has confirmed and the server has not applied. The depth of the
-    queue says less: it counts greetings, and what is applied and not in two checkpoints yet.
+    Queued messages are those that the broker has confirmed and the server has not applied. The depth of the
+    queue is less exact: it counts hellos, and applied messages that are not in two checkpoints yet.
     """
-    if told is not None:
-        line |= {name: getattr(told, name) for name in ("applied", *GIVEN)}
+    line = _line_of_worker(site, status)
+    if reported is not None:
+        line |= {name: getattr(reported, name) for name in ("applied", *SITE_FACTS)}
     confirmed = line["confirmed"]
     settled = max(line["applied"] or 0, line["answered"] or 0)
     line["queued"] = depths["up"] if confirmed is None else max(0, confirmed - settled)
@@ -98,33 +102,34 @@ def _site(line: dict[str, Any], told: SiteStatus | None, depths: Mapping[str, in
     return line
 
 
-def _line(worker: str, status: Status | None) -> dict[str, Any]:
-    told = status.report if status is not None else None
+def _line_of_worker(worker: str, status: Status | None) -> dict[str, Any]:
+    report = status.report if status is not None else None
     return {
         "worker": worker,
-        "state": told and told.phase,
-        "detail": told and told.detail,
+        "state": report and report.phase,
+        "detail": report and report.detail,
         "online": status is not None and status.online,
         "age_seconds": None if status is None else round(status.age_seconds, 1),
-        **{name: told and getattr(told, name) for name in (*COUNTS, "planned")},
-        "skipped_checkpoints": list(told.skipped_checkpoints) if told else [],
-        **dict.fromkeys(GIVEN),
+        **{name: report and getattr(report, name) for name in (*COUNTS, "planned")},
+        "skipped_checkpoints": list(report.skipped_checkpoints) if report else [],
+        **dict.fromkeys(SITE_FACTS),
     }
 
 
 def in_words(line: Mapping[str, Any]) -> str:
-    """The state in words. Silence counts more than the last ones, unless these were a farewell."""
+    """Return the state in words: offline if the worker is silent, unless its last report says that it has left."""
     if line["state"] is None:
-        words = "never heard of"
+        words = "no report yet"
     else:
         status = WorkerStatus(phase=line["state"], detail=line["detail"])
-        words = _loudly(status)
+        words = _state_in_words(status)
         if not (line["online"] or status.phase.has_left):
             words = f"OFFLINE since {duration(line['age_seconds'])} (was {words})"
     return words if line["excluded_at"] is None else f"EXCLUDED after {line['excluded_at']} messages ({words})"
 
 
-def _loudly(status: WorkerStatus) -> str:
-    """The state of a worker; where it is alive and idle, or cannot be understood, somebody has to see why."""
-    loud = status.phase in (Phase.BLOCKED, Phase.UNREADABLE)
-    return state_of(status).replace(status.phase, status.phase.upper(), 1) if loud else state_of(status)
+def _state_in_words(status: WorkerStatus) -> str:
+    """Return a worker's state, in capitals if it needs attention."""
+    state = state_of(status)
+    urgent = status.phase in (Phase.BLOCKED, Phase.UNREADABLE)
+    return state.replace(status.phase, status.phase.upper(), 1) if urgent else state

@@ -1,4 +1,4 @@
-"""A worker under the eyes of its user."""
+"""A worker at the command line: its progress, its log, and signals that stop it."""
 
 from collections.abc import Callable
 from importlib.metadata import version
@@ -17,9 +17,14 @@ from nightsplit.site_worker.worker import SiteWorker
 
 
 class Watch:
-    """The user's view of a worker, and the user's way to stop it."""
+    """Progress, log and stop signal of a worker at the command line.
 
-    def __init__(self) -> None:
+    Args:
+        log_format: "text" for progress, or "json" for the log.
+    """
+
+    def __init__(self, log_format: str = "text") -> None:
+        json_log.switch(log_format == "json")
         self.stop = StopSignal()
         self._console = Console(quiet=True, force_terminal=False) if json_log.is_on() else screen()
         self._pulse = json_log.Pulse()
@@ -28,26 +33,26 @@ class Watch:
         self._warned: list[str] = []
 
     def observe(self, status: WorkerStatus) -> None:
-        """Show what the worker reports."""
+        """Show the worker's status."""
         if self._worker.skipped_checkpoints != self._warned:
             self._warned = self._worker.skipped_checkpoints
             self._progress.warn([f"skipped a damaged checkpoint: {line}" for line in self._warned])
         self._progress.observe(status)
         self._pulse.observe(status)
 
-    def over(self, name: str, worker: ServerWorker | SiteWorker, work: Callable[[], bool], end: str) -> int:
-        """Let a worker work until it has finished, leaves, or is stopped; returns the exit code."""
+    def run(self, name: str, worker: ServerWorker | SiteWorker, work: Callable[[], bool], end: str) -> int:
+        """Run a worker until it finishes, leaves or is stopped, and return the exit code."""
         self._worker, self._progress = worker, Progress(name, self._console)
         json_log.name(name, worker.run_config.run.id)
         event("started", version=version("nightsplit"))
         self.stop.install()
         with self._progress:
             finished = work()
-        self._pulse.tell()
+        self._pulse.log()
         if finished:
             self._console.print(end, soft_wrap=True)
         elif self.stop.requested:
             return stopped(self.stop)
         else:
-            self._console.print("nothing more to do for now; start the same command again to go on")
+            self._console.print("nothing more to do at present; start the same command again to continue")
         return 0

@@ -108,7 +108,8 @@ class SiteRole(Role):
             number, reason = int(scalars["number"]), str(scalars["reason"])
             if number not in TITLES:
                 raise mismatch(f"it rejects with number {number}.")
-            raise RunError(number, f"the server rejects {self.name}: {reason}.", "see the page of this number.")
+            remedy = "ask the server's side, then start the site again."
+            raise RunError(number, f"the server rejects {self.name}: {reason}.", remedy)
         return self.answer(message)
 
     # -- for subclasses ----------------------------------------------------------------------------

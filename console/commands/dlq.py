@@ -1,4 +1,4 @@
-"""nightsplit dlq: the messages that a worker refused."""
+"""nightsplit dlq: the dead letters of a run."""
 
 from typing import Annotated
 
@@ -12,8 +12,8 @@ dlq = typer.Typer(
     invoke_without_command=True,
     help="""List, replay or discard refused messages.
 
-    Messages that a worker refused lie in a dead letter queue for each site. A site's file shows that site's,
-    the server's file those of all.
+    Each site has a dead letter queue for the messages that a worker refused. A site's file shows the site's
+    own, the server's file those of all sites.
     """,
 )
 
@@ -23,14 +23,14 @@ All = Annotated[bool, Option("--all", help="every dead letter")]
 
 @dlq.command("list")
 def list_(file: EitherFile, overrides: Overrides = [], as_json: AsJson = False) -> None:
-    """List them, a line for each.
+    """List the refused messages.
 
-    Show what was refused, why, and when. Nothing is changed.
+    Show each message with the reason and the time of its refusal. Nothing is changed.
     """
     from nightsplit.console.dead_letters import list_letters
-    from nightsplit.console.worker_file import read_worker_file
+    from nightsplit.console.worker_file import WorkerFile
 
-    list_letters(read_worker_file(file, overrides), as_json)
+    list_letters(WorkerFile(file, overrides), as_json)
 
 
 @dlq.command()
@@ -40,40 +40,37 @@ def show(
     overrides: Overrides = [],
     as_json: AsJson = False,
 ) -> None:
-    """Show everything about one but the values of its tensors."""
+    """Show all of a message except the values of its tensors."""
     from nightsplit.console.dead_letters import show_letter
-    from nightsplit.console.worker_file import read_worker_file
+    from nightsplit.console.worker_file import WorkerFile
 
-    show_letter(read_worker_file(file, overrides), letter, as_json)
+    show_letter(WorkerFile(file, overrides), letter, as_json)
 
 
 @dlq.command()
 def replay(file: EitherFile, ids: Ids = [], every: All = False, overrides: Overrides = []) -> None:
-    """Send them again.
+    """Send messages again.
 
-    Send dead letters to the queues that they came from. This helps where a message was refused before it could
-    be counted (it had no readable header, say, or its receiver was an older version), and the cause is mended.
-    A message that was refused in its place in the sequence was answered: it is then only counted as a
-    duplicate, and trains nothing. docs/explanation/delivery.md tells which is which.
+    Send dead letters to the queues that they came from. This helps if a message was refused before it was
+    counted (its header was unreadable, say, or its receiver was an older version), and the cause is fixed.
+    A message that was refused in its turn was answered: a copy only counts as a duplicate, and is not
+    trained on. docs/explanation/delivery.md explains the two cases.
     """
     chosen = _chosen(ids, every)
     from nightsplit.console.dead_letters import replay_letters
-    from nightsplit.console.worker_file import read_worker_file
+    from nightsplit.console.worker_file import WorkerFile
 
-    replay_letters(read_worker_file(file, overrides), chosen)
+    replay_letters(WorkerFile(file, overrides), chosen)
 
 
 @dlq.command()
 def discard(file: EitherFile, ids: Ids = [], every: All = False, overrides: Overrides = []) -> None:
-    """Delete them for good.
-
-    Nothing brings them back.
-    """
+    """Delete messages for good."""
     chosen = _chosen(ids, every)
     from nightsplit.console.dead_letters import discard_letters
-    from nightsplit.console.worker_file import read_worker_file
+    from nightsplit.console.worker_file import WorkerFile
 
-    discard_letters(read_worker_file(file, overrides), chosen)
+    discard_letters(WorkerFile(file, overrides), chosen)
 
 
 def _chosen(ids: list[str], every: bool) -> list[str] | None:

@@ -1,4 +1,4 @@
-"""nightsplit doctor: what could keep a worker from its work, found before the night and not in it."""
+"""nightsplit doctor: checks of a worker before its night."""
 
 import json
 from dataclasses import asdict
@@ -9,8 +9,8 @@ from nightsplit.console.options import AsJson, EitherFile, Overrides
 def doctor(file: EitherFile, overrides: Overrides = [], as_json: AsJson = False) -> int:
     """Check that a worker can do its work.
 
-    Look at files, data, model, broker, run store, disk, device and clock, and say for each problem how it is
-    mended. No patient's value is shown. Exit code 1 when something failed.
+    Check files, data, model, broker, run store, disk, device and clock, and print the fix of each problem. No
+    value of a patient is shown. Exit code 1 if a check failed.
     """
     from nightsplit.console.doctor.checks import examine
     from nightsplit.console.ui.text import columns, screen

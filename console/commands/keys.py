@@ -1,4 +1,4 @@
-"""nightsplit keys: who may take part. A verb changes the files, then tells broker and store if they run."""
+"""nightsplit keys: certificates and accounts. A verb changes the files, then updates a running broker and store."""
 
 import re
 from pathlib import Path
@@ -16,28 +16,29 @@ keys = typer.Typer(
     invoke_without_command=True,
     help="""Create and revoke the sites' certificates and accounts.
 
-    At the coordinating centre: make certificates, users and rights for the broker, the run store, the server
-    and each site. docs/how-to/deployment.md tells how they are used.
+    At the coordinating centre: create certificates, users and permissions for the broker, the run store, the
+    server and each site. docs/how-to/deployment.md explains how to use them.
     """,
 )
 
-Folder = Annotated[Path, Option("--folder", metavar="FOLDER", help="where keys are")]
+Folder = Annotated[Path, Option("--folder", metavar="FOLDER", help="folder of the keys")]
 KEYS = Path("keys")
 
 
 @keys.command()
 def init(
-    broker: Annotated[str, Option(metavar="HOST[:PORT]", help="where sites reach RabbitMQ (port 5671 unless named)")],
-    store: Annotated[str, Option(metavar="HOST[:PORT]", help="where sites reach Redis (port 6379 unless named)")],
+    broker: Annotated[str, Option(metavar="HOST[:PORT]", help="address of RabbitMQ for the sites (default port 5671)")],
+    store: Annotated[str, Option(metavar="HOST[:PORT]", help="address of Redis for the sites (default port 6379)")],
     management: Annotated[
-        str | None, Option(metavar="HOST[:PORT]", help="its management (broker's host, port 15671)")
+        str | None,
+        Option(metavar="HOST[:PORT]", help="RabbitMQ's management (default: host of the broker, port 15671)"),
     ] = None,
     folder: Folder = KEYS,
 ) -> None:
-    """Make a folder of keys, once at the beginning.
+    """Create a folder of keys, once at the beginning.
 
-    Make an authority, the keys and configuration of RabbitMQ and Redis, and the keys of the server. Where they
-    are there, nothing is changed.
+    Create an authority, the keys and configuration of RabbitMQ and Redis, and the keys of the server. Existing
+    keys are not changed.
     """
     from nightsplit.console.keys.bundle import BROKER_PORT, MANAGEMENT_PORT, STORE_PORT, Addresses, Keys, with_port
 
@@ -45,7 +46,7 @@ def init(
     if Keys(folder).init(Addresses(with_port(broker, BROKER_PORT), management, with_port(store, STORE_PORT))):
         print(f"made {folder}: authority, centre and the server's keys. Keep {folder}/authority off every worker.")
     else:
-        print(f"{folder} has its keys; nothing is changed")
+        print(f"{folder} already has its keys; nothing is changed")
 
 
 @keys.command()
@@ -53,9 +54,9 @@ def new_site(
     names: Annotated[list[str], Argument(metavar="NAME", help="the site's name, as in run.sites")],
     folder: Folder = KEYS,
 ) -> None:
-    """Let a hospital in.
+    """Add a hospital.
 
-    Make the folder to hand to a hospital, and let it log in with rights on its own queues alone.
+    Create the folder for a hospital, and an account with permissions for its own queues only.
     """
     from nightsplit.console.keys.bundle import Keys
 
@@ -63,32 +64,32 @@ def new_site(
     for name in names:
         handed = bundle.new_site(name)
         if handed is None:
-            print(f"{name} has its keys; nothing is changed")
+            print(f"{name} already has its keys; nothing is changed")
         else:
-            print(f"made {handed}: hand it to {name} by a way that you trust, then delete it here")
-    live = bundle.live()
-    for tell, service in ((live.tell_broker, "broker"), (live.tell_store, "store")):
+            print(f"made {handed}: hand it to {name} in a way that you trust, then delete it here")
+    services = bundle.services()
+    for update, service in ((services.update_broker, "broker"), (services.update_store, "store")):
         try:
-            tell()
+            update()
         except BrokerError as error:
-            print(f"the {service} learns of it when it starts ({shown(error.sentence)})")
+            print(f"the {service} adds the account when it starts ({shown(error.sentence)})")
         else:
-            print(f"the {service} knows {', '.join(names)}")
+            print(f"the {service} has the account of {', '.join(names)}")
 
 
 @keys.command()
 def revoke(name: Annotated[str, Argument(metavar="NAME", help="the site's name")], folder: Folder = KEYS) -> None:
-    """Shut a hospital out.
+    """Revoke a hospital's access.
 
-    Take a site's rights away and close its connections, at once.
+    Remove a site's account and close its connections, at once.
     """
     from nightsplit.console.keys.bundle import Keys
 
     bundle = Keys(folder)
     bundle.revoke(name)
-    live = bundle.live()
+    services = bundle.services()
     try:
-        live.tell_store()
+        services.update_store()
     finally:
-        live.tell_broker()
-    print(f"{name} is shut out of broker and store, and its connections are closed")
+        services.update_broker()
+    print(f"{name} has no access to broker and store, and its connections are closed")

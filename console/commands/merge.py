@@ -1,4 +1,4 @@
-"""nightsplit merge: the published vectors of a data_vectors run, with a hospital more or one less."""
+"""nightsplit merge: the published vectors of a data_vectors run, with a hospital added or left out."""
 
 import sys
 from pathlib import Path
@@ -13,14 +13,16 @@ from nightsplit.shared.foreign import shown
 
 def merge(
     report: Annotated[Path, Argument(metavar="REPORT", help="report folder of the run")],
-    output: Annotated[Path, Option(metavar="FILE", help="where the merged model goes")],
+    output: Annotated[Path, Option(metavar="FILE", help="file of the merged model")],
     added: Annotated[list[Path], Option("--with", metavar="FILE", help="add this vector")] = [],
-    left_out: Annotated[list[str], Option("--without", metavar="SITE", help="leave this site's vector out")] = [],
-    scale: Annotated[float | None, Option(metavar="FACTOR", help="of the sum; otherwise the one of the run")] = None,
+    excluded: Annotated[list[str], Option("--without", metavar="SITE", help="leave this site's vector out")] = [],
+    scale: Annotated[
+        float | None, Option(metavar="FACTOR", help="scale of the sum (default: the scale of the run)")
+    ] = None,
 ) -> None:
     """Add up published data vectors again.
 
-    Add up the vectors in the report of a data_vectors run, with a hospital more or without one, and write the
+    Add up the vectors in the report of a data_vectors run, with a hospital added or left out, and write the
     merged model. Nothing is trained.
     """
     from safetensors.torch import save
@@ -32,15 +34,18 @@ def merge(
     base = read_vector(folder / f"{BASE}.safetensors")
     found = [read_vector(path) for path in sorted(folder.glob("*.safetensors")) if path.stem != BASE]
     vectors = {vector.name: vector for vector in [*found, *(read_vector(path) for path in added)]}
-    for site in left_out:
+    for site in excluded:
         if vectors.pop(site, None) is None:
             raise ConfigError(103, f"--without {site}: not among {', '.join(vectors)}.", "correct the name.")
     factor = base.scale if scale is None else scale
     if factor is None:
-        raise ConfigError(103, f"{folder} holds no scale, since nobody judged one.", "give one: --scale 0.3.")
+        raise ConfigError(103, f"{folder} has no scale, since none was evaluated.", "give one: --scale 0.3.")
     weights = merge(base, list(vectors.values()), factor)
     write_output(output, save({name: tensor.contiguous() for name, tensor in weights.items()}))
     print(shown(f"{output}: {factor:g} x ({' + '.join(sorted(vectors)) or 'nothing'})"))
     print(f"sha256 of the model: {weights_sha256(weights)}")
     if base.buffers:
-        print("statistics of normalizations are those of the sum; measure them anew before you use it", file=sys.stderr)
+        print(
+            "normalization statistics are those of the sum; compute them again before you use the model",
+            file=sys.stderr,
+        )

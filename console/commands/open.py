@@ -1,4 +1,4 @@
-"""nightsplit open: the queues of a run, and its configuration in them."""
+"""nightsplit open: the queues of a run with its configuration."""
 
 from nightsplit.console.options import Overrides, ServerFile
 
@@ -6,8 +6,8 @@ from nightsplit.console.options import Overrides, ServerFile
 def open_run(file: ServerFile, overrides: Overrides = []) -> int:
     """Open a run, so that sites can begin without a server.
 
-    Make the queues of a run at the broker and put its configuration into them. Sites can then work a whole
-    night before any server runs. It may be repeated.
+    Create the queues of a run at the broker and put its configuration into them. Sites can then work a whole
+    night before any server runs. Repeating it is harmless.
     """
     from nightsplit.console.watch import Watch
     from nightsplit.server_worker.worker import ServerWorker
@@ -17,7 +17,7 @@ def open_run(file: ServerFile, overrides: Overrides = []) -> int:
     watch = Watch()
 
     def observe(status: WorkerStatus) -> None:
-        if status.phase is Phase.STANDBY:  # all else is over in a moment
+        if status.phase is Phase.STANDBY:  # opening takes only a moment
             watch.observe(status)
 
     worker = ServerWorker(file, overrides, stop=watch.stop, observe=observe)
@@ -27,4 +27,4 @@ def open_run(file: ServerFile, overrides: Overrides = []) -> int:
         worker.open_run()
         return not watch.stop.requested
 
-    return watch.over(SERVER, worker, opened, f"run {run.id} is open; {', '.join(run.sites)} may begin")
+    return watch.run(SERVER, worker, opened, f"run {run.id} is open; {', '.join(run.sites)} may begin")

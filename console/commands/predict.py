@@ -1,4 +1,4 @@
-"""nightsplit predict: the trained model at a site, as a CSV; its figures go to stderr."""
+"""nightsplit predict: predictions of the trained model at a site, as a CSV; metrics go to stderr."""
 
 import io
 import sys
@@ -14,14 +14,16 @@ from nightsplit.console.output import write_output
 def predict(
     file: SiteFile,
     overrides: Overrides = [],
-    top: Annotated[Path | None, Option(metavar="FILE", help="the server's part, if the run did not export it")] = None,
+    top: Annotated[
+        Path | None, Option(metavar="FILE", help="the server's part of the model, if the run did not export it")
+    ] = None,
     data: Annotated[Path | None, Option(metavar="FILE", help="predict the rows of this file")] = None,
-    output: Annotated[Path | None, Option(metavar="FILE", help="where the CSV goes; otherwise it is printed")] = None,
+    output: Annotated[Path | None, Option(metavar="FILE", help="file of the CSV (default: print it)")] = None,
 ) -> None:
     """Use the trained model at a site.
 
-    Predict this site's held-out test patients, or the rows of another file (its columns are those of the site's
-    own data, label included), and write a CSV with row, patient and prediction. Nothing leaves the site.
+    Predict this site's held-out test patients, or the rows of another file (with the columns of the site's own
+    data, label included), and write a CSV with row, patient and prediction. Nothing leaves the site.
     """
     from nightsplit.site_worker.predict import predict
     from nightsplit.site_worker.worker import SiteWorker

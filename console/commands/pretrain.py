@@ -6,11 +6,13 @@ from typing import Annotated
 from typer import Argument
 
 
-def pretrain(file: Annotated[Path, Argument(metavar="PRETRAIN.TOML", help="what is trained, and on what")]) -> None:
+def pretrain(
+    file: Annotated[Path, Argument(metavar="PRETRAIN.TOML", help="the model, the data sets and their training")],
+) -> None:
     """Train a first model on public data.
 
     Stage 1 of a transfer: train a network on public data, and write a file with its weights and a card that
-    says what they learned from. A run of fedavg_transfer or data_vectors begins from it.
+    describes the data. A run of fedavg_transfer or data_vectors starts from this file.
     """
     from nightsplit.console.pretrain import train_first_model
 

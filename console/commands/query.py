@@ -1,4 +1,4 @@
-"""nightsplit query: a site's sequences, judged while they are encrypted."""
+"""nightsplit query: encrypted queries of a site to the trained model."""
 
 import io
 import sys
@@ -18,14 +18,14 @@ def query(
     overrides: Overrides = [],
     submit: Annotated[bool, Option("--submit", help="submit the site's held-out test patients first")] = False,
     data: Annotated[Path | None, Option(metavar="FILE", help="submit this file or folder instead")] = None,
-    output: Annotated[Path | None, Option(metavar="FILE", help="where scores go; otherwise they are printed")] = None,
-    new_keys: Annotated[bool, Option("--new-keys", help="make another pair of keys first")] = False,
+    output: Annotated[Path | None, Option(metavar="FILE", help="file of the scores (default: print them)")] = None,
+    new_keys: Annotated[bool, Option("--new-keys", help="make a new pair of keys first")] = False,
     idle_seconds: IdleSeconds = None,
 ) -> int:
-    """Have sequences judged while they are encrypted.
+    """Have encrypted sequences evaluated.
 
-    Submit a site's sequences to the server's part of a finished run's model, encrypted with a key that never
-    leaves the site; or come back for the scores. Nobody has to be online at the same time.
+    Submit a site's sequences to the server's part of a trained model, encrypted with a key that never leaves
+    the site, or collect the scores. Site and server never have to be online at the same time.
     """
     if data is not None and not submit:
         raise typer.BadParameter("Give --submit too.", param_hint="'--data'")
@@ -48,7 +48,7 @@ def query(
     waiting, refused = worker.write_scores(scores)
     write_output(output, scores.getvalue().encode())
     if refused:
-        print(f"{counted(refused, 'sequence')} refused; to be submitted again", file=sys.stderr)
+        print(f"{counted(refused, 'sequence')} refused; submit them again", file=sys.stderr)
     if not finished:
         print(f"{counted(waiting, 'sequence')} not answered yet; start the same command again", file=sys.stderr)
     return stopped(stop) if stop.requested else 0

@@ -1,4 +1,4 @@
-"""nightsplit replay: a recorded run once more."""
+"""nightsplit replay: the training of a recorded run, repeated."""
 
 import json
 from typing import Annotated
@@ -11,20 +11,20 @@ from nightsplit.console.options import AsJson, Overrides, ServerFile
 def replay(
     file: ServerFile,
     overrides: Overrides = [],
-    until: Annotated[int | None, Option(metavar="POSITION", help="stop when so many messages were applied")] = None,
+    until: Annotated[int | None, Option(metavar="POSITION", help="stop after this number of applied messages")] = None,
     as_json: AsJson = False,
 ) -> int:
     """Train a recorded run again, and compare.
 
     Train the server's part again from the tape of a run (tape = true in run.toml), and compare its sha256 with
-    the report's. Exit code 1 when they differ. Messages of all sites together are counted, from 0. Nothing is
-    sent, and nothing of the run is changed.
+    the report's. Exit code 1 if they differ. A position counts the messages of all sites, from 0. Nothing is
+    sent, and the run is not changed.
     """
     from nightsplit.console.replay import summarise
     from nightsplit.console.ui.text import counted, screen
-    from nightsplit.console.worker_file import read_worker_file
+    from nightsplit.console.worker_file import WorkerFile
 
-    summary = summarise(read_worker_file(file, overrides), until)
+    summary = summarise(WorkerFile(file, overrides), until)
     if as_json:
         print(json.dumps(summary, indent=2))
         return int(summary["equal"] is False)
@@ -35,7 +35,7 @@ def replay(
     if summary["last"] is not None:
         console.print("last applied: " + ", ".join(f"{k} {v}" for k, v in summary["last"].items() if v is not None))
     for part, found in summary["sha256"].items():
-        console.print(f"{part} weights: {found['replayed'] or 'none was judged'}", soft_wrap=True)
+        console.print(f"{part} weights: {found['replayed'] or 'none was evaluated'}", soft_wrap=True)
         if summary["finished"]:
             verdict = "equal" if found["replayed"] == found["recorded"] else "NOT EQUAL"
             where = {"best": "report", "last": "checkpoint"}[part]

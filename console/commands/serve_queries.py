@@ -1,4 +1,4 @@
-"""nightsplit serve-queries: the server of encrypted queries."""
+"""nightsplit serve-queries: the server for encrypted queries."""
 
 import sys
 
@@ -7,10 +7,10 @@ from nightsplit.console.options import IdleSeconds, Overrides, ServerFile
 
 
 def serve_queries(file: ServerFile, overrides: Overrides = [], idle_seconds: IdleSeconds = None) -> int:
-    """Judge the sites' encrypted sequences.
+    """Evaluate the sites' encrypted sequences.
 
-    Answer their queries with the finished run's model. It decrypts nothing, and keeps nothing but public keys;
-    it may be stopped at any time.
+    Answer their queries with the trained model. The server decrypts nothing and keeps only public keys. It may
+    be stopped at any time.
     """
     from nightsplit.console.ui.text import counted
     from nightsplit.shared.he import check_installed

@@ -1,7 +1,6 @@
-"""nightsplit server: the holder of the remaining layers, at work."""
+"""nightsplit server: the worker with the server's part of the model."""
 
 from nightsplit.console.options import IdleSeconds, LogFormat, Overrides, ServerFile
-from nightsplit.console.ui import json_log
 
 
 def server(
@@ -9,20 +8,19 @@ def server(
 ) -> int:
     """Train the server's part of the model.
 
-    Train on what the sites have queued, and queue the answers for them. The server may be stopped at any
-    time: start the same command again, and it goes on.
+    Train on the sites' queued messages, and queue the answers. The server may be stopped at any time; start
+    the same command again to continue.
     """
     from nightsplit.console.watch import Watch
     from nightsplit.server_worker.stream.ddp import is_helper
     from nightsplit.server_worker.worker import ServerWorker
     from nightsplit.shared.wire.message import SERVER
 
-    json_log.switch(log_format == "json")
-    watch = Watch()
+    watch = Watch(log_format)
     worker = ServerWorker(file, overrides, stop=watch.stop, observe=watch.observe)
     if is_helper():
-        watch.stop.install()  # nothing asks it: a helper leaves with its server
+        watch.stop.install()  # it has no other signal: a helper stops with its server
         worker.help()
         return 0
     end = f"run {worker.run_config.run.id} is finished; report in {worker.report_folder}"
-    return watch.over(SERVER, worker, lambda: worker.work(idle_seconds), end)
+    return watch.run(SERVER, worker, lambda: worker.work(idle_seconds), end)

@@ -1,7 +1,6 @@
-"""nightsplit site: a hospital's worker."""
+"""nightsplit site: the worker of a hospital."""
 
 from nightsplit.console.options import IdleSeconds, LogFormat, Overrides, SiteFile
-from nightsplit.console.ui import json_log
 
 
 def site(
@@ -9,14 +8,13 @@ def site(
 ) -> int:
     """Work for one hospital.
 
-    Send what the hospital's policy allows, and learn from the answers as they come. The site may be stopped
-    at any time: start the same command again, and it goes on.
+    Send the messages that the hospital's policy allows, and train on the answers. The site may be stopped at
+    any time; start the same command again to continue.
     """
     from nightsplit.console.watch import Watch
     from nightsplit.site_worker.worker import SiteWorker
 
-    json_log.switch(log_format == "json")
-    watch = Watch()
+    watch = Watch(log_format)
     worker = SiteWorker(file, overrides, stop=watch.stop, observe=watch.observe)
     end = f"run {worker.run_config.run.id} is finished; the site's part of the model is in {worker.model_folder}"
-    return watch.over(worker.config.name, worker, lambda: worker.work(idle_seconds), end)
+    return watch.run(worker.config.name, worker, lambda: worker.work(idle_seconds), end)

@@ -1,1 +1,1 @@
-"""nightsplit demo: an example played as nights and days, beside its baselines."""
+"""nightsplit demo: an example run as nights and days, compared with its baselines."""

@@ -1,8 +1,8 @@
 """Baselines of a run: the same training on all sites' data in one place, and on one site's.
 
-Each is a run of a single site that waits for every answer and sends at full precision, which is training the model in
-one piece: to the bit, but for what rounds lose when weights travel as differences. A run with
-differential privacy is compared with training without noise.
+Each is a run of a single site that waits for every answer and sends at full precision. That equals training the
+whole model, bit for bit except for the rounding of weight differences in rounds. A run with differential
+privacy is compared with training without noise.
 """
 
 from collections.abc import Mapping
@@ -20,23 +20,23 @@ from nightsplit.site_worker.data.dataset import Dataset, Splits
 
 
 def centralized(config: RunConfig, splits: Mapping[str, Splits], base: Path = Path()) -> ModelFigures:
-    """Train on the training patients of all sites, pooled; judge on every site's test patients.
+    """Train on the training patients of all sites, pooled; evaluate on every site's test patients.
 
     Args:
         config: the run.
         splits: scaled data by site.
-        base: folder of run.toml, where `model.initial` is.
+        base: folder of run.toml, for `model.initial`.
     """
     return _train(config, "pooled", pool(splits), splits, base)
 
 
 def alone(config: RunConfig, site: str, splits: Mapping[str, Splits], base: Path = Path()) -> ModelFigures:
-    """Train on one site's training patients; judge on every site's test patients."""
+    """Train on one site's training patients; evaluate on every site's test patients."""
     return _train(config, site, splits[site], splits, base)
 
 
 def pool(splits: Mapping[str, Splits]) -> Splits:
-    """The sites' splits as those of one site; patients of different sites stay different patients."""
+    """Join the sites' splits into those of one site; patients of different sites stay different patients."""
 
     def join(name: str) -> Dataset:
         datasets: dict[str, Dataset] = {site: getattr(part, name) for site, part in splits.items()}
@@ -50,14 +50,14 @@ def pool(splits: Mapping[str, Splits]) -> Splits:
 
 
 def _train(config: RunConfig, site: str, own: Splits, splits: Mapping[str, Splits], base: Path) -> ModelFigures:
-    system = fedavg_transfer if spec_of(config).shape is Shape.ROUND else split_labels
+    protocol = fedavg_transfer if spec_of(config).shape is Shape.ROUND else split_labels
     run = replace(
-        config.run, protocol=system.SPEC.name, sites=[site], quorum=None, order="strict", window=1,
+        config.run, protocol=protocol.SPEC.name, sites=[site], quorum=None, order="strict", window=1,
         bottoms="independent",
     )  # fmt: skip
-    # Statistics have to be those of the best model, not of the last one.
+    # Normalization statistics of the best model, not of the last one.
     section = replace(config.round, close="all", reports=None, statistics="pooled")
-    # The smallest codec takes a quarter of the room of full precision.
+    # The smallest codec takes a quarter of the bytes of full precision.
     wire = WireSection(smashed="fp32", gradient="fp32", message_bytes=4 * config.wire.message_bytes)
     one = replace(config, run=run, round=section, wire=wire, privacy=None)
     return simulate(one, {site: own}, base).evaluate(splits)

@@ -1,11 +1,11 @@
-"""The demo: an example played twice, for real, and what came of it.
+"""The demo: an example that is run twice on this computer, and its results.
 
-    nights and days    the sites work by night and the server by day, and never meet until the end
-    killed             the same run in a fresh folder, with kill -9 of the server and of a site in the middle
+    nights and days    the sites work by night and the server by day, and are online together only at the end
+    killed             the same run in a new folder, with kill -9 of the server and of a site in the middle
 
-Beside the first one stand the usual ways to train: all patients in one place, and each site alone. In
-strict order both plays end with the same weights, to the bit; the demo compares their hashes. At a broker and
-a run store of the user's own, the run is played once, under an id of its own.
+The first run is compared with the usual ways to train: all patients in one place, and each site alone. In
+strict order both runs end with the same weights, bit for bit; the demo compares their hashes. At a broker and
+a run store of the user, the example is run once, under an id of its own.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from rich.table import Table
 
 import nightsplit
 from nightsplit.console.demo.baselines import alone, centralized
-from nightsplit.console.demo.play import Play, warm_up
+from nightsplit.console.demo.play import LocalRun, warm_up
 from nightsplit.console.ui.text import columns, counted, screen
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import ConfigError
@@ -43,22 +43,22 @@ from nightsplit.site_worker.worker import SiteWorker
 EXAMPLES = Path(nightsplit.__file__).parent / "examples"
 _CLASSES = ("auc", "balanced_accuracy")
 FIGURES = {"binary": _CLASSES, "multiclass": _CLASSES, "regression": ("r2", "mae"), "segmentation": ("dice",)}
-"""What the table shows, by kind of task."""
+"""Metrics in the table, by kind of task."""
 
 Results = Mapping[str, Mapping[str, Metrics]]
-"""Test figures by model, and by the patients of a site or "all"."""
+"""Test metrics by model, and by site or "all"."""
 
 
 def run_demo(folder: Path, as_json: bool, at: Sequence[str] | None = None) -> int:
-    """Play an example and show what came of it.
+    """Run an example and print its results.
 
     Args:
         folder: the example's folder, or its name.
-        as_json: print one JSON object with flat keys, and nothing else.
-        at: addresses of a broker and a run store to play it at; None for the example's own.
+        as_json: print only one JSON object with flat keys.
+        at: addresses of a broker and a run store to use; None for the example's own.
 
     Returns:
-        The exit code: 1 when a worker failed, which said why, or when the killed run ended otherwise.
+        The exit code: 1 if a worker failed, which printed its error, or if the killed run had another result.
 
     Raises:
         ConfigError: 110 no such example; others as the workers'.
@@ -68,8 +68,8 @@ def run_demo(folder: Path, as_json: bool, at: Sequence[str] | None = None) -> in
     warm_up()
     console = screen()
     console.quiet = as_json
-    example = _example(folder)
-    work = _working_copy(example, "demo")
+    example = _find_example(folder)
+    work = _copy_example(example, "demo")
     if at is not None:
         _move(work, *at)
     config = load_run(work / "run.toml")
@@ -77,12 +77,10 @@ def run_demo(folder: Path, as_json: bool, at: Sequence[str] | None = None) -> in
     sizes = ", ".join(f"{site} {len(part.train)}" for site, part in splits.items())
     in_rounds = spec_of(config).shape is Shape.ROUND
     pace = counted(config.round.rounds, "round") if in_rounds else f"window {config.run.window}"
-    console.print(f"{example.name}: {config.run.protocol}, {pace}")
-    console.print(f"training samples: {sizes}")
-    console.print(f"files: {work}")
-    console.print()
+    heading = f"{example.name}: {config.run.protocol}, {pace}"
+    console.print(heading, f"training samples: {sizes}", f"files: {work}", "", sep="\n")
     prepare_torch(1, "cpu")
-    if not Play(work, console).nights_and_days():
+    if not LocalRun(work, console).run_nights_and_days():
         return 1
     results = _results(config, splits, work)
     console.print()
@@ -91,58 +89,58 @@ def run_demo(folder: Path, as_json: bool, at: Sequence[str] | None = None) -> in
     repeated = _repeat(example, work, config, console, moved=at is not None)
     if repeated is None:
         return 1
-    asked = _ask(work, config, console)
-    if asked is None:
+    queried = _query(work, config, console)
+    if queried is None:
         return 1
     seconds = round(time.monotonic() - began, 1)
     console.print(f"report: {work / 'report' / 'report.md'} ({seconds:.0f} s in all)")
     if as_json:
-        print(json.dumps({**_flat(config, results, work), **repeated, **asked, "seconds": seconds}))
+        print(json.dumps({**_flat(config, results, work), **repeated, **queried, "seconds": seconds}))
     return 1 if repeated["sha256_equal"] is False else 0
 
 
 def _repeat(example: Path, first: Path, config: RunConfig, console: Console, moved: bool) -> dict[str, Any] | None:
-    """Play the run once more with kills, and compare: flat keys for JSON, or None when a worker failed."""
+    """Run the example again with kills, and compare: flat keys for JSON, or None if a worker failed."""
     if moved or config.run.order != "strict":
         console.print()
         console.print(f"sha256 of {spec_of(config).names.share}: {_sha256(first, config)}")
         if not moved:
-            console.print("The order is fair: it depends on timing, and the same run once more ends with other bits.")
+            console.print("The order is fair: it depends on timing, so the same run again ends with other weights.")
         return {"kills": 0, "sha256_killed": None, "sha256_equal": None}
-    work = _working_copy(example, "demo-killed")
+    work = _copy_example(example, "demo-killed")
     _share_secrets(first, work, config)
     console.print()
     console.print(f"The same run once more, in {work}:")
-    kills = Play(work, console).killed(_report(first)["steps"])
+    kills = LocalRun(work, console).run_with_kills(_report(first)["steps"])
     if kills is None:
         return None
-    before, after = _trained(first, config), _trained(work, config)
-    equal = tell_difference(before, after, len(kills), console, spec_of(config).names.share)
-    return {"kills": len(kills), "sha256_killed": after[SERVER], "sha256_equal": equal}
+    before, after = _hash_parts(first, config), _hash_parts(work, config)
+    equal = compare_weights(before, after, kills, console, spec_of(config).names.share)
+    return {"kills": kills, "sha256_killed": after[SERVER], "sha256_equal": equal}
 
 
-def _ask(work: Path, config: RunConfig, console: Console) -> dict[str, Any] | None:
-    """Ask the model encrypted where the sites allow it: flat keys for JSON, or None when a worker failed."""
+def _query(work: Path, config: RunConfig, console: Console) -> dict[str, Any] | None:
+    """Evaluate encrypted queries if the sites allow them: flat keys for JSON, or None if a worker failed."""
     if Reveals.CIPHERTEXT not in SiteWorker(work / f"{config.run.sites[0]}.toml").policy.allowed:
         return {}
     check_installed()
     from nightsplit.console.demo.play_queries import play_queries  # its library is an extra
 
-    asked = play_queries(work, config, console)
-    if asked is None:
+    results = play_queries(work, config, console)
+    if results is None:
         return None
-    aucs = f"AUC {_cell(asked.auc)}, in the clear {_cell(asked.plain_auc)}"
-    differences = f"logits differ by {asked.difference:.1g} at most, decisions that differ: {asked.decisions}"
-    console.print(f"{counted(asked.sequences, 'sequence')} judged: {aucs}; {differences}")
-    return {f"encrypted_{name}": value for name, value in asdict(asked).items()}
+    aucs = f"AUC {_cell(results.auc)}, in the clear {_cell(results.plain_auc)}"
+    differences = f"logits differ by {results.difference:.1g} at most, decisions that differ: {results.decisions}"
+    console.print(f"{counted(results.sequences, 'sequence')} evaluated: {aucs}; {differences}")
+    return {f"encrypted_{name}": value for name, value in asdict(results).items()}
 
 
-def tell_difference(
+def compare_weights(
     before: Mapping[str, str], after: Mapping[str, str], kills: int, console: Console, share: str
 ) -> bool:
-    """Say whether two plays of one run, given as sha256 by worker, ended with the same weights; whether they did.
+    """Print and return whether two runs of an example, as sha256 by worker, ended with the same weights.
 
-    `kills` are those of the second one; `share` is what the server has of the model.
+    `kills` is the number of kills in the second run; `share` names the server's part of the model.
     """
     console.print()
     console.print(f"sha256 of {share}")
@@ -151,9 +149,9 @@ def tell_difference(
     different = [worker for worker in before if before[worker] != after[worker]]
     sites = ", ".join(worker for worker in before if worker != SERVER)
     if different:
-        console.print(f"NOT EQUAL: the splits of {', '.join(different)} differ. This is a defect; please report it.")
+        console.print(f"NOT EQUAL: the parts of {', '.join(different)} differ. This is a defect; please report it.")
     else:
-        console.print(f"  equal to the bit, and so are the splits of {sites}")
+        console.print(f"  equal to the bit, and so are the parts of {sites}")
     return not different
 
 
@@ -163,12 +161,12 @@ def _report(work: Path) -> dict[str, Any]:
 
 
 def _sha256(work: Path, config: RunConfig) -> str:
-    """Of what the server has of the trained model."""
+    """Return the sha256 of the server's part of the trained model."""
     return str(_report(work)[f"{spec_of(config).names.weights}_sha256"])
 
 
-def _trained(work: Path, config: RunConfig) -> dict[str, str]:
-    """sha256 of each worker's part of the trained model."""
+def _hash_parts(work: Path, config: RunConfig) -> dict[str, str]:
+    """Return the sha256 of each worker's part of the trained model."""
     trained = {SERVER: _sha256(work, config)}
     for site in config.run.sites:
         digest = hashlib.sha256()
@@ -178,22 +176,22 @@ def _trained(work: Path, config: RunConfig) -> dict[str, str]:
     return trained
 
 
-def _example(name: Path) -> Path:
+def _find_example(name: Path) -> Path:
     for place in (name, EXAMPLES / name, EXAMPLES / name.name):
         if (place / "run.toml").is_file():
             return place.resolve()
     known = ", ".join(sorted(path.parent.name for path in EXAMPLES.glob("*/run.toml")))
-    raise ConfigError(110, f"{name} is no folder with a run.toml.", f"name a folder, or one of the examples: {known}.")
+    raise ConfigError(110, f"{name} has no run.toml.", f"name a folder, or one of the examples: {known}.")
 
 
-def _working_copy(example: Path, name: str) -> Path:
-    """A fresh folder with the example's files, and with the data that it brings itself."""
+def _copy_example(example: Path, name: str) -> Path:
+    """Copy the example's files into a new folder, and prepare its data."""
     stamp = time.strftime(f"{name}-%Y%m%d-%H%M%S-")
     home = Path("runs")
     try:
         home.mkdir(0o700, exist_ok=True)
         work = home / Path(tempfile.mkdtemp(prefix=stamp, dir=home)).name
-    except OSError:  # not a folder that we may write to
+    except OSError:  # not writable
         work = Path(tempfile.mkdtemp(prefix=stamp))
     for file in example.iterdir():
         if file.suffix in (".toml", ".py", ".safetensors"):
@@ -204,7 +202,7 @@ def _working_copy(example: Path, name: str) -> Path:
 
 
 def _move(work: Path, broker: str, store: str) -> None:
-    """Play at another broker and run store, which may know the example's run: give it an id of its own."""
+    """Use another broker and run store, and a new run id, since they may have a run of this example already."""
     for file in work.glob("*.toml"):
         text = file.read_text(encoding="utf-8")
         text = text.replace('"embedded:broker"', json.dumps(broker))
@@ -216,18 +214,18 @@ def _move(work: Path, broker: str, store: str) -> None:
 
 
 def _share_secrets(first: Path, work: Path, config: RunConfig) -> None:
-    """Let sites play a private run again with their ledgers, from whose secrets the noise derives."""
+    """Copy the ledgers of a private run: the noise derives from their secrets."""
     if config.privacy is None:
         return
     for site in config.run.sites:
         ledger = Path(SiteWorker(first / f"{site}.toml").config.ledger)
         make_private_folder((work / ledger).parent)
-        for file in (first / ledger).parent.glob(f"{ledger.stem}.*"):  # SQLite's log belongs to it, and the key
+        for file in (first / ledger).parent.glob(f"{ledger.stem}.*"):  # with SQLite's log and the key
             shutil.copy(file, (work / ledger).parent)
 
 
 def _results(config: RunConfig, splits: Mapping[str, Splits], work: Path) -> Results:
-    """Test figures of the run, as its report has them, and of the baselines."""
+    """Return the test metrics of the run, from its report, and of the baselines."""
     best = _report(work)["best"]
     of_sites = {site: metrics["test"] for site, metrics in best["sites"].items()}
     results = {spec_of(config).names.heading: {**of_sites, "all": best["overall"]["test"]}}
@@ -250,7 +248,7 @@ def _cell(value: float | None) -> str:
 
 
 def _flat(config: RunConfig, results: Results, work: Path) -> dict[str, Any]:
-    """Everything under keys such as split_north_r2 and north_alone_all_mae."""
+    """Return all results under keys such as split_north_r2 and north_alone_all_mae."""
     report = _report(work)
     facts = {"run": report["run"], "best_epoch": report["best_epoch"], "sha256": _sha256(work, config)}
     return facts | {

@@ -1,13 +1,13 @@
-"""Plays a run for real: its workers as separate processes of this computer, over the embedded broker.
+"""A run on this computer, with each worker in a process of its own, over the embedded broker.
 
     nights and days                                   killed
-    night 1   the sites, no server                    everybody online from the start
+    night 1   the sites, no server                    all workers from the start
     day 1     the server alone                        a third of the way     kill -9 server, start it again
     night 2   the sites again                         two thirds of the way  kill -9 a site, start it again
-    day 2     the server alone                        until the run is over
-    then      everybody, until the run is over
+    day 2     the server alone                        until the run ends
+    then      all workers, until the run ends
 
-In strict order none of this shows in the result: both end with the same bits.
+In strict order both end with the same weights, bit for bit.
 """
 
 import json
@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -37,45 +36,25 @@ from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.worker import SiteWorker
 
 NIGHTS = 2
-"""Nights and days apart, before everybody is online together."""
+"""Nights and days, before all workers are online together."""
 IDLE_SECONDS = 1.0
-"""By night and by day a worker leaves when nothing happened for so long."""
+"""Idle time after which a worker leaves, by night and by day."""
 
 ABSENT_SECONDS = 1.5
-"""How long a killed worker stays away: the others have time to meet its absence, and to say so."""
+"""Absence of a killed worker, long enough for the others to notice it."""
 
 Workers = dict[str, BaseProcess]
 Observer = Callable[[Workers], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Kill:
-    """A worker that was ended with SIGKILL, and was started again.
-
-    Attributes:
-        worker: site name, or "server".
-        step: training steps that the server had made.
-        lost: what died with it, since its newest checkpoint lacked it: the server's steps, or the answers
-            that the server had given to a site.
-    """
-
-    worker: str
-    step: int
-    lost: int
-
-    def __str__(self) -> str:
-        noun = "step" if self.worker == SERVER else "answer"
-        return f"kill -9 {self.worker} after step {self.step}: its checkpoint lacked {counted(self.lost, noun)}"
-
-
 def warm_up() -> None:
-    """Let a process that workers are forked from import torch, which takes seconds, while this one is busy."""
+    """Start the process that workers are forked from: it imports torch, which takes seconds, in the background."""
     multiprocessing.set_forkserver_preload([__name__, "torch._dynamo"])
     forkserver.ensure_running()
 
 
-class Play:
-    """Starts, awaits and kills the workers of the run in folder `work`, and tells what happens."""
+class LocalRun:
+    """The run in folder `work`: starts, awaits and kills its workers, and prints the events."""
 
     def __init__(self, work: Path, console: Console) -> None:
         self._work, self._console = work, console
@@ -83,36 +62,37 @@ class Play:
         self._run = self._server.run_config.run
         self._names = spec_of(self._server.run_config).names
 
-    def nights_and_days(self) -> bool:
-        """Play the whole run, apart and then together; whether no worker failed."""
+    def run_nights_and_days(self) -> bool:
+        """Run the sites and the server in turns, then together to the end; return whether no worker failed."""
         noun, reply = self._names.message, self._names.reply
         self._server.open_run()
         with closing(self._server.open_store()) as store:
             for night in range(1, NIGHTS + 1):
-                if not self._let_work(self._run.sites, IDLE_SECONDS):
+                if not self._run_workers(self._run.sites, IDLE_SECONDS):
                     return False
                 sent, applied, _ = self._counts(store)
                 self._console.print(f"night {night}, 22:00  {server_offline(sent - applied, noun, self._names.fate)}")
-                if not self._let_work([SERVER], IDLE_SECONDS):
+                if not self._run_workers([SERVER], IDLE_SECONDS):
                     return False
                 before, (sent, applied, answered) = applied, self._counts(store)
                 done, queued = counted(applied - before, noun), counted(applied - answered, reply)
                 self._console.print(
                     f"day {night},   08:00  sites are offline; the server {self._names.done} {done}, {queued} queued, "
-                    f"{counted(sent - applied, noun)} held until those of another site come"
+                    f"{counted(sent - applied, noun)} waiting for those of another site"
                 )
-            self._console.print(f"night {NIGHTS + 1}, 22:00  everybody is online, until the run is over")
-            return self._together(store)
+            self._console.print(f"night {NIGHTS + 1}, 22:00  all workers are online until the run ends")
+            return self._run_together(store)
 
-    def killed(self, steps: int) -> list[Kill] | None:
-        """Play the whole run together, while first the server and then a site is killed in the middle of its work.
+    def run_with_kills(self, steps: int) -> int | None:
+        """Run all workers to the end, and kill first the server and then a site in the middle of their work.
 
-        Returns who was killed, or None when a worker failed by itself; the run has `steps` training steps.
+        Returns the number of kills, or None if a worker failed by itself; the run has `steps` training steps.
         """
         due = [(steps // 3, SERVER), (2 * steps // 3, self._run.sites[0])]
-        kills: list[Kill] = []
+        kills = 0
 
-        def strike(workers: Workers) -> None:
+        def kill_if_due(workers: Workers) -> None:
+            nonlocal kills
             if not due or self._step() < due[0][0]:
                 return
             _, victim = due.pop(0)
@@ -120,30 +100,32 @@ class Play:
                 workers[victim].kill()
                 workers[victim].join()
                 time.sleep(ABSENT_SECONDS)
-                kills.append(Kill(victim, self._step(), self._lost(victim, store)))
-                self._console.print(f"{kills[-1]}; started again")
+                kills += 1
+                lost = counted(self._lost(victim, store), "step" if victim == SERVER else "answer")
+                event = f"kill -9 {victim} after step {self._step()}: its checkpoint lacked {lost}"
+                self._console.print(f"{event}; started again")
                 workers[victim] = start(_work, victim, self._work, None)
 
         self._server.open_run()
         with closing(self._server.open_store()) as store:
-            return kills if self._together(store, strike) else None
+            return kills if self._run_together(store, kill_if_due) else None
 
-    def _together(self, store: RunStore, strike: Observer = lambda workers: None) -> bool:
-        """Everybody until the run is over; whether no worker failed."""
+    def _run_together(self, store: RunStore, step: Observer = lambda workers: None) -> bool:
+        """Run all workers until the run ends; return whether no worker failed."""
         with Progress(console=self._console, transient=True, disable=not self._console.is_terminal) as progress:
             bar = progress.add_task("batches", total=None)
 
             def observe(workers: Workers) -> None:
-                told = _told(store, SERVER)
-                progress.update(bar, total=told.planned, completed=told.applied)
-                strike(workers)
+                report = _report_of(store, SERVER)
+                progress.update(bar, total=report.planned, completed=report.applied)
+                step(workers)
 
-            return self._let_work([SERVER, *self._run.sites], None, observe)
+            return self._run_workers([SERVER, *self._run.sites], None, observe)
 
-    def _let_work(
+    def _run_workers(
         self, names: Sequence[str], idle_seconds: float | None, observe: Observer = lambda workers: None
     ) -> bool:
-        """Start these workers and wait until all have left; when one fails, send the others home."""
+        """Start workers and wait until all have left, or one fails; return whether none failed."""
         workers = {name: start(_work, name, self._work, idle_seconds) for name in names}
         try:
             while any(worker.is_alive() for worker in workers.values()):
@@ -158,30 +140,30 @@ class Play:
         return not any(worker.exitcode for worker in workers.values())
 
     def _counts(self, store: RunStore) -> tuple[int, int, int]:
-        """Batches that sites have sent, that the server has applied, whose answers the sites have."""
-        sites = [_told(store, site) for site in self._run.sites]
-        sent, answered = sum(told.sent or 0 for told in sites), sum(told.answered or 0 for told in sites)
-        return sent, _told(store, SERVER).applied or 0, answered
+        """Return the number of batches that the sites have sent, the server has applied, and the sites got answered."""
+        sites = [_report_of(store, site) for site in self._run.sites]
+        sent, answered = sum(site.sent or 0 for site in sites), sum(site.answered or 0 for site in sites)
+        return sent, _report_of(store, SERVER).applied or 0, answered
 
     def _step(self) -> int:
-        """The training step that the server wrote down last, a moment ago."""
+        """Return the server's last training step in its metrics."""
         metrics = self._server.report_folder / "metrics.jsonl"
-        whole = metrics.read_text(encoding="utf-8").rpartition("\n")[0] if metrics.exists() else ""
-        return int(json.loads(whole.rpartition("\n")[2])["step"]) if whole else 0
+        complete = metrics.read_text(encoding="utf-8").rpartition("\n")[0] if metrics.exists() else ""
+        return int(json.loads(complete.rpartition("\n")[2])["step"]) if complete else 0
 
     def _lost(self, victim: str, store: RunStore) -> int:
-        """What a killed worker had done, or was about to do, beyond its newest checkpoint."""
+        """Return the steps of a killed server, or the answers to a killed site, that its newest checkpoint lacks."""
         worker = self._server if victim == SERVER else SiteWorker(self._work / f"{victim}.toml")
         found = Checkpoints(worker.state_folder / "checkpoints").load()
         role = found[1].facts["role"] if found else {"steps": 0, "answered": 0}
         if victim == SERVER:
             return self._step() - int(role["steps"])
-        known = _told(store, SERVER).sites.get(victim)
-        return (known.applied if known else 0) - int(role["answered"])
+        site = _report_of(store, SERVER).sites.get(victim)
+        return (site.applied if site else 0) - int(role["answered"])
 
 
 def start(work: Callable[..., None], *arguments: object) -> BaseProcess:
-    """Do a worker's work in a process of its own, which says why it fails."""
+    """Run `work` in a new process, which prints the error if it fails."""
     process = multiprocessing.get_context("forkserver").Process(target=_try, args=(work, *arguments))
     process.start()
     return process
@@ -196,14 +178,14 @@ def _try(work: Callable[..., None], *arguments: object) -> None:
 
 
 def _work(name: str, folder: Path, idle_seconds: float | None) -> None:
-    """What `nightsplit server server.toml` does, or `nightsplit site <name>.toml`."""
+    """Work as `nightsplit server server.toml` or `nightsplit site <name>.toml`."""
     stop = StopSignal()
     stop.install()
     worker: type[ServerWorker | SiteWorker] = ServerWorker if name == SERVER else SiteWorker
     worker(folder / f"{name}.toml", stop=stop).work(idle_seconds)
 
 
-def _told(store: RunStore, worker: str) -> WorkerStatus:
-    """What a worker last said of itself."""
+def _report_of(store: RunStore, worker: str) -> WorkerStatus:
+    """Return a worker's last report."""
     status = store.statuses([worker]).get(worker)
     return status.report if status else UNREADABLE

@@ -1,4 +1,4 @@
-"""Plays encrypted queries for real: when a site is there, no server is, and the other way round.
+"""Encrypted queries on this computer, with sites and server online in turns.
 
 night   each site submits its held-out test patients, and leaves
 day     the server alone answers what is queued           as often as the model's queries need:
@@ -28,15 +28,15 @@ from nightsplit.site_worker.worker import SiteWorker
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What came of the queries of all sites.
+class QueryResults:
+    """Results of the encrypted queries of all sites, against the same model in the clear.
 
     Attributes:
-        sequences: how many.
-        auc: of the scores that came back.
-        plain_auc: of the same model in the clear.
-        difference: largest, between a logit and the one in the clear.
-        decisions: how many of the sequences are called otherwise than in the clear.
+        sequences: number of sequences.
+        auc: AUC of the decrypted scores.
+        plain_auc: AUC in the clear.
+        difference: largest difference of a logit.
+        decisions: number of sequences with another decision.
     """
 
     sequences: int
@@ -46,30 +46,30 @@ class Asked:
     decisions: int
 
 
-def play_queries(work: Path, config: RunConfig, console: Console) -> Asked | None:
-    """Have every site's test patients judged encrypted in the folder of a finished run; None when a worker failed."""
+def play_queries(work: Path, config: RunConfig, console: Console) -> QueryResults | None:
+    """Evaluate every site's test patients encrypted, in the folder of a finished run; None if a worker failed."""
     sites = config.run.sites
     console.print()
-    console.print("The model is asked, encrypted: keys stay at the sites, the server never sees a number.")
+    console.print("Encrypted queries: keys stay at the sites, and the server never sees a plain number.")
     steps = QuerySiteWorker(work / f"{sites[0]}.toml").steps
-    if not (_alone(work, [SERVER]) and _alone(work, sites, submit=True)):
+    if not (_run_workers(work, [SERVER]) and _run_workers(work, sites, submit=True)):
         return None
     console.print(f"night 1, 22:00  server is offline; {counted(len(sites), 'site')} submitted their test patients")
     for day in range(1, steps + 1):
         began = time.monotonic()
-        if not _alone(work, [SERVER]):
+        if not _run_workers(work, [SERVER]):
             return None
         seconds = max(0.0, time.monotonic() - began - IDLE_SECONDS)
         console.print(f"day {day},   08:00  sites are offline; the server answered without a key ({seconds:.0f} s)")
-        if not _alone(work, sites):
+        if not _run_workers(work, sites):
             return None
-        there = "the sites decrypted their scores" if day == steps else "the sites decrypted and encrypted afresh"
-        console.print(f"night {day + 1}, 22:00  server is offline; {there}")
-    return _compared(work, config)
+        action = "the sites decrypted their scores" if day == steps else "the sites decrypted and encrypted again"
+        console.print(f"night {day + 1}, 22:00  server is offline; {action}")
+    return _compare(work, config)
 
 
-def _alone(work: Path, names: Sequence[str], submit: bool = False) -> bool:
-    """Let these work until they have nothing more to do; whether none failed."""
+def _run_workers(work: Path, names: Sequence[str], submit: bool = False) -> bool:
+    """Run workers until they have nothing more to do; return whether none failed."""
     workers = [start(_work, name, work, submit) for name in names]
     for worker in workers:
         worker.join()
@@ -77,7 +77,7 @@ def _alone(work: Path, names: Sequence[str], submit: bool = False) -> bool:
 
 
 def _work(name: str, folder: Path, submit: bool) -> None:
-    """What `nightsplit serve-queries server.toml` does, or `nightsplit query <name>.toml`."""
+    """Work as `nightsplit serve-queries server.toml` or `nightsplit query <name>.toml`."""
     if name == SERVER:
         QueryServerWorker(folder / "server.toml").work(IDLE_SECONDS)
         return
@@ -87,7 +87,7 @@ def _work(name: str, folder: Path, submit: bool) -> None:
     site.work(IDLE_SECONDS)
 
 
-def _compared(work: Path, config: RunConfig) -> Asked:
+def _compare(work: Path, config: RunConfig) -> QueryResults:
     encrypted, plain, targets, patients = [], [], [], []
     for name in config.run.sites:
         site, scores = SiteWorker(work / f"{name}.toml"), io.StringIO()
@@ -104,4 +104,4 @@ def _compared(work: Path, config: RunConfig) -> Asked:
     ]
     difference = np.abs(np.subtract(encrypted, plain))
     decisions = int(np.sum((np.array(encrypted) > 0) != (np.array(plain) > 0)))
-    return Asked(len(encrypted), figures[0]["auc"], figures[1]["auc"], float(difference.max()), decisions)
+    return QueryResults(len(encrypted), figures[0]["auc"], figures[1]["auc"], float(difference.max()), decisions)

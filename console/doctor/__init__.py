@@ -1,1 +1,1 @@
-"""nightsplit doctor: files, data, model, broker, store, disk, clock; what is wrong, and its remedy."""
+"""nightsplit doctor: checks of files, data, model, broker, store, disk and clock, with the fix of each problem."""

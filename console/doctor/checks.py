@@ -6,15 +6,14 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from datetime import datetime
 from pathlib import Path
 
 import torch
 
 from nightsplit.console.doctor.finding import Finding, size
-from nightsplit.console.doctor.links import checks_of_lines
+from nightsplit.console.doctor.links import link_checks
 from nightsplit.console.ui.text import duration
-from nightsplit.console.worker_file import WorkerFile, read_worker_file
+from nightsplit.console.worker_file import WorkerFile
 from nightsplit.server_worker.config import ServerSection
 from nightsplit.shared.clock import SystemClock
 from nightsplit.shared.errors import TITLES, NightsplitError, RunError
@@ -30,23 +29,23 @@ from nightsplit.site_worker.data.source import read_splits
 from nightsplit.site_worker.policy import check_policy, read_policy
 
 RABBITMQ_MESSAGE_BYTES = 16 * 2**20
-"""What RabbitMQ 4 takes unless max_message_size was raised; no client can ask for it."""
+"""Largest message of RabbitMQ 4 unless max_message_size is raised; no client can query it."""
 
 STATE_BYTES = 2**30
-"""Room that a disk should have for checkpoints, and for what an embedded broker queues."""
+"""Free bytes that a disk should have for checkpoints and for the queues of an embedded broker."""
 
 
 def examine(path: Path, overrides: Sequence[str] = ()) -> list[Finding]:
-    """All checks; one that fails does not keep the others from being made."""
+    """Run all checks, also after one has failed."""
     try:
-        file = read_worker_file(path, overrides)
+        file = WorkerFile(path, overrides)
     except NightsplitError as error:
         return [_failure("configuration", error)]
     checks: dict[str, Callable[[WorkerFile], Finding]] = {"configuration": _configuration}
     if file.source is not None:
         checks |= {"policy": _policy, "data": _data}
     checks |= {
-        "model and messages": _model, "broker": _broker, "run store": _store, **checks_of_lines(file),
+        "model and messages": _model, "broker": _broker, "run store": _store, **link_checks(file),
         "state folder": _state_folder, "torch": _torch, "shift": _shift,
     }  # fmt: skip
     findings = []
@@ -61,116 +60,112 @@ def examine(path: Path, overrides: Sequence[str] = ()) -> list[Finding]:
 def _failure(check: str, error: NightsplitError) -> Finding:
     sentence = error.sentence
     if error.number == 403:
-        sentence = re.sub(r"'[^']*'", "'...'", sentence)  # a cell of a patient; this table may be passed on
+        sentence = re.sub(r"'[^']*'", "'...'", sentence)  # a value of a patient; users may pass this table on
     return Finding(check, f"E{error.number} {TITLES[error.number]}: {sentence}", error.remedy, failed=True)
 
 
 def _configuration(file: WorkerFile) -> Finding:
-    run = file.run.run
-    if isinstance(file.worker, SiteSection) and file.worker.name not in run.sites:
-        what = f"{file.worker.name} is not among the sites of {run.id}: {', '.join(run.sites)}."
-        raise RunError(602, what, "correct site.name in site.toml.")
-    found = f"run {run.id}, {run.protocol}, sites {', '.join(run.sites)}; run digest {file.run.digest[:12]}"
+    run = file.run_config.run
+    if isinstance(file.config, SiteSection) and file.config.name not in run.sites:
+        sentence = f"{file.config.name} is not among the sites of {run.id}: {', '.join(run.sites)}."
+        raise RunError(602, sentence, "correct site.name in site.toml.")
+    found = f"run {run.id}, {run.protocol}, sites {', '.join(run.sites)}; run digest {file.run_config.digest[:12]}"
     return Finding("configuration", f"{found} (the same twelve characters at every participant)")
 
 
 def _policy(file: WorkerFile) -> Finding:
-    assert isinstance(file.worker, SiteSection)
-    path = file.base / file.worker.policy
-    check_policy(read_policy(path), file.run, sketch(file.run), path)
-    which = str(path) if path.exists() else f"the default policy ({path} is not there)"
-    return Finding("policy", f"{which} allows the run")
+    assert isinstance(file.config, SiteSection)
+    path = file.base / file.config.policy
+    check_policy(read_policy(path), file.run_config, sketch(file.run_config), path)
+    policy = str(path) if path.exists() else f"the default policy ({path} does not exist)"
+    return Finding("policy", f"{policy} allows the run")
 
 
 def _data(file: WorkerFile) -> Finding:
     assert file.source is not None
-    parts = read_splits(file.source, file.run, file.base)
-    named = {"training": parts.train, "validation": parts.validation, "test": parts.test}
-    return Finding("data", "; ".join(f"{name}: {_contents(file, part)}" for name, part in named.items()))
+    splits = read_splits(file.source, file.run_config, file.base)
+    named = {"training": splits.train, "validation": splits.validation, "test": splits.test}
+    return Finding("data", "; ".join(f"{name}: {_describe(file, dataset)}" for name, dataset in named.items()))
 
 
-def _contents(file: WorkerFile, part: Dataset) -> str:
-    """Counts of a part, by class where there are classes."""
-    text = f"{len(part)} rows of {len(set(part.patients))} patients"
-    task = file.run.task
+def _describe(file: WorkerFile, dataset: Dataset) -> str:
+    """Return the number of rows, of patients, and of each class of a classification task."""
+    text = f"{len(dataset)} rows of {len(set(dataset.patients))} patients"
+    task = file.run_config.task
     if task.kind in ("regression", "segmentation"):
         return text
-    counts = Counter(int(target) for target in part.targets.tolist())
+    counts = Counter(int(target) for target in dataset.targets.tolist())
     classes = range(2 if task.kind == "binary" else task.classes)
-    names = file.run.data.classes or [str(number) for number in classes]
+    names = file.run_config.data.classes or [str(number) for number in classes]
     return f"{text} ({', '.join(f'{counts[number]} of class {names[number]}' for number in classes)})"
 
 
 def _model(file: WorkerFile) -> Finding:
-    made = build_model(file.run, file.run_folder)
-    parts = [f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in made.modules.items()]
-    largest = planned_message_bytes(file.run, made.contract)
-    limits = f"largest planned message {size(largest)}, wire.message_bytes {size(file.run.wire.message_bytes)}"
-    too_large = largest > RABBITMQ_MESSAGE_BYTES and file.worker.broker.startswith("amqp")
+    model = build_model(file.run_config, file.run_folder)
+    parts = [f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in model.modules.items()]
+    largest = planned_message_bytes(file.run_config, model.contract)
+    limits = f"largest planned message {size(largest)}, wire.message_bytes {size(file.run_config.wire.message_bytes)}"
+    too_large = largest > RABBITMQ_MESSAGE_BYTES and file.config.broker.startswith("amqp")
     fix = "raise max_message_size at RabbitMQ: version 4 refuses more than 16 MiB." if too_large else None
     return Finding("model and messages", f"parameters: {', '.join(parts)}; {limits}", fix)
 
 
 def _broker(file: WorkerFile) -> Finding:
-    broker = file.broker()
+    broker = file.open_broker()
     queues = [queue for of_site in file.queues().values() for queue in of_site]
     absent = [queue.name for queue in queues if broker.depth(queue) is None]
     if absent:
-        what = f"reached; {len(absent)} of the run's queues are not there yet"
-        return Finding("broker", what, "nightsplit open server.toml makes them; a site waits for that.")
-    if isinstance(file.worker, ServerSection):
-        broker.declare(queues)  # 204 for one that is there with other settings
-        return Finding("broker", f"reached; all {len(queues)} queues are there, with the run's limits")
-    return Finding("broker", f"reached; all {len(queues)} queues are there")
+        found = f"reached; {len(absent)} of the run's queues do not exist yet"
+        return Finding("broker", found, "nightsplit open server.toml creates them; a site waits for that.")
+    found = f"reached; all {len(queues)} queues exist"
+    if isinstance(file.config, ServerSection):
+        broker.declare(queues)  # 204 for a queue with other settings
+        found += ", with the run's limits"
+    return Finding("broker", found)
 
 
 def _store(file: WorkerFile) -> Finding:
-    with closing(file.store()) as store:
+    with closing(file.open_store()) as store:
         statuses = store.statuses([SERVER, *file.sites])
-    theirs = statuses[SERVER].report.digest if SERVER in statuses else None
-    if theirs is not None and theirs != file.run.digest:
-        what = f"the server's run digest is {theirs[:12]}, this one's {file.run.digest[:12]}."
-        raise RunError(601, what, "agree on one run.toml.")
-    heard = [f"{name} {duration(status.age_seconds)} ago" for name, status in statuses.items()]
-    found = f"reached; heard of {', '.join(heard) or 'nobody yet'}"
+    server_digest = statuses[SERVER].report.digest if SERVER in statuses else None
+    if server_digest is not None and server_digest != file.run_config.digest:
+        sentence = f"the server's run digest is {server_digest[:12]}, this one's {file.run_config.digest[:12]}."
+        raise RunError(601, sentence, "agree on one run.toml.")
+    ages = [f"{name} {duration(status.age_seconds)} ago" for name, status in statuses.items()]
+    found = f"reached; last reports: {', '.join(ages)}" if ages else "reached; no worker has reported yet"
     unreadable = [name for name, status in statuses.items() if status.report.phase is Phase.UNREADABLE]
     if not unreadable:
         return Finding("run store", found)
     found += f"; the status of {', '.join(unreadable)} cannot be read"
-    return Finding("run store", found, "upgrade that worker, or find out who else writes in its name.")
+    return Finding("run store", found, "upgrade that worker, or find out who else writes its status.")
 
 
 def _state_folder(file: WorkerFile) -> Finding:
-    state = file.state.absolute()
+    state = file.state_folder.absolute()
     place = next(folder for folder in (state, *state.parents) if folder.exists())
     if not os.access(place, os.W_OK):
-        another = "let state name a folder that this user may write."
-        return Finding("state folder", f"{place} may not be written", another, failed=True)
+        remedy = "set state to a folder that this user can write."
+        return Finding("state folder", f"{place} is not writable", remedy, failed=True)
     free = shutil.disk_usage(place).free
-    full = free < STATE_BYTES
-    fix = f"make room: checkpoints and queues may need {size(STATE_BYTES)}." if full else None
-    return Finding("state folder", f"{file.state}: {size(free)} free", fix, failed=full)
+    is_full = free < STATE_BYTES
+    fix = f"make room: checkpoints and queues may need {size(STATE_BYTES)}." if is_full else None
+    return Finding("state folder", f"{file.state_folder}: {size(free)} free", fix, failed=is_full)
 
 
 def _torch(file: WorkerFile) -> Finding:
-    prepare_torch(file.worker.threads, file.worker.device)
+    prepare_torch(file.config.threads, file.config.device)
     cores = os.cpu_count() or 1
-    found = f"torch {torch.__version__}, {file.worker.threads} of {cores} cores, device {file.worker.device}"
-    many = file.worker.threads > cores
-    return Finding("torch", found, f"set threads = {cores}: more than there are slow down." if many else None)
+    found = f"torch {torch.__version__}, {file.config.threads} of {cores} cores, device {file.config.device}"
+    fix = f"set threads = {cores}: more threads than cores are slower." if file.config.threads > cores else None
+    return Finding("torch", found, fix)
 
 
 def _shift(file: WorkerFile) -> Finding:
-    shift, now = Shift(file.worker.shift), SystemClock().now()
+    shift, now = Shift(file.config.shift), SystemClock().now()
     clock = f"{now:%Y-%m-%d %H:%M} UTC"
     if shift.text is None:
         return Finding("shift", f"{clock}; works at all hours")
 
-    def said(moment: datetime) -> str:
-        return f"{moment.astimezone():%Y-%m-%d %H:%M} of this machine"
-
-    if shift.is_open(now):
-        closes = shift.closes_at(now)
-        assert closes is not None
-        return Finding("shift", f"{clock}; shift {shift} is open until {said(closes)}")
-    return Finding("shift", f"{clock}; shift {shift} opens at {said(shift.opens_at(now))}")
+    change, word = (shift.closes_at(now), "is open until") if shift.is_open(now) else (shift.opens_at(now), "opens at")
+    assert change is not None
+    return Finding("shift", f"{clock}; shift {shift} {word} {change.astimezone():%Y-%m-%d %H:%M} local time")

@@ -1,17 +1,17 @@
-"""What doctor finds, check by check."""
+"""Findings of nightsplit doctor."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found.
+    """Result of a check.
 
     Attributes:
-        check: what was looked at.
-        found: how it is.
-        fix: what to do; None where nothing is to be done.
-        failed: whether the worker cannot work like this.
+        check: name of the check.
+        found: the result in words.
+        fix: what to do; None if nothing has to be done.
+        failed: the worker cannot work like this.
     """
 
     check: str
@@ -21,6 +21,6 @@ class Finding:
 
 
 def size(count: float) -> str:
-    """'2.1 KiB', '16.0 MiB', '74.5 GiB'."""
+    """Return '2.1 KiB', '16.0 MiB', '74.5 GiB'."""
     unit = min(3, max(1, (int(count).bit_length() - 1) // 10))
     return f"{count / 2 ** (10 * unit):.1f} {'KMG'[unit - 1]}iB"

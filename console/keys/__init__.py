@@ -1,8 +1,8 @@
-"""nightsplit keys: who may take part, as certificates, users and rights. Used at the coordinating centre.
+"""nightsplit keys: certificates, users and permissions of the participants, made at the coordinating centre.
 
 keys/
-  authority/           signs certificates; keep it where no worker runs
+  authority/           signs certificates; keep it on a machine without workers
   centre/              for broker and store: certificate, users, configuration
     server/            for the server worker
-  sites/<name>/        one folder to hand to a hospital
+  sites/<name>/        folder for a hospital
 """

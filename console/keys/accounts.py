@@ -1,7 +1,7 @@
-"""What broker and store are told: their users with their rights, and how they listen.
+"""Configuration of broker and store: their users with their permissions, and TLS.
 
 RabbitMQ reads `definitions.json` and `rabbitmq.conf`, Redis `users.acl` and `redis.conf`. Both
-listen with TLS alone and ask for a certificate of our authority; then comes the password.
+accept only TLS with a client certificate of our authority, and then check the password.
 """
 
 import base64
@@ -31,7 +31,7 @@ ssl_options.verify = verify_peer
 ssl_options.fail_if_no_peer_cert = true
 ssl_options.versions.1 = tlsv1.3
 ssl_options.versions.2 = tlsv1.2
-# With definitions to load there is no guest.
+# Because definitions are loaded, there is no guest user.
 load_definitions = {folder}/definitions.json
 # Larger than wire.message_bytes of any run (default 16 MiB).
 max_message_size = 134217728
@@ -74,7 +74,7 @@ PLUGINS = "[rabbitmq_management,rabbitmq_prometheus].\n"
 
 
 class Centre:
-    """Users of broker and store, in the files that these read; they lie in keys/centre."""
+    """Files of broker and store in keys/centre: how they listen, and their users."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -82,60 +82,55 @@ class Centre:
         self._acl = folder / "users.acl"
 
     def configure(self, broker_port: int, management_port: int, store_port: int) -> None:
-        """Write how both listen, and who may log in so far: nobody."""
+        """Write the configuration of both services, without users."""
         folder = self.folder.absolute()
         ports = {"broker_port": broker_port, "management_port": management_port, "store_port": store_port}
         _write(self.folder / "rabbitmq.conf", RABBITMQ.format(folder=folder, **ports))
         _write(self.folder / "redis.conf", REDIS.format(folder=folder, **ports))
         _write(self.folder / "enabled_plugins", PLUGINS)
         lazy = {"vhost": VHOST, "name": "lazy", "pattern": rf"^{PREFIX}\.", "apply-to": "queues", "priority": 0}
-        # A night's messages belong on the disk; without this they fill the memory first.
+        # A night's messages belong on the disk; without this policy they fill the memory first.
         policies = [{**lazy, "definition": {"queue-mode": "lazy"}}]
-        nobody = {"vhosts": [{"name": VHOST}], "users": [], "permissions": [], "policies": policies}
-        _write(self._definitions, json.dumps(nobody, indent=2))
+        definitions = {"vhosts": [{"name": VHOST}], "users": [], "permissions": [], "policies": policies}
+        _write(self._definitions, json.dumps(definitions, indent=2))
         _write(self._acl, "user default off\n")
 
-    def admit_admin(self, password: str) -> None:
-        """Who looks after broker and store."""
-        self._admit(ADMIN, password, Rights(".*", ".*", ".*"), "~* &* +@all", tags="administrator")
-
-    def admit_server(self, password: str) -> None:
-        """The server worker."""
-        self._admit(SERVER, password, SERVER_RIGHTS, SERVER_RULES)
-
-    def admit_site(self, name: str, password: str) -> None:
-        """A site, with rights on what is its own."""
-        self._admit(name, password, site_rights(name), site_rules(name))
+    def admit(self, name: str, password: str) -> None:
+        """Add a user: the administrator, the server, or a site with permissions for its own queues and keys."""
+        if name == ADMIN:
+            rights, rules = Rights(".*", ".*", ".*"), "~* &* +@all"
+        elif name == SERVER:
+            rights, rules = SERVER_RIGHTS, SERVER_RULES
+        else:
+            rights, rules = site_rights(name), site_rules(name)
+        salt = os.urandom(4)
+        digest = hashlib.sha256(salt + password.encode()).digest()
+        self._define(name, base64.b64encode(salt + digest).decode(), rights)
+        self._rule(name, f"on #{hashlib.sha256(password.encode()).hexdigest()} resetchannels {rules}")
 
     def revoke(self, name: str) -> None:
-        """Nobody can log in as `name` any more; RabbitMQ has to be told that of a user that it knows."""
+        """Disable a user. It stays in the definitions, since importing them into RabbitMQ deletes no user."""
         self._define(name, "", NO_RIGHTS)
         self._rule(name, "off")
 
-    def knows(self, name: str) -> bool:
-        """Whether `name` may log in."""
+    def admits(self, name: str) -> bool:
+        """Return whether `name` can log in."""
         return any(user["name"] == name and user["password_hash"] for user in self.definitions["users"])
 
     @property
     def definitions(self) -> dict[str, Any]:
-        """What RabbitMQ is told."""
-        told: dict[str, Any] = json.loads(self._definitions.read_text(encoding="utf-8"))
-        return told
+        """Content of definitions.json: users, permissions and policies of RabbitMQ."""
+        definitions: dict[str, Any] = json.loads(self._definitions.read_text(encoding="utf-8"))
+        return definitions
 
-    def _admit(self, name: str, password: str, rights: Rights, rules: str, tags: str = "") -> None:
-        salt = os.urandom(4)
-        digest = hashlib.sha256(salt + password.encode()).digest()
-        self._define(name, base64.b64encode(salt + digest).decode(), rights, tags)
-        self._rule(name, f"on #{hashlib.sha256(password.encode()).hexdigest()} resetchannels {rules}")
-
-    def _define(self, name: str, password_hash: str, rights: Rights, tags: str = "") -> None:
-        told = self.definitions
+    def _define(self, name: str, password_hash: str, rights: Rights) -> None:
+        definitions, tags = self.definitions, "administrator" if name == ADMIN else ""
         algorithm = "rabbit_password_hashing_sha256"
         user = {"name": name, "password_hash": password_hash, "hashing_algorithm": algorithm, "tags": tags}
         permission = {"user": name, "vhost": VHOST, **asdict(rights)}
-        told["users"] = [*(known for known in told["users"] if known["name"] != name), user]
-        told["permissions"] = [*(known for known in told["permissions"] if known["user"] != name), permission]
-        _write(self._definitions, json.dumps(told, indent=2))
+        for key, field, entry in (("users", "name", user), ("permissions", "user", permission)):
+            definitions[key] = [*(other for other in definitions[key] if other[field] != name), entry]
+        _write(self._definitions, json.dumps(definitions, indent=2))
 
     def _rule(self, name: str, rules: str) -> None:
         lines = self._acl.read_text(encoding="utf-8").splitlines()
@@ -144,5 +139,5 @@ class Centre:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write what RabbitMQ or Redis reads, each as a user of its own: the folder around decides who may come so far."""
+    """Write a file that RabbitMQ or Redis reads as its own system user; only the folder restricts access."""
     write_atomic(path, text.encode(), mode=0o644)

@@ -1,14 +1,13 @@
-"""The folder of keys: made once by `init`, then sites come and go."""
+"""The folder of keys: made once, then sites are added and revoked."""
 
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from nightsplit.console.keys.accounts import ADMIN, VHOST, Centre
-from nightsplit.console.keys.admin import Live, administrator
+from nightsplit.console.keys.admin import Services, administrator
 from nightsplit.console.keys.ca import Authority, new_password
 from nightsplit.console.keys.templates import POLICY_TOML, SERVER_TOML, SITE_README, SITE_TOML
 from nightsplit.shared.config.load import load
@@ -21,12 +20,12 @@ RESERVED = {SERVER, ADMIN, "default"}
 
 
 class Addresses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where broker and store are, as "host:port": what their certificate says, and what sites connect to.
+    """Addresses of broker and store, "host:port": those in their certificate, and those that sites connect to.
 
     Attributes:
-        broker: of RabbitMQ; of a cluster all nodes, "host:port,host:port".
-        management: of its management, used here alone.
-        store: of Redis.
+        broker: address of RabbitMQ; for a cluster those of all nodes, "host:port,host:port".
+        management: address of its management, used only by nightsplit keys.
+        store: address of Redis.
     """
 
     broker: str
@@ -35,19 +34,21 @@ class Addresses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def hosts(self) -> set[str]:
-        """Every name that the certificate has to hold."""
+        """Names for the certificate of the services."""
         places = ",".join(msgspec.structs.astuple(self)).split(",")
         return {place.rpartition(":")[0] for place in places} | {"localhost", "127.0.0.1"}
 
 
-@dataclass(frozen=True)
 class Keys:
-    """A folder of keys."""
+    """Folder of keys."""
 
-    folder: Path
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._centre = Centre(folder / "centre")
+        self._addresses_file = folder / "centre" / "addresses.toml"
 
     def init(self, addresses: Addresses) -> bool:
-        """Make authority, service and server; False, and nothing is changed, when they are there."""
+        """Make the keys of authority, services and server; return False and change nothing if they exist."""
         if self._addresses_file.exists():
             return False
         centre = self._centre
@@ -60,67 +61,59 @@ class Keys:
         centre.configure(*(int(place.rpartition(":")[2]) for place in places))
         admin = new_password()
         write_atomic(centre.folder / "admin_password", admin.encode())
-        centre.admit_admin(admin)
-        centre.admit_server(self._hand_over(SERVER, centre.folder / SERVER, authority))
-        write_atomic(centre.folder / SERVER / "server.toml", self._filled(SERVER_TOML, SERVER, addresses))
-        # Last, since it says that all else is there.
+        centre.admit(ADMIN, admin)
+        centre.admit(SERVER, self._make_credentials(SERVER, centre.folder / SERVER, authority))
+        write_atomic(centre.folder / SERVER / "server.toml", self._fill(SERVER_TOML, SERVER, addresses))
+        # Last, since it marks the folder as complete.
         lines = [f'{name} = "{place}"\n' for name, place in msgspec.structs.asdict(addresses).items()]
         write_atomic(self._addresses_file, "".join(lines).encode())
         return True
 
     def new_site(self, name: str) -> Path | None:
-        """Make the folder to hand to a hospital; None, and nothing is changed, when the site is there.
+        """Make the folder for a hospital; return None and change nothing if the site exists.
 
         Raises:
-            ConfigError: 103 no name for a site, 113 there are no keys here.
+            ConfigError: 103 the name is not valid, 113 the folder has no keys.
         """
-        addresses, centre = self._made(), self._centre
+        addresses, centre = self._load_addresses(), self._centre
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", name) or name in RESERVED:
             remedy = f"use small letters, digits, - and _, and none of {', '.join(sorted(RESERVED))}."
-            raise ConfigError(103, f"{name!r} is no name for a site.", remedy)
-        if centre.knows(name):
+            raise ConfigError(103, f"{name!r} is not a valid name of a site.", remedy)
+        if centre.admits(name):
             return None
         site = self.folder / "sites" / name
-        password = self._hand_over(name, site, Authority(self.folder / "authority"))
+        password = self._make_credentials(name, site, Authority(self.folder / "authority"))
         for file, text in (("site.toml", SITE_TOML), ("policy.toml", POLICY_TOML), ("README.md", SITE_README)):
-            write_atomic(site / file, self._filled(text, name, addresses))
-        centre.admit_site(name, password)
+            write_atomic(site / file, self._fill(text, name, addresses))
+        centre.admit(name, password)
         return site
 
     def revoke(self, name: str) -> None:
-        """Take a site's rights away, and its folder if it is still here.
+        """Disable a site's account, and delete its folder if it is still there.
 
         Raises:
-            ConfigError: 113 there are no keys here, or no such site.
+            ConfigError: 113 the folder has no keys, or no such site.
         """
-        self._made()
+        self._load_addresses()
         centre = self._centre
         if name in RESERVED or not any(user["name"] == name for user in centre.definitions["users"]):
-            raise ConfigError(113, f"{self.folder} knows no site {name}.", "look into centre/definitions.json.")
+            raise ConfigError(113, f"{self.folder} has no site {name}.", "look into centre/definitions.json.")
         centre.revoke(name)
         shutil.rmtree(self.folder / "sites" / name, ignore_errors=True)
 
-    def live(self) -> Live:
-        """Broker and store where they run."""
-        addresses, centre = self._made(), self._centre
-        return Live(centre, administrator(centre.folder), addresses.management, addresses.store)
+    def services(self) -> Services:
+        """Return the running broker and store."""
+        addresses, centre = self._load_addresses(), self._centre
+        return Services(centre, administrator(centre.folder), addresses.management, addresses.store)
 
-    @property
-    def _centre(self) -> Centre:
-        return Centre(self.folder / "centre")
-
-    @property
-    def _addresses_file(self) -> Path:
-        return self.folder / "centre" / "addresses.toml"
-
-    def _made(self) -> Addresses:
+    def _load_addresses(self) -> Addresses:
         if not self._addresses_file.exists():
-            raise ConfigError(113, f"{self.folder} holds no keys.", "make them with: nightsplit keys init.")
+            raise ConfigError(113, f"{self.folder} has no keys.", "make them with: nightsplit keys init.")
         return load(self._addresses_file, Addresses)
 
     @staticmethod
-    def _hand_over(name: str, folder: Path, authority: Authority) -> str:
-        """What every worker gets; returns its password."""
+    def _make_credentials(name: str, folder: Path, authority: Authority) -> str:
+        """Make a worker's certificate, key and password, and return the password."""
         make_private_folder(folder)
         write_atomic(folder / "ca.pem", authority.pem)
         authority.issue(name, folder / "certificate.pem", folder / "key.pem")
@@ -129,11 +122,11 @@ class Keys:
         return password
 
     @staticmethod
-    def _filled(text: str, name: str, addresses: Addresses) -> bytes:
+    def _fill(text: str, name: str, addresses: Addresses) -> bytes:
         return text.format(name=name, broker=addresses.broker, store=addresses.store, vhost=VHOST).encode()
 
 
 def with_port(address: str, port: int) -> str:
-    """ "host:port", with `port` where `address` names none; so for each of several, divided by commas."""
+    """Add `port` to each address of a comma-separated list that has none."""
     places = address.split(",")
     return ",".join(place if re.search(r":\d+$", place) else f"{place}:{port}" for place in places)

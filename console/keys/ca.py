@@ -17,14 +17,14 @@ from nightsplit.shared.storage.files import make_private_folder, write_atomic
 CENTRE_DAYS, WORKER_DAYS = 3650, 825
 _USAGES = (ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH)
 CLOCK_SKEW = timedelta(days=1)
-"""How far a hospital's clock may be behind on the first day."""
+"""Largest lag of a hospital's clock on the first day."""
 
 
 class Authority:
-    """Signs certificates.
+    """Certificate authority.
 
     Args:
-        folder: holds ca.pem and ca.key, which are made where they are missing.
+        folder: folder of ca.pem and ca.key, which are made if missing.
 
     Raises:
         ConfigError: 113 the files cannot be used.
@@ -35,9 +35,9 @@ class Authority:
         if not certificate.exists():
             make_private_folder(folder)
             self._key = ec.generate_private_key(ec.SECP256R1())
-            self._certificate = _made_by_itself(self._key)
-            write_atomic(key, _pem_of(self._key))
-            write_atomic(certificate, self.pem)  # last, since it says that the key is there
+            self._certificate = _sign_root(self._key)
+            write_atomic(key, _encode_key(self._key))
+            write_atomic(certificate, self.pem)  # last, since it marks the key as complete
         try:
             found = serialization.load_pem_private_key(key.read_bytes(), password=None)
             self._certificate = x509.load_pem_x509_certificate(certificate.read_bytes())
@@ -48,21 +48,21 @@ class Authority:
 
     @property
     def pem(self) -> bytes:
-        """Its own certificate, for whoever shall trust it."""
+        """Certificate of the authority, in PEM."""
         return self._certificate.public_bytes(serialization.Encoding.PEM)
 
     def issue(self, name: str, certificate: Path, key: Path, hosts: Collection[str] = ()) -> None:
         """Write a new key and a certificate for it: ten years for a service, 825 days for a worker.
 
         Args:
-            name: its common name.
-            certificate, key: where they go; the key is readable by its owner alone.
-            hosts: names and addresses of a service; none for a worker. A worker only connects, but
-                for its metrics: there it is "<name>.nightsplit", which is the name of no host.
+            name: common name of the certificate.
+            certificate, key: files to write; only their owner can read the key.
+            hosts: names and addresses of a service; none for a worker. A worker listens only for its
+                metrics: there its name is "<name>.nightsplit", which is no host.
         """
         own = ec.generate_private_key(ec.SECP256R1())
         names = [_general_name(host) for host in sorted(hosts) or [f"{name}.nightsplit"]]
-        builder = (
+        signed = (
             _builder(name, CENTRE_DAYS if hosts else WORKER_DAYS)
             .issuer_name(self._certificate.subject)
             .public_key(own.public_key())
@@ -70,18 +70,18 @@ class Authority:
             .add_extension(x509.ExtendedKeyUsage(_USAGES), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
+            .sign(self._key, hashes.SHA256())
         )
-        signed = builder.sign(self._key, hashes.SHA256())
-        write_atomic(key, _pem_of(own))
+        write_atomic(key, _encode_key(own))
         write_atomic(certificate, signed.public_bytes(serialization.Encoding.PEM))
 
 
 def new_password() -> str:
-    """192 random bits, in characters that need no quoting anywhere."""
+    """Return 192 random bits as text that needs no quoting."""
     return secrets.token_urlsafe(24)
 
 
-def _made_by_itself(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+def _sign_root(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
     name = "nightsplit authority"
     usage = dict.fromkeys(
         ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment",
@@ -120,7 +120,7 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def _pem_of(key: ec.EllipticCurvePrivateKey) -> bytes:
+def _encode_key(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )

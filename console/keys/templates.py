@@ -1,4 +1,4 @@
-"""What stands in the files that are handed over; {name}, {broker}, {store} and {vhost} are filled in."""
+"""Templates of a worker's files, with the fields {name}, {broker}, {store} and {vhost}."""
 
 _ACCESS = """\
 broker = "amqps://{name}@{broker}/{vhost}"
@@ -23,10 +23,10 @@ run = "run.toml"
 policy = "policy.toml"
 {_ACCESS}# Checkpoints. In a container: "/state"
 state = "state"
-# Works at night alone:
+# To work only at night:
 # shift = "22:00-06:00 Europe/Berlin"
 
-# Where the patients' data is. Nothing of this table leaves the hospital.
+# The patients' data. Nothing in this table leaves the hospital.
 [data]
 source = "table"
 path = "data.csv"
@@ -34,34 +34,34 @@ label = "label"
 """
 
 POLICY_TOML = """\
-# What may leave this hospital, and what is obeyed here. No run can weaken it; whoever answers for the data decides.
-# Of "labels", "activations", "stored_activations", "gradients", "weights", "counts" and "ciphertext"; what each of
-# them tells of patients: docs/reference/configuration.md
+# What messages of this hospital may reveal, decided by the person responsible for the data. No run can weaken it.
+# Choose from "labels", "activations", "stored_activations", "gradients", "weights", "counts" and "ciphertext";
+# docs/reference/configuration.md explains what each reveals about patients.
 allowed = ["activations", "gradients", "counts"]
-server_sets_weights = false  # weights that the server sends replace those of layers that work here
-tape = false                 # the server keeps every message that it receives
-min_batch = 8                # samples in a message that holds any, at least
+server_sets_weights = false  # the server may replace the weights of this hospital's layers
+tape = false                 # the server may keep every message that it receives
+min_batch = 8                # smallest number of samples in a message
 """
 
 SITE_README = """\
 # nightsplit at {name}
 
-This folder lets the worker of {name} log in at the coordinating centre. Keep it where the worker runs and
-nowhere else: whoever holds `key.pem` and `password` can speak as {name}. If it is lost, have the centre
-revoke it (`nightsplit keys revoke {name}`) and make another.
+With this folder the worker of {name} logs in at the coordinating centre. Keep it only on the machine of the
+worker: with `key.pem` and `password` anyone can act as {name}. If it is lost, have the centre revoke it
+(`nightsplit keys revoke {name}`) and make another.
 
-| file | what it is |
+| file | content |
 | --- | --- |
-| `ca.pem` | by this the worker recognises the centre |
-| `certificate.pem`, `key.pem`, `password` | by these the centre recognises the worker |
-| `site.toml` | how the worker works: **say here where your data is** |
-| `policy.toml` | what may leave: **say here what you allow.** No labels and no weights, as it stands |
-| `run.toml` | what is trained; the same at every participant. The centre sends it, and it belongs here |
+| `ca.pem` | the certificate by which the worker recognises the centre |
+| `certificate.pem`, `key.pem`, `password` | the credentials by which the centre recognises the worker |
+| `site.toml` | settings of the worker: **enter the path of your data** |
+| `policy.toml` | what messages may reveal: **enter what you allow.** By default no labels and no weights |
+| `run.toml` | the training, the same at every participant. The centre sends it; save it here |
 
-1. Connections go out alone, to {broker} and {store}; no port has to be opened here.
-2. `nightsplit doctor site.toml` says what is still missing.
-3. `nightsplit site site.toml` works; stop it at any time, start it again, and it goes on.
+1. The worker only opens connections, to {broker} and {store}; no port has to be opened for it.
+2. `nightsplit doctor site.toml` reports what is still missing.
+3. `nightsplit site site.toml` runs the worker. Stop it at any time; start it again to continue.
 
-Or with containers: copy this folder to `config/` beside `examples/site/compose.yaml`, say `state = "/state"`
-in site.toml, and `docker compose up -d`.
+Or with containers: copy this folder to `config/` beside `examples/site/compose.yaml`, set `state = "/state"`
+in site.toml, and run `docker compose up -d`.
 """

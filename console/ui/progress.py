@@ -1,4 +1,4 @@
-"""What a worker shows while it works: lines redrawn on a terminal, plain lines elsewhere."""
+"""Progress of a worker: redrawn lines on a terminal, plain lines elsewhere."""
 
 import time
 from collections import deque
@@ -17,14 +17,14 @@ from nightsplit.shared.run_store.status import Phase, WorkerStatus
 from nightsplit.shared.wire.message import SERVER
 
 PLAIN_SECONDS = 30.0
-"""How often a plain line is written while nothing changes."""
+"""Seconds between two plain lines while the state does not change."""
 
 RATE_SECONDS = 30.0
-"""The time over which the rate is taken."""
+"""Seconds over which the rate is averaged."""
 
 
 class Progress:
-    """Shows the status that a worker's heartbeat reports. `observe` may be called from any one thread."""
+    """Display of a worker's status. Only one thread may call `observe`."""
 
     def __init__(self, worker: str, console: Console) -> None:
         self._worker = worker
@@ -44,13 +44,13 @@ class Progress:
             self._live.stop()
 
     def warn(self, lines: Sequence[str]) -> None:
-        """Show what the user should know although the work goes on."""
+        """Show warnings; the work continues."""
         for line in lines:
             self._console.print(f"warning: {line}", style="yellow")
 
     def observe(self, status: WorkerStatus) -> None:
-        """Show the present state. A reader that went away (a closed pipe) does not disturb the work."""
-        # Without its figures; waiting for the next answer is a part of working.
+        """Show a status. A closed pipe does not stop the work."""
+        # Without the figures, which change all the time; IDLE, too, is work.
         state = f"at work, server {status.server}" if status.phase.at_work else state_of(status)
         if changed := state != self._shown:
             self._shown = state
@@ -64,7 +64,7 @@ class Progress:
                 self._log(status, rate, changed)
 
     def _log(self, status: WorkerStatus, rate: float, changed: bool) -> None:
-        """A plain line when the state changes, and every now and then."""
+        """Print a plain line if the state has changed, or `PLAIN_SECONDS` after the last one."""
         now = time.monotonic()
         if changed or now - self._shown_at > PLAIN_SECONDS:
             self._shown_at = now
@@ -97,15 +97,15 @@ class Progress:
             parts.append(f"{rate:.1f} per second")
             if status.planned:
                 parts.append(f"{duration(max(0, status.planned - counts.get(names[0], 0)) / rate)} left")
-        waiting = [f"{site} {known.queued}" for site, known in status.sites.items() if known.queued is not None]
-        if waiting:
-            parts.append(f"queued: {', '.join(waiting)}")
+        queued = [f"{site} {facts.queued}" for site, facts in status.sites.items() if facts.queued is not None]
+        if queued:
+            parts.append(f"queued: {', '.join(queued)}")
         if status.refused:
             parts.append(f"{status.refused} refused")
         return ", ".join(parts)
 
     def _rate(self, done: int) -> float:
-        """Messages per second of late."""
+        """Return the recent messages per second."""
         now = time.monotonic()
         self._history.append((now, done))
         while now - self._history[0][0] > RATE_SECONDS:

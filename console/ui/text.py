@@ -1,4 +1,4 @@
-"""How the console says things: durations, counts, and that a silent server is a normal night."""
+"""Texts of the console: durations, counts, tables, and the states of workers."""
 
 from collections.abc import Collection
 from typing import Any
@@ -7,6 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import override
 
 from nightsplit.shared.foreign import shown
 from nightsplit.shared.run_store.status import Phase, WorkerStatus
@@ -15,15 +16,16 @@ _STATES = {Phase.STANDBY: "standing by: another server is active", Phase.IDLE: "
 
 
 class Screen(Console):
-    """A console on which a string is one line of text, whoever wrote it: also the cell of a table."""
+    """Console that prints each string, also in a table, as one line of printable characters."""
 
+    @override
     def render_str(self, text: str, **options: Any) -> Text:
-        """See `Console`, which makes a `Text` of each string here."""
+        # Console makes the `Text` of each string here.
         return super().render_str(shown(text), **options)
 
 
 def screen(stderr: bool = False) -> Screen:
-    """Where the console writes: plain text, as wide as it needs where nobody's window limits it."""
+    """Return a console for plain text; without a terminal it is 220 columns wide."""
     console = Screen(stderr=stderr, markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = 220
@@ -31,7 +33,7 @@ def screen(stderr: bool = False) -> Screen:
 
 
 def columns(*names: str, numbers: Collection[str] = ()) -> Table:
-    """A table with a heading; `numbers` are written to the right."""
+    """Return a table with these column names; the columns in `numbers` are aligned to the right."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in names:
         table.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
@@ -39,13 +41,13 @@ def columns(*names: str, numbers: Collection[str] = ()) -> Table:
 
 
 def counted(number: int, noun: str) -> str:
-    """'1 batch', '412 batches'."""
+    """Return '1 batch', '412 batches'."""
     plural = "es" if noun.endswith("ch") else "s"
     return f"{number} {noun}{'' if number == 1 else plural}"
 
 
 def duration(seconds: float) -> str:
-    """'12 s', '3 min', '2 h 5 min', '4 days': no more digits than anybody needs."""
+    """Return '12 s', '3 min', '2 h 5 min', '4 days'."""
     minutes = int(seconds // 60)
     if seconds < 60:
         return f"{int(seconds)} s"
@@ -57,7 +59,7 @@ def duration(seconds: float) -> str:
 
 
 def state_of(status: WorkerStatus) -> str:
-    """'working', 'waiting for its shift (22:00-06:00 UTC)', 'blocked: the queue is full'."""
+    """Return 'working', 'waiting for its shift (22:00-06:00 UTC)', 'blocked: the queue is full'."""
     state = _STATES.get(status.phase, status.phase.value)
     if status.detail is None:
         return state
@@ -65,7 +67,7 @@ def state_of(status: WorkerStatus) -> str:
 
 
 def server_offline(number: int, noun: str = "batch", fate: str = "trained") -> str:
-    """How a normal night looks from a site: how many of what are queued, and what becomes of them."""
+    """Say that the server is offline, and that the queued messages will be processed later."""
     if number == 0:
         return "server is offline; nothing is queued"
     they = "it" if number == 1 else "they"

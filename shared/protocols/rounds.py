@@ -37,7 +37,7 @@ VALUE_MAX = 1e20
 
 NAMES = Names(
     weights="model", share="the model", heading="federated", steps="updates of sites",
-    message="report", fate="worked off", done="worked off", reply="answer",
+    message="report", fate="processed", done="processed", reply="answer",
 )  # fmt: skip
 
 FIGURES = ScalarSpec(str, Reveals.COUNTS)

@@ -25,13 +25,33 @@ if TYPE_CHECKING:
 Observer = Callable[[WorkerStatus], None]
 
 
-class Worker:
-    """Worker of one run that works in its shifts.
+class Participant:
+    """Participant of a run, a site or the server: its run, folders, credentials and run store.
 
     Args:
         base: folder of the worker's file; relative paths start there.
         config: the worker's section.
         overrides: "section.key=value" for run.toml (as in `nightsplit.shared.protocols.load.load_run`).
+    """
+
+    def __init__(self, base: Path, config: WorkerSection, overrides: Sequence[str]) -> None:
+        self.base = base
+        self.run_config = load_run(base / config.run, overrides)
+        self.run_folder = (base / config.run).parent
+        self.state_folder = base / config.state
+        self.credentials = config.credentials(base)
+        self._store_address = config.store
+
+    def open_store(self) -> RunStore:
+        """Open a new connection to the run store."""
+        return open_store(self._store_address, self.run_config.run.id, self.base, self.credentials)
+
+
+class Worker(Participant):
+    """Worker of one run that works in its shifts.
+
+    Args:
+        base, config, overrides: see `Participant`.
         clock: clock of the shift.
         stop: signal that is checked between steps.
         observe: receives the worker's status every second.
@@ -45,17 +65,12 @@ class Worker:
         self, base: Path, config: WorkerSection, overrides: Sequence[str],
         clock: Clock | None, stop: StopSignal | None, observe: Observer,
     ) -> None:  # fmt: skip
-        self.base = base
-        self.run_config = load_run(base / config.run, overrides)
-        self.run_folder = (base / config.run).parent
+        super().__init__(base, config, overrides)
         self.shift = Shift(config.shift)
-        self.state_folder = base / config.state
         self.phase = Phase.STARTING
         self._detail: str | None = None
         self._reason: str | None = None
         self.skipped_checkpoints: list[str] = []
-        self.credentials = config.credentials(base)
-        self._store_address = config.store
         self._metrics_address = config.metrics
         self._clock = clock or SystemClock()
         self._stop = stop or StopSignal()
@@ -107,10 +122,6 @@ class Worker:
             self._telemetry.observe(status, self._counters.counts)
         has_reason = self._reason is not None and status.phase is self.phase
         self._show(replace(status, detail=self._reason) if has_reason else status)
-
-    def open_store(self) -> RunStore:
-        """Open a new connection to the run store."""
-        return open_store(self._store_address, self.run_config.run.id, self.base, self.credentials)
 
     def wait_for_shift(self) -> bool:
         """Sleep until the shift is open; return False if the worker has to stop."""

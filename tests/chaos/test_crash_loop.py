@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nightsplit.console.cli import run
-from nightsplit.console.worker_file import read_worker_file
+from nightsplit.console.worker_file import WorkerFile
 from nightsplit.server_worker.worker import ServerWorker
 from nightsplit.shared.crash_points import EXIT_CODE, VARIABLE
 from nightsplit.shared.wire.message import SERVER
@@ -79,8 +79,8 @@ def hospital(request, tmp_path) -> Hospital:
 
 @pytest.mark.timeout(300)
 def test_a_worker_that_dies_at_every_start_loses_nothing(hospital, undisturbed, capsys):
-    file = read_worker_file(hospital.folder / "server.toml")
-    broker, queues = file.broker(), file.queues()
+    file = WorkerFile(hospital.folder / "server.toml")
+    broker, queues = file.open_broker(), file.queues()
 
     def depths(name: str) -> dict[str, int | None]:
         return {site: broker.depth(getattr(queues[site], name)) for site in SITES}

@@ -65,7 +65,7 @@ class SecureRedis(RedisServer):
 
     def answers(self) -> bool:
         try:
-            with closing(self._keys.live().redis()) as client:
+            with closing(self._keys.services().connect_redis()) as client:
                 return bool(client.ping())
         except Exception:
             return False

@@ -39,13 +39,16 @@ def file_of(night: Night, site: str | None = None) -> WorkerFile:
     """As a worker's file names it; the broker is the night's own, and the hospital lets labels out."""
 
     class Here(WorkerFile):
-        def broker(self) -> Broker:
+        def __init__(self) -> None:
+            place = {"broker": "embedded:broker", "store": "sqlite:run.db"}
+            self.config = ServerSection(**place) if site is None else SiteSection(name=site, **place)
+            self.base, self.run_config = night.folder, night.config
+
+        def open_broker(self) -> Broker:
             return night.broker
 
-    place = {"broker": "embedded:broker", "store": "sqlite:run.db"}
-    worker = ServerSection(**place) if site is None else SiteSection(name=site, **place)
     (night.folder / "policy.toml").write_text('allowed = ["activations", "labels", "counts"]\n')
-    return Here(night.folder / "worker.toml", worker, None, night.config)
+    return Here()
 
 
 def listed(file: WorkerFile, capsys) -> list[dict]:

@@ -56,7 +56,7 @@ def taped_night(folder, **run):
 
 def replayed(night, until=None, store=None):
     replay = Replay(night.config, night.folder, night.broker.tape, store or night.store, "cpu")
-    replay.go(until)
+    replay.run(until)
     return replay
 
 
@@ -75,8 +75,8 @@ def test_a_shaken_run_and_its_replay_end_with_equal_weights(protocol, bottoms, w
     )
     night.shaken(seed=3)
     replay = replayed(night)
-    assert replay.finished
-    assert replay.position == sum(night.roles[SERVER].applied.values())
+    assert replay.engine.finished
+    assert replay.engine.position == sum(night.roles[SERVER].applied.values())
     assert replay.weights() == weights_of(night)
     assert replay.weights() != replayed(night, until=0).weights()
     assert len(list((tmp_path / FOLDER).glob("*.tape"))) > 1, "the server was never started again"
@@ -87,7 +87,7 @@ def test_a_fair_run_is_replayed_in_the_order_of_its_journal(tmp_path):
     night = taped_night(tmp_path, order="fair", window=3)
     night.shaken(seed=3)
     turned = MemoryStore()
-    senders = [night.store.journalled(position) for position in range(1, replayed(night).position + 1)]
+    senders = [night.store.journalled(position) for position in range(1, replayed(night).engine.position + 1)]
     first = senders.index(next(sender for sender in senders if sender != senders[0]))
     senders[first - 1], senders[first] = senders[first], senders[first - 1]
     for position, sender in enumerate(senders, 1):
@@ -110,14 +110,14 @@ def test_a_site_that_was_left_out_is_left_out_at_the_same_place(order, tmp_path)
     assert set(night.roles[SERVER].excluded) == {"east"}
     replay = replayed(night)
     assert replay.weights() == weights_of(night)
-    assert replay.position == sum(night.roles[SERVER].applied.values()) + 1
+    assert replay.engine.position == sum(night.roles[SERVER].applied.values()) + 1
 
 
 def test_nothing_of_the_run_is_changed(tmp_path):
     night = taped_night(tmp_path, order="fair").run()
     waiting = {queue.name: night.broker.depth(queue) for queues in night.queues.values() for queue in queues}
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    pointer, position = night.store.pointer(), replayed(night).position
+    pointer, position = night.store.pointer(), replayed(night).engine.position
     assert night.store.pointer() == pointer
     assert night.store.journalled(position) is not None
     assert night.store.journalled(position + 1) is None
@@ -146,7 +146,7 @@ def test_until_gives_the_weights_of_a_server_that_stood_there(protocol, order, t
     assert len(set(seen.values())) > 20
     for position in random.Random(1).sample(sorted(seen), 5):
         replay = replayed(night, until=position)
-        assert replay.position == position
+        assert replay.engine.position == position
         assert replay.weights()[1] == seen[position]
         assert replay.last.loss == losses[position]
         assert replay.last.refused is None
@@ -181,7 +181,7 @@ def test_a_poison_message_is_replayed_to_the_same_weights_and_named(name, tmp_pa
     assert night.broker.peek(night.queues["north"].dead)[0].headers["number"] == str(number)
     replay = replayed(night)
     assert replay.weights() == weights_of(night)
-    ends = [replayed(night, until=position).last for position in range(1, replay.position + 1)]
+    ends = [replayed(night, until=position).last for position in range(1, replay.engine.position + 1)]
     refused = [last for last in ends if last.refused is not None]
     assert {last.message for last in ends} >= {"night/north/server/smashed/2", "night/south/server/smashed/1"}
     if number == 301:  # nobody knows whose turn it would have been
@@ -202,7 +202,7 @@ def test_copies_of_messages_change_nothing(tmp_path):
     (tmp_path / FOLDER / "000002.tape").write_bytes(file.read_bytes())
     file.rename(tmp_path / FOLDER / "000003.tape")
     again = replayed(night)
-    assert (again.weights(), again.position) == (expected.weights(), expected.position)
+    assert (again.weights(), again.engine.position) == (expected.weights(), expected.engine.position)
 
 
 # -- what can be wrong with a tape ---------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_a_file_that_is_gone(night):
     (night.broker.tape / "000001.tape").write_bytes(b"")
     replayed(night)
     (night.broker.tape / "000002.tape").unlink()
-    assert "a greeting of north that fits run.toml" in failure(night)
+    assert "a hello of north that fits run.toml" in failure(night)
 
 
 def test_another_run_toml(night):

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from nightsplit.console.status import summarise
-from nightsplit.console.worker_file import read_worker_file
+from nightsplit.console.worker_file import WorkerFile
 from tests.harness.services import RabbitNode, wait_until
 from tests.harness.study import change
 from tests.harness.workers import Hospital
@@ -65,7 +65,7 @@ def hospital(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hospita
 
 def status(hospital: Hospital, worker: str) -> dict[str, Any]:
     """What `nightsplit status --json` says of a worker."""
-    file = read_worker_file(hospital.folder / "server.toml")
+    file = WorkerFile(hospital.folder / "server.toml")
     return next(line for line in summarise(file)["workers"] if line["worker"] == worker)
 
 
@@ -100,10 +100,10 @@ def members(session: int) -> list[int]:
 
 def waiting_bytes(hospital: Hospital, node: RabbitNode | None) -> int:
     """What the queue up holds."""
-    file = read_worker_file(hospital.folder / "server.toml")
+    file = WorkerFile(hospital.folder / "server.toml")
     queue = file.queues()["north"].up.name
     if node is not None:
-        vhost = urlsplit(file.worker.broker).path[1:]
+        vhost = urlsplit(file.config.broker).path[1:]
         told = dict(line.split() for line in node.ctl("list_queues", "-p", vhost, "name", "message_bytes").splitlines())
         return int(told[queue])
     with closing(sqlite3.connect(hospital.folder / "broker" / "broker.sqlite")) as rows:

@@ -40,7 +40,7 @@ def study(tmp_path_factory) -> Path:
     sites = [begin(folder, "site", f"{site}.toml", "--exit-when-idle", "2") for site in SITES]
     for site in sites:
         out, _ = end(site)
-        assert "nothing more to do for now; start the same command again to go on" in out
+        assert "nothing more to do at present; start the same command again to continue" in out
     return folder
 
 
@@ -123,10 +123,8 @@ def check_predictions(study, capsys, tmp_path):
 
 def test_a_silent_worker_is_offline_and_its_last_words_are_kept(study, capsys):
     from nightsplit.console.status import in_words, summarise
-    from nightsplit.console.worker_file import read_worker_file
+    from nightsplit.console.worker_file import WorkerFile
     from nightsplit.shared.run_store.base import Status
-
-    file = read_worker_file(study / "server.toml")
 
     class Store:
         def __init__(self, **ages):
@@ -141,11 +139,11 @@ def test_a_silent_worker_is_offline_and_its_last_words_are_kept(study, capsys):
             pass
 
     def seen(**ages):
-        class File(type(file)):
-            def store(self):
+        class File(WorkerFile):
+            def open_store(self):
                 return Store(**ages)
 
-        return summarise(File(file.path, file.worker, file.source, file.run))
+        return summarise(File(study / "server.toml"))
 
     at_work = seen(server=1.0, north=190.0)
     assert at_work["sentence"].startswith("server is working; 5 of 90 messages applied, ")
@@ -153,9 +151,9 @@ def test_a_silent_worker_is_offline_and_its_last_words_are_kept(study, capsys):
     assert (north["state"], north["online"], north["queued"]) == ("working", False, 25)
     assert in_words(north) == "OFFLINE since 3 min (was working)"
     assert (south["state"], south["online"]) == (None, False)
-    assert in_words(south) == "never heard of"
+    assert in_words(south) == "no report yet"
     assert seen(server=11.0, north=1.0)["sentence"].startswith("server is offline; ")
-    assert seen(north=1.0)["sentence"].startswith("nothing was heard of the server yet; ")
+    assert seen(north=1.0)["sentence"].startswith("the server has not reported yet; ")
 
 
 def test_nothing_is_known_of_a_run_that_was_never_opened(tmp_path, capsys):
@@ -178,7 +176,7 @@ def test_doctor_finds_nothing_wrong(study, capsys):
         r"training: \d+ rows of \d+ patients \(\d+ of class healthy, \d+ of class ill\); validation: .*; test: .*",
         checks["data"]["found"],
     )
-    assert checks["broker"]["found"] == "reached; all 3 queues are there"
+    assert checks["broker"]["found"] == "reached; all 3 queues exist"
     assert checks["configuration"]["found"].startswith("run ward, split_labels, sites north, south; run digest ")
     assert set(doctor(study / "server.toml", capsys, 0)) == set(checks) - {"policy", "data"}
     assert run(["doctor", str(study / "south.toml")]) == 0
@@ -221,7 +219,7 @@ def test_ctrl_c_and_the_same_command_again(tmp_path):
     change(tmp_path / "run.toml", "epochs = 3", "epochs = 60")
     change(tmp_path / "run.toml", '["north", "south"]', '["north"]')
     assert run(["open", str(tmp_path / "server.toml")]) == 0
-    stopped = "stopped; start the same command again to go on\n"
+    stopped = "stopped; start the same command again to continue\n"
 
     north = begin(tmp_path, "site", "north.toml", kind=Fresh)
     wait_until(lambda: queued(tmp_path, "north") == 4, 90, "two greetings and two batches")
@@ -270,7 +268,7 @@ def test_a_full_disk_and_an_early_ctrl_c_have_their_sentences(tmp_path, monkeypa
     for raised, code, said in (
         (OSError(28, "No space left on device", "report.json"), 1, "E501 Disk is full: report.json"),
         (PermissionError(13, "Permission denied", "report"), 1, "report: Permission denied. Fix: make room, or name"),
-        (KeyboardInterrupt(), 130, "stopped; start the same command again to go on"),
+        (KeyboardInterrupt(), 130, "stopped; start the same command again to continue"),
     ):
 
         def fail(*_: object, raised: BaseException = raised) -> None:

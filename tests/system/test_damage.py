@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nightsplit.console.status import summarise
-from nightsplit.console.worker_file import read_worker_file
+from nightsplit.console.worker_file import WorkerFile
 from nightsplit.shared.run_store.sqlite import SqliteStore
 from nightsplit.shared.storage.checkpoint import MANIFEST, TENSORS
 from tests.harness.services import wait_until
@@ -66,7 +66,7 @@ def wait_for(hospital: Hospital, condition: Callable[[], bool], what: str) -> No
 
 def status(hospital: Hospital, worker: str) -> dict[str, Any]:
     """What `nightsplit status --json` says of a worker."""
-    summary = summarise(read_worker_file(hospital.folder / "server.toml"))
+    summary = summarise(WorkerFile(hospital.folder / "server.toml"))
     return next(line for line in summary["workers"] if line["worker"] == worker)
 
 

@@ -71,7 +71,7 @@ def test_a_list_reads_through_and_changes_nothing(night, capsys):
 def test_ids_that_are_not_there(night, capsys):
     put(night, night.queues["north"].dead, *letters(night, 3))
     ids = [letter["id"] for letter in listed(file_of(night), capsys)]
-    with pytest.raises(NightsplitError, match="E606 No such dead letter: abc, def is not here; 2 of the others were"):
+    with pytest.raises(NightsplitError, match="E606 No such dead letter: no letter has the id abc, def; the other 2"):
         discard_letters(file_of(night), ["abc", ids[2], "def", ids[0]])
     assert [letter["id"] for letter in listed(file_of(night), capsys)] == [ids[1]]
     with pytest.raises(NightsplitError, match="E606"):
@@ -122,12 +122,12 @@ def test_show_tells_all_but_the_values(night, capsys):
 
 def test_the_queue_is_in_use(night, capsys, monkeypatch):
     put(night, night.queues["north"].dead, *letters(night, 3))
-    monkeypatch.setattr(dead_letters, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(dead_letters, "TIMEOUT_S", 0.5)
     with night.broker.link([night.queues["north"].dead], 8, "another command") as link:
         wait_until(lambda: isinstance(link.receive(0.1), Delivery), 10, "its first letter")
         with pytest.raises(NightsplitError, match="E210"):
             list_letters(file_of(night), as_json=True)
-    monkeypatch.setattr(dead_letters, "PATIENCE_S", 30.0)
+    monkeypatch.setattr(dead_letters, "TIMEOUT_S", 30.0)
     assert len(listed(file_of(night), capsys)) == 3  # and the bookmark that stayed is no letter
     depth(night, night.queues["north"].dead, 3)
 
@@ -136,7 +136,7 @@ def test_more_letters_than_one_prefetch_holds(night, capsys, monkeypatch):
     put(night, night.queues["north"].dead, *letters(night, 5))
     everything = listed(file_of(night), capsys)
     with monkeypatch.context() as fewer:
-        fewer.setattr(dead_letters, "MOST", 3)
+        fewer.setattr(dead_letters, "PREFETCH_MAX", 3)
         list_letters(file_of(night), as_json=True)
         found = json.loads(capsys.readouterr().out)
         assert (found["complete"], found["dead_letters"]) == (False, everything[:3])

@@ -15,7 +15,7 @@ import pytest
 from nightsplit.broker.embedded.link import EmbeddedLink
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.rabbitmq.link import RabbitLink
-from nightsplit.console.dead_letters import FEW, replay_letters
+from nightsplit.console.dead_letters import PREFETCH, replay_letters
 from nightsplit.shared.crash_points import EXIT_CODE
 from nightsplit.shared.errors import ConfigError, NightsplitError
 from nightsplit.shared.transport import Broker, Delivery
@@ -239,7 +239,7 @@ def test_a_command_that_is_killed_loses_nothing(night, method, capsys):
     everything = [f"night/north/server/smashed/{n}" for n in range(number)]
     assert left == everything[-len(left) :]
     assert replayed == everything[: len(replayed)]
-    assert number - FEW <= len(left) <= number
+    assert number - PREFETCH <= len(left) <= number
     assert len(left) + len(replayed) >= number
 
     replay_letters(file_of(night), None)

@@ -14,7 +14,7 @@ from rich.console import Console
 from nightsplit.console.cli import run
 from nightsplit.console.demo.play_queries import play_queries
 from nightsplit.console.status import summarise
-from nightsplit.console.worker_file import read_worker_file
+from nightsplit.console.worker_file import WorkerFile
 from nightsplit.shared.errors import TITLES
 from nightsplit.shared.protocols.load import load_run
 from tests.harness.films import (  # fmt: skip
@@ -74,7 +74,7 @@ def asked_in_turn(folder: Path, recurrent: bool) -> None:
     output = str(folder / "scores.csv")
     by_itself(folder, "query", "--submit", "--output", output)
     assert scores(folder / "scores.csv", "logit") == {}
-    assert summarise(read_worker_file(folder / "server.toml"))["queries"]["north"] == {"ask": 2, "answer": 0}
+    assert summarise(WorkerFile(folder / "server.toml"))["queries"]["north"] == {"ask": 2, "answer": 0}
     for _ in range(FRAMES if recurrent else 1):
         by_itself(folder, "serve-queries")
         by_itself(folder, "query", "--output", output)

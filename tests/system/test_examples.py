@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from nightsplit.console.demo.baselines import centralized
-from nightsplit.console.demo.demo import EXAMPLES, run_demo, tell_difference
+from nightsplit.console.demo.demo import EXAMPLES, compare_weights, run_demo
 from nightsplit.console.ui.text import screen
 from nightsplit.server_worker.worker import ServerWorker
 from nightsplit.shared.config.load import load
@@ -173,14 +173,14 @@ def test_the_demo_plays_at_a_broker_and_a_store_of_the_user(
 
 def test_the_demo_says_so_when_the_two_plays_end_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
     before = {"server": "ab" * 32, "north": "cd" * 32, "south": "ef" * 32}
-    assert tell_difference(before, dict(before), 2, screen(), "the server's half of the model") is True
+    assert compare_weights(before, dict(before), 2, screen(), "the server's half of the model") is True
     assert capsys.readouterr().out.splitlines()[1:] == [
         "sha256 of the server's half of the model",
         f"  nights and days   {'ab' * 32}",
         f"  2 kills           {'ab' * 32}",
         "  equal to the bit, and so are the parts of north, south",
     ]
-    assert tell_difference(before, {**before, "south": "00" * 32}, 2, screen(), "the model") is False
+    assert compare_weights(before, {**before, "south": "00" * 32}, 2, screen(), "the model") is False
     assert "NOT EQUAL: the parts of south differ. " in capsys.readouterr().out
 
 

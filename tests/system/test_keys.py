@@ -45,7 +45,7 @@ def test_what_is_made_for_the_centre(tmp_path, capsys):
     assert server.store == "rediss://server@store.example:6380/0"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert run([*INIT, str(folder)]) == 0
-    assert capsys.readouterr().out == f"{folder} has its keys; nothing is changed\n"
+    assert capsys.readouterr().out == f"{folder} already has its keys; nothing is changed\n"
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     told = json.loads((folder / "centre/definitions.json").read_text())
     assert [user["name"] for user in told["users"]] == ["admin", "server"]
@@ -55,7 +55,7 @@ def test_what_is_handed_to_a_hospital(keys, capsys):
     assert run(["keys", "new-site", "north", "--folder", str(keys)]) == 0
     said = capsys.readouterr().out
     assert f"made {keys}/sites/north: hand it to north" in said
-    assert said.count("learns of it when it starts") == 2
+    assert said.count("adds the account when it starts") == 2
     handed = keys / "sites/north"
     assert {path.name for path in handed.iterdir()} == {
         "ca.pem", "certificate.pem", "key.pem", "password", "site.toml", "policy.toml", "README.md",
@@ -92,7 +92,7 @@ def test_there_are_no_keys_yet(tmp_path, capsys, action):
 def test_revoking_says_when_broker_and_store_could_not_be_told(keys, capsys):
     run(["keys", "new-site", "north", "--folder", str(keys)])
     assert run(["keys", "revoke", "south", "--folder", str(keys)]) == 1
-    assert "knows no site south" in capsys.readouterr().err
+    assert "has no site south" in capsys.readouterr().err
     assert run(["keys", "revoke", "north", "--folder", str(keys)]) == 1
     assert capsys.readouterr().err.startswith("E211 ")
     assert not (keys / "sites/north").exists()
@@ -177,20 +177,20 @@ def test_doctor_tries_what_is_forbidden(centre, tmp_path):
 
     healthy, found = findings("north.toml")
     assert healthy, found
-    assert found["rights"]["found"] == "tried 9 forbidden things; all were refused"
+    assert found["rights"]["found"] == "tried 9 forbidden operations; all were refused"
     assert "TLSv1.3, certificate until" in found["TLS"]["found"]
     assert found["TLS"]["fix"] is None
     assert "passes" in found["passage"]["found"]
     assert "agrees" in found["clock"]["found"]
     healthy, found = findings("server.toml")
     assert healthy, found
-    assert found["rights"]["found"] == "tried 2 forbidden things; all were refused"
-    assert found["broker"]["found"].endswith("all 9 queues are there, with the run's limits")
+    assert found["rights"]["found"] == "tried 2 forbidden operations; all were refused"
+    assert found["broker"]["found"].endswith("all 9 queues exist, with the run's limits")
 
     centre.node.ctl("set_permissions", "-p", "nightsplit", "north", ".*", ".*", ".*")
     healthy, found = findings("north.toml")
     assert not healthy
-    assert found["rights"]["found"].startswith("6 of 9 forbidden things are possible: publish to any queue")
+    assert found["rights"]["found"].startswith("6 of 9 forbidden operations are permitted: publish to any queue")
     centre.node.ctl("set_permissions", "-p", "nightsplit", "north", "^$", "^$", "^$")
     healthy, found = findings("north.toml")
     assert not healthy

@@ -68,7 +68,7 @@ def test_a_killed_run_is_replayed_on_the_command_line(hospital, capsys):
     assert run(["replay", file]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"E508 Tape is incomplete: {tape} leads to position ")
+    assert err.startswith(f"E508 Tape is incomplete: {tape} ends at position ")
     assert err.count("\n") == 1
     assert hospital.models() == left
 

@@ -71,7 +71,7 @@ def test_a_leader_that_sleeps_past_its_lease_is_replaced_and_refused(undisturbed
     try:
         wait_for_line(hospital, "leader.log", "server: w")  # working, or waiting for the first site
         standby = start_server(hospital, "standby.log")
-        wait_for_line(hospital, "standby.log", "score by")
+        wait_for_line(hospital, "standby.log", "standing by")
         for site in SHARES:
             hospital.start(site)
         hospital.wait_for_steps(40)

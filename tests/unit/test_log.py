@@ -65,7 +65,7 @@ def test_counts_are_told_now_and_then(lines):
         north = SiteStatus(applied=sent, presence=Presence(beat="ab12"))
         pulse.observe(WorkerStatus(phase=Phase.WORKING, digest="c0ffee", sent=sent, sites={"north": north}))
     assert lines() == [], "thirty seconds are not over"
-    pulse.tell()
+    pulse.log()
     (line,) = lines()
     assert {name: line[name] for name in line.keys() - {"time", "level", "worker", "run"}} == {
         "event": "progress", "sent": 3, "sites": {"north": {"applied": 3}},

@@ -44,7 +44,7 @@ def test_the_ledger_as_a_table(site: Path, capsys: pytest.CaptureFixture[str]) -
 
     assert run(["privacy", str(site)]) == 0
     text = capsys.readouterr().out
-    assert f"2 runs spent epsilon {both.pld:.3g} of a record; policy.toml allows 9.5" in text
+    assert f"2 runs spent epsilon {both.pld:.3g} per record; policy.toml allows 9.5" in text
     assert [line.split()[0] for line in text.splitlines() if line.strip()][2:4] == ["tuning", "main"]
 
 
