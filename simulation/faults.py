@@ -57,7 +57,7 @@ class Faults:
 
 
 class FaultyBroker(Broker):
-    """Broker that another one backs, with faulty links whose dice have this seed.
+    """Broker with faulty links over another broker; `seed` is that of all dice.
 
     Attributes:
         counts: faults so far, over all links: "duplicates", "reordered", "delays", "lost_confirms", "disconnects".
