@@ -77,14 +77,7 @@ class Card(Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """Verified content of a published model file.
-
-    Attributes:
-        path: the file.
-        sha256: hash of the whole file.
-        card: origin of the weights.
-        tensors: the weights by name, on the CPU.
-    """
+    """Verified content of a published model file: hash of the whole file, card, and weights by name on the CPU."""
 
     path: Path
     sha256: str

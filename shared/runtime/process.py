@@ -91,12 +91,7 @@ def prefetch_for(message_bytes: int, queues: int = 1) -> int:
 
 @dataclass(slots=True)
 class StopSignal:
-    """Handler of SIGTERM and Ctrl-C: the first ends a worker after its current step, a second one at once.
-
-    Attributes:
-        requested: whether a signal has come.
-        number: number of the signal; None before it.
-    """
+    """Handler of SIGTERM and Ctrl-C: the first ends a worker after its current step, a second one at once."""
 
     requested: bool = False
     number: int | None = None

@@ -20,11 +20,8 @@ _OTHERS_RIGHTS = 0o077
 def write_atomic(path: Path, content: Content, mode: int = 0o600) -> None:
     """Write or replace a file atomically: readers find the old content or the new one, also after a power cut.
 
-    A process killed meanwhile leaves a draft, `.NAME.XXXXXXXX.draft`, which is never read. `mode` holds
-    regardless of the umask.
-
-    Raises:
-        OSError: it cannot be written; the old content stays.
+    A process killed meanwhile leaves a draft, `.NAME.XXXXXXXX.draft`, which is never read; an OSError leaves the old
+    content. `mode` holds regardless of the umask.
     """
     draft = _draft_of(path)
     write_new(draft, content, mode)
