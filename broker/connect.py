@@ -9,13 +9,7 @@ from nightsplit.shared.transport import Broker
 
 
 def open_broker(address: str, base: Path, max_message_bytes: int, credentials: Credentials = NO_CREDENTIALS) -> Broker:
-    """Return the broker at "amqp://...", "amqps://..." or "embedded:folder".
-
-    Args:
-        address: as in site.toml and server.toml.
-        base: folder that a relative path starts from.
-        max_message_bytes: size of the largest message.
-        credentials: for RabbitMQ.
+    """Return the broker at "amqp://...", "amqps://..." or "embedded:folder", relative to the folder `base`.
 
     Raises:
         ConfigError: 107 unknown scheme, 111 unencrypted connection to another host, 113 unusable file

@@ -8,11 +8,7 @@ from nightsplit.shared.transport import Delivery, Event, Link, Queue
 
 
 class WrappedLink(Link):
-    """Link that forwards every call to another one.
-
-    Args:
-        link: the other one, closed with this one.
-    """
+    """Link that forwards every call to another one, which is closed with it."""
 
     def __init__(self, link: Link) -> None:
         self._link = link

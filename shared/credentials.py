@@ -59,14 +59,7 @@ NO_CREDENTIALS = Credentials()
 
 
 def expect_private(address: str) -> None:
-    """Refuse an unencrypted connection to another machine.
-
-    Args:
-        address: URL of broker or store; may contain several hosts, separated by commas.
-
-    Raises:
-        ConfigError: 111 neither TLS nor an address of this machine.
-    """
+    """Refuse an unencrypted connection to a host of `address` that is not this machine; ConfigError 111."""
     scheme = scheme_of(address)
     if scheme in TLS_SCHEMES:
         return

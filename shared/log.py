@@ -26,6 +26,5 @@ def event(name: str, level: int = logging.INFO, /, **facts: Scalar | None) -> No
         name: one word, from the table in docs/reference/logs_and_metrics.md.
         level: level of `logging`: INFO for normal operation, WARNING if an administrator may have to act,
             ERROR for the end of a worker.
-        facts: details of the event.
     """
     LOG.log(level, name, extra={"facts": facts})

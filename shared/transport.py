@@ -19,6 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
+from nightsplit.shared.errors import BrokerError
+
 
 @dataclass(frozen=True, slots=True)
 class Queue:
@@ -98,6 +100,13 @@ class Unblocked:
 Event = Delivery | Confirmed | Blocked | Unblocked
 
 
+def check_size(queue: Queue, message_id: str, size: int, limit: int) -> None:
+    """Raise BrokerError 203 if a message is too large; a dead letter may be: the broker accepted it before."""
+    if size > limit and queue.dead_key is not None:
+        sentence = f"{message_id} has {size} bytes, the limit is {limit}."
+        raise BrokerError(203, sentence, "lower run.batch_size or choose a smaller codec.")
+
+
 class Link(ABC):
     """Connection of one worker to the broker. Used from one thread; closes as a context manager."""
 
@@ -154,11 +163,6 @@ class Link(ABC):
 
 class Broker(ABC):
     """Broker of durable queues."""
-
-    @property
-    @abstractmethod
-    def max_message_bytes(self) -> int:
-        """Size of the largest body that `Link.publish` accepts."""
 
     @abstractmethod
     def declare(self, queues: Iterable[Queue]) -> None:

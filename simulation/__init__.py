@@ -1,1 +1,1 @@
-"""A whole run in one process: a broker and a run store in memory, seeded faults, a manual clock."""
+"""Simulation of a whole run in one process: a broker and a run store in memory, seeded faults, a manual clock."""

@@ -1,37 +1,35 @@
-"""A broker inside one process, for unit tests. Its queues, dead letters included, can be read."""
+"""Broker in memory, for one process. The content of its queues can be read, dead letters included."""
+
+from __future__ import annotations
 
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from typing_extensions import override
 
 from nightsplit.shared.errors import BrokerError
-from nightsplit.shared.transport import Blocked, Broker, Confirmed, Delivery, Event, Link, Queue, Unblocked
+from nightsplit.shared.transport import Blocked, Broker, Confirmed, Delivery, Event, Link, Queue, Unblocked, check_size
 
 
-class _Stored:
-    """A queue's content: waiting messages, those handed out, and who consumes."""
+@dataclass(eq=False, slots=True)
+class _StoredQueue:
+    """Queue with its content: messages that wait, messages handed out, and the link that consumes them."""
 
-    def __init__(self, queue: Queue) -> None:
-        self.queue = queue
-        self.waiting: deque[Delivery] = deque()
-        self.handed_out: list[Delivery] = []
-        self.consumer: _MemoryLink | None = None
-
-    @property
-    def bytes(self) -> int:
-        return sum(len(delivery.body) for delivery in self.waiting)
+    queue: Queue
+    waiting: deque[Delivery] = field(default_factory=deque)
+    handed_out: list[Delivery] = field(default_factory=list)
+    consumer: _MemoryLink | None = None
 
 
 class MemoryBroker(Broker):
-    """Queues in this process. Messages outlive links, not the process."""
+    """Broker with queues in this process. Messages outlive links, not the process."""
 
-    max_message_bytes = 16 * 2**20
-
-    def __init__(self) -> None:
-        self._queues: dict[str, _Stored] = {}
+    def __init__(self, max_message_bytes: int = 16 * 2**20) -> None:
+        self._max_message_bytes = max_message_bytes
+        self._queues: dict[str, _StoredQueue] = {}
         self._tags = 0
         self._changed = threading.Condition()
 
@@ -39,13 +37,10 @@ class MemoryBroker(Broker):
     def declare(self, queues: Iterable[Queue]) -> None:
         with self._changed:
             for queue in queues:
-                known = self._queues.setdefault(queue.name, _Stored(queue))
+                known = self._queues.setdefault(queue.name, _StoredQueue(queue))
                 if known.queue != queue:
-                    raise BrokerError(
-                        204,
-                        f"queue {queue.name} exists with {known.queue}, asked for {queue}.",
-                        "use the run's original limits, or another run id.",
-                    )
+                    sentence = f"queue {queue.name} exists with {known.queue}, and this run needs {queue}."
+                    raise BrokerError(204, sentence, "use the run's original limits, or another run id.")
 
     @override
     def link(self, consume: Sequence[Queue], prefetch: int, owner: str) -> Link:
@@ -70,13 +65,10 @@ class MemoryBroker(Broker):
         with self._changed:
             return list(self._stored(queue).waiting)
 
-    def _stored(self, queue: Queue) -> _Stored:
-        try:
-            return self._queues[queue.name]
-        except KeyError:
-            raise BrokerError(
-                205, f"queue {queue.name} does not exist.", "open the run first: nightsplit open."
-            ) from None
+    def _stored(self, queue: Queue) -> _StoredQueue:
+        if queue.name not in self._queues:
+            raise BrokerError(205, f"queue {queue.name} does not exist.", "open the run first: nightsplit open.")
+        return self._queues[queue.name]
 
 
 class _MemoryLink(Link):
@@ -86,19 +78,14 @@ class _MemoryLink(Link):
         self._prefetch = prefetch
         self._events: deque[Event] = deque()
         self._outbox: deque[tuple[Queue, Delivery]] = deque()
-        self._troubled = False
+        self._is_blocked = False
 
     @override
     def publish(
         self, queue: Queue, message_id: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str] = {}
     ) -> None:
         message = Delivery(queue.name, message_id, b"".join(body), dict(headers))
-        if len(message.body) > self._broker.max_message_bytes and queue.dead_key is not None:
-            raise BrokerError(
-                203,
-                f"{message_id} has {len(message.body)} bytes, the limit is {self._broker.max_message_bytes}.",
-                "lower run.batch_size or choose a smaller codec.",
-            )
+        check_size(queue, message_id, len(message.body), self._broker._max_message_bytes)
         with self._broker._changed:
             self._broker._stored(queue)
             self._outbox.append((queue, message))
@@ -154,44 +141,32 @@ class _MemoryLink(Link):
             self._broker._changed.notify_all()
 
     def _offer(self) -> None:
-        """Store what the queues have room for, oldest first; a full queue holds up the rest."""
+        """Store the messages that their queues have room for, oldest first; a full queue delays those after it."""
         while self._outbox:
             queue, message = self._outbox[0]
             stored = self._broker._stored(queue)
-            if queue.limit_bytes is not None and stored.bytes + len(message.body) > queue.limit_bytes:
-                if not self._troubled:
+            limit = queue.limit_bytes
+            if limit is not None and sum(len(delivery.body) for delivery in (*stored.waiting, message)) > limit:
+                if not self._is_blocked:
                     self._events.append(Blocked(f"queue {queue.name} is full"))
-                self._troubled = True
+                self._is_blocked = True
                 return
             self._outbox.popleft()
             self._broker._tags += 1
-            stored.waiting.append(
-                Delivery(message.queue, message.message_id, message.body, message.headers, tag=self._broker._tags)
-            )
+            stored.waiting.append(replace(message, tag=self._broker._tags))
             self._events.append(Confirmed(message.message_id))
-            if self._troubled:
+            if self._is_blocked:
                 self._events.append(Unblocked())
-            self._troubled = False
+            self._is_blocked = False
             self._broker._changed.notify_all()
 
     def _take(self) -> None:
-        """Receive from queues that nobody else consumes, up to the prefetch of each."""
+        """Receive from queues that no other link consumes, up to the prefetch of each."""
         for queue in self._consume:
             stored = self._broker._stored(queue)
             if stored.consumer is None:
                 stored.consumer = self
             while stored.consumer is self and stored.waiting and len(stored.handed_out) < self._prefetch:
                 delivery = stored.waiting.popleft()
-                stored.handed_out.append(
-                    Delivery(delivery.queue, delivery.message_id, delivery.body, delivery.headers, True, delivery.tag)
-                )
-                self._events.append(
-                    Delivery(
-                        delivery.queue,
-                        delivery.message_id,
-                        delivery.body,
-                        delivery.headers,
-                        delivery.redelivered,
-                        delivery.tag,
-                    )
-                )
+                stored.handed_out.append(replace(delivery, redelivered=True))
+                self._events.append(delivery)

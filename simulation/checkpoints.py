@@ -1,4 +1,4 @@
-"""Checkpoints in memory: they outlive a worker, not the process."""
+"""Checkpoints in memory, which outlive a worker, not the process."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from nightsplit.shared.storage.checkpoint import Checkpoints, Pointer, Snapshot
 
 
 class MemoryCheckpoints(Checkpoints):
-    """The checkpoints of one worker in a dictionary. Nothing can damage them, so nothing is hashed."""
+    """Checkpoints of one worker in a dictionary. Nothing can damage them, so nothing is hashed."""
 
     def __init__(self) -> None:
         super().__init__(Path("memory"))
@@ -30,7 +30,6 @@ class MemoryCheckpoints(Checkpoints):
 
     @override
     def load(self, pointer: Pointer | None = None) -> tuple[Pointer, Snapshot, list[str]] | None:
-        """See `Checkpoints`; what is loaded belongs to the caller."""
         numbers = (pointer.fence, pointer.counter) if pointer is not None else max(self._kept, default=None)
         if numbers is None:
             return None

@@ -1,4 +1,4 @@
-"""A clock that a test or a simulation moves by hand."""
+"""Clock that a test or a simulation moves by hand."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -8,7 +8,7 @@ from nightsplit.shared.clock import Clock
 
 
 class ManualClock(Clock):
-    """A clock that moves only when told to, or when somebody sleeps."""
+    """Clock that moves only by `advance` and `sleep`."""
 
     def __init__(self, start: datetime) -> None:
         self._now = start.astimezone(UTC)

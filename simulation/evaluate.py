@@ -1,4 +1,4 @@
-"""Figures of a model on every site's test patients."""
+"""Evaluation of a model on the test patients of all sites."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ class ModelFigures:
     """Figures on held-out test patients.
 
     Attributes:
-        sites: of each site's patients.
-        overall: mean over sites, weighted by samples, as reports give it.
-        pooled: of all patients as one group.
+        sites: figures of each site's patients.
+        overall: mean over sites, weighted by samples, as in reports.
+        pooled: figures of all patients as one group.
     """
 
     sites: Mapping[str, Metrics]
@@ -26,15 +26,14 @@ class ModelFigures:
     pooled: Metrics
 
 
-def judge(
+def evaluate(
     config: RunConfig, splits: Mapping[str, Splits], predict: Callable[[str, torch.Tensor], torch.Tensor]
 ) -> ModelFigures:
     """Evaluate a model on every site's test patients.
 
     Args:
-        config: the run.
         splits: scaled data by site.
-        predict: from a site's name and inputs (batch, ...) to outputs (batch, outputs).
+        predict: returns the outputs (batch, outputs) for a site's name and inputs (batch, ...).
     """
     outputs = {site: predict(site, part.test.inputs) for site, part in splits.items()}
     targets = {site: standardise(config.task, config.data, part.test.targets) for site, part in splits.items()}
@@ -42,6 +41,6 @@ def judge(
         site: measure(config.task, config.data, outputs[site], targets[site], part.test.patients)
         for site, part in splits.items()
     }
-    everyone = [f"{site}/{patient}" for site, part in splits.items() for patient in part.test.patients]
-    pooled = measure(config.task, config.data, torch.cat([*outputs.values()]), torch.cat([*targets.values()]), everyone)
+    patients = [f"{site}/{patient}" for site, part in splits.items() for patient in part.test.patients]
+    pooled = measure(config.task, config.data, torch.cat([*outputs.values()]), torch.cat([*targets.values()]), patients)
     return ModelFigures(sites, overall(list(sites.values())), pooled)

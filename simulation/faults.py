@@ -1,22 +1,21 @@
-"""A bad line to any broker, by seed: what the contract of `Link` allows, and a good line hardly ever shows.
+"""Bad connections to any broker, by seed: they do all that the contract of `Link` allows and good ones hardly ever do.
 
     worker ──publish──────▶ ┌ FaultyLink ─┐ ──▶ stored once, twice or three times      duplicate
-           ◀─Confirmed───── │ outbox      │ ◀─✗ stored, and the worker never hears it  lose_confirm
+           ◀─Confirmed───── │ outbox      │ ◀─✗ stored, and its confirm is lost        lose_confirm
            ◀─Delivery────── │ arrived ⤨   │ ◀── overtaken by later ones                reorder
            ◀─None────────── │ silence     │ ◀── nothing for a while                    delay
            ◀─Blocked─────── │             │ ✗   closed and opened anew                 disconnect
            ◀─Unblocked───── └─────────────┘
 
-A duplicate is a message of its own at the broker, with its own tag: to acknowledge one copy says
-nothing about another. That is also how duplicates come about: a confirm is lost, the connection
-breaks for the same reason, and the link publishes on the next connection what it has no confirm
-for. So a lost confirm is made good here, at the latest when the line has been idle for some turns.
+A duplicate is a separate message at the broker, with its own tag: acknowledging one copy leaves the
+other. Duplicates also arise when a confirm is lost: the connection then breaks, at the latest after
+some idle turns, and the link publishes all unconfirmed messages again on the next one.
 
-A lost connection takes with it what has arrived and was not handed out. Whatever the worker has
-and did not acknowledge comes again; its earlier tags are void, and acknowledging them does nothing.
+Events that have arrived and were not handed out are lost with their connection. Unacknowledged
+deliveries come again; their earlier tags are void, and acknowledging them does nothing.
 
 Time is counted in turns, the calls of `receive`, never in seconds. Over a broker in the same
-thread, all faults of a link follow from the seed, its owner and how many links it opened before.
+thread, all faults of a link follow from the seed, its owner and the number of its earlier links.
 """
 
 import random
@@ -31,23 +30,23 @@ from typing_extensions import override
 from nightsplit.broker.proxy import WrappedLink
 from nightsplit.shared.transport import Blocked, Broker, Confirmed, Delivery, Event, Link, Queue, Unblocked
 
-MOST_COPIES = 3
-"""Of a message that is duplicated, at one publishing."""
+COPIES_MAX = 3
+"""Copies of a duplicated message at one publishing."""
 
-LONGEST_TURNS = 20
-"""How long a line is silent, and how long it idles with a lost confirm, at most."""
+TURNS_MAX = 20
+"""Longest silence, and longest idle time after a lost confirm, in turns."""
 
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """How bad a line is; by default it is good. All but `reorder` are probabilities.
+    """Faults of a connection, none by default. All but `reorder` are probabilities.
 
     Attributes:
-        duplicate: that a message is stored more than once, per publishing.
-        reorder: by how many later events one may be overtaken.
-        delay: that the line falls silent, per event.
-        lose_confirm: that a message is stored and its confirm lost, per publishing.
-        disconnect: that the connection is lost, per event.
+        duplicate: probability per publishing that a message is stored more than once.
+        reorder: number of later events that may overtake an event.
+        delay: probability per event of a silence.
+        lose_confirm: probability per publishing that a message is stored and its confirm lost.
+        disconnect: probability per event that the connection is lost.
     """
 
     duplicate: float = 0.0
@@ -58,16 +57,10 @@ class Faults:
 
 
 class FaultyBroker(Broker):
-    """Another broker at the end of bad lines. Its queues are as they are; only links are faulty.
-
-    Args:
-        broker: the real one.
-        faults: of every link.
-        seed: of all dice.
+    """Broker with faulty links over another broker; `seed` is that of all dice.
 
     Attributes:
-        counts: faults that happened, over all links: "duplicates", "reordered", "delays",
-            "lost_confirms", "disconnects".
+        counts: faults so far, over all links: "duplicates", "reordered", "delays", "lost_confirms", "disconnects".
     """
 
     def __init__(self, broker: Broker, faults: Faults, seed: int) -> None:
@@ -76,11 +69,6 @@ class FaultyBroker(Broker):
         self._faults = faults
         self._seed = seed
         self._links: Counter[str] = Counter()
-
-    @property
-    @override
-    def max_message_bytes(self) -> int:
-        return self._broker.max_message_bytes
 
     @override
     def declare(self, queues: Iterable[Queue]) -> None:
@@ -104,7 +92,7 @@ class FaultyBroker(Broker):
 
 @dataclass(eq=False, slots=True)
 class _Sent:
-    """A message whose confirm the worker has not seen, and how many of its copies have none."""
+    """Message that the worker holds as unconfirmed, and the number of its copies without a confirm."""
 
     queue: Queue
     message_id: str
@@ -114,15 +102,7 @@ class _Sent:
 
 
 class FaultyLink(WrappedLink):
-    """A link over one connection after another.
-
-    Args:
-        connect: opens a link of the real broker with a prefetch.
-        prefetch: of the first one.
-        faults: how bad the line is.
-        dice: decide what happens.
-        counts: of the faults that happened; the caller's.
-    """
+    """Link over one connection after another, which `connect` opens with a prefetch; adds its faults to `counts`."""
 
     def __init__(
         self, connect: Callable[[int], Link], prefetch: int, faults: Faults, dice: random.Random, counts: Counter[str]
@@ -136,14 +116,14 @@ class FaultyLink(WrappedLink):
         """Number of the connection; part of every tag."""
         self._outbox: list[_Sent] = []
         self._arrived: list[tuple[float, int, Event, _Sent | None]] = []
-        """A heap by place in line: the number of the arrival, put back by up to the window."""
+        """Heap by place: the number of the arrival, put back by up to `reorder`."""
         self._arrivals = 0
         self._silence = 0
         """Turns in which nothing arrives."""
-        self._troubled = False
-        """The worker was told of a lost connection, and not yet that there is another."""
+        self._is_blocked = False
+        """True between `Blocked` and `Unblocked`."""
         self._patience = 0
-        """Idle turns until a line that lost a confirm breaks; 0 when it lost none."""
+        """Idle turns until a connection that lost a confirm breaks; 0 if it lost none."""
 
     @override
     def publish(
@@ -155,12 +135,12 @@ class FaultyLink(WrappedLink):
 
     @override
     def receive(self, timeout: float) -> Event | None:
-        """See `Link`. Returns early while the line is silent, or about to break."""
+        # Returns early in a silence, and before a break.
         if self._silence:
             self._silence -= 1
             return None
-        if self._troubled:
-            self._troubled = False
+        if self._is_blocked:
+            self._is_blocked = False
             return Unblocked()
         self._take_in(timeout)
         if not self._arrived:
@@ -189,18 +169,18 @@ class FaultyLink(WrappedLink):
         return self._dice.random() < probability
 
     def _some_turns(self) -> int:
-        return self._dice.randint(1, LONGEST_TURNS)
+        return self._dice.randint(1, TURNS_MAX)
 
     def _offer(self, sent: _Sent) -> None:
         """Publish a message, or several copies of it."""
-        copies = self._dice.randint(2, MOST_COPIES) if self._strikes(self._faults.duplicate) else 1
+        copies = self._dice.randint(2, COPIES_MAX) if self._strikes(self._faults.duplicate) else 1
         for _ in range(copies):
             self._link.publish(sent.queue, sent.message_id, sent.body, sent.headers)
         sent.open_copies = copies
         self._counts["duplicates"] += copies - 1
 
     def _take_in(self, timeout: float) -> None:
-        """Let arrive what the broker has, as far as the window reaches; wait only when nothing is here."""
+        """Fetch events until there are enough to reorder; wait only if there are none."""
         while len(self._arrived) <= self._faults.reorder:
             event = self._link.receive(0.0 if self._arrived or self._patience else timeout)
             if event is None:
@@ -208,7 +188,7 @@ class FaultyLink(WrappedLink):
             self._arrive(event)
 
     def _arrive(self, event: Event) -> None:
-        """Find an event's place in line, if it gets one."""
+        """Give an event its place, unless it is lost."""
         put_back = self._dice.uniform(0, self._faults.reorder)
         sent = None
         match event:
@@ -236,7 +216,7 @@ class FaultyLink(WrappedLink):
         return event
 
     def _idle(self) -> Event | None:
-        """Nothing arrives: a lost confirm is noticed at last."""
+        """Count an idle turn; the last one after a lost confirm breaks the connection."""
         if self._patience:
             self._patience -= 1
             if not self._patience:
@@ -244,7 +224,7 @@ class FaultyLink(WrappedLink):
         return None
 
     def _reconnect(self) -> Blocked:
-        """Lose the connection, and open another."""
+        """Replace the connection by a new one."""
         self._counts["disconnects"] += 1
         self._link.close()
         self._arrived.clear()
@@ -254,5 +234,5 @@ class FaultyLink(WrappedLink):
         for sent in self._outbox:
             self._offer(sent)
         self._silence = self._some_turns()
-        self._troubled = True
+        self._is_blocked = True
         return Blocked("the connection was lost")

@@ -1,11 +1,11 @@
-"""A whole run in one process: the real roles, engines and wire format, any broker, a clock that is moved by hand.
+"""Whole run in one process: the real roles, engines and wire format, any broker, a clock that is moved by hand.
 
-    config, splits ──▶ Simulation ──run()──▶ fingerprint(), judgement()
-                         │ step(worker), kill(worker), restart(worker): whoever wants to decide what happens when
+    config, splits ──▶ Simulation ──run()──▶ fingerprint(), evaluate()
+                         │ step(worker), kill(worker), restart(worker) for full control
 
-A worker can be thrown away between any two steps, as SIGKILL would do it; what its process would leave behind stays:
-checkpoints (in memory, if not on disk), messages (at the broker), the run store. In strict order the result is that of
-a run with real processes and real nights, to the bit. Seeded faults are a matter of the broker (`FaultyBroker`).
+A worker can be killed between any two steps, as by SIGKILL. All that a process would leave behind stays: checkpoints
+(in memory or on disk), messages at the broker, the run store. In strict order the result is bit-identical to that of a
+run with real processes and real nights. Seeded faults are the broker's (`FaultyBroker`).
 """
 
 import hashlib
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from torch import nn
 from torch.func import functional_call
 from typing_extensions import override
 
@@ -40,7 +39,7 @@ from nightsplit.shared.wire.message import SERVER
 from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.simulation.checkpoints import MemoryCheckpoints
 from nightsplit.simulation.clock import ManualClock
-from nightsplit.simulation.evaluate import ModelFigures, judge
+from nightsplit.simulation.evaluate import ModelFigures, evaluate
 from nightsplit.simulation.scheduler import Scheduler
 from nightsplit.simulation.store import MemoryStore
 from nightsplit.site_worker.data.dataset import Splits
@@ -51,53 +50,39 @@ from nightsplit.site_worker.rounds.role import RoundSite
 from nightsplit.site_worker.stream.role import StreamSite
 
 PREFETCH = 512
-"""A checkpoint follows every quarter of it. Fewer would cost memory: what none contains is kept."""
+"""Deliveries per queue; a checkpoint follows every quarter of them."""
 START = datetime(2026, 3, 1, 22, tzinfo=UTC)
 
 
 class Simulation:
-    """A run whose workers are all here.
+    """Run with all its workers in this process.
 
     Args:
-        config: the run.
         splits: scaled data by site.
-        folder: for what workers keep on disk: released activations, ledgers, and checkpoints if they are not in memory.
-        base: folder of run.toml, where `model.initial` is.
-        broker: in memory, if not another one.
-        prefetch: of every link.
-        clock: moves by hand, if it is not the machine's.
-        workers: those that take part here, if not all of them.
-        device: where all compute.
-        on_disk: whether checkpoints are.
+        folder: folder of the workers' files: released activations, ledgers, and checkpoints if they are on disk.
+        base: folder of run.toml and of `model.initial`.
+        broker: the broker; by default one in memory.
+        clock: the clock; by default one that is moved by hand.
+        workers: workers in this simulation; by default all.
+        on_disk: whether checkpoints are on disk.
 
     Attributes:
-        roles: of every worker that was ever started, as it is or was at the end.
-        engines, links: of the workers that are at work.
-        finished: workers that came to the end of the run.
-        lines: metrics, of all workers.
-        decide: says what is written into the order journal when nothing can be applied.
-        ledgers: folder of what private runs have spent.
+        roles: roles of all workers that were ever started, in their last state.
+        engines, links: engines and links of the workers at work.
+        finished: workers that have finished the run.
+        lines: metrics of all workers.
+        decide: as in `DeliveryOrder`.
+        ledgers: folder of the privacy ledgers.
         interval_seconds: longest time between checkpoints, on the simulation's clock.
     """
 
     def __init__(  # noqa: PLR0913  (tests name the few that they need)
-        self,
-        config: RunConfig,
-        splits: Mapping[str, Splits],
-        folder: Path,
-        base: Path = Path(),
-        broker: Broker | None = None,
-        prefetch: int = PREFETCH,
-        clock: Clock | None = None,
-        workers: Sequence[str] = (),
-        device: str = "cpu",
-        on_disk: bool = False,
-    ) -> None:
+        self, config: RunConfig, splits: Mapping[str, Splits], folder: Path, base: Path = Path(),
+        broker: Broker | None = None, prefetch: int = PREFETCH, clock: Clock | None = None,
+        workers: Sequence[str] = (), device: str = "cpu", on_disk: bool = False,
+    ) -> None:  # fmt: skip
         self.config, self.splits, self.folder, self.base = config, splits, folder, base
-        if broker is None:
-            broker = MemoryBroker()
-            broker.max_message_bytes = config.wire.message_bytes
-        self.broker = broker
+        self.broker = broker or MemoryBroker(config.wire.message_bytes)
         self.clock = clock or ManualClock(START)
         self.workers = workers or (SERVER, *config.run.sites)
         self.store = MemoryStore()
@@ -121,16 +106,14 @@ class Simulation:
         self._readers = {queues.up.name: SERVER for queues in self.queues.values()}
         self._readers |= {queues.down.name: site for site, queues in self.queues.items()}
 
-    # -- what happens ----------------------------------------------------------------------------
-
     def start(self, worker: str) -> Engine:
-        """Start a worker as a new process would: from its newest checkpoint."""
+        """Start a worker from its newest checkpoint, as a new process would."""
         engine = self._recovered(worker)
         engine.start()
         return engine
 
     def step(self, worker: str) -> bool:
-        """Let a worker take one turn of its loop, and leave at the end; returns whether there was anything to do."""
+        """Run one turn of a worker's loop, and end it if it has finished; return whether it had work."""
         engine = self.engines[worker]
         worked = engine.step(0.0)
         if engine.finished:
@@ -140,7 +123,7 @@ class Simulation:
         return worked
 
     def kill(self, worker: str) -> None:
-        """Take a worker away without a word, as SIGKILL would: only its link ends."""
+        """Remove a worker as SIGKILL would: only its link ends."""
         self.links.pop(worker).close()
         del self.engines[worker]
 
@@ -150,7 +133,7 @@ class Simulation:
         return self.start(worker)
 
     def run(self, until: Callable[[str], bool] = lambda worker: False) -> Self:
-        """Let all workers take turns, each to the end of the run, or until this holds of it."""
+        """Run all workers by turns, each until it has finished or `until` holds for it."""
         for worker in self.workers:
             if worker not in self.engines and worker not in self.finished:
                 self.start(worker)
@@ -162,7 +145,7 @@ class Simulation:
         return self
 
     def work(self, worker: str, idle_seconds: float = 0.3) -> bool:
-        """Let one worker, alone, work until it has nothing left to do; returns whether it has finished."""
+        """Run one worker alone until it has no work for `idle_seconds`; return whether it has finished."""
         finished = self._recovered(worker).run(lambda: False, idle_seconds)
         self.kill(worker)
         if finished:
@@ -185,7 +168,7 @@ class Simulation:
             routes = {SERVER: Route(queues.up, queues.down, queues.dead)}
             spend = role.account.pay if role.account else forbid_spending
         consume = [route.incoming for route in routes.values()]
-        link = _Ringing(self.broker.link(consume, self._prefetch, worker), self._ring)
+        link = _NotifyingLink(self.broker.link(consume, self._prefetch, worker), self._wake_reader)
         mailbox = Mailbox(config.run.id, worker, link, routes, role.payload, config.wire.message_bytes)
         checkpoints, decide = self.checkpoints[worker], lambda: self.decide()
         engine = Engine(role, mailbox, checkpoints, authority, self.lines.append, spend, decide)
@@ -194,12 +177,10 @@ class Simulation:
         self.links[worker], self.roles[worker], self.engines[worker] = link, role, engine
         return engine
 
-    def _ring(self, queue: Queue) -> None:
-        """Wake the worker that a message is for."""
+    def _wake_reader(self, queue: Queue) -> None:
+        """Wake the worker that reads `queue`."""
         if queue.name in self._readers:
             self._scheduler.wake(self._readers[queue.name])
-
-    # -- what came of it ---------------------------------------------------------------------------
 
     @property
     def server(self) -> AnyServer:
@@ -221,7 +202,7 @@ class Simulation:
         return entries
 
     def fingerprint(self, *excluded: str) -> str:
-        """sha256 of all final weights, but for those of sites that left: what is trained, and the best of it."""
+        """Return the SHA-256 of all final and best weights, without those of `excluded` sites."""
         digest = hashlib.sha256()
         for worker in self.workers:
             for state in [] if worker in excluded else _states(self.roles[worker]):
@@ -229,51 +210,47 @@ class Simulation:
                     digest.update(key.encode() + state[key].cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def judgement(self, splits: Mapping[str, Splits] | None = None) -> ModelFigures:
-        """Evaluate the best model, each site with its own part of it, on test patients.
-
-        Args:
-            splits: the data by site, if not that of the run.
-        """
+    def evaluate(self, splits: Mapping[str, Splits] | None = None) -> ModelFigures:
+        """Evaluate the best model, with each site's own part, on the test patients of `splits` or of the run."""
         modules = build_model(self.config, self.base).modules
 
         def predict(site: str, inputs: torch.Tensor) -> torch.Tensor:
             role = self.sites.get(site) or next(iter(self.sites.values()))
             weights = role.model()
-            # What does not travel (statistics that stay local) is the site's own.
+            # Weights that are not sent (local statistics) are the site's own.
             part = spec_of(self.config).names.weights
             weights[part] = {**weights.get(part, {}), **self.server.best_weights}
-            flow = inputs
-            for name, module in modules.items():
-                flow = _forward(module, weights[name], flow)
-            return flow
+            with torch.no_grad():
+                for name, module in modules.items():
+                    inputs = functional_call(module.eval(), dict(weights[name]), inputs)
+            return inputs
 
-        return judge(self.config, splits or self.splits, predict)
+        return evaluate(self.config, splits or self.splits, predict)
 
 
 def simulate(config: RunConfig, splits: Mapping[str, Splits], base: Path = Path()) -> Simulation:
-    """Train until the run is over; arguments as of `Simulation`."""
+    """Run a simulation to its end; arguments as of `Simulation`."""
     with tempfile.TemporaryDirectory(prefix="nightsplit-") as folder:
         return Simulation(config, splits, Path(folder), base).run()
 
 
-class _Ringing(WrappedLink):
-    """A link that tells for which queue a message was published."""
+class _NotifyingLink(WrappedLink):
+    """Link that reports the queue of every published message."""
 
-    def __init__(self, link: Link, ring: Callable[[Queue], None]) -> None:
+    def __init__(self, link: Link, notify: Callable[[Queue], None]) -> None:
         super().__init__(link)
-        self._ring = ring
+        self._notify = notify
 
     @override
     def publish(
         self, queue: Queue, message_id: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str] = {}
     ) -> None:
         super().publish(queue, message_id, body, headers)
-        self._ring(queue)
+        self._notify(queue)
 
 
 def _states(role: SiteRole | AnyServer) -> list[Mapping[str, torch.Tensor]]:
-    """Weights that a worker ends with."""
+    """Return the final and best weights of a worker."""
     match role:
         case ServerRole():
             return [role.weights(), role.best_weights]
@@ -281,10 +258,4 @@ def _states(role: SiteRole | AnyServer) -> list[Mapping[str, torch.Tensor]]:
             return [role.trainer.weights(), *role.model().values()]
         case StreamSite():
             return [role.bottom.module.state_dict(), role.final_bottom()]
-    return [*role.model().values()]  # what it judged last is no result
-
-
-def _forward(module: nn.Module, weights: Mapping[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
-    """Return the outputs in evaluation mode, with these weights in place of the module's own."""
-    with torch.no_grad():
-        return functional_call(module.eval(), dict(weights), inputs)  # type: ignore[no-any-return]
+    return [*role.model().values()]  # the weights that it evaluated last are no result

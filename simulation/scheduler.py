@@ -1,8 +1,8 @@
-"""Whose turn it is: a heap of the turns to come, by round and place.
+"""Order of the workers' turns: a heap of the next turns, by round and place.
 
-A worker that had something to do takes a step every round. One that had nothing to do rests, for longer each time,
-until there is something again or a message comes for it. So the next turn costs the logarithm of the number of
-workers, and those that wait cost nothing. Work takes no time on the clock; a round in which everybody rests does.
+A worker that had work takes a step every round. One without work rests, longer each time, until it has work again or a
+message arrives for it. So finding the next turn costs the logarithm of the number of workers, and resting workers cost
+nothing. Work takes no time on the clock; a round in which all workers rest does.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,13 +14,12 @@ from typing_extensions import override
 from nightsplit.shared.clock import Clock
 
 ROUND_SECONDS = 0.001
-LONGEST_REST = 1024
-"""Rounds."""
+REST_ROUNDS_MAX = 1024
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class Turn:
-    """A worker's next step."""
+    """Turn of a worker."""
 
     round: int
     place: int
@@ -28,18 +27,18 @@ class Turn:
 
 
 class Scheduler(Iterator[str]):
-    """Names the worker whose turn it is, until none has a turn to come.
+    """Iterator over the worker of each turn, until no worker has another one.
 
     Args:
-        clock: sleeps while everybody rests.
-        workers: in the order of their places; each has a turn in the first round.
+        clock: sleeps while all workers rest.
+        workers: workers in the order of their places; each has a turn in the first round.
     """
 
     def __init__(self, clock: Clock, workers: Iterable[str]) -> None:
         self._clock = clock
         self._heap = [Turn(0, place, worker) for place, worker in enumerate(workers)]
         self._next = {turn.worker: turn for turn in self._heap}
-        """The one turn of each worker that counts; another one in the heap is void."""
+        """The valid turn of each worker; any other in the heap is void."""
         self._rest = dict.fromkeys(self._next, 1)
         self._now = Turn(0, -1, "")
 
@@ -56,14 +55,14 @@ class Scheduler(Iterator[str]):
         raise StopIteration
 
     def again(self, worked: bool) -> None:
-        """Give the worker whose turn it is another one: in the next round, or after a rest if it had nothing to do."""
+        """Give the present worker another turn: in the next round, or after a rest if it had no work."""
         worker = self._now.worker
         rest = 1 if worked else self._rest[worker]
-        self._rest[worker] = 1 if worked else min(2 * rest, LONGEST_REST)
+        self._rest[worker] = 1 if worked else min(2 * rest, REST_ROUNDS_MAX)
         self._plan(worker, self._now.place, self._now.round + rest)
 
     def wake(self, worker: str) -> None:
-        """End a worker's rest: its turn comes when its place does."""
+        """End a worker's rest: its next turn is the next one of its place."""
         if (turn := self._next.get(worker)) is None:
             return
         self._rest[worker] = 1

@@ -1,4 +1,4 @@
-"""The run store inside one process, for unit tests: workers in one process share the object."""
+"""Run store in memory, for workers that share one process."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from nightsplit.shared.storage.checkpoint import Pointer
 
 
 class MemoryStore(RunStore):
-    """A store that outlives its users, not the process."""
+    """Run store that outlives its users, not the process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -88,4 +88,4 @@ class MemoryStore(RunStore):
 
     @override
     def close(self) -> None:
-        """Keep everything: other workers may share the object."""
+        """Do nothing, since other workers may share the object."""

@@ -25,7 +25,7 @@ from nightsplit.shared.config.run import DataSection, RunConfig
 from nightsplit.shared.models.artifact import Artifact, read_artifact
 from nightsplit.shared.protocols.build import build_whole_model
 from nightsplit.shared.protocols.load import load_run
-from nightsplit.simulation.evaluate import judge
+from nightsplit.simulation.evaluate import evaluate
 from nightsplit.simulation.run import simulate
 from nightsplit.site_worker.config import SiteConfig
 from nightsplit.site_worker.data.dataset import Splits
@@ -221,12 +221,12 @@ class Study:
         if job.system == "data_vectors":
             return _vectors(config, splits, base)
         if job.system == "centralized":
-            judgement = centralized(config, splits, base)
+            figures = centralized(config, splits, base)
         elif job.system == "federated":
-            judgement = simulate(config, splits, base).judgement()
+            figures = simulate(config, splits, base).evaluate()
         else:
-            judgement = alone(config, job.system.removesuffix(" alone"), splits, base)
-        return {"auc": _auc(judgement.pooled["auc"])}
+            figures = alone(config, job.system.removesuffix(" alone"), splits, base)
+        return {"auc": _auc(figures.pooled["auc"])}
 
 
 def _vectors(config: RunConfig, splits: Mapping[str, Splits], base: Path) -> dict[str, float]:
@@ -238,7 +238,7 @@ def _vectors(config: RunConfig, splits: Mapping[str, Splits], base: Path) -> dic
 
     def auc(added: torch.Tensor) -> float:
         trainer.load(server.layout.weights(server.published + added))
-        return _auc(judge(config, splits, lambda site, inputs: trainer.predict(inputs)).pooled["auc"])
+        return _auc(evaluate(config, splits, lambda site, inputs: trainer.predict(inputs)).pooled["auc"])
 
     generator = torch.Generator().manual_seed(config.run.seed)
     taus = [server.vectors[site] for site in SITES]

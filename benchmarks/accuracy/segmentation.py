@@ -45,7 +45,7 @@ from nightsplit.shared.errors import NightsplitError
 from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.models.segmentation import unet
 from nightsplit.shared.runtime.process import prepare_torch
-from nightsplit.simulation.evaluate import ModelFigures, judge
+from nightsplit.simulation.evaluate import ModelFigures, evaluate
 from nightsplit.simulation.run import simulate
 from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.dataset import Dataset, Splits
@@ -206,24 +206,24 @@ def carry_out(row: Row, seed: int, splits: Mapping[str, Splits], public: Dataset
     began = time.process_time()
     if row.trained == "sites":
         simulation = simulate(config, splits)
-        judgement = simulation.judgement()
+        figures = simulation.evaluate()
         seconds = time.process_time() - began
         evaluation = simulation.server.evaluation
         validation = (evaluation.entry(evaluation.best) or {})["overall"]["validation"]["dice"]
         privacy = {} if row.epsilon is None else {site: spent(config, part.train) for site, part in splits.items()}
-        return _result(judgement, validation, seconds, privacy), dict(simulation.server.best_weights)
+        return _result(figures, validation, seconds, privacy), dict(simulation.server.best_weights)
     if row.trained == "pooled sites":
-        judgement = centralized(config, splits)
+        figures = centralized(config, splits)
     else:
         nobody = public.select([])
         lent = {site: Splits(public, nobody, part.test) for site, part in splits.items()}
-        judgement = alone(config, SITES[0], lent)
-    return _result(judgement, None, time.process_time() - began, {}), {}
+        figures = alone(config, SITES[0], lent)
+    return _result(figures, None, time.process_time() - began, {}), {}
 
 
-def _result(judgement: ModelFigures, validation: float | None, seconds: float, privacy: dict[str, Privacy]) -> Result:
-    sites = {site: metrics["dice"] or 0.0 for site, metrics in judgement.sites.items()}
-    return Result(validation, judgement.pooled["dice"] or 0.0, sites, seconds, privacy)
+def _result(figures: ModelFigures, validation: float | None, seconds: float, privacy: dict[str, Privacy]) -> Result:
+    sites = {site: metrics["dice"] or 0.0 for site, metrics in figures.sites.items()}
+    return Result(validation, figures.pooled["dice"] or 0.0, sites, seconds, privacy)
 
 
 def spent(config: RunConfig, train: Dataset) -> Privacy:
@@ -256,7 +256,7 @@ def mean_mask(splits: Mapping[str, Splits]) -> ModelFigures:
         return statistics.mean(value or 0.0 for value in dice)
 
     best = max((step / 40 for step in range(1, 24)), key=on_validation)
-    return judge(config, splits, lambda site, inputs: logits(len(inputs), best))
+    return evaluate(config, splits, lambda site, inputs: logits(len(inputs), best))
 
 
 def step_ratio(steps: int, batch: int) -> str:

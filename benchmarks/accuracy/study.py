@@ -124,8 +124,8 @@ def carry_out(job: Job) -> dict[str, Metrics]:
         epochs = max(1, config.run.epochs // 5)
         run = replace(config.run, epochs=epochs, evaluate_every=min(epochs, config.run.evaluate_every))
         config = replace(config, run=run)
-    judgement = systems(config.run.sites)[job.system](config, splits)
-    return {**judgement.sites, "all": judgement.overall, "pooled": judgement.pooled}
+    figures = systems(config.run.sites)[job.system](config, splits)
+    return {**figures.sites, "all": figures.overall, "pooled": figures.pooled}
 
 
 def _alone(site: str, config: RunConfig, splits: Mapping[str, Splits]) -> ModelFigures:
@@ -149,7 +149,7 @@ def _split(
         bottoms=bottoms,
         average_every=4,
     )
-    return simulate(replace(config, run=run), splits).judgement()
+    return simulate(replace(config, run=run), splits).evaluate()
 
 
 @lru_cache(maxsize=2)

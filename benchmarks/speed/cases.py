@@ -18,7 +18,7 @@ from nightsplit.shared.config.run import (
     TaskSection,
     WireSection,
 )
-from nightsplit.shared.models.partition import ModelParts, build, output_shapes
+from nightsplit.shared.models.partition import ModelParts, build, flow_shapes
 from nightsplit.shared.protocols import split_labels
 from nightsplit.shared.protocols.spec import Shapes
 from nightsplit.shared.protocols.stream import weights
@@ -122,7 +122,7 @@ class Case:
         """Configuration, model and contract."""
         config = self.config(run)
         parts = build(config.model, config.run.seed, with_head=False)
-        cut, _, _ = output_shapes(parts, self.shape)
+        cut = flow_shapes(parts.modules, self.shape)["bottom"]
         return (
             config,
             parts,

@@ -124,7 +124,7 @@ def auc(codec: FloatCodec, seed: int, epochs: int) -> float:
         )
         for site, source in sources.items()
     }  # fmt: skip
-    found = simulate(config, parts).judgement().pooled["auc"]
+    found = simulate(config, parts).evaluate().pooled["auc"]
     assert found is not None
     return found
 

@@ -33,11 +33,6 @@ class EmbeddedBroker(Broker):
         self._folder = Folder(folder, lease_seconds)
         self._max_message_bytes = max_message_bytes
 
-    @property
-    @override
-    def max_message_bytes(self) -> int:
-        return self._max_message_bytes
-
     @override
     def declare(self, queues: Iterable[Queue]) -> None:
         """Create queues and remove body files left by crashes; BrokerError 201 unusable folder, 204 other settings."""

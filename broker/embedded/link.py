@@ -28,7 +28,7 @@ from typing_extensions import override
 from nightsplit.broker.embedded.storage import Folder, NewRow
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.storage.sqlite import broker_errors, explain, is_locked, transaction
-from nightsplit.shared.transport import Blocked, Confirmed, Delivery, Event, Link, Queue, Unblocked
+from nightsplit.shared.transport import Blocked, Confirmed, Delivery, Event, Link, Queue, Unblocked, check_size
 
 INLINE_BYTES_MAX = 64 * 2**10
 """Size of the largest body kept in its row; a larger one would be written twice, to the log and the table."""
@@ -108,9 +108,7 @@ class EmbeddedLink(Link):
         self, queue: Queue, message_id: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str] = {}
     ) -> None:
         size = sum(memoryview(piece).nbytes for piece in body)
-        if size > self._max_message_bytes and queue.dead_key is not None:
-            sentence = f"{message_id} has {size} bytes, the limit is {self._max_message_bytes}."
-            raise BrokerError(203, sentence, "lower run.batch_size or choose a smaller codec.")
+        check_size(queue, message_id, size, self._max_message_bytes)
         with broker_errors(201, self._folder.path):
             self._folder.require(self._rows, queue.name)
         with self._changed:
@@ -317,13 +315,10 @@ class EmbeddedLink(Link):
     def _report(self, reason: str | None) -> None:
         """Report when the link becomes blocked, for a reason, and when it no longer is."""
         with self._changed:
-            if reason is not None and not self._is_blocked:
-                self._events.append(Blocked(reason))
+            if self._is_blocked is (reason is None):
+                self._is_blocked = reason is not None
+                self._events.append(Unblocked() if reason is None else Blocked(reason))
                 self._changed.notify_all()
-            if reason is None and self._is_blocked:
-                self._events.append(Unblocked())
-                self._changed.notify_all()
-            self._is_blocked = reason is not None
 
     def _fail(self, error: BrokerError) -> None:
         with self._changed:

@@ -9,7 +9,7 @@ import pika
 from pika import exceptions
 
 from nightsplit.broker.rabbitmq.errors import permanent_error, unreachable
-from nightsplit.broker.rabbitmq.outbox import Backoff
+from nightsplit.broker.rabbitmq.outbox import backoff
 from nightsplit.shared.credentials import Credentials
 from nightsplit.shared.errors import BrokerError
 
@@ -64,7 +64,7 @@ def connected(addresses: Sequence[Any], seconds: float) -> Iterator[Any]:
 
 def _connect(addresses: Sequence[Any], seconds: float) -> tuple[Any, Any]:
     """Return the address that answers, and a connection to it."""
-    backoff, deadline = Backoff(), time.monotonic() + seconds
+    pauses, deadline = backoff(), time.monotonic() + seconds
     while True:
         for parameters in addresses:
             try:
@@ -73,6 +73,6 @@ def _connect(addresses: Sequence[Any], seconds: float) -> tuple[Any, Any]:
                 if permanent := permanent_error(error, parameters):
                     raise permanent from None
                 failure = unreachable(error, parameters)
-            time.sleep(next(backoff))
+            time.sleep(next(pauses))
         if time.monotonic() > deadline:
             raise failure

@@ -55,20 +55,12 @@ class RabbitBroker(Broker):
     """
 
     def __init__(
-        self,
-        url: str,
-        max_message_bytes: int = 16 * 2**20,
-        heartbeat: int = HEARTBEAT_S,
+        self, url: str, max_message_bytes: int = 16 * 2**20, heartbeat: int = HEARTBEAT_S,
         credentials: Credentials = NO_CREDENTIALS,
-    ) -> None:
+    ) -> None:  # fmt: skip
         tune_process()
         self._addresses = read_addresses(url, heartbeat, credentials)
         self._max_message_bytes = max_message_bytes
-
-    @property
-    @override
-    def max_message_bytes(self) -> int:
-        return self._max_message_bytes
 
     @override
     def declare(self, queues: Iterable[Queue]) -> None:

@@ -21,7 +21,7 @@ from pika.adapters.utils import io_services_utils
 
 from nightsplit.broker.rabbitmq.errors import connection_lost, permanent_error, unreachable
 from nightsplit.broker.rabbitmq.inbox import Inbox
-from nightsplit.broker.rabbitmq.outbox import Backoff
+from nightsplit.broker.rabbitmq.outbox import backoff
 from nightsplit.shared.errors import BrokerError
 
 __all__ = ["ChannelRefused", "Connection", "IOLoop", "tune_process"]
@@ -76,7 +76,7 @@ class Connection(ABC):
         self._addresses = deque(copy.copy(parameters) for parameters in addresses)
         for parameters in self._addresses:
             parameters.client_properties = {"connection_name": f"nightsplit {owner} {self.role}"}
-        self._backoff = Backoff()
+        self._pauses = backoff()
         self._connection: Any = None
         self._channel: Any = None  # None unless it may be used
         self._retry: Any = None
@@ -168,7 +168,7 @@ class Connection(ABC):
 
     def _on_ready(self) -> None:
         if time.monotonic() - self._missing_at > QUEUE_FOUND_S:  # else it may still be missing
-            self._backoff = Backoff()
+            self._pauses = backoff()
         self.ready.set()
         self._inbox.unblock(self.role)
         if self._is_cluster:
@@ -209,7 +209,7 @@ class Connection(ABC):
             self._inbox.fail(error)
         else:
             self._inbox.block(self.role, connection_lost(reason, self._parameters))
-            self._retry = self._loop.call_later(next(self._backoff), self._connect_to_next)
+            self._retry = self._loop.call_later(next(self._pauses), self._connect_to_next)
         self._on_lost()
 
     def _connect_to_next(self) -> None:

@@ -59,12 +59,8 @@ class Consumer(Connection):
         channel.basic_qos(prefetch_count=self.prefetch)  # applies to every consumer started after it
         starting = {f"{self._owner} {queue.name}" for queue in self.queues}
         for queue in self.queues:
-            channel.basic_consume(
-                queue.name,
-                partial(self._on_delivery, queue.name),
-                consumer_tag=f"{self._owner} {queue.name}",
-                callback=on_consuming,
-            )
+            tag, on_delivery = f"{self._owner} {queue.name}", partial(self._on_delivery, queue.name)
+            channel.basic_consume(queue.name, on_delivery, consumer_tag=tag, callback=on_consuming)
 
     @override
     def _note_traffic(self) -> None:

@@ -14,7 +14,7 @@ from nightsplit.broker.rabbitmq.inbox import Inbox
 from nightsplit.broker.rabbitmq.outbox import OutgoingMessage
 from nightsplit.broker.rabbitmq.publisher import Publisher
 from nightsplit.shared.errors import BrokerError
-from nightsplit.shared.transport import Confirmed, Delivery, Event, Link, Queue
+from nightsplit.shared.transport import Confirmed, Delivery, Event, Link, Queue, check_size
 
 CLOSE_TIMEOUT_S = 1.0
 """Longest time in seconds that a closing link waits for the broker."""
@@ -56,10 +56,7 @@ class RabbitLink(Link):
     ) -> None:
         """Hand a message to the I/O thread; BrokerError 203 too large, or the permanent error of an earlier message."""
         self._inbox.raise_failure()
-        size = sum(memoryview(piece).nbytes for piece in body)
-        if size > self._max_message_bytes and queue.dead_key is not None:
-            sentence = f"{message_id} has {size} bytes, the limit is {self._max_message_bytes}."
-            raise BrokerError(203, sentence, "lower run.batch_size or choose a smaller codec.")
+        check_size(queue, message_id, sum(memoryview(piece).nbytes for piece in body), self._max_message_bytes)
         self._unconfirmed.add(message_id)
         message = OutgoingMessage(queue, message_id, b"".join(body), dict(headers))  # the only copy of the body here
         self._loop.add_callback_threadsafe(partial(self._publisher.publish, message))

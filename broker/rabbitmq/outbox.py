@@ -8,24 +8,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-from typing_extensions import override
-
 from nightsplit.shared.transport import Queue
 
+# Not the module's generator: training seeds that one, and its numbers must not depend on retries.
+_random = random.Random()
 
-class Backoff(Iterator[float]):
-    """Iterator over the seconds before each further attempt: doubling, with a jitter that keeps workers apart."""
 
-    # Not the module's generator: training seeds that one, and its numbers must not depend on retries.
-    _random = random.Random()
-
-    def __init__(self) -> None:
-        self._delay = 0.1
-
-    @override
-    def __next__(self) -> float:
-        delay, self._delay = self._delay, min(2 * self._delay, 10.0)
-        return delay * self._random.uniform(0.5, 1.0)
+def backoff() -> Iterator[float]:
+    """Yield the seconds before each further attempt: doubling, with a jitter that keeps workers apart."""
+    delay = 0.1
+    while True:
+        yield delay * _random.uniform(0.5, 1.0)
+        delay = min(2 * delay, 10.0)
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +38,7 @@ class _Hold:
     """Hold of a queue that refused a message: the messages it must accept before the hold ends, and the delays."""
 
     unconfirmed: set[OutgoingMessage] = field(default_factory=set)
-    backoff: Backoff = field(default_factory=Backoff)
+    pauses: Iterator[float] = field(default_factory=backoff)
     is_paused: bool = False
 
 
@@ -71,7 +65,7 @@ class Outbox:
         hold = self._holds.get(message.queue.name)
         if hold is None:
             return False
-        hold.backoff = Backoff()
+        hold.pauses = backoff()
         hold.unconfirmed.discard(message)
         if hold.unconfirmed:
             return False
@@ -127,7 +121,7 @@ class Outbox:
         if hold.is_paused:
             return None
         hold.is_paused = True
-        return next(hold.backoff)
+        return next(hold.pauses)
 
     def resume(self, queue: Queue) -> None:
         """End the pause of `queue`."""

@@ -7,7 +7,7 @@ import pika
 from pika import exceptions
 
 from nightsplit.broker.rabbitmq.address import connected, read_addresses
-from nightsplit.broker.rabbitmq.errors import permanent_error
+from nightsplit.broker.rabbitmq.errors import permanent_error, unreachable
 from nightsplit.shared.credentials import Credentials
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Queue
@@ -21,15 +21,7 @@ UNROUTABLE_KEY = "doctor"
 
 
 class Probe:
-    """Probe of the permissions of one user at one broker.
-
-    Args:
-        url, credentials: as of `nightsplit.broker.rabbitmq.broker.RabbitBroker`.
-
-    Raises:
-        BrokerError: 201 the address cannot be read.
-        ConfigError: 113 a file of `credentials` cannot be used.
-    """
+    """Probe of the permissions of one user at one broker; errors as of `RabbitBroker`."""
 
     def __init__(self, url: str, credentials: Credentials) -> None:
         self._addresses = read_addresses(url, 30, credentials)
@@ -50,22 +42,10 @@ class Probe:
         return self._permits(lambda channel: channel.queue_declare(name, exclusive=True, auto_delete=True))
 
     def send(self, queue: Queue, size: int) -> None:
-        """Send `size` bytes as far as the exchange of `queue`.
-
-        Raises:
-            BrokerError: 201, 202, 203 too large for this broker, 205 no such exchange, 209 publishing is blocked.
-        """
-        with connected(self._addresses, CONNECT_TIMEOUT_S) as connection:
-            channel = connection.channel()
-            channel.confirm_delivery()
-            try:
-                self._publish(channel, queue.exchange, size)
-            except exceptions.UnroutableError:
-                return
-            except exceptions.ConnectionBlockedTimeout:
-                raise _blocked() from None
-            except exceptions.ChannelClosedByBroker as error:
-                raise permanent_error(error, self._addresses[0]) or error from None
+        """Send `size` bytes to the exchange of `queue`; BrokerError 201-203, 205, or 209 publishing is blocked."""
+        refusal = self._refusal(lambda channel: self._publish(channel, queue.exchange, size))
+        if refusal is not None:
+            raise permanent_error(refusal, self._addresses[0]) or unreachable(refusal, self._addresses[0])
 
     def _publish(self, channel: Any, exchange: str, size: int) -> None:
         user = self._addresses[0].credentials.username if self.verifies_users else None
@@ -73,20 +53,22 @@ class Probe:
 
     def _permits(self, operation: Callable[[Any], object]) -> bool:
         """Return whether the user may perform an operation on a channel."""
+        refusal = self._refusal(operation)
+        return refusal is None or refusal.reply_code != 403  # 404, 405: the user has access, and another error occurred
+
+    def _refusal(self, operation: Callable[[Any], object]) -> Any:
+        """Perform an operation on a channel; return the ChannelClosedByBroker that refuses it, or None."""
         with connected(self._addresses, CONNECT_TIMEOUT_S) as connection:
             channel = connection.channel()
             channel.confirm_delivery()
             try:
                 operation(channel)
             except exceptions.UnroutableError:
-                return True
+                return None
             except exceptions.ConnectionBlockedTimeout:
-                raise _blocked() from None
+                sentence = "the broker blocks publishing: memory or disk alarm."
+                remedy = "free memory or disk space at the broker; its log names the alarm."
+                raise BrokerError(209, sentence, remedy) from None
             except exceptions.ChannelClosedByBroker as refusal:
-                return bool(refusal.reply_code != 403)  # 404, 405: the user has access, and another error occurred
-            return True
-
-
-def _blocked() -> BrokerError:
-    sentence = "the broker blocks publishing: memory or disk alarm."
-    return BrokerError(209, sentence, "free memory or disk space at the broker; its log names the alarm.")
+                return refusal
+            return None

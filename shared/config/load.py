@@ -21,7 +21,6 @@ def load(path: Path, kind: type[T], overrides: Sequence[str] = ()) -> T:
     """Read a configuration file.
 
     Args:
-        path: the TOML file.
         kind: class of its content: SiteConfig, ServerConfig or PolicyConfig. A run.toml is read by
             `nightsplit.shared.protocols.load.load_run`.
         overrides: "section.key=value" with a TOML value (a bare word is taken as text).

@@ -1,7 +1,6 @@
 """Counters of an engine and the state of its link, for `status`, Prometheus and the log."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from logging import WARNING
 
@@ -21,15 +20,6 @@ class Counters:
 
     counts: Counter[str] = field(default_factory=Counter)
     blocked_reason: str | None = None
-
-    def count_sent(self, body: Sequence[bytes | memoryview]) -> None:
-        """Count a message handed to the link."""
-        self.counts["sent"] += 1
-        self.counts["sent_bytes"] += sum(memoryview(piece).nbytes for piece in body)
-
-    def count_received(self, body: bytes) -> None:
-        """Count a delivery from the link."""
-        self.counts["received_bytes"] += len(body)
 
     def block(self, reason: str) -> None:
         """Note that the link cannot publish or receive for now."""

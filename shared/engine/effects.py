@@ -33,22 +33,14 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Spend:
-    """Privacy spending to record durably before the effects after it are performed.
-
-    Attributes:
-        steps: private training steps so far, including all those in the next messages.
-    """
+    """Private training steps so far, those of the next messages included; recorded durably before these are sent."""
 
     steps: int
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """End of the role's work, to be made durable before the farewell is sent.
-
-    Attributes:
-        farewell: messages to send once every kept checkpoint contains the end.
-    """
+    """End of the role's work; the farewell is sent once every kept checkpoint contains the end."""
 
     farewell: tuple[Send, ...] = ()
 

@@ -37,12 +37,7 @@ from nightsplit.shared.wire.message import UNSEQUENCED, Header, Message
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Outcome of a sequenced message.
-
-    Attributes:
-        header: header of the message.
-        refusal: reason for its refusal, after which it counts as applied; None if it was applied.
-    """
+    """Header of a sequenced message, and the reason for its refusal; None if it was applied."""
 
     header: Header
     refusal: Refused | None
@@ -52,9 +47,6 @@ class Engine:
     """Engine that runs one role over one mailbox until it finishes or has to stop.
 
     Args:
-        role: the role.
-        mailbox: its messages, in and out.
-        checkpoints: checkpoints of this worker.
         authority: makes checkpoints valid.
         record: writes the role's lines of metrics.
         spend: records privacy spending durably.
@@ -68,16 +60,10 @@ class Engine:
     """Clock, in seconds, by which checkpoints are due."""
 
     def __init__(
-        self,
-        role: Role,
-        mailbox: Mailbox,
-        checkpoints: Checkpoints,
-        authority: CheckpointAuthority,
-        record: Callable[[Record], None] = lambda line: None,
-        spend: Callable[[Spend], None] = forbid_spending,
-        decide: Callable[[], OrderEntry | None] = lambda: None,
-        failures: Mapping[str, Refused] = {},
-    ) -> None:
+        self, role: Role, mailbox: Mailbox, checkpoints: Checkpoints, authority: CheckpointAuthority,
+        record: Callable[[Record], None] = lambda line: None, spend: Callable[[Spend], None] = forbid_spending,
+        decide: Callable[[], OrderEntry | None] = lambda: None, failures: Mapping[str, Refused] = {},
+    ) -> None:  # fmt: skip
         self.counters = mailbox.counters
         self._role = role
         self._mailbox = mailbox

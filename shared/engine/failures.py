@@ -24,12 +24,7 @@ _MACHINE_FAILURES = (MemoryError, torch.OutOfMemoryError, OSError)
 
 
 class RoleFailedError(Exception):
-    """Failure of a role on a message.
-
-    Attributes:
-        digest: SHA-256 of the message's body.
-        refusal: refusal of the message by the next engine.
-    """
+    """Failure of a role on a message: SHA-256 of its body, and its refusal by the next engine."""
 
     def __init__(self, digest: str, refusal: Refused) -> None:
         super().__init__(str(refusal))
@@ -39,8 +34,7 @@ class RoleFailedError(Exception):
 def refusing_failures(attempt: Callable[[Mapping[str, Refused]], T]) -> T:
     """Run an engine until it ends, and another one after each message that its role failed on.
 
-    Args:
-        attempt: recovers and runs an engine over a new link; gets the refusals of such messages by digest.
+    `attempt` recovers and runs an engine over a new link; it gets the refusals of such messages by digest.
     """
     refusals: dict[str, Refused] = {}
     while True:
@@ -51,11 +45,7 @@ def refusing_failures(attempt: Callable[[Mapping[str, Refused]], T]) -> T:
 
 
 class Failures:
-    """Record of the messages that a role failed on.
-
-    Args:
-        refusals: refusals of messages that a role failed on before, by digest.
-    """
+    """Messages that a role failed on before: their refusals by digest."""
 
     def __init__(self, refusals: Mapping[str, Refused]) -> None:
         self._refusals = refusals
@@ -67,11 +57,7 @@ class Failures:
 
     @contextmanager
     def blame(self, received: Received) -> Iterator[None]:
-        """Attribute a failure of the body to the message, unless the message was refused for one before.
-
-        Raises:
-            RoleFailedError: the role could not apply the message, or its answer cannot be sent.
-        """
+        """Raise a failure of the body as RoleFailedError, unless the message was refused for one before."""
         try:
             yield
         except Exception as error:

@@ -23,12 +23,7 @@ from nightsplit.shared.wire.schema import Payload
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """Delivery with a decoded header and a verified sender.
-
-    Attributes:
-        head: header map of the message.
-        delivery: the delivery, with the rest of its body.
-    """
+    """Delivery with its decoded header map and a verified sender."""
 
     head: Head
     delivery: Delivery
@@ -41,12 +36,7 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """Refused delivery.
-
-    Attributes:
-        delivery: the delivery, to be acknowledged once its copy is confirmed.
-        copy: id under which the copy in the dead letter queue is confirmed.
-    """
+    """Refused delivery, to be acknowledged once its copy in the dead letter queue, of id `copy`, is confirmed."""
 
     delivery: Delivery
     copy: str
@@ -56,26 +46,14 @@ class Gate(Protocol):
     """Check of each message against the hospital's policy, see `nightsplit.site_worker.policy`."""
 
     def check_out(self, header: Header, payload: Payload, samples: int | None) -> None:
-        """Check a message before it leaves; `samples` is their number in it, or None without a batch dimension.
-
-        Raises:
-            ConfigError: 108 the policy forbids to send it.
-        """
+        """Check a message with `samples` before it leaves (None: no batch dimension); ConfigError 108 if denied."""
 
     def check_in(self, header: Header, payload: Payload) -> None:
-        """Check a message before it is applied.
-
-        Raises:
-            ConfigError: 108 the policy forbids the weights that it sets.
-        """
+        """Check a message before it is applied; ConfigError 108 if the policy forbids the weights that it sets."""
 
 
 def header_of(body: bytes) -> Header:
-    """Decode the header of a stored message, to show it.
-
-    Raises:
-        Refused: 301-309 it cannot be read.
-    """
+    """Decode the header of a stored message, to show it; Refused 301-309 if it cannot be read."""
     return read_head(body).header
 
 
@@ -83,8 +61,6 @@ class Mailbox:
     """Mailbox of one worker.
 
     Args:
-        run: id of the run.
-        name: name of the worker.
         link: consumes the incoming queue of every route.
         routes: routes by peer.
         payload_of: returns the schema of a kind; None for one that is not used.
@@ -101,11 +77,9 @@ class Mailbox:
         self._payload_of, self._gate = payload_of, gate
         self._senders = {route.incoming.name: peer for peer, route in routes.items()}
 
-    # -- in ----------------------------------------------------------------------------------------
-
     def receive(self, delivery: Delivery) -> Received | DeadLetter:
         """Decode a header and verify its sender; a message refused here has no place in any sequence."""
-        self.counters.count_received(delivery.body)
+        self.counters.counts["received_bytes"] += len(delivery.body)
         sender = self._senders[delivery.queue]
         try:
             head = read_head(delivery.body, self._schema)
@@ -120,25 +94,14 @@ class Mailbox:
         return Received(head, delivery)
 
     def open(self, received: Received) -> Message:
-        """Decode a message when its turn has come.
-
-        Raises:
-            Refused: 303-309, 311 it does not match the schema of its kind.
-            ConfigError: 108 the hospital's policy forbids it.
-        """
+        """Decode a message when its turn has come; Refused 303-309, 311, ConfigError 108 if the policy forbids it."""
         message = read_body(received.head, received.delivery.body, self.message_bytes)
         if self._gate is not None and received.head.payload is not None:
             self._gate.check_in(received.header, received.head.payload)
         return message
 
     def dead_letter(self, delivery: Delivery, refusal: Refused, seq: int | None = None) -> DeadLetter:
-        """Publish a copy with the reason to the dead letter queue.
-
-        Args:
-            delivery: the refused delivery.
-            refusal: the reason.
-            seq: number in its sender's sequence, if it has one.
-        """
+        """Publish a copy with the reason to the dead letter queue; `seq` is its number in a sequence, if it has one."""
         sender = self._senders[delivery.queue]
         self.counters.count_refused(sender, seq, refusal)
         copy = f"dead/{delivery.message_id}/{self.counters.counts['refused']}"
@@ -155,8 +118,6 @@ class Mailbox:
             raise Refused(303, f"{header.kind} from {header.sender} is not used here.", "run one protocol at both.")
         return payload
 
-    # -- out ---------------------------------------------------------------------------------------
-
     def header(
         self, receiver: str, kind: Kind, seq: int, reply_to: int = 0, version: int = 0, fence: int = 0
     ) -> Header:
@@ -167,7 +128,6 @@ class Mailbox:
         """Publish a message, and return the id under which it is confirmed.
 
         Args:
-            message: message from this worker.
             name: id at the broker, if several messages share one id; the message's own otherwise.
 
         Raises:
@@ -182,7 +142,7 @@ class Mailbox:
         name = name or message.header.message_id
         body = encode(message, payload, self.message_bytes)
         self.link.publish(self.routes[message.header.receiver].outgoing, name, body)
-        self.counters.count_sent(body)
+        self.counters.counts.update(sent=1, sent_bytes=sum(memoryview(piece).nbytes for piece in body))
         return name
 
     def send_again(self, queue: Queue, name: str, body: bytes) -> None:

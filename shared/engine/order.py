@@ -60,10 +60,7 @@ class DeliveryOrder:
     The exclusion of C and the close of a round are entries like any other: decided once, and found at the
     same position by every restart, successor and replay.
 
-    Args:
-        role: chooses between senders.
-        authority: keeps the journal.
-        decide: called when no message can be applied; returns None to wait.
+    `decide` is called when no message can be applied, and returns None to wait.
     """
 
     def __init__(self, role: Role, authority: CheckpointAuthority, decide: Callable[[], OrderEntry | None]) -> None:
@@ -76,12 +73,7 @@ class DeliveryOrder:
         """Position and content of the latest journal entry."""
 
     def choose(self, position: int, ready: Set[str]) -> OrderEntry | None:
-        """Return the entry at `position`; None to wait.
-
-        Args:
-            position: position of the next entry.
-            ready: senders whose next message has arrived.
-        """
+        """Return the entry at `position`, given the senders with a message `ready`; None to wait."""
         if not self._role.journalled:
             return self._choice(ready)
         if self._latest is None or self._latest[0] != position:

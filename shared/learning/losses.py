@@ -10,7 +10,6 @@ def loss_of(task: TaskSection, outputs: torch.Tensor, targets: torch.Tensor) -> 
     """Return the mean loss of a batch.
 
     Args:
-        task: the task.
         outputs: (batch, task.outputs) float32: logits, or standardised predictions; (batch, 1, height, width)
             logits for segmentation.
         targets: (batch,) float32 0/1 (binary) or standardised values (regression), int64 (multiclass);

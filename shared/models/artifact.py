@@ -77,14 +77,7 @@ class Card(Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """Verified content of a published model file.
-
-    Attributes:
-        path: the file.
-        sha256: hash of the whole file.
-        card: origin of the weights.
-        tensors: the weights by name, on the CPU.
-    """
+    """Verified content of a published model file: hash of the whole file, card, and weights by name on the CPU."""
 
     path: Path
     sha256: str
@@ -122,10 +115,7 @@ class Artifact:
 def write_artifact(path: Path, card: Card, tensors: Mapping[str, torch.Tensor]) -> str:
     """Write a model file atomically and return its SHA-256; OSError if it cannot be written.
 
-    Args:
-        path: the file.
-        card: its `weights_sha256` is `weights_sha256(tensors)`.
-        tensors: the weights by name.
+    `card.weights_sha256` is `weights_sha256(tensors)`.
     """
     metadata = {_CARD: msgspec.json.encode(card, order="sorted").decode()}
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
@@ -135,11 +125,7 @@ def write_artifact(path: Path, card: Card, tensors: Mapping[str, torch.Tensor]) 
 
 
 def read_artifact(path: Path, sha256: str | None = None) -> Artifact:
-    """Read a published model; its file must have this SHA-256, if one is given.
-
-    Raises:
-        ConfigError: 115 it is missing, damaged or not a model file; 116 it has another hash.
-    """
+    """Read a published model, of this hash if one is given; ConfigError 115 no intact model file, 116 another hash."""
     try:
         content = path.read_bytes()
     except OSError as error:

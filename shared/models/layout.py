@@ -115,11 +115,7 @@ class WeightLayout:
 
 
 def build_network(config: RunConfig, base: Path) -> nn.Module:
-    """Build the uncut model of a run with its initial weights.
-
-    Args:
-        config: the run; `model.cut` is ignored.
-        base: folder of run.toml and of `model.initial`.
+    """Build the uncut model of a run with its initial weights; `base` is the folder of run.toml and `model.initial`.
 
     Raises:
         ConfigError: 104 the factory cannot be used; 115-117 as in `read_artifact` and `Artifact.load_into`.

@@ -96,8 +96,8 @@ def build(model: ModelSection, seed: int, *, with_head: bool) -> ModelParts:
     raise ConfigError(104, sentence, remedy)
 
 
-def output_shapes(parts: ModelParts, input_shape: Shape) -> tuple[Shape, Shape | None, Shape]:
-    """Return the shapes at the cut, at the head if there is one, and at the end, for float32 samples of `input_shape`.
+def flow_shapes(parts: Mapping[str, nn.Module], input_shape: Shape) -> dict[str, Shape]:
+    """Return the output shape of each part of a chain for a float32 sample of `input_shape`.
 
     All shapes lack the batch dimension. They come from a forward pass of zeros through a copy in eval
     mode: weights, buffers, modes and generators of the model stay unchanged.
@@ -106,13 +106,6 @@ def output_shapes(parts: ModelParts, input_shape: Shape) -> tuple[Shape, Shape |
         ConfigError: 104 a part does not accept the output before it; 105 a part does not return one
             tensor with a row per sample, which could be sent.
     """
-    shapes = flow_shapes(parts.modules, input_shape)
-    last = shapes["top"]
-    return shapes["bottom"], last if "head" in shapes else None, shapes.get("head", last)
-
-
-def flow_shapes(parts: Mapping[str, nn.Module], input_shape: Shape) -> dict[str, Shape]:
-    """Return the output shape of each part of a chain for one sample; errors as in `output_shapes`."""
     shapes: dict[str, Shape] = {}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         flow = torch.zeros(2, *input_shape)  # two samples, to see whether the batch dimension is kept

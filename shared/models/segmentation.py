@@ -16,13 +16,9 @@ GROUPS = 4
 
 
 def unet(
-    channels: int = 1,
-    width: int = 8,
-    fold: int = 2,
-    coordinates: bool = True,
-    smooth: bool = False,
-    output_bias: float = -2.5,
-) -> nn.Module:
+    channels: int = 1, width: int = 8, fold: int = 2,
+    coordinates: bool = True, smooth: bool = False, output_bias: float = -2.5,
+) -> nn.Module:  # fmt: skip
     """Build a U-Net of two levels (Ronneberger et al., MICCAI 2015) on folded pixels.
 
     The stem folds blocks of `fold` x `fold` pixels into channels, and the head unfolds them (PixelUnshuffle and

@@ -77,9 +77,6 @@ class SequenceClassifier(nn.Module):
     Shapes: float32 (batch, frames, features) within [-1, 1] -> (batch, 1).
 
     Args:
-        frames: length of a sequence.
-        features: features of a frame.
-        hidden: units.
         recurrent: whether gates see h_{t-1}. Without, they see x_t alone: c_t is a sum of products that a tree
             can evaluate in log(frames) levels, and only the last frame gives temporal evidence.
     """

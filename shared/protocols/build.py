@@ -9,7 +9,7 @@ from torch import nn
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import BrokerError, ConfigError
 from nightsplit.shared.models.layout import WeightLayout, build_network
-from nightsplit.shared.models.partition import ModelParts, build, flow_shapes, output_shapes
+from nightsplit.shared.models.partition import ModelParts, build, flow_shapes
 from nightsplit.shared.protocols.rounds import HEADER_BYTES, elements
 from nightsplit.shared.protocols.spec import Shape, Shapes, spec_of
 from nightsplit.shared.protocols.stream import weights
@@ -20,12 +20,7 @@ from nightsplit.shared.wire.schema import BATCH, Payload
 
 @dataclass(frozen=True)
 class SplitModel:
-    """Model in parts, for protocols that exchange activations.
-
-    Attributes:
-        parts: freshly initialised modules, equal at every participant.
-        contract: payload of each kind of message.
-    """
+    """Model in parts, freshly initialised and equal at every participant, for protocols that exchange activations."""
 
     parts: ModelParts
     contract: Mapping[Kind, Payload]
@@ -38,13 +33,7 @@ class SplitModel:
 
 @dataclass(frozen=True)
 class WholeModel:
-    """Whole model, for protocols that exchange its weights.
-
-    Attributes:
-        module: the model with its initial weights, equal at every participant.
-        layout: layout of the weights that are sent.
-        contract: payload of each kind of message.
-    """
+    """Whole model with its initial weights, equal at every participant, and the layout of the weights that are sent."""
 
     module: nn.Module
     layout: WeightLayout
@@ -65,9 +54,10 @@ def build_split_model(config: RunConfig) -> SplitModel:
     """
     spec = spec_of(config)
     parts = build(config.model, config.run.seed, with_head=spec.has_head)
-    cut, head, outputs = output_shapes(parts, config.data.input_shape)
-    _check_outputs(config, outputs)
-    contract = spec.payloads(config, Shapes(cut, head or (), weights(parts.bottom), weights(parts.top)))
+    shapes = flow_shapes(parts.modules, config.data.input_shape)
+    _check_outputs(config, shapes["head" if spec.has_head else "top"])
+    head = shapes["top"] if spec.has_head else ()
+    contract = spec.payloads(config, Shapes(shapes["bottom"], head, weights(parts.bottom), weights(parts.top)))
     planned = planned_message_bytes(config, contract)
     if planned > config.wire.message_bytes:
         allowed = f"wire.message_bytes allows {config.wire.message_bytes / 2**20:.1f} MiB"
@@ -81,11 +71,7 @@ def build_split_model(config: RunConfig) -> SplitModel:
 
 
 def build_whole_model(config: RunConfig, base: Path) -> WholeModel:
-    """Build the uncut model of a run of rounds, and derive the contract.
-
-    Args:
-        config: the run.
-        base: folder of run.toml and of `model.initial`.
+    """Build the uncut model of a run of rounds, and derive the contract; `base` is the folder of run.toml.
 
     Raises:
         ConfigError: 104 the factory cannot be used, 105 the last layer does not fit the task or nothing is

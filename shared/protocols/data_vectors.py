@@ -13,7 +13,7 @@ from nightsplit.shared.config.section import KeyConflictError
 from nightsplit.shared.errors import mismatch
 from nightsplit.shared.protocols import rounds
 from nightsplit.shared.protocols.report import REPORT_CHARS_MAX
-from nightsplit.shared.protocols.spec import ProtocolSpec, Shape, Shapes
+from nightsplit.shared.protocols.spec import Shapes
 from nightsplit.shared.wire.message import Kind
 from nightsplit.shared.wire.schema import Contract, Payload, Reveals, TensorSpec
 
@@ -57,10 +57,9 @@ def decode_reports(text: str, name: str) -> list[str]:
         raise mismatch(f"{name} has no figures for {len(SCALES)} scales.") from None
 
 
-SPEC = ProtocolSpec(
+SPEC = rounds.protocol(
     name="data_vectors",
     paper="Tian et al., arXiv 2408.13038",
-    shape=Shape.ROUND,
     payloads=payloads,
     check=check,
     settings=lambda config: f"{config.run.order} order, sum of {config.round.close}",

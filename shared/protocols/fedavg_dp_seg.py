@@ -5,7 +5,6 @@ from dataclasses import replace
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.config.section import KeyConflictError
 from nightsplit.shared.protocols import rounds
-from nightsplit.shared.protocols.spec import ProtocolSpec, Shape
 
 
 def check(config: RunConfig) -> None:
@@ -16,12 +15,10 @@ def check(config: RunConfig) -> None:
         raise KeyConflictError("privacy", "fedavg_dp_seg needs a privacy budget", remedy)
 
 
-SPEC = ProtocolSpec(
+SPEC = rounds.protocol(
     name="fedavg_dp_seg",
     paper="Ziller et al., arXiv 2107.02586",
-    shape=Shape.ROUND,
     payloads=rounds.payloads,
     check=check,
-    settings=rounds.settings,
     names=replace(rounds.NAMES, heading="federated, noise"),
 )

@@ -46,12 +46,7 @@ def classifier_of(last: nn.Sequential) -> ClassifierWeights:
 
 
 def fill(part: nn.Module, folder: Path, names: Sequence[str]) -> None:
-    """Load the trained weights of a part.
-
-    Args:
-        part: part of the run's model.
-        folder: folder in which the finished run has written its model.
-        names: names of files that may hold the part's weights; the first that exists is read.
+    """Load the trained weights of a part from the first existing file of `names` in the folder of a finished run.
 
     Raises:
         RunError: 605 no such file exists, 604 it lacks the weights or has different ones.

@@ -92,11 +92,7 @@ def check_answer(message: Message, sequence: StreamSequence, run: RunSection) ->
 
 
 def check_farewell(message: Message, sequence: StreamSequence, run: RunSection) -> None:
-    """Check that a run may end here: after its last message, or after `patience` evaluations without improvement.
-
-    Raises:
-        Refused: 304 it cannot end here.
-    """
+    """Check that a run may end here: at its end, or with its `patience` exhausted; Refused 304 if not."""
     seq = message.header.seq
     _check_progress(message, sequence, run, seq - 1)
     at_best, at_last = (evaluations(epoch, run.epochs, run.evaluate_every) for epoch in _progress(message))

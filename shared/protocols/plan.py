@@ -47,7 +47,6 @@ class Item:
 
     Attributes:
         number: 1, 2, 3... in the plan.
-        purpose: its purpose.
         epoch: 1, 2, 3...
         batch: number of the batch within the epoch and purpose, from 0; of an averaging, the batch before it.
         batches: number of the epoch's batches of this purpose.
@@ -122,12 +121,6 @@ class Plan:
     def last(self) -> int:
         """Number of the last item."""
         return self.end(self.epochs)
-
-    @property
-    def smallest_batches(self) -> dict[Purpose, int]:
-        """Rows of the smallest batch of each part that has samples: `batch_size`, or fewer where the part has fewer."""
-        parts = {Purpose.TRAIN: self.train, Purpose.VALIDATION: self.validation, Purpose.TEST: self.test}
-        return {part: samples // self._batches(samples) for part, samples in parts.items() if samples}
 
     @property
     def averagings(self) -> int:

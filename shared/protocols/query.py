@@ -67,13 +67,9 @@ with the next step names it, too.
 def chunks(
     header: Header, pieces: Sequence[bytes], limit: int, scalars: Mapping[str, Scalar] = {}
 ) -> Iterator[Message]:
-    """Split a parcel into messages.
+    """Split a parcel into messages of at most `limit` bytes with this header and these scalars.
 
-    Args:
-        header: header of every message.
-        pieces: byte strings, e.g. ciphertexts; one may span several messages.
-        limit: largest message in bytes.
-        scalars: further scalars of every message.
+    One piece, e.g. a ciphertext, may span several messages.
     """
     chunk_bytes = limit - HEADER_BYTES
     content = b"".join(pieces)
@@ -93,11 +89,7 @@ class Parcels:
         self._parts: dict[tuple[Kind, int, int], dict[int, Message]] = {}
 
     def add(self, message: Message) -> list[bytes] | None:
-        """Add a chunk; return the pieces of its parcel once it is complete.
-
-        Raises:
-            Refused: 304 the chunk's number is invalid, or the parcel was altered and is dropped.
-        """
+        """Add a chunk; return the pieces of its parcel once it is complete; Refused 304 if it is invalid or altered."""
         header, scalars = message.header, message.scalars
         chunk, number = int(scalars["chunk"]), int(scalars["chunks"])
         if not 0 <= chunk < number <= CHUNKS_MAX:

@@ -11,7 +11,7 @@ import msgspec
 
 from nightsplit.shared.config.run import TaskSection
 from nightsplit.shared.errors import mismatch
-from nightsplit.shared.learning.metrics import FIGURES, ClassFigures, MaskFigures, Metrics, ValueFigures
+from nightsplit.shared.learning.metrics import FIGURES, Metrics
 
 PARTS = ("validation", "test")
 
@@ -24,13 +24,9 @@ NO_FIGURES = "{}"
 REPORT_CHARS_MAX = 2000
 """Longest report in characters."""
 
-_Part = Literal["validation", "test"]
-
 _DECODERS: Mapping[str, msgspec.json.Decoder[Any]] = {
-    "binary": msgspec.json.Decoder(dict[_Part, ClassFigures]),
-    "multiclass": msgspec.json.Decoder(dict[_Part, ClassFigures]),
-    "regression": msgspec.json.Decoder(dict[_Part, ValueFigures]),
-    "segmentation": msgspec.json.Decoder(dict[_Part, MaskFigures]),
+    kind: msgspec.json.Decoder(dict[Literal["validation", "test"], figures])  # type: ignore[valid-type]
+    for kind, figures in FIGURES.items()
 }
 
 
@@ -41,16 +37,9 @@ def encode_report(task: TaskSection, metrics: Mapping[str, Metrics]) -> str:
 
 
 def decode_report(text: str, task: TaskSection, samples: Mapping[str, int], name: str) -> SiteMetrics:
-    """Decode a report.
+    """Decode untrusted text of message `name`; Refused 304 unless it is a report on this task.
 
-    Args:
-        text: untrusted text.
-        task: task of the run.
-        samples: number of samples that the site has announced, by part; fewer are valid, if some were unusable.
-        name: name of the message.
-
-    Raises:
-        Refused: 304 it is not a report of this site on this task.
+    Figures may be of fewer than the announced `samples` by part, if some were unusable, never of more.
     """
     try:
         if len(text) > REPORT_CHARS_MAX:

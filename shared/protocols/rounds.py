@@ -15,6 +15,7 @@ exactly once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from nightsplit.shared.config.section import KeyConflictError
 from nightsplit.shared.errors import Refused, mismatch
 from nightsplit.shared.models.layout import WeightLayout
 from nightsplit.shared.protocols.handshake import HANDSHAKE, PROGRESS
-from nightsplit.shared.protocols.spec import Names, Shapes
+from nightsplit.shared.protocols.spec import Names, ProtocolSpec, Shape, Shapes
 from nightsplit.shared.wire.message import Kind, Message
 from nightsplit.shared.wire.schema import Contract, Payload, Reveals, ScalarSpec, TensorSpec, contract
 
@@ -77,6 +78,10 @@ def check(config: RunConfig) -> None:
         raise KeyConflictError("data.scaling", sentence, 'use "run" with public figures, or "none".')
     if run.bottoms == "averaged":
         raise KeyConflictError("run.bottoms", "there are no bottoms: the whole model is averaged", "remove it.")
+
+
+protocol = partial(ProtocolSpec, shape=Shape.ROUND, settings=settings, names=NAMES)
+"""Specification of a protocol of this shape."""
 
 
 def elements(config: RunConfig) -> int:
@@ -142,11 +147,7 @@ class RoundSequence:
 
 
 def check_slice(message: Message, layout: WeightLayout, number: int) -> torch.Tensor:
-    """Return the values of slice `number`.
-
-    Raises:
-        Refused: 306 their number differs from the layout's; 307 as in `check_size`.
-    """
+    """Return the values of slice `number`; Refused 306 if the layout has another length, 307 as in `check_size`."""
     values, bounds = message.tensors["values"], layout.slice(number)
     expected = bounds.stop - bounds.start
     if len(values) != expected:

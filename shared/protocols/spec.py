@@ -134,14 +134,7 @@ def sketch(config: RunConfig) -> Contract:
 
 
 def load_roles(side: str) -> dict[str, type[Any]]:
-    """Return the role class of every protocol that trains, on one side.
-
-    Args:
-        side: package with a module for each protocol.
-
-    Raises:
-        ImportError: a protocol lacks its module there, or the module its `ROLE`.
-    """
+    """Return the role class of each protocol that trains, from its module in `side`; ImportError if it has none."""
     roles: dict[str, type[Any]] = {}
     for name, spec in PROTOCOLS.items():
         module = f"{side}.{name}"

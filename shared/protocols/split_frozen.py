@@ -4,7 +4,7 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.config.section import KeyConflictError
 from nightsplit.shared.protocols import stream
 from nightsplit.shared.protocols.handshake import HANDSHAKE
-from nightsplit.shared.protocols.spec import ProtocolSpec, Shape, Shapes
+from nightsplit.shared.protocols.spec import Shapes
 from nightsplit.shared.wire.message import Kind
 from nightsplit.shared.wire.schema import Contract, Payload, contract
 
@@ -22,14 +22,11 @@ def check(config: RunConfig) -> None:
         raise KeyConflictError("run.bottoms", "a bottom that is never trained needs no averaging", "remove it.")
 
 
-SPEC = ProtocolSpec(
+SPEC = stream.protocol(
     name="split_frozen",
     paper="Ha et al., IEEE Access 2021, with the site's layers detached in time",
-    shape=Shape.STREAM,
     payloads=payloads,
     check=check,
-    settings=stream.settings,
-    names=stream.NAMES,
     trains_bottom=False,
     uploads_once=True,
 )

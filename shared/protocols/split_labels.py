@@ -3,7 +3,7 @@
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.protocols import stream
 from nightsplit.shared.protocols.handshake import HANDSHAKE
-from nightsplit.shared.protocols.spec import ProtocolSpec, Shape, Shapes
+from nightsplit.shared.protocols.spec import Shapes
 from nightsplit.shared.wire.message import Kind
 from nightsplit.shared.wire.schema import Contract, Payload, contract
 
@@ -16,12 +16,5 @@ def payloads(config: RunConfig, shapes: Shapes) -> Contract:
     )
 
 
-SPEC = ProtocolSpec(
-    name="split_labels",
-    paper="Ha et al., IEEE Access 2021, doi 10.1109/ACCESS.2021.3108455",
-    shape=Shape.STREAM,
-    payloads=payloads,
-    check=stream.check,
-    settings=stream.settings,
-    names=stream.NAMES,
-)
+PAPER = "Ha et al., IEEE Access 2021, doi 10.1109/ACCESS.2021.3108455"
+SPEC = stream.protocol(name="split_labels", paper=PAPER, payloads=payloads, check=stream.check)

@@ -6,7 +6,7 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.config.section import KeyConflictError
 from nightsplit.shared.protocols import stream
 from nightsplit.shared.protocols.handshake import HANDSHAKE, PROGRESS
-from nightsplit.shared.protocols.spec import ProtocolSpec, Shape, Shapes
+from nightsplit.shared.protocols.spec import Shapes
 from nightsplit.shared.wire.message import Kind
 from nightsplit.shared.wire.schema import Contract, Payload, Reveals, ScalarSpec, TensorSpec, contract
 
@@ -33,13 +33,5 @@ def check(config: RunConfig) -> None:
         raise KeyConflictError("model.head_cut", "split_u needs the start of the head", remedy)
 
 
-SPEC = ProtocolSpec(
-    name="split_u",
-    paper="the U-shaped extension of Ha et al., IEEE Access 2021",
-    shape=Shape.STREAM,
-    payloads=payloads,
-    check=check,
-    settings=stream.settings,
-    names=stream.NAMES,
-    has_head=True,
-)
+PAPER = "the U-shaped extension of Ha et al., IEEE Access 2021"
+SPEC = stream.protocol(name="split_u", paper=PAPER, payloads=payloads, check=check, has_head=True)

@@ -10,7 +10,7 @@ to a site are numbered like the site's own.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Literal
 
 import torch
@@ -21,7 +21,7 @@ from nightsplit.shared.config.section import KeyConflictError
 from nightsplit.shared.errors import mismatch
 from nightsplit.shared.protocols.handshake import PROGRESS, REFUSAL
 from nightsplit.shared.protocols.plan import Item, Place, Plan
-from nightsplit.shared.protocols.spec import Names, Shape, Shapes, systems
+from nightsplit.shared.protocols.spec import Names, ProtocolSpec, Shape, Shapes, systems
 from nightsplit.shared.wire.message import Kind
 from nightsplit.shared.wire.schema import Payload, Reveals, ScalarSpec, TensorSpec
 
@@ -51,6 +51,10 @@ def check(config: RunConfig) -> None:
         raise KeyConflictError("task.kind", f"{protocol} cannot segment", f"choose one of {rounds}.")
 
 
+protocol = partial(ProtocolSpec, shape=Shape.STREAM, settings=settings, names=NAMES)
+"""Specification of a protocol of this shape."""
+
+
 def activations(config: RunConfig, shapes: Shapes, stored: bool = False) -> TensorSpec:
     """Return the spec of smashed data (batch, *cut); a server with a tape stores them, too."""
     reveals = Reveals.STORED_ACTIVATIONS if stored or config.run.tape else Reveals.ACTIVATIONS
@@ -69,20 +73,17 @@ def gradient(config: RunConfig, shape: tuple[int, ...], reveals: Reveals | None 
     return {"gradient": TensorSpec(torch.float32, ("batch", *shape), wire.gradient, wire.zstd, reveals)}
 
 
-def answers(config: RunConfig, shapes: Shapes) -> tuple[Payload, ...]:
+def answers(config: RunConfig, shapes: Shapes) -> list[Payload]:
     """Return the payloads of a server's answers with a trained bottom, and of averaging if the run has it."""
-    payloads = (
+    payloads = [
         Payload(Kind.CUT_GRADIENT, gradient(config, shapes.cut), PROGRESS),
         Payload(Kind.NOTED, scalars=PROGRESS),
         Payload(Kind.REFUSED, scalars={**REFUSAL, **PROGRESS}),
-    )
-    if config.run.bottoms != "averaged":
-        return payloads
-    return (
-        *payloads,
-        Payload(Kind.BOTTOM, weights_spec(shapes.bottom, Reveals.WEIGHTS)),
-        Payload(Kind.AVERAGE, weights_spec(shapes.bottom), PROGRESS, sets_weights=True),
-    )
+    ]
+    if config.run.bottoms == "averaged":
+        payloads.append(Payload(Kind.BOTTOM, weights_spec(shapes.bottom, Reveals.WEIGHTS)))
+        payloads.append(Payload(Kind.AVERAGE, weights_spec(shapes.bottom), PROGRESS, sets_weights=True))
+    return payloads
 
 
 def finish(config: RunConfig, shapes: Shapes) -> Payload:
@@ -110,7 +111,6 @@ class Slot:
 
     Attributes:
         seq: number of the message, and of the server's answer.
-        item: its item.
         half: "first", or "second" in a protocol with a head.
         settles: whether the answer completes the item.
     """
@@ -158,11 +158,7 @@ class StreamSequence:
         return 1 if self.plan.uploads_once else self.last + 1
 
     def slot(self, seq: int) -> Slot:
-        """Return the position of message `seq`.
-
-        Raises:
-            Refused: 304 the site sends no such message.
-        """
+        """Return the position of message `seq`; Refused 304 if the site sends no such message."""
         if not 0 < seq <= self.last:
             raise mismatch(f"message {seq} is outside a sequence of {self.last}.")
         return self._slots(seq)

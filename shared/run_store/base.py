@@ -22,13 +22,7 @@ SILENT_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Last status of a worker.
-
-    Attributes:
-        worker: site name, or "server".
-        report: its content; `status.UNREADABLE` when it cannot be read.
-        age_seconds: its age, by the store's own clock.
-    """
+    """Last report of a worker (`UNREADABLE` if it cannot be read), and its age by the store's own clock."""
 
     worker: str
     report: WorkerStatus

@@ -37,11 +37,7 @@ CREATE TABLE IF NOT EXISTS journal (
 
 
 class SqliteStore(RunStore):
-    """State of `run` in the file `path` on a local disk, which may hold other runs, too.
-
-    Raises:
-        BrokerError: 207 the file cannot be used.
-    """
+    """State of `run` in a file on a local disk, perhaps beside other runs; BrokerError 207 if it cannot be used."""
 
     def __init__(self, path: Path, run: str) -> None:
         self._path = path
@@ -58,7 +54,7 @@ class SqliteStore(RunStore):
 
     @override
     def statuses(self, workers: Iterable[str]) -> dict[str, Status]:
-        found = {}
+        found: dict[str, Status] = {}
         with self._reading() as rows:
             for worker in workers:
                 # As bytes, since SQLite raises an error on text that is not UTF-8.
@@ -68,12 +64,8 @@ class SqliteStore(RunStore):
                     (record_bytes_max(worker) + 1, self._run, worker),
                 ).fetchone()
                 if row is not None:
-                    found[worker] = row
-        now = time.time()
-        return {
-            worker: Status(worker, read_status(record, worker), age_seconds(now, written))
-            for worker, (record, written) in found.items()
-        }
+                    found[worker] = Status(worker, read_status(row[0], worker), age_seconds(time.time(), row[1]))
+        return found
 
     @override
     def now(self) -> float:

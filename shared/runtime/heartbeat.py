@@ -24,7 +24,6 @@ class Heartbeat:
     title of its error, since the run store has other readers than the worker's own console.
 
     Args:
-        worker: name of the worker.
         open_store: opens the thread's own connection.
         status: returns the status; called on the thread.
         observe: receives the same status, e.g. to draw progress.
@@ -64,7 +63,9 @@ class Heartbeat:
                 self._set_error(error)
                 self._stop.wait(self.interval)
             else:
-                self._clear_error()
+                if self.error is not None:
+                    event("store_reachable")
+                self.error = None
         if store is not None:
             with suppress(Exception):  # the last report, which cannot be repeated
                 self._report(store)
@@ -78,11 +79,6 @@ class Heartbeat:
         self.error = error
         with suppress(Exception):  # `status` itself may have failed
             self._show(self.status())
-
-    def _clear_error(self) -> None:
-        if self.error is not None:
-            event("store_reachable")
-        self.error = None
 
     def _report(self, store: RunStore) -> None:
         status = self.status()

@@ -44,14 +44,7 @@ _SITE_GAUGES = (
 
 
 class Telemetry(Collector):
-    """Collector of a worker's metrics.
-
-    Args:
-        run: id of the run.
-        worker: site name, or "server".
-        sites: names of the sites of which the worker has figures.
-        monotonic: returns the seconds on this machine's clock.
-    """
+    """Collector of a worker's metrics; `sites` are those of which it has figures."""
 
     def __init__(
         self, run: str, worker: str, sites: Sequence[str], monotonic: Callable[[], float] = time.monotonic

@@ -25,7 +25,6 @@ def serve_metrics(metrics: Collector, address: str, credentials: Credentials) ->
         metrics: collector of the metrics; this process's memory and processor time are added.
         address: "host:port". Beyond this machine it is HTTPS, for clients with a certificate of the same
             authority.
-        credentials: certificates for HTTPS.
 
     Raises:
         ConfigError: 111 an address beyond this machine without certificates, 112 the address cannot be

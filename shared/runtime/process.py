@@ -41,11 +41,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def try_lock_folder(folder: Path) -> Iterator[bool]:
-    """Lock a state folder while the body runs, unless another process has; yield whether it is locked.
-
-    Raises:
-        StateError: 501 it cannot be written, 513 it is open to other users.
-    """
+    """Lock a state folder for the body unless another process has; yield whether it is locked. StateError 501, 513."""
     try:
         make_private_folder(folder)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -95,12 +91,7 @@ def prefetch_for(message_bytes: int, queues: int = 1) -> int:
 
 @dataclass(slots=True)
 class StopSignal:
-    """Handler of SIGTERM and Ctrl-C: the first ends a worker after its current step, a second one at once.
-
-    Attributes:
-        requested: whether a signal has come.
-        number: number of the signal; None before it.
-    """
+    """Handler of SIGTERM and Ctrl-C: the first ends a worker after its current step, a second one at once."""
 
     requested: bool = False
     number: int | None = None

@@ -62,14 +62,9 @@ class Worker(Participant):
     """
 
     def __init__(
-        self,
-        base: Path,
-        config: WorkerSection,
-        overrides: Sequence[str],
-        clock: Clock | None,
-        stop: StopSignal | None,
-        observe: Observer,
-    ) -> None:
+        self, base: Path, config: WorkerSection, overrides: Sequence[str],
+        clock: Clock | None, stop: StopSignal | None, observe: Observer,
+    ) -> None:  # fmt: skip
         super().__init__(base, config, overrides)
         self.shift = Shift(config.shift)
         self.phase = Phase.STARTING
@@ -87,7 +82,6 @@ class Worker(Participant):
         """Change the phase or its reason. A change is logged.
 
         Args:
-            phase: the new phase.
             detail: its reason, for all readers of the run store.
             reason: its reason for this machine's own console and log, in place of `detail`.
         """

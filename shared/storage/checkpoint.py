@@ -44,12 +44,7 @@ class Pointer:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """State of a worker as plain data.
-
-    Attributes:
-        tensors: CPU tensors by name, never changed after the snapshot was taken.
-        facts: JSON values by name.
-    """
+    """State of a worker: CPU tensors by name, never changed after the snapshot was taken, and JSON values by name."""
 
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)

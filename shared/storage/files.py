@@ -20,15 +20,8 @@ _OTHERS_RIGHTS = 0o077
 def write_atomic(path: Path, content: Content, mode: int = 0o600) -> None:
     """Write or replace a file atomically: readers find the old content or the new one, also after a power cut.
 
-    A process killed meanwhile leaves a draft, `.NAME.XXXXXXXX.draft`, which is never read.
-
-    Args:
-        path: the file, in an existing folder.
-        content: the new content.
-        mode: its permissions, regardless of the umask.
-
-    Raises:
-        OSError: it cannot be written; the old content stays.
+    A process killed meanwhile leaves a draft, `.NAME.XXXXXXXX.draft`, which is never read; an OSError leaves the old
+    content. `mode` holds regardless of the umask.
     """
     draft = _draft_of(path)
     write_new(draft, content, mode)
@@ -43,10 +36,7 @@ def write_atomic(path: Path, content: Content, mode: int = 0o600) -> None:
 def write_new(path: Path, content: Content, mode: int = 0o600) -> None:
     """Create a file and force it to disk; its name is durable once the folder is forced to disk, too.
 
-    Arguments as of `write_atomic`.
-
-    Raises:
-        OSError: it exists, or cannot be written; then nothing of it stays.
+    OSError if it exists or cannot be written; then nothing of it stays.
     """
     path.touch(0o600, exist_ok=False)  # private before it has content
     try:
@@ -71,22 +61,13 @@ def force_to_disk(path: Path) -> None:
 
 
 def make_private_folder(path: Path) -> None:
-    """Create a folder that only its owner may enter, regardless of the umask; make an existing one private.
-
-    Raises:
-        OSError: it cannot be created.
-        StateError: 513 as in `keep_private`.
-    """
+    """Create a folder that only its owner may enter, or make one so, regardless of the umask; StateError 513."""
     path.mkdir(0o700, parents=True, exist_ok=True)
     keep_private(path)
 
 
 def keep_private(path: Path) -> None:
-    """Remove all permissions of group and others from a file or folder.
-
-    Raises:
-        StateError: 513 it is another user's, or a folder of all users (such as /tmp).
-    """
+    """Remove all permissions of group and others; StateError 513 if it is another user's, or a folder of all (/tmp)."""
     mode = path.stat().st_mode
     if not mode & _OTHERS_RIGHTS:
         return
@@ -110,12 +91,7 @@ def read_secret_file(path: Path) -> bytes:
 
 
 def make_secret_file(path: Path) -> bytes:
-    """Create a secret in `path` with mode 0600, durably and atomically, and return it.
-
-    Raises:
-        FileExistsError: the file exists.
-        OSError: it cannot be written.
-    """
+    """Create a secret in `path` with mode 0600, durably and atomically, and return it; FileExistsError, OSError."""
     secret = secrets.token_bytes(SECRET_BYTES)
     draft = _draft_of(path)
     write_new(draft, secret)

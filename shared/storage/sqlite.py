@@ -21,11 +21,7 @@ BUSY_SECONDS = 5.0
 def open_database(path: Path, schema: str) -> sqlite3.Connection:
     """Open `path`, creating it and its folder, and run `schema`, which must be repeatable.
 
-    Only its owner may read it; SQLite gives the files beside it the same mode.
-
-    Raises:
-        OSError, sqlite3.Error: see `broker_errors`.
-        StateError: 513 as in `keep_private`.
+    Only its owner may read it, or StateError 513; SQLite gives the files beside it the same mode.
     """
     path.parent.mkdir(0o700, parents=True, exist_ok=True)
     database = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)

@@ -99,16 +99,10 @@ def encoded_size(codec: Codec, dtype: torch.dtype, shape: tuple[int, ...]) -> in
 
 
 def encode(name: str, tensor: torch.Tensor, codec: Codec, zstd: bool) -> tuple[Entry, bytes | memoryview]:
-    """Encode a tensor.
+    """Encode a dense CPU tensor of any strides, float32 unless the codec is "raw"; compress it at level 1 of zstd.
 
     With "raw" and "fp32" and no zstd the bytes are a view of a contiguous tensor's own memory: it
     must not be written to until they have been sent.
-
-    Args:
-        name: name of the tensor within its message.
-        tensor: dense, on the CPU, any strides; float32 unless the codec is "raw".
-        codec: codec to use.
-        zstd: whether to compress the encoded bytes, at level 1.
 
     Raises:
         Refused: 305 dtype, layout or device; 306 a dimension of 0; 307 not finite.
@@ -187,9 +181,6 @@ def _decompress(entry: Entry, frame: memoryview) -> bytes:
         return bytes(zstandard.ZstdDecompressor().decompress(frame, stated, allow_extra_data=False))
     except zstandard.ZstdError as error:
         raise refusal(311, f"Tensor '{entry.name}' does not decompress: {error}.") from error
-
-
-# ── the codecs ──────────────────────────────────────────────────────────────────────────────────
 
 
 def _view(body: bytes, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

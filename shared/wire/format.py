@@ -20,7 +20,7 @@ from nightsplit.shared.wire import codecs
 from nightsplit.shared.wire.codecs import Entry, refusal
 from nightsplit.shared.wire.head import INT64, PREFIX, Head, check_header, pack_head, read_head
 from nightsplit.shared.wire.message import Message, Scalar
-from nightsplit.shared.wire.schema import Payload, TensorSpec
+from nightsplit.shared.wire.schema import Payload
 
 ALIGNMENT = 64
 MAX_EXPANSION = 8
@@ -32,11 +32,6 @@ def encode(message: Message, payload: Payload, max_bytes: int) -> list[bytes | m
 
     Pieces may be views of the tensors' own memory: these must not be written to until the message
     has been sent. Equal messages give equal bytes.
-
-    Args:
-        message: CPU tensors and scalars exactly as `payload` specifies.
-        payload: schema of the message's kind.
-        max_bytes: largest body that the broker accepts.
 
     Raises:
         Refused: 301 a header field, 304-307 the message violates its payload, 308 a limit. All are
@@ -64,12 +59,8 @@ def encode(message: Message, payload: Payload, max_bytes: int) -> list[bytes | m
 def read_body(head: Head, body: bytes, max_bytes: int) -> Message:
     """Decode the rest of a body into the message that its head announces.
 
-    Tensors of codec "raw" and "fp32" without zstd are views of `body`, never to be written in place.
-
-    Args:
-        head: result of `read_head`.
-        body: the same body.
-        max_bytes: largest body accepted; all decoded tensors take at most `MAX_EXPANSION` times as much.
+    Tensors of codec "raw" and "fp32" without zstd are views of `body`, never to be written in place. The body takes at
+    most `max_bytes`, and all decoded tensors at most `MAX_EXPANSION` times as much.
 
     Raises:
         Refused: 303-309 or 311; no bytes raise any other error.
@@ -82,7 +73,9 @@ def read_body(head: Head, body: bytes, max_bytes: int) -> Message:
     _check_scalars(head.scalars, payload)
     _check_tensors({entry.name: (entry.dtype, entry.shape) for entry in entries}, payload)
     for entry in entries:
-        _check_codec(entry, payload.tensors[entry.name])
+        spec = payload.tensors[entry.name]
+        if (entry.codec, entry.zstd) != (spec.codec, spec.zstd):
+            raise refusal(305, f"Tensor '{entry.name}' travels as {entry.codec}, not as {spec.codec}.")
     _check_decoded_size(entries, max_bytes)
     rows = zip(entries, list(_offsets(body, head)), strict=True)
     return Message(head.header, {entry.name: codecs.decode(entry, body, at) for entry, at in rows}, head.scalars)
@@ -129,14 +122,6 @@ def _check_tensors(found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], pay
         )
         if len(shape) != len(spec.shape) or shape != expected:
             raise refusal(306, f"Tensor '{name}' has shape {shape!r:.80}, not {spec.shape} where {bound}.")
-
-
-def _check_codec(entry: Entry, spec: TensorSpec) -> None:
-    if (entry.codec, entry.zstd) != (spec.codec, spec.zstd):
-        raise refusal(305, f"Tensor '{entry.name}' travels as {entry.codec}, not as {spec.codec}.")
-
-
-# ── sizes ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def _check_size(size: int, max_bytes: int) -> None:

@@ -57,10 +57,8 @@ class Head:
 def read_head(body: bytes, payload_of: Callable[[Header], Payload | None] = lambda header: None) -> Head:
     """Decode the header map of a body, without its tensors.
 
-    Args:
-        body: arbitrary bytes.
-        payload_of: returns the schema of a header's kind. Its Refused is kept in `Head.refusal`, since a message with
-            a sequence number is refused only when its turn comes.
+    `payload_of` returns the schema of a header's kind. Its Refused is kept in `Head.refusal`, since a message with a
+    sequence number is refused only when its turn comes.
 
     Raises:
         Refused: 301, 302, 303, 305, 306 or 309: the map itself is invalid.
@@ -75,11 +73,7 @@ def read_head(body: bytes, payload_of: Callable[[Header], Payload | None] = lamb
 
 
 def pack_head(header: Header, scalars: Mapping[str, Scalar], entries: Sequence[Entry]) -> bytes:
-    """Encode a header map.
-
-    Raises:
-        Refused: 304 a string is not valid text, 308 a limit.
-    """
+    """Encode a header map; Refused 304 if a string is not valid text, 308 above a limit."""
     try:
         packer = _packer(header, scalars, len(entries))
         for entry in entries:
@@ -96,16 +90,11 @@ def pack_head(header: Header, scalars: Mapping[str, Scalar], entries: Sequence[E
 
 def _packer(header: Header, scalars: Mapping[str, Scalar], tensors: int, size: int = 1024) -> Any:
     """Return a packer that holds a header up to its rows: keys in the order of `_KEYS`, scalars sorted by name."""
-    fields = [
-        WIRE_VERSION,
-        *(getattr(header, name) for name in _NAMES),
-        header.kind.value,
-        *(getattr(header, name) for name in _COUNTERS),
-        dict(sorted(scalars.items())),
-    ]
+    names, counters = ([getattr(header, name) for name in fields] for fields in (_NAMES, _COUNTERS))
+    values = [WIRE_VERSION, *names, header.kind.value, *counters, dict(sorted(scalars.items()))]
     packer = msgpack.Packer(autoreset=False, buf_size=size)
     packer.pack_map_header(len(_KEYS))
-    for key, value in zip(_KEYS, fields, strict=False):
+    for key, value in zip(_KEYS, values, strict=False):
         packer.pack(key)
         packer.pack(value)
     packer.pack(_KEYS[-1])

@@ -80,12 +80,9 @@ class Header:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Message:
-    """Header with tensors and scalars.
+    """Header with tensors and scalars by name.
 
-    Attributes:
-        header: identity of the message.
-        tensors: CPU tensors by name. From the wire they may be read-only views: never write in place.
-        scalars: scalars by name.
+    Tensors are on the CPU. From the wire they may be read-only views: never write in place.
     """
 
     header: Header

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from nightsplit.broker.rabbitmq import broker as rabbitmq
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
-from nightsplit.broker.rabbitmq.outbox import Backoff
+from nightsplit.broker.rabbitmq.outbox import backoff
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.console.ui.progress import Progress
 from nightsplit.console.ui.text import state_of
@@ -305,7 +305,7 @@ def test_a_message_cut_in_the_middle_is_sent_again_whole(rabbitmq: RabbitNode, q
 
 def test_pauses_between_attempts_stay_short_through_a_long_outage() -> None:
     """A thousand attempts are about two hours."""
-    pauses = list(islice(Backoff(), 1000))
+    pauses = list(islice(backoff(), 1000))
     assert pauses[0] <= 0.1
     assert 5.0 <= pauses[-1] <= max(pauses) <= 10.0
     assert sum(pauses) > 1.5 * 3600

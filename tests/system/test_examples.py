@@ -99,8 +99,8 @@ def test_the_demo_plays_nights_and_days_to_the_result_of_one_undisturbed_night(
     parts = {site: SiteWorker(work / f"{site}.toml").load_splits() for site in config.run.sites}
     undisturbed = simulate(config, parts)
     assert shown["sha256"] == weights_sha256(undisturbed.server.best_weights)
-    judgement = undisturbed.judgement()
-    assert shown["split_all_mae"] == pytest.approx(judgement.overall["mae"], rel=1e-3)
+    figures = undisturbed.evaluate()
+    assert shown["split_all_mae"] == pytest.approx(figures.overall["mae"], rel=1e-3)
     assert shown["centralized_all_r2"] == centralized(config, parts).overall["r2"]
     assert shown["split_all_r2"] > 0.97
     for site in ("south", "east"):  # north has half of all patients, and needs nobody

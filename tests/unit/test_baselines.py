@@ -11,7 +11,7 @@ from nightsplit.console.demo.baselines import alone, centralized
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.protocols.build import build_whole_model
 from nightsplit.shared.protocols.rounds import Work
-from nightsplit.simulation.evaluate import ModelFigures, judge
+from nightsplit.simulation.evaluate import ModelFigures, evaluate
 from nightsplit.simulation.run import simulate
 from nightsplit.site_worker.data.dataset import Splits
 from nightsplit.site_worker.rounds.batches import RoundBatches
@@ -32,7 +32,7 @@ def config(**run: object) -> RunConfig:
 def test_a_synchronous_run_of_one_site_is_the_baseline_wherever_it_is_cut() -> None:
     one = tiny_config(("north",), dropout=0.0, codec="fp32", epochs=4, window=1, protocol="split_u")
     own = {"north": tiny_splits("north")}
-    cut, baseline = simulate(one, own).judgement(), alone(one, "north", own)
+    cut, baseline = simulate(one, own).evaluate(), alone(one, "north", own)
     assert cut.pooled == pytest.approx(baseline.pooled, abs=1e-5)
     assert cut.sites["north"] == cut.pooled
 
@@ -47,7 +47,7 @@ def test_rounds_of_one_site_are_training_it_alone(settings: dict[str, object]) -
     )
     for k in range(one.round.rounds * Work.of(one, len(batches.train)).batches):
         trainer.step(*batches.batch(k), batches.seed("trainer", k), batches.rate(k))
-    by_itself = judge(one, own, lambda site, inputs: trainer.predict(inputs))
+    by_itself = evaluate(one, own, lambda site, inputs: trainer.predict(inputs))
     # Weights that travel as differences, and variances as second moments, are rounded on the way.
     assert alone(one, "north", own).pooled == pytest.approx(by_itself.pooled, abs=1e-3)
 
@@ -60,18 +60,18 @@ def test_a_private_run_is_compared_with_training_without_noise() -> None:
 
 
 def test_pooled_data_teach_more_than_chance_and_every_site_is_judged() -> None:
-    judgement = centralized(config(), splits())
-    assert set(judgement.sites) == set(SITES)
-    assert judgement.pooled["samples"] == sum(len(part.test) for part in splits().values())
-    assert judgement.pooled["auc"] is not None
-    assert judgement.pooled["auc"] > 0.6
+    figures = centralized(config(), splits())
+    assert set(figures.sites) == set(SITES)
+    assert figures.pooled["samples"] == sum(len(part.test) for part in splits().values())
+    assert figures.pooled["auc"] is not None
+    assert figures.pooled["auc"] > 0.6
 
 
 def test_a_site_alone_is_judged_on_the_others_patients_and_learns_from_its_own() -> None:
-    judgement = alone(config(), "north", splits())
-    assert set(judgement.sites) == set(SITES)
+    figures = alone(config(), "north", splits())
+    assert set(figures.sites) == set(SITES)
     changed = splits() | {"south": replace_training(splits()["south"])}
-    assert alone(config(), "north", changed) == judgement
+    assert alone(config(), "north", changed) == figures
     assert centralized(config(), changed) != centralized(config(), splits())
 
 
@@ -102,7 +102,7 @@ def test_pooled_figures_are_those_of_all_patients_as_one_group() -> None:
     def predict(site: str, inputs: torch.Tensor) -> torch.Tensor:
         return inputs[:, :1] + (5.0 if site == "north" else 0.0)
 
-    judgement = judge(config(), splits(), predict)
-    assert judgement.overall["auc"] != judgement.pooled["auc"]
-    loss = sum((m["loss"] or 0) * (m["samples"] or 0) for m in judgement.sites.values())
-    assert judgement.pooled["loss"] == pytest.approx(loss / (judgement.pooled["samples"] or 0))
+    figures = evaluate(config(), splits(), predict)
+    assert figures.overall["auc"] != figures.pooled["auc"]
+    loss = sum((m["loss"] or 0) * (m["samples"] or 0) for m in figures.sites.values())
+    assert figures.pooled["loss"] == pytest.approx(loss / (figures.pooled["samples"] or 0))

@@ -10,7 +10,7 @@ from nightsplit.shared.config.run import ModelSection
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.learning.seeds import seed_for, seeded
 from nightsplit.shared.models.networks import ct_cnn, mlp, small_cnn
-from nightsplit.shared.models.partition import ModelParts, build, output_shapes
+from nightsplit.shared.models.partition import ModelParts, build, flow_shapes
 
 SMALL = "nightsplit.models:small_cnn"
 MLP = {"inputs": 4, "hidden": [8, 6], "outputs": 2}
@@ -95,14 +95,14 @@ def test_a_factory_beside_the_user(factory: Write) -> None:
     spec = factory("return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))")
     path = list(sys.path)
     parts = build(ModelSection(factory=spec, settings={"width": 5}, cut=2), 0, with_head=False)
-    assert output_shapes(parts, (3,)) == ((5,), None, (1,))
+    assert flow_shapes(parts.modules, (3,)) == {"bottom": (5,), "top": (1,)}
     assert sys.path == path
 
 
 def test_a_factory_may_cut_itself(factory: Write) -> None:
     spec = factory("return ModelParts(nn.Linear(3, width), nn.Linear(width, 2), nn.Linear(2, 1))")
     parts = build(ModelSection(factory=spec), 0, with_head=True)
-    assert output_shapes(parts, (3,)) == ((4,), (2,), (1,))
+    assert flow_shapes(parts.modules, (3,)) == {"bottom": (4,), "top": (2,), "head": (1,)}
 
 
 def test_a_repeated_stage_stays_repeated(factory: Write) -> None:
@@ -281,7 +281,8 @@ def test_halves_that_do_not_fit_the_run(factory: Write, body: str, with_head: bo
 
 def test_shapes_of_the_reference_networks() -> None:
     parts = build(ModelSection(factory=SMALL, head_cut=4), 0, with_head=True)
-    assert output_shapes(parts, (1, 28, 28)) == ((16, 14, 14), (64,), (1,))
+    shapes = flow_shapes(parts.modules, (1, 28, 28))
+    assert shapes == {"bottom": (16, 14, 14), "top": (64,), "head": (1,)}
 
 
 def test_a_dry_forward_leaves_no_trace() -> None:
@@ -289,7 +290,7 @@ def test_a_dry_forward_leaves_no_trace() -> None:
     parts = ModelParts(bottom, nn.Linear(4, 1).eval())
     state = {name: value.clone() for name, value in bottom.state_dict().items()}
     before = torch.get_rng_state()
-    output_shapes(parts, (3,))
+    flow_shapes(parts.modules, (3,))
     assert torch.equal(before, torch.get_rng_state())
     assert bottom.training
     assert not parts.top.training
@@ -301,7 +302,7 @@ def test_data_that_the_model_does_not_take() -> None:
     with pytest.raises(
         ConfigError, match=r"the bottom does not take a sample of shape \(13,\): RuntimeError"
     ) as caught:
-        output_shapes(parts, (13,))
+        flow_shapes(parts.modules, (13,))
     assert caught.value.number == 104
     assert "model.settings" in caught.value.remedy
 
@@ -319,5 +320,5 @@ class Total(nn.Linear):
 @pytest.mark.parametrize(("bottom", "said"), [(Pair(3, 3), "returns tuple"), (Total(3, 3), r"returns shape \(\)")])
 def test_a_part_that_returns_no_row_per_sample(bottom: nn.Module, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as caught:
-        output_shapes(ModelParts(bottom, nn.Linear(3, 1)), (3,))
+        flow_shapes(ModelParts(bottom, nn.Linear(3, 1)).modules, (3,))
     assert caught.value.number == 105

@@ -15,7 +15,7 @@ from nightsplit.shared.wire.message import SERVER
 from nightsplit.simulation import scheduler
 from nightsplit.simulation.clock import ManualClock
 from nightsplit.simulation.run import Simulation
-from nightsplit.simulation.scheduler import LONGEST_REST, ROUND_SECONDS, Scheduler, Turn
+from nightsplit.simulation.scheduler import REST_ROUNDS_MAX, ROUND_SECONDS, Scheduler, Turn
 from nightsplit.site_worker.data.dataset import Dataset, Splits
 from tests.harness.night import tiny_config
 
@@ -57,7 +57,7 @@ def test_work_takes_no_time_and_a_round_in_which_all_rest_does() -> None:
     assert clock.now() == START
     turns(Scheduler(clock, "ab"), 1000)
     rests = (clock.now() - START).total_seconds() / ROUND_SECONDS
-    assert 400 * LONGEST_REST < rests < 500 * LONGEST_REST
+    assert 400 * REST_ROUNDS_MAX < rests < 500 * REST_ROUNDS_MAX
 
 
 def operations_per_turn(workers: int, monkeypatch: pytest.MonkeyPatch) -> float:

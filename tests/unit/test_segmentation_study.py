@@ -63,5 +63,5 @@ def test_mean_mask_of_masks_that_are_all_alike_is_right() -> None:
     mask = torch.zeros(6, 8, 8)
     mask[:, 2:5, 3:6] = 1.0
     one = Dataset(torch.zeros(6, 1, 8, 8), mask, ("a", "a", "b", "b", "c", "c"))
-    judgement = mean_mask({site: Splits(one, one, one) for site in SITES})
-    assert judgement.pooled["dice"] == 1.0
+    figures = mean_mask({site: Splits(one, one, one) for site in SITES})
+    assert figures.pooled["dice"] == 1.0
