@@ -52,7 +52,7 @@ check: setup  ## style, types and the rules of who may import whom
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache --no-logo
-	@$(BIN)/python -m pytest -q tests/unit/test_structure.py tests/unit/test_errors.py
+	@$(BIN)/python -m pytest -q tests/house/test_structure.py tests/house/test_errors.py tests/house/test_words.py
 
 bench: setup services  ## measure transport and pipeline against the machine's own limits (minutes)
 	@$(BIN)/python -m benchmarks.speed.transport

@@ -88,11 +88,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         project.remove()
 
 
+@pytest.mark.campaign
 def test_a_new_user_gets_a_report(undisturbed: dict[str, object]) -> None:
     assert undisturbed["run"] == "cholesterol"
     assert undisturbed["steps"] == 1020
 
 
+@pytest.mark.campaign
 def test_the_image_is_small_and_its_user_is_nobody_special(undisturbed: dict[str, object]) -> None:
     layers = json.loads(docker("inspect", "nightsplit"))[0]
     assert layers["Config"]["User"] == "nightsplit"
@@ -101,6 +103,7 @@ def test_the_image_is_small_and_its_user_is_nobody_special(undisturbed: dict[str
     assert layers["Size"] - base < 1.2e9 - 0.13e9
 
 
+@pytest.mark.campaign
 def test_restarts_of_everything_and_a_site_cut_off(undisturbed: dict[str, object], tmp_path: Path) -> None:
     """East is a hospital of its own, by examples/site; south loses its network; everything else is restarted."""
     bridge = docker("network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Gateway}}")

@@ -1,6 +1,6 @@
 """Workers are thrown away between any two steps of the loop; the result must not change.
 
-This is the cheap, exhaustive cousin of the SIGKILL tests in tests/chaos: no process dies, but every
+This is the cheap, exhaustive cousin of the SIGKILL tests in tests/runs: no process dies, but every
 in-memory state does, many times per run, on seeded schedules.
 """
 
