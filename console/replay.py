@@ -139,10 +139,9 @@ class Replay:
             queues = {site: site_queues(run.id, site, wire.queue_bytes) for site in run.sites}
             routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in queues.items()}
             mailbox = Mailbox(run.id, SERVER, self.player, routes, role.payload, wire.message_bytes)
-            self.engine = engine = Engine(
-                role, mailbox, Checkpoints(Path(scratch) / "checkpoints"), self._order, self._record
-            )
-            engine.interval_seconds = math.inf
+            checkpoints = Checkpoints(Path(scratch) / "checkpoints")
+            checkpoints.interval_seconds = math.inf
+            self.engine = engine = Engine(role, mailbox, checkpoints, self._order, self._record)
             engine.start()
             while not engine.finished and (until is None or engine.position < until):
                 # A role that has all its messages may have work of its own (split_frozen).

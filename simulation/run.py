@@ -172,7 +172,8 @@ class Simulation:
         mailbox = Mailbox(config.run.id, worker, link, routes, role.payload, config.wire.message_bytes)
         checkpoints, decide = self.checkpoints[worker], lambda: self.decide()
         engine = Engine(role, mailbox, checkpoints, authority, self.lines.append, spend, decide)
-        engine.interval_seconds, engine.monotonic = self.interval_seconds, lambda: self.clock.now().timestamp()
+        checkpoints.interval_seconds = self.interval_seconds
+        engine.monotonic = lambda: self.clock.now().timestamp()
         engine.recover()
         self.links[worker], self.roles[worker], self.engines[worker] = link, role, engine
         return engine

@@ -54,8 +54,6 @@ class Engine:
         failures: refusals of messages that a role failed on, as in `refusing_failures`.
     """
 
-    interval_seconds = 30.0
-    """Longest time between checkpoints while there is something to save."""
     monotonic: Callable[[], float] = staticmethod(time.monotonic)
     """Clock, in seconds, by which checkpoints are due."""
 
@@ -329,7 +327,7 @@ class Engine:
             return
         # Sealed deliveries must be acknowledged even without new ones: consumer_timeout would close the channel.
         has_work, age = self._dirty or self._unacked.has_sealed, self.monotonic() - self._last_snapshot
-        if force or (has_work and age > self.interval_seconds) or self._unacked.open_max >= self._quarter:
+        if force or (has_work and age > self._checkpoints.interval_seconds) or self._unacked.open_max >= self._quarter:
             self._pending = self._snapshot()
 
     def _save_now(self) -> None:

@@ -55,6 +55,8 @@ class Checkpoints:
 
     keep = 2
     """Number of checkpoints kept, so that an intact one remains when the newest is damaged."""
+    interval_seconds = 30.0
+    """Longest time between two while there is something to save."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
