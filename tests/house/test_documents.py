@@ -84,5 +84,5 @@ def test_names_in_the_documents_exist(name: str) -> None:
         homes = [code for code in source.values() if re.search(rf"^class {kind}\b", code, re.MULTILINE)]
         assert homes, f"{name}: no class {kind}"
         assert any(re.search(rf"\b{member}\b", code) for code in homes), f"{name}: no {kind}.{member}"
-    for file in re.findall(rf"\b((?:{'|'.join(PACKAGES)})/[a-z_/]+\.py)", text):
+    for file in re.findall(rf"(?<![\w/])((?:{'|'.join(PACKAGES)})/[a-z_/]+\.py)", text):
         assert ROOT / file in source, f"{name}: no {file}"
