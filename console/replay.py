@@ -38,7 +38,7 @@ from nightsplit.shared.transport import Confirmed, Delivery, Event, Link, Queue,
 from nightsplit.shared.wire.message import SERVER
 
 
-def summarise(file: WorkerFile, until: int | None) -> dict[str, Any]:
+def replay_and_compare(file: WorkerFile, until: int | None) -> dict[str, Any]:
     """Replay a run up to position `until` as `Replay.run`, and return the result as plain data.
 
     `equal` is None if the replay stopped before the end: there is nothing to compare with.

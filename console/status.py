@@ -27,9 +27,9 @@ def summarise(file: WorkerFile) -> dict[str, Any]:
     """
     with closing(file.open_store()) as store:
         statuses = store.statuses([SERVER, *file.sites])
-    depths, queries, broker = _depths(file)
-    absent = all(depth is None for site in depths.values() for depth in site.values())
-    if not statuses and absent and broker is None:
+    depths, query_depths, broker_error = _depths(file)
+    no_queue_exists = all(depth is None for site in depths.values() for depth in site.values())
+    if not statuses and no_queue_exists and broker_error is None:
         sentence = f"neither the broker nor the run store knows run {file.run_config.run.id!r}."
         raise RunError(605, sentence, "open it with: nightsplit open server.toml; or check run.id, broker and store.")
     server = statuses.get(SERVER)
@@ -41,8 +41,8 @@ def summarise(file: WorkerFile) -> dict[str, Any]:
         "sentence": _sentence(server, sum(line["queued"] or 0 for line in workers[1:])),
         "workers": workers,
         "at_broker": depths,
-        "queries": queries,
-        "broker": broker,
+        "queries": query_depths,
+        "broker": broker_error,
     }
 
 
@@ -50,16 +50,16 @@ Depths = dict[str, dict[str, int | None]]
 
 
 def _depths(file: WorkerFile) -> tuple[Depths, Depths, str | None]:
-    """Return the depths of each site's queues, of its queues for queries, and the error of a broker that failed."""
+    """Return the depths of each site's queues and of its queues for queries, and the error of an unreachable broker."""
     try:
-        broker, run, queries = file.open_broker(), {}, {}
+        broker, depths, query_depths = file.open_broker(), {}, {}
         for site, queues in file.queues().items():
-            run[site] = {name: broker.depth(queue) for name, queue in zip(QUEUES, queues, strict=True)}
+            depths[site] = {name: broker.depth(queue) for name, queue in zip(QUEUES, queues, strict=True)}
         for site, queues in file.queues(query_queues).items():
-            queries[site] = {"ask": broker.depth(queues.up), "answer": broker.depth(queues.down)}
+            query_depths[site] = {"ask": broker.depth(queues.up), "answer": broker.depth(queues.down)}
     except BrokerError as error:
         return {site: dict.fromkeys(QUEUES) for site in file.sites}, {}, str(error)
-    return run, queries, None
+    return depths, query_depths, None
 
 
 def _sentence(server: Status | None, queued: int) -> str:
@@ -81,7 +81,7 @@ def _sentence(server: Status | None, queued: int) -> str:
     if not report.lacking:
         return sentence
     lacking = ", ".join(report.lacking)
-    return f"{sentence}; WAITS for {lacking}: silent for too long, but the quorum is not met without them"
+    return f"{sentence}; WAITING for {lacking}: silent for too long, but the run cannot meet its quorum without them"
 
 
 def _line_of_site(
@@ -90,15 +90,17 @@ def _line_of_site(
     """Return the line of a site, with the server's report of its messages.
 
     Queued messages are those that the broker has confirmed and the server has not applied. The depth of the
-    queue is less exact: it counts hellos, and applied messages that are not in two checkpoints yet.
+    queue is less exact: it counts hellos, and applied messages that the server has not acknowledged yet.
     """
     line = _line_of_worker(site, status)
     if reported is not None:
         line |= {name: getattr(reported, name) for name in ("applied", *SITE_FACTS)}
     confirmed = line["confirmed"]
+    # The server reports `applied`, the site `answered`: the newer of the two.
     settled = max(line["applied"] or 0, line["answered"] or 0)
     line["queued"] = depths["up"] if confirmed is None else max(0, confirmed - settled)
-    line["refused"] = line["refused"] if depths["dead"] is None else depths["dead"]
+    if depths["dead"] is not None:  # with what earlier processes refused
+        line["refused"] = depths["dead"]
     return line
 
 
@@ -106,11 +108,11 @@ def _line_of_worker(worker: str, status: Status | None) -> dict[str, Any]:
     report = status.report if status is not None else None
     return {
         "worker": worker,
-        "state": report and report.phase,
-        "detail": report and report.detail,
+        "state": getattr(report, "phase", None),
+        "detail": getattr(report, "detail", None),
         "online": status is not None and status.online,
         "age_seconds": None if status is None else round(status.age_seconds, 1),
-        **{name: report and getattr(report, name) for name in (*COUNTS, "planned")},
+        **{name: getattr(report, name, None) for name in (*COUNTS, "planned")},
         "skipped_checkpoints": list(report.skipped_checkpoints) if report else [],
         **dict.fromkeys(SITE_FACTS),
     }
@@ -124,8 +126,8 @@ def in_words(line: Mapping[str, Any]) -> str:
         status = WorkerStatus(phase=line["state"], detail=line["detail"])
         words = _state_in_words(status)
         if not (line["online"] or status.phase.has_left):
-            words = f"OFFLINE since {duration(line['age_seconds'])} (was {words})"
-    return words if line["excluded_at"] is None else f"EXCLUDED after {line['excluded_at']} messages ({words})"
+            words = f"OFFLINE for {duration(line['age_seconds'])} (was {words})"
+    return words if line["excluded_at"] is None else f"EXCLUDED at position {line['excluded_at']} ({words})"
 
 
 def _state_in_words(status: WorkerStatus) -> str:

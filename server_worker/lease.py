@@ -19,8 +19,9 @@ TTL_SECONDS = 15.0
 def lease_owner(folder: Path, locked: bool) -> str:
     """Return the name of a server for its lease.
 
-    The process that has locked the folder keeps one name: the last process of that name is dead, so
-    its lease is taken over at once. A standby has another name, and waits until the lease expires.
+    The process that holds the folder's lock always has the same name. It can hold the lock only when its
+    predecessor is dead, so it takes over that lease at once. A standby, without the lock, adds its process id:
+    to the store it is another owner, which waits until the lease expires.
     """
     name = f"{socket.gethostname()}:{folder.resolve()}"
     return name if locked else f"{name}:{os.getpid()}"
@@ -45,28 +46,27 @@ class Lease(CheckpointAuthority):
         while (fence := self._store.acquire_lease(self._owner, TTL_SECONDS)) is None:
             if not wait(TTL_SECONDS / 5):
                 return False
-        self.fence = fence
-        self._renewed = time.monotonic()
+        self.fence, self._renewed, self._lost = fence, time.monotonic(), False
         return True
 
     def renew(self, store: RunStore) -> None:
         """Renew the lease. Called by the heartbeat, with the heartbeat's own connection."""
-        now = time.monotonic()
+        now = time.monotonic()  # before the call: our own time must run out before the store's
         if store.renew_lease(self._owner, self.fence, TTL_SECONDS):
             self._renewed = now
         else:
             self._lost = True
 
     def check(self) -> None:
-        """Check that this server is still active; StateError 505 if it was replaced, perhaps while it slept.
+        """Check that no other server has taken over, for example while this host was suspended.
 
-        BrokerError 207 if the lease has expired and the store cannot be reached.
+        StateError 505 if one has; BrokerError 207 if the lease has expired and the store cannot be reached.
         """
         if time.monotonic() - self._renewed > TTL_SECONDS:
             self.renew(self._store)
         if self._lost:
-            remedy = "nothing is lost; stop one of them."
-            raise StateError(505, f"a server with a higher fence than {self.fence} is active.", remedy)
+            remedy = "nothing is lost; stop this server, or the other one."
+            raise StateError(505, f"another server with a higher fence than {self.fence} is active.", remedy)
 
     def release(self) -> None:
         """Stop being the active server."""

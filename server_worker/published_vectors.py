@@ -4,8 +4,8 @@
                    north.safetensors    tau of north
                    south.safetensors
 
-A sum does not depend on the order, and a site counts once, so that adding a late hospital or removing one
-gives, bit by bit, the sum of a run with these hospitals.
+Vectors are always added in the order of their sites' names, and a site counts once: adding a late hospital, or
+removing one, gives bit for bit the sum of a run with exactly these hospitals.
 """
 
 import json
@@ -25,7 +25,7 @@ from nightsplit.shared.storage.tensors import as_safetensors
 FOLDER = "vectors"
 """Name of the vectors' folder in the report folder."""
 BASE = "base"
-"""Name of the file with theta_pre, which no site may have."""
+"""Name of the file with theta_pre; no site may have this name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class Vector:
 
 
 def sum_vectors(vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return the sum of one or more vectors by name, bit by bit the same for every order of arrival."""
+    """Return the sum of one or more vectors, added in the order of their names, so that it is bit-identical."""
     return torch.stack([vectors[name] for name in sorted(vectors)]).sum(0)
 
 
@@ -67,7 +67,7 @@ def publish(
     common = {
         "shapes": json.dumps({name: list(shape) for name, shape in layout.shapes.items()}),
         "buffers": json.dumps(sorted(layout.buffers)),
-        "base_sha256": weights_sha256({"": base}),
+        "base_sha256": weights_sha256({"": base}),  # as one tensor without a name
     }
     chosen = {} if scale is None else {"scale": repr(scale)}
     write_atomic(folder / f"{BASE}.safetensors", as_safetensors({"vector": base}, {**common, **chosen, "name": BASE}))
@@ -88,7 +88,7 @@ def merge(base: Vector, vectors: list[Vector], scale: float) -> dict[str, torch.
             raise ConfigError(117, sentence, "only vectors of one network with the same classes can be added.")
         if vector.base_sha256 != base.base_sha256:
             theirs, ours = vector.base_sha256[:12], base.base_sha256[:12]
-            sentence = f"{vector.path} was trained from {theirs}, not from {ours} of {base.path}."
+            sentence = f"{vector.path} was trained from model {theirs}, but {base.path} is model {ours}."
             raise ConfigError(116, sentence, "ask that hospital to begin from the same published model.")
     layout = WeightLayout(base.shapes, slice_length=len(base.values), buffers=base.buffers)
     if not vectors:
@@ -106,5 +106,5 @@ def read_vector(path: Path) -> Vector:
         buffers = frozenset(json.loads(facts["buffers"]))
         return Vector(path, values, shapes, buffers, facts["base_sha256"], facts["name"], scale)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        sentence = f"{path} is no file of a data vector ({error})."
+        sentence = f"{path} is not the file of a data vector ({error})."
         raise ConfigError(115, sentence, "name the vectors folder of a report, or its files.") from None

@@ -24,7 +24,7 @@ from typing import BinaryIO
 
 from typing_extensions import override
 
-from nightsplit.broker.proxy import WrappedLink
+from nightsplit.broker.link_wrapper import LinkWrapper
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import StateError
 from nightsplit.shared.storage.files import force_to_disk, make_private_folder
@@ -102,7 +102,7 @@ class Tape:
             raise StateError(501, sentence, fix) from None
 
 
-class TapedLink(WrappedLink):
+class TapedLink(LinkWrapper):
     """Link that writes deliveries to the tape before they are acknowledged.
 
     `receive`, `acknowledge` and `close`, which also closes the tape, raise StateError 501 when its disk is full.

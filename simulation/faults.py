@@ -27,7 +27,7 @@ from heapq import heappop, heappush
 
 from typing_extensions import override
 
-from nightsplit.broker.proxy import WrappedLink
+from nightsplit.broker.link_wrapper import LinkWrapper
 from nightsplit.shared.transport import Blocked, Broker, Confirmed, Delivery, Event, Link, Queue, Unblocked
 
 COPIES_MAX = 3
@@ -101,7 +101,7 @@ class _Sent:
     open_copies: int = 0
 
 
-class FaultyLink(WrappedLink):
+class FaultyLink(LinkWrapper):
     """Link over one connection after another, which `connect` opens with a prefetch; adds its faults to `counts`."""
 
     def __init__(

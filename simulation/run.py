@@ -19,7 +19,7 @@ import torch
 from torch.func import functional_call
 from typing_extensions import override
 
-from nightsplit.broker.proxy import WrappedLink
+from nightsplit.broker.link_wrapper import LinkWrapper
 from nightsplit.broker.topology import site_queues
 from nightsplit.server_worker.lease import Lease
 from nightsplit.server_worker.protocols import AnyServer, make_server
@@ -108,7 +108,7 @@ class Simulation:
 
     def start(self, worker: str) -> Engine:
         """Start a worker from its newest checkpoint, as a new process would."""
-        engine = self._recovered(worker)
+        engine = self._build_engine(worker)
         engine.start()
         return engine
 
@@ -146,13 +146,14 @@ class Simulation:
 
     def work(self, worker: str, idle_seconds: float = 0.3) -> bool:
         """Run one worker alone until it has no work for `idle_seconds`; return whether it has finished."""
-        finished = self._recovered(worker).run(lambda: False, idle_seconds)
+        finished = self._build_engine(worker).run(lambda: False, idle_seconds)
         self.kill(worker)
         if finished:
             self.finished.add(worker)
         return finished
 
-    def _recovered(self, worker: str) -> Engine:
+    def _build_engine(self, worker: str) -> Engine:
+        """Build a worker's role, link and engine, as a new process would, and restore its newest checkpoint."""
         self._starts += 1
         config, spend = self.config, forbid_spending
         authority: CheckpointAuthority = SoleWriter()
@@ -160,7 +161,7 @@ class Simulation:
             role: SiteRole | AnyServer = make_server(config, self.folder / SERVER, self.base, self._device)
             routes = {site: Route(q.down, q.up, q.dead) for site, q in self.queues.items()}
             authority = lease = Lease(self.store, SERVER)
-            lease.acquire(lambda seconds: True)
+            lease.acquire(lambda seconds: True)  # never waits: nothing else holds it
         else:
             incarnation, ledger = f"{worker}-{self._starts}", self.ledgers / f"{config.digest}-{worker}.db"
             role = make_site(worker, config, self.splits[worker], incarnation, self.base, self._device, ledger)
@@ -170,7 +171,8 @@ class Simulation:
         consume = [route.incoming for route in routes.values()]
         link = _NotifyingLink(self.broker.link(consume, self._prefetch, worker), self._wake_reader)
         mailbox = Mailbox(config.run.id, worker, link, routes, role.payload, config.wire.message_bytes)
-        checkpoints, decide = self.checkpoints[worker], lambda: self.decide()
+        checkpoints = self.checkpoints[worker]
+        decide = lambda: self.decide()  # noqa: E731  (a test may set another one later)
         engine = Engine(role, mailbox, checkpoints, authority, self.lines.append, spend, decide)
         checkpoints.interval_seconds = self.interval_seconds
         engine.monotonic = lambda: self.clock.now().timestamp()
@@ -202,11 +204,13 @@ class Simulation:
             entries.append(entry)
         return entries
 
-    def fingerprint(self, *excluded: str) -> str:
-        """Return the SHA-256 of all final and best weights, without those of `excluded` sites."""
+    def fingerprint(self, *omitted: str) -> str:
+        """Return the SHA-256 of all final and best weights, without those of the `omitted` workers."""
         digest = hashlib.sha256()
         for worker in self.workers:
-            for state in [] if worker in excluded else _states(self.roles[worker]):
+            if worker in omitted:
+                continue
+            for state in _result_weights(self.roles[worker]):
                 for key in sorted(state):
                     digest.update(key.encode() + state[key].cpu().numpy().tobytes())
         return digest.hexdigest()
@@ -216,10 +220,10 @@ class Simulation:
         modules = build_model(self.config, self.base).modules
 
         def predict(site: str, inputs: torch.Tensor) -> torch.Tensor:
-            role = self.sites.get(site) or next(iter(self.sites.values()))
+            role = self.sites.get(site) or next(iter(self.sites.values()))  # a baseline's one site serves all of them
             weights = role.model()
-            # Weights that are not sent (local statistics) are the site's own.
             part = spec_of(self.config).names.weights
+            # The server's best weights, and statistics that never leave a site.
             weights[part] = {**weights.get(part, {}), **self.server.best_weights}
             with torch.no_grad():
                 for name, module in modules.items():
@@ -235,7 +239,7 @@ def simulate(config: RunConfig, splits: Mapping[str, Splits], base: Path = Path(
         return Simulation(config, splits, Path(folder), base).run()
 
 
-class _NotifyingLink(WrappedLink):
+class _NotifyingLink(LinkWrapper):
     """Link that reports the queue of every published message."""
 
     def __init__(self, link: Link, notify: Callable[[Queue], None]) -> None:
@@ -250,13 +254,15 @@ class _NotifyingLink(WrappedLink):
         self._notify(queue)
 
 
-def _states(role: SiteRole | AnyServer) -> list[Mapping[str, torch.Tensor]]:
+def _result_weights(role: SiteRole | AnyServer) -> list[Mapping[str, torch.Tensor]]:
     """Return the final and best weights of a worker."""
     match role:
         case ServerRole():
             return [role.weights(), role.best_weights]
-        case RoundSite() if not isinstance(role, DataVectorsSite):
+        case DataVectorsSite():  # its trainer still has the last scale that it evaluated
+            return [*role.model().values()]
+        case RoundSite():
             return [role.trainer.weights(), *role.model().values()]
         case StreamSite():
             return [role.bottom.module.state_dict(), role.final_bottom()]
-    return [*role.model().values()]  # the weights that it evaluated last are no result
+    raise TypeError(f"{type(role).__name__} has no weights")

@@ -24,7 +24,7 @@ from torch import nn
 
 from benchmarks.speed.common import MiB, Place, Worker, fresh_name, queues_of, rabbitmq, resident_bytes, scratch
 from benchmarks.speed.figures import Figure, Results, arguments
-from nightsplit.broker.proxy import WrappedLink
+from nightsplit.broker.link_wrapper import LinkWrapper
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.server_worker.protocols import make_server
 from nightsplit.server_worker.rounds.aggregation import WeightedMean
@@ -92,7 +92,7 @@ def config_of(run: str, rounds: int) -> RunConfig:
     )
 
 
-class Timed(WrappedLink):
+class Timed(LinkWrapper):
     """Notes when updates came and models left, on its way through."""
 
     def __init__(self, link: Link) -> None:

@@ -17,7 +17,7 @@ from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Confirmed, Delivery, Event, Link, Queue, check_size
 
 CLOSE_TIMEOUT_S = 1.0
-"""Longest time in seconds that a closing link waits for the broker."""
+"""Seconds that a closing link waits for the broker, and then for connections that it aborts."""
 
 
 class RabbitLink(Link):
@@ -42,7 +42,7 @@ class RabbitLink(Link):
         self._thread.start()
 
     def wait_until_ready(self, timeout: float) -> None:
-        """Return when both connections are ready; raise the BrokerError that explains a failure."""
+        """Wait until all connections are ready; raise the link's permanent error, or BrokerError 201 at the timeout."""
         deadline = time.monotonic() + timeout
         for connection in self._connections:
             while not connection.ready.wait(0.02):
@@ -54,7 +54,7 @@ class RabbitLink(Link):
     def publish(
         self, queue: Queue, message_id: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str] = {}
     ) -> None:
-        """Hand a message to the I/O thread; BrokerError 203 too large, or the permanent error of an earlier message."""
+        """Hand a message to the I/O thread; BrokerError 203 if it is too large, or the error that ended the link."""
         self._inbox.raise_failure()
         check_size(queue, message_id, sum(memoryview(piece).nbytes for piece in body), self._max_message_bytes)
         self._unconfirmed.add(message_id)
@@ -75,7 +75,7 @@ class RabbitLink(Link):
                 continue  # its connection was lost while it waited here; it is delivered again
             if isinstance(event, Confirmed):
                 self._unconfirmed.discard(event.message_id)
-            if event is not None:
+            if event is not None:  # else `Inbox.fail` has woken us: its error is raised next
                 return event
 
     @override
@@ -95,14 +95,14 @@ class RabbitLink(Link):
 
     @override
     def raise_prefetch(self, prefetch: int) -> None:
-        # The consumer reconnects, and a standby may get the queues in that moment.
+        # The consumer reconnects for it, and a standby may take over the queues meanwhile: never without need.
         if prefetch > self._prefetch:
             self._prefetch = prefetch
             self._loop.add_callback_threadsafe(partial(self._consumer.raise_prefetch, prefetch))
 
     @override
     def close(self) -> None:
-        """Close the connections, within about a second even when the broker is unreachable."""
+        """Close the connections; return within about two seconds even when the broker is unreachable."""
         self._loop.add_callback_threadsafe(self._close_connections)
         self._thread.join()
 
@@ -122,7 +122,7 @@ class RabbitLink(Link):
         for connection in self._connections:
             connection.close()
         self._loop.call_later(CLOSE_TIMEOUT_S, self._abort_connections)
-        self._stop_when_ended()
+        self._stop_when_ended()  # a connection that is down already does not report its end again
 
     def _abort_connections(self) -> None:
         self._loop.call_later(CLOSE_TIMEOUT_S, self._stop)  # so that `close` returns in any state of pika

@@ -17,14 +17,14 @@ BLOCKED_TIMEOUT_S = 5.0
 """Seconds after which a broker that blocks publishing is taken to have an alarm."""
 
 UNROUTABLE_KEY = "doctor"
-"""Routing key that leads to no queue, so that messages are returned."""
+"""Routing key without a binding: a permitted message reaches no queue, and comes back as unroutable."""
 
 
 class Probe:
-    """Probe of the permissions of one user at one broker; errors as of `RabbitBroker`."""
+    """Probe of the permissions of one user at one broker; raises the errors of `RabbitBroker`."""
 
     def __init__(self, url: str, credentials: Credentials) -> None:
-        self._addresses = read_addresses(url, 30, credentials)
+        self._addresses = read_addresses(url, heartbeat=30, credentials=credentials)
         for parameters in self._addresses:
             parameters.blocked_connection_timeout = BLOCKED_TIMEOUT_S
         self.verifies_users = self._addresses[0].ssl_options is not None
@@ -34,15 +34,15 @@ class Probe:
         return self._permits(lambda channel: self._publish(channel, exchange, 1))
 
     def may_read(self, queue: Queue) -> bool:
-        """Return whether the user may read `queue`; a message is returned at once. Raises as `may_publish`."""
+        """Return whether the user may read `queue`; a message that it takes is put back at once."""
         return self._permits(lambda channel: channel.basic_get(queue.name))
 
     def may_create(self, name: str) -> bool:
-        """Return whether the user may create a queue `name`; it is deleted at once. Raises as `may_publish`."""
+        """Return whether the user may create a queue `name`; it is deleted at once."""
         return self._permits(lambda channel: channel.queue_declare(name, exclusive=True, auto_delete=True))
 
     def send(self, queue: Queue, size: int) -> None:
-        """Send `size` bytes to the exchange of `queue`; BrokerError 201-203, 205, or 209 publishing is blocked."""
+        """Send `size` bytes to the exchange of `queue`; BrokerError 201-203, 205, or 209 if it blocks publishing."""
         refusal = self._refusal(lambda channel: self._publish(channel, queue.exchange, size))
         if refusal is not None:
             raise permanent_error(refusal, self._addresses[0]) or unreachable(refusal, self._addresses[0])
@@ -54,7 +54,7 @@ class Probe:
     def _permits(self, operation: Callable[[Any], object]) -> bool:
         """Return whether the user may perform an operation on a channel."""
         refusal = self._refusal(operation)
-        return refusal is None or refusal.reply_code != 403  # 404, 405: the user has access, and another error occurred
+        return refusal is None or refusal.reply_code != 403  # 404, 405: permitted, and failed for another reason
 
     def _refusal(self, operation: Callable[[Any], object]) -> Any:
         """Perform an operation on a channel; return the ChannelClosedByBroker that refuses it, or None."""
@@ -63,7 +63,7 @@ class Probe:
             channel.confirm_delivery()
             try:
                 operation(channel)
-            except exceptions.UnroutableError:
+            except exceptions.UnroutableError:  # accepted, and returned since no queue is bound: a success
                 return None
             except exceptions.ConnectionBlockedTimeout:
                 sentence = "the broker blocks publishing: memory or disk alarm."

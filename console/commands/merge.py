@@ -1,4 +1,4 @@
-"""nightsplit merge: the published vectors of a data_vectors run, with a hospital added or left out."""
+"""nightsplit merge: the published vectors of a data_vectors run, merged again with other hospitals."""
 
 import sys
 from pathlib import Path
@@ -27,7 +27,8 @@ def merge(
     """
     from safetensors.torch import save
 
-    from nightsplit.server_worker.published_vectors import BASE, FOLDER, merge, read_vector
+    from nightsplit.server_worker import published_vectors
+    from nightsplit.server_worker.published_vectors import BASE, FOLDER, read_vector
     from nightsplit.shared.models.hashing import weights_sha256
 
     folder = report / FOLDER
@@ -36,16 +37,15 @@ def merge(
     vectors = {vector.name: vector for vector in [*found, *(read_vector(path) for path in added)]}
     for site in excluded:
         if vectors.pop(site, None) is None:
-            raise ConfigError(103, f"--without {site}: not among {', '.join(vectors)}.", "correct the name.")
+            known = f"the run has vectors of {', '.join(vectors)} only."
+            raise ConfigError(103, f"--without {site}: {known}", "correct the name.")
     factor = base.scale if scale is None else scale
     if factor is None:
-        raise ConfigError(103, f"{folder} has no scale, since none was evaluated.", "give one: --scale 0.3.")
-    weights = merge(base, list(vectors.values()), factor)
+        raise ConfigError(103, f"{folder} names no scale: the run evaluated none.", "give one: --scale 0.3.")
+    weights = published_vectors.merge(base, list(vectors.values()), factor)
     write_output(output, save({name: tensor.contiguous() for name, tensor in weights.items()}))
-    print(shown(f"{output}: {factor:g} x ({' + '.join(sorted(vectors)) or 'nothing'})"))
+    print(shown(f"{output}: base + {factor:g} x ({' + '.join(sorted(vectors)) or 'nothing'})"))
     print(f"sha256 of the model: {weights_sha256(weights)}")
     if base.buffers:
-        print(
-            "normalization statistics are those of the sum; compute them again before you use the model",
-            file=sys.stderr,
-        )
+        warning = "warning: normalization statistics are sums, like weights; compute them again before use"
+        print(warning, file=sys.stderr)

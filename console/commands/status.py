@@ -34,8 +34,8 @@ def status(file: EitherFile, overrides: Overrides = [], as_json: AsJson = False)
             damaged = "; ".join(line["skipped_checkpoints"])
             console.print(f"warning: {line['worker']} skipped a damaged checkpoint: {damaged}")
     for site, queued in summary["queries"].items():
-        if queued["ask"] is not None:
-            queries, answers = counted(queued["ask"], "message"), queued["answer"]
-            console.print(f"encrypted queries of {site}: {queries} for the server, {answers} for the site")
-    if summary["broker"] is not None:
+        if queued["ask"] is not None:  # there are queues for queries
+            to_server = counted(queued["ask"], "message")
+            console.print(f"encrypted queries of {site}: {to_server} for the server, {queued['answer']} for the site")
+    if summary["broker"] is not None:  # the error, if it could not be asked
         console.print(summary["broker"])

@@ -42,7 +42,7 @@ from nightsplit.site_worker.worker import SiteWorker
 
 EXAMPLES = Path(nightsplit.__file__).parent / "examples"
 _CLASSES = ("auc", "balanced_accuracy")
-FIGURES = {"binary": _CLASSES, "multiclass": _CLASSES, "regression": ("r2", "mae"), "segmentation": ("dice",)}
+TABLE_METRICS = {"binary": _CLASSES, "multiclass": _CLASSES, "regression": ("r2", "mae"), "segmentation": ("dice",)}
 """Metrics in the table, by kind of task."""
 
 Results = Mapping[str, Mapping[str, Metrics]]
@@ -71,7 +71,7 @@ def run_demo(folder: Path, as_json: bool, at: Sequence[str] | None = None) -> in
     example = _find_example(folder)
     work = _copy_example(example, "demo")
     if at is not None:
-        _move(work, *at)
+        _use_services(work, *at)
     config = load_run(work / "run.toml")
     splits = {site: SiteWorker(work / f"{site}.toml").load_splits() for site in config.run.sites}
     sizes = ", ".join(f"{site} {len(part.train)}" for site, part in splits.items())
@@ -84,9 +84,9 @@ def run_demo(folder: Path, as_json: bool, at: Sequence[str] | None = None) -> in
         return 1
     results = _results(config, splits, work)
     console.print()
-    console.print(f"Test patients, {' / '.join(FIGURES[config.task.kind])}; all: mean by samples")
+    console.print(f"Test patients, {' / '.join(TABLE_METRICS[config.task.kind])}; all: mean weighted by samples")
     console.print(_table(config, results))
-    repeated = _repeat(example, work, config, console, moved=at is not None)
+    repeated = _repeat(example, work, config, console, own_services=at is not None)
     if repeated is None:
         return 1
     queried = _query(work, config, console)
@@ -99,12 +99,14 @@ def run_demo(folder: Path, as_json: bool, at: Sequence[str] | None = None) -> in
     return 1 if repeated["sha256_equal"] is False else 0
 
 
-def _repeat(example: Path, first: Path, config: RunConfig, console: Console, moved: bool) -> dict[str, Any] | None:
-    """Run the example again with kills, and compare: flat keys for JSON, or None if a worker failed."""
-    if moved or config.run.order != "strict":
+def _repeat(
+    example: Path, first: Path, config: RunConfig, console: Console, own_services: bool
+) -> dict[str, Any] | None:
+    """Run the example again with kills, if that can be compared; return facts, None if a worker failed."""
+    if own_services or config.run.order != "strict":
         console.print()
         console.print(f"sha256 of {spec_of(config).names.share}: {_sha256(first, config)}")
-        if not moved:
+        if not own_services:
             console.print("The order is fair: it depends on timing, so the same run again ends with other weights.")
         return {"kills": 0, "sha256_killed": None, "sha256_equal": None}
     work = _copy_example(example, "demo-killed")
@@ -151,7 +153,7 @@ def compare_weights(
     if different:
         console.print(f"NOT EQUAL: the parts of {', '.join(different)} differ. This is a defect; please report it.")
     else:
-        console.print(f"  equal to the bit, and so are the parts of {sites}")
+        console.print(f"  bit-identical, as are the parts of {sites}")
     return not different
 
 
@@ -201,8 +203,8 @@ def _copy_example(example: Path, name: str) -> Path:
     return work
 
 
-def _move(work: Path, broker: str, store: str) -> None:
-    """Use another broker and run store, and a new run id, since they may have a run of this example already."""
+def _use_services(work: Path, broker: str, store: str) -> None:
+    """Write the user's broker and run store into the files, and a new run id, since they may know this example."""
     for file in work.glob("*.toml"):
         text = file.read_text(encoding="utf-8")
         text = text.replace('"embedded:broker"', json.dumps(broker))
@@ -227,15 +229,15 @@ def _share_secrets(first: Path, work: Path, config: RunConfig) -> None:
 def _results(config: RunConfig, splits: Mapping[str, Splits], work: Path) -> Results:
     """Return the test metrics of the run, from its report, and of the baselines."""
     best = _report(work)["best"]
-    of_sites = {site: metrics["test"] for site, metrics in best["sites"].items()}
-    results = {spec_of(config).names.heading: {**of_sites, "all": best["overall"]["test"]}}
+    site_metrics = {site: metrics["test"] for site, metrics in best["sites"].items()}
+    results = {spec_of(config).names.heading: {**site_metrics, "all": best["overall"]["test"]}}
     baselines = {"centralized": centralized(config, splits, work)}
     baselines |= {f"{site} alone": alone(config, site, splits, work) for site in splits}
     return results | {name: {**b.sites, "all": b.overall} for name, b in baselines.items()}
 
 
 def _table(config: RunConfig, results: Results) -> Table:
-    figures, groups = FIGURES[config.task.kind], [*config.run.sites, "all"]
+    figures, groups = TABLE_METRICS[config.task.kind], [*config.run.sites, "all"]
     table = columns("trained", *groups, numbers=groups)
     for name, metrics in results.items():
         cells = (" / ".join(_cell(metrics[group][figure]) for figure in figures) for group in groups)
@@ -255,5 +257,5 @@ def _flat(config: RunConfig, results: Results, work: Path) -> dict[str, Any]:
         f"{name.replace(',', '').replace(' ', '_')}_{group}_{figure}": metrics[figure]
         for name, groups in results.items()
         for group, metrics in groups.items()
-        for figure in FIGURES[config.task.kind]
+        for figure in TABLE_METRICS[config.task.kind]
     }

@@ -29,14 +29,14 @@ from nightsplit.site_worker.data.source import read_splits
 from nightsplit.site_worker.policy import check_policy, read_policy
 
 RABBITMQ_MESSAGE_BYTES = 16 * 2**20
-"""Largest message of RabbitMQ 4 unless max_message_size is raised; no client can query it."""
+"""Default of RabbitMQ 4's max_message_size; a client cannot query the actual value."""
 
 STATE_BYTES = 2**30
 """Free bytes that a disk should have for checkpoints and for the queues of an embedded broker."""
 
 
 def examine(path: Path, overrides: Sequence[str] = ()) -> list[Finding]:
-    """Run all checks, also after one has failed."""
+    """Run every check, even after one fails."""
     try:
         file = WorkerFile(path, overrides)
     except NightsplitError as error:
@@ -70,7 +70,7 @@ def _configuration(file: WorkerFile) -> Finding:
         sentence = f"{file.config.name} is not among the sites of {run.id}: {', '.join(run.sites)}."
         raise RunError(602, sentence, "correct site.name in site.toml.")
     found = f"run {run.id}, {run.protocol}, sites {', '.join(run.sites)}; run digest {file.run_config.digest[:12]}"
-    return Finding("configuration", f"{found} (the same twelve characters at every participant)")
+    return Finding("configuration", f"{found} (must be the same at every participant)")
 
 
 def _policy(file: WorkerFile) -> Finding:
@@ -112,14 +112,14 @@ def _model(file: WorkerFile) -> Finding:
 
 def _broker(file: WorkerFile) -> Finding:
     broker = file.open_broker()
-    queues = [queue for of_site in file.queues().values() for queue in of_site]
+    queues = [queue for queues_of_site in file.queues().values() for queue in queues_of_site]
     absent = [queue.name for queue in queues if broker.depth(queue) is None]
     if absent:
         found = f"reached; {len(absent)} of the run's queues do not exist yet"
-        return Finding("broker", found, "nightsplit open server.toml creates them; a site waits for that.")
+        return Finding("broker", found, "run nightsplit open server.toml, which creates them; a site waits until then.")
     found = f"reached; all {len(queues)} queues exist"
     if isinstance(file.config, ServerSection):
-        broker.declare(queues)  # 204 for a queue with other settings
+        broker.declare(queues)  # raises 204 if one exists with other limits
         found += ", with the run's limits"
     return Finding("broker", found)
 
@@ -129,7 +129,7 @@ def _store(file: WorkerFile) -> Finding:
         statuses = store.statuses([SERVER, *file.sites])
     server_digest = statuses[SERVER].report.digest if SERVER in statuses else None
     if server_digest is not None and server_digest != file.run_config.digest:
-        sentence = f"the server's run digest is {server_digest[:12]}, this one's {file.run_config.digest[:12]}."
+        sentence = f"the server's run digest is {server_digest[:12]}, this worker's is {file.run_config.digest[:12]}."
         raise RunError(601, sentence, "agree on one run.toml.")
     ages = [f"{name} {duration(status.age_seconds)} ago" for name, status in statuses.items()]
     found = f"reached; last reports: {', '.join(ages)}" if ages else "reached; no worker has reported yet"
@@ -166,6 +166,9 @@ def _shift(file: WorkerFile) -> Finding:
     if shift.text is None:
         return Finding("shift", f"{clock}; works at all hours")
 
-    change, word = (shift.closes_at(now), "is open until") if shift.is_open(now) else (shift.opens_at(now), "opens at")
+    if shift.is_open(now):
+        change, word = shift.closes_at(now), "is open until"
+    else:
+        change, word = shift.opens_at(now), "opens at"
     assert change is not None
     return Finding("shift", f"{clock}; shift {shift} {word} {change.astimezone():%Y-%m-%d %H:%M} local time")

@@ -17,14 +17,14 @@ from nightsplit.shared.storage.files import make_private_folder, write_atomic
 CENTRE_DAYS, WORKER_DAYS = 3650, 825
 _USAGES = (ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH)
 CLOCK_SKEW = timedelta(days=1)
-"""Largest lag of a hospital's clock on the first day."""
+"""Certificates are valid from this long before they are made, for hospitals with a slow clock."""
 
 
 class Authority:
     """Certificate authority.
 
     Args:
-        folder: folder of ca.pem and ca.key, which are made if missing.
+        folder: folder of ca.pem and ca.key; both are made if there is no ca.pem.
 
     Raises:
         ConfigError: 113 the files cannot be used.
@@ -34,10 +34,9 @@ class Authority:
         certificate, key = folder / "ca.pem", folder / "ca.key"
         if not certificate.exists():
             make_private_folder(folder)
-            self._key = ec.generate_private_key(ec.SECP256R1())
-            self._certificate = _sign_root(self._key)
-            write_atomic(key, _encode_key(self._key))
-            write_atomic(certificate, self.pem)  # last, since it marks the key as complete
+            own = ec.generate_private_key(ec.SECP256R1())
+            write_atomic(key, _encode_key(own))  # first: where a certificate is, its key is, too
+            write_atomic(certificate, _sign_root(own).public_bytes(serialization.Encoding.PEM))
         try:
             found = serialization.load_pem_private_key(key.read_bytes(), password=None)
             self._certificate = x509.load_pem_x509_certificate(certificate.read_bytes())
@@ -57,8 +56,8 @@ class Authority:
         Args:
             name: common name of the certificate.
             certificate, key: files to write; only their owner can read the key.
-            hosts: names and addresses of a service; none for a worker. A worker listens only for its
-                metrics: there its name is "<name>.nightsplit", which is no host.
+            hosts: names and addresses of a service; none for a worker, which listens for its metrics alone:
+                its certificate names "<name>.nightsplit", which is no real host.
         """
         own = ec.generate_private_key(ec.SECP256R1())
         names = [_general_name(host) for host in sorted(hosts) or [f"{name}.nightsplit"]]

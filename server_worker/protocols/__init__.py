@@ -1,4 +1,4 @@
-"""Server's sides of the protocols."""
+"""Server roles of all protocols."""
 
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,18 @@ def make_server(
     Args:
         state: folder for data too large for a checkpoint (released activations).
         base: folder of run.toml.
-        device: device of the server's layers; a group has one for each of its processes.
-        group: processes that train together, on the server's own store.
+        device: device of the server's layers; in a group, this process's own.
+        group: processes that train together on the released activations (split_frozen).
 
     Raises:
         ConfigError: 104, 105 the model cannot be used, 114 the run cannot be divided among processes.
     """
     if group is not None and not spec_of(config).uploads_once:
-        sentence = f"the server of {config.run.protocol} applies one message after the other, and cannot be divided."
+        sentence = f"the server of {config.run.protocol} applies one message after the other, so it cannot be divided."
         raise ConfigError(114, sentence, "start it as a single process: nightsplit server server.toml.")
     model = build_model(config, base)
     if isinstance(model, WholeModel):
-        role: type[RoundServer] = ROLES[config.run.protocol]
-        return role(config, model)
-    stream: type[StreamServer] = ROLES[config.run.protocol]
-    return stream.make(config, model, state, device, group)
+        round_class: type[RoundServer] = ROLES[config.run.protocol]
+        return round_class(config, model)
+    stream_class: type[StreamServer] = ROLES[config.run.protocol]
+    return stream_class.make(config, model, state, device, group)

@@ -1,10 +1,10 @@
-"""data_vectors (Tian et al., arXiv 2408.13038): models that hospitals trained separately are merged by their changes.
+"""data_vectors (Tian et al., arXiv 2408.13038): merges separately trained models by adding their changes.
 
     theta_mix = theta_pre + scale * sum of tau_j,   tau_j = theta_j - theta_pre
 
 Every site reports its tau once, at any time. Then each site evaluates the sum at every scale on its own
-held-out patients, with normalization statistics that it has measured for the sum, and the scale that is
-best for the validation patients of all sites is chosen.
+held-out patients, with normalization statistics that it measures for that scale. The scale with the best
+validation figure over all sites is chosen.
 """
 
 from collections.abc import Sequence
@@ -33,11 +33,11 @@ class DataVectorsServer(RoundServer):
     def __init__(self, config: RunConfig, model: WholeModel) -> None:
         super().__init__(config, model)
         self.vectors: dict[str, torch.Tensor] = {}
-        """tau of each site that has reported, float32 (length,), to be published with the report."""
+        """tau of each site that has reported, late ones included, float32 (length,); published with the report."""
         self._sum = torch.zeros_like(self.vector)
-        """Sum of the vectors that came in time."""
+        """Sum of the tau that arrived before the round closed, of which the merged model consists."""
         self._statistics: dict[str, torch.Tensor] = {}
-        """Statistics (scales, statistics) measured by each site, encoded as in `WeightLayout.vector`."""
+        """Normalization statistics by site, float32 (scales, statistics), encoded as in `WeightLayout.vector`."""
 
     @property
     def scale(self) -> float | None:
@@ -46,13 +46,13 @@ class DataVectorsServer(RoundServer):
 
     @override
     def add(self, site: str, update: Sequence[torch.Tensor], staleness: int) -> None:
-        self.vectors[site] = torch.cat(list(update))  # the only one of the site, and never stale
+        self.vectors[site] = torch.cat(list(update))  # the site's only update, always from theta_pre: never stale
 
     @override
     def combine(self) -> torch.Tensor:
-        if self.vectors:
+        if self.vectors:  # there is none if every update was refused
             self._sum = sum_vectors(self.vectors)
-        return self.published + self._sum  # scale 1, from which sites derive the others
+        return self.published + self._sum  # at scale 1; sites compute the other scales from it
 
     @override
     def add_final_figures(self, site: str, message: Message | None) -> list[Effect]:
@@ -63,14 +63,18 @@ class DataVectorsServer(RoundServer):
             figures = [decode_report(text, self.config.task, counts, name) for text in texts]
             if "statistics" in message.tensors:
                 self._statistics[site] = self._read_statistics(message)
-        return [effect for index, metrics in enumerate(figures, 1) for effect in self.add_figures(site, index, metrics)]
+        effects: list[Effect] = []
+        for candidate, metrics in enumerate(figures, 1):
+            effects += self.add_figures(site, candidate, metrics)
+        return effects
 
     def _read_statistics(self, message: Message) -> torch.Tensor:
-        """Return the statistics (scales, statistics) of a message; Refused 307 when a variance is below 0."""
+        """Return the statistics (scales, statistics) of a message; Refused 307 if a second moment is negative."""
         statistics = message.tensors["statistics"]
         check_size(message, statistics)
-        if (statistics[:, self.layout.second_moments[self.layout.statistics]] < 0).any():
-            raise mismatch(f"{message.header.message_id} has variances below 0.", 307)
+        is_second_moment = self.layout.second_moments[self.layout.statistics]
+        if (statistics[:, is_second_moment] < 0).any():
+            raise mismatch(f"{message.header.message_id} has negative second moments.", 307)
         return statistics.clone()
 
     @override

@@ -1,4 +1,7 @@
-"""fedavg_transfer (Zhang and Li, arXiv 2203.12803), stage 2: averaging (McMahan et al., AISTATS 2017)."""
+"""fedavg_transfer (Zhang and Li, arXiv 2203.12803), stage 2: averaging (McMahan et al., AISTATS 2017).
+
+Stage 1, training on public data, is `nightsplit pretrain`.
+"""
 
 from collections.abc import Sequence
 
@@ -15,7 +18,8 @@ from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 class FedavgTransferServer(RoundServer):
     """Server role of fedavg_transfer: the next model is the last one plus the combined update.
 
-    An update has the weight 1 / sqrt(1 + staleness), as in FedBuff.
+    A stale update is scaled by 1 / sqrt(1 + staleness), as in FedBuff (Nguyen et al., AISTATS 2022); its weight in the
+    mean stays the site's number of training samples.
     """
 
     def __init__(self, config: RunConfig, model: WholeModel) -> None:
@@ -24,7 +28,7 @@ class FedavgTransferServer(RoundServer):
 
     @override
     def add(self, site: str, update: Sequence[torch.Tensor], staleness: int) -> None:
-        if self.is_last:  # too late for the last round
+        if self.is_last:  # the final model exists already
             return
         if staleness:
             update = [values * (1 + staleness) ** -0.5 for values in update]

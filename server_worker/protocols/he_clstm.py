@@ -1,4 +1,4 @@
-"""he_clstm (Yue et al., ACM TOIT 21(3):57, HE-CLSTM), server's side: it classifies sequences that it cannot read."""
+"""Server's side of he_clstm (Yue et al., ACM TOIT 21(3):57, HE-CLSTM): classifies sequences that it cannot read."""
 
 import hashlib
 from collections.abc import Sequence
@@ -18,10 +18,12 @@ from nightsplit.shared.he.weights import ClassifierWeights, FloatArray
 class HeClstmServer:
     """Server of encrypted queries, which keeps no state between them.
 
-    Between two frames h, c and votes go back to the site, which encrypts them afresh. Before, a number is added to
-    every slot, uniform within `BLINDING` and derived from the server's secret and a nonce: the site sees states that
-    are hidden except for a part in about 2^22. It returns the nonce with them, so that any server with the secret
-    can subtract the numbers. Each answer has its own nonce: a site that repeats a query cannot subtract the answers.
+    After every frame but the last, the LSTM's state (h, c) and the logits so far (votes) go back to the site, which
+    decrypts them, encrypts them afresh and returns them with the next frame. The server blinds them first: it adds to
+    every slot a number drawn uniformly from [-`BLINDING`, `BLINDING`], derived from its secret and a nonce. A blinded
+    number reveals its state with a probability of about 2^-22. The site returns the nonce as well, so that any server
+    with the secret can remove the blinding. Every answer has a nonce of its own: the difference of two answers with
+    one nonce would cancel the blinding.
     """
 
     def __init__(self, classifier: ClassifierWeights, secret: bytes) -> None:
@@ -31,7 +33,7 @@ class HeClstmServer:
         self.steps = steps_of(classifier)
 
     def answer(
-        self, keys: PublicKeys, step: int, packing_name: str, pieces: Sequence[bytes], last_nonce: str, nonce: str
+        self, keys: PublicKeys, step: int, packing_name: str, pieces: Sequence[bytes], previous_nonce: str, nonce: str
     ) -> list[bytes]:
         """Evaluate a step of a query.
 
@@ -40,9 +42,9 @@ class HeClstmServer:
             step: number of the step, from 0.
             packing_name: name of the packing, for `packing_of`.
             pieces: ciphertexts: the features of the frame (one_shot: of all frames); from the second frame on
-                also h, c and votes of the last answer.
-            last_nonce: nonce of that answer; empty at the first step.
-            nonce: a new one.
+                also h, c and votes of the previous answer.
+            previous_nonce: nonce of that answer; empty at the first step.
+            nonce: a new nonce, for this answer.
 
         Returns:
             Ciphertexts: h, c and votes, blinded; at the last step the logits.
@@ -58,12 +60,13 @@ class HeClstmServer:
             features = self._read(pieces, [len(packing.frame(self._empty_frame))] * self._classifier.frames)
             return [to_bytes(one_shot.logits(arithmetic, self._classifier, features))]
         method = batch if packing_name == "batch" else slots
-        frame, state = self._read_frame(arithmetic, packing, step, pieces, last_nonce)
+        frame, state = self._read_frame(arithmetic, packing, step, pieces, previous_nonce)
         if step == self.steps - 1:
             logits = method.last_step(arithmetic, self._classifier, frame, state)
-            (numbers,) = self._blinding(nonce, 1)  # for the slots without logits, which depend on the weights
-            unblinded = packing.votes(numbers[: packing.capacity])
-            return [to_bytes(arithmetic.add_plain(logits, (numbers - unblinded).tolist()))]
+            # The site may read the logits alone: the sums in the other slots depend on the weights.
+            (blinding,) = self._blinding(nonce, 1)
+            at_logits = packing.votes(blinding[: packing.capacity])
+            return [to_bytes(arithmetic.add_plain(logits, (blinding - at_logits).tolist()))]
         state = method.step(arithmetic, self._classifier, step, frame, state)
         parts = [arithmetic.drop_levels(part) for part in (*state.h, *state.c, state.votes)]
         pairs = zip(parts, self._blinding(nonce, len(parts)), strict=True)
@@ -76,14 +79,16 @@ class HeClstmServer:
     def _read_frame(
         self, arithmetic: Arithmetic, packing: Packing, step: int, pieces: Sequence[bytes], nonce: str
     ) -> tuple[list[Ciphertext], State | None]:
-        """Return the features of a frame, and the state after the last one without its blinding."""
+        """Return the features of a frame, and the state after the previous one, unblinded; None at the first frame."""
         top, hidden = self.ckks.top, len(packing.state(np.zeros((0, self._classifier.hidden))))
         features = len(packing.frame(self._empty_frame))
         if step == 0:
             return self._read(pieces, [features])[0], None
         numbers = self._blinding(nonce, 2 * hidden + 1)
+        # Levels as in `State`: h is at the highest, c and votes are one below.
         frame, h, c, (votes,) = self._read(pieces, [features, hidden, hidden, 1], [top, top, top - 1, top - 1])
         capacity = packing.capacity
+        # The site has unpacked and packed the blinded state, so the numbers are packed again as well.
         for row, blinded in ((h, numbers[:hidden]), (c, numbers[hidden:-1])):
             for part, vector in zip(row, packing.state(packing.read_state(blinded, capacity)), strict=True):
                 arithmetic.subtract_plain(part, vector.tolist())

@@ -1,10 +1,10 @@
 """split_u, the U-shaped extension of Ha et al.: the last layers and the labels stay at the site.
 
-    site            server
-    Smashed(q)    ─▶ middle, forward
-    head, loss    ◀─ HeadInput(q)
-    HeadGradient(q)─▶ middle, backward, step
-    bottom, step  ◀─ CutGradient(q)
+    site                                    server
+    bottom, forward  ─── Smashed(q) ──────▶ middle, forward
+    head, loss       ◀── HeadInput(q) ─────
+                     ─── HeadGradient(q) ─▶ middle, backward and step
+    bottom, step     ◀── CutGradient(q) ───
 
 For held-out patients the server receives the site's own figures (Report), not their labels.
 """
@@ -38,7 +38,7 @@ class SplitUServer(StreamServer):
     def __init__(self, config: RunConfig, top: Middle, contract: Contract) -> None:
         super().__init__(config, top, contract)
         self._open: dict[str, dict[int, tuple[int, torch.Tensor]]] = {site: {} for site in config.run.sites}
-        """Version and smashed data of training items that wait for the gradient at the head."""
+        """Version of the middle and smashed data of each training item without its gradient at the head, by number."""
 
     @classmethod
     @override
@@ -59,7 +59,7 @@ class SplitUServer(StreamServer):
         if kind is Kind.REPORT:
             return self._add_report(site, item, message)
         if q not in self._open[site]:
-            raise mismatch(f"item {q} has no open forward.")
+            raise mismatch(f"item {q} has no forward pass that waits for a gradient.")
         version, smashed = self._open[site][q]
         at_cut = self.top.backward(smashed, message.tensors["gradient"], version, seed)
         self._close_item(site, item)
@@ -68,13 +68,13 @@ class SplitUServer(StreamServer):
 
     @override
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
-        # After a refused gradient the item is closed without a step.
+        # An item with a refused gradient at the head is closed without a step.
         self._close_item(header.sender, self.sequences[header.sender].slot(header.seq).item)
         return super().refused(header, refusal)
 
     @override
     def exclude(self, sender: str) -> list[Effect]:
-        self._open[sender].clear()  # the site will not close them
+        self._open[sender].clear()  # their gradients will not come
         self._drop_weights()
         return super().exclude(sender)
 
@@ -86,8 +86,13 @@ class SplitUServer(StreamServer):
         self.top.forget({version for items in self._open.values() for version, _ in items.values()})
 
     def _add_report(self, site: str, item: Item, message: Message) -> list[Effect]:
-        figures = self.read_figures(message, item.ends_block)
-        self._close_item(site, item)  # a site reports a training item when it could not use the head's input
+        """Apply a report, which a site sends in place of a gradient at the head.
+
+        At the end of a block it has the block's figures. For a training item it says that the site could not use the
+        head's input: the item is closed without a step.
+        """
+        figures = self.read_figures(message, due=item.ends_block)
+        self._close_item(site, item)
         effects: list[Effect] = []
         if item.ends_block:
             effects = self.close_evaluation(item.epoch, self.evaluation.report(site, item.epoch, figures))

@@ -4,14 +4,14 @@
     loop      delivery ─▶ mark check ─▶ role.on ─▶ effects ─▶ publish            [1] apply
               every N deliveries or T seconds:
                  snapshot(role state, marks, position)
-                 work on until the sends that it counts are confirmed              [2] confirm
+                 work on until the sends that the snapshot counts are confirmed    [2] confirm
                  write, force to disk, rename, move the pointer                    [3] checkpoint
                  ack the inputs of the *oldest kept* checkpoint                    [4] ack
 
 Inputs stay at the broker, which serves as the write-ahead log, until two checkpoints with their effects
-are durable. A crash before [3] replays the same inputs from the same state and publishes byte-equal
-messages again, which receivers drop by their marks; after a crash behind [3], deliveries below the marks
-are only acknowledged. docs/explanation/delivery.md has all rules.
+are durable. A crash before [3] replays the same inputs from the same state and publishes byte-identical
+messages again, which receivers drop by their marks; after a crash following [3], deliveries below the marks
+are only acknowledged. docs/explanation/delivery.md has the full rules.
 """
 
 import time
@@ -72,8 +72,9 @@ class Engine:
         self._record = record
         self._spend = spend
         self._failures = Failures(failures)
-        # A quarter of the prefetch each for messages out of order, applied since the last
-        # snapshot, in a snapshot being confirmed, and in the newest of the two kept checkpoints.
+        # The broker hands out at most `prefetch` unacknowledged messages of a queue. Each waits for a predecessor, is
+        # applied since the last snapshot, is in the pending snapshot, or is in the newest checkpoint and not yet in
+        # the oldest kept one: a quarter for each.
         self._quarter = max(1, self._link.prefetch // 4)
 
         self.marks = dict.fromkeys(mailbox.routes, 0)
@@ -82,10 +83,11 @@ class Engine:
         """Number of entries of the order so far: sequenced messages of all senders, exclusions and closed rounds."""
         self.last: Outcome | None = None
         """Outcome of the last sequenced message."""
-        self._counter = 0
+        self._checkpoint_number = 0
+        """Number of the last checkpoint written."""
         self._inbox: dict[str, dict[int, Received]] = {peer: {} for peer in mailbox.routes}
         self._unacked = UnackedDeliveries(checkpoints.keep)
-        self._unconfirmed = UnconfirmedSends()
+        self._unconfirmed_sends = UnconfirmedSends()
         self._pending: PendingSnapshot | None = None
         self._dirty = False
         self._last_snapshot = self.monotonic()
@@ -103,7 +105,7 @@ class Engine:
         if engine["run"] != self._mailbox.run or set(engine["marks"]) != set(self.marks):
             sentence = f"{self._checkpoints.folder} holds run {engine['run']} with {', '.join(engine['marks'])}."
             raise StateError(506, sentence, "give every run and worker its own state folder.")
-        self.marks, self.position, self._counter = engine["marks"], engine["position"], pointer.counter
+        self.marks, self.position, self._checkpoint_number = engine["marks"], engine["position"], pointer.counter
         self._role.restore(Snapshot(snapshot.tensors, snapshot.facts["role"]))
         return damaged
 
@@ -143,15 +145,16 @@ class Engine:
     def step(self, wait: float) -> bool:
         """Run one turn of the loop, waiting up to `wait` seconds for work; return whether there was any."""
         worked = self._apply() or self._work()
-        self._unblock()
+        self._make_room()
         received = self._receive(0.0 if worked else wait)
-        self._save_if_due()
+        self._advance_checkpoint()
         return worked or received
 
     def leave(self) -> None:
-        """Make the end or the work so far durable."""
+        """Prepare to exit: complete a finished run, or save the work so far if that needs no waiting."""
         if self._finish is not None:
             self._end(self._finish)
+        # Otherwise the work is repeated from the broker's copies: waiting for confirms could block the exit.
         elif self._dirty and (self._role.rederives or not self._link.unconfirmed):
             self._save_now()
 
@@ -196,7 +199,7 @@ class Engine:
     def _apply(self) -> bool:
         """Perform the next entry of the order; return False if there is none yet."""
         if not self._role.rederives and self._is_ahead():
-            return False  # the reply could not be sent yet
+            return False  # a message would produce a reply, and no more may be sent yet
         match self._order.choose(self.position + 1, self.ready):
             case None:
                 return False
@@ -258,21 +261,21 @@ class Engine:
         """Senders whose next message has arrived."""
         return {sender for sender, inbox in self._inbox.items() if self.marks[sender] + 1 in inbox}
 
-    def _unblock(self) -> None:
-        """Free a prefetch that is full of messages out of turn: save and acknowledge, else raise the prefetch."""
+    def _make_room(self) -> None:
+        """Let the next message of a sender in if later ones fill the prefetch: acknowledge some, else raise it."""
         for sender, inbox in self._inbox.items():
             if self.marks[sender] + 1 in inbox:
                 continue
             unacked = self._unacked.count(self._mailbox.routes[sender].incoming.name)
             if len(inbox) + unacked >= self._link.prefetch:
                 if unacked:
-                    self._save_if_due(force=True)
+                    self._advance_checkpoint(early=True)
                 else:
                     self._link.raise_prefetch(2 * self._link.prefetch)
 
     def _is_ahead(self) -> bool:
-        """Return whether sends are so far ahead of the confirms that a gap could exceed the receiver's prefetch."""
-        return self._unconfirmed.is_ahead(self._quarter)
+        """Return whether to pause sending: if the oldest unconfirmed send is lost, later ones could fill a prefetch."""
+        return self._unconfirmed_sends.is_ahead(self._quarter)
 
     def _keep_until_saved(self, delivery: Delivery) -> None:
         self._unacked.add(delivery)
@@ -308,47 +311,52 @@ class Engine:
         header = self._mailbox.header(send.receiver, send.kind, send.seq, send.reply_to, send.version, fence)
         message_id = self._mailbox.send(Message(header, send.tensors, send.scalars))
         if send.seq:
-            self._unconfirmed.add(message_id, send.receiver, send.seq)
+            self._unconfirmed_sends.add(message_id, send.receiver, send.seq)
 
     # -- [2] confirm, [3] checkpoint, [4] ack ---------------------------------------------------
 
     def _confirm(self, message_id: str) -> None:
         crash_points.reach("before_confirm")
-        self._unconfirmed.confirm(message_id)
+        self._unconfirmed_sends.confirm(message_id)
         self.counters.counts["confirmed"] += 1
         if self._pending is not None:
             self._pending.waiting_for.discard(message_id)
         crash_points.reach("after_confirm")
 
-    def _save_if_due(self, force: bool = False) -> None:
+    def _advance_checkpoint(self, early: bool = False) -> None:
+        """Commit the pending snapshot if its sends are confirmed; without one, take one if due or `early`."""
         if self._pending is not None:
             if not self._pending.waiting_for:
                 self._commit(self._pending)
             return
-        # Sealed deliveries must be acknowledged even without new ones: consumer_timeout would close the channel.
-        has_work, age = self._dirty or self._unacked.has_sealed, self.monotonic() - self._last_snapshot
-        if force or (has_work and age > self._checkpoints.interval_seconds) or self._unacked.open_max >= self._quarter:
+        # Deliveries in earlier snapshots need further checkpoints before they can be acknowledged, even if nothing new
+        # arrives: RabbitMQ closes a channel at consumer_timeout.
+        has_work = self._dirty or self._unacked.has_sealed
+        age = self.monotonic() - self._last_snapshot
+        if early or (has_work and age > self._checkpoints.interval_seconds) or self._unacked.open_max >= self._quarter:
             self._pending = self._snapshot()
 
     def _save_now(self) -> None:
-        """Write a checkpoint of the present state; for a role that cannot rederive, once its sends are confirmed."""
+        """Write a checkpoint of the present state, once the sends that it waits for are confirmed."""
+        self._finish_pending()
+        self._pending = self._snapshot()
+        self._finish_pending()
+
+    def _finish_pending(self) -> None:
         while self._pending is not None:
-            self._receive(0.1)
-            self._save_if_due()
-        pending = self._snapshot()
-        while pending.waiting_for:
-            self._pending = pending
-            self._receive(0.1)
-        self._commit(pending)
+            if self._pending.waiting_for:
+                self._receive(0.1)
+            else:
+                self._commit(self._pending)
 
     def _snapshot(self) -> PendingSnapshot:
-        role = self._role.snapshot(self._unconfirmed.first)
+        role = self._role.snapshot(self._unconfirmed_sends.first)
         engine = {"run": self._mailbox.run, "marks": dict(self.marks), "position": self.position}
-        pending = PendingSnapshot(
-            Snapshot(role.tensors, {"engine": engine, "role": role.facts}),
-            # No role can make copies for the dead letter queue again.
-            {sent for sent in self._link.unconfirmed if not (self._role.rederives and sent in self._unconfirmed)},
-        )
+        waiting_for = set(self._link.unconfirmed)
+        if self._role.rederives:
+            # After a crash the role makes its sends again, but neither dead letters nor messages without a number.
+            waiting_for = {sent for sent in waiting_for if sent not in self._unconfirmed_sends}
+        pending = PendingSnapshot(Snapshot(role.tensors, {"engine": engine, "role": role.facts}), waiting_for)
         self._unacked.seal()
         self._dirty = False
         self._last_snapshot = self.monotonic()
@@ -356,11 +364,11 @@ class Engine:
 
     def _commit(self, pending: PendingSnapshot) -> None:
         self._pending = None
-        self._counter += 1
-        pointer = self._checkpoints.write(self._authority.fence, self._counter, pending.snapshot)
+        self._checkpoint_number += 1
+        pointer = self._checkpoints.write(self._authority.fence, self._checkpoint_number, pending.snapshot)
         if not self._authority.move_pointer(pointer):
-            sentence = f"a server with a higher fence than {self._authority.fence} is active."
-            raise StateError(505, sentence, "nothing is lost; stop this worker, or the other one.")
+            sentence = f"another server with a higher fence than {self._authority.fence} is active."
+            raise StateError(505, sentence, "nothing is lost; stop this server, or the other one.")
         self._checkpoints.prune()
         self.counters.counts["checkpoints"] += 1
         self._perform(self._role.saved())
@@ -370,7 +378,7 @@ class Engine:
             crash_points.reach("after_ack")
 
     def _end(self, finish: Finish) -> None:
-        """Write the end into every kept checkpoint, then send the farewell, and acknowledge all deliveries."""
+        """Save the end in all kept checkpoints, so that none reopens the run; send the farewell; acknowledge all."""
         for _ in range(self._checkpoints.keep):
             self._save_now()
         self._perform(list(finish.farewell))

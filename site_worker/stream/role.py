@@ -64,7 +64,7 @@ class StreamSite(SiteRole):
         if not self.at_work:
             return []
         if self.next_seq > self.sequence.last:
-            # The farewell has come but was refused, and there is nothing else to wait for.
+            # Everything is sent. If the farewell is counted already, it was refused: there is nothing to wait for.
             return self._finish({}) if self.answered == self.sequence.answers else []
         slot = self.sequence.slot(self.next_seq)
         if self.answered < self._required_answer(slot):
@@ -101,7 +101,7 @@ class StreamSite(SiteRole):
 
     @override
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
-        # A refused answer counts as an answer without a gradient.
+        # The item counts as answered, without a gradient.
         if header.seq >= self.sequence.answers:
             self.record_answer(header.seq, 0)
             return []
@@ -118,7 +118,7 @@ class StreamSite(SiteRole):
         return Send(SERVER, kind, self.next_seq, version=item.version, tensors=tensors, scalars=scalars)
 
     def forward(self, item: Item) -> torch.Tensor:
-        """Return the smashed data (batch, *cut) of an item, by its version of the bottom."""
+        """Return the smashed data (batch, *cut) of an item, computed with the bottom of its version."""
         training = item.purpose is Purpose.TRAIN and spec_of(self.config).trains_bottom
         smashed = self.bottom.forward(item, self.batches.inputs(item), self.batches.seed("bottom", item), training)
         if not is_finite(smashed):
@@ -139,9 +139,9 @@ class StreamSite(SiteRole):
         return {"bottom": self.final_bottom(), "top": self.exported_top}
 
     def count_answer(self, slot: Slot, evaluated: int) -> None:
-        """Count the answer to a slot, and the last evaluated epoch that it names."""
-        # The candidate is kept now and not at sending: after a crash the answer may be here before the message is
-        # sent again.
+        """Count the answer to a slot; `evaluated` is the last epoch that it reports as evaluated."""
+        # The candidate is kept here and not at sending: after a crash the answer may come before the message is sent
+        # again.
         item = slot.item
         if item.evaluates and item.epoch not in self._candidates:
             self._candidates[item.epoch] = self.bottom.weights(item.version)
@@ -149,16 +149,20 @@ class StreamSite(SiteRole):
         self._candidates = {epoch: bottom for epoch, bottom in self._candidates.items() if self.is_candidate(epoch)}
 
     def _required_answer(self, slot: Slot) -> int:
-        """Return the number of the last answer that a message depends on."""
+        """Return the number of the answer that must be here before a message is sent; 0 for none."""
         if slot.half == "second":
             return self.sequence.seq_of_first(slot.item.number)
         settled = slot.item.number - self.batches.plan.window
         return self.sequence.settles(settled) if settled >= 1 else 0
 
     def _oldest_version(self, seq: int) -> int:
-        """Return the lowest version of the items of message `seq` and all later ones."""
-        following = range(seq, min(seq + 2, self.sequence.last + 1))
-        return min(self.sequence.slot(number).item.version for number in following)
+        """Return the lowest version of the bottom that message `seq` or any later one needs.
+
+        Versions never decrease among first halves, nor among second halves, and the two alternate: so the
+        lowest version is one of the next two.
+        """
+        next_two = range(seq, min(seq + 2, self.sequence.last + 1))
+        return min(self.sequence.slot(number).item.version for number in next_two)
 
     def _finish(self, top: Mapping[str, torch.Tensor]) -> list[Effect]:
         self.finished = True
@@ -167,7 +171,7 @@ class StreamSite(SiteRole):
 
     @override
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
-        # Versions that no later snapshot can need are dropped here.
+        # A restored site sends from `resume` on and applies answers from the next one on: older versions are dropped.
         oldest = min(self.resume(first_unconfirmed), self.answered + 1)
         if oldest <= self.sequence.last:
             self.bottom.forget(below=self._oldest_version(oldest))

@@ -149,7 +149,7 @@ def test_a_silent_worker_is_offline_and_its_last_words_are_kept(study, capsys):
     assert at_work["sentence"].startswith("server is working; 5 of 90 messages applied, ")
     north, south = at_work["workers"][1:]
     assert (north["state"], north["online"], north["queued"]) == ("working", False, 25)
-    assert in_words(north) == "OFFLINE since 3 min (was working)"
+    assert in_words(north) == "OFFLINE for 3 min (was working)"
     assert (south["state"], south["online"]) == (None, False)
     assert in_words(south) == "no report yet"
     assert seen(server=11.0, north=1.0)["sentence"].startswith("server is offline; ")

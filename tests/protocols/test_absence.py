@@ -131,6 +131,6 @@ def test_a_crash_does_not_change_what_a_site_gave(tmp_path):
 def test_status_says_for_whom_the_run_waits():
     report = WorkerStatus(phase=Phase.WORKING, applied=5, lacking=("south", "east"))
     assert _sentence(Status(SERVER, report, 1.0), 0).endswith(
-        "; WAITS for south, east: silent for too long, but the quorum is not met without them"
+        "; WAITING for south, east: silent for too long, but the run cannot meet its quorum without them"
     )
     assert "WAITS" not in _sentence(Status(SERVER, replace(report, lacking=()), 1.0), 0)

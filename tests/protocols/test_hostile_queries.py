@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nightsplit.broker.proxy import WrappedLink
+from nightsplit.broker.link_wrapper import LinkWrapper
 from nightsplit.server_worker.protocols.he_clstm import HeClstmServer
 from nightsplit.server_worker.query.server import QueryServer
 from nightsplit.shared.engine.mailbox import Mailbox
@@ -34,7 +34,7 @@ AT_ONCE = 20
 SECRET = b"s" * 32
 
 
-class Hasty(WrappedLink):
+class Hasty(LinkWrapper):
     """Waits for nothing, and says whether anything came."""
 
     idle = False

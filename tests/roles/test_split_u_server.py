@@ -75,7 +75,7 @@ def test_split_u_refuses_a_gradient_without_a_forward(u_shaped):
     u_shaped.on(first_half("south", 1))
     u_shaped.refused(first_half("east", 1).header, ILLEGIBLE)
     refusal = refusal_of(u_shaped, head_gradient("east", 2))
-    assert (refusal.number, refusal.sentence) == (304, "item 1 has no open forward.")
+    assert (refusal.number, refusal.sentence) == (304, "item 1 has no forward pass that waits for a gradient.")
     assert seen(u_shaped.on(report("east", 2, 0))) == [noted("east", 2)]
     assert seen(u_shaped.refused(head_gradient("south", 2).header, ILLEGIBLE)) == [refused("south", 2)]
     assert refusal_of(u_shaped, head_gradient("south", 2)).number == 304, "its forward is closed"

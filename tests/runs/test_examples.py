@@ -181,7 +181,7 @@ def test_the_demo_says_so_when_the_two_plays_end_otherwise(capsys: pytest.Captur
         "sha256 of the server's half of the model",
         f"  nights and days   {'ab' * 32}",
         f"  2 kills           {'ab' * 32}",
-        "  equal to the bit, and so are the parts of north, south",
+        "  bit-identical, as are the parts of north, south",
     ]
     assert compare_weights(before, {**before, "south": "00" * 32}, 2, screen(), "the model") is False
     assert "NOT EQUAL: the parts of south differ. " in capsys.readouterr().out

@@ -124,6 +124,9 @@ def test_a_lease_waits_for_the_active_server_and_notices_its_successor():
     with pytest.raises(StateError) as caught:
         first.check()
     assert caught.value.number == 505
+    second.release()
+    assert first.acquire(lambda seconds: False)
+    first.check()  # it is the active server again, whatever it lost before
 
 
 def lines(folder):

@@ -48,5 +48,5 @@ def test_real_workers_go_on_without_one_that_was_killed(tmp_path):
     assert east.returncode == 1
     assert east.stderr.startswith("E608 Site was excluded: the server rejects east: ")
     assert line["excluded_at"] == behind
-    assert f"EXCLUDED after {behind} messages" in words
+    assert f"EXCLUDED at position {behind}" in words
     assert line["batches"] == report["sites"]["east"]["batches"]

@@ -1,4 +1,4 @@
-"""Base class of links that observe or change a part of another link."""
+"""Base class of links that observe another link, or change a part of it."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,8 +7,8 @@ from typing_extensions import override
 from nightsplit.shared.transport import Delivery, Event, Link, Queue
 
 
-class WrappedLink(Link):
-    """Link that forwards every call to another one, which is closed with it."""
+class LinkWrapper(Link):
+    """Link that forwards every call to the link that it wraps, and closes it, too."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
