@@ -237,10 +237,11 @@ def test_a_command_that_is_killed_loses_nothing(night, method, capsys):
     replayed = [message.message_id for message in contents(night, up, night.broker.depth(up))]
     left = [letter["message_id"] for letter in listed(file_of(night), capsys)]  # waits for the dead one's lease
     everything = [f"night/north/server/smashed/{n}" for n in range(number)]
-    assert left == everything[-len(left) :]
+    assert {*left, *replayed} == {*everything}, "none is lost"
+    # Confirms may overtake each other, so one is acknowledged before an earlier one; their order stays.
+    assert left == [letter for letter in everything if letter in left]
     assert replayed == everything[: len(replayed)]
     assert number - PREFETCH <= len(left) <= number
-    assert len(left) + len(replayed) >= number
 
     replay_letters(file_of(night), None)
     assert listed(file_of(night), capsys) == []
