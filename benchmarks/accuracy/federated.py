@@ -44,7 +44,7 @@ from nightsplit.shared.storage.files import write_atomic
 
 BEGIN = "<!-- figures: written by benchmarks/accuracy/federated.py -->"
 SEEDS = 3
-"""From 1; each gives another split into splits, another division, other first weights and another order."""
+"""From 1; each gives another split of the patients, another division, other first weights and another order."""
 QUARTER = 0.25
 WITHIN, TRANSFER_GAIN, BEST = 1.0, 3.0, 0.90
 """Aims of fedavg_transfer: points below centralized, points above scratch at 25 % of the labels, best AUC."""

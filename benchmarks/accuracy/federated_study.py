@@ -61,7 +61,7 @@ class Job(Struct, frozen=True, kw_only=True):
     """One training.
 
     Attributes:
-        seed: of split into splits, division, first weights and order.
+        seed: of the split of the patients, division, first weights and order.
         system: "federated", "centralized", "north alone" (or another site), "data_vectors".
         case: key of `CASES`.
         source: what the first weights learned from, one of `SOURCES`.

@@ -61,7 +61,7 @@ SETTINGS = {"refresh, slots": (Job(), "slots"), "one_shot, batch": (Job(network=
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Test figures of networks that classifier sequences.")
+    parser = argparse.ArgumentParser(description="Test figures of networks that classify sequences.")
     parser.add_argument("--quick", action="store_true", help="one seed, a single pass: shows that it works")
     parser.add_argument("--case", choices=CASES, action="append", help="this case alone (may be repeated)")
     parser.add_argument(

@@ -43,7 +43,7 @@ class Case:
 
     Attributes:
         name: folder of the example.
-        seeds: how many seeds, from 1; each gives another split into splits, other weights, another order.
+        seeds: how many seeds, from 1; each gives another split of the patients, other weights, another order.
         figures: of `Metrics`, the first one leads.
         sweeps: whether the number of sites and their imbalance are varied; needs data in one file.
         subset: part of each site's patients that is used.

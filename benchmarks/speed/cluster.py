@@ -15,7 +15,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 
 from rich.console import Console
 
@@ -78,7 +77,7 @@ def faults(console: Console, quick: bool) -> None:
             for first, where in enumerate(("the leader", "another node")):
                 strike = ClusterNode.kill if name == "killed" else ClusterNode.freeze
                 if name == "cut off":
-                    strike = partial(ClusterNode.cut_off, peers=nodes.peers(nodes.nodes[0]))
+                    strike = ClusterNode.cut_off
                 pause, told = pause_of(nodes, first, strike, seconds)
                 console.print(f"{name}, publisher at {where}: {pause:.1f} s; {told}")
                 table.add_row(name, where, f"{pause:.1f}", told)

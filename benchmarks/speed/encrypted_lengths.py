@@ -33,7 +33,7 @@ SETTINGS = {
     "refresh, batch": (True, "batch"),
     "one_shot, batch": (False, "batch"),
 }
-BEGIN = "<!-- figures: to_bytes by benchmarks/speed/encrypted_lengths.py -->"
+BEGIN = "<!-- figures: written by benchmarks/speed/encrypted_lengths.py -->"
 PICTURE = PAGE.parent / "encrypted.png"
 
 

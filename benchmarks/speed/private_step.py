@@ -80,7 +80,7 @@ def measure(case: str, steps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """WholeModel of all cases."""
+    """Measure all cases in rounds."""
     chosen = arguments(__doc__ or "", rounds=5).parse_args()
     prepare_torch(1, "cpu")
     results = Results(FIGURES, chosen.patience, chosen.retries, None)

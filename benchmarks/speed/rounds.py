@@ -227,7 +227,7 @@ def main() -> None:
             results.console.print(f"round {number + 1}:")
             results.round("overhead", partial(overhead, place, 4 if options.quick else 12))
             results.round("combine", partial(combined, UPDATES, WEIGHTS // (10 if options.quick else 1)))
-    results.finish("WholeModel", options.json)
+    results.finish("Rounds", options.json)
 
 
 if __name__ == "__main__":

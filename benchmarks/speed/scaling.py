@@ -29,7 +29,7 @@ from tests.harness.services import RabbitNode, RedisServer
 BASELINE = 4
 """Sites of the run that the others are compared with."""
 CLOCK = (0.1, 0.9)
-"""Splits of the steps between which throughput is taken."""
+"""Parts of the steps between which throughput is taken."""
 FAIR = (0.7, 0.95)
 """And fairness: before, a message more or less is over 1 % of a small site's; after, a backlog may be used up."""
 END_S = 900.0

@@ -199,38 +199,38 @@ def uncut(line: Connection, case: Case, tuned: bool) -> None:
     Answers ("whole", threads, batches) with samples/s, ("stages", 1, batches) with s per batch of each half.
     """
     config, parts, _ = case.assemble("uncut")
-    batches = StreamBatches(config, SITE, case.parts())
+    data = StreamBatches(config, SITE, case.parts())
     model = nn.Sequential(parts.bottom, parts.top)
     optimizer = make_optimizer(config.optimizer, model.parameters())
     bottom = Bottom(copy.deepcopy(parts.bottom), config.optimizer, "cpu")
     top = Top(copy.deepcopy(parts.top), config.optimizer, config.task, "cpu")
 
     def whole(item: Item) -> None:
-        loss = loss_of(config.task, model(batches.inputs(item)), batches.targets(item))
+        loss = loss_of(config.task, model(data.inputs(item)), data.targets(item))
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
         loss.item()
 
-    smashed = bottom.forward(batches.plan.item(1), batches.inputs(batches.plan.item(1)), 0, training=False)
+    smashed = bottom.forward(data.plan.item(1), data.inputs(data.plan.item(1)), 0, training=False)
     gradient = smashed * 1e-6
 
     def site_half(item: Item) -> None:
         bottom.forget(bottom.version)
         item = replace(item, version=bottom.version)
-        inputs = batches.inputs(item)
+        inputs = data.inputs(item)
         bottom.forward(item, inputs, 0, training=True)
         bottom.apply_gradient(item, inputs, 0, gradient)
 
     def server_half(item: Item) -> None:
-        top.train_step(smashed, batches.targets(item), 0)
+        top.train_step(smashed, data.targets(item), 0)
 
     def seconds(work: Callable[[Item], object], batches: int) -> float:
         for q in (1, 2, 3):
-            work(batches.plan.item(q))
+            work(data.plan.item(q))
         began = time.perf_counter()
         for q in range(batches):
-            work(batches.plan.item(1 + q % batches.plan.last))
+            work(data.plan.item(1 + q % data.plan.last))
         return (time.perf_counter() - began) / batches
 
     while (asked := line.recv()) is not None:

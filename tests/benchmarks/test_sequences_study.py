@@ -1,4 +1,4 @@
-"""The study of networks that classifier sequences: its data, what an ablation leaves out, what it writes."""
+"""The study of networks that classify sequences: its data, what an ablation leaves out, what it writes."""
 
 from collections.abc import Iterator
 from pathlib import Path

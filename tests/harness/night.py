@@ -56,7 +56,7 @@ def tiny_factory(dropout: float = 0.3) -> torch.nn.Sequential:
 
 
 PLAIN = ("fedavg_transfer", "data_vectors", None)
-"""WholeModel without differential privacy, which forbids running statistics."""
+"""Protocols of rounds without differential privacy, and the default, which forbids running statistics."""
 
 
 def tiny_whole(width: int = 128, norm: bool = True) -> torch.nn.Sequential:
