@@ -73,7 +73,6 @@ class Simulation:
         lines: metrics of all workers.
         decide: as in `DeliveryOrder`.
         ledgers: folder of the privacy ledgers.
-        interval_seconds: longest time between checkpoints, on the simulation's clock.
     """
 
     def __init__(  # noqa: PLR0913  (tests name the few that they need)
@@ -99,7 +98,6 @@ class Simulation:
         self.lines: list[Record] = []
         self.decide: Callable[[], OrderEntry | None] = lambda: None
         self.ledgers = folder
-        self.interval_seconds = 30.0
         self._prefetch, self._device = prefetch, device
         self._starts = 0
         self._scheduler = Scheduler(self.clock, ())
@@ -174,7 +172,6 @@ class Simulation:
         checkpoints = self.checkpoints[worker]
         decide = lambda: self.decide()  # noqa: E731  (a test may set another one later)
         engine = Engine(role, mailbox, checkpoints, authority, self.lines.append, spend, decide)
-        checkpoints.interval_seconds = self.interval_seconds
         engine.monotonic = lambda: self.clock.now().timestamp()
         engine.recover()
         self.links[worker], self.roles[worker], self.engines[worker] = link, role, engine

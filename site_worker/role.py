@@ -84,7 +84,7 @@ class SiteRole(Role):
 
     @property
     def at_work(self) -> bool:
-        """Whether the site has enrolled and the run is not over."""
+        """True while the site is enrolled and the run is not over."""
         return self._enrolled and not self.finished
 
     @override

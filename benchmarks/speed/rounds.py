@@ -27,6 +27,7 @@ from benchmarks.speed.figures import Figure, Results, arguments
 from nightsplit.broker.link_wrapper import LinkWrapper
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.server_worker.protocols import make_server
+from nightsplit.server_worker.rounds.role import RoundServer
 from nightsplit.server_worker.rounds.aggregation import WeightedMean
 from nightsplit.shared.clock import SystemClock
 from nightsplit.shared.config.run import (
@@ -123,6 +124,7 @@ def serve(line: Connection, place: Place, run: str, rounds: int, folder: Path) -
     prepare_torch(1, "cpu")
     config = config_of(run, rounds)
     role = make_server(config, folder, folder)
+    assert isinstance(role, RoundServer)
     queues = _queues(run)
     with place.broker().link([q.up for q in queues.values()], prefetch_for(8 * MiB, len(SITES)), SERVER) as inner:
         link = Timed(inner)

@@ -262,7 +262,7 @@ class Engine:
         return {sender for sender, inbox in self._inbox.items() if self.marks[sender] + 1 in inbox}
 
     def _make_room(self) -> None:
-        """Let the next message of a sender in if later ones fill the prefetch: acknowledge some, else raise it."""
+        """Make room for a sender's next message if later ones fill the prefetch: acknowledge some, else raise it."""
         for sender, inbox in self._inbox.items():
             if self.marks[sender] + 1 in inbox:
                 continue

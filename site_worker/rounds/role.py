@@ -59,7 +59,7 @@ class RoundSite(SiteRole):
         self._incoming: list[Any] = []
         """Kind and version of these slices."""
         self._is_model_refused = False
-        """Whether a slice of the last model was refused, so that the site kept the model it had."""
+        """True if a slice of the last model was refused, so that the site kept the model it had."""
         self._best: dict[str, torch.Tensor] = {}
         """Best model, from the farewell."""
 

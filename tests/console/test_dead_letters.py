@@ -10,31 +10,17 @@ import pytest
 from nightsplit.console import dead_letters
 from nightsplit.console.dead_letters import discard_letters, list_letters, replay_letters, show_letter
 from nightsplit.shared.errors import NightsplitError
-from nightsplit.shared.transport import Broker, Delivery
+from nightsplit.shared.transport import Delivery
 from tests.harness.dead_letters import (
-    BROKERS,
     contents,
     depth,
     file_of,
     letters,
     listed,
-    open_broker,
     put,
-    sites_far_ahead,
 )
-from tests.harness.night import Night
 from tests.harness.services import wait_until
 from tests.protocols.test_poison import POISON, header
-
-
-@pytest.fixture(params=BROKERS)
-def broker(request, tmp_path) -> Broker:
-    return open_broker(request, tmp_path)
-
-
-@pytest.fixture
-def night(broker, tmp_path) -> Night:
-    return sites_far_ahead(broker, tmp_path)
 
 
 def test_a_list_reads_through_and_changes_nothing(night, capsys):

@@ -18,7 +18,7 @@ from nightsplit.broker.rabbitmq.link import RabbitLink
 from nightsplit.console.dead_letters import PREFETCH, replay_letters
 from nightsplit.shared.crash_points import EXIT_CODE
 from nightsplit.shared.errors import ConfigError, NightsplitError
-from nightsplit.shared.transport import Broker, Delivery
+from nightsplit.shared.transport import Delivery
 from nightsplit.shared.wire import head
 from nightsplit.shared.wire.message import SERVER
 from tests.harness.dead_letters import (
@@ -28,23 +28,11 @@ from tests.harness.dead_letters import (
     file_of,
     letters,
     listed,
-    open_broker,
     put,
-    sites_far_ahead,
 )
 from tests.harness.night import Night, tiny_config
 from tests.harness.services import wait_until
 from tests.protocols.test_poison import POISON, header
-
-
-@pytest.fixture(params=BROKERS)
-def broker(request, tmp_path) -> Broker:
-    return open_broker(request, tmp_path)
-
-
-@pytest.fixture
-def night(broker, tmp_path) -> Night:
-    return sites_far_ahead(broker, tmp_path)
 
 
 def start_all(night: Night) -> None:
@@ -80,7 +68,8 @@ def test_what_another_version_refused_is_replayed_and_the_run_ends_bit_identical
     sent = sent_all(night)
     with monkeypatch.context() as another:
         another.setattr(head, "WIRE_VERSION", 2)
-        night.interval_seconds = -1  # it has nothing to do but to save, so that what was refused is acknowledged
+        # It has nothing to do but to save, so that what was refused is acknowledged.
+        night.checkpoints[SERVER].interval_seconds = -1
         engine = night.start(SERVER)
         counts = engine.counters.counts
         wait_until(lambda: not engine.step(0.1) and counts["refused"] == sent, 60, "every message to be refused")

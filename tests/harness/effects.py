@@ -1,6 +1,6 @@
 """Roles fed by hand: a message goes in, a list of effects comes out, and both are plain values that a test can spell.
 
-assert site.on(told(Kind.AVERAGE, 4, reply_to=4, ...)) == []
+assert site.on(from_server(Kind.AVERAGE, 4, reply_to=4, ...)) == []
 assert seen(site.next()) == [sent(SERVER, Kind.SMASHED, 5, version=4, shapes={"smashed": (4, 8), "targets": (4,)})]
 """
 
@@ -77,20 +77,20 @@ def server_of(config: RunConfig, folder: Path) -> AnyServer:
     return make_server(config, folder / SERVER, folder)
 
 
-def told(
+def from_server(
     kind: Kind, seq: int, reply_to: int = 0, version: int = 0, tensors: Tensors = {}, site: str = "east", **scalars: Any
 ) -> Message:
     """A message of the server."""
     return Message(Header("night", SERVER, site, kind, seq, reply_to, version), tensors, scalars)
 
 
-def said(site: str, kind: Kind, seq: int, version: int = 0, tensors: Tensors = {}, **scalars: Scalar) -> Message:
+def from_site(site: str, kind: Kind, seq: int, version: int = 0, tensors: Tensors = {}, **scalars: Scalar) -> Message:
     """A message of a site."""
     return Message(Header("night", site, SERVER, kind, seq, 0, version), tensors, scalars)
 
 
 def manifest(config: RunConfig, site: str = "east") -> Message:
-    return told(Kind.MANIFEST, 0, site=site, config=config.canonical(), contract=config.digest)
+    return from_server(Kind.MANIFEST, 0, site=site, config=config.canonical(), contract=config.digest)
 
 
 def greeting(config: RunConfig, site: str, **changed: Scalar) -> dict[str, Scalar]:
@@ -101,7 +101,7 @@ def greeting(config: RunConfig, site: str, **changed: Scalar) -> dict[str, Scala
 
 
 def hello(config: RunConfig, site: str, **changed: Scalar) -> Message:
-    return said(site, Kind.HELLO, 0, **greeting(config, site, **changed))
+    return from_site(site, Kind.HELLO, 0, **greeting(config, site, **changed))
 
 
 def refusal_of(role: Role, message: Message) -> Refused:

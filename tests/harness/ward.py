@@ -25,7 +25,8 @@ class Ward(Night):
 
     def __init__(self, config, folder, goes=None, **more):
         super().__init__(config, folder, prefetch=16, **more)
-        self.interval_seconds = 8 * SECONDS
+        for checkpoints in self.checkpoints.values():
+            checkpoints.interval_seconds = 8 * SECONDS
         self.goes = goes or {}
         self.turns = 0
         self.told = {}

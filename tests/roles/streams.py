@@ -11,11 +11,11 @@ import torch
 from nightsplit.shared.engine.effects import Finish, Record
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.wire.message import Kind
-from tests.harness.effects import hello, said, sent, server_of
+from tests.harness.effects import from_site, hello, sent, server_of
 from tests.harness.night import tiny_config
 
 SITES = ("south", "east")
-VERDICT = {"best": 0, "judged": 0}
+PROGRESS = {"best": 0, "judged": 0}
 GRADIENT = {"gradient": (12, 8)}
 ILLEGIBLE = Refused(306, "it was short.", "send it whole.")
 
@@ -41,7 +41,7 @@ def samples(rows, seed=1):
 def smashed(site, seq, rows, version=0, labels=True, seed=1):
     values, targets = samples(rows, seed)
     tensors = {"smashed": values, "targets": targets} if labels else {"smashed": values}
-    return said(site, Kind.SMASHED, seq, version, tensors)
+    return from_site(site, Kind.SMASHED, seq, version, tensors)
 
 
 def trained(step, site, loss, staleness=0):
@@ -49,16 +49,16 @@ def trained(step, site, loss, staleness=0):
 
 
 def cut_gradient(site, seq, **verdict):
-    return sent(site, Kind.CUT_GRADIENT, seq, reply_to=seq, shapes=GRADIENT, **{**VERDICT, **verdict})
+    return sent(site, Kind.CUT_GRADIENT, seq, reply_to=seq, shapes=GRADIENT, **{**PROGRESS, **verdict})
 
 
 def noted(site, seq, **verdict):
-    return sent(site, Kind.NOTED, seq, reply_to=seq, **{**VERDICT, **verdict})
+    return sent(site, Kind.NOTED, seq, reply_to=seq, **{**PROGRESS, **verdict})
 
 
 def refused(site, seq, **verdict):
     told = {"number": 306, "reason": "it was short."}
-    return sent(site, Kind.REFUSED, seq, reply_to=seq, **{**told, **VERDICT, **verdict})
+    return sent(site, Kind.REFUSED, seq, reply_to=seq, **{**told, **PROGRESS, **verdict})
 
 
 def evaluations(effects):
@@ -68,7 +68,7 @@ def evaluations(effects):
     return [(line["site"], line["part"]) for line in lines], others
 
 
-EVERYBODY = [(site, part) for site in ("south", "east", "overall") for part in ("validation", "test")]
+ALL_SITES = [(site, part) for site in ("south", "east", "overall") for part in ("validation", "test")]
 
 
 def ends(server, last, **verdict):

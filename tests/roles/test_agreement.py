@@ -6,7 +6,18 @@ from nightsplit.shared.errors import RunError
 from nightsplit.shared.protocols.handshake import ANY
 from nightsplit.shared.protocols.spec import TRAINING, systems
 from nightsplit.shared.wire.message import SERVER, Kind
-from tests.harness.effects import greeting, hello, manifest, refusal_of, restored, seen, sent, server_of, site_of, told
+from tests.harness.effects import (
+    from_server,
+    greeting,
+    hello,
+    manifest,
+    refusal_of,
+    restored,
+    seen,
+    sent,
+    server_of,
+    site_of,
+)
 from tests.harness.night import tiny_config
 
 SITES = ("south", "east")
@@ -59,12 +70,12 @@ def test_a_site_sends_nothing_into_another_run(config, protocol, site):
 
 
 def test_a_site_obeys_a_rejection_of_itself_alone(site):
-    assert site.on(told(Kind.REJECTED, 0, incarnation="east-0", number=409, reason="an earlier one")) == []
+    assert site.on(from_server(Kind.REJECTED, 0, incarnation="east-0", number=409, reason="an earlier one")) == []
     for incarnation in ("east-1", ANY):
         with pytest.raises(RunError, match="rejects east: too late") as stopped:
-            site.on(told(Kind.REJECTED, 0, incarnation=incarnation, number=608, reason="too late"))
+            site.on(from_server(Kind.REJECTED, 0, incarnation=incarnation, number=608, reason="too late"))
         assert stopped.value.number == 608
-    assert refusal_of(site, told(Kind.REJECTED, 0, incarnation=ANY, number=7, reason="?")).number == 304
+    assert refusal_of(site, from_server(Kind.REJECTED, 0, incarnation=ANY, number=7, reason="?")).number == 304
 
 
 def test_a_site_that_agreed_agrees_in_its_next_process(config, site, tmp_path):

@@ -11,7 +11,7 @@ from nightsplit.shared.protocols.data_vectors import SCALES
 from nightsplit.shared.protocols.handshake import ANY
 from nightsplit.shared.protocols.report import NO_FIGURES
 from nightsplit.shared.wire.message import Kind
-from tests.harness.effects import exact, hello, refusal_of, restored, said, seen, sent, server_of
+from tests.harness.effects import exact, from_site, hello, refusal_of, restored, seen, sent, server_of
 from tests.harness.night import tiny_rounds
 
 SITES = ("south", "east")
@@ -42,7 +42,7 @@ def update(server, site, number, value, metrics=NO_FIGURES, version=None):
     parts = torch.full_like(server.vector, value).split(8192)
     version = number - 1 if version is None else version
     return [
-        said(site, Kind.UPDATE, 3 * number - 2 + place, version, {"values": part},
+        from_site(site, Kind.UPDATE, 3 * number - 2 + place, version, {"values": part},
              metrics=metrics if place == 2 else NO_FIGURES)
         for place, part in enumerate(parts)
     ]  # fmt: skip
@@ -135,8 +135,8 @@ def test_a_run_of_two_rounds_from_the_first_update_to_the_farewell(protocol, tmp
         combined(4, 2), *model(server, "south", 2, 2, True, 1, 1), *model(server, "east", 2, 2, True, 1, 1),
     ]  # fmt: skip
     assert torch.allclose(values(second, Kind.MODEL, "south"), server.published + 0.3)
-    assert server.on(said("south", Kind.REPORT, 7, 2, metrics=figures(0.8))) == []
-    last = server.on(said("east", Kind.REPORT, 7, 2, metrics=figures(0.8)))
+    assert server.on(from_site("south", Kind.REPORT, 7, 2, metrics=figures(0.8))) == []
+    last = server.on(from_site("east", Kind.REPORT, 7, 2, metrics=figures(0.8)))
     assert without_figures(last) == evaluated(2, 4)
     assert seen(last)[6:] == [ends(server, 7, best=1, judged=2)]
     assert json.loads(server.summary)["epoch"] == 1
@@ -151,7 +151,8 @@ def test_a_restored_server_gives_the_same_answers(tmp_path):
     script = [
         *update(server, "south", 1, 0.25), *update(server, "east", 1, -0.5),
         *update(server, "south", 2, 0.1, figures(0.9)), *update(server, "east", 2, 0.7, figures(0.9)),
-        said("south", Kind.REPORT, 7, 2, metrics=figures(0.8)), said("east", Kind.REPORT, 7, 2, metrics=figures(0.8)),
+        from_site("south", Kind.REPORT, 7, 2, metrics=figures(0.8)),
+        from_site("east", Kind.REPORT, 7, 2, metrics=figures(0.8)),
     ]  # fmt: skip
     for message in script:
         again = restored(server, server_of(server.config, tmp_path))
@@ -185,7 +186,7 @@ def test_the_model_does_not_change_with_what_is_said_about_it(tmp_path):
 def test_a_message_out_of_place_changes_nothing(fields, number, what, tmp_path):
     server = opened(tmp_path)
     right = {"site": "south", "kind": Kind.UPDATE, "seq": 1, "version": 0, "tensors": {"values": torch.zeros(8192)}}
-    refusal = refusal_of(server, said(**{**right, "metrics": NO_FIGURES, **fields}))
+    refusal = refusal_of(server, from_site(**{**right, "metrics": NO_FIGURES, **fields}))
     assert (refusal.number, what in refusal.sentence) == (number, True)
 
 
@@ -213,11 +214,11 @@ def test_a_report_that_was_refused_counts_without_figures(tmp_path):
     server = opened(tmp_path, rounds=1)
     for site in SITES:
         give(server, update(server, site, 1, 0.3))
-    report = said("south", Kind.REPORT, 4, 1, metrics=figures(0.8, test=7.0))
+    report = from_site("south", Kind.REPORT, 4, 1, metrics=figures(0.8, test=7.0))
     refusal = refusal_of(server, report)
     assert "has no figures of 6 validation, 6 test samples" in refusal.sentence
     assert server.refused(report.header, refusal) == []
-    last = server.on(said("east", Kind.REPORT, 4, 1, metrics=figures(0.8)))
+    last = server.on(from_site("east", Kind.REPORT, 4, 1, metrics=figures(0.8)))
     assert without_figures(last) == evaluated(1, 2)[2:]
     assert seen(last)[4:] == [ends(server, 4, best=1, judged=1)]
 
@@ -233,7 +234,7 @@ def test_a_round_goes_on_without_a_site_that_is_excluded(tmp_path):
     assert torch.allclose(values(others, Kind.MODEL, "south"), server.published + 0.3), "half an update is none"
     assert not any(name.startswith("open/") for name in server.snapshot(None).tensors), "nor is it kept"
     give(server, update(server, "south", 2, 0.0, figures(0.9)))
-    last = server.on(said("south", Kind.REPORT, 7, 2, metrics=figures(0.8)))
+    last = server.on(from_site("south", Kind.REPORT, 7, 2, metrics=figures(0.8)))
     assert seen(last)[-1] == ends(server, 7, best=1, judged=2)
 
 
@@ -241,7 +242,7 @@ def test_the_last_report_is_not_waited_for_when_its_site_is_excluded(tmp_path):
     server = opened(tmp_path, quorum=1, rounds=1)
     for site in SITES:
         give(server, update(server, site, 1, 0.3))
-    assert server.on(said("south", Kind.REPORT, 4, 1, metrics=figures(0.8))) == []
+    assert server.on(from_site("south", Kind.REPORT, 4, 1, metrics=figures(0.8))) == []
     effects = server.exclude("east")
     assert effects[0].kind is Kind.REJECTED
     assert without_figures(effects) == [line for line in evaluated(1, 2) if line["site"] != "east"]
@@ -293,7 +294,7 @@ def test_an_update_that_has_begun_goes_first(tmp_path):
 
 def scale_report(site, aucs, statistics):
     texts = json.dumps([figures(auc) for auc in aucs])
-    return said(site, Kind.REPORT, 4, 1, {"statistics": torch.full((len(SCALES), 256), statistics)}, metrics=texts)
+    return from_site(site, Kind.REPORT, 4, 1, {"statistics": torch.full((len(SCALES), 256), statistics)}, metrics=texts)
 
 
 def test_data_vectors_adds_and_takes_the_scale_that_is_best_for_all(tmp_path):

@@ -13,7 +13,18 @@ from nightsplit.shared.errors import Refused, RunError
 from nightsplit.shared.protocols.data_vectors import SCALES
 from nightsplit.shared.protocols.report import NO_FIGURES
 from nightsplit.shared.wire.message import SERVER, Kind
-from tests.harness.effects import Sent, exact, greeting, manifest, refusal_of, restored, seen, sent, site_of, told
+from tests.harness.effects import (
+    Sent,
+    exact,
+    from_server,
+    greeting,
+    manifest,
+    refusal_of,
+    restored,
+    seen,
+    sent,
+    site_of,
+)
 from tests.harness.night import tiny_rounds
 
 LENGTHS = {
@@ -62,7 +73,7 @@ def update(protocol, first, version, figures=NO_FIGURES):
 def slices(kind, first, vector, **fields):
     """A model or a farewell in its three messages."""
     parts = vector.split(8192)
-    return [told(kind, first + place, tensors={"values": part}, **fields) for place, part in enumerate(parts)]
+    return [from_server(kind, first + place, tensors={"values": part}, **fields) for place, part in enumerate(parts)]
 
 
 def model(site, number, vector=None, **changed):
@@ -203,7 +214,7 @@ def changed(number, place=0, **fields):
         (changed(1, vector=torch.full((1665,), 0.5)), 306),
         (changed(1, vector=torch.full((18049,), 1e21)), 307),
         (lambda site: farewell(site, 1, 0, best=0, judged=0)[0], 304),
-        (lambda site: told(Kind.REFUSED, 1, reply_to=1, number=304, reason="", best=0, judged=0), 304),
+        (lambda site: from_server(Kind.REFUSED, 1, reply_to=1, number=304, reason="", best=0, judged=0), 304),
     ],
     ids=["slice 2", "reply_to", "old", "too new", "final", "final version", "unjudged", "future", "short", "huge",
          "farewell", "refused"],

@@ -5,7 +5,7 @@ import pytest
 from nightsplit.shared.engine.effects import Record
 from nightsplit.shared.wire.message import Kind
 from tests.harness.effects import exact, refusal_of, restored, seen, server_of
-from tests.roles.streams import EVERYBODY, ILLEGIBLE, config_of, ends, evaluations, opened, smashed
+from tests.roles.streams import ALL_SITES, ILLEGIBLE, config_of, ends, evaluations, opened, smashed
 
 
 def frozen_messages(site, batches, rows):
@@ -28,7 +28,7 @@ def test_split_frozen_stores_first_and_trains_when_all_is_there(tmp_path):
         lines, others = evaluations(effects)
         recorded.append(lines)
         steps.append(seen(others))
-    assert recorded == [[], [], EVERYBODY, [], [], EVERYBODY]
+    assert recorded == [[], [], ALL_SITES, [], [], ALL_SITES]
     assert [step[0] for step in steps] == [
         Record({"event": "train", "step": step, "epoch": 1 + (step > 3), "loss": any_loss}) for step in range(1, 7)
     ]  # fmt: skip

@@ -7,12 +7,12 @@ from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.protocols.build import build_split_model
 from nightsplit.shared.protocols.report import NO_FIGURES, encode_report
 from nightsplit.shared.wire.message import Kind
-from tests.harness.effects import exact, refusal_of, restored, said, seen, sent, server_of
+from tests.harness.effects import exact, from_site, refusal_of, restored, seen, sent, server_of
 from tests.roles.streams import (
-    EVERYBODY,
+    ALL_SITES,
     ILLEGIBLE,
+    PROGRESS,
     SITES,
-    VERDICT,
     config_of,
     cut_gradient,
     ends,
@@ -37,15 +37,15 @@ def first_half(site, seq, rows=12, version=0):
 
 
 def head_input(site, seq, rows=12):
-    return sent(site, Kind.HEAD_INPUT, seq, reply_to=seq, shapes={"activations": (rows, 8)}, **VERDICT)
+    return sent(site, Kind.HEAD_INPUT, seq, reply_to=seq, shapes={"activations": (rows, 8)}, **PROGRESS)
 
 
 def head_gradient(site, seq, version=0):
-    return said(site, Kind.HEAD_GRADIENT, seq, version, {"gradient": torch.ones(12, 8)})
+    return from_site(site, Kind.HEAD_GRADIENT, seq, version, {"gradient": torch.ones(12, 8)})
 
 
 def report(site, seq, version, metrics=NO_FIGURES):
-    return said(site, Kind.REPORT, seq, version, metrics=metrics)
+    return from_site(site, Kind.REPORT, seq, version, metrics=metrics)
 
 
 def test_split_u_computes_the_middle_and_goes_back_through_it(u_shaped):
@@ -100,7 +100,7 @@ def test_split_u_judges_by_the_figures_of_the_sites(u_shaped):
         u_shaped.on(first_half(site, first + 2, rows, batches))
         effects = u_shaped.on(report(site, first + 3, batches, text))
     recorded, others = evaluations(effects)
-    assert recorded == [(site, part) for site in SITES for part in figures] + EVERYBODY[4:]
+    assert recorded == [(site, part) for site in SITES for part in figures] + ALL_SITES[4:]
     assert all(
         effects[place].metrics.items() >= figures[part].items() for place, part in ((1, "test"), (2, "validation"))
     )

@@ -14,11 +14,11 @@ from nightsplit.shared.protocols.build import build_split_model
 from nightsplit.shared.protocols.handshake import ANY
 from nightsplit.shared.protocols.report import NO_FIGURES
 from nightsplit.shared.wire.message import Kind
-from tests.harness.effects import exact, refusal_of, restored, said, seen, sent, server_of
+from tests.harness.effects import exact, from_site, refusal_of, restored, seen, sent, server_of
 from tests.roles.streams import (
-    EVERYBODY,
+    ALL_SITES,
     ILLEGIBLE,
-    VERDICT,
+    PROGRESS,
     config_of,
     cut_gradient,
     ends,
@@ -78,7 +78,7 @@ def test_split_labels_from_the_first_batch_to_the_end(labels):
     assert seen(effects["east", 2]) == [noted("east", 2)]
     assert seen(effects["south", 4]) == [noted("south", 4)]
     recorded, others = evaluations(effects["east", 3])
-    assert recorded == EVERYBODY
+    assert recorded == ALL_SITES
     assert seen(others) == [
         noted("east", 3, best=1, judged=1), ends(labels, {"south": 4, "east": 3}, best=1, judged=1)
     ]  # fmt: skip
@@ -110,14 +110,14 @@ def test_figures_are_those_of_the_top_on_what_was_sent(labels):
         (smashed("south", 1, 12, version=1), 304, "bottom version 1, item 1 needs 0"),
         (smashed("south", 1, 11), 306, "11 rows, item 1 has 12"),
         (smashed("south", 5, 12), 304, "is outside a sequence of 4"),
-        (said("south", Kind.BOTTOM, 1, 0, {"0.weight": torch.eye(8, 6)}), 304, "comes where smashed belongs"),
-        (said("south", Kind.REPORT, 1, metrics=NO_FIGURES), 304, "comes where smashed belongs"),
+        (from_site("south", Kind.BOTTOM, 1, 0, {"0.weight": torch.eye(8, 6)}), 304, "comes where smashed belongs"),
+        (from_site("south", Kind.REPORT, 1, metrics=NO_FIGURES), 304, "comes where smashed belongs"),
         (
-            said("south", Kind.SMASHED, 1, 0, {"smashed": torch.ones(12, 8), "targets": torch.full((12,), 0.5)}),
+            from_site("south", Kind.SMASHED, 1, 0, {"smashed": torch.ones(12, 8), "targets": torch.full((12,), 0.5)}),
             304, "targets other than 0 and 1",
         ),
         (
-            said("south", Kind.SMASHED, 1, 0, {"smashed": torch.full((12, 8), 3e38), "targets": torch.ones(12)}),
+            from_site("south", Kind.SMASHED, 1, 0, {"smashed": torch.full((12, 8), 3e38), "targets": torch.ones(12)}),
             312, "finite",
         ),
     ],
@@ -129,7 +129,7 @@ def test_a_message_out_of_place_changes_nothing_and_is_told(labels, message, num
     assert what in str(refusal)
     header = smashed("south", 1, 12).header
     assert seen(labels.refused(header, refusal)) == [
-        sent("south", Kind.REFUSED, 1, reply_to=1, number=number, reason=refusal.sentence, **VERDICT)
+        sent("south", Kind.REFUSED, 1, reply_to=1, number=number, reason=refusal.sentence, **PROGRESS)
     ]  # fmt: skip
     assert (labels.applied["south"], labels.refusals["south"], labels.steps) == (1, 1, 0)
 
@@ -156,7 +156,7 @@ def test_a_refusal_that_ends_the_run_is_told_before_the_farewell(labels):
                     smashed("south", 3, 6, 1), smashed("east", 2, 4), smashed("south", 4, 6, 1)):  # fmt: skip
         labels.on(message)
     recorded, others = evaluations(labels.refused(smashed("east", 3, 4).header, ILLEGIBLE))
-    assert recorded == [one for one in EVERYBODY if one != ("east", "test")]
+    assert recorded == [one for one in ALL_SITES if one != ("east", "test")]
     assert seen(others) == [
         refused("east", 3, best=1, judged=1), ends(labels, {"south": 4, "east": 3}, best=1, judged=1)
     ]  # fmt: skip
@@ -181,7 +181,7 @@ def test_a_site_that_is_excluded_is_waited_for_no_more(tmp_path):
         server.on(message)
     assert seen(server.on(smashed("south", 4, 6, 1))) == [noted("south", 4)]
     recorded, others = evaluations(server.exclude("east"))
-    assert recorded == EVERYBODY[:2] + EVERYBODY[4:]
+    assert recorded == ALL_SITES[:2] + ALL_SITES[4:]
     told, farewell = seen(others)
     assert (told.receiver, told.kind, told.scalars["number"]) == ("east", Kind.REJECTED, 608)
     assert told.scalars["incarnation"] == ANY
@@ -222,14 +222,14 @@ def averaged(tmp_path):
 
 
 def bottom(site, seq, value, version=1):
-    return said(
+    return from_site(
         site, Kind.BOTTOM, seq, version, {"0.weight": torch.full((8, 6), value), "0.bias": torch.full((8,), value)}
     )  # fmt: skip
 
 
 def average(site, seq):
     shapes = {"0.weight": (8, 6), "0.bias": (8,)}
-    return sent(site, Kind.AVERAGE, seq, reply_to=seq, shapes=shapes, **VERDICT)
+    return sent(site, Kind.AVERAGE, seq, reply_to=seq, shapes=shapes, **PROGRESS)
 
 
 def test_bottoms_are_averaged_by_training_samples_when_all_are_there(averaged, tmp_path):

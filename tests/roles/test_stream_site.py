@@ -14,10 +14,10 @@ from nightsplit.shared.engine.effects import Finish
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.protocols.report import NO_FIGURES
 from nightsplit.shared.wire.message import SERVER, Header, Kind
-from tests.harness.effects import exact, greeting, manifest, refusal_of, restored, seen, sent, site_of, told
+from tests.harness.effects import exact, from_server, greeting, manifest, refusal_of, restored, seen, sent, site_of
 from tests.harness.night import tiny_config
 
-VERDICT = {"best": 0, "judged": 0}
+PROGRESS = {"best": 0, "judged": 0}
 BATCH = {"smashed": (4, 8), "targets": (4,)}
 GRADIENT = {"gradient": torch.ones(4, 8)}
 
@@ -38,15 +38,15 @@ def smashed(seq, version, shapes=BATCH):
 
 
 def cut_gradient(seq, **changed):
-    return told(Kind.CUT_GRADIENT, seq, **{"reply_to": seq, "tensors": GRADIENT, **VERDICT, **changed})
+    return from_server(Kind.CUT_GRADIENT, seq, **{"reply_to": seq, "tensors": GRADIENT, **PROGRESS, **changed})
 
 
 def noted(seq, **changed):
-    return told(Kind.NOTED, seq, **{"reply_to": seq, **VERDICT, **changed})
+    return from_server(Kind.NOTED, seq, **{"reply_to": seq, **PROGRESS, **changed})
 
 
 def farewell(seq, **changed):
-    return told(Kind.FINISH, seq, **{"reply_to": seq, "summary": "null", "best": 1, "judged": 1, **changed})
+    return from_server(Kind.FINISH, seq, **{"reply_to": seq, "summary": "null", "best": 1, "judged": 1, **changed})
 
 
 def everything(site):
@@ -87,7 +87,7 @@ def test_what_a_gradient_changes_is_seen_a_window_later(tmp_path):
     assert second[0] == second[1] == second[2]
     sites[0].on(cut_gradient(1))
     sites[1].on(cut_gradient(1))
-    sites[2].on(told(Kind.REFUSED, 1, reply_to=1, number=306, reason="it was short", **VERDICT))
+    sites[2].on(from_server(Kind.REFUSED, 1, reply_to=1, number=306, reason="it was short", **PROGRESS))
     third = [exact(everything(site)) for site in sites]
     assert third[0] == third[1]
     assert third[0] != third[2], "who got no gradient has learned nothing"
@@ -109,8 +109,8 @@ def test_the_bottom_takes_the_step_that_its_optimizer_would(tmp_path):
 @pytest.mark.parametrize(
     ("message", "number", "what"),
     [
-        (told(Kind.AVERAGE, 1, reply_to=1, tensors={"0.weight": torch.eye(8, 6)}, **VERDICT), 304, "belongs"),
-        (told(Kind.NOTED, 1, reply_to=1, **VERDICT), 304, "belongs"),
+        (from_server(Kind.AVERAGE, 1, reply_to=1, tensors={"0.weight": torch.eye(8, 6)}, **PROGRESS), 304, "belongs"),
+        (from_server(Kind.NOTED, 1, reply_to=1, **PROGRESS), 304, "belongs"),
         (cut_gradient(1, reply_to=2), 304, "answers message 2"),
         (cut_gradient(6), 304, "is outside a sequence of 5"),
         (cut_gradient(1, tensors={"gradient": torch.ones(3, 8)}), 306, "3 rows, item 1 has 4"),
@@ -227,7 +227,7 @@ def test_a_bottom_is_sent_behind_its_batches_and_its_mean_comes_back(averaged):
     averaged.on(cut_gradient(2))
     assert seen(everything(averaged)) == [smashed(4, 2)]
     sent_then, stepped = averaged.bottom.weights(1), averaged.bottom.weights(2)
-    assert averaged.on(told(Kind.AVERAGE, 3, reply_to=3, tensors=mean(0.5), **VERDICT)) == []
+    assert averaged.on(from_server(Kind.AVERAGE, 3, reply_to=3, tensors=mean(0.5), **PROGRESS)) == []
     merged = averaged.bottom.weights(3)
     for name in BOTTOM:
         assert torch.allclose(merged[name], 0.5 + stepped[name] - sent_then[name])
@@ -236,10 +236,10 @@ def test_a_bottom_is_sent_behind_its_batches_and_its_mean_comes_back(averaged):
 
 def test_an_average_is_obeyed_where_it_was_asked_for_alone(averaged):
     everything(averaged)
-    refusal = refusal_of(averaged, told(Kind.AVERAGE, 2, reply_to=2, tensors=mean(0.5), **VERDICT))
+    refusal = refusal_of(averaged, from_server(Kind.AVERAGE, 2, reply_to=2, tensors=mean(0.5), **PROGRESS))
     assert refusal.number == 304
     assert refusal_of(averaged, cut_gradient(3)).number == 304
-    infinite = told(Kind.AVERAGE, 3, reply_to=3, tensors=mean(torch.inf), **VERDICT)
+    infinite = from_server(Kind.AVERAGE, 3, reply_to=3, tensors=mean(torch.inf), **PROGRESS)
     assert refusal_of(averaged, infinite).number == 312
 
 
@@ -255,8 +255,8 @@ def u_shaped(tmp_path):
 
 def head_input(seq, **changed):
     activations = torch.linspace(-1, 1, 32).reshape(4, 8)
-    return told(
-        Kind.HEAD_INPUT, seq, **{"reply_to": seq, "tensors": {"activations": activations}, **VERDICT, **changed}
+    return from_server(
+        Kind.HEAD_INPUT, seq, **{"reply_to": seq, "tensors": {"activations": activations}, **PROGRESS, **changed}
     )
 
 
