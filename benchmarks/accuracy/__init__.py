@@ -1,1 +1,1 @@
-"""How good the trained models are, beside their baselines; and attacks on what leaves a site."""
+"""Quality of the trained models, beside their baselines; and attacks on what leaves a site."""

@@ -1,4 +1,4 @@
-"""How patients are divided among sites: evenly, by label, by size; and how many of them have a label."""
+"""Division of patients among sites: evenly, by label, by size; and how many of them have a label."""
 
 from __future__ import annotations
 

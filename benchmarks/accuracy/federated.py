@@ -1,4 +1,4 @@
-"""How good federated transfer and added data vectors are, beside pooled data and each hospital alone.
+"""Quality of federated transfer and of added data vectors, beside pooled data and each hospital alone.
 
     python -m benchmarks.accuracy.federated              all tables (about half an hour on one core)
     python -m benchmarks.accuracy.federated --write      and put them into docs/reference/results.md
@@ -55,7 +55,7 @@ Figures = dict[str, float]
 
 
 class Done:
-    """What has been trained, in a file.
+    """Trained results in a file.
 
     Args:
         folder: of the file and of the models of stage 1.
@@ -161,7 +161,7 @@ def transfer_section(done: Done) -> list[str]:
 
 
 def division_section(done: Done) -> list[str]:
-    """How patients are divided among sites."""
+    """Write the table of divisions of patients among sites."""
     lines = [
         "### fedavg_transfer: how patients are divided",
         "",
@@ -177,7 +177,7 @@ def division_section(done: Done) -> list[str]:
 
 
 def epoch_section(done: Done) -> list[str]:
-    """How often sites meet."""
+    """Write the table of rounds."""
     lines = [
         "### fedavg_transfer: local epochs",
         "",
@@ -192,7 +192,7 @@ def epoch_section(done: Done) -> list[str]:
 
 
 def rule_section(done: Done) -> list[str]:
-    """How models become one."""
+    """Write the table of ways to combine models."""
     lines = [
         "### fedavg_transfer: combining and closing",
         "",
@@ -269,7 +269,7 @@ TABLES: dict[str, tuple[list[Job], Callable[[Done], list[str]]]] = {
     "epochs": ([*MEETING.values()], epoch_section),
     "rules": ([*RULED.values()], rule_section),
 }
-"""What is trained for each table, and what it says."""
+"""Jobs of each table, and its text."""
 
 
 if __name__ == "__main__":

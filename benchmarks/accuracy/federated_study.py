@@ -53,7 +53,7 @@ RULES: Mapping[str, dict[str, object]] = {
 """Keys of [round]. Of three updates a trimmed mean is the median or the mean itself, so it is no row."""
 SCRATCH, MEDNIST, XRAY, BOTH = "scratch", "MedNIST", "chest X-ray", "both"
 SOURCES = (SCRATCH, MEDNIST, XRAY, BOTH)
-"""What first weights learned from."""
+"""Data that first weights were trained on."""
 BACKBONE = ["block1", "block2", "block3", "block4"]
 
 

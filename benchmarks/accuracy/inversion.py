@@ -47,7 +47,7 @@ from nightsplit.site_worker.rounds.trainer import Trainer
 
 PRIVACY = PrivacySection(epsilon=8.0, delta=1.9e-4, clip=0.2)
 RECORDS, BATCH, STEPS = 2360, 128, 120
-"""Of a site in a run at that epsilon: they decide how much noise there is."""
+"""Size, batch and steps of a site's run at that epsilon, which decide how much noise there is."""
 SMOOTHER = (1e-2, 1e-1)
 """Weights of total variation."""
 HELD_BACK = 40
@@ -71,7 +71,7 @@ class Victim(NamedTuple):
 
     @property
     def content(self) -> torch.Tensor:
-        """Where the slice is not padding, bool."""
+        """Mask of the slice without padding, bool."""
         inside = torch.zeros_like(self.image, dtype=torch.bool)
         inside[self.box] = True
         return inside
@@ -185,7 +185,7 @@ def attack(
 
 
 def verdict(row: Row, control: Row) -> str:
-    """What an attack shows, beside the one on the same image and network without noise."""
+    """Compare an attack with the one on the same image and network without noise."""
     if row.matched:
         return "leaks" if row.ssim > row.mean_ssim else "explained, nothing gained"
     if row is control:

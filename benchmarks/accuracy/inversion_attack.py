@@ -28,7 +28,7 @@ SETTLED = 0.01
 
 @dataclass(frozen=True)
 class Attacker:
-    """What an attack may spend.
+    """Budget of an attack.
 
     Attributes:
         iterations: at most; the step size falls to zero over them, as a cosine.
@@ -43,7 +43,7 @@ class Attacker:
 
 @dataclass(frozen=True)
 class Inversion:
-    """What an attack found.
+    """Result of an attack.
 
     Attributes:
         image: (h, w) float32 in [0, 1].
@@ -59,7 +59,7 @@ class Inversion:
 
     @property
     def matched(self) -> bool:
-        """Whether the image explains the gradient."""
+        """True if the image explains the gradient."""
         return self.settled and self.distance < MATCHED
 
 

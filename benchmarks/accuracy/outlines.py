@@ -13,7 +13,7 @@ from nightsplit.shared.protocols.build import build_whole_model
 from nightsplit.site_worker.data.dataset import Splits
 
 COLOURS = ("white", "tab:cyan", "tab:orange")
-"""Of the truth, and of two models."""
+"""Colours of the truth and of two models."""
 
 
 def draw(

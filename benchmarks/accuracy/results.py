@@ -1,4 +1,4 @@
-"""How good the models are: every case study, system and sweep, several seeds, beside the aim.
+"""Quality of the models: every case study, system and sweep, several seeds, beside the aim.
 
     python -m benchmarks.accuracy.results              all of it (about 20 minutes on two cores)
     python -m benchmarks.accuracy.results --write      and put the tables into docs/reference/results.md
@@ -95,7 +95,7 @@ def _carry_out(todo: Sequence[Job]) -> Done:
 
 
 def _section(case: Case, done: Done) -> str:
-    """What docs/reference/results.md says of a case."""
+    """Return the section of docs/reference/results.md about a case."""
     seeds = len({job.seed for job in done if job.case == case.name})
     part = "" if case.subset == 1 else f", {case.subset:.0%} of the patients"
     text = [
@@ -171,7 +171,7 @@ def spread(values: Sequence[float], form: str = ".3f") -> str:
 
 
 def _mean(values: Sequence[float]) -> str:
-    """Of the seeds in which a small site's test patients are of both classes."""
+    """Format the mean over the seeds in which a small site's test patients are of both classes."""
     known = [value for value in values if value == value]
     return f"{statistics.mean(known):.3f}" if known else "-"
 

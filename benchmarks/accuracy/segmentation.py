@@ -1,4 +1,4 @@
-"""What differential privacy costs in Dice: hippocampus MRI at three sites, without it and at epsilon 8, 3 and 1.
+"""Cost of differential privacy in Dice: hippocampus MRI at three sites, without it and at epsilon 8, 3 and 1.
 
     python -m benchmarks.accuracy.segmentation [--row NAME] [--seeds N]     train; about 20 minutes of one core per seed
     python -m benchmarks.accuracy.segmentation --write                      and put both into docs/reference
@@ -133,7 +133,7 @@ DRAWN = ("FedAvg", "DP, epsilon 8")
 
 @dataclass(frozen=True)
 class Privacy:
-    """What a site's slices lose.
+    """Privacy that a site's slices lose.
 
     Attributes:
         records: the site's training slices.
@@ -227,7 +227,7 @@ def _result(figures: ModelFigures, validation: float | None, seconds: float, pri
 
 
 def spent(config: RunConfig, train: Dataset) -> Privacy:
-    """What a whole run costs the training slices of a site; the noise is the one that the site computes."""
+    """Return the cost of a whole run for the training slices of a site; the noise is the one that the site computes."""
     assert config.privacy is not None
     delta = config.privacy.delta
     rate, steps = min(1.0, config.run.batch_size / len(train)), config.round.rounds * (config.round.local_batches or 0)
@@ -260,7 +260,7 @@ def mean_mask(splits: Mapping[str, Splits]) -> ModelFigures:
 
 
 def step_ratio(steps: int, batch: int) -> str:
-    """What a private step costs over a plain one that follows it, in processor time."""
+    """Measure the cost of a private step over a plain one that follows it, in processor time."""
     trainers = trainers_of(unet, batch)
     images, masks = torch.rand(batch, 1, 64, 64), (torch.rand(batch, 64, 64) < 0.1).float()
     taken: list[tuple[float, float]] = []
@@ -289,7 +289,7 @@ class Shelf:
         return self._folder / f"{name}-{row.config(seed).digest[:8]}{suffix}"
 
     def get(self, row: Row, seed: int) -> Result | None:
-        """What is known of a row."""
+        """Return the results of a row."""
         path = self._path(row, seed, ".json")
         if not path.exists():
             return None
@@ -302,7 +302,7 @@ class Shelf:
         self._path(row, seed, ".json").write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
 
     def weights(self, row: Row, seed: int) -> dict[str, torch.Tensor]:
-        """Of a row that sites trained together."""
+        """Return the models of a row that sites trained together."""
         return load_file(self._path(row, seed, ".safetensors"))
 
 

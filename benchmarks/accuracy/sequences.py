@@ -1,4 +1,4 @@
-"""How well networks classify sequences that can also be evaluated encrypted (`he_clstm`), beside simple baselines.
+"""Quality of networks that classify sequences that can also be evaluated encrypted (`he_clstm`), beside baselines.
 
     python -m benchmarks.accuracy.sequences              all tables (about 35 minutes of one core)
     python -m benchmarks.accuracy.sequences --write      and put them into docs/reference/results.md
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Tables:
-    """What docs/reference/results.md says.
+    """Section of docs/reference/results.md.
 
     Args:
         study: trains.
@@ -134,7 +134,7 @@ class Tables:
         return lines
 
     def _encrypted(self, case: Case) -> list[str]:
-        """What changes when features are encrypted at the site and judged so."""
+        """Compare results with and without encryption."""
         lines = ["Test sequences classified encrypted, each seed with a new key pair. Differences: the largest.", ""]
         lines.append("| setting | AUC | difference to plain | changed decisions | error of a logit | aim |")
         lines.append("| --- | ---: | ---: | ---: | ---: | --- |")
@@ -150,7 +150,7 @@ class Tables:
         return lines
 
     def _weights(self, case: Case) -> list[str]:
-        """What a weight of the ill in the loss does, and what a threshold does without one."""
+        """Compare a weight of ill patients in the loss with a threshold without one."""
         about = (
             f"Missed diagnoses. Left: {REFERENCE}, the ill count w times in the loss, called ill from probability 0.5. "
             "Right: trained without a weight, called ill from probability 1 / (1 + w)."

@@ -52,7 +52,7 @@ class Volume:
 
     @property
     def area(self) -> float:
-        """Of the hippocampus in all frames, by the expert's mask."""
+        """Area of the hippocampus in all frames, by the expert's mask."""
         return self._taken(self.masks, 0).sum().item()
 
     @property
@@ -112,7 +112,7 @@ def hippocampus(seed: int) -> Material:
 
 
 class AreaEncoder(nn.Module):
-    """How much of a frame, and of each strip of it, is foreground; each frame by itself.
+    """Return the share of foreground in a frame and in each strip of it; each frame by itself.
 
     A U-Net gives every pixel a probability. Its mean p over all rows, over each half and each quarter of them becomes a
     feature tanh((p - mean) / (3 spread)): for most p, an area up to a constant. The network can learn alone before,
@@ -138,7 +138,7 @@ class AreaEncoder(nn.Module):
         self.register_buffer("spread", torch.full((self.FEATURES,), 0.1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+        """Return the features, as the class says."""
         return torch.tanh((self.shares(images) - self.mean) / (3 * self.spread))
 
     def shares(self, images: torch.Tensor) -> torch.Tensor:
@@ -184,7 +184,7 @@ def pretrained(seed: int, quick: bool) -> AreaEncoder:
 
 @lru_cache(maxsize=3)
 def division(seed: int) -> Division:
-    """Of all volumes, by patient."""
+    """Divide all volumes by patient."""
     volumes = _volumes()
     names = shuffled(volumes, seed)
     first = round(TEST * len(names))

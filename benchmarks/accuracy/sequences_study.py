@@ -36,7 +36,7 @@ from nightsplit.site_worker.data.dataset import Dataset
 
 SPECIFICITY = 0.9
 WEIGHTS = (1.0, 2.0, 4.0)
-"""Of the ill in the loss."""
+"""Weight of ill patients in the loss."""
 ALL_OR_NOTHING = 30.0
 """A mixture so large that the other evidence has no weight in float32."""
 
@@ -90,7 +90,7 @@ WITHOUT_MASKS = Schedule(passes=16, rate=2e-3, decay=0.1, batch=32, augment=("sh
 
 
 def schedule_of(job: Job) -> Schedule:
-    """How the networks of a job are trained."""
+    """Return the training settings of a job's networks."""
     return WITHOUT_MASKS if job.without == "masks" else SCHEDULES[job.case]
 
 
@@ -171,7 +171,7 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
 
     def material(self, job: Job) -> Material:
-        """What the networks of a job see: images, or the features that an encoder has made of them."""
+        """Return the inputs of a job's networks: images, or the features that an encoder has made of them."""
         if job.case == "hippocampus" and job.features_only:
             return self._encoded(job.seed, job.quick)
         return material(job.case, job.seed)

@@ -163,7 +163,7 @@ def _prepared(name: str, seed: int, division: str) -> tuple[RunConfig, dict[str,
 
 
 def _sources(case: Case, division: str) -> dict[str, SourceSection]:
-    """Where each site's data come from."""
+    """Return the source of each site's data."""
     folder = _folder(case.name)
     if division == AS_IS:
         sources = {site: load(folder / f"{site}.toml", SiteConfig).data for site in sites_of(case)}

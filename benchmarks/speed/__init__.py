@@ -1,1 +1,1 @@
-"""How fast things are, beside a baseline of the same run."""
+"""Speed, beside a baseline of the same run."""

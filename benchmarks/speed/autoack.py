@@ -1,4 +1,4 @@
-"""What the same kills do to a loop with auto-ack and transient queues.
+"""Effect of the same kills on a loop with auto-ack and transient queues.
 
     python -m benchmarks.speed.autoack --kills 200 --seed 1 --json FILE
 

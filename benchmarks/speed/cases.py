@@ -1,4 +1,4 @@
-"""What the speed benchmarks train: models, synthetic images, where the model is cut, how it travels."""
+"""Cases of the speed benchmarks: models, synthetic images, where the model is cut, how it travels."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _block(inputs: int, outputs: int) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained.
+    """Case that is trained.
 
     Attributes:
         factory: of this module.
@@ -89,7 +89,7 @@ class Case:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one sample."""
+        """Shape of one sample."""
         return (3, self.side, self.side)
 
     def config(self, run: str) -> RunConfig:
@@ -130,5 +130,5 @@ class Case:
         )
 
     def queues(self, run: str) -> SiteQueues:
-        """Of the run's one site."""
+        """Return the queues of the run's one site."""
         return site_queues(run, SITE, self.config(run).wire.queue_bytes)

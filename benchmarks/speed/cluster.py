@@ -36,12 +36,12 @@ VOLUME = 200 * 10**6
 
 
 def numbered_queues() -> list[Queue]:
-    """What `Numbered` publishes to."""
+    """Return the queues that `Numbered` publishes to."""
     return [queue for name in ("one", "two", "three") for queue in site_queues("numbered", name, QUEUE_BYTES)]
 
 
 def pause_of(nodes: Cluster, first: int, strike: Callable[[ClusterNode], None], seconds: float) -> tuple[float, str]:
-    """What a publisher sees of one fault.
+    """Measure one fault as a publisher sees it.
 
     Args:
         nodes: whole; node 0 declares the queues, and so leads them.

@@ -1,4 +1,4 @@
-"""What the benchmarks run: processes of their own, and a private broker."""
+"""Programs that the benchmarks run: processes of their own, and a private broker."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Id of the process."""
         assert self._process.pid is not None
         return self._process.pid
 
@@ -47,7 +47,7 @@ class Worker:
         self._line.send(what)
 
     def hear(self, timeout: float = 600.0) -> Any:
-        """What the process says next; its exception, if it failed."""
+        """Return the next message of the process, or raise its exception."""
         if not self._line.poll(timeout):
             raise TimeoutError(f"{self._process.name} said nothing for {timeout} s")
         what = self._line.recv()

@@ -31,7 +31,7 @@ WEIGHTS = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 
 
 def convolved(arithmetic: Arithmetic, filters: FloatArray, bias: FloatArray, pixels: Grid) -> list[Grid]:
-    """What each filter makes of the images.
+    """Return the output of each filter.
 
     Args:
         arithmetic: of the site.
@@ -60,7 +60,7 @@ def convolved(arithmetic: Arithmetic, filters: FloatArray, bias: FloatArray, pix
 
 
 def _mean(arithmetic: Arithmetic, tile: Grid, weights: Sequence[Sequence[Plaintext]], bias: float) -> Ciphertext:
-    """Of four outputs squared; `tile` and `weights` are 4 x 4."""
+    """Return the mean of four outputs squared; `tile` and `weights` are 4 x 4."""
     products = [
         [arithmetic.dot_plain([term]) for term in zip(*rows, strict=True)] for rows in zip(tile, weights, strict=True)
     ]

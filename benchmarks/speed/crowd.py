@@ -21,7 +21,7 @@ from nightsplit.site_worker.data.dataset import Dataset, Splits
 
 INPUTS, WIDTH, BATCH = 16, 64, 32
 MESSAGE_BYTES = BATCH * (2 * WIDTH + 4)
-"""Of a batch on its way up: activations in fp16, labels in fp32."""
+"""Bytes of a batch on its way up: activations in fp16, labels in fp32."""
 WEIGHTS = (2, 3, 4)
 
 RUN = """
@@ -97,7 +97,7 @@ def sites(line: Connection, planned: Mapping[str, int], folder: Path, url: str) 
     )  # fmt: skip
 
     def has_published(site: str) -> bool:
-        """Whether its whole plan is at the broker."""
+        """True if its whole plan is at the broker."""
         role = crowd.sites[site]
         return role.next_seq > role.sequence.last and not crowd.links[site].unconfirmed
 

@@ -1,4 +1,4 @@
-"""What judging encrypted sequences costs, and how exact it is.
+"""Cost of evaluating encrypted sequences, and how exact it is.
 
     python -m benchmarks.speed.encrypted [--quick] [--rounds N] [--json FILE]
 
@@ -109,7 +109,7 @@ class Setting:
         )  # fmt: skip
 
     def first_pieces(self, sequences: FloatArray) -> list[bytes]:
-        """What the site sends first."""
+        """Return the first message of the site."""
         return self._site.encrypt_step(self.query(sequences))
 
     def judged(self, sequences: FloatArray) -> FloatArray:
@@ -225,7 +225,7 @@ def convolve(line: Connection, side: int) -> None:
 
 
 def convolution(side: int) -> dict[str, float]:
-    """See `convolve`; smaller images are counted by their outputs."""
+    """Measure as `convolve`; smaller images are counted by their outputs."""
     with Worker(convolve, side) as worker:
         milliseconds, error = worker.hear()
     return {"convolution_ms": milliseconds, "convolution_error": error}

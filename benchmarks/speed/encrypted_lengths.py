@@ -1,4 +1,4 @@
-"""What an encrypted query costs the longer its sequences are: a picture and a table for docs/reference/results.md.
+"""Cost of an encrypted query by the length of its sequences: a picture and a table for docs/reference/results.md.
 
     python -m benchmarks.speed.encrypted_lengths [--write]
 
@@ -38,7 +38,7 @@ PICTURE = PAGE.parent / "encrypted.png"
 
 
 class Cost(NamedTuple):
-    """Of one full query.
+    """Costs of one full query.
 
     Attributes:
         sequences: in it.

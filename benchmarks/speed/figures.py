@@ -1,4 +1,4 @@
-"""What the benchmarks report: medians over rounds, beside aim and floor.
+"""Report of the benchmarks: medians over rounds, beside aim and floor.
 
 Speed on a shared machine drifts, so every figure that counts is a ratio of two things timed in the
 same round, and the median over rounds. The load and the cores that other programs took are told with
@@ -28,7 +28,7 @@ DISTURBED = 0.2
 
 
 class Others:
-    """How many cores other programs took in a stretch of time, on average.
+    """Measure the cores that other programs took in a stretch of time, on average.
 
     Args:
         broker: process id of a broker that belongs to the measurement; ended workers count by themselves.
@@ -62,7 +62,7 @@ def wait_for_quiet(patience: float) -> None:
 
 @dataclass(frozen=True)
 class Figure:
-    """What is reported; with an aim and a floor where there is one to reach."""
+    """Figure of a report; with an aim and a floor where there is one to reach."""
 
     key: str
     what: str

@@ -1,4 +1,4 @@
-"""What a training step with differential privacy costs over a plain one.
+"""Cost of a training step with differential privacy over a plain one.
 
     python -m benchmarks.speed.private_step [--quick] [--rounds N] [--json FILE]
 
@@ -50,7 +50,7 @@ FIGURES = [
 
 
 def trainers_of(make: Callable[[], nn.Module], batch: int) -> dict[str, Trainer]:
-    """What takes turns."""
+    """Return the trainers that take turns, by name."""
 
     def private(secure: bool) -> PrivateTrainer:
         privacy = PrivacySection(epsilon=8.0, delta=1e-4, clip=0.2, secure=secure)

@@ -1,4 +1,4 @@
-"""How long a round of federated training takes besides the training, and how fast updates are combined.
+"""Time of a round of federated training besides the training, and speed of combining updates.
 
     python -m benchmarks.speed.rounds [--quick] [--rounds N] [--json FILE] [--broker URL]
 
@@ -14,21 +14,22 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from benchmarks.speed.common import MiB, Place, Worker, fresh_name, queues_of, rabbitmq, resident_bytes, scratch
 from benchmarks.speed.figures import Figure, Results, arguments
 from nightsplit.broker.link_wrapper import LinkWrapper
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.server_worker.protocols import make_server
-from nightsplit.server_worker.rounds.role import RoundServer
 from nightsplit.server_worker.rounds.aggregation import WeightedMean
+from nightsplit.server_worker.rounds.role import RoundServer
 from nightsplit.shared.clock import SystemClock
 from nightsplit.shared.config.run import (
     DataSection,
@@ -100,17 +101,17 @@ class Timed(LinkWrapper):
         super().__init__(link)
         self.came, self.left = 0.0, 0.0
 
+    @override
     def receive(self, timeout: float) -> Event | None:
-        """See `Link`."""
         event = super().receive(timeout)
         if isinstance(event, Delivery):
             self.came = time.perf_counter()
         return event
 
+    @override
     def publish(
-        self, queue: Queue, message_id: str, body: list[bytes | memoryview], headers: Mapping[str, str] = {}
+        self, queue: Queue, message_id: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str] = {}
     ) -> None:
-        """See `Link`."""
         super().publish(queue, message_id, body, headers)
         self.left = time.perf_counter()
 
@@ -215,7 +216,7 @@ def combine(line: Connection, updates: int, weights: int) -> None:
 
 
 def combined(updates: int, weights: int) -> dict[str, float]:
-    """See `combine`."""
+    """Combine updates; arguments as of `combine`."""
     with Worker(combine, updates, weights) as worker:
         ratio, rate, memory = worker.hear()
     return {"combine_over_memory": ratio, "combine_gb_per_s": rate, "combine_models": memory}

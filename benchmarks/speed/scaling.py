@@ -48,7 +48,7 @@ def nightsplit(verb: str, folder: Path) -> subprocess.Popen[bytes]:
 
 
 class Watch:
-    """What can be seen of a server from outside: the order of its steps, their times, its memory."""
+    """Observation of a server from outside: the order of its steps, their times, its memory."""
 
     def __init__(self, folder: Path, server: subprocess.Popen[bytes]) -> None:
         self.order: list[str] = []
@@ -95,13 +95,13 @@ class Watch:
         return (self._folder / "server.log").read_text()[-3000:]
 
     def per_step(self, readings: Sequence[float]) -> float:
-        """How much `readings` grew with each step, between the parts of the run that `CLOCK` names."""
+        """Return the growth of `readings` with each step, between the parts of the run that `CLOCK` names."""
         first, last = (int(part * len(self.order)) for part in CLOCK)
         return (readings[last] - readings[first]) / (last - first)
 
 
 def unfairness(order: Sequence[str], planned: Mapping[str, int], span: tuple[float, float] = FAIR) -> float:
-    """How far a site's share of the steps so far was from its weight, as a part of its weight, at the worst.
+    """Return the distance of a site's share of the steps so far from its weight, as a part of its weight, at the worst.
 
     Args:
         order: site of every step.
@@ -179,7 +179,7 @@ def _node(folder: Path) -> RabbitNode:
 
 
 def measure(crowd: Crowd) -> dict[str, float]:
-    """What a crowd needs and gives, by key."""
+    """Return the needs and results of a crowd, by key."""
     seen: dict[str, dict[str, float]] = {}
     with scratch() as folder, _node(folder / "rabbitmq") as node, RedisServer(folder / "redis") as redis:
         url, broker = node.vhost(), Broker(node)

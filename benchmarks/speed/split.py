@@ -51,7 +51,7 @@ from nightsplit.site_worker.stream.bottom import Bottom
 
 
 class Times:
-    """Where a worker's loop spends its time: the role, the codecs, the link, waiting; the rest is the engine."""
+    """Time of a worker's loop: the role, the codecs, the link, waiting; the rest is the engine."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)

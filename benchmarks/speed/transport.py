@@ -1,4 +1,4 @@
-"""How fast messages of a size go through a broker, beside a bare TCP connection on the same machine.
+"""Speed of messages of a size through a broker, beside a bare TCP connection on the same machine.
 
     python -m benchmarks.speed.transport [--quick] [--rounds N] [--json FILE] [--broker URL]
 
