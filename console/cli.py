@@ -72,7 +72,7 @@ def main() -> int:
     os.umask(0o077)  # any file of ours or of a library may hold patient data
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # they are for developers of libraries
-    threading.excepthook = lambda thread: _crashed(thread.exc_value)
+    threading.excepthook = lambda thread: _report_crash(thread.exc_value)
     if os.environ.get("_NIGHTSPLIT_COMPLETE"):
         app(prog_name="nightsplit")  # a shell asks for completions
     return run(sys.argv[1:])
@@ -86,9 +86,9 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
         return code
     except typer.TyperException as error:
-        return _misused(error)
+        return _report_misuse(error)
     except NightsplitError as error:
-        return _failed(error)
+        return _report_error(error)
     except KeyboardInterrupt:
         return stopped()
     except BrokenPipeError:
@@ -98,8 +98,8 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _WRITE_ERRORS:
             sentence = f"{error.filename or 'a file'}: {error.strerror}."
-            return _failed(StateError(501, sentence, "make room, or name a writable place; then start again."))
-        _crashed(error)
+            return _report_error(StateError(501, sentence, "make room, or name a writable place; then start again."))
+        _report_crash(error)
         return CRASHED
 
 
@@ -113,7 +113,7 @@ def _invoke(arguments: Sequence[str]) -> int:
         return end.exit_code
 
 
-def _misused(error: typer.TyperException) -> int:
+def _report_misuse(error: typer.TyperException) -> int:
     """Print a mistake in the command line and return the exit code."""
     context: typer.Context | None = getattr(error, "ctx", None)
     verb = context.command_path if context else "nightsplit"
@@ -121,14 +121,14 @@ def _misused(error: typer.TyperException) -> int:
     return error.exit_code
 
 
-def _failed(error: NightsplitError) -> int:
+def _report_error(error: NightsplitError) -> int:
     json_log.failed(error)
     if not json_log.is_on():
         print(shown(str(error)), file=sys.stderr)
     return 1
 
 
-def _crashed(error: BaseException | None) -> None:
+def _report_crash(error: BaseException | None) -> None:
     """Write the traceback to a file, and print one line for the user."""
     stamp = time.strftime("nightsplit-crash-%Y%m%d-%H%M%S-")
     text = "".join(traceback.format_exception(error)) if error is not None else ""

@@ -21,7 +21,7 @@ from typing_extensions import override
 from nightsplit.broker.topology import site_queues
 from nightsplit.console.worker_file import WorkerFile
 from nightsplit.server_worker.config import ServerSection
-from nightsplit.server_worker.protocols import AnyServer, make_server
+from nightsplit.server_worker.protocols import AnyServer, make_server_role
 from nightsplit.server_worker.tape import FOLDER, read_tape
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Record
@@ -134,7 +134,7 @@ class Replay:
             StateError: 507 there is no tape, 508 it lacks the next message.
         """
         with TemporaryDirectory(prefix="nightsplit-replay-") as scratch:
-            self.role = role = make_server(self._config, Path(scratch), self._base, self._device)
+            self.role = role = make_server_role(self._config, Path(scratch), self._base, self._device)
             run, wire = self._config.run, self._config.wire
             queues = {site: site_queues(run.id, site, wire.queue_bytes) for site in run.sites}
             routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in queues.items()}
@@ -193,13 +193,13 @@ class _Order(SoleWriter):
     tape: Path
 
     @override
-    def journalled(self, position: int) -> str | None:
-        return self.store.journalled(position)
+    def journal_entry(self, position: int) -> str | None:
+        return self.store.journal_entry(position)
 
     @override
-    def journal(self, position: int, sender: str) -> str:
+    def claim_position(self, position: int, entry: str) -> str:
         # Beyond the end of the journal, the run's order is unknown.
-        reason = f"the order journal in the run store ends there, although a message of {sender} follows."
+        reason = f"the order journal in the run store ends there, although a message of {entry} follows."
         raise _incomplete(self.tape, position - 1, reason)
 
 

@@ -81,9 +81,9 @@ class Lease(CheckpointAuthority):
         return self._store.move_pointer(pointer)
 
     @override
-    def journal(self, position: int, sender: str) -> str:
-        return self._store.journal(position, sender)
+    def claim_position(self, position: int, entry: str) -> str:
+        return self._store.claim_position(position, entry)
 
     @override
-    def journalled(self, position: int) -> str | None:
-        return self._store.journalled(position)
+    def journal_entry(self, position: int) -> str | None:
+        return self._store.journal_entry(position)

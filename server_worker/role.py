@@ -154,7 +154,7 @@ class ServerRole(Role, Generic[S]):
         samples = Samples(int(hello["train"]), int(hello["validation"]), int(hello["test"]))
         incarnation, mark, released = str(hello["incarnation"]), int(hello["mark"]), int(hello["released"])
         sequence = self.sequence_of(site, samples)
-        limit = sequence.answers if hello["enrolled"] else mark
+        limit = sequence.last_answer if hello["enrolled"] else mark
         if len(incarnation) > INCARNATION_LENGTH_MAX or not 0 <= released <= mark <= limit:
             position = f"answer {mark}, {released} of them stored"
             raise mismatch(f"{site} says hello at {position}, with a name of {len(incarnation)} characters.")

@@ -11,7 +11,7 @@ from nightsplit.broker.connect import open_broker
 from nightsplit.broker.topology import site_queues
 from nightsplit.server_worker.config import ServerConfig
 from nightsplit.server_worker.lease import Lease, lease_owner
-from nightsplit.server_worker.protocols import make_server
+from nightsplit.server_worker.protocols import make_server_role
 from nightsplit.server_worker.report import write_report
 from nightsplit.server_worker.shift import TOGETHER, ServerShift
 from nightsplit.server_worker.stream.ddp import Group, device_of_rank, joined_group
@@ -65,7 +65,7 @@ class ServerWorker(Worker):
         """Compute for the server that torchrun started beside this process, until it exits."""
         prepare_torch(self.config.threads, self._device)
         with joined_group(self._device) as group:
-            role = make_server(self.run_config, self.state_folder, self.run_folder, self._device, group)
+            role = make_server_role(self.run_config, self.state_folder, self.run_folder, self._device, group)
             role.help()
 
     @override
@@ -127,7 +127,7 @@ class ServerWorker(Worker):
         queues = {site: site_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites}
         broker.declare(queue for of_site in queues.values() for queue in of_site)
         routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in queues.items()}
-        role = make_server(config, folder, self.run_folder, self._device, self._group)
+        role = make_server_role(config, folder, self.run_folder, self._device, self._group)
         with closing(self.open_store()) as store:
             statuses = store.statuses([SERVER, *config.run.sites])
         checkpoints = self._checkpoints(lease)

@@ -22,7 +22,7 @@ from typing_extensions import override
 from nightsplit.broker.link_wrapper import LinkWrapper
 from nightsplit.broker.topology import site_queues
 from nightsplit.server_worker.lease import Lease
-from nightsplit.server_worker.protocols import AnyServer, make_server
+from nightsplit.server_worker.protocols import AnyServer, make_server_role
 from nightsplit.server_worker.role import ServerRole
 from nightsplit.shared.clock import Clock
 from nightsplit.shared.config.run import RunConfig
@@ -156,7 +156,7 @@ class Simulation:
         config, spend = self.config, forbid_spending
         authority: CheckpointAuthority = SoleWriter()
         if worker == SERVER:
-            role: SiteRole | AnyServer = make_server(config, self.folder / SERVER, self.base, self._device)
+            role: SiteRole | AnyServer = make_server_role(config, self.folder / SERVER, self.base, self._device)
             routes = {site: Route(q.down, q.up, q.dead) for site, q in self.queues.items()}
             authority = lease = Lease(self.store, SERVER)
             lease.acquire(lambda seconds: True)  # never waits: nothing else holds it
@@ -197,7 +197,7 @@ class Simulation:
     def journal(self) -> list[str]:
         """Return the entries of the order journal."""
         entries: list[str] = []
-        while (entry := self.store.journalled(len(entries) + 1)) is not None:
+        while (entry := self.store.journal_entry(len(entries) + 1)) is not None:
             entries.append(entry)
         return entries
 

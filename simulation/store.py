@@ -77,12 +77,12 @@ class MemoryStore(RunStore):
             return True
 
     @override
-    def journal(self, position: int, sender: str) -> str:
+    def claim_position(self, position: int, entry: str) -> str:
         with self._lock:
-            return self._journal.setdefault(position, sender)
+            return self._journal.setdefault(position, entry)
 
     @override
-    def journalled(self, position: int) -> str | None:
+    def journal_entry(self, position: int) -> str | None:
         with self._lock:
             return self._journal.get(position)
 

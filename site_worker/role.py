@@ -66,7 +66,7 @@ class SiteRole(Role):
         """Numbers of training, validation and test samples."""
 
     @abstractmethod
-    def answer(self, message: Message) -> list[Effect]:
+    def on_answer(self, message: Message) -> list[Effect]:
         """Apply the next message in the server's sequence; raises as `Role.on`."""
 
     @abstractmethod
@@ -100,7 +100,7 @@ class SiteRole(Role):
                 raise mismatch(f"it rejects with number {number}.")
             remedy = "ask the server's side, then start the site again."
             raise RunError(number, f"the server rejects {self.name}: {reason}.", remedy)
-        return self.answer(message)
+        return self.on_answer(message)
 
     # -- for subclasses ----------------------------------------------------------------------------
 
@@ -141,7 +141,7 @@ class SiteRole(Role):
         self._released = self._in_snapshot
         return [self._hello()]
 
-    def resume(self, first_unconfirmed: int | None) -> int:
+    def resume_seq(self, first_unconfirmed: int | None) -> int:
         """Return the number of the first message to send after a restore."""
         return min(first_unconfirmed or self.next_seq, self.next_seq)
 
@@ -149,7 +149,7 @@ class SiteRole(Role):
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         self._in_snapshot = self.answered
         facts: dict[str, Any] = {
-            "digest": self.config.digest, "next": self.resume(first_unconfirmed), "answered": self.answered,
+            "digest": self.config.digest, "next": self.resume_seq(first_unconfirmed), "answered": self.answered,
             "finished": self.finished, "enrolled": self._enrolled, "released": self._released,
             "best": self.best, "judged": self._evaluated,
         }  # fmt: skip

@@ -27,7 +27,7 @@ from benchmarks.speed.common import MiB, Place, Worker, fresh_name, queues_of, r
 from benchmarks.speed.figures import Figure, Results, arguments
 from nightsplit.broker.link_wrapper import LinkWrapper
 from nightsplit.broker.topology import SiteQueues, site_queues
-from nightsplit.server_worker.protocols import make_server
+from nightsplit.server_worker.protocols import make_server_role
 from nightsplit.server_worker.rounds.aggregation import WeightedMean
 from nightsplit.server_worker.rounds.role import RoundServer
 from nightsplit.shared.clock import SystemClock
@@ -124,7 +124,7 @@ def serve(line: Connection, place: Place, run: str, rounds: int, folder: Path) -
     """The server; says the seconds of each round, and of its arithmetic."""
     prepare_torch(1, "cpu")
     config = config_of(run, rounds)
-    role = make_server(config, folder, folder)
+    role = make_server_role(config, folder, folder)
     assert isinstance(role, RoundServer)
     queues = _queues(run)
     with place.broker().link([q.up for q in queues.values()], prefetch_for(8 * MiB, len(SITES)), SERVER) as inner:

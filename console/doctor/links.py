@@ -104,7 +104,7 @@ def _attempts_at_store(file: WorkerFile) -> dict[str, Callable[[], bool]]:
         return {}
     return {
         "read the server's pointer": partial(_store_permits, file, lambda store: store.pointer()),
-        "read the order journal": partial(_store_permits, file, lambda store: store.journalled(1)),
+        "read the order journal": partial(_store_permits, file, lambda store: store.journal_entry(1)),
         "read the status of other sites": partial(_store_permits, file, lambda store: store.statuses(file.other_sites)),
     }
 

@@ -16,7 +16,7 @@ AnyServer = ServerRole[Any]
 ROLES = load_roles(__name__)
 
 
-def make_server(
+def make_server_role(
     config: RunConfig, state: Path, base: Path, device: str = "cpu", group: Group | None = None
 ) -> AnyServer:
     """Return the role of the server in a run.

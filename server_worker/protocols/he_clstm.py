@@ -57,7 +57,7 @@ class HeClstmServer:
         if not 0 <= step < self.steps:
             raise mismatch(f"there is no step {step} of {self.steps}.")
         if self._classifier.state is None:
-            features = self._read(pieces, [len(packing.frame(self._empty_frame))] * self._classifier.frames)
+            features = self._read(pieces, [self._widths(packing)[0]] * self._classifier.frames)
             return [to_bytes(one_shot.logits(arithmetic, self._classifier, features))]
         method = batch if packing_name == "batch" else slots
         frame, state = self._read_frame(arithmetic, packing, step, pieces, previous_nonce)
@@ -72,27 +72,28 @@ class HeClstmServer:
         pairs = zip(parts, self._blinding(nonce, len(parts)), strict=True)
         return [to_bytes(arithmetic.add_plain(part, numbers.tolist())) for part, numbers in pairs]
 
-    @property
-    def _empty_frame(self) -> FloatArray:
-        return np.zeros((0, self._classifier.features))
+    def _widths(self, packing: Packing) -> tuple[int, int]:
+        """Return the numbers of ciphertexts that hold the features of a frame, and h or c."""
+        frame, state = np.zeros((0, self._classifier.features)), np.zeros((0, self._classifier.hidden))
+        return len(packing.frame(frame)), len(packing.state(state))
 
     def _read_frame(
         self, arithmetic: Arithmetic, packing: Packing, step: int, pieces: Sequence[bytes], nonce: str
     ) -> tuple[list[Ciphertext], State | None]:
         """Return the features of a frame, and the state after the previous one, unblinded; None at the first frame."""
-        top, hidden = self.ckks.top, len(packing.state(np.zeros((0, self._classifier.hidden))))
-        features = len(packing.frame(self._empty_frame))
+        top, (features, hidden) = self.ckks.top, self._widths(packing)
         if step == 0:
             return self._read(pieces, [features])[0], None
-        numbers = self._blinding(nonce, 2 * hidden + 1)
         # Levels as in `State`: h is at the highest, c and votes are one below.
         frame, h, c, (votes,) = self._read(pieces, [features, hidden, hidden, 1], [top, top, top - 1, top - 1])
-        capacity = packing.capacity
-        # The site has unpacked and packed the blinded state, so the numbers are packed again as well.
-        for row, blinded in ((h, numbers[:hidden]), (c, numbers[hidden:-1])):
-            for part, vector in zip(row, packing.state(packing.read_state(blinded, capacity)), strict=True):
-                arithmetic.subtract_plain(part, vector.tolist())
-        arithmetic.subtract_plain(votes, packing.votes(packing.read_votes(numbers[-1], capacity)).tolist())
+        *blinding, at_votes = self._blinding(nonce, 2 * hidden + 1)
+        # The site has unpacked and packed the blinded state: the blinding lies in the slots as if it had been, too.
+        for row, numbers in ((h, blinding[:hidden]), (c, blinding[hidden:])):
+            repacked = packing.state(packing.read_state(numbers, packing.capacity))
+            for ciphertext, vector in zip(row, repacked, strict=True):
+                arithmetic.subtract_plain(ciphertext, vector.tolist())
+        repacked_votes = packing.votes(packing.read_votes(at_votes, packing.capacity))
+        arithmetic.subtract_plain(votes, repacked_votes.tolist())
         return frame, State(h, c, votes)
 
     def _read(

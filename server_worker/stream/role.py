@@ -51,7 +51,7 @@ class StreamServer(ServerRole[StreamSequence]):
 
     @classmethod
     def make(cls, config: RunConfig, model: SplitModel, state: Path, device: str, group: Group | None) -> Self:
-        """Return the role of a server; arguments as of `nightsplit.server_worker.protocols.make_server`."""
+        """Return the role of a server; arguments as of `nightsplit.server_worker.protocols.make_server_role`."""
         return cls(config, Top(model.parts.top, config.optimizer, config.task, device), model.contract)
 
     @abstractmethod
@@ -80,9 +80,9 @@ class StreamServer(ServerRole[StreamSequence]):
         scalars: dict[str, Scalar] = {"number": refusal.number, "reason": refusal.sentence[:REASON_LENGTH_MAX]}
         effects: list[Effect] = []
         # Other sites must not wait for a bottom or figures that were refused.
-        if slot.settles and slot.item.ends_block:
+        if slot.completes_item and slot.item.ends_block:
             effects = self.close_block(site, slot.item)
-        elif slot.settles and slot.item.purpose is Purpose.AVERAGE:
+        elif slot.completes_item and slot.item.purpose is Purpose.AVERAGE:
             self._averaged[site] += 1
             effects = self._average()
         return [self.answer(site, slot.seq, Kind.REFUSED, scalars=scalars), *effects, *self._advance(site, slot.seq)]
@@ -132,7 +132,7 @@ class StreamServer(ServerRole[StreamSequence]):
         self.count_item(site, item)
         answered_at = self._answered_at[site]
         # Answers to this site since the one that completed the bottom version of this batch.
-        answers = self.applied[site] - (self.sequences[site].settles(item.version) if item.version else 0)
+        answers = self.applied[site] - (self.sequences[site].completing_seq(item.version) if item.version else 0)
         base = answered_at[-answers - 1] if answers < len(answered_at) else 0
         facts: dict[str, Scalar] = {"event": "train", "step": self.steps, "site": site, "epoch": item.epoch}
         return Record({**facts, "loss": loss, "staleness": self.steps - 1 - base})
@@ -168,7 +168,7 @@ class StreamServer(ServerRole[StreamSequence]):
         """Add a site's bottom; after its last message about the averaging the site waits for the mean."""
         if message.header.kind is Kind.BOTTOM:
             self._bottoms[site] = {name: tensor.clone() for name, tensor in message.tensors.items()}
-        if not slot.settles:
+        if not slot.completes_item:
             return [self.answer(site, slot.seq, Kind.NOTED)]
         self._averaged[site] += 1
         self._waiting[site] = slot.seq

@@ -50,8 +50,8 @@ class Engine:
         authority: makes checkpoints valid.
         record: writes the role's lines of metrics.
         spend: records privacy spending durably.
-        decide: as in `DeliveryOrder`; used with a journalled role.
-        failures: refusals of messages that a role failed on, as in `refusing_failures`.
+        decide: returns an entry to journal when no message can be applied; asked with a journalled role alone.
+        failures: refusals, by SHA-256 of the body, of messages that a role failed on before (`refusing_failures`).
     """
 
     monotonic: Callable[[], float] = staticmethod(time.monotonic)

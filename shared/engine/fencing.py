@@ -20,11 +20,11 @@ class CheckpointAuthority(Protocol):
     def move_pointer(self, pointer: Pointer) -> bool:
         """Make a checkpoint the newest valid one; return False if a later incarnation took over."""
 
-    def journal(self, position: int, sender: str) -> str:
-        """Fill `position` durably with an entry unless it is filled; return its content."""
+    def claim_position(self, position: int, entry: str) -> str:
+        """Fill `position` of the journal durably unless it is filled; return its content."""
 
-    def journalled(self, position: int) -> str | None:
-        """Return the content of the journal at `position`."""
+    def journal_entry(self, position: int) -> str | None:
+        """Return the entry of the journal at `position`."""
 
 
 class SoleWriter(CheckpointAuthority):
@@ -44,9 +44,9 @@ class SoleWriter(CheckpointAuthority):
         return True
 
     @override
-    def journal(self, position: int, sender: str) -> str:
-        return sender  # a site has one sender, hence no order to write down
+    def claim_position(self, position: int, entry: str) -> str:
+        return entry  # a site has one sender, hence no order to write down
 
     @override
-    def journalled(self, position: int) -> str | None:
+    def journal_entry(self, position: int) -> str | None:
         return None

@@ -89,11 +89,11 @@ class DeliveryOrder:
     def _entry(self, position: int, ready: Set[str]) -> tuple[int, OrderEntry] | None:
         """Return the journal's entry at `position`; choose and write it if the journal ends before."""
         if self._replaying:
-            entry = self._authority.journalled(position)
+            entry = self._authority.journal_entry(position)
             if entry is not None:
                 return position, from_journal(entry)
             self._replaying = False
         choice = self._choice(ready) or self._decide()
         if choice is None:
             return None
-        return position, from_journal(self._authority.journal(position, to_journal(choice)))
+        return position, from_journal(self._authority.claim_position(position, to_journal(choice)))

@@ -97,7 +97,7 @@ def check_farewell(message: Message, sequence: StreamSequence, run: RunSection) 
     _check_progress(message, sequence, run, seq - 1)
     at_best, at_last = (evaluations(epoch, run.epochs, run.evaluate_every) for epoch in _progress(message))
     exhausted = 0 < run.patience <= at_last - at_best
-    if seq != sequence.answers and (sequence.plan.uploads_once or not exhausted):
+    if seq != sequence.last_answer and (sequence.plan.uploads_once or not exhausted):
         raise _misplaced(message, "ends a run that is not at its end")
 
 
@@ -133,7 +133,7 @@ def _check_progress(message: Message, sequence: StreamSequence, run: RunSection,
     best, last = _progress(message)
     possible = best <= last and all(_is_evaluated(epoch, run) for epoch in (best, last) if epoch)
     if possible and last and not sequence.plan.uploads_once:
-        possible = sequence.settles(sequence.plan.end(last)) <= seq
+        possible = sequence.completing_seq(sequence.plan.end(last)) <= seq
     if not possible:
         raise _misplaced(message, f"reports epoch {best} as the best, and {last} as the last evaluated one")
 

@@ -136,7 +136,7 @@ class RoundSequence:
         return self.updates * self.slices + 1
 
     @property
-    def answers(self) -> int:
+    def last_answer(self) -> int:
         """Number of the server's last message, the end of the farewell."""
         return self.last - 1 + self.slices
 

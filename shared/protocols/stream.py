@@ -112,13 +112,13 @@ class Slot:
     Attributes:
         seq: number of the message, and of the server's answer.
         half: "first", or "second" in a protocol with a head.
-        settles: whether the answer completes the item.
+        completes_item: whether the answer completes the item.
     """
 
     seq: int
     item: Item
     half: Half
-    settles: bool
+    completes_item: bool
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class StreamSequence:
         return 2 * self.plan.last if self.has_head else self.plan.last
 
     @property
-    def answers(self) -> int:
+    def last_answer(self) -> int:
         """Number of the server's last message, the farewell; 1 for a site that uploads once."""
         return 1 if self.plan.uploads_once else self.last + 1
 
@@ -170,7 +170,7 @@ class StreamSequence:
 
     def _slot(self, seq: int) -> Slot:
         q, half = self._at(seq)
-        return Slot(seq, self.plan.item(q), half, settles=half == "second" or not self.has_head)
+        return Slot(seq, self.plan.item(q), half, completes_item=half == "second" or not self.has_head)
 
     def _at(self, seq: int) -> tuple[int, Half]:
         """Return the item's number and the half of message `seq`."""
@@ -188,7 +188,7 @@ class StreamSequence:
         """Return the number of the message with the first half of item q."""
         return q if not self.has_head or q <= self._lag else 2 * q - self._lag - 1
 
-    def settles(self, q: int) -> int:
+    def completing_seq(self, q: int) -> int:
         """Return the number of the message with the answer that completes item q."""
         return min(2 * q + self._lag, self.plan.last + q) if self.has_head else q
 

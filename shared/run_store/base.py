@@ -84,12 +84,12 @@ class RunStore(ABC):
         """Make a checkpoint the newest valid one; return False, and change nothing, if a higher fence exists."""
 
     @abstractmethod
-    def journal(self, position: int, sender: str) -> str:
-        """Fill `position` (1, 2, 3...) durably with `sender` unless it is filled; return its content."""
+    def claim_position(self, position: int, entry: str) -> str:
+        """Fill `position` (1, 2, 3...) of the journal durably unless it is filled; return its entry."""
 
     @abstractmethod
-    def journalled(self, position: int) -> str | None:
-        """Return the content of the journal at `position`."""
+    def journal_entry(self, position: int) -> str | None:
+        """Return the entry of the journal at `position`."""
 
     @abstractmethod
     def close(self) -> None:

@@ -118,14 +118,14 @@ class RedisStore(RunStore):
         return bool(self._run("move_pointer", keys, pointer.fence, pointer.counter, pointer.sha256))
 
     @override
-    def journal(self, position: int, sender: str) -> str:
+    def claim_position(self, position: int, entry: str) -> str:
         # Durable as far as `appendfsync` allows.
-        return str(self._run("journal", [self._journal], position, sender))
+        return str(self._run("journal", [self._journal], position, entry))
 
     @override
-    def journalled(self, position: int) -> str | None:
-        sender = self._call(lambda: self._redis.hget(self._journal, str(position)))
-        return None if sender is None else str(sender)
+    def journal_entry(self, position: int) -> str | None:
+        entry = self._call(lambda: self._redis.hget(self._journal, str(position)))
+        return None if entry is None else str(entry)
 
     @override
     def close(self) -> None:

@@ -115,23 +115,23 @@ class SqliteStore(RunStore):
             return moved.rowcount == 1
 
     @override
-    def journal(self, position: int, sender: str) -> str:
+    def claim_position(self, position: int, entry: str) -> str:
         with self._writing() as rows:
-            rows.execute("INSERT OR IGNORE INTO journal VALUES (?, ?, ?)", (self._run, position, sender))
-            filled = self._journalled(rows, position)
+            rows.execute("INSERT OR IGNORE INTO journal VALUES (?, ?, ?)", (self._run, position, entry))
+            filled = self._entry(rows, position)
             assert filled is not None
             return filled
 
     @override
-    def journalled(self, position: int) -> str | None:
+    def journal_entry(self, position: int) -> str | None:
         with self._reading() as rows:
-            return self._journalled(rows, position)
+            return self._entry(rows, position)
 
     @override
     def close(self) -> None:
         self._rows.close()
 
-    def _journalled(self, rows: sqlite3.Connection, position: int) -> str | None:
+    def _entry(self, rows: sqlite3.Connection, position: int) -> str | None:
         query = "SELECT sender FROM journal WHERE run = ? AND position = ?"
         found = rows.execute(query, (self._run, position)).fetchone()
         return None if found is None else str(found[0])

@@ -12,8 +12,9 @@ class SplitLabelsSite(StreamSite):
     """Role that sends activations with their targets, and trains with the gradients of the server."""
 
     @override
-    def send_first(self, item: Item) -> Send:
-        return self.send(item, Kind.SMASHED, {"smashed": self.forward(item), "targets": self.batches.targets(item)})
+    def first_half(self, item: Item) -> Send:
+        tensors = {"smashed": self.forward(item), "targets": self.batches.targets(item)}
+        return self.message_about(item, Kind.SMASHED, tensors)
 
     @override
     def apply_answer(self, item: Item, message: Message) -> None:

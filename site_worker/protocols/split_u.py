@@ -41,15 +41,15 @@ class SplitUSite(StreamSite):
         return {**super().model(), "head": self._heads.get(self.best, self.head.module.state_dict())}
 
     @override
-    def send_first(self, item: Item) -> Send:
-        return self.send(item, Kind.SMASHED, {"smashed": self.forward(item)})
+    def first_half(self, item: Item) -> Send:
+        return self.message_about(item, Kind.SMASHED, {"smashed": self.forward(item)})
 
     @override
-    def send_second(self, item: Item) -> Send:
+    def second_half(self, item: Item) -> Send:
         if item.number in self._gradients:
-            return self.send(item, Kind.HEAD_GRADIENT, {"gradient": self._gradients[item.number]})
+            return self.message_about(item, Kind.HEAD_GRADIENT, {"gradient": self._gradients[item.number]})
         # Also if the head's input was refused: then there is no gradient, and no report.
-        return self.send(item, Kind.REPORT, {}, metrics=self._reports.get(item.number, NO_FIGURES))
+        return self.message_about(item, Kind.REPORT, {}, metrics=self._reports.get(item.number, NO_FIGURES))
 
     @override
     def apply_answer(self, item: Item, message: Message) -> None:
@@ -66,7 +66,7 @@ class SplitUSite(StreamSite):
     @override
     def count_answer(self, slot: Slot, evaluated: int) -> None:
         item = slot.item
-        if item.ends_block and not slot.settles:  # the last head input of the block, even if it was refused
+        if item.ends_block and not slot.completes_item:  # the last head input of the block, even if it was refused
             self._reports[item.number] = self._evaluate()
             self._heads = {epoch: head for epoch, head in self._heads.items() if self.is_candidate(epoch)}
             self._heads[item.epoch] = {name: tensor.clone() for name, tensor in self.head.module.state_dict().items()}
@@ -89,7 +89,7 @@ class SplitUSite(StreamSite):
         base = super().snapshot(first_unconfirmed)
         resume = base.facts["next"]
         for by_item in (self._gradients, self._reports):
-            for q in [q for q in by_item if self.sequence.settles(q) < resume]:
+            for q in [q for q in by_item if self.sequence.completing_seq(q) < resume]:
                 del by_item[q]
         tensors = {**base.tensors, **flatten("gradients", self._gradients), **flatten("outputs", self._outputs)}
         tensors.update(flatten("head", self.head.module.state_dict()))

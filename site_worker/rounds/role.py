@@ -110,7 +110,7 @@ class RoundSite(SiteRole):
         return [self._record_step()]
 
     @override
-    def answer(self, message: Message) -> list[Effect]:
+    def on_answer(self, message: Message) -> list[Effect]:
         header, scalars = message.header, message.scalars
         if not self._is_expected(header):
             raise mismatch(f"{header.message_id} is out of turn.")

@@ -43,10 +43,10 @@ class StreamSite(SiteRole):
         """Bottom of each evaluated epoch that may still be the best."""
 
     @abstractmethod
-    def send_first(self, item: Item) -> Send:
+    def first_half(self, item: Item) -> Send:
         """Return the message with the first half of a batch's exchange."""
 
-    def send_second(self, item: Item) -> Send:
+    def second_half(self, item: Item) -> Send:
         """Return the message with the second half of a batch's exchange; only protocols with a head have one."""
         raise NotImplementedError
 
@@ -65,23 +65,24 @@ class StreamSite(SiteRole):
             return []
         if self.next_seq > self.sequence.last:
             # Everything is sent. If the farewell is counted already, it was refused: there is nothing to wait for.
-            return self._finish({}) if self.answered == self.sequence.answers else []
+            return self._finish({}) if self.answered == self.sequence.last_answer else []
         slot = self.sequence.slot(self.next_seq)
         if self.answered < self._required_answer(slot):
             return []
         item = slot.item
         if slot.half == "second":
-            send = self.send_second(item)
+            send = self.second_half(item)
         elif item.purpose is Purpose.AVERAGE:
             bottom = self.bottom.weights(item.version)
-            send = self.send(item, Kind.BOTTOM, {name: bottom[name].cpu() for name in weights(self.bottom.module)})
+            averaged = {name: bottom[name].cpu() for name in weights(self.bottom.module)}
+            send = self.message_about(item, Kind.BOTTOM, averaged)
         else:
-            send = self.send_first(item)
+            send = self.first_half(item)
         self.next_seq += 1
         return [send]
 
     @override
-    def answer(self, message: Message) -> list[Effect]:
+    def on_answer(self, message: Message) -> list[Effect]:
         kind, scalars = message.header.kind, message.scalars
         if kind is Kind.FINISH:
             check_farewell(message, self.sequence, self.config.run)
@@ -91,7 +92,7 @@ class StreamSite(SiteRole):
         if kind is Kind.AVERAGE:
             self.bottom.merge(slot.item.version, message.tensors)
         elif kind in (Kind.NOTED, Kind.REFUSED):
-            if slot.settles:
+            if slot.completes_item:
                 self.bottom.skip(slot.item)
         else:
             self.apply_answer(slot.item, message)
@@ -102,18 +103,18 @@ class StreamSite(SiteRole):
     @override
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
         # The item counts as answered, without a gradient.
-        if header.seq >= self.sequence.answers:
+        if header.seq >= self.sequence.last_answer:
             self.record_answer(header.seq, 0)
             return []
         slot = self.sequence.slot(header.seq)
-        if slot.settles:
+        if slot.completes_item:
             self.bottom.skip(slot.item)
         self.count_answer(slot, 0)
         return []
 
     # -- for subclasses ----------------------------------------------------------------------------
 
-    def send(self, item: Item, kind: Kind, tensors: Mapping[str, torch.Tensor], **scalars: str) -> Send:
+    def message_about(self, item: Item, kind: Kind, tensors: Mapping[str, torch.Tensor], **scalars: str) -> Send:
         """Return a message about an item, the next in the sequence."""
         return Send(SERVER, kind, self.next_seq, version=item.version, tensors=tensors, scalars=scalars)
 
@@ -153,7 +154,7 @@ class StreamSite(SiteRole):
         if slot.half == "second":
             return self.sequence.seq_of_first(slot.item.number)
         settled = slot.item.number - self.batches.plan.window
-        return self.sequence.settles(settled) if settled >= 1 else 0
+        return self.sequence.completing_seq(settled) if settled >= 1 else 0
 
     def _oldest_version(self, seq: int) -> int:
         """Return the lowest version of the bottom that message `seq` or any later one needs.
@@ -172,7 +173,7 @@ class StreamSite(SiteRole):
     @override
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         # A restored site sends from `resume` on and applies answers from the next one on: older versions are dropped.
-        oldest = min(self.resume(first_unconfirmed), self.answered + 1)
+        oldest = min(self.resume_seq(first_unconfirmed), self.answered + 1)
         if oldest <= self.sequence.last:
             self.bottom.forget(below=self._oldest_version(oldest))
         base = super().snapshot(first_unconfirmed)

@@ -42,7 +42,7 @@ def centre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
         for run in RUNS:
             with closing(RedisStore(centre.store("server"), run, centre.credentials("server"))) as store:
                 store.acquire_lease("server", 60)
-                store.journal(1, "north")
+                store.claim_position(1, "north")
                 for worker in ("server", *SITES):
                     store.put_status(worker, WorkerStatus(phase=Phase.WORKING))
         yield centre

@@ -102,7 +102,7 @@ def undisturbed(campaign: Campaign, folder: Path, journal: Sequence[str] = ()) -
     )
     with closing(open_store("sqlite:run.db", RUN, folder)) as store:
         for position, sender in enumerate(journal, 1):
-            store.journal(position, sender)
+            store.claim_position(position, sender)
     with closing(hospital):
         for worker in WORKERS:
             hospital.start(worker)
@@ -189,7 +189,7 @@ def _journal(address: str, base: Path) -> list[str]:
     """The order in which a fair server applied what it got: the sender at position 1, 2, 3..."""
     senders: list[str] = []
     with closing(open_store(address, RUN, base)) as store:
-        while (sender := store.journalled(len(senders) + 1)) is not None:
+        while (sender := store.journal_entry(len(senders) + 1)) is not None:
             senders.append(sender)
     return senders
 

@@ -11,11 +11,9 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from nightsplit.server_worker.protocols import make_server
 from nightsplit.server_worker.role import ServerRole
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Send
@@ -25,9 +23,8 @@ from nightsplit.shared.storage.checkpoint import Snapshot
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import FROM_SITES, SERVER, UNSEQUENCED, Header, Kind, Message, Scalar
 from nightsplit.shared.wire.schema import Payload, TensorSpec
-from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.role import SiteRole
-from tests.harness.night import tiny_splits
+from tests.harness.pure_roles import ActivationsInMemory, pure_server, pure_site
 
 AnyRole = SiteRole | ServerRole
 LIMIT = 2**20
@@ -49,12 +46,12 @@ class Dialogue:
 
     Args:
         config: the run.
-        folder: of what a role puts on disk (released activations, a privacy ledger).
         dice: whose turn it is, by chance; without them all take turns, the server first.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, dice: random.Random | None = None) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: RunConfig, dice: random.Random | None = None) -> None:
+        self.config = config
+        self._activations = ActivationsInMemory()
         self.roles: dict[str, AnyRole] = {name: self.make(name) for name in (SERVER, *config.run.sites)}
         self.queues: dict[tuple[str, str], deque[Message]] = {}
         """Messages in sequence that nobody has applied, by sender and receiver."""
@@ -68,10 +65,7 @@ class Dialogue:
 
     def make(self, name: str) -> AnyRole:
         """A role as a new process makes it."""
-        if name == SERVER:
-            return make_server(self.config, self.folder / SERVER, self.folder)
-        parts, ledger = tiny_splits(name), self.folder / f"{name}.db"
-        return make_site(name, self.config, parts, f"{name}-1", self.folder, ledger=ledger)
+        return pure_server(self.config, self._activations) if name == SERVER else pure_site(self.config, name)
 
     def clone(self, name: str) -> AnyRole:
         """A role in the same state, with which a test may do what it likes."""

@@ -9,20 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nightsplit.server_worker.protocols import AnyServer, make_server
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Send
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message, Scalar
-from nightsplit.site_worker.protocols import make_site
-from nightsplit.site_worker.role import SiteRole
 from tests.harness.dialogue import assert_unchanged, copied
 from tests.harness.night import tiny_splits
 
@@ -65,16 +61,6 @@ def seen(effects: list[Effect], look: Callable[[torch.Tensor], Any] = lambda ten
 
 exact = partial(seen, look=torch.Tensor.tolist)
 """Effects with every value of every tensor."""
-
-
-def site_of(config: RunConfig, name: str, folder: Path, incarnation: int = 1) -> SiteRole:
-    """A site's role as a new process makes it; `folder` is for its ledger, in a private run."""
-    return make_site(name, config, tiny_splits(name), f"{name}-{incarnation}", folder, ledger=folder / f"{name}.db")
-
-
-def server_of(config: RunConfig, folder: Path) -> AnyServer:
-    """The server's role as a new process makes it; `folder` is for released activations, in split_frozen."""
-    return make_server(config, folder / SERVER, folder)
 
 
 def from_server(

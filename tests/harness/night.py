@@ -158,5 +158,5 @@ class Night(Simulation):
         """The run once more in peace, in the order that its journal holds."""
         again = self.in_peace(folder)
         for position, entry in enumerate(self.journal(), 1):
-            again.store.journal(position, entry)
+            again.store.claim_position(position, entry)
         return again.run()

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import torch
 
-from nightsplit.server_worker.protocols import make_server
+from nightsplit.server_worker.protocols import make_server_role
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.protocols.spec import PROTOCOLS, TRAINING, systems
 from nightsplit.site_worker.data.dataset import Dataset, Splits
@@ -153,7 +153,7 @@ def config_of(protocol: str) -> RunConfig:
 def test_every_system_has_both_halves(protocol: str, tmp_path: Path) -> None:
     few = Dataset(torch.zeros(4, 3), torch.zeros(4), ("a", "b", "c", "d"))
     site = make_site("mercy", config_of(protocol), Splits(few, few, few), "one", tmp_path)
-    server = make_server(config_of(protocol), tmp_path, tmp_path)
+    server = make_server_role(config_of(protocol), tmp_path, tmp_path)
     assert type(site).__module__ == f"nightsplit.site_worker.protocols.{protocol}"
     assert type(server).__module__ == f"nightsplit.server_worker.protocols.{protocol}"
 

@@ -111,4 +111,4 @@ def test_two_servers_make_one_decision(first, second, tmp_path):
     else:
         assert successor.choose(1, set()) is None, "it waits for the message that the other one has applied"
         assert successor.choose(1, {"north"}) == Apply("north")
-    assert store.journalled(1) == first
+    assert store.journal_entry(1) == first

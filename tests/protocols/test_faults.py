@@ -114,7 +114,7 @@ def test_a_journalled_message_that_comes_before_its_hello(seed, tmp_path):
     night = BadNight(config, tmp_path, MemoryBroker(), seed, Faults(reorder=10, delay=0.5))
     for name in (SERVER, "north"):
         night.start(name)
-    while night.store.journalled(1) is None:
+    while night.store.journal_entry(1) is None:
         for engine in night.engines.values():
             engine.step(0.0)
     for name in (SERVER, "north"):

@@ -40,9 +40,9 @@ ONLY = {
 PATIENT = {"split_labels, patient": {"protocol": "split_labels", "patience": 1, "epochs": 3}}
 
 
-def dialogue(run, folder, sites=("north", "east")):
+def dialogue(run, sites=("north", "east")):
     settings = {"window": 2, "epochs": 2, "batch_size": 12, **(RUNS | PATIENT)[run]}
-    return Dialogue(tiny_config(sites, **settings), folder)
+    return Dialogue(tiny_config(sites, **settings))
 
 
 def sequence_of(talk, site):
@@ -61,14 +61,14 @@ def belongs(talk, message):
     sequence, slot = place_of(talk, message)
     kind = message.header.kind
     if kind is Kind.FINISH:
-        return message.header.seq == sequence.answers or talk.config.run.patience > 0
+        return message.header.seq == sequence.last_answer or talk.config.run.patience > 0
     return slot is not None and kind in kinds_at(sequence, slot)[message.header.receiver != SERVER]
 
 
 @pytest.mark.parametrize("receiver", [SERVER, "north"])
 @pytest.mark.parametrize("run", RUNS | PATIENT)
-def test_every_kind_at_every_place_is_answered_or_refused_and_changes_nothing(run, receiver, tmp_path):
-    talk = dialogue(run, tmp_path)
+def test_every_kind_at_every_place_is_answered_or_refused_and_changes_nothing(run, receiver):
+    talk = dialogue(run)
     counts, seen = {"applied": 0, "refused": 0}, set()
     for name, genuine in talk.walk():
         sequence, slot = place_of(talk, genuine)
@@ -100,8 +100,8 @@ def test_every_kind_at_every_place_is_answered_or_refused_and_changes_nothing(ru
 
 
 @pytest.mark.parametrize("run", RUNS | PATIENT)
-def test_what_belongs_is_never_refused(run, tmp_path):
-    talk = dialogue(run, tmp_path)
+def test_what_belongs_is_never_refused(run):
+    talk = dialogue(run)
     assert all(belongs(talk, genuine) for _, genuine in talk.walk())
     assert talk.roles[SERVER].refusals == {}
     for site in talk.config.run.sites:
@@ -111,9 +111,9 @@ def test_what_belongs_is_never_refused(run, tmp_path):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("run", RUNS | PATIENT)
-def test_a_run_with_forgeries_goes_on_to_its_end(run, seed, tmp_path):
+def test_a_run_with_forgeries_goes_on_to_its_end(run, seed):
     """One message in seven is replaced: what comes behind it is applied all the same."""
-    talk, dice = dialogue(run, tmp_path), random.Random(f"{run}/{seed}")
+    talk, dice = dialogue(run), random.Random(f"{run}/{seed}")
     swapped, error = 0, None
     try:
         for name, genuine in talk.walk():
@@ -132,8 +132,8 @@ def test_a_run_with_forgeries_goes_on_to_its_end(run, seed, tmp_path):
 
 
 @pytest.mark.parametrize("sites", [("north",)])
-def test_a_farewell_that_cannot_be_used_ends_the_run_all_the_same(sites, tmp_path):
-    talk = dialogue("split_labels", tmp_path, sites)
+def test_a_farewell_that_cannot_be_used_ends_the_run_all_the_same(sites):
+    talk = dialogue("split_labels", sites)
     for _, genuine in talk.walk():
         if genuine.header.kind is Kind.FINISH:
             talk.swap(genuine, Message(genuine.header, genuine.tensors, {**genuine.scalars, "best": 10**6}))
@@ -146,10 +146,10 @@ class NorthIsSlow(random.Random):
         return super().choice([name for name in working for _ in range(1 if name == "north" else 8)])
 
 
-def test_an_end_that_comes_early_answers_those_who_wait_for_an_averaging(tmp_path):
+def test_an_end_that_comes_early_answers_those_who_wait_for_an_averaging():
     """Else the farewell would stand behind an answer that never comes. East waits while north ends its evaluation."""
     run = {"order": "fair", "bottoms": "averaged", "window": 1, "average_every": 1, "epochs": 12, "patience": 1}
-    talk = Dialogue(tiny_config(("north", "east"), **run), tmp_path, NorthIsSlow(0))
+    talk = Dialogue(tiny_config(("north", "east"), **run), NorthIsSlow(0))
     assert all(talk.walk())
     assert talk.roles[SERVER].evaluation.evaluated < 12
 
@@ -198,8 +198,8 @@ def hello(config, **changed):
     ],
 )
 @pytest.mark.parametrize("run", RUNS)
-def test_a_hello_has_sane_counts(run, changed, number, tmp_path):
-    server = dialogue(run, tmp_path).roles[SERVER]
+def test_a_hello_has_sane_counts(run, changed, number):
+    server = dialogue(run).roles[SERVER]
     before = copied(server.snapshot(None))
     with pytest.raises(Refused, match=f"E{number}"):
         server.on(hello(server.config, **changed))
@@ -213,8 +213,8 @@ def test_no_hello_with_negative_counts_is_read():
         wire.encode(message, payload, 2**20)
 
 
-def test_hellos_are_not_hoarded(tmp_path):
-    server = dialogue("split_labels", tmp_path).roles[SERVER]
+def test_hellos_are_not_hoarded():
+    server = dialogue("split_labels").roles[SERVER]
     sizes = []
     for number in range(100):
         server.on(hello(server.config, incarnation=f"{number:064}"))

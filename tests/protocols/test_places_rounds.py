@@ -12,14 +12,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from nightsplit.server_worker.protocols import make_server
 from nightsplit.shared.engine.effects import Finish, Record, Send
 from nightsplit.shared.errors import Refused, RunError
 from nightsplit.shared.storage.checkpoint import Snapshot
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, UNSEQUENCED, Header, Kind, Message
-from nightsplit.site_worker.protocols import make_site
-from tests.harness.night import tiny_rounds, tiny_splits
+from tests.harness.night import tiny_rounds
+from tests.harness.pure_roles import pure_server, pure_site
 
 NAMES = ("north", "south")
 RUNS = {
@@ -49,17 +48,14 @@ PLACES = (0, 1, 2, 10**6, 2**63 - 1)
 class Hands:
     """A run in which every message is shown to `look` before it is applied."""
 
-    def __init__(self, config, folder, look):
-        self.config, self.folder, self.look = config, folder, look
+    def __init__(self, config, look):
+        self.config, self.look = config, look
         self.roles = {name: self.made(name) for name in (SERVER, *NAMES)}
         self.waiting = {name: {peer: deque() for peer in self.roles} for name in self.roles}
         self.finished = set()
 
     def made(self, name):
-        if name == SERVER:
-            return make_server(self.config, self.folder / SERVER, self.folder)
-        ledger = self.folder / f"{name}.db"
-        return make_site(name, self.config, tiny_splits(name), f"{name}-1", self.folder, ledger=ledger)
+        return pure_server(self.config) if name == SERVER else pure_site(self.config, name)
 
     def play(self):
         for name, role in self.roles.items():
@@ -223,18 +219,18 @@ class Prober:
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_whatever_comes_wherever_is_applied_or_refused(run, tmp_path):
+def test_whatever_comes_wherever_is_applied_or_refused(run):
     settings = RUNS[run]
     rounds = {} if run == "data_vectors" else {"rounds": 2}
     prober = Prober()
-    Hands(tiny_rounds(NAMES, **rounds, **settings), tmp_path, prober).play()
+    Hands(tiny_rounds(NAMES, **rounds, **settings), prober).play()
     assert prober.refused > 500
     assert prober.taken > 100
 
 
-def test_a_site_that_is_not_known_yet_is_refused(tmp_path):
+def test_a_site_that_is_not_known_yet_is_refused():
     config = tiny_rounds(NAMES)
-    server = Hands(config, tmp_path, None).roles[SERVER]
+    server = Hands(config, None).roles[SERVER]
     values = torch.zeros(server.layout.slice(1).stop)
     with pytest.raises(Refused, match="out of turn"):
         server.on(

@@ -108,10 +108,10 @@ def test_a_sequence_holds_every_half_once_and_never_waits_for_itself(plan, has_h
     position = {what: seq for seq, what in enumerate(order, 1)}
     for q in range(1, plan.last + 1):
         assert position[q, "first"] == sequence.seq_of_first(q)
-        assert position[q, halves[-1]] == sequence.settles(q)
+        assert position[q, halves[-1]] == sequence.completing_seq(q)
         if q > plan.window:  # the forward of q needs the answer that settles q - window
-            assert sequence.settles(q - plan.window) < sequence.seq_of_first(q)
-    assert all(slot.settles is (slot.seq == sequence.settles(slot.item.number)) for slot in slots)
+            assert sequence.completing_seq(q - plan.window) < sequence.seq_of_first(q)
+    assert all(slot.completes_item is (slot.seq == sequence.completing_seq(slot.item.number)) for slot in slots)
     places = [sequence.place(seq) for seq in range(1, sequence.last + 1)]
     assert places == sorted(places)
 

@@ -87,11 +87,11 @@ def test_a_fair_run_is_replayed_in_the_order_of_its_journal(tmp_path):
     night = taped_night(tmp_path, order="fair", window=3)
     night.shaken(seed=3)
     turned = MemoryStore()
-    senders = [night.store.journalled(position) for position in range(1, replayed(night).engine.position + 1)]
+    senders = [night.store.journal_entry(position) for position in range(1, replayed(night).engine.position + 1)]
     first = senders.index(next(sender for sender in senders if sender != senders[0]))
     senders[first - 1], senders[first] = senders[first], senders[first - 1]
     for position, sender in enumerate(senders, 1):
-        turned.journal(position, sender)
+        turned.claim_position(position, sender)
     assert replayed(night, store=turned).weights() != replayed(night).weights()
 
 
@@ -119,8 +119,8 @@ def test_nothing_of_the_run_is_changed(tmp_path):
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     pointer, position = night.store.pointer(), replayed(night).engine.position
     assert night.store.pointer() == pointer
-    assert night.store.journalled(position) is not None
-    assert night.store.journalled(position + 1) is None
+    assert night.store.journal_entry(position) is not None
+    assert night.store.journal_entry(position + 1) is None
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == files
     assert waiting == {queue.name: night.broker.depth(queue) for queues in night.queues.values() for queue in queues}
 

@@ -11,8 +11,9 @@ import torch
 from nightsplit.shared.engine.effects import Finish, Record
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.wire.message import Kind
-from tests.harness.effects import from_site, hello, sent, server_of
+from tests.harness.effects import from_site, hello, sent
 from tests.harness.night import tiny_config
+from tests.harness.pure_roles import pure_server
 
 SITES = ("south", "east")
 PROGRESS = {"best": 0, "judged": 0}
@@ -25,8 +26,8 @@ def config_of(protocol, **run):
     return tiny_config(SITES, **{**settings, **run})
 
 
-def opened(config, folder):
-    server = server_of(config, folder)
+def opened(config):
+    server = pure_server(config)
     server.start()
     for site in SITES:
         server.on(hello(config, site))

@@ -15,10 +15,9 @@ from tests.harness.effects import (
     restored,
     seen,
     sent,
-    server_of,
-    site_of,
 )
 from tests.harness.night import tiny_config
+from tests.harness.pure_roles import pure_server, pure_site
 
 SITES = ("south", "east")
 
@@ -31,13 +30,13 @@ def config(protocol):
 
 
 @pytest.fixture
-def site(config, tmp_path):
-    return site_of(config, "east", tmp_path)
+def site(config):
+    return pure_site(config, "east")
 
 
 @pytest.fixture
-def server(config, tmp_path):
-    return server_of(config, tmp_path)
+def server(config):
+    return pure_server(config)
 
 
 def opening(config, site):
@@ -78,10 +77,10 @@ def test_a_site_obeys_a_rejection_of_itself_alone(site):
     assert refusal_of(site, from_server(Kind.REJECTED, 0, incarnation=ANY, number=7, reason="?")).number == 304
 
 
-def test_a_site_that_agreed_agrees_in_its_next_process(config, site, tmp_path):
+def test_a_site_that_agreed_agrees_in_its_next_process(config, site):
     site.start()
     site.on(manifest(config))
-    again = restored(site, site_of(config, "east", tmp_path, 2))
+    again = restored(site, pure_site(config, "east", 2))
     assert seen(again.start()) == [sent(SERVER, Kind.HELLO, 0, **greeting(config, "east", incarnation="east-2"))]
     assert again.on(manifest(config)) == []
     assert again.next() != []
@@ -96,10 +95,10 @@ def test_a_checkpoint_without_answers_is_told_to_nobody(config, site):
 # ── the server ──────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_server_opens_a_run_once(config, server, tmp_path):
+def test_a_server_opens_a_run_once(config, server):
     assert seen(server.start()) == [opening(config, site) for site in SITES]
     assert server.start() == []
-    assert restored(server, server_of(config, tmp_path)).start() == []
+    assert restored(server, pure_server(config)).start() == []
 
 
 def test_a_server_shows_the_run_to_whoever_does_not_know_it(config, server):
@@ -127,9 +126,9 @@ def test_a_server_rejects_who_cannot_take_part(config, server, changed, number, 
     assert server.choose({"east"}) is None
 
 
-def test_a_server_rejects_a_site_whose_patients_or_memory_changed(config, server, tmp_path):
+def test_a_server_rejects_a_site_whose_patients_or_memory_changed(config, server):
     server.on(hello(config, "east", mark=1, released=1))
-    for role in (server, restored(server, server_of(config, tmp_path))):
+    for role in (server, restored(server, pure_server(config))):
         changed = role.on(hello(config, "east", test=5, mark=1, released=1))
         assert seen(changed) == [rejection("east", "east-1", 409, "the site's data changed since the run began")]
         lost = role.on(hello(config, "east", incarnation="east-2"))
@@ -143,21 +142,20 @@ def test_a_hello_that_cannot_be_true_is_refused(config, server):
     assert (refusal.number, "answer 1, 2 of them stored" in refusal.sentence) == (304, True)
 
 
-def test_a_site_that_is_excluded_is_told_now_and_whenever_it_comes(config, server, tmp_path):
+def test_a_site_that_is_excluded_is_told_now_and_whenever_it_comes(config, server):
     server.on(hello(config, "east"))
     silence = "it was silent for 72 h, and the run went on without it"
     assert seen(server.exclude("south")) == [rejection("south", ANY, 608, silence)]
     assert server.excluded == {"south": 0}
-    for role in (server, restored(server, server_of(config, tmp_path))):
+    for role in (server, restored(server, pure_server(config))):
         assert seen(role.on(hello(config, "south"))) == [rejection("south", "south-1", 608, silence)]
         assert role.choose({"south"}) is None
         assert role.choose({"south", "east"}) == "east"
 
 
-def test_a_participant_goes_on_with_no_run_but_its_own(config, protocol, site, server, tmp_path):
+def test_a_participant_goes_on_with_no_run_but_its_own(config, protocol, site, server):
     other = tiny_config(SITES, protocol=protocol, order="strict", quorum=1)
-    elsewhere = tmp_path / "other"
-    for role, fresh in ((site, site_of(other, "east", elsewhere)), (server, server_of(other, elsewhere))):
+    for role, fresh in ((site, pure_site(other, "east")), (server, pure_server(other))):
         with pytest.raises(RunError) as stopped:
             restored(role, fresh)
         assert stopped.value.number == 601

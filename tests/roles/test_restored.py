@@ -52,12 +52,12 @@ class Twice:
 
 @pytest.mark.parametrize("refuse", [0.0, 0.25])
 @pytest.mark.parametrize(("protocol", "bottoms", "window"), SYSTEMS)
-def test_a_role_may_begin_anew_anywhere(protocol, bottoms, window, refuse, tmp_path):
+def test_a_role_may_begin_anew_anywhere(protocol, bottoms, window, refuse):
     averaged = {"average_every": window} if bottoms == "averaged" else {}
     config = tiny_config(
         ("south", "east"), protocol=protocol, bottoms=bottoms, window=window, epochs=2, batch_size=12, **averaged
     )
-    talk = Dialogue(config, tmp_path)
+    talk = Dialogue(config)
     for name, role in talk.roles.items():
         talk.roles[name] = Twice(role, partial(talk.make, name), refuse)
     for _ in talk.walk():

@@ -11,18 +11,19 @@ from nightsplit.shared.protocols.data_vectors import SCALES
 from nightsplit.shared.protocols.handshake import ANY
 from nightsplit.shared.protocols.report import NO_FIGURES
 from nightsplit.shared.wire.message import Kind
-from tests.harness.effects import exact, from_site, hello, refusal_of, restored, seen, sent, server_of
+from tests.harness.effects import exact, from_site, hello, refusal_of, restored, seen, sent
 from tests.harness.night import tiny_rounds
+from tests.harness.pure_roles import pure_server
 
 SITES = ("south", "east")
 AVERAGING = ["fedavg_transfer", "fedavg_dp_seg"]
 ILLEGIBLE = Refused(306, "it was short.", "send it whole.")
 
 
-def opened(folder, **settings):
+def opened(**settings):
     protocol = settings.get("protocol", "fedavg_transfer")
     rounds = {} if protocol == "data_vectors" else {"rounds": 2}
-    server = server_of(tiny_rounds(SITES, **{**rounds, **settings}), folder)
+    server = pure_server(tiny_rounds(SITES, **{**rounds, **settings}))
     server.start()
     for site in SITES:
         server.on(hello(server.config, site))
@@ -115,8 +116,8 @@ def values(effects, kind, site):
 
 
 @pytest.mark.parametrize("protocol", AVERAGING)
-def test_a_run_of_two_rounds_from_the_first_update_to_the_farewell(protocol, tmp_path):
-    server = opened(tmp_path, protocol=protocol)
+def test_a_run_of_two_rounds_from_the_first_update_to_the_farewell(protocol):
+    server = opened(protocol=protocol)
     everybody = set(SITES)
     assert server.choose({"east"}) is None
     assert server.choose(everybody) == "south"
@@ -146,8 +147,8 @@ def test_a_run_of_two_rounds_from_the_first_update_to_the_farewell(protocol, tmp
     assert exact(server.start()) == exact(last)[6:], "a server that is started again says it again"
 
 
-def test_a_restored_server_gives_the_same_answers(tmp_path):
-    server = opened(tmp_path)
+def test_a_restored_server_gives_the_same_answers():
+    server = opened()
     script = [
         *update(server, "south", 1, 0.25), *update(server, "east", 1, -0.5),
         *update(server, "south", 2, 0.1, figures(0.9)), *update(server, "east", 2, 0.7, figures(0.9)),
@@ -155,14 +156,14 @@ def test_a_restored_server_gives_the_same_answers(tmp_path):
         from_site("east", Kind.REPORT, 7, 2, metrics=figures(0.8)),
     ]  # fmt: skip
     for message in script:
-        again = restored(server, server_of(server.config, tmp_path))
+        again = restored(server, pure_server(server.config))
         assert exact(again.on(message)) == exact(server.on(message))
         assert again.choose(set(SITES)) == server.choose(set(SITES))
 
 
-def test_the_model_does_not_change_with_what_is_said_about_it(tmp_path):
+def test_the_model_does_not_change_with_what_is_said_about_it():
     """What was sent belongs to the engine until it is confirmed."""
-    server = opened(tmp_path)
+    server = opened()
     give(server, update(server, "south", 1, 0.3))
     first = give(server, update(server, "east", 1, 0.0))
     before = values(first, Kind.MODEL, "south").clone()
@@ -183,25 +184,25 @@ def test_the_model_does_not_change_with_what_is_said_about_it(tmp_path):
     ],
     ids=["seq", "version", "report", "short", "huge", "figures"],
 )
-def test_a_message_out_of_place_changes_nothing(fields, number, what, tmp_path):
-    server = opened(tmp_path)
+def test_a_message_out_of_place_changes_nothing(fields, number, what):
+    server = opened()
     right = {"site": "south", "kind": Kind.UPDATE, "seq": 1, "version": 0, "tensors": {"values": torch.zeros(8192)}}
     refusal = refusal_of(server, from_site(**{**right, "metrics": NO_FIGURES, **fields}))
     assert (refusal.number, what in refusal.sentence) == (number, True)
 
 
-def test_who_has_reported_is_heard_again_in_the_next_round(tmp_path):
-    server = opened(tmp_path)
+def test_who_has_reported_is_heard_again_in_the_next_round():
+    server = opened()
     give(server, update(server, "south", 1, 0.3))
     assert refusal_of(server, update(server, "south", 2, 0.3, version=0)[0]).number == 304
     assert server.choose({"south"}) is None
 
 
-def test_an_update_of_which_a_slice_was_refused_does_not_count(tmp_path):
-    server = opened(tmp_path)
+def test_an_update_of_which_a_slice_was_refused_does_not_count():
+    server = opened()
     first, second, third = update(server, "south", 1, 0.3)
     assert server.on(first) == server.refused(second.header, ILLEGIBLE) == []
-    again = restored(server, server_of(server.config, tmp_path))
+    again = restored(server, pure_server(server.config))
     for role in (server, again):
         assert seen(role.on(third)) == [trained(1, "south", 1)], "the site waits for its model like any other"
         effects = give(role, update(server, "east", 1, 0.6))
@@ -210,8 +211,8 @@ def test_an_update_of_which_a_slice_was_refused_does_not_count(tmp_path):
         assert role.refusals == {"south": 1}
 
 
-def test_a_report_that_was_refused_counts_without_figures(tmp_path):
-    server = opened(tmp_path, rounds=1)
+def test_a_report_that_was_refused_counts_without_figures():
+    server = opened(rounds=1)
     for site in SITES:
         give(server, update(server, site, 1, 0.3))
     report = from_site("south", Kind.REPORT, 4, 1, metrics=figures(0.8, test=7.0))
@@ -223,8 +224,8 @@ def test_a_report_that_was_refused_counts_without_figures(tmp_path):
     assert seen(last)[4:] == [ends(server, 4, best=1, judged=1)]
 
 
-def test_a_round_goes_on_without_a_site_that_is_excluded(tmp_path):
-    server = opened(tmp_path, quorum=1)
+def test_a_round_goes_on_without_a_site_that_is_excluded():
+    server = opened(quorum=1)
     give(server, update(server, "south", 1, 0.3))
     for message in update(server, "east", 1, 0.9)[:2]:
         server.on(message)
@@ -238,8 +239,8 @@ def test_a_round_goes_on_without_a_site_that_is_excluded(tmp_path):
     assert seen(last)[-1] == ends(server, 7, best=1, judged=2)
 
 
-def test_the_last_report_is_not_waited_for_when_its_site_is_excluded(tmp_path):
-    server = opened(tmp_path, quorum=1, rounds=1)
+def test_the_last_report_is_not_waited_for_when_its_site_is_excluded():
+    server = opened(quorum=1, rounds=1)
     for site in SITES:
         give(server, update(server, site, 1, 0.3))
     assert server.on(from_site("south", Kind.REPORT, 4, 1, metrics=figures(0.8))) == []
@@ -249,12 +250,12 @@ def test_the_last_report_is_not_waited_for_when_its_site_is_excluded(tmp_path):
     assert seen(effects)[-1] == ends(server, 4, best=1, judged=1)
 
 
-def test_a_quorum_closes_at_its_deadline_and_who_is_late_counts_in_the_next_round(tmp_path):
-    server = opened(tmp_path, order="fair", close="quorum", reports=1, deadline_hours=1.0, rounds=3)
+def test_a_quorum_closes_at_its_deadline_and_who_is_late_counts_in_the_next_round():
+    server = opened(order="fair", close="quorum", reports=1, deadline_hours=1.0, rounds=3)
     assert not server.may_close
     assert seen(give(server, update(server, "south", 1, 0.4))) == [trained(1, "south", 1)]
     assert server.may_close
-    again = restored(server, server_of(server.config, tmp_path))
+    again = restored(server, pure_server(server.config))
     for role in (server, again):
         assert seen(role.close()) == [combined(1, 1), *model(server, "south", 1, 1)]
         assert not role.may_close
@@ -267,14 +268,14 @@ def test_a_quorum_closes_at_its_deadline_and_who_is_late_counts_in_the_next_roun
         assert torch.allclose(moved, torch.tensor(0.4 + 0.6 * 2**-0.5 / 3), atol=1e-6)
 
 
-def test_a_quorum_without_a_deadline_closes_at_once(tmp_path):
-    server = opened(tmp_path, order="fair", close="quorum", reports=1)
+def test_a_quorum_without_a_deadline_closes_at_once():
+    server = opened(order="fair", close="quorum", reports=1)
     effects = give(server, update(server, "east", 1, 0.4))
     assert seen(effects) == [trained(1, "east", 1), combined(1, 1), *model(server, "east", 1, 1)]
 
 
-def test_a_buffer_answers_everybody_at_once(tmp_path):
-    server = opened(tmp_path, order="fair", close="buffered", reports=2)
+def test_a_buffer_answers_everybody_at_once():
+    server = opened(order="fair", close="buffered", reports=2)
     assert seen(give(server, update(server, "east", 1, 0.3))) == [trained(1, "east", 1), *model(server, "east", 1, 0)]
     effects = give(server, update(server, "east", 2, 0.3, version=0))
     assert seen(effects) == [trained(2, "east", 1), combined(2, 1), *model(server, "east", 2, 1)]
@@ -282,8 +283,8 @@ def test_a_buffer_answers_everybody_at_once(tmp_path):
     assert seen(late) == [trained(3, "south", 2, staleness=1), *model(server, "south", 1, 1)]
 
 
-def test_an_update_that_has_begun_goes_first(tmp_path):
-    server = opened(tmp_path, order="fair", close="buffered", reports=2)
+def test_an_update_that_has_begun_goes_first():
+    server = opened(order="fair", close="buffered", reports=2)
     assert server.choose(set(SITES)) == "south"
     server.on(update(server, "east", 1, 0.3)[0])
     assert server.choose(set(SITES)) == "east"
@@ -297,8 +298,8 @@ def scale_report(site, aucs, statistics):
     return from_site(site, Kind.REPORT, 4, 1, {"statistics": torch.full((len(SCALES), 256), statistics)}, metrics=texts)
 
 
-def test_data_vectors_adds_and_takes_the_scale_that_is_best_for_all(tmp_path):
-    server = opened(tmp_path, protocol="data_vectors")
+def test_data_vectors_adds_and_takes_the_scale_that_is_best_for_all():
+    server = opened(protocol="data_vectors")
     give(server, update(server, "south", 1, 0.3))
     effects = give(server, update(server, "east", 1, 0.1))
     assert seen(effects)[1:] == [
@@ -307,7 +308,7 @@ def test_data_vectors_adds_and_takes_the_scale_that_is_best_for_all(tmp_path):
     assert torch.allclose(values(effects, Kind.MODEL, "east"), server.published + 0.4)
     aucs = [0.5, 0.5, 0.5, 0.9, *[0.5] * 6]
     assert server.on(scale_report("south", aucs, 0.3)) == []
-    again = restored(server, server_of(server.config, tmp_path))
+    again = restored(server, pure_server(server.config))
     last = server.on(scale_report("east", aucs, 0.6))
     assert exact(again.on(scale_report("east", aucs, 0.6))) == exact(last)
     assert without_figures(last) == [line for scale in range(1, 11) for line in evaluated(scale, 2)]
@@ -318,8 +319,8 @@ def test_data_vectors_adds_and_takes_the_scale_that_is_best_for_all(tmp_path):
     assert torch.allclose(merged[pooled], torch.tensor(0.4))  # 24 of 36 samples are south's
 
 
-def test_data_vectors_refuses_a_report_that_is_not_of_all_scales(tmp_path):
-    server = opened(tmp_path, protocol="data_vectors")
+def test_data_vectors_refuses_a_report_that_is_not_of_all_scales():
+    server = opened(protocol="data_vectors")
     for site in SITES:
         give(server, update(server, site, 1, 0.1))
     assert refusal_of(server, scale_report("south", [0.5] * 9, 1.0)).number == 304

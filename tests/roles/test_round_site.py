@@ -23,9 +23,9 @@ from tests.harness.effects import (
     restored,
     seen,
     sent,
-    site_of,
 )
 from tests.harness.night import tiny_rounds
+from tests.harness.pure_roles import pure_site
 
 LENGTHS = {
     "fedavg_transfer": (8192, 8192, 1665),
@@ -36,17 +36,17 @@ AVERAGING = ["fedavg_transfer", "fedavg_dp_seg"]
 ILLEGIBLE = Refused(306, "it was short.", "send it whole.")
 
 
-def enrolled(protocol, folder, **settings):
+def enrolled(protocol, **settings):
     rounds = {} if protocol == "data_vectors" else {"rounds": 2}
-    site = site_of(tiny_rounds(("south", "east"), protocol=protocol, **{**rounds, **settings}), "east", folder)
+    site = pure_site(tiny_rounds(("south", "east"), protocol=protocol, **{**rounds, **settings}), "east")
     site.start()
     site.on(manifest(site.config))
     return site
 
 
-def again(site, folder, first_unconfirmed=None):
+def again(site, first_unconfirmed=None):
     """The same site in its next process, from a checkpoint."""
-    return restored(site, site_of(site.config, "east", folder, 2), first_unconfirmed)
+    return restored(site, pure_site(site.config, "east", 2), first_unconfirmed)
 
 
 def everything(site):
@@ -101,8 +101,8 @@ def figures_of(effects):
 
 
 @pytest.mark.parametrize("protocol", AVERAGING)
-def test_a_site_trains_reports_and_ends(protocol, tmp_path):
-    site = enrolled(protocol, tmp_path)
+def test_a_site_trains_reports_and_ends(protocol):
+    site = enrolled(protocol)
     trained = [worked(2), worked(4)] if protocol == "fedavg_transfer" else [Spend(2), Spend(4)]
     assert seen(everything(site)) == [worked(0), worked(1), trained[0], *update(protocol, 1, 0)]
     first, second, third = model(site, 1)
@@ -119,11 +119,11 @@ def test_a_site_trains_reports_and_ends(protocol, tmp_path):
     give(site, begun)
     assert seen(site.on(last)) == [Finish()]
     assert site.next() == []
-    assert seen(again(site, tmp_path).start()) == [Finish()]
+    assert seen(again(site).start()) == [Finish()]
 
 
-def test_an_update_is_what_training_changed_and_training_begins_with_the_model(tmp_path):
-    site = enrolled("fedavg_transfer", tmp_path)
+def test_an_update_is_what_training_changed_and_training_begins_with_the_model():
+    site = enrolled("fedavg_transfer")
     values = torch.cat([effect.tensors["values"] for effect in everything(site)[3:]])
     assert torch.equal(values, site.layout.vector(site.trainer.weights()) - site.published)
     assert values.abs().max() > 0
@@ -134,8 +134,8 @@ def test_an_update_is_what_training_changed_and_training_begins_with_the_model(t
 
 
 @pytest.mark.parametrize("protocol", AVERAGING)
-def test_nothing_private_leaves_before_it_is_paid_for(protocol, tmp_path):
-    site = enrolled(protocol, tmp_path)
+def test_nothing_private_leaves_before_it_is_paid_for(protocol):
+    site = enrolled(protocol)
     kinds = [type(effect).__name__ for effect in everything(site)]
     assert kinds.index("Send") == 3
     assert ("Spend" in kinds[:3]) is (protocol == "fedavg_dp_seg") is (site.account is not None)
@@ -143,52 +143,52 @@ def test_nothing_private_leaves_before_it_is_paid_for(protocol, tmp_path):
 
 @pytest.mark.parametrize("protocol", AVERAGING)
 @pytest.mark.parametrize("turns", [1, 2, 3, 4])
-def test_a_checkpoint_between_any_two_batches_changes_no_bit(protocol, turns, tmp_path):
-    site = enrolled(protocol, tmp_path)
+def test_a_checkpoint_between_any_two_batches_changes_no_bit(protocol, turns):
+    site = enrolled(protocol)
     for _ in range(turns):
         site.next()
-    other = again(site, tmp_path)
+    other = again(site)
     assert exact(everything(other)) == exact(everything(site))
 
 
-def test_what_was_not_confirmed_is_sent_again_to_the_bit(tmp_path):
-    site = enrolled("fedavg_transfer", tmp_path)
+def test_what_was_not_confirmed_is_sent_again_to_the_bit():
+    site = enrolled("fedavg_transfer")
     sends = exact(everything(site))[3:]
-    assert exact(everything(again(site, tmp_path, first_unconfirmed=2))) == sends[1:]
-    assert everything(again(site, tmp_path)) == []
+    assert exact(everything(again(site, first_unconfirmed=2))) == sends[1:]
+    assert everything(again(site)) == []
 
 
-def test_an_update_is_sent_again_as_it_was_though_its_model_is_here(tmp_path):
-    site = enrolled("fedavg_transfer", tmp_path)
+def test_an_update_is_sent_again_as_it_was_though_its_model_is_here():
+    site = enrolled("fedavg_transfer")
     sends = exact(everything(site))[3:]
     give(site, model(site, 1))
-    other = again(site, tmp_path, first_unconfirmed=2)
+    other = again(site, first_unconfirmed=2)
     following = exact(everything(site))
     assert [send.version for send in sends + following[3:]] == [0, 0, 0, 1, 1, 1]
     assert exact(everything(other)) == [*sends[1:], *following]
 
 
-def test_a_model_that_is_half_here_is_whole_after_a_restore(tmp_path):
-    site = enrolled("fedavg_transfer", tmp_path)
+def test_a_model_that_is_half_here_is_whole_after_a_restore():
+    site = enrolled("fedavg_transfer")
     everything(site)
     first, *rest = model(site, 1)
     give(site, [first])
-    other = again(site, tmp_path)
+    other = again(site)
     for role in (site, other):
         give(role, rest)
     assert exact(everything(other)) == exact(everything(site))
 
 
-def test_a_model_waits_for_the_update_that_it_answers_to_be_made_again(tmp_path):
-    site = enrolled("fedavg_transfer", tmp_path)
+def test_a_model_waits_for_the_update_that_it_answers_to_be_made_again():
+    site = enrolled("fedavg_transfer")
     site.next()
     assert site.choose({SERVER}) is None
     everything(site)
     assert site.choose({SERVER}) == SERVER
 
 
-def test_the_first_stored_answer_is_told_once(tmp_path):
-    site = enrolled("fedavg_transfer", tmp_path)
+def test_the_first_stored_answer_is_told_once():
+    site = enrolled("fedavg_transfer")
     everything(site)
     give(site, model(site, 1)[:2])
     site.snapshot(None)
@@ -219,30 +219,30 @@ def changed(number, place=0, **fields):
     ids=["slice 2", "reply_to", "old", "too new", "final", "final version", "unjudged", "future", "short", "huge",
          "farewell", "refused"],
 )  # fmt: skip
-def test_a_message_out_of_place_changes_nothing(message, number, tmp_path):
-    site = enrolled("fedavg_transfer", tmp_path)
+def test_a_message_out_of_place_changes_nothing(message, number):
+    site = enrolled("fedavg_transfer")
     everything(site)
     assert refusal_of(site, message(site)).number == number
     assert site.next() == []
 
 
-def test_a_model_that_nobody_asked_for_is_refused(tmp_path):
-    site = enrolled("fedavg_transfer", tmp_path)
+def test_a_model_that_nobody_asked_for_is_refused():
+    site = enrolled("fedavg_transfer")
     assert refusal_of(site, model(site, 1)[0]).number == 304
     everything(site)
     give(site, model(site, 1))
     assert refusal_of(site, model(site, 2)[0]).number == 304
 
 
-def test_the_slices_of_two_models_do_not_become_one(tmp_path):
-    site = enrolled("fedavg_transfer", tmp_path, rounds=3, close="quorum", order="fair", reports=1)
+def test_the_slices_of_two_models_do_not_become_one():
+    site = enrolled("fedavg_transfer", rounds=3, close="quorum", order="fair", reports=1)
     everything(site)
     give(site, model(site, 1)[:1])
     assert refusal_of(site, model(site, 1, version=2)[1]).number == 304
 
 
-def test_a_model_of_which_a_slice_was_refused_leaves_the_site_with_its_own(tmp_path):
-    site = enrolled("fedavg_transfer", tmp_path)
+def test_a_model_of_which_a_slice_was_refused_leaves_the_site_with_its_own():
+    site = enrolled("fedavg_transfer")
     everything(site)
     first, second, third = model(site, 1)
     give(site, [first])
@@ -252,8 +252,8 @@ def test_a_model_of_which_a_slice_was_refused_leaves_the_site_with_its_own(tmp_p
     assert seen(everything(site)) == [worked(2), worked(3), worked(4), *update("fedavg_transfer", 4, 1)]
 
 
-def test_an_end_that_cannot_be_read_is_no_end(tmp_path):
-    site = enrolled("fedavg_transfer", tmp_path, rounds=1)
+def test_an_end_that_cannot_be_read_is_no_end():
+    site = enrolled("fedavg_transfer", rounds=1)
     everything(site)
     for message in model(site, 1, final=True):
         assert site.refused(message.header, ILLEGIBLE) == []
@@ -266,11 +266,11 @@ def test_an_end_that_cannot_be_read_is_no_end(tmp_path):
 # ── data_vectors ────────────────────────────────────────────────────────────────────────────────
 
 
-def test_data_vectors_trains_once_and_judges_every_scale(tmp_path):
-    site = enrolled("data_vectors", tmp_path)
+def test_data_vectors_trains_once_and_judges_every_scale():
+    site = enrolled("data_vectors")
     assert seen(everything(site)) == [worked(0), worked(1), worked(2), *update("data_vectors", 1, 0)]
     give(site, model(site, 1, final=True))
-    other = again(site, tmp_path)
+    other = again(site)
     effects = everything(site)
     assert exact(everything(other)) == exact(effects)
     report = Sent(
@@ -286,8 +286,8 @@ def test_data_vectors_trains_once_and_judges_every_scale(tmp_path):
     assert site.best == 3
 
 
-def test_data_vectors_has_no_more_scales_than_there_are(tmp_path):
-    site = enrolled("data_vectors", tmp_path)
+def test_data_vectors_has_no_more_scales_than_there_are():
+    site = enrolled("data_vectors")
     everything(site)
     give(site, model(site, 1, final=True))
     everything(site)

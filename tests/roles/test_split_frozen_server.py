@@ -4,7 +4,8 @@ import pytest
 
 from nightsplit.shared.engine.effects import Record
 from nightsplit.shared.wire.message import Kind
-from tests.harness.effects import exact, refusal_of, restored, seen, server_of
+from tests.harness.effects import exact, refusal_of, restored, seen
+from tests.harness.pure_roles import pure_server
 from tests.roles.streams import ALL_SITES, ILLEGIBLE, config_of, ends, evaluations, opened, smashed
 
 
@@ -13,16 +14,16 @@ def frozen_messages(site, batches, rows):
     return [smashed(site, seq, length, seed=seq) for seq, length in enumerate(parts, 1)]
 
 
-def test_split_frozen_stores_first_and_trains_when_all_is_there(tmp_path):
+def test_split_frozen_stores_first_and_trains_when_all_is_there():
     config = config_of("split_frozen", epochs=2)
-    server = opened(config, tmp_path)
+    server = opened(config)
     for message in [*frozen_messages("south", 2, 6), *frozen_messages("east", 1, 4)]:
         assert server.next() == []
         assert server.on(message) == []
     any_loss = pytest.approx(0.7, abs=0.2)
     recorded, steps = [], []
     for _ in range(6):
-        twin = restored(server, server_of(config, tmp_path))
+        twin = restored(server, pure_server(config, server.top.store))
         effects = server.next()
         assert exact(twin.next()) == exact(effects)
         lines, others = evaluations(effects)
@@ -37,8 +38,8 @@ def test_split_frozen_stores_first_and_trains_when_all_is_there(tmp_path):
     assert steps[-1][1:] == [ends(server, {"south": 0, "east": 0}, **verdict)], "the only message that they get"
 
 
-def test_split_frozen_answers_no_refusal_and_does_without_what_it_was_about(tmp_path):
-    server = opened(config_of("split_frozen"), tmp_path)
+def test_split_frozen_answers_no_refusal_and_does_without_what_it_was_about():
+    server = opened(config_of("split_frozen"))
     for message in [*frozen_messages("south", 2, 6), *frozen_messages("east", 1, 4)]:
         if message.header.sender == "south" and message.header.seq == 2:
             assert refusal_of(server, smashed("south", 2, 12, version=1)).number == 304
@@ -52,8 +53,8 @@ def test_split_frozen_answers_no_refusal_and_does_without_what_it_was_about(tmp_
     assert server.contribution("south")["samples"] == 12
 
 
-def test_split_frozen_trains_on_what_a_site_gave_before_it_was_excluded(tmp_path):
-    server = opened(config_of("split_frozen", quorum=1), tmp_path)
+def test_split_frozen_trains_on_what_a_site_gave_before_it_was_excluded():
+    server = opened(config_of("split_frozen", quorum=1))
     server.on(frozen_messages("east", 1, 4)[0])
     for message in frozen_messages("south", 2, 6):
         server.on(message)

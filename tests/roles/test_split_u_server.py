@@ -7,7 +7,8 @@ from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.protocols.build import build_split_model
 from nightsplit.shared.protocols.report import NO_FIGURES, encode_report
 from nightsplit.shared.wire.message import Kind
-from tests.harness.effects import exact, from_site, refusal_of, restored, seen, sent, server_of
+from tests.harness.effects import exact, from_site, refusal_of, restored, seen, sent
+from tests.harness.pure_roles import pure_server
 from tests.roles.streams import (
     ALL_SITES,
     ILLEGIBLE,
@@ -27,9 +28,9 @@ from tests.roles.streams import (
 
 
 @pytest.fixture
-def u_shaped(tmp_path):
+def u_shaped():
     """With window 1: first and second half of item 1, of item 2, and so on."""
-    return opened(config_of("split_u", window=1), tmp_path)
+    return opened(config_of("split_u", window=1))
 
 
 def first_half(site, seq, rows=12, version=0):
@@ -61,10 +62,10 @@ def test_split_u_computes_the_middle_and_goes_back_through_it(u_shaped):
     assert torch.allclose(backward[0].tensors["gradient"], inputs.grad)
 
 
-def test_split_u_uses_the_weights_of_the_forward_though_others_learned_since(u_shaped, tmp_path):
+def test_split_u_uses_the_weights_of_the_forward_though_others_learned_since(u_shaped):
     forward = {site: u_shaped.on(first_half(site, 1)) for site in SITES}
     assert exact(forward["south"])[0].tensors == exact(forward["east"])[0].tensors
-    again = restored(u_shaped, server_of(u_shaped.config, tmp_path))
+    again = restored(u_shaped, pure_server(u_shaped.config))
     gradients = []
     for server in (u_shaped, again):
         gradients += [server.on(head_gradient(site, 2))[0].tensors["gradient"].tolist() for site in SITES]

@@ -14,7 +14,8 @@ from nightsplit.shared.protocols.build import build_split_model
 from nightsplit.shared.protocols.handshake import ANY
 from nightsplit.shared.protocols.report import NO_FIGURES
 from nightsplit.shared.wire.message import Kind
-from tests.harness.effects import exact, from_site, refusal_of, restored, seen, sent, server_of
+from tests.harness.effects import exact, from_site, refusal_of, restored, seen, sent
+from tests.harness.pure_roles import pure_server
 from tests.roles.streams import (
     ALL_SITES,
     ILLEGIBLE,
@@ -35,8 +36,8 @@ from tests.roles.streams import (
 
 
 @pytest.fixture
-def labels(tmp_path):
-    return opened(config_of("split_labels"), tmp_path)
+def labels():
+    return opened(config_of("split_labels"))
 
 
 def reference(config, smashed, targets):
@@ -162,10 +163,10 @@ def test_a_refusal_that_ends_the_run_is_told_before_the_farewell(labels):
     ]  # fmt: skip
 
 
-def test_a_restored_server_gives_the_same_answers(labels, tmp_path):
+def test_a_restored_server_gives_the_same_answers(labels):
     labels.on(smashed("south", 1, 12))
     labels.refused(smashed("east", 1, 12).header, ILLEGIBLE)
-    again = restored(labels, server_of(labels.config, tmp_path))
+    again = restored(labels, pure_server(labels.config))
     for message in (smashed("south", 2, 12), smashed("east", 2, 4), smashed("south", 3, 6, 1),
                     smashed("south", 4, 6, 1), smashed("east", 3, 4)):  # fmt: skip
         assert exact(again.on(message)) == exact(labels.on(message))
@@ -175,8 +176,8 @@ def test_a_restored_server_gives_the_same_answers(labels, tmp_path):
     )  # fmt: skip
 
 
-def test_a_site_that_is_excluded_is_waited_for_no_more(tmp_path):
-    server = opened(config_of("split_labels", quorum=1), tmp_path)
+def test_a_site_that_is_excluded_is_waited_for_no_more():
+    server = opened(config_of("split_labels", quorum=1))
     for message in (smashed("south", 1, 12), smashed("south", 2, 12), smashed("south", 3, 6, 1)):
         server.on(message)
     assert seen(server.on(smashed("south", 4, 6, 1))) == [noted("south", 4)]
@@ -188,8 +189,8 @@ def test_a_site_that_is_excluded_is_waited_for_no_more(tmp_path):
     assert farewell == ends(server, {"south": 4}, best=1, judged=1)
 
 
-def test_a_run_that_no_longer_improves_ends_behind_the_answer(tmp_path):
-    server = opened(config_of("split_labels", epochs=5, patience=1, order="fair"), tmp_path)
+def test_a_run_that_no_longer_improves_ends_behind_the_answer():
+    server = opened(config_of("split_labels", epochs=5, patience=1, order="fair"))
     ended = False
     for epoch in range(5):
         for site, rows, number in (("south", 6, 4), ("east", 4, 3)):
@@ -213,9 +214,9 @@ def test_a_run_that_no_longer_improves_ends_behind_the_answer(tmp_path):
 
 
 @pytest.fixture
-def averaged(tmp_path):
+def averaged():
     """South has averagings behind both of its batches, east behind its only one."""
-    server = opened(config_of("split_labels", bottoms="averaged", average_every=1, window=1, quorum=1), tmp_path)
+    server = opened(config_of("split_labels", bottoms="averaged", average_every=1, window=1, quorum=1))
     server.on(smashed("south", 1, 12))
     server.on(smashed("east", 1, 12))
     return server
@@ -232,10 +233,10 @@ def average(site, seq):
     return sent(site, Kind.AVERAGE, seq, reply_to=seq, shapes=shapes, **PROGRESS)
 
 
-def test_bottoms_are_averaged_by_training_samples_when_all_are_there(averaged, tmp_path):
+def test_bottoms_are_averaged_by_training_samples_when_all_are_there(averaged):
     assert averaged.on(bottom("south", 2, 3.0)) == []
     assert averaged.choose({"south", "east"}) == "east", "south waits for the mean"
-    again = restored(averaged, server_of(averaged.config, tmp_path))
+    again = restored(averaged, pure_server(averaged.config))
     for server in (averaged, again):
         effects = server.on(bottom("east", 2, 0.0))
         assert seen(effects) == [average("south", 2), average("east", 2)]

@@ -14,8 +14,9 @@ from nightsplit.shared.engine.effects import Finish
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.protocols.report import NO_FIGURES
 from nightsplit.shared.wire.message import SERVER, Header, Kind
-from tests.harness.effects import exact, from_server, greeting, manifest, refusal_of, restored, seen, sent, site_of
+from tests.harness.effects import exact, from_server, greeting, manifest, refusal_of, restored, seen, sent
 from tests.harness.night import tiny_config
+from tests.harness.pure_roles import pure_site
 
 PROGRESS = {"best": 0, "judged": 0}
 BATCH = {"smashed": (4, 8), "targets": (4,)}
@@ -26,8 +27,8 @@ def config_of(protocol, **run):
     return tiny_config(("east",), **{"protocol": protocol, "window": 2, "epochs": 1, "batch_size": 4, **run})
 
 
-def enrolled(config, folder):
-    site = site_of(config, "east", folder)
+def enrolled(config):
+    site = pure_site(config, "east")
     site.start()
     site.on(manifest(config))
     return site
@@ -62,8 +63,8 @@ def everything(site):
 
 
 @pytest.fixture
-def labels(tmp_path):
-    return enrolled(config_of("split_labels"), tmp_path)
+def labels():
+    return enrolled(config_of("split_labels"))
 
 
 def test_split_labels_sends_its_plan_as_far_as_the_window_allows(labels):
@@ -81,8 +82,8 @@ def test_split_labels_sends_its_plan_as_far_as_the_window_allows(labels):
     assert seen(labels.start()) == [Finish()]
 
 
-def test_what_a_gradient_changes_is_seen_a_window_later(tmp_path):
-    sites = [enrolled(config_of("split_labels", dropout=0.0), tmp_path) for _ in range(3)]
+def test_what_a_gradient_changes_is_seen_a_window_later():
+    sites = [enrolled(config_of("split_labels", dropout=0.0)) for _ in range(3)]
     second = [exact(everything(site))[1] for site in sites]
     assert second[0] == second[1] == second[2]
     sites[0].on(cut_gradient(1))
@@ -94,8 +95,8 @@ def test_what_a_gradient_changes_is_seen_a_window_later(tmp_path):
     assert [len(sends) for sends in third] == [1, 1, 1]
 
 
-def test_the_bottom_takes_the_step_that_its_optimizer_would(tmp_path):
-    site = enrolled(config_of("split_labels", dropout=0.0, optimizer="sgd"), tmp_path)
+def test_the_bottom_takes_the_step_that_its_optimizer_would():
+    site = enrolled(config_of("split_labels", dropout=0.0, optimizer="sgd"))
     everything(site)
     linear = torch.nn.Linear(6, 8)
     linear.load_state_dict({name.removeprefix("0."): value for name, value in site.bottom.weights(0).items()})
@@ -152,13 +153,13 @@ def test_the_first_stored_answer_is_told_once(labels):
     assert labels.saved() == []
 
 
-def test_what_was_not_confirmed_is_sent_again_to_the_bit(labels, tmp_path):
+def test_what_was_not_confirmed_is_sent_again_to_the_bit(labels):
     first = exact(everything(labels))
     labels.on(cut_gradient(1))
     third = exact(everything(labels))
-    again = restored(labels, site_of(labels.config, "east", tmp_path, 2), first_unconfirmed=2)
+    again = restored(labels, pure_site(labels.config, "east", 2), first_unconfirmed=2)
     assert exact(everything(again)) == [*first[1:], *third]
-    confirmed = restored(labels, site_of(labels.config, "east", tmp_path, 3))
+    confirmed = restored(labels, pure_site(labels.config, "east", 3))
     assert everything(confirmed) == []
     for site in (labels, again, confirmed):
         assert site.on(cut_gradient(2)) == []
@@ -167,17 +168,17 @@ def test_what_was_not_confirmed_is_sent_again_to_the_bit(labels, tmp_path):
     assert exact(everything(again)) == exact(everything(confirmed)) == following
 
 
-def test_an_answer_may_be_here_before_its_message_is_sent_again(labels, tmp_path):
+def test_an_answer_may_be_here_before_its_message_is_sent_again(labels):
     sends = exact(everything(labels))
-    again = restored(labels, site_of(labels.config, "east", tmp_path, 2), first_unconfirmed=1)
+    again = restored(labels, pure_site(labels.config, "east", 2), first_unconfirmed=1)
     assert again.on(cut_gradient(1)) == []
     assert exact(everything(again))[:2] == sends
     labels.on(cut_gradient(1))
     assert exact(everything(labels))[0].version == 1
 
 
-def test_the_best_bottom_is_kept_until_it_cannot_be_the_best_any_more(tmp_path):
-    site = enrolled(config_of("split_labels", epochs=2, window=1), tmp_path)
+def test_the_best_bottom_is_kept_until_it_cannot_be_the_best_any_more():
+    site = enrolled(config_of("split_labels", epochs=2, window=1))
     bottoms = {}
     for seq in range(1, 11):
         everything(site)
@@ -186,13 +187,13 @@ def test_the_best_bottom_is_kept_until_it_cannot_be_the_best_any_more(tmp_path):
         verdict = {"best": seq // 5 and 1, "judged": seq // 5}
         site.on(noted(seq, **verdict) if seq in (4, 5, 9, 10) else cut_gradient(seq, **verdict))
     assert bottoms[1] != bottoms[2]
-    site = restored(site, site_of(site.config, "east", tmp_path, 2))
+    site = restored(site, pure_site(site.config, "east", 2))
     assert seen(site.on(farewell(11, best=1, judged=2))) == [Finish()]
     assert {name: tensor.tolist() for name, tensor in site.model()["bottom"].items()} == bottoms[1]
 
 
-def test_the_top_comes_with_the_farewell_where_the_run_exports_it(tmp_path):
-    site = enrolled(config_of("split_labels", export_top=True), tmp_path)
+def test_the_top_comes_with_the_farewell_where_the_run_exports_it():
+    site = enrolled(config_of("split_labels", export_top=True))
     for seq in range(1, 6):
         everything(site)
         site.on(cut_gradient(seq) if seq < 4 else noted(seq))
@@ -200,7 +201,7 @@ def test_the_top_comes_with_the_farewell_where_the_run_exports_it(tmp_path):
     assert len(top) == 6
     site.on(farewell(6, tensors=top))
     assert site.model()["top"].keys() == top.keys()
-    again = restored(site, site_of(site.config, "east", tmp_path, 2))
+    again = restored(site, pure_site(site.config, "east", 2))
     assert seen(again.start()) == [Finish()]
     assert again.model()["top"].keys() == top.keys()
 
@@ -215,8 +216,8 @@ def mean(value):
 
 
 @pytest.fixture
-def averaged(tmp_path):
-    site = enrolled(config_of("split_labels", bottoms="averaged", average_every=2, dropout=0.0), tmp_path)
+def averaged():
+    site = enrolled(config_of("split_labels", bottoms="averaged", average_every=2, dropout=0.0))
     everything(site)
     site.on(cut_gradient(1))
     return site
@@ -249,8 +250,8 @@ ONE_HALF = {"smashed": (4, 8)}
 
 
 @pytest.fixture
-def u_shaped(tmp_path):
-    return enrolled(config_of("split_u"), tmp_path)
+def u_shaped():
+    return enrolled(config_of("split_u"))
 
 
 def head_input(seq, **changed):
@@ -329,11 +330,11 @@ def test_split_u_refuses_what_does_not_belong_to_the_half(u_shaped, message, num
     assert everything(u_shaped) == []
 
 
-def test_a_gradient_of_the_head_is_sent_again_after_a_restore(u_shaped, tmp_path):
+def test_a_gradient_of_the_head_is_sent_again_after_a_restore(u_shaped):
     everything(u_shaped)
     u_shaped.on(head_input(1))
     gradient = exact(everything(u_shaped))
-    again = restored(u_shaped, site_of(u_shaped.config, "east", tmp_path, 2), first_unconfirmed=3)
+    again = restored(u_shaped, pure_site(u_shaped.config, "east", 2), first_unconfirmed=3)
     assert exact(everything(again)) == gradient
     assert exact_weights(again.head.module) == exact_weights(u_shaped.head.module), "it has learned once"
 
@@ -341,29 +342,29 @@ def test_a_gradient_of_the_head_is_sent_again_after_a_restore(u_shaped, tmp_path
 # ── split_frozen ────────────────────────────────────────────────────────────────────────────────
 
 
-def test_split_frozen_sends_all_at_once_by_its_first_bottom_and_waits_for_the_end(tmp_path):
-    site = enrolled(config_of("split_frozen", epochs=3), tmp_path)
+def test_split_frozen_sends_all_at_once_by_its_first_bottom_and_waits_for_the_end():
+    site = enrolled(config_of("split_frozen", epochs=3))
     released = everything(site)
     assert seen(released) == [smashed(seq, 0) for seq in range(1, 6)]
     for message in (cut_gradient(1), noted(1), farewell(2)):
         assert refusal_of(site, message).number == 304
-    again = restored(site, site_of(site.config, "east", tmp_path, 2), first_unconfirmed=4)
+    again = restored(site, pure_site(site.config, "east", 2), first_unconfirmed=4)
     assert exact(everything(again)) == exact(released)[3:]
     for role in (site, again):
         assert seen(role.on(farewell(1))) == [Finish()]
         assert everything(role) == []
 
 
-def test_split_frozen_ends_although_its_farewell_cannot_be_used(tmp_path):
-    site = enrolled(config_of("split_frozen"), tmp_path)
+def test_split_frozen_ends_although_its_farewell_cannot_be_used():
+    site = enrolled(config_of("split_frozen"))
     everything(site)
     refusal = refusal_of(site, farewell(1, best=2, judged=2))
     assert site.refused(farewell(1).header, refusal) == []
     assert seen(everything(site)) == [Finish()]
 
 
-def test_a_bottom_whose_activations_are_not_finite_sends_nothing(tmp_path):
-    site = enrolled(config_of("split_frozen"), tmp_path)
+def test_a_bottom_whose_activations_are_not_finite_sends_nothing():
+    site = enrolled(config_of("split_frozen"))
     with torch.no_grad():
         site.bottom.weights(0)["0.weight"].fill_(torch.nan)
     with pytest.raises(RunError) as stopped:

@@ -145,20 +145,20 @@ def test_the_pointer_moves_only_for_the_highest_fence(opened: Open) -> None:
 
 def test_the_journal_keeps_the_first_writer(opened: Open) -> None:
     first, second = opened(), opened()
-    assert first.journalled(1) is None
-    assert first.journal(1, "north") == "north"
-    assert second.journal(1, "south") == "north"
-    assert second.journalled(1) == "north"
-    assert second.journal(2, "south") == "south"
+    assert first.journal_entry(1) is None
+    assert first.claim_position(1, "north") == "north"
+    assert second.claim_position(1, "south") == "north"
+    assert second.journal_entry(1) == "north"
+    assert second.claim_position(2, "south") == "south"
 
 
 def test_applied_or_left_out_is_decided_once(opened: Open) -> None:
     """One server found a message of the site, another one found the site absent: the first entry stands for both."""
     zombie, successor = opened(), opened()
-    assert successor.journal(1, "-north") == "-north"
-    assert zombie.journal(1, "north") == "-north"
-    assert zombie.journal(2, "north") == "north"
-    assert successor.journal(2, "-north") == "north"
+    assert successor.claim_position(1, "-north") == "-north"
+    assert zombie.claim_position(1, "north") == "-north"
+    assert zombie.claim_position(2, "north") == "north"
+    assert successor.claim_position(2, "-north") == "north"
 
 
 def test_threads_that_race_for_the_journal_agree(opened: Open) -> None:
@@ -166,20 +166,20 @@ def test_threads_that_race_for_the_journal_agree(opened: Open) -> None:
 
     def fill(sender: str) -> None:
         store = opened()
-        answers[sender] = [store.journal(position, sender) for position in range(1, 101)]
+        answers[sender] = [store.claim_position(position, sender) for position in range(1, 101)]
 
     threads = [threading.Thread(target=fill, args=(sender,)) for sender in ("north", "south", "west")]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    held = [opened().journalled(position) for position in range(1, 101)]
+    held = [opened().journal_entry(position) for position in range(1, 101)]
     assert list(answers.values()) == [held] * 3
 
 
 def fill_journal(address: str, sender: str, answers: multiprocessing.Queue[list[str]]) -> None:
     with closing(open_store(address, "night-1", Path())) as store:
-        answers.put([store.journal(position, sender) for position in range(1, 101)])
+        answers.put([store.claim_position(position, sender) for position in range(1, 101)])
 
 
 def test_processes_that_race_for_the_journal_agree(address: str) -> None:
@@ -195,7 +195,7 @@ def test_processes_that_race_for_the_journal_agree(address: str) -> None:
     answers.close()
     answers.join_thread()
     with closing(open_store(address, "night-1", Path())) as store:
-        assert given == [[store.journalled(position) for position in range(1, 101)]] * 2
+        assert given == [[store.journal_entry(position) for position in range(1, 101)]] * 2
 
 
 def acquire(address: str, owner: str, fences: multiprocessing.Queue[int | None]) -> None:
@@ -224,11 +224,11 @@ def test_everything_survives_reopening(address: str) -> None:
         fence = store.acquire_lease("server-a", 60)
         assert fence is not None
         assert store.move_pointer(Pointer(fence, 7, "ab"))
-        store.journal(1, "north")
+        store.claim_position(1, "north")
         store.put_status("north", WorkerStatus(phase=Phase.WORKING, sent=3))
     with closing(open_store(address, "night-1", Path())) as store:
         assert store.pointer() == Pointer(fence, 7, "ab")
-        assert store.journalled(1) == "north"
+        assert store.journal_entry(1) == "north"
         assert store.statuses(["north"])["north"].report == WorkerStatus(phase=Phase.WORKING, sent=3)
         assert store.acquire_lease("server-b", 60) is None
         assert store.renew_lease("server-a", fence, 60)
@@ -240,11 +240,11 @@ def test_redis_keeps_everything_over_a_kill_of_its_server(redis_server: RedisSer
         fence = store.acquire_lease("server-a", 60)
         assert fence is not None
         assert store.move_pointer(Pointer(fence, 1, "ab"))
-        assert store.journal(1, "north") == "north"
+        assert store.claim_position(1, "north") == "north"
         redis_server.kill()
         redis_server.start()
         assert store.pointer() == Pointer(fence, 1, "ab"), "the same store reconnects"
-        assert store.journal(1, "south") == "north"
+        assert store.claim_position(1, "south") == "north"
         assert store.renew_lease("server-a", fence, 60)
 
 
@@ -321,9 +321,9 @@ def test_runs_in_one_place_do_not_see_each_other(address: str) -> None:
         closing(open_store(address, "night-1", Path())) as one,
         closing(open_store(address, "night-2", Path())) as other,
     ):
-        one.journal(1, "north")
+        one.claim_position(1, "north")
         assert one.acquire_lease("server-a", 60) == 1
-        assert other.journalled(1) is None
+        assert other.journal_entry(1) is None
         assert other.acquire_lease("server-b", 60) == 1
 
 
@@ -366,14 +366,14 @@ def test_a_store_out_of_reach_is_207(place: str, tmp_path: Path) -> None:
 @pytest.mark.redis
 def test_a_redis_that_dies_is_207_until_it_is_back(tmp_path: Path) -> None:
     with RedisServer(tmp_path / "redis") as server, closing(RedisStore(server.url, "night-1")) as store:
-        assert store.journal(1, "north") == "north"
+        assert store.claim_position(1, "north") == "north"
         server.kill()
         with pytest.raises(BrokerError) as caught:
-            store.journal(2, "north")
+            store.claim_position(2, "north")
         assert caught.value.number == 207
         server.start()
-        assert store.journal(2, "south") in ("north", "south")
-        assert store.journalled(1) == "north"
+        assert store.claim_position(2, "south") in ("north", "south")
+        assert store.journal_entry(1) == "north"
 
 
 @pytest.mark.parametrize("address", ["postgres://host/db", "sqlite:", "store.sqlite", "redis://localhost:port/0"])
