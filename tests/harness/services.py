@@ -17,6 +17,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,7 +25,10 @@ from typing import Self
 import redis
 
 # The wrappers on PATH change to the user of the installed service; the scripts themselves do not.
-RABBITMQ_SCRIPTS = Path("/usr/lib/rabbitmq/bin")
+RABBITMQ_SCRIPTS = Path(os.environ.get("NIGHTSPLIT_RABBITMQ", "/usr/lib/rabbitmq/bin"))
+"""Folder of rabbitmq-server and rabbitmqctl; the environment may name another version than the installed one."""
+REDIS_PROGRAM = os.environ.get("NIGHTSPLIT_REDIS", "redis-server")
+"""A Redis or Valkey server: its path, or its name on PATH; likewise."""
 START_S = 60.0
 STOP_S = 20.0
 VHOSTS_AT_A_TIME = 8
@@ -163,6 +167,11 @@ class RabbitNode(Service):
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+sbwt none +sbwtdcpu none +sbwtdio none",
         }
 
+    @cached_property
+    def version(self) -> tuple[int, ...]:
+        """The server's version, such as (4, 3, 6)."""
+        return tuple(int(part) for part in self.ctl("version").strip().split("."))
+
     def answers(self) -> bool:
         # The node listens after its queues are recovered, so an AMQP greeting means ready.
         try:
@@ -222,7 +231,7 @@ class RedisServer(Service):
             client.flushall()
 
     def command(self) -> list[str]:
-        program = shutil.which("redis-server")
+        program = shutil.which(REDIS_PROGRAM)
         _require(program is not None, "Redis", "redis-server")
         settings = {
             "--bind": "127.0.0.1",
