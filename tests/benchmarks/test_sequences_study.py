@@ -128,7 +128,9 @@ def test_votes_that_are_left_out_stay_equal() -> None:
     assert set(classifier.get_parameter("votes").tolist()) == {0.0}
 
 
-@pytest.mark.parametrize(("kind", "packing"), [("polynomial", "slots"), ("one_shot", "batch")])
+@pytest.mark.parametrize(
+    ("kind", "packing"), [("polynomial", "slots"), pytest.param("one_shot", "batch", marks=pytest.mark.campaign)]
+)
 def test_encrypted_and_plain_judges_agree(
     kind: Literal["polynomial", "one_shot"], packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

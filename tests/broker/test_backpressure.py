@@ -111,8 +111,9 @@ def waiting_bytes(hospital: Hospital, node: RabbitNode | None) -> int:
     return int(found[0])
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("hospital", ["embedded", pytest.param("rabbitmq", marks=pytest.mark.campaign)], indirect=True)
+@pytest.mark.parametrize("hospital", ["embedded", "rabbitmq"], indirect=True)
 def test_a_site_waits_a_long_night_for_room_in_the_queue(
     hospital: Hospital, undisturbed: dict[str, str], request: pytest.FixtureRequest
 ) -> None:

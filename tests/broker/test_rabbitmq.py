@@ -181,6 +181,7 @@ def test_a_message_that_the_broker_finds_too_large(node: RabbitNode, broker: Rab
 # What passes
 
 
+@pytest.mark.campaign
 def test_heartbeats_go_on_while_the_worker_computes(node: RabbitNode) -> None:
     """A step of five heartbeats, half of it torch and half of it Python that holds the interpreter."""
     broker = RabbitBroker(node.vhost(), heartbeat=2)

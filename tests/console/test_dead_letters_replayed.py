@@ -218,7 +218,7 @@ def die_in_the_middle(method: str, act: Callable[[], None]) -> None:
 
 
 @pytest.mark.parametrize("broker", BROKERS[1:], indirect=True)
-@pytest.mark.parametrize("method", ["publish", "acknowledge"])
+@pytest.mark.parametrize("method", ["publish", pytest.param("acknowledge", marks=pytest.mark.campaign)])
 def test_a_command_that_is_killed_loses_nothing(night, method, capsys):
     up, dead, number = night.queues["north"].up, night.queues["north"].dead, 40
     put(night, dead, *letters(night, number))

@@ -70,6 +70,7 @@ def test_status_and_doctor_show_that_a_status_cannot_be_read(
         assert found["run store"]["fix"]
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(200)
 def test_a_server_speaks_and_judges_absence_whatever_a_site_wrote(tmp_path: Path) -> None:
     """The site that falsifies its status is missed as any other that is silent."""

@@ -105,6 +105,7 @@ def centre(tmp_path):
         yield centre
 
 
+@pytest.mark.campaign
 @pytest.mark.rabbitmq
 @pytest.mark.redis
 @pytest.mark.timeout(200)

@@ -272,6 +272,7 @@ def stop_all(hospital: Hospital) -> None:
         assert process.wait(60) == 0, hospital.logs()
 
 
+@pytest.mark.campaign
 @pytest.mark.rabbitmq
 @pytest.mark.redis
 @pytest.mark.timeout(300)

@@ -121,6 +121,7 @@ def test_a_model_in_the_projects_own_shared(installed, project):
     assert err == "shared of the project\n"
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(600)
 def test_the_demo_plays_from_the_wheel(installed, project):
     before = files(installed.parent)

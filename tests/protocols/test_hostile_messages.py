@@ -1,4 +1,4 @@
-"""Ten thousand hostile messages for each system: every kind at every place, from both sides, well-formed and extreme.
+"""Thousands of hostile messages for each system: every kind at every place, from both sides, well-formed and extreme.
 
 They take the place of genuine ones, so runs go on in states that no honest partner would bring about. Whatever comes is
 applied or refused with a number; a site may end with one, since who speaks as the server can end a run; the server
@@ -20,12 +20,11 @@ from nightsplit.shared.wire.message import FROM_SITES, SERVER, UNSEQUENCED, Kind
 from tests.harness.dialogue import FLOATS, INTEGERS, LIMIT, Dialogue, filled, sendable
 from tests.harness.night import tiny_config, tiny_rounds
 
-MESSAGES = 10_000
 RUNS = [
-    pytest.param(system, marks=[] if system == "split_labels" else pytest.mark.campaign)
-    for system in systems(*TRAINING)
+    pytest.param("split_labels", 1_000),
+    *(pytest.param(system, 10_000, marks=pytest.mark.campaign) for system in systems(*TRAINING)),
 ]
-"""All of them take minutes; one stays in make test."""
+"""Systems, and the number of forged messages that each is told; ten thousand take half a minute."""
 SITES = ("north", "east")
 SCALARS = {
     bool: (False, True),
@@ -106,18 +105,18 @@ class Liar:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("system", RUNS)
-def test_whatever_is_said_wherever_no_worker_dies_of_it(system):
+@pytest.mark.parametrize(("system", "messages"), RUNS)
+def test_whatever_is_said_wherever_no_worker_dies_of_it(system, messages):
     liar = Liar(random.Random(f"hostile/{system}"))
     runs = 0
-    while min(liar.sent.values()) < MESSAGES // 2:
+    while min(liar.sent.values()) < messages // 2:
         runs += 1
         one_run(liar, config_of(system))
-    assert liar.refused > MESSAGES // 10
+    assert liar.refused > messages // 10
     assert all(300 < number < 400 for number in liar.numbers)
     assert all(400 < number < 700 for number in liar.ended)
     assert not liar.server_ended, "one message ends the run for all"
-    assert runs > 5
+    assert runs > messages // 2000
 
 
 def one_run(liar: Liar, config) -> None:

@@ -112,7 +112,9 @@ class Service:
                 link.receive(0.1)
 
 
-@pytest.fixture(params=[True, False], ids=["refresh", "one_shot"])
+@pytest.fixture(
+    params=[pytest.param(True, id="refresh"), pytest.param(False, id="one_shot", marks=pytest.mark.campaign)]
+)
 def service(request: pytest.FixtureRequest, tmp_path: Path) -> Service:
     return Service(tmp_path, request.param)
 

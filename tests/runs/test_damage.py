@@ -136,11 +136,20 @@ def passed_over_is_told(hospital: Hospital, worker: str, place: str, words: str)
 
 
 @pytest.mark.timeout(400)
-def test_damaged_checkpoints_are_passed_over_and_named(hospital: Hospital, undisturbed: dict[str, str]) -> None:
-    """Every kind of damage in turn, to the newest of the server and of the site at once."""
+@pytest.mark.parametrize(
+    "damages",
+    [
+        pytest.param([PASSED_OVER[0], MISSING], id="two"),
+        pytest.param([*PASSED_OVER, MISSING], id="all", marks=pytest.mark.campaign),
+    ],
+)
+def test_damaged_checkpoints_are_passed_over_and_named(
+    hospital: Hospital, undisturbed: dict[str, str], damages: list[Damage]
+) -> None:
+    """Each kind of damage in turn, to the newest of the server and of the site at once."""
     for name in WORKERS:
         hospital.start(name)
-    for damage, words in [*PASSED_OVER, MISSING]:
+    for damage, words in damages:
         places = dict(zip(WORKERS, kill_in_mid_run(hospital, *WORKERS), strict=True))
         for worker in ("north", "server"):  # without a server the run stands still while the site is looked at
             damage(places[worker])

@@ -48,6 +48,7 @@ def test_site_and_server_are_never_online_together(recurrent: bool, tmp_path: Pa
     expect_no_secret(folder)
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(300)
 def test_the_demo_asks_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_study(tmp_path / "film", recurrent=False)

@@ -16,7 +16,12 @@ from tests.harness.workers import Hospital
 SITES = ("north", "south")
 
 
-@pytest.fixture(params=[(0o000, "split_labels"), (0o022, "split_frozen")], ids=["umask 000", "umask 022"])
+@pytest.fixture(
+    params=[
+        pytest.param((0o000, "split_labels"), id="umask 000"),
+        pytest.param((0o022, "split_frozen"), id="umask 022", marks=pytest.mark.campaign),
+    ]
+)
 def hospital(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hospital]:
     """The processes begin as a user begins them: with a umask that they inherit."""
     umask, protocol = request.param

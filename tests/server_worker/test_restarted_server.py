@@ -14,6 +14,7 @@ from nightsplit.shared.wire.message import SERVER
 from tests.harness.workers import Hospital
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(200)
 def test_silence_and_deadline_go_on(tmp_path: Path) -> None:
     """One of three sites never comes, and the deadline of the first round is far away."""

@@ -64,6 +64,7 @@ def hospital(request, tmp_path):
     hospital.close()
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(300)
 def test_a_leader_that_sleeps_past_its_lease_is_replaced_and_refused(undisturbed, hospital):
     leader = start_server(hospital, "leader.log")

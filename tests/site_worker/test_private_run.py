@@ -47,6 +47,7 @@ def test_a_night_with_noise_is_in_every_ledger(tmp_path):
     assert report["best"]["overall"]["test"]["samples"] > 0
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(300)
 def test_a_hospital_whose_budget_is_spent_stays_away_and_the_others_go_on(tmp_path):
     hospital = private(tmp_path / "run", quorum=2, absence_hours=0.002)
