@@ -1,1 +1,1 @@
-"""Quality of the trained models, beside their baselines; and attacks on what leaves a site."""
+"""Quality of the trained models, beside their baselines; and attacks on the messages of a site."""

@@ -59,7 +59,7 @@ def divide(whole: Splits, sites: Sequence[str], division: str, seed: int) -> dic
 
 
 def keep(dataset: Dataset, share: float, seed: int) -> Dataset:
-    """A share of the patients of each class, at least one; what a smaller share keeps, a larger one keeps, too."""
+    """A share of the patients of each class, at least one; a larger share contains every smaller one."""
     classes = _by_class(dataset, f"labels/{seed}")
     kept = {name for names in classes for name in names[: max(1, round(share * len(names)))]}
     return dataset.select([row for row, name in enumerate(dataset.patients) if name in kept])

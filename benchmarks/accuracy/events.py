@@ -1,4 +1,4 @@
-"""Sequences whose label no weighted sum of their features can tell."""
+"""Sequences with labels that no weighted sum of their features can tell."""
 
 import torch
 

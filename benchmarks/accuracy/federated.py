@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def transfer_section(done: Done) -> list[str]:
-    """Sources and labels, and what was aimed at."""
+    """Sources, labels and aims."""
     lines = [
         "### fedavg_transfer: sources and labels",
         "",

@@ -214,7 +214,7 @@ class Study:
         return replace(config, round=section, model=model), base
 
     def carry_out(self, job: Job) -> dict[str, float]:
-        """Train; AUC on the test patients of all sites as one group, by what was trained."""
+        """Train; AUC on the test patients of all sites as one group, by system."""
         torch.set_num_threads(1)
         config, base = self.prepare(job)
         splits = _parts(job, config.data)
@@ -230,7 +230,7 @@ class Study:
 
 
 def _vectors(config: RunConfig, splits: Mapping[str, Splits], base: Path) -> dict[str, float]:
-    """Hospitals that train alone, and what becomes of adding them up."""
+    """Hospitals that train alone, and the sum of their changes."""
     server = simulate(config, splits, base).server
     assert isinstance(server, DataVectorsServer)
     assert server.scale is not None

@@ -1,4 +1,4 @@
-"""The attack of Ziller et al. (arXiv 2107.02586): what a site's update tells about the image behind it.
+"""The attack of Ziller et al. (arXiv 2107.02586): the image behind a site's update is recovered from it.
 
     python -m benchmarks.accuracy.inversion [--patients N] [--iterations N] [--folder FOLDER]
 
@@ -114,7 +114,7 @@ def folded() -> nn.Module:
 
 
 def update_of(module: nn.Module, victim: Victim, sigma: float | None) -> list[torch.Tensor]:
-    """The gradient that an update tells: what a step of the site's own trainer changed. `sigma` None: without DP."""
+    """The gradient that an update reveals, by one step of the site's own trainer. `sigma` None: without DP."""
     trainer = (
         Trainer(module, CONFIG, "cpu")
         if sigma is None

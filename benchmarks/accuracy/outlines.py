@@ -1,4 +1,4 @@
-"""A picture of what models segment: test slices with the outlines of their masks."""
+"""A picture of segmentations: test slices with the outlines of their masks."""
 
 from __future__ import annotations
 

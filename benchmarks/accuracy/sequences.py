@@ -34,7 +34,7 @@ from nightsplit.shared.errors import NightsplitError
 
 BEGIN = "<!-- figures: written by benchmarks/accuracy/sequences.py -->"
 SEEDS = (4, 5, 6)
-"""Each gives other test patients, other first weights and another order. Nothing was chosen by what came of these."""
+"""Each gives other test patients, other first weights and another order. Nothing was chosen by their results."""
 AUC, WITHIN, ENCRYPTED = 0.94, 0.2, 1e-4
 """Aims: AUC on hippocampus, the points of AUC that one_shot may lose against the polynomial LSTM, and the AUC that any
 may lose when it is asked encrypted."""
@@ -107,7 +107,7 @@ class Tables:
         return lines
 
     def _networks(self, case: Case) -> list[str]:
-        """Networks, ablations and regressions, and what was aimed at."""
+        """Networks, ablations, regressions and aims."""
         networks = NETWORKS | (WITHOUT_MASKS if case == "hippocampus" else {})
         found = {name: self._figures(replace(job, case=case)) for name, job in networks.items()}
         seen = [self._study.material(Job(case=case, seed=seed, quick=self._quick)) for seed in self._seeds]

@@ -57,7 +57,7 @@ class Volume:
 
     @property
     def simple(self) -> list[float]:
-        """Mean intensity, number of slices and extents: what a label should not follow from."""
+        """Mean intensity, number of slices and extents, from which a label should not follow."""
         return [self.slices.mean().item(), len(self.slices), *self.extents, len(self.slices) * math.prod(self.extents)]
 
     @staticmethod
@@ -69,7 +69,7 @@ class Volume:
 
 @dataclass(frozen=True, eq=False)
 class Division:
-    """Volumes of training and test patients, and by what intensities are scaled: mean and spread of the former."""
+    """Volumes of training and test patients, scaled by the mean and spread of the former."""
 
     train: dict[str, Volume]
     test: dict[str, Volume]

@@ -20,7 +20,7 @@ from nightsplit.site_worker.data.source import read_splits
 
 FRAMES, SIDE = 5, 32
 TEST = 0.3
-"""Share of the patients. Schedules were chosen on other divisions, so that nobody is needed for validation."""
+"""Share of the patients. Schedules were chosen on other divisions, so no patients are needed for validation."""
 
 Simple = Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 """Features of training and test sequences for a logistic regression, by name."""
@@ -28,7 +28,7 @@ Simple = Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """Scaled sequences of training and test patients, and what needs no network to be known of them.
+    """Scaled sequences of training and test patients, and facts about them that need no network.
 
     Where a training patient has several sequences, `simple` tells of one.
     """

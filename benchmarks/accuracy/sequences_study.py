@@ -108,7 +108,7 @@ def material(case: Case, seed: int) -> Material:
 
 
 def network(job: Job) -> nn.Sequential:
-    """Untrained; what an ablation leaves out is fixed and not trained."""
+    """An untrained network; the part that an ablation leaves out is fixed."""
     torch.manual_seed(job.seed)
     frames, features = FRAMES, 32
     if job.case == "hippocampus":
@@ -249,7 +249,7 @@ class Study:
 
 
 def judged(truth: NDArray[np.float32], scores: NDArray[np.float64]) -> Figures:
-    """AUC, the best sensitivity at a specificity of 0.9, and what thresholds give that are known beforehand.
+    """AUC, the best sensitivity at a specificity of 0.9, and the figures at thresholds that are known beforehand.
 
     A threshold of -log w on logits finds ill whom the network thinks ill with a probability above 1 / (1 + w).
     """
@@ -267,7 +267,7 @@ def judged(truth: NDArray[np.float32], scores: NDArray[np.float64]) -> Figures:
 
 
 def regression(known: Material) -> dict[str, Figures]:
-    """Logistic regressions on simple features, by what they see."""
+    """Logistic regressions, by the simple features that they are given."""
     found = {}
     for name, (many, few) in known.simple.items():
         truth = known.train.targets.numpy()[:: len(known.train) // len(many)]

@@ -1,4 +1,4 @@
-"""The case studies of `benchmarks.accuracy.results`: whose data, divided how, trained by which system, how good.
+"""The case studies of `benchmarks.accuracy.results`: data sets, their division, systems, and figures.
 
 Every split system runs its real roles and engines (`nightsplit.simulation.run`), in strict order. The
 hospitals' policies are not asked: all data are public, and on this machine.

@@ -32,7 +32,7 @@ from tests.harness.services import RabbitNode
 from tests.harness.workers import Hospital
 
 HANGS_S = 5.0
-"""A loop in which everybody is alive, and nobody learned anything for so long, waits for what is lost."""
+"""A loop in which all workers are alive and none learned anything for so long waits for a lost message."""
 LOOK_S = 0.05
 
 
@@ -64,7 +64,7 @@ class Loop:
         self._processes[worker].wait()
 
     def close(self) -> None:
-        """End whatever is left."""
+        """End the processes that are left."""
         for worker in self._processes:
             self.kill(worker)
 
@@ -87,7 +87,7 @@ class Loop:
             time.sleep(LOOK_S)
 
     def lost(self) -> int:
-        """Sites send nothing more, what is under way arrives; then messages that were sent and never applied."""
+        """Number of messages that were sent and never applied, after the last ones under way have arrived."""
         (self._folder / STOP).touch()
         before = -1
         while before != (before := sum(self._size(worker) for worker in WORKERS)):

@@ -161,5 +161,5 @@ def queues_of(broker: Broker, queues: list[Queue]) -> Iterator[None]:
 
 
 def fresh_name(what: str) -> str:
-    """A name that nobody has used."""
+    """A name that was not used before."""
     return f"{what}-{uuid.uuid4().hex[:8]}"

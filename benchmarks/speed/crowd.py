@@ -78,7 +78,7 @@ class Crowd:
 
 
 def parts_of(name: str, batches: int) -> Splits:
-    """Data of a site: so many batches, and nobody to test on."""
+    """Data of a site: so many batches, and no test patients."""
     generator = torch.Generator().manual_seed(int(name.removeprefix("site")))
     inputs = torch.randn(batches * BATCH, INPUTS, generator=generator)
     train = Dataset(inputs, (inputs[:, 0] > 0).float(), tuple(map(str, range(len(inputs)))))

@@ -67,7 +67,7 @@ FIGURES = [
 
 
 def trained(recurrent: bool) -> SequenceClassifier:
-    """On what logistic regression cannot tell; the same weights at every call."""
+    """A network trained on a task beyond logistic regression; the same weights at every call."""
     torch.manual_seed(1)
     classifier = SequenceClassifier(FRAMES, FEATURES, HIDDEN, recurrent)
     sequences, labels = xor_of_events(4000, FRAMES, FEATURES, seed=1)

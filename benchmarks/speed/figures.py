@@ -101,7 +101,7 @@ class Results:
         return statistics.median(self.values[key])
 
     def round(self, what: str, work: Callable[[], Mapping[str, float]]) -> None:
-        """Add what `work` measures; its workers end within.
+        """Add the measurements of `work`; its workers end within.
 
         A disturbed attempt is made again where the options allow it; the least disturbed one counts.
         """

@@ -1,4 +1,4 @@
-"""A hospital's line of 4 Mbit/s with 200 ms there and back: what the codec is worth, and what an outage costs.
+"""A hospital's connection of 4 Mbit/s with 200 ms there and back: gain by the codec, cost of an outage.
 
     python -m benchmarks.speed.links nights     bytes and seconds of an epoch of chest X-rays, by codec
     python -m benchmarks.speed.links accuracy   test AUC by codec, whole run, without a line

@@ -88,7 +88,7 @@ FIGURES = [
 
 
 def train_split(case: Case, place: Place) -> dict[str, Any]:
-    """One run over the broker; what the server said about it."""
+    """One run over the broker; returns the server's report."""
     run = fresh_name("bench")
     with (
         scratch() as folder,

@@ -148,7 +148,7 @@ def serve(line: Connection, place: Place, run: str, rounds: int, folder: Path) -
 
 
 def _arithmetic(length: int) -> float:
-    """Seconds of what combining itself costs behind the last update: its addition, the division, the new model."""
+    """Seconds that combining takes after the last update: its addition, the division, the new model."""
     model, update, mean = torch.zeros(length), torch.ones(length), WeightedMean()
     mean.add("", [update], 1.0)
     began = time.perf_counter()

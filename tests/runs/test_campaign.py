@@ -40,6 +40,8 @@ def test_embedded_in_strict_order(calm, tmp_path):
 
 
 @pytest.mark.campaign
+@pytest.mark.rabbitmq
+@pytest.mark.redis
 @pytest.mark.timeout(300)
 def test_rabbitmq_in_strict_order_with_deaths_of_the_broker(calm, tmp_path):
     result = carry_out(campaign(points=RABBITMQ, broker="rabbitmq", broker_kills=2), tmp_path, calm)
@@ -59,6 +61,8 @@ def test_embedded_in_fair_order_equals_the_replay_of_its_journal(tmp_path):
 
 
 @pytest.mark.campaign
+@pytest.mark.rabbitmq
+@pytest.mark.redis
 @pytest.mark.timeout(300)
 def test_rounds_over_rabbitmq(tmp_path):
     settings = {"broker": "rabbitmq", "protocol": "fedavg_transfer", "begin": Process}
