@@ -49,14 +49,14 @@ def test_the_server_may_die_within_the_decision(place, bottoms, calm, tmp_path):
     """An effect of the decision left, or half of them, or none: the successor comes to the same end."""
     config, goes = ward_config(bottoms=bottoms, window=3, evaluate_every=2), {"south": 5}
     ward = Ward(config, tmp_path / "killed", goes)
-    journal, state = ward.store.journal, {"armed": True}
+    claim_position, state = ward.store.claim_position, {"armed": True}
 
-    def dying(position, sender):
-        if not (sender.startswith("-") and state.pop("armed", False)):
-            return journal(position, sender)
+    def dying(position, entry):
+        if not (entry.startswith("-") and state.pop("armed", False)):
+            return claim_position(position, entry)
         if place == "before the record":
             raise Killed
-        entry = journal(position, sender)
+        written = claim_position(position, entry)
         if place == "behind the record":
             raise Killed
         left = int(place.split()[1])
@@ -70,9 +70,9 @@ def test_the_server_may_die_within_the_decision(place, bottoms, calm, tmp_path):
             publish(*args)
 
         link.publish = counted
-        return entry
+        return written
 
-    ward.store.journal = dying
+    ward.store.claim_position = dying
     killed = 0
     for number in range(5000):
         if ward.over:
