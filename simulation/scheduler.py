@@ -19,7 +19,7 @@ REST_ROUNDS_MAX = 1024
 
 @dataclass(frozen=True, order=True, slots=True)
 class Turn:
-    """Turn of a worker."""
+    """Turn of a worker; turns are ordered by round, and within a round by the workers' places."""
 
     round: int
     place: int
@@ -56,7 +56,7 @@ class Scheduler(Iterator[str]):
         raise StopIteration
 
     def again(self, worked: bool) -> None:
-        """Give the present worker another turn: in the next round, or after a rest if it had no work."""
+        """Give the current worker another turn: in the next round, or after a rest if it had no work."""
         turn = self._current
         rest = 1 if worked else self._rest[turn.worker]
         self._rest[turn.worker] = 1 if worked else min(2 * rest, REST_ROUNDS_MAX)

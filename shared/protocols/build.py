@@ -60,13 +60,10 @@ def build_split_model(config: RunConfig) -> SplitModel:
     contract = spec.payloads(config, Shapes(shapes["bottom"], head, weights(parts.bottom), weights(parts.top)))
     planned = planned_message_bytes(config, contract)
     if planned > config.wire.message_bytes:
-        allowed = f"wire.message_bytes allows {config.wire.message_bytes / 2**20:.1f} MiB"
-        raise BrokerError(
-            203,
-            f"a message of this run needs {planned / 2**20:.1f} MiB, {allowed}.",
-            "lower run.batch_size, choose a smaller codec, switch run.export_top off, or raise wire.message_bytes "
-            "and the broker's own limit.",
-        )
+        needed, allowed = planned / 2**20, config.wire.message_bytes / 2**20
+        sentence = f"a message of this run needs {needed:.1f} MiB, wire.message_bytes allows {allowed:.1f} MiB."
+        remedy = "lower run.batch_size, choose a smaller codec, switch run.export_top off, or raise wire.message_bytes "
+        raise BrokerError(203, sentence, remedy + "and the broker's own limit.")
     return SplitModel(parts, contract)
 
 

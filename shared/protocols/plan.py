@@ -137,7 +137,7 @@ class Plan:
         """Return item `number`, 1 <= number <= last."""
         epoch = bisect_left(range(1, self.epochs + 1), number, key=self.end) + 1
         batches = self._batches(self.train)
-        earlier = (epoch - 1) * batches
+        earlier = (epoch - 1) * batches  # training batches of the epochs before
         # Index among the training batches and averagings of all epochs.
         index = earlier + self._averagings(epoch - 1) + number - self.end(epoch - 1) - 1
         in_block = index - epoch * batches - self._averagings(epoch)

@@ -16,7 +16,6 @@ from nightsplit.shared.run_store.status import Phase, WorkerStatus
 
 Values = Mapping[tuple[str, ...], float | datetime | None]
 
-
 # Name of a metric, its count or attribute of a status, and its meaning.
 _COUNTERS = (
     ("nightsplit_messages_sent", "sent", "Messages handed to the broker."),
