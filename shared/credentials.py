@@ -80,8 +80,10 @@ def scheme_of(address: str) -> str:
 
 def hosts_of(address: str) -> Iterator[tuple[str, int | None]]:
     """Yield each host in "scheme://user:password@host:port,host:port/path", with its port if there is one."""
-    for part in address.partition("://")[2].partition("/")[0].rpartition("@")[2].split(","):
-        host, _, port = part[1:].partition("]") if part.startswith("[") else part.partition(":")
+    authority = address.partition("://")[2].partition("/")[0]
+    for part in authority.rpartition("@")[2].split(","):
+        is_ipv6 = part.startswith("[")  # "[::1]:5672"
+        host, _, port = part[1:].partition("]") if is_ipv6 else part.partition(":")
         port = port.removeprefix(":")
         yield host, int(port) if port.isdecimal() else None
 

@@ -1,4 +1,4 @@
-"""Bad connections to any broker, by seed: they do all that the contract of `Link` allows and good ones hardly ever do.
+"""Faulty connections to any broker, by seed: they do all that `Link` allows and that good ones hardly ever do.
 
     worker ──publish──────▶ ┌ FaultyLink ─┐ ──▶ stored once, twice or three times      duplicate
            ◀─Confirmed───── │ outbox      │ ◀─✗ stored, and its confirm is lost        lose_confirm
@@ -57,7 +57,7 @@ class Faults:
 
 
 class FaultyBroker(Broker):
-    """Broker with faulty links over another broker; `seed` is that of all dice.
+    """Broker with faulty links over another broker; all faults follow from `seed`.
 
     Attributes:
         counts: faults so far, over all links: "duplicates", "reordered", "delays", "lost_confirms", "disconnects".

@@ -5,7 +5,7 @@
 
 A worker can be killed between any two steps, as by SIGKILL. All that a process would leave behind stays: checkpoints
 (in memory or on disk), messages at the broker, the run store. In strict order the result is bit-identical to that of a
-run with real processes and real nights. Seeded faults are the broker's (`FaultyBroker`).
+run with real processes and real nights. Seeded faults come from the broker (`FaultyBroker`).
 """
 
 import hashlib

@@ -19,7 +19,7 @@ REST_ROUNDS_MAX = 1024
 
 @dataclass(frozen=True, order=True, slots=True)
 class Turn:
-    """Turn of a worker."""
+    """Turn of a worker; turns are ordered by round, and within a round by the workers' places."""
 
     round: int
     place: int
@@ -40,7 +40,8 @@ class Scheduler(Iterator[str]):
         self._next = {turn.worker: turn for turn in self._heap}
         """The valid turn of each worker; any other in the heap is void."""
         self._rest = dict.fromkeys(self._next, 1)
-        self._now = Turn(0, -1, "")
+        """Rounds of the next rest of each worker."""
+        self._current = Turn(0, -1, "")
 
     @override
     def __next__(self) -> str:
@@ -48,28 +49,28 @@ class Scheduler(Iterator[str]):
             turn = heappop(self._heap)
             if self._next.get(turn.worker) is not turn:
                 continue
-            if (skipped := turn.round - self._now.round - 1) > 0:
+            if (skipped := turn.round - self._current.round - 1) > 0:
                 self._clock.sleep(skipped * ROUND_SECONDS)
-            self._now = self._next.pop(turn.worker)
+            self._current = self._next.pop(turn.worker)
             return turn.worker
         raise StopIteration
 
     def again(self, worked: bool) -> None:
-        """Give the present worker another turn: in the next round, or after a rest if it had no work."""
-        worker = self._now.worker
-        rest = 1 if worked else self._rest[worker]
-        self._rest[worker] = 1 if worked else min(2 * rest, REST_ROUNDS_MAX)
-        self._plan(worker, self._now.place, self._now.round + rest)
+        """Give the current worker another turn: in the next round, or after a rest if it had no work."""
+        turn = self._current
+        rest = 1 if worked else self._rest[turn.worker]
+        self._rest[turn.worker] = 1 if worked else min(2 * rest, REST_ROUNDS_MAX)
+        self._plan(Turn(turn.round + rest, turn.place, turn.worker))
 
     def wake(self, worker: str) -> None:
         """End a worker's rest: its next turn is the next one of its place."""
         if (turn := self._next.get(worker)) is None:
             return
         self._rest[worker] = 1
-        soonest = self._now.round + (turn.place < self._now.place)
+        soonest = self._current.round + (1 if turn.place < self._current.place else 0)
         if soonest < turn.round:
-            self._plan(worker, turn.place, soonest)
+            self._plan(Turn(soonest, turn.place, worker))
 
-    def _plan(self, worker: str, place: int, number: int) -> None:
-        self._next[worker] = turn = Turn(number, place, worker)
+    def _plan(self, turn: Turn) -> None:
+        self._next[turn.worker] = turn
         heappush(self._heap, turn)

@@ -73,7 +73,8 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 def _split_error(error: msgspec.ValidationError) -> tuple[str, str]:
     """Split 'Expected `int`, got `str` - at `$.run.window`' into 'expected int, got str' and 'run.window'."""
-    sentence, _, key = str(error).rpartition(" - at ") if " - at " in str(error) else (str(error), "", "")
+    text = str(error)
+    sentence, key = text.rsplit(" - at ", 1) if " - at " in text else (text, "")
     for theirs, ours in (("`", ""), ("Object contains", "has an"), ("Object missing", "misses the"), ("field", "key")):
         sentence = sentence.replace(theirs, ours)
     return f"{sentence[0].lower()}{sentence[1:]}", key.strip("`").removeprefix("$").removeprefix(".")

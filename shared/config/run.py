@@ -22,7 +22,7 @@ class RunSection(Section, frozen=True, kw_only=True):
         order: "strict", a fixed function of site and seq, or "fair", weighted round robin over arrived messages.
         window: smashed batches a site may have unanswered; 1 is synchronous training.
         epochs: passes over each site's training data (split_frozen: over the stored activations).
-        batch_size: samples per smashed batch, at least; a rest is spread over them. With rounds, per training step.
+        batch_size: fewest samples of a smashed batch; a remainder is spread over batches. In rounds: samples per step.
         evaluate_every: epochs between evaluations on held-out patients.
         patience: evaluations without improvement before the run stops early; 0 never stops early.
         bottoms: "independent", or "averaged" over sites every `average_every` training batches.

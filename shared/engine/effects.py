@@ -33,7 +33,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Spend:
-    """Private training steps so far, those of the next messages included; recorded durably before these are sent."""
+    """Number of private training steps so far, recorded durably before the messages that result from them are sent."""
 
     steps: int
 

@@ -50,8 +50,8 @@ class Engine:
         authority: makes checkpoints valid.
         record: writes the role's lines of metrics.
         spend: records privacy spending durably.
-        decide: returns an entry to journal when no message can be applied; asked with a journalled role alone.
-        failures: refusals, by SHA-256 of the body, of messages that a role failed on before (`refusing_failures`).
+        decide: returns an entry to journal when no message can be applied; asked only if the role is journalled.
+        failures: refusal by SHA-256 of the body, for messages that a role failed on before (`refusing_failures`).
     """
 
     monotonic: Callable[[], float] = staticmethod(time.monotonic)
@@ -101,11 +101,11 @@ class Engine:
         pointer, snapshot, damaged = found
         for line in damaged:
             event("checkpoint_skipped", WARNING, checkpoint=line)
-        engine = snapshot.facts["engine"]
-        if engine["run"] != self._mailbox.run or set(engine["marks"]) != set(self.marks):
-            sentence = f"{self._checkpoints.folder} holds run {engine['run']} with {', '.join(engine['marks'])}."
+        saved = snapshot.facts["engine"]
+        if saved["run"] != self._mailbox.run or set(saved["marks"]) != set(self.marks):
+            sentence = f"{self._checkpoints.folder} holds run {saved['run']} with {', '.join(saved['marks'])}."
             raise StateError(506, sentence, "give every run and worker its own state folder.")
-        self.marks, self.position, self._checkpoint_number = engine["marks"], engine["position"], pointer.counter
+        self.marks, self.position, self._checkpoint_number = saved["marks"], saved["position"], pointer.counter
         self._role.restore(Snapshot(snapshot.tensors, snapshot.facts["role"]))
         return damaged
 
@@ -162,19 +162,19 @@ class Engine:
 
     def _receive(self, timeout: float) -> bool:
         """Handle all available events; return whether there were any."""
-        event = self._link.receive(timeout)
-        received = event is not None
-        while event is not None:
-            match event:
+        incoming = self._link.receive(timeout)
+        received = incoming is not None
+        while incoming is not None:
+            match incoming:
                 case Delivery():
-                    self._take(event)
+                    self._take(incoming)
                 case Confirmed(message_id):
                     self._confirm(message_id)
                 case Blocked(reason):
                     self.counters.block(reason)
                 case Unblocked():
                     self.counters.unblock()
-            event = self._link.receive(0.0)
+            incoming = self._link.receive(0.0)
         return received
 
     def _take(self, delivery: Delivery) -> None:
@@ -332,8 +332,8 @@ class Engine:
         # Deliveries in earlier snapshots need further checkpoints before they can be acknowledged, even if nothing new
         # arrives: RabbitMQ closes a channel at consumer_timeout.
         has_work = self._dirty or self._unacked.has_sealed
-        age = self.monotonic() - self._last_snapshot
-        if early or (has_work and age > self._checkpoints.interval_seconds) or self._unacked.open_max >= self._quarter:
+        is_due = has_work and self.monotonic() - self._last_snapshot > self._checkpoints.interval_seconds
+        if early or is_due or self._unacked.open_max >= self._quarter:
             self._pending = self._snapshot()
 
     def _save_now(self) -> None:
@@ -350,17 +350,17 @@ class Engine:
                 self._commit(self._pending)
 
     def _snapshot(self) -> PendingSnapshot:
-        role = self._role.snapshot(self._unconfirmed_sends.first)
-        engine = {"run": self._mailbox.run, "marks": dict(self.marks), "position": self.position}
+        of_role = self._role.snapshot(self._unconfirmed_sends.first)
+        of_engine = {"run": self._mailbox.run, "marks": dict(self.marks), "position": self.position}
         waiting_for = set(self._link.unconfirmed)
         if self._role.rederives:
             # After a crash the role makes its sends again, but neither dead letters nor messages without a number.
             waiting_for = {sent for sent in waiting_for if sent not in self._unconfirmed_sends}
-        pending = PendingSnapshot(Snapshot(role.tensors, {"engine": engine, "role": role.facts}), waiting_for)
+        snapshot = Snapshot(of_role.tensors, {"engine": of_engine, "role": of_role.facts})
         self._unacked.seal()
         self._dirty = False
         self._last_snapshot = self.monotonic()
-        return pending
+        return PendingSnapshot(snapshot, waiting_for)
 
     def _commit(self, pending: PendingSnapshot) -> None:
         self._pending = None

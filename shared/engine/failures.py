@@ -57,13 +57,13 @@ class Failures:
 
     @contextmanager
     def blame(self, received: Received) -> Iterator[None]:
-        """Raise a failure of the body as RoleFailedError, unless the message was refused for one before."""
+        """Raise an exception that the message caused as RoleFailedError, unless it was refused for one before."""
         try:
             yield
         except Exception as error:
-            is_ours = isinstance(error, (NightsplitError, *_MACHINE_FAILURES)) and not isinstance(error, Refused)
+            is_blameless = isinstance(error, (NightsplitError, *_MACHINE_FAILURES)) and not isinstance(error, Refused)
             digest = _digest(received)
-            if is_ours or digest in self._refusals:
+            if is_blameless or digest in self._refusals:
                 raise
             refusal = error if isinstance(error, Refused) else _unforeseen(received, error)
             message = received.header.message_id

@@ -23,7 +23,7 @@ from nightsplit.shared.wire.schema import Payload
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """Delivery with its decoded header map and a verified sender."""
+    """Delivery with its decoded header and a verified sender."""
 
     head: Head
     delivery: Delivery
@@ -85,7 +85,7 @@ class Mailbox:
             head = read_head(delivery.body, self._schema)
             header = head.header
             if (header.run, header.sender, header.receiver) != (self.run, sender, self.name) or (
-                not delivery.may_be_from(sender, self.name)
+                not delivery.may_be_from(sender, self.name)  # this worker replays its dead letters itself
             ):
                 sentence = f"{header.message_id} came through {delivery.queue}{delivery.by}."
                 raise Refused(310, sentence, "check which worker publishes to that queue.")
@@ -128,7 +128,7 @@ class Mailbox:
         """Publish a message, and return the id under which it is confirmed.
 
         Args:
-            name: id at the broker, if several messages share one id; the message's own otherwise.
+            name: id at the broker, for messages with equal headers (chunks of a query); by default the message's own.
 
         Raises:
             ConfigError: 108 the hospital's policy forbids it.
@@ -153,11 +153,12 @@ class Mailbox:
             Refused: 301-311 they are a site's own message, which cannot be read.
             BrokerError: 203 as in `Link.publish`.
         """
-        leaves = any(queue.name == route.outgoing.name for route in self.routes.values())
-        if self._gate is not None and leaves:
+        is_outgoing = any(queue.name == route.outgoing.name for route in self.routes.values())
+        if self._gate is not None and is_outgoing:
             head = read_head(body, self._schema)
-            if head.refusal is not None or head.payload is None:
-                raise head.refusal or AssertionError(head.header.kind)
+            if head.refusal is not None:
+                raise head.refusal
+            assert head.payload is not None, head.header.kind
             shapes = {entry.name: entry.shape for entry in head.entries}
             self._gate.check_out(head.header, head.payload, head.payload.samples(shapes))
         self.link.publish(queue, name, [body])

@@ -100,7 +100,7 @@ class UnconfirmedSends:
         return min((seq for _, seq in self._unconfirmed.values()), default=None)
 
     def is_ahead(self, limit: int) -> bool:
-        """Return whether `limit` or more messages to a receiver follow from its oldest unconfirmed one on."""
+        """Return whether some receiver's oldest unconfirmed message and those after it number `limit` or more."""
         oldest: dict[str, int] = {}
         for receiver, seq in self._unconfirmed.values():
             oldest[receiver] = min(seq, oldest.get(receiver, seq))

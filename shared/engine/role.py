@@ -82,7 +82,7 @@ class Role(ABC):
         """
 
     def saved(self) -> list[Effect]:
-        """React to the last snapshot's being durable; its inputs are acknowledged after the next one."""
+        """React to the last snapshot, which is durable now; its inputs are acknowledged after the next one."""
         return []
 
     @abstractmethod

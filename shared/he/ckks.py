@@ -95,7 +95,8 @@ class CkksParameters:
 
     def encode(self, values: float | Sequence[float], level: int, scale: float | None = None) -> Plaintext:
         """Encode a plaintext of a level: one number for every slot, or one per slot (the rest are 0)."""
-        plain, numbers = seal.Plaintext(), values if isinstance(values, float) else list(values)
+        numbers = values if isinstance(values, float) else list(values)
+        plain = seal.Plaintext()
         self.encoder.encode(numbers, self.ids[level], scale or self.scales[level], plain)
         return plain
 

@@ -4,8 +4,8 @@
     Batch        feature, unit                sequence                           none         hundreds of sequences
     Slots        frame, state                 (dimension, sequence)              a few        some dozen
 
-A site may pack and encrypt a decrypted state again. Both steps are linear: numbers r that were added to all slots
-before are removed afterwards by subtracting `packing.state(packing.read_state(r, packing.capacity))`.
+A site may decrypt a state, unpack it, pack it again and encrypt it. Both packings are linear: a server that added
+numbers r to all slots before subtracts `packing.state(packing.read_state(r, packing.capacity))` afterwards.
 """
 
 from collections.abc import Sequence

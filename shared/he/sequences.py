@@ -28,7 +28,7 @@ def parameters_for(classifier: ClassifierWeights) -> CkksParameters:
         sentence = f"a one_shot query may have {FRAMES_MAX} frames, the model takes {classifier.frames}."
         raise ConfigError(105, sentence, "train with recurrent = true, whose queries go to the server frame by frame.")
     levels = one_shot_levels(classifier.frames)
-    scale = 204 // (levels + 2)
+    scale = (218 - 2 * 7) // (levels + 2)  # in bits; the first and the last prime have 7 more
     return CkksParameters(8192, (scale + 7, *[scale] * levels, scale + 7), scale)
 
 

@@ -51,7 +51,7 @@ class ClassifierWeights:
 
     @classmethod
     def of(cls, weights: Mapping[str, torch.Tensor]) -> ClassifierWeights:
-        """Compute them from the state dict of a `SequenceClassifier`."""
+        """Return the weights in the state dict of a `SequenceClassifier`."""
         found = {name: tensor.detach().double().numpy() for name, tensor in weights.items()}
         mixture = 1 / (1 + np.exp(-found["mixture"]))
         votes = np.exp(found["votes"] - found["votes"].max())

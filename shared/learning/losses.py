@@ -47,8 +47,8 @@ def segmentation_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor
         logits, masks: (batch, height, width) float32, masks 0/1.
     """
     p = torch.sigmoid(logits)
-    both, either = (p * masks).sum((1, 2)), (p + masks).sum((1, 2))
-    dice = 1 - (2 * both + SMOOTH) / (either + SMOOTH)
+    overlap, total = (p * masks).sum((1, 2)), (p + masks).sum((1, 2))
+    dice = 1 - (2 * overlap + SMOOTH) / (total + SMOOTH)
     weight = logits.new_tensor(FOREGROUND)
     entropy = functional.binary_cross_entropy_with_logits(logits, masks, pos_weight=weight, reduction="none")
     return (dice + entropy.mean((1, 2))).mean()

@@ -137,10 +137,12 @@ def _defined(figure: float) -> float | None:
 def _dice(predicted: torch.Tensor, truth: torch.Tensor, patients: Sequence[str]) -> float:
     """Return the mean over patients of 2 |A and B| / (|A| + |B|) over all their slices; 1 if both are empty."""
     names, of_patient = np.unique(np.asarray(patients), return_inverse=True)
-    index = torch.from_numpy(of_patient)
-    counted = (pixels.flatten(1).sum(1).float() for pixels in (predicted & truth, predicted.int() + truth.int()))
-    both, either = (torch.zeros(len(names)).index_add_(0, index, pixels) for pixels in counted)
-    return torch.where(either > 0, 2 * both / either.clamp(min=1), 1.0).mean().item()
+
+    def per_patient(pixels: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(names)).index_add_(0, torch.from_numpy(of_patient), pixels.flatten(1).sum(1).float())
+
+    overlap, total = per_patient(predicted & truth), per_patient(predicted.int() + truth.int())
+    return torch.where(total > 0, 2 * overlap / total.clamp(min=1), 1.0).mean().item()
 
 
 def overall(sites: Sequence[Metrics]) -> Metrics:

@@ -51,7 +51,7 @@ class WeightLayout:
         """
         frozen = frozen_weights(module, config.round.freeze)
         trained = {name for name, _ in module.named_parameters()} - frozen
-        pooled = set() if config.round.statistics == "local" else set(dict(module.named_buffers())) - frozen
+        pooled = {name for name, _ in module.named_buffers()} - frozen if config.round.statistics == "pooled" else set()
         shapes = {}
         for name, tensor in module.state_dict().items():
             if name in trained | pooled and tensor.is_floating_point():

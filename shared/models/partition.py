@@ -272,7 +272,7 @@ def _problem(parts: Mapping[str, nn.Module]) -> str | None:
         for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
             if is_lazy(tensor):
                 return f"{name} of the {part} is lazy: it would start differently at every participant"
-            # By storage, since a view of another part's weights is shared, too.
+            # By storage, since a view of another part's weights is shared, too; an empty tensor has no storage (0).
             storage = tensor.untyped_storage().data_ptr()
             owner, first = owners.setdefault(storage, (part, name)) if storage else (part, name)
             if owner != part:

@@ -5,8 +5,6 @@ it (differential privacy) would bound nothing. Both start with an output bias to
 pixels are; otherwise the first gradients of all records would only learn that bias.
 """
 
-from itertools import chain
-
 import torch
 from torch import nn
 from torch.nn import functional
@@ -93,8 +91,11 @@ class _UNet(nn.Module):
 
 
 def _pair(inputs: int, outputs: int, smooth: bool) -> nn.Sequential:
-    convolutions = (nn.Conv2d(width, outputs, 3, padding=1) for width in (inputs, outputs))
-    return nn.Sequential(*chain(*(_normed(one, nn.SiLU() if smooth else nn.ReLU()) for one in convolutions)))
+    first, second = (
+        _normed(nn.Conv2d(width, outputs, 3, padding=1), nn.SiLU() if smooth else nn.ReLU())
+        for width in (inputs, outputs)
+    )
+    return nn.Sequential(*first, *second)
 
 
 def _positions(maps: torch.Tensor) -> torch.Tensor:

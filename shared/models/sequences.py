@@ -1,4 +1,4 @@
-"""Networks that classify a sequence of images, the second part of which works on ciphertexts (`he_clstm`).
+"""Networks that classify a sequence of images; their second part works on ciphertexts (`he_clstm`).
 
     frames ──▶ FrameEncoder ──▶ features in [-1, 1] ──▶ SequenceClassifier ──▶ logit
                at the site, in the clear                at the server, encrypted
@@ -116,7 +116,7 @@ class SequenceClassifier(nn.Module):
 
 
 class _RangePenalty(torch.autograd.Function):
-    """Identity that adds to the loss's gradient that of a penalty, the mean over the batch of sum max(0, |v| - 1)^2.
+    """Identity whose gradient includes that of a penalty: the mean over the batch of sum max(0, |v| - 1)^2.
 
     As a gradient, the penalty takes effect wherever the loss is computed, also at another worker.
     """

@@ -10,7 +10,7 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import BrokerError, ConfigError
 from nightsplit.shared.models.layout import WeightLayout, build_network
 from nightsplit.shared.models.partition import ModelParts, build, flow_shapes
-from nightsplit.shared.protocols.rounds import HEADER_BYTES, elements
+from nightsplit.shared.protocols.rounds import HEADER_BYTES, slice_length
 from nightsplit.shared.protocols.spec import Shape, Shapes, spec_of
 from nightsplit.shared.protocols.stream import weights
 from nightsplit.shared.wire.codecs import encoded_size
@@ -60,13 +60,10 @@ def build_split_model(config: RunConfig) -> SplitModel:
     contract = spec.payloads(config, Shapes(shapes["bottom"], head, weights(parts.bottom), weights(parts.top)))
     planned = planned_message_bytes(config, contract)
     if planned > config.wire.message_bytes:
-        allowed = f"wire.message_bytes allows {config.wire.message_bytes / 2**20:.1f} MiB"
-        raise BrokerError(
-            203,
-            f"a message of this run needs {planned / 2**20:.1f} MiB, {allowed}.",
-            "lower run.batch_size, choose a smaller codec, switch run.export_top off, or raise wire.message_bytes "
-            "and the broker's own limit.",
-        )
+        needed, allowed = planned / 2**20, config.wire.message_bytes / 2**20
+        sentence = f"a message of this run needs {needed:.1f} MiB, wire.message_bytes allows {allowed:.1f} MiB."
+        remedy = "lower run.batch_size, choose a smaller codec, switch run.export_top off, or raise wire.message_bytes "
+        raise BrokerError(203, sentence, remedy + "and the broker's own limit.")
     return SplitModel(parts, contract)
 
 
@@ -83,7 +80,7 @@ def build_whole_model(config: RunConfig, base: Path) -> WholeModel:
         raise BrokerError(203, sentence, "raise wire.message_bytes; larger messages mean fewer of them.")
     module = build_network(config, base)
     _check_outputs(config, flow_shapes({"model": module}, config.data.input_shape)["model"])
-    layout = WeightLayout.of(module, config, slice_length=elements(config))
+    layout = WeightLayout.of(module, config, slice_length=slice_length(config))
     shapes = Shapes(statistics=int(layout.statistics.sum()))
     return WholeModel(module, layout, spec_of(config).payloads(config, shapes))
 
@@ -95,7 +92,7 @@ def build_model(config: RunConfig, base: Path) -> SplitModel | WholeModel:
 
 def planned_message_bytes(config: RunConfig, contract: Mapping[Kind, Payload]) -> int:
     """Return the size of a run's largest message in bytes, without compression and header."""
-    lengths = {BATCH: 2 * config.run.batch_size - 1, "slice": elements(config)}  # a batch with its rest
+    lengths = {BATCH: 2 * config.run.batch_size - 1, "slice": slice_length(config)}  # an only batch takes the remainder
 
     def size(payload: Payload) -> int:
         return sum(

@@ -20,11 +20,9 @@ from nightsplit.shared.wire.schema import Contract, Payload, Reveals, TensorSpec
 SCALES = tuple(tenths / 10 for tenths in range(1, 11))
 """Factors of the sum of vectors that sites evaluate."""
 
-_DECODER: msgspec.json.Decoder[list[str]] = msgspec.json.Decoder(
-    Annotated[
-        list[Annotated[str, Meta(max_length=REPORT_CHARS_MAX)]], Meta(min_length=len(SCALES), max_length=len(SCALES))
-    ]
-)
+_Report = Annotated[str, Meta(max_length=REPORT_CHARS_MAX)]
+_Reports = Annotated[list[_Report], Meta(min_length=len(SCALES), max_length=len(SCALES))]
+_DECODER: msgspec.json.Decoder[list[str]] = msgspec.json.Decoder(_Reports)
 
 
 def payloads(config: RunConfig, shapes: Shapes) -> Contract:

@@ -11,7 +11,7 @@ ANY = ""
 PROGRESS = {"best": ScalarSpec(int, low=0), "judged": ScalarSpec(int, low=0)}
 """Scalars of every answer: the best epoch so far, and the last evaluated one (0: none)."""
 
-_FACT, _COUNT = ScalarSpec(int, Reveals.NOTHING, low=0), ScalarSpec(int, Reveals.COUNTS, low=0)
+_SEQ, _COUNT = ScalarSpec(int, Reveals.NOTHING, low=0), ScalarSpec(int, Reveals.COUNTS, low=0)
 _TEXT, _NUMBER = ScalarSpec(str, Reveals.NOTHING), ScalarSpec(int, low=min(TITLES), high=max(TITLES))
 
 HANDSHAKE = (
@@ -20,7 +20,7 @@ HANDSHAKE = (
         Kind.HELLO,
         scalars={
             "incarnation": _TEXT, "enrolled": ScalarSpec(bool, Reveals.NOTHING), "contract": _TEXT,
-            "train": _COUNT, "validation": _COUNT, "test": _COUNT, "mark": _FACT, "released": _FACT,
+            "train": _COUNT, "validation": _COUNT, "test": _COUNT, "mark": _SEQ, "released": _SEQ,
         },
     ),
     Payload(Kind.REJECTED, scalars={"incarnation": _TEXT, "number": _NUMBER, "reason": _TEXT}),

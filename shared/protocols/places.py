@@ -119,13 +119,13 @@ def _check_targets(message: Message, task: TaskSection) -> None:
     if targets is None:
         return
     if task.kind == "multiclass":
-        valid, targets_allowed = bool(((targets >= 0) & (targets < task.classes)).all()), f"0 to {task.classes - 1}"
+        valid, allowed = bool(((targets >= 0) & (targets < task.classes)).all()), f"0 to {task.classes - 1}"
     elif task.kind == "binary":
-        valid, targets_allowed = bool(((targets == 0) | (targets == 1)).all()), "0 and 1"
+        valid, allowed = bool(((targets == 0) | (targets == 1)).all()), "0 and 1"
     else:
-        valid, targets_allowed = is_bounded(targets), f"numbers up to {NORM_MAX:g}"
+        valid, allowed = is_bounded(targets), f"numbers up to {NORM_MAX:g}"
     if not valid:
-        raise _misplaced(message, f"has targets other than {targets_allowed}")
+        raise _misplaced(message, f"has targets other than {allowed}")
 
 
 def _check_progress(message: Message, sequence: StreamSequence, run: RunSection, seq: int) -> None:

@@ -85,7 +85,7 @@ class Plan:
 
     Attributes:
         train, validation, test: number of samples.
-        batch_size: smallest batch of a part that has as many samples.
+        batch_size: smallest number of samples of a batch; a part with fewer is one batch.
         epochs: passes over the training samples.
         evaluate_every: epochs between evaluation blocks.
         average_every: training batches between averagings; None for independent bottoms.
@@ -137,32 +137,33 @@ class Plan:
         """Return item `number`, 1 <= number <= last."""
         epoch = bisect_left(range(1, self.epochs + 1), number, key=self.end) + 1
         batches = self._batches(self.train)
-        # Among the training batches and averagings of the whole run, counted from 0.
-        trained = (epoch - 1) * batches
-        position = number - self.end(epoch - 1) + trained + self._averagings(epoch - 1) - 1
-        beyond = position - epoch * batches - self._averagings(epoch)
-        if beyond >= 0:
-            return self._held_out(number, epoch, beyond)
+        earlier = (epoch - 1) * batches  # training batches of the epochs before
+        # Index among the training batches and averagings of all epochs.
+        index = earlier + self._averagings(epoch - 1) + number - self.end(epoch - 1) - 1
+        in_block = index - epoch * batches - self._averagings(epoch)
+        if in_block >= 0:
+            return self._held_out(number, epoch, in_block)
         version = max(0, number - self.window)
         every = self.average_every or _UNLIMITED
-        averagings, offset = divmod(position, every + 1)  # groups of `every` batches and an averaging
-        batch = averagings * every + offset - trained
+        groups, offset = divmod(index, every + 1)  # a group is `every` batches and an averaging
+        batch = groups * every + offset - earlier
         if offset == every:
             return Item(number, Purpose.AVERAGE, epoch, batch - 1, batches, range(0), version)
         return Item(number, Purpose.TRAIN, epoch, batch, batches, _rows(self.train, batch, batches), version)
 
     def _held_out(self, number: int, epoch: int, offset: int) -> Item:
         """Return the item at an offset, from 0, in an epoch's evaluation block."""
-        before, batches = self._batches(self.validation), self._batches(self.test)
-        version, last = max(0, number - offset - self.window), offset == before + batches - 1
-        if offset < before:
-            rows = _rows(self.validation, offset, before)
-            return Item(number, Purpose.VALIDATION, epoch, offset, before, rows, version, last)
-        rows = _rows(self.test, offset - before, batches)
-        return Item(number, Purpose.TEST, epoch, offset - before, batches, rows, version, last)
+        validation, test = self._batches(self.validation), self._batches(self.test)
+        version = max(0, number - offset - self.window)  # the same for the whole block
+        ends_block = offset == validation + test - 1
+        if offset < validation:
+            rows = _rows(self.validation, offset, validation)
+            return Item(number, Purpose.VALIDATION, epoch, offset, validation, rows, version, ends_block)
+        batch = offset - validation
+        return Item(number, Purpose.TEST, epoch, batch, test, _rows(self.test, batch, test), version, ends_block)
 
     def _batches(self, samples: int) -> int:
-        """Return the number of batches. A rest is spread over them: a message of few patients reveals much of each."""
+        """Return the number of batches. A remainder is spread: a message of few patients would reveal much of each."""
         return max(samples // self.batch_size, min(samples, 1))
 
     def _averagings(self, epochs: int) -> int:

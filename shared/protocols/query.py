@@ -74,12 +74,12 @@ def chunks(
     chunk_bytes = limit - HEADER_BYTES
     content = b"".join(pieces)
     sizes = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)
-    number = max(1, -(-len(content) // chunk_bytes))
+    count = max(1, -(-len(content) // chunk_bytes))
     sha256 = hashlib.sha256(content).hexdigest()
-    for chunk in range(number):
+    for chunk in range(count):
         part = np.frombuffer(content[chunk * chunk_bytes : (chunk + 1) * chunk_bytes], dtype=np.uint8)
         tensors = {"content": torch.from_numpy(part.copy()), "sizes": sizes}
-        yield Message(header, tensors, {**scalars, "chunk": chunk, "chunks": number, "sha256": sha256})
+        yield Message(header, tensors, {**scalars, "chunk": chunk, "chunks": count, "sha256": sha256})
 
 
 class Parcels:
@@ -91,18 +91,18 @@ class Parcels:
     def add(self, message: Message) -> list[bytes] | None:
         """Add a chunk; return the pieces of its parcel once it is complete; Refused 304 if it is invalid or altered."""
         header, scalars = message.header, message.scalars
-        chunk, number = int(scalars["chunk"]), int(scalars["chunks"])
-        if not 0 <= chunk < number <= CHUNKS_MAX:
-            raise mismatch(f"chunk {chunk} of {number} is impossible.")
-        name = (header.kind, header.seq, header.version)
-        parts = self._parts.setdefault(name, {})
+        chunk, count = int(scalars["chunk"]), int(scalars["chunks"])
+        if not 0 <= chunk < count <= CHUNKS_MAX:
+            raise mismatch(f"chunk {chunk} of {count} is impossible.")
+        parcel = (header.kind, header.seq, header.version)
+        parts = self._parts.setdefault(parcel, {})
         if any(part.scalars[key] != scalars[key] for part in parts.values() for key in ("sha256", "chunks")):
             parts.clear()  # its sender crashed meanwhile, and has encrypted it again
         parts[chunk] = message
-        if len(parts) < number:
+        if len(parts) < count:
             return None
-        del self._parts[name]
-        content = b"".join(parts[n].tensors["content"].numpy().tobytes() for n in range(number))
+        del self._parts[parcel]
+        content = b"".join(parts[n].tensors["content"].numpy().tobytes() for n in range(count))
         sizes = message.tensors["sizes"].tolist()
         if hashlib.sha256(content).hexdigest() != scalars["sha256"] or min(sizes) < 0 or sum(sizes) != len(content):
             raise Refused(304, f"{header.message_id} was altered on its way.", "submit it again.")

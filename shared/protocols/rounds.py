@@ -84,7 +84,7 @@ protocol = partial(ProtocolSpec, shape=Shape.ROUND, settings=settings, names=NAM
 """Specification of a protocol of this shape."""
 
 
-def elements(config: RunConfig) -> int:
+def slice_length(config: RunConfig) -> int:
     """Return the number of elements of a slice."""
     return (config.wire.message_bytes - HEADER_BYTES) // 4
 
@@ -105,8 +105,8 @@ class Work(NamedTuple):
 
 def updates_max(config: RunConfig) -> int:
     """Return the number of updates that a site may send in a run."""
-    # With "buffered" a fast site may send more than one update per round.
-    return config.round.rounds * (config.round.reports or 1 if config.round.close == "buffered" else 1)
+    # With "buffered" a fast site may send all the updates of a round.
+    return config.round.rounds * ((config.round.reports or 1) if config.round.close == "buffered" else 1)
 
 
 def is_evaluated(config: RunConfig, version: int) -> bool:

@@ -47,8 +47,8 @@ class Names:
         heading: column of the run's own model in a table of results.
         steps: unit that the server counts.
         message: name of a site's message, in the singular.
-        fate: participle for a message's processing, after the server was offline.
-        done: participle for a processed message.
+        fate: participle for messages that wait: "they will be trained".
+        done: verb for messages that were processed: "the server trained on 412 batches".
         reply: name of the server's reply, in the singular.
     """
 
@@ -91,7 +91,7 @@ class ProtocolSpec:
         payloads: returns the contract of a run whose model has these shapes.
         names: texts for users.
         check: raises `KeyConflictError` if run.toml has settings that the protocol does not support.
-        settings: returns the settings of a run at the top of its report, in words.
+        settings: returns the settings of a run in words, for the top of its report.
         has_head: whether the last layers and the labels stay at the site.
         trains_bottom: whether the site's layers are trained.
         uploads_once: whether a site sends its activations once, without waiting for any answer, and the server

@@ -165,7 +165,7 @@ class StreamSequence:
 
     @cached_property
     def _slots(self) -> Callable[[int], Slot]:
-        # A message is chosen by its slot, and applied a moment later.
+        # Cached, since a message is chosen by its slot and applied a moment later.
         return lru_cache(maxsize=8)(self._slot)
 
     def _slot(self, seq: int) -> Slot:

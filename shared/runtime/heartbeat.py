@@ -20,8 +20,8 @@ from nightsplit.shared.run_store.status import Phase, WorkerStatus
 class Heartbeat:
     """Thread that reports a worker's status to the run store every `interval` seconds.
 
-    An exception ends one beat and never the thread. The last report of a worker that fails is number and
-    title of its error, since the run store has other readers than the worker's own console.
+    An exception ends one beat and never the thread. The last report of a worker that fails is the number
+    and title of its error, since the run store has other readers than the worker's own console.
 
     Args:
         open_store: opens the thread's own connection.

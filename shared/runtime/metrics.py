@@ -16,7 +16,6 @@ from nightsplit.shared.run_store.status import Phase, WorkerStatus
 
 Values = Mapping[tuple[str, ...], float | datetime | None]
 
-
 # Name of a metric, its count or attribute of a status, and its meaning.
 _COUNTERS = (
     ("nightsplit_messages_sent", "sent", "Messages handed to the broker."),
@@ -73,7 +72,7 @@ class Telemetry(Collector):
         for metric, source, meaning in _GAUGES:
             yield self._gauge(metric, meaning, getattr(status, source))
         for metric, source, meaning in _SITE_GAUGES:
-            # The server has a status of every site; a site's, and that of a batch of several sites, is `status`.
+            # From the server's status of each site; from `status` itself at a site, and for batches of several sites.
             values: Values = {(site,): getattr(status.sites.get(site, status), source, None) for site in self._sites}
             yield self._gauges(metric, meaning, ["site"], values)
         done = status.answered if status.applied is None else status.applied

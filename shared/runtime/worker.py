@@ -74,7 +74,7 @@ class Worker(Participant):
         self._metrics_address = config.metrics
         self._clock = clock or SystemClock()
         self._stop = stop or StopSignal()
-        self._show = observe
+        self._observer = observe
         self._counters = Counters()
         self._telemetry: Telemetry | None = None
 
@@ -121,7 +121,7 @@ class Worker(Participant):
         if self._telemetry is not None:
             self._telemetry.observe(status, self._counters.counts)
         has_reason = self._reason is not None and status.phase is self.phase
-        self._show(replace(status, detail=self._reason) if has_reason else status)
+        self._observer(replace(status, detail=self._reason) if has_reason else status)
 
     def wait_for_shift(self) -> bool:
         """Sleep until the shift is open; return False if the worker has to stop."""

@@ -15,7 +15,7 @@ def as_safetensors(
 ) -> Callable[[Path], None]:
     """Return content for `write_atomic`: a safetensors file with these tensors, of any shape and dtype.
 
-    It raises OSError if the file cannot be written, like content of bytes.
+    Writing it raises OSError on failure, as for content in bytes.
     """
 
     def write(path: Path) -> None:

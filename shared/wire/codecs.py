@@ -99,7 +99,7 @@ def encoded_size(codec: Codec, dtype: torch.dtype, shape: tuple[int, ...]) -> in
 
 
 def encode(name: str, tensor: torch.Tensor, codec: Codec, zstd: bool) -> tuple[Entry, bytes | memoryview]:
-    """Encode a dense CPU tensor of any strides, float32 unless the codec is "raw"; compress it at level 1 of zstd.
+    """Encode a dense CPU tensor of any strides, float32 unless the codec is "raw"; with `zstd`, compress it at level 1.
 
     With "raw" and "fp32" and no zstd the bytes are a view of a contiguous tensor's own memory: it
     must not be written to until they have been sent.
@@ -192,7 +192,7 @@ def _decode_plain(entry: Entry, body: bytes, offset: int) -> torch.Tensor:
 
 
 _BF16_MAX = torch.finfo(torch.bfloat16).max  # larger values may round up to infinity
-_EXPONENTS = range(-113, 127)  # from float32's maximum to the last k with 2^k and 2^-k both normal numbers
+_EXPONENTS = range(-113, 127)  # -113 for float32's maximum; 126 is the last k for which 2^k and 2^-k are normal
 
 
 def _encode_fp16(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:

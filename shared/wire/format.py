@@ -77,8 +77,9 @@ def read_body(head: Head, body: bytes, max_bytes: int) -> Message:
         if (entry.codec, entry.zstd) != (spec.codec, spec.zstd):
             raise refusal(305, f"Tensor '{entry.name}' travels as {entry.codec}, not as {spec.codec}.")
     _check_decoded_size(entries, max_bytes)
-    rows = zip(entries, list(_offsets(body, head)), strict=True)
-    return Message(head.header, {entry.name: codecs.decode(entry, body, at) for entry, at in rows}, head.scalars)
+    offsets = list(_offsets(body, head))  # all gaps are checked before any tensor is decoded
+    tensors = {entry.name: codecs.decode(entry, body, at) for entry, at in zip(entries, offsets, strict=True)}
+    return Message(head.header, tensors, head.scalars)
 
 
 def decode(body: bytes, payload: Payload, max_bytes: int) -> Message:
@@ -88,9 +89,13 @@ def decode(body: bytes, payload: Payload, max_bytes: int) -> Message:
 
 def _check_names(what: str, found: Mapping[str, object], expected: Mapping[str, object]) -> None:
     if found.keys() != expected.keys():
-        differing = expected.keys() - found.keys(), found.keys() - expected.keys()
-        missing, extra = ([name[:80] for name in heapq.nsmallest(5, names)] for names in differing)
+        missing = _first_names(expected.keys() - found.keys())
+        extra = _first_names(found.keys() - expected.keys())
         raise refusal(304, f"Its {what} lack {missing!r:.200} and have the unknown {extra!r:.200}.")
+
+
+def _first_names(names: set[str]) -> list[str]:
+    return [name[:80] for name in heapq.nsmallest(5, names)]
 
 
 def _check_scalars(scalars: Mapping[str, Scalar], payload: Payload) -> None:
@@ -111,17 +116,17 @@ def _check_scalars(scalars: Mapping[str, Scalar], payload: Payload) -> None:
 def _check_tensors(found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], payload: Payload) -> None:
     """Check names, dtypes and shapes; a named dimension has one length throughout the message."""
     _check_names("tensors", found, payload.tensors)
-    bound: dict[str, int] = {}
+    lengths: dict[str, int] = {}
     for name, (dtype, shape) in found.items():
         spec = payload.tensors[name]
         if dtype != spec.dtype:
             raise refusal(305, f"Tensor '{name}' has {dtype}, not {spec.dtype}.")
         expected = tuple(
-            bound.setdefault(want, have) if isinstance(want, str) else want
+            lengths.setdefault(want, have) if isinstance(want, str) else want
             for want, have in zip(spec.shape, shape, strict=False)
         )
         if len(shape) != len(spec.shape) or shape != expected:
-            raise refusal(306, f"Tensor '{name}' has shape {shape!r:.80}, not {spec.shape} where {bound}.")
+            raise refusal(306, f"Tensor '{name}' has shape {shape!r:.80}, not {spec.shape} where {lengths}.")
 
 
 def _check_size(size: int, max_bytes: int) -> None:

@@ -94,7 +94,7 @@ def _packer(header: Header, scalars: Mapping[str, Scalar], tensors: int, size: i
     values = [WIRE_VERSION, *names, header.kind.value, *counters, dict(sorted(scalars.items()))]
     packer = msgpack.Packer(autoreset=False, buf_size=size)
     packer.pack_map_header(len(_KEYS))
-    for key, value in zip(_KEYS, values, strict=False):
+    for key, value in zip(_KEYS[:-1], values, strict=True):
         packer.pack(key)
         packer.pack(value)
     packer.pack(_KEYS[-1])
@@ -140,7 +140,7 @@ def _parse(packed: memoryview, payload_of: Callable[[Header], Payload | None]) -
         fields[key] = reader.unpack()
     header = Header(**fields | {"kind": _kind(fields["kind"])})
     check_header(header)
-    payload, unfit = _look_up(header, payload_of)
+    payload, refused = _look_up(header, payload_of)
     scalars = _scalars(reader)
     _expect(reader, "tensors")
     tensors = _length(reader.read_array_header(), MAX_TENSORS)
@@ -149,19 +149,19 @@ def _parse(packed: memoryview, payload_of: Callable[[Header], Payload | None]) -
     for _ in range(tensors):
         entry = _entry(reader)
         packer.pack(_row(entry))
-        if payload is not None and unfit is None:
-            unfit = _misfit(entry.name, entries, payload)
+        if payload is not None and refused is None:
+            refused = _misfit(entry.name, entries, payload)
             entries.append(entry)
     if packer.getbuffer() != packed:
         raise refusal(301, "Its header is not encoded as nightsplit encodes it (a repeated field?).")
-    return Head(header, payload, scalars, entries, PREFIX + size, unfit)
+    return Head(header, payload, scalars, entries, PREFIX + size, refused)
 
 
 def _look_up(header: Header, payload_of: Callable[[Header], Payload | None]) -> tuple[Payload | None, Refused | None]:
     try:
         return payload_of(header), None
-    except Refused as unfit:
-        return None, unfit
+    except Refused as refused:
+        return None, refused
 
 
 def _expect(reader: Any, key: str) -> None:
@@ -177,11 +177,11 @@ def _length(claimed: int, limit: int) -> int:
 
 def _kind(value: object) -> Kind:
     if type(value) is not str or value not in {kind.value for kind in Kind}:
-        raise refusal(303, f"It is of kind {shown(value)}.")
+        raise refusal(303, f"It is of kind {quoted(value)}.")
     return Kind(value)
 
 
-def shown(value: object) -> str:
+def quoted(value: object) -> str:
     """Quote an untrusted value, cut short."""
     # Cut first: the repr of a string may be ten times as long.
     if isinstance(value, str):
@@ -194,11 +194,11 @@ def check_header(header: Header) -> None:
     for name in _NAMES:
         value = getattr(header, name)
         if type(value) is not str or not 0 < len(value) <= MAX_NAME or not value.isprintable():
-            raise refusal(301, f"Its {name} is {shown(value)}, not a name of 1 to {MAX_NAME} characters.")
+            raise refusal(301, f"Its {name} is {quoted(value)}, not a name of 1 to {MAX_NAME} characters.")
     for name in _COUNTERS:
         value = getattr(header, name)
         if type(value) is not int or value < 0 or value not in INT64:
-            raise refusal(301, f"Its {name} is {shown(value)}, not a count.")
+            raise refusal(301, f"Its {name} is {quoted(value)}, not a count.")
 
 
 def _scalars(reader: Any) -> dict[str, Scalar]:
@@ -219,20 +219,20 @@ def _entry(reader: Any) -> Entry:
     name, codec, zstd, dtype = unpack(), unpack(), unpack(), unpack()
     shape = tuple([unpack() for _ in range(_length(reader.read_array_header(), MAX_DIMENSIONS))])
     parameter, nbytes = unpack(), unpack()
-    texts = type(name) is type(codec) is type(dtype) is str
-    if not texts or type(zstd) is not bool or not type(parameter) is type(nbytes) is int or nbytes < 1:
+    are_texts = type(name) is type(codec) is type(dtype) is str
+    if not are_texts or type(zstd) is not bool or not type(parameter) is type(nbytes) is int or nbytes < 1:
         raise refusal(301, "A tensor's row in its header is malformed.")
     if dtype not in DTYPES or codec not in _CODECS:
-        raise refusal(305, f"Tensor {shown(name)} has dtype {shown(dtype)}, codec {shown(codec)}.")
+        raise refusal(305, f"Tensor {quoted(name)} has dtype {quoted(dtype)}, codec {quoted(codec)}.")
     for length in shape:
         if type(length) is not int or length < 1:
-            raise refusal(306, f"Tensor {shown(name)} has a dimension that is not a number >= 1.")
+            raise refusal(306, f"Tensor {quoted(name)} has a dimension that is not a number >= 1.")
     return Entry(name, _CODECS[codec], zstd, DTYPES[dtype], shape, parameter, nbytes)
 
 
 def _misfit(name: str, before: Sequence[Entry], payload: Payload) -> Refused | None:
     if name not in payload.tensors:
-        return refusal(304, f"Its contract has no tensor {shown(name)}.")
+        return refusal(304, f"Its contract has no tensor {quoted(name)}.")
     if before and name <= before[-1].name:
         return refusal(304, "Its tensors are repeated or out of order.")
     return None
