@@ -58,10 +58,12 @@ SERVER_RIGHTS = Rights(*[rf"^{PREFIX}\."] * 3)
 def site_rights(site: str) -> Rights:
     """Return the permissions to publish to a site's own exchanges and to consume its own queues, in every run.
 
-    They exclude other sites' resources and the default exchange, which leads to every queue.
+    They exclude other sites' resources and the default exchange, which leads to every queue. From RabbitMQ 4.2.7 on,
+    a user sees the depth of a queue only with some right on it: hence the right to write to the queues to the server.
+    Writing to a queue permits binding it, but only to an exchange that the user may read, and a site may read none.
     """
-    exchange = rf"^{PREFIX}\.[a-z0-9_-]+\.{site}"
-    return Rights(configure="^$", write=f"{exchange}$", read=rf"{exchange}\.(down|answer|dead)$")
+    own = rf"^{PREFIX}\.[a-z0-9_-]+\.{site}"
+    return Rights(configure="^$", write=rf"{own}(\.(up|ask))?$", read=rf"{own}\.(down|answer|dead)$")
 
 
 def site_queues(run: str, site: str, up_limit_bytes: int) -> SiteQueues:

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from contextlib import closing
+from itertools import chain
 from typing import Any
 
 from nightsplit.broker.topology import query_queues
+from nightsplit.console.depths import read_depths
 from nightsplit.console.ui.text import counted, duration, server_offline, state_of
 from nightsplit.console.worker_file import WorkerFile
 from nightsplit.shared.errors import BrokerError, RunError
@@ -50,16 +52,23 @@ Depths = dict[str, dict[str, int | None]]
 
 
 def _depths(file: WorkerFile) -> tuple[Depths, Depths, str | None]:
-    """Return the depths of each site's queues and of its queues for queries, and the error of an unreachable broker."""
+    """Return the depths of each site's queues and of its queues for queries, and the error that hides any of them."""
+    queues, for_queries = file.queues(), file.queues(query_queues)
+    asked = chain(*queues.values(), *((of_site.up, of_site.down) for of_site in for_queries.values()))
+    error: BrokerError | None
     try:
-        broker, depths, query_depths = file.open_broker(), {}, {}
-        for site, queues in file.queues().items():
-            depths[site] = {name: broker.depth(queue) for name, queue in zip(QUEUES, queues, strict=True)}
-        for site, queues in file.queues(query_queues).items():
-            query_depths[site] = {"ask": broker.depth(queues.up), "answer": broker.depth(queues.down)}
-    except BrokerError as error:
-        return {site: dict.fromkeys(QUEUES) for site in file.sites}, {}, str(error)
-    return depths, query_depths, None
+        depths, error = read_depths(file.open_broker(), asked)
+    except BrokerError as failure:
+        depths, error = {}, failure
+    of_runs = {
+        site: {name: depths.get(queue.name) for name, queue in zip(QUEUES, of_site, strict=True)}
+        for site, of_site in queues.items()
+    }
+    of_queries = {
+        site: {"ask": depths.get(of_site.up.name), "answer": depths.get(of_site.down.name)}
+        for site, of_site in for_queries.items()
+    }
+    return of_runs, of_queries, None if error is None else str(error)
 
 
 def _sentence(server: Status | None, queued: int) -> str:

@@ -3,6 +3,7 @@
 NightsplitError
 ├── ConfigError     1xx  a file the user wrote, or a model that cannot be cut as configured
 ├── BrokerError     2xx  the message broker or the run store
+│   └── MissingRightError     of a single operation
 ├── Refused         3xx  a message that the receiver does not apply; goes to the dead letter queue
 ├── DataError       4xx  a site's own data
 ├── StateError      5xx  checkpoints and local disks
@@ -34,7 +35,7 @@ TITLES: dict[int, str] = {
     117: "Model file does not match the model",
     120: "Unknown error number",
     201: "Broker cannot be reached",
-    202: "Broker refuses the login",
+    202: "Broker refuses access",
     203: "Message is larger than the broker allows",
     204: "Queue exists with other settings",
     205: "Queue does not exist",
@@ -44,6 +45,7 @@ TITLES: dict[int, str] = {
     210: "Dead letter queue is in use",
     211: "Access rights cannot be changed at broker or store",
     212: "Nodes of the cluster do not agree",
+    213: "Version of the broker cannot be used",
     301: "Not a nightsplit message",
     302: "Unknown wire version",
     303: "Unknown kind of message",
@@ -134,6 +136,10 @@ class ConfigError(NightsplitError):
 
 class BrokerError(NightsplitError):
     """Failure or refusal of the broker or the run store."""
+
+
+class MissingRightError(BrokerError):
+    """Refusal of a single operation to a user who is logged in."""
 
 
 class Refused(NightsplitError):  # noqa: N818  (it is a message that was refused, and no error of a program)

@@ -10,6 +10,7 @@ from pika import exceptions
 
 from nightsplit.broker.rabbitmq.errors import permanent_error, unreachable
 from nightsplit.broker.rabbitmq.outbox import backoff
+from nightsplit.broker.rabbitmq.version import version_refused
 from nightsplit.shared.credentials import Credentials
 from nightsplit.shared.errors import BrokerError
 
@@ -49,10 +50,13 @@ def read_addresses(url: str, heartbeat: int, credentials: Credentials) -> list[A
 def connected(addresses: Sequence[Any], seconds: float) -> Iterator[Any]:
     """Open a connection of the calling thread to the first of `addresses` that answers, for the block.
 
-    Each is tried at least once, and all of them until `seconds` are over. Failures become BrokerError.
+    Each is tried at least once, and all of them until `seconds` are over. Failures become BrokerError, 213 where the
+    version of the server cannot be used.
     """
     parameters, connection = _connect(addresses, seconds)
     try:
+        if refusal := version_refused(server_properties(connection), f"{parameters.host}:{parameters.port}"):
+            raise refusal
         yield connection
     except (exceptions.AMQPError, OSError) as error:
         raise permanent_error(error, parameters) or unreachable(error, parameters) from None
@@ -60,6 +64,12 @@ def connected(addresses: Sequence[Any], seconds: float) -> Iterator[Any]:
         if connection.is_open:
             with suppress(exceptions.AMQPError, OSError):
                 connection.close()
+
+
+def server_properties(connection: Any) -> dict[str, Any]:
+    """Return the properties in the server's greeting; pika's blocking connection does not publish them."""
+    properties: dict[str, Any] = connection._impl.server_properties
+    return properties
 
 
 def _connect(addresses: Sequence[Any], seconds: float) -> tuple[Any, Any]:

@@ -88,8 +88,9 @@ class Consumer(Connection):
         self._unacknowledged.clear()
 
     def _on_cancelled(self, frame: Any) -> None:
-        # The queue was deleted or its node went away; reconnecting finds out which.
-        self._on_channel_closed(self._channel, ConnectionError("the broker cancelled the consumer"))
+        # Reconnecting finds out which. RabbitMQ 4.3 cancels for a late acknowledgement, earlier ones close the channel.
+        reason = "the broker cancelled the consumer: the queue is away, or an acknowledgement is late"
+        self._on_channel_closed(self._channel, ConnectionError(reason))
 
     def _on_delivery(self, queue: str, channel: Any, method: Any, properties: Any, body: bytes) -> None:
         # The broker adds headers of other types to dead letters.

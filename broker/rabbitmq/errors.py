@@ -6,7 +6,7 @@ Errors are recognised by their attributes, so that pika itself is not needed her
 import re
 from typing import Any
 
-from nightsplit.shared.errors import BrokerError
+from nightsplit.shared.errors import BrokerError, MissingRightError
 from nightsplit.shared.transport import Queue
 
 NO_DELIVERY_LIMIT = 2**31 - 1
@@ -58,9 +58,13 @@ def permanent_error(error: BaseException, parameters: Any) -> BrokerError | None
     """Return the error to report when retrying cannot help; None when it may."""
     code, text = _reply(error)
     sentence = f"{_address(parameters)} says: {text}."
+    # "write access to queue 'q' in vhost 'v' refused"; RabbitMQ 3 does not name the right.
+    if code == 403 and (missing := re.search(r"(\w+ )?access to (\w+ '.*?') in vhost", text)):
+        sentence = f"{_address(parameters)}: the user lacks the {missing[1] or ''}right on {missing[2]}."
+        fix = "give it the rights that nightsplit keys writes; nightsplit keys init brings an older centre up to date."
+        return MissingRightError(202, sentence, fix)
     if code in (403, 530):
-        fix = "check user, password and virtual host, and the user's permissions at the broker."
-        return BrokerError(202, sentence, fix)
+        return BrokerError(202, sentence, "check user, password and virtual host.")
     if code == 404 and "inaccessible" not in text:  # a cluster's node that is down comes back
         return BrokerError(205, sentence, "open the run first: nightsplit open server.toml.")
     if code == 406 and "inequivalent" in text:

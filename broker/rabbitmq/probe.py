@@ -6,7 +6,7 @@ from typing import Any
 import pika
 from pika import exceptions
 
-from nightsplit.broker.rabbitmq.address import connected, read_addresses
+from nightsplit.broker.rabbitmq.address import connected, read_addresses, server_properties
 from nightsplit.broker.rabbitmq.errors import permanent_error, unreachable
 from nightsplit.shared.credentials import Credentials
 from nightsplit.shared.errors import BrokerError
@@ -28,6 +28,12 @@ class Probe:
         for parameters in self._addresses:
             parameters.blocked_connection_timeout = BLOCKED_TIMEOUT_S
         self.verifies_users = self._addresses[0].ssl_options is not None
+
+    def server(self) -> tuple[str, str]:
+        """Return product and version of the server; BrokerError 213 if it cannot be used."""
+        with connected(self._addresses, CONNECT_TIMEOUT_S) as connection:
+            properties = server_properties(connection)
+            return str(properties.get("product")), str(properties.get("version"))
 
     def may_publish(self, exchange: str) -> bool:
         """Return whether the user may publish to `exchange`, without reaching a queue; BrokerError 201, 202, 209."""

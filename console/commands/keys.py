@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
@@ -21,6 +21,9 @@ keys = typer.Typer(
     """,
 )
 
+if TYPE_CHECKING:
+    from nightsplit.console.keys.bundle import Keys
+
 Folder = Annotated[Path, Option("--folder", metavar="FOLDER", help="folder of the keys")]
 KEYS = Path("keys")
 
@@ -35,16 +38,23 @@ def init(
     ] = None,
     folder: Folder = KEYS,
 ) -> None:
-    """Create a folder of keys, once at the beginning.
+    """Create a folder of keys, or bring an older one up to date.
 
-    Create an authority, the keys and configuration of RabbitMQ and Redis, and the keys of the server. Existing
-    keys are not changed.
+    Create an authority, the keys and configuration of RabbitMQ and Redis, and the keys of the server. In a folder that
+    has them, no key is changed: configuration and permissions become those of this version.
     """
     from nightsplit.console.keys.bundle import BROKER_PORT, MANAGEMENT_PORT, STORE_PORT, Addresses, Keys, with_port
 
     management = with_port(management or re.split("[:,]", broker)[0], MANAGEMENT_PORT)
-    if Keys(folder).init(Addresses(with_port(broker, BROKER_PORT), management, with_port(store, STORE_PORT))):
+    bundle = Keys(folder)
+    if bundle.init(Addresses(with_port(broker, BROKER_PORT), management, with_port(store, STORE_PORT))):
         print(f"made {folder}: authority, centre and the server's keys. Keep {folder}/authority off every worker.")
+    elif changed := bundle.update():
+        files = ", ".join(changed)
+        print(f"{folder} already has its keys; brought up to date in {folder}/centre: {files} (before: FILE.old)")
+        _update_services(bundle, has="has the permissions of this version", takes="takes them")
+        if any(file.endswith(".conf") for file in changed):
+            print("restart RabbitMQ and Redis: they read their configuration when they start")
     else:
         print(f"{folder} already has its keys; nothing is changed")
 
@@ -67,14 +77,7 @@ def new_site(
             print(f"{name} already has its keys; nothing is changed")
         else:
             print(f"made {handed}: hand it to {name} in a way that you trust, then delete it here")
-    services = bundle.services()
-    for update, service in ((services.update_broker, "broker"), (services.update_store, "store")):
-        try:
-            update()
-        except BrokerError as error:
-            print(f"the {service} adds the account when it starts ({shown(error.sentence)})")
-        else:
-            print(f"the {service} has the account of {', '.join(names)}")
+    _update_services(bundle, has=f"has the account of {', '.join(names)}", takes="adds the account")
 
 
 @keys.command()
@@ -93,3 +96,15 @@ def revoke(name: Annotated[str, Argument(metavar="NAME", help="the site's name")
     finally:
         services.update_broker()
     print(f"{name} has no access to broker and store, and its connections are closed")
+
+
+def _update_services(bundle: "Keys", has: str, takes: str) -> None:
+    """Update broker and store, and say which of them has the change, and which takes it only when it starts."""
+    services = bundle.services()
+    for update, service in ((services.update_broker, "broker"), (services.update_store, "store")):
+        try:
+            update()
+        except BrokerError as error:
+            print(f"the {service} {takes} when it starts ({shown(error.sentence)})")
+        else:
+            print(f"the {service} {has}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from nightsplit.console.depths import read_depths
 from nightsplit.console.doctor.finding import Finding, size
 from nightsplit.console.doctor.links import link_checks
 from nightsplit.console.ui.text import duration
@@ -113,7 +114,10 @@ def _model(file: WorkerFile) -> Finding:
 def _broker(file: WorkerFile) -> Finding:
     broker = file.open_broker()
     queues = [queue for queues_of_site in file.queues().values() for queue in queues_of_site]
-    absent = [queue.name for queue in queues if broker.depth(queue) is None]
+    depths, refusal = read_depths(broker, queues)
+    if refusal is not None:
+        return Finding("broker", f"reached; {refusal.sentence}", refusal.remedy)
+    absent = [name for name, depth in depths.items() if depth is None]
     if absent:
         found = f"reached; {len(absent)} of the run's queues do not exist yet"
         return Finding("broker", found, "run nightsplit open server.toml, which creates them; a site waits until then.")

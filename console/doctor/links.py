@@ -11,6 +11,7 @@ from functools import partial
 from cryptography import x509
 
 from nightsplit.broker.rabbitmq.probe import Probe
+from nightsplit.broker.rabbitmq.version import read_version
 from nightsplit.broker.topology import PREFIX, site_queues
 from nightsplit.console.doctor.finding import Finding, size
 from nightsplit.console.keys.bundle import BROKER_PORT, STORE_PORT
@@ -19,22 +20,53 @@ from nightsplit.shared.credentials import TLS_SCHEMES, hosts_of, scheme_of
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.protocols.build import build_model, planned_message_bytes
 from nightsplit.shared.run_store.base import RunStore
+from nightsplit.shared.run_store.redis import RedisStore
 from nightsplit.site_worker.config import SiteSection
 
 TIMEOUT_S = 5.0
 EXPIRES_SOON_DAYS = 30
 DEFAULT_PORTS = {"amqps": BROKER_PORT, "rediss": STORE_PORT}
 SKEW_S_MAX = 60.0
+SUPPORTED = {
+    "RabbitMQ": ("3.10", "3.13", "4.0", "4.1", "4.2.7", "4.3.1"),
+    "Redis": ("7", "8"),
+    "Valkey": ("8", "9"),
+}
+"""Supported series of each server; a third number is the first version of its series that is."""
 
 
 def link_checks(file: WorkerFile) -> dict[str, Callable[[WorkerFile], Finding]]:
     """Return the checks of this file's connections; none if broker and store are files."""
     checks: dict[str, Callable[[WorkerFile], Finding]] = {}
+    if file.config.broker.startswith("amqp") or file.config.store.startswith("redis"):
+        checks["servers"] = check_servers
     if file.config.broker.startswith("amqp"):
         checks |= {"TLS": check_encryption, "rights": check_rights, "passage": check_passage}
     if file.config.store.startswith("redis"):
         checks["clock"] = check_clock
     return checks
+
+
+def check_servers(file: WorkerFile) -> Finding:
+    """Report product and version of broker and store."""
+    servers = []
+    if file.config.broker.startswith("amqp"):
+        servers.append(Probe(file.config.broker, file.credentials).server())
+    with closing(file.open_store()) as store:
+        if isinstance(store, RedisStore):
+            servers.append(store.server())
+    found = ", ".join(f"{product} {version}" for product, version in servers)
+    if all(is_supported(product, version) for product, version in servers):
+        return Finding("servers", found)
+    supported = "; ".join(f"{product} {', '.join(firsts)}" for product, firsts in SUPPORTED.items())
+    return Finding("servers", found, f"change to a version that is tested, or to a later patch of it: {supported}.")
+
+
+def is_supported(product: str, version: str) -> bool:
+    """Return whether this version of a server is one of `SUPPORTED`."""
+    numbers = read_version(version)
+    firsts = map(read_version, SUPPORTED.get(product, ()))
+    return any(numbers[: len(first[:2])] == first[:2] and numbers >= first for first in firsts)
 
 
 def check_encryption(file: WorkerFile) -> Finding:
@@ -133,8 +165,7 @@ def check_passage(file: WorkerFile) -> Finding:
             return Finding("passage", "the run is not open yet", "nightsplit open server.toml; then run doctor again.")
         raise
     passes = f"the largest planned message, {size(largest)}, passes (in {time.monotonic() - began:.2f} s)"
-    timeout = "A message that waits longer than consumer_timeout (RabbitMQ: 30 min by default) is delivered again"
-    return Finding("passage", f"{passes}. {timeout}")
+    return Finding("passage", passes)
 
 
 def check_clock(file: WorkerFile) -> Finding:

@@ -38,6 +38,12 @@ class Addresses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         places = ",".join(msgspec.structs.astuple(self)).split(",")
         return {place.rpartition(":")[0] for place in places} | {"localhost", "127.0.0.1"}
 
+    @property
+    def ports(self) -> tuple[int, int, int]:
+        """Ports of broker, management and store."""
+        broker, management, store = (int(place.rpartition(":")[2]) for place in msgspec.structs.astuple(self))
+        return broker, management, store
+
 
 class Keys:
     """Folder of keys."""
@@ -57,8 +63,7 @@ class Keys:
         write_atomic(centre.folder / "ca.pem", authority.pem)
         certificate, key = centre.folder / "service.pem", centre.folder / "service.key"
         authority.issue("nightsplit service", certificate, key, addresses.hosts)
-        places = msgspec.structs.astuple(addresses)
-        centre.configure(*(int(place.rpartition(":")[2]) for place in places))
+        centre.configure(*addresses.ports)
         admin = new_password()
         write_atomic(centre.folder / "admin_password", admin.encode())
         centre.admit(ADMIN, admin)
@@ -68,6 +73,14 @@ class Keys:
         lines = [f'{name} = "{place}"\n' for name, place in msgspec.structs.asdict(addresses).items()]
         write_atomic(self._addresses_file, "".join(lines).encode())
         return True
+
+    def update(self) -> list[str]:
+        """Bring the centre's files up to date with this version; return the names of those that changed.
+
+        Raises:
+            ConfigError: 113 the folder has no keys.
+        """
+        return self._centre.configure(*self._load_addresses().ports)
 
     def new_site(self, name: str) -> Path | None:
         """Make the folder for a hospital; return None and change nothing if the site exists.

@@ -330,7 +330,7 @@ class Engine:
                 self._commit(self._pending)
             return
         # Deliveries in earlier snapshots need further checkpoints before they can be acknowledged, even if nothing new
-        # arrives: RabbitMQ closes a channel at consumer_timeout.
+        # arrives: RabbitMQ takes them back at consumer_timeout.
         has_work = self._dirty or self._unacked.has_sealed
         is_due = has_work and self.monotonic() - self._last_snapshot > self._checkpoints.interval_seconds
         if early or is_due or self._unacked.open_max >= self._quarter:

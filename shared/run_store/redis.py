@@ -8,7 +8,7 @@ Redis server's own, so clocks of workers may differ.
 
 import ssl
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
@@ -93,6 +93,12 @@ class RedisStore(RunStore):
     def now(self) -> float:
         seconds, microseconds = self._call(self._redis.time)
         return float(seconds + microseconds / 1e6)
+
+    def server(self) -> tuple[str, str]:
+        """Return product, Redis or Valkey, and version of the server."""
+        # Not by INFO, which sites may not use: HELLO needs no right, since it can log in.
+        hello = self._call(partial(self._redis.execute_command, "HELLO"))
+        return str(hello["server"]).capitalize(), str(hello["version"])
 
     @override
     def acquire_lease(self, owner: str, ttl_seconds: float) -> int | None:

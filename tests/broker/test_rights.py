@@ -19,7 +19,8 @@ import redis
 
 from nightsplit.broker.rabbitmq.address import read_addresses
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
-from nightsplit.broker.topology import site_queues
+from nightsplit.broker.topology import query_queues, site_queues
+from nightsplit.console.keys.admin import administrator
 from nightsplit.shared.run_store.redis import RedisStore
 from nightsplit.shared.run_store.status import Phase, WorkerStatus
 from tests.harness.centre import SITES, Centre
@@ -28,7 +29,8 @@ pytestmark = [pytest.mark.rabbitmq, pytest.mark.redis]
 
 Act = Callable[[Any], object]
 RUNS = ("night-1", "night-2")
-QUEUES = {(run, site): site_queues(run, site, 2**20) for run, site in itertools.product(RUNS, SITES)}
+QUEUES = [(site, of(run, site, 2**20)) for run, of, site in itertools.product(RUNS, (site_queues, query_queues), SITES)]
+"""Each site with its queues, for training and for queries, in two runs."""
 SCRIPT = "return redis.call('SET', KEYS[1], ARGV[1])"
 SET_BY_SCRIPT = hashlib.sha1(SCRIPT.encode()).hexdigest()
 STORED = ("lease", "pointer", "journal", "status:server", *(f"status:{site}" for site in SITES))
@@ -38,7 +40,7 @@ STORED = ("lease", "pointer", "journal", "status:server", *(f"status:{site}" for
 def centre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
     with Centre(tmp_path_factory.mktemp("centre")) as centre:
         broker = RabbitBroker(centre.broker("server"), credentials=centre.credentials("server"))
-        broker.declare(queue for queues in QUEUES.values() for queue in queues)
+        broker.declare(queue for _, queues in QUEUES for queue in queues)
         for run in RUNS:
             with closing(RedisStore(centre.store("server"), run, centre.credentials("server"))) as store:
                 store.acquire_lease("server", 60)
@@ -73,17 +75,22 @@ def publishing(exchange: str, key: str, user: str | None = None) -> Act:
     return lambda channel: channel.basic_publish(exchange, key, b"", properties, mandatory=True)
 
 
-def attempts(site: str) -> Iterator[tuple[str, bool, Act]]:
+def attempts(site: str, version: tuple[int, ...]) -> Iterator[tuple[str, bool, Act]]:
     """What a site tries: in words, whether it may, and how."""
-    mine = [queues for (_, owner), queues in QUEUES.items() if owner == site]
-    for (_, owner), queues in QUEUES.items():
+    mine = [queues for owner, queues in QUEUES if owner == site]
+    for owner, queues in QUEUES:
         own = owner == site
         exchange = queues.up.exchange
         for queue in queues:
             name, key = queue.name, queue.key
             yield f"publish to {name}", own, publishing(exchange, key)
             yield f"publish to {name} by the default exchange", False, publishing("", name)
-            readable = own and key != "up"
+            # In earlier versions everybody sees the depth of a queue with a known name.
+            yield (
+                f"see {name}", own or version < (4, 2, 7),
+                lambda channel, name=name: channel.queue_declare(name, passive=True),
+            )  # fmt: skip
+            readable = own and key not in ("up", "ask")
             yield f"get from {name}", readable, lambda channel, name=name: channel.basic_get(name)
             yield (
                 f"consume {name}", readable,
@@ -91,10 +98,14 @@ def attempts(site: str) -> Iterator[tuple[str, bool, Act]]:
             )  # fmt: skip
             yield f"purge {name}", readable, lambda channel, name=name: channel.queue_purge(name)
             yield f"delete {name}", False, lambda channel, name=name: channel.queue_delete(name)
-            for source in (exchange, mine[0].up.exchange, "amq.fanout"):
+            for source in (exchange, mine[0].up.exchange, "amq.fanout", ""):
                 yield (
                     f"bind {name} to {source}", False,
                     lambda channel, name=name, source=source: channel.queue_bind(name, source, "x"),
+                )  # fmt: skip
+                yield (
+                    f"unbind {name} from {source}", False,
+                    lambda channel, name=name, source=source, key=key: channel.queue_unbind(name, source, key),
                 )  # fmt: skip
         yield f"delete {exchange}", False, lambda channel, exchange=exchange: channel.exchange_delete(exchange)
         yield (
@@ -118,7 +129,8 @@ def attempts(site: str) -> Iterator[tuple[str, bool, Act]]:
 @pytest.mark.parametrize("site", SITES)
 def test_a_site_reaches_its_own_queues_alone(centre: Centre, site: str) -> None:
     with closing(connect(centre, site)) as connection:
-        wrong = [what for what, may, act in attempts(site) if permitted(connection, act) is not may]
+        tries = attempts(site, centre.node.version)
+        wrong = [what for what, may, act in tries if permitted(connection, act) is not may]
     assert wrong == []
 
 
@@ -192,6 +204,24 @@ def test_there_is_no_guest_and_no_way_around_the_certificate(centre: Centre) -> 
         host, port = address.split(":")
         with pytest.raises((ssl.SSLError, ConnectionError)):
             greet(host, int(port), nobody)
+
+
+def test_broker_and_store_answer_other_machines_with_a_certificate_alone(centre: Centre) -> None:
+    """Also the metrics of RabbitMQ, its management, and Erlang's distribution."""
+    found = centre.node.listeners() | centre.redis.listeners()
+    ports = {port for address, port in found if not address.is_loopback}
+    addresses = (centre.addresses.broker, centre.addresses.management, centre.addresses.store)
+    assert ports > {int(address.rpartition(":")[2]) for address in addresses}  # and the metrics
+    keys = centre.keys.folder / "centre"
+    nobody = ssl.create_default_context(cafile=keys / "ca.pem")
+    for port in ports:
+        with (
+            socket.create_connection(("localhost", port), timeout=5) as plain,
+            administrator(keys).tls().wrap_socket(plain, server_hostname="localhost"),
+        ):
+            pass  # it is TLS
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            greet("localhost", port, nobody)
 
 
 def greet(host: str, port: int, context: ssl.SSLContext) -> None:

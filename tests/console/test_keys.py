@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 from contextlib import closing
 
@@ -13,6 +14,7 @@ from nightsplit.broker.rabbitmq.address import read_addresses
 from nightsplit.console.cli import run
 from nightsplit.console.keys.accounts import ADMIN
 from nightsplit.console.keys.admin import administrator
+from nightsplit.console.keys.bundle import Keys
 from nightsplit.server_worker.config import ServerConfig
 from nightsplit.shared.config.load import load
 from nightsplit.shared.wire import format as wire
@@ -99,6 +101,37 @@ def test_revoking_says_when_broker_and_store_could_not_be_told(keys, capsys):
     assert "north off" in (keys / "centre/users.acl").read_text()
 
 
+def as_by_an_earlier_version(centre):
+    """Give the files of a centre the content that an earlier version wrote: no right to see `up`, an open port."""
+    conf, told, acl = (centre / name for name in ("rabbitmq.conf", "definitions.json", "users.acl"))
+    conf.write_text(re.sub(r"^prometheus.tcp.*\n", "", conf.read_text(), flags=re.MULTILINE))
+    told.write_text(told.read_text().replace("(\\\\.(up|ask))?", ""))
+    acl.write_text(acl.read_text().replace(" +time", ""))
+
+
+def test_a_centre_of_an_earlier_version_is_brought_up_to_date(keys, capsys):
+    bundle = Keys(keys)
+    bundle.new_site("north")
+    bundle.new_site("south")
+    bundle.revoke("south")
+    before = {path: path.read_bytes() for path in keys.rglob("*") if path.is_file()}
+    moved = keys.rename(keys.with_name("moved"))  # as by a volume: the services see it under its first name
+    as_by_an_earlier_version(moved / "centre")
+    capsys.readouterr()
+    assert run([*INIT, str(moved)]) == 0
+    said = capsys.readouterr().out
+    assert f"up to date in {moved}/centre: rabbitmq.conf, definitions.json, users.acl (before: FILE.old)" in said
+    assert said.count("takes them when it starts") == 2
+    assert "restart RabbitMQ and Redis" in said
+    after = {path: path.read_bytes() for path in moved.rglob("*") if path.is_file() and path.suffix != ".old"}
+    assert {path.relative_to(moved): text for path, text in after.items()} == {
+        path.relative_to(keys): text for path, text in before.items()
+    }
+    assert "prometheus.tcp" not in (moved / "centre/rabbitmq.conf.old").read_text()
+    assert run([*INIT, str(moved)]) == 0
+    assert "nothing is changed" in capsys.readouterr().out
+
+
 @pytest.fixture
 def centre(tmp_path):
     with Centre(tmp_path / "centre") as centre:
@@ -147,7 +180,7 @@ def test_a_site_that_is_revoked_is_out_at_once(centre, tmp_path, capsys):
         assert run(["keys", "revoke", "south", "--folder", str(centre.keys.folder)]) == 0
         assert "its connections are closed" in capsys.readouterr().out
         wait_until(lambda: hospital.processes["south"].poll() is not None, 60, "south to leave")
-        assert "E202 Broker refuses the login" in (hospital.folder / "south.log").read_text()
+        assert "E202 Broker refuses access" in (hospital.folder / "south.log").read_text()
         assert hospital.processes["north"].poll() is None
         assert hospital.processes["server"].poll() is None
 
@@ -165,6 +198,57 @@ def test_a_plain_line_to_another_machine_is_refused(tmp_path, capsys):
         assert "broker.example" in capsys.readouterr().err
 
 
+def findings(hospital, file):
+    told = json.loads(hospital.call("doctor", file, "--json").stdout)
+    return told["ok"], {finding["check"]: finding for finding in told["checks"]}
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.redis
+@pytest.mark.campaign
+@pytest.mark.timeout(200)
+def test_the_rights_of_a_site_suffice_for_its_commands(centre, tmp_path, capsys):
+    folder = centre.hospital(tmp_path / "run").folder
+    assert run(["open", str(folder / "server.toml")]) == 0
+
+    def see():
+        told = []
+        for command in (["doctor"], ["status"], ["dlq", "list"]):
+            capsys.readouterr()
+            run([*command, str(folder / "north.toml"), "--json"])
+            told.append(json.loads(capsys.readouterr().out))
+        checks, status, letters = told
+        assert letters["dead_letters"] == []
+        return checks["ok"], {found["check"]: found for found in checks["checks"]}["broker"], status
+
+    healthy, found, status = see()
+    assert healthy, found
+    assert found["found"] == "reached; all 3 queues exist"
+    assert status["broker"] is None
+    # Its manifest is the first message to a site.
+    assert status["at_broker"] == {"north": {"up": 0, "down": 1, "dead": 0}}
+
+    keys = centre.keys.folder
+    as_by_an_earlier_version(keys / "centre")
+    centre.keys.services().update_broker()
+    healthy, found, status = see()
+    assert healthy, found
+    assert status["at_broker"]["north"].items() >= {"down": 1, "dead": 0}.items()
+    if centre.node.version >= (4, 2, 7):  # earlier ones show a depth to everybody
+        assert "the user lacks the configure right on queue 'nightsplit.lipids.north.up'" in found["found"]
+        assert "nightsplit keys init brings" in found["fix"]
+        assert status["at_broker"]["north"]["up"] is None
+        assert status["broker"].startswith("E202 Broker refuses access: ")
+        assert "north.up'. " in status["broker"]
+        assert "north.ask'. " in status["broker"]
+
+    capsys.readouterr()
+    assert run([*INIT, str(keys)]) == 0
+    said = capsys.readouterr().out
+    assert "the broker has the permissions of this version\nthe store has the permissions of this version\n" in said
+    assert see()[0:2] == (True, {**found, "found": "reached; all 3 queues exist", "fix": None})
+
+
 @pytest.mark.rabbitmq
 @pytest.mark.redis
 @pytest.mark.timeout(200)
@@ -172,31 +256,31 @@ def test_doctor_tries_what_is_forbidden(centre, tmp_path):
     hospital = centre.hospital(tmp_path / "run")
     assert hospital.call("open", "server.toml").returncode == 0
 
-    def findings(file):
-        told = json.loads(hospital.call("doctor", file, "--json").stdout)
-        return told["ok"], {finding["check"]: finding for finding in told["checks"]}
-
-    healthy, found = findings("north.toml")
+    healthy, found = findings(hospital, "north.toml")
     assert healthy, found
+    assert re.fullmatch(
+        rf"RabbitMQ {'.'.join(map(str, centre.node.version))}, (Redis|Valkey) [\d.]+", found["servers"]["found"]
+    )
+    assert found["servers"]["fix"] is None
     assert found["rights"]["found"] == "tried 9 forbidden operations; all were refused"
     assert "TLSv1.3, certificate until" in found["TLS"]["found"]
     assert found["TLS"]["fix"] is None
     assert "passes" in found["passage"]["found"]
     assert "agrees" in found["clock"]["found"]
-    healthy, found = findings("server.toml")
+    healthy, found = findings(hospital, "server.toml")
     assert healthy, found
     assert found["rights"]["found"] == "tried 2 forbidden operations; all were refused"
     assert found["broker"]["found"].endswith("all 9 queues exist, with the run's limits")
 
     centre.node.ctl("set_permissions", "-p", "nightsplit", "north", ".*", ".*", ".*")
-    healthy, found = findings("north.toml")
+    healthy, found = findings(hospital, "north.toml")
     assert not healthy
     assert found["rights"]["found"].startswith("6 of 9 forbidden operations are permitted: publish to any queue")
     centre.node.ctl("set_permissions", "-p", "nightsplit", "north", "^$", "^$", "^$")
-    healthy, found = findings("north.toml")
+    healthy, found = findings(hospital, "north.toml")
     assert not healthy
     assert found["passage"]["found"].startswith("E202 ")
     (centre.keys.folder / "sites/north/key.pem").unlink()
-    healthy, found = findings("north.toml")
+    healthy, found = findings(hospital, "north.toml")
     assert not healthy
     assert found["TLS"]["found"].startswith("E113 ")

@@ -27,13 +27,17 @@ class SecureNode(RabbitNode):
         self._centre = keys.folder / "centre"
         configured = (self._centre / "rabbitmq.conf").read_text(encoding="utf-8")
         # Several nodes run on a machine that tests; and a test must not depend on an empty disk.
-        configured = configured.replace("15691", str(free_port())).replace("absolute = 2GB", "absolute = 50MB")
+        for port in ("15691", "15692"):
+            configured = configured.replace(port, str(free_port()))
+        configured = configured.replace("absolute = 2GB", "absolute = 50MB")
         (folder / "rabbitmq.conf").write_text(configured, encoding="utf-8")
         (folder / "enabled_plugins").write_text((self._centre / "enabled_plugins").read_text(encoding="utf-8"))
 
     def environment(self) -> dict[str, str]:
         settings = super().environment()
         del settings["RABBITMQ_NODE_PORT"]  # it would add a plain listener
+        # As docs/how-to/deployment.md says, for which the node's name ends in @localhost, too.
+        settings["RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS"] += " -kernel inet_dist_use_interface {127,0,0,1}"
         return settings
 
     def answers(self) -> bool:

@@ -18,11 +18,14 @@ import subprocess
 import time
 from collections.abc import Callable
 from functools import cached_property
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import redis
+
+from tests.harness.listeners import listeners
 
 # The wrappers on PATH change to the user of the installed service; the scripts themselves do not.
 RABBITMQ_SCRIPTS = Path(os.environ.get("NIGHTSPLIT_RABBITMQ", "/usr/lib/rabbitmq/bin"))
@@ -59,6 +62,11 @@ class Service:
 
     def answers(self) -> bool:
         raise NotImplementedError
+
+    def listeners(self) -> set[tuple[IPv4Address | IPv6Address, int]]:
+        """Each address and port on which it listens."""
+        assert self._process is not None
+        return listeners(self._process.pid)
 
     @property
     def log(self) -> Path:

@@ -15,6 +15,7 @@ PAGES = ROOT / "docs" / "errors"
 BANDS = {
     "ConfigError": 1,
     "BrokerError": 2,
+    "MissingRightError": 2,
     "Refused": 3,
     "DataError": 4,
     "StateError": 5,
