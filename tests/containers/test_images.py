@@ -56,7 +56,7 @@ def test_an_image_holds_the_version_that_its_name_says(images: dict[str, str]) -
 @pytest.mark.containers
 @pytest.mark.campaign
 def test_a_container_reaches_this_machine_at_the_bridge(images: dict[str, str]) -> None:
-    """Where the daemon's default route leads, by the container itself: little-endian hexadecimal in the third column."""
+    """By the container's own default route, whose third column is the gateway, little-endian hexadecimal."""
     python = f"python:{images['NIGHTSPLIT_PYTHON']}-slim"
     routes = run(python, "cat", "/proc/net/route")
     default = next(row for row in map(str.split, routes.splitlines()[1:]) if row[1] == "00000000")
