@@ -125,8 +125,8 @@ class Simulation:
         self.links.pop(worker).close()
         del self.engines[worker]
         role = self.roles[worker]
-        if isinstance(role, SiteRole):
-            role.close()
+        if isinstance(role, SiteRole) and role.account is not None:
+            role.account.close()
 
     def restart(self, worker: str) -> Engine:
         """Kill a worker and start it again."""

@@ -60,11 +60,6 @@ class SiteRole(Role):
         """Answers that the broker may have dropped: a site that restores fewer has lost its state."""
         self._in_snapshot = 0
 
-    def close(self) -> None:
-        """Close the account; its entry stays in the ledger."""
-        if self.account is not None:
-            self.account.close()
-
     @property
     @abstractmethod
     def samples(self) -> tuple[int, int, int]:

@@ -2,7 +2,7 @@
 
 import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -109,8 +109,8 @@ class SiteWorker(Worker):
             self.config.name, self.run_config, splits, uuid.uuid4().hex, self.run_folder, self.config.device,
             self.base / self.config.ledger, self.policy.max_epsilon,
         )  # fmt: skip
-        with closing(role):
-            self._role = role
+        self._role = role
+        with closing(role.account) if role.account else nullcontext():
             return self._train(role, idle_seconds, failures)
 
     def _train(self, role: SiteRole, idle_seconds: float | None, failures: Mapping[str, Refused]) -> bool:
