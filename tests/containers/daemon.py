@@ -34,13 +34,10 @@ def chosen() -> dict[str, str]:
     Those of the environment or of .env. A daemon that neither has such an image nor can pull it takes the newest
     of the same name that it has.
     """
-    names = ("NIGHTSPLIT_RABBITMQ_IMAGE", "NIGHTSPLIT_REDIS_IMAGE", "NIGHTSPLIT_PYTHON")
-    wanted = {name: os.environ.get(name) or defaults()[name] for name in names}
+    wanted = {**defaults(), **os.environ}
     python = available(f"python:{wanted['NIGHTSPLIT_PYTHON']}-slim")
-    return {
-        **{name: available(image) for name, image in wanted.items() if name != "NIGHTSPLIT_PYTHON"},
-        "NIGHTSPLIT_PYTHON": version_of(python),
-    }
+    services = {name: available(wanted[name]) for name in ("NIGHTSPLIT_RABBITMQ_IMAGE", "NIGHTSPLIT_REDIS_IMAGE")}
+    return {**services, "NIGHTSPLIT_PYTHON": version_of(python)}
 
 
 def available(image: str) -> str:
