@@ -2,9 +2,11 @@
 # TORCH_INDEX names one more wheel index for torch alone, as in the Makefile. Without it pip takes the
 # default wheel, which on Linux brings CUDA (GB more); an index of CPU wheels makes the small image, and an
 # index for another version of CUDA the image for that.
+# PYTHON is the version of Python: 3.11, 3.12 or 3.13.
 # EXTRAS names extras of pyproject.toml that a site needs, e.g. medical,privacy. A server needs none but he, to answer
 # encrypted queries.
-FROM python:3.11-slim AS dependencies
+ARG PYTHON=3.13
+FROM python:${PYTHON}-slim AS dependencies
 ARG TORCH_INDEX=
 RUN python -m venv /opt/nightsplit
 ENV PATH=/opt/nightsplit/bin:$PATH
@@ -19,13 +21,13 @@ RUN pip install --no-cache-dir -c constraints.txt setuptools ".${EXTRAS:+[$EXTRA
 # A quarter of it is for those who build torch, debug it, test these packages, or view a tensorboard.
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends binutils \
- && cd /opt/nightsplit/lib/python3.11/site-packages \
+ && cd /opt/nightsplit/lib/python3.*/site-packages \
  && strip --strip-unneeded torch/lib/libtorch_cpu.so \
  && rm -rf torch/test torch/include tensorboard_data_server/bin \
  && find torch/bin -type f ! -name torch_shm_manager -delete \
  && find . -type d -name tests -prune -exec rm -rf {} +
 
-FROM python:3.11-slim
+FROM python:${PYTHON}-slim
 # The state of a worker. A named volume that is mounted here inherits the owner.
 RUN useradd --uid 10001 --create-home nightsplit \
  && mkdir /state \

@@ -1,6 +1,9 @@
-# `make` alone lists the targets. Nothing here needs more than make, python3.11 and, for `services`, apt.
+# `make` alone lists the targets. Nothing here needs more than make, Python 3.11 or newer and, for `services`, apt.
 
-PYTHON ?= python3.11
+# Python of the virtual environment; by default the first of python3.11, python3.12, python3.13 and python3 that fits.
+# The tests with another one, beside those with the first:
+#     make test PYTHON=python3.13 VENV=.venv-3.13
+PYTHON ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
@@ -24,12 +27,12 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.stamp  ## create .venv with the pinned packages (seconds when it is there already)
+	@test -z "$(PYTHON)" || test "$$($(PYTHON) -V)" = "$$($(BIN)/python -V)" || \
+	  { echo "$(VENV) has $$($(BIN)/python -V), which is not $(PYTHON). Fix: make clean, or another VENV=" >&2; exit 1; }
 
 $(VENV)/.stamp: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python 3.11 or newer is needed. Fix: install it, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing packages into $(VENV) ..."
+	@test -x $(BIN)/python || { python=$$(.ci/python $(PYTHON)) && $$python -m venv $(VENV); }
+	@echo "installing packages into $(VENV), $$($(BIN)/python -V) ..."
 	@# torch first and alone, so that a CPU wheel that pip already knows, or TORCH_INDEX, is taken
 	@$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt $(TORCH)
 	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'

@@ -121,9 +121,12 @@ class Simulation:
         return worked
 
     def kill(self, worker: str) -> None:
-        """Remove a worker as SIGKILL would: only its link ends."""
+        """Remove a worker as SIGKILL would: only its link and its open files end."""
         self.links.pop(worker).close()
         del self.engines[worker]
+        role = self.roles[worker]
+        if isinstance(role, SiteRole) and role.account is not None:
+            role.account.close()
 
     def restart(self, worker: str) -> Engine:
         """Kill a worker and start it again."""

@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -104,12 +105,16 @@ class SiteWorker(Worker):
             part.check_fingerprint(fingerprint)
 
     def _run_shift(self, splits: Splits, idle_seconds: float | None, failures: Mapping[str, Refused]) -> bool:
-        config = self.run_config
         role = make_site(
-            self.config.name, config, splits, uuid.uuid4().hex, self.run_folder, self.config.device,
+            self.config.name, self.run_config, splits, uuid.uuid4().hex, self.run_folder, self.config.device,
             self.base / self.config.ledger, self.policy.max_epsilon,
         )  # fmt: skip
         self._role = role
+        with closing(role.account) if role.account else nullcontext():
+            return self._train(role, idle_seconds, failures)
+
+    def _train(self, role: SiteRole, idle_seconds: float | None, failures: Mapping[str, Refused]) -> bool:
+        config = self.run_config
         queues = site_queues(config.run.id, self.config.name, config.wire.queue_bytes)
         route = Route(outgoing=queues.up, incoming=queues.down, dead=queues.dead)
         broker = open_broker(self.config.broker, self.base, config.wire.message_bytes, self.credentials)
@@ -129,8 +134,6 @@ class SiteWorker(Worker):
             self.skipped_checkpoints = engine.recover()
             self.enter(Phase.WORKING)
             finished = engine.run(self.off_duty, idle_seconds)
-        if role.account is not None:
-            role.account.close()
         self.enter(Phase.FINISHED if finished else Phase.AWAY)
         if finished:
             self._save_model(role)

@@ -60,15 +60,15 @@ class _Process:
 
     def answer(self, *arguments: Any) -> list[bytes]:
         """Call `HeClstmServer.answer`."""
-        try:
+        with suppress(EOFError, OSError):
             self._pipe.send(arguments)
             result: list[bytes] | Refused = self._pipe.recv()
-        except (EOFError, OSError):
-            remedy = "start the same command again: no query is lost."
-            raise StateError(509, "a process that evaluates queries has ended.", remedy) from None
-        if isinstance(result, Refused):
-            raise result
-        return result
+            if isinstance(result, Refused):
+                raise result
+            return result
+        # Not within an `except`: the pipe's error holds a buffer that Python cannot free together with it.
+        remedy = "start the same command again: no query is lost."
+        raise StateError(509, "a process that evaluates queries has ended.", remedy)
 
     def end(self) -> None:
         self._pipe.close()

@@ -12,7 +12,7 @@ import sqlite3
 import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,11 +80,12 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self._path = path
         key = path.with_suffix(".key")
-        with self._errors():
-            self._rows = open_database(path, _SCHEMA)
+        with self._errors(), ExitStack() as opened:
+            self._rows = opened.enter_context(closing(open_database(path, _SCHEMA)))
             if self._rows.execute("PRAGMA quick_check").fetchone() != ("ok",):
                 raise self._error("the file is damaged")
             self.secret = self._open_secret(key)
+            opened.pop_all()
 
     def close(self) -> None:
         """Close the file."""

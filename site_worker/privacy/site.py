@@ -1,5 +1,6 @@
 """The parts of a private run at a site: trainer, batches, and an account in the ledger."""
 
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,11 +61,13 @@ def take_part(
     rate = min(1.0, config.run.batch_size / records)
     steps = updates_max(config) * Work.of(config, records).batches
     use = Use(rate, noise_for(privacy.epsilon, privacy.delta, rate, steps), steps)
-    book = Ledger(ledger)
-    identity = f"{config.digest} {site} {splits.train.fingerprint}"
-    entry = book.begin(config.run.id, identity, use, privacy.delta, splits.train.patients, epsilon_max)
-    secret = book.secret.derive("run", config.run.id, identity)
-    # The noise of the entry and not of `use`: another version of dp-accounting may round differently.
-    trainer = PrivateTrainer(module, config, device, privacy, secret, entry.use.sigma, rate * records)
-    batches = PrivateBatches(config, site, splits, secret, rate)
+    with ExitStack() as opened:
+        book = opened.enter_context(closing(Ledger(ledger)))
+        identity = f"{config.digest} {site} {splits.train.fingerprint}"
+        entry = book.begin(config.run.id, identity, use, privacy.delta, splits.train.patients, epsilon_max)
+        secret = book.secret.derive("run", config.run.id, identity)
+        # The noise of the entry and not of `use`: another version of dp-accounting may round differently.
+        trainer = PrivateTrainer(module, config, device, privacy, secret, entry.use.sigma, rate * records)
+        batches = PrivateBatches(config, site, splits, secret, rate)
+        opened.pop_all()  # the account closes it
     return PrivateTraining(trainer, batches, Account(book, config.run.id, epsilon_max))

@@ -7,6 +7,7 @@ import re
 import signal
 import sqlite3
 import time
+from contextlib import closing
 from io import StringIO
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def test_a_server_that_rejects(study, capsys):
 
 
 def test_statuses_that_anybody_wrote_into_the_store(study, capsys):
-    with sqlite3.connect(study / "run.db") as rows:
+    with closing(sqlite3.connect(study / "run.db")) as rows, rows:
         for worker in (SERVER, *SITES):
             facts = {
                 "state": HOSTILE,

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from testcontainers.compose import DockerCompose
 
+from tests.containers.daemon import bridge_address, docker
 from tests.harness.clone import clone
 from tests.harness.services import wait_until
 
-pytestmark = [pytest.mark.containers, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.containers, pytest.mark.campaign, pytest.mark.timeout(900)]
 
 SERVER = "/example/compose/server.toml"
 NIGHT_S = 240.0
@@ -66,14 +67,8 @@ class Project:
         self.compose("down", "--volumes", "--timeout", "5", check=False)
 
 
-def docker(*arguments: str) -> str:
-    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, f"{arguments}: {done.stderr}"
-    return done.stdout.strip()
-
-
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]]:
+def undisturbed(images: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]]:
     """The report of a night that nobody disturbs: what a new user does, and nothing more."""
     project = Project(clone(tmp_path_factory.mktemp("calm") / "night"))
     stack = DockerCompose(str(project.folder), build=True, wait=False)
@@ -88,26 +83,24 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         project.remove()
 
 
-@pytest.mark.campaign
 def test_a_new_user_gets_a_report(undisturbed: dict[str, object]) -> None:
     assert undisturbed["run"] == "cholesterol"
     assert undisturbed["steps"] == 1020
 
 
-@pytest.mark.campaign
-def test_the_image_is_small_and_its_user_is_nobody_special(undisturbed: dict[str, object]) -> None:
+def test_the_image_is_small_and_its_user_is_nobody_special(
+    images: dict[str, str], undisturbed: dict[str, object]
+) -> None:
     layers = json.loads(docker("inspect", "nightsplit"))[0]
     assert layers["Config"]["User"] == "nightsplit"
-    base = json.loads(docker("inspect", "python:3.11-slim"))[0]["Size"]
-    # What we add to python:3.11-slim, whose public image has 0.13 GB.
-    assert layers["Size"] - base < 1.2e9 - 0.13e9
+    base = json.loads(docker("inspect", f"python:{images['NIGHTSPLIT_PYTHON']}-slim"))[0]["Size"]
+    # What we add to python:3.13-slim, whose public image has 0.12 GB.
+    assert layers["Size"] - base < 1.2e9 - 0.12e9
 
 
-@pytest.mark.campaign
 def test_restarts_of_everything_and_a_site_cut_off(undisturbed: dict[str, object], tmp_path: Path) -> None:
     """East is a hospital of its own, by examples/site; south loses its network; everything else is restarted."""
-    bridge = docker("network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Gateway}}")
-    bridge = bridge or "172.17.0.1"  # a daemon may leave its default unsaid
+    bridge = bridge_address()
     centre = Project(clone(tmp_path / "centre"), bridge)
     hospital = Project(centre.folder / "examples/site")
     try:

@@ -102,3 +102,9 @@ def _run(arguments: list[str], folder: Path, out: Path, err: Path, environment: 
     os.environ.update(environment)
     sys.argv[1:] = arguments
     runpy.run_module("nightsplit", run_name="__main__", alter_sys=True)
+
+
+def open_files(folder: Path) -> list[Path]:
+    """Files below `folder` that this process holds open."""
+    held = [link.resolve() for link in Path("/proc/self/fd").iterdir()]
+    return [path for path in held if path.is_relative_to(folder.resolve())]

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -100,6 +102,12 @@ def lying(service: Service, queue: str) -> list[Message]:
     return found
 
 
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    with closing(Service(tmp_path)) as service:
+        yield service
+
+
 def tell(service: Service, queue: Queue, bodies: list[bytes]) -> None:
     with service.broker.link([], 1, "liar") as link:
         for number, body in enumerate(bodies):
@@ -109,8 +117,7 @@ def tell(service: Service, queue: Queue, bodies: list[bytes]) -> None:
 
 
 @pytest.mark.timeout(1200)
-def test_whatever_is_said_to_the_server_it_answers_the_next_query(tmp_path: Path) -> None:
-    service = Service(tmp_path)
+def test_whatever_is_said_to_the_server_it_answers_the_next_query(service: Service) -> None:
     service.submit()
     service.ask()
     genuine = lying(service, "up")
@@ -134,8 +141,7 @@ def test_whatever_is_said_to_the_server_it_answers_the_next_query(tmp_path: Path
 
 @pytest.mark.campaign
 @pytest.mark.timeout(1200)
-def test_whatever_is_said_to_the_site_it_asks_the_next_query(tmp_path: Path) -> None:
-    service = Service(tmp_path)
+def test_whatever_is_said_to_the_site_it_asks_the_next_query(service: Service) -> None:
     service.submit()
     service.ask()
     service.answer()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +52,9 @@ class Service:
         self.broker.declare(self.names)
         self.keys = folder / "server"
         self.features = np.tanh(np.random.default_rng(1).normal(size=(3, FRAMES, FEATURES)))
+
+    def close(self) -> None:
+        self.queries.close()
 
     def submit(self) -> int:
         """The number of the query that these sequences are."""
@@ -115,8 +119,9 @@ class Service:
 @pytest.fixture(
     params=[pytest.param(True, id="refresh"), pytest.param(False, id="one_shot", marks=pytest.mark.campaign)]
 )
-def service(request: pytest.FixtureRequest, tmp_path: Path) -> Service:
-    return Service(tmp_path, request.param)
+def service(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Service]:
+    with closing(Service(tmp_path, request.param)) as service:
+        yield service
 
 
 def test_queries_in_chunks_are_answered(service: Service) -> None:

@@ -6,6 +6,8 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,17 @@ import pytest
 from nightsplit.shared.errors import RunError
 from nightsplit.site_worker.privacy.accounting import Use, epsilon_of, patient_epsilon
 from nightsplit.site_worker.privacy.ledger import Entry, Ledger
+from tests.harness.processes import open_files
 
 ROOT = Path(__file__).parents[2]
 USE = Use(0.05, 1.0, 100)
 PATIENTS = ["anna", "anna", "anna", "bert", "bert", "carl"]
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    with closing(Ledger(tmp_path / "ledger.db")) as ledger:
+        yield ledger
 
 
 def begin(ledger: Ledger, run: str, use: Use = USE, most: float | None = None, patients: list[str] = PATIENTS) -> None:
@@ -31,8 +40,7 @@ def number_of(caught: pytest.ExceptionInfo[RunError]) -> int:
     return caught.value.number
 
 
-def test_steps_are_paid_once(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.db")
+def test_steps_are_paid_once(ledger: Ledger, tmp_path: Path) -> None:
     begin(ledger, "one")
     assert steps_of(ledger) == {"one": 0}
     for steps in (8, 16, 8, 16, 24):
@@ -40,13 +48,12 @@ def test_steps_are_paid_once(tmp_path: Path) -> None:
     begin(ledger, "one")
     assert steps_of(ledger) == {"one": 24}
     ledger.close()
-    again = Ledger(tmp_path / "ledger.db")
-    assert steps_of(again) == {"one": 24}
-    assert again.total().record == epsilon_of([Use(0.05, 1.0, 24)], 1e-4)
+    with closing(Ledger(tmp_path / "ledger.db")) as again:
+        assert steps_of(again) == {"one": 24}
+        assert again.total().record == epsilon_of([Use(0.05, 1.0, 24)], 1e-4)
 
 
-def test_all_runs_count(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.db")
+def test_all_runs_count(ledger: Ledger) -> None:
     for run, sigma in (("tuning", 2.0), ("main", 1.0)):
         begin(ledger, run, Use(0.05, sigma, 100))
         ledger.spend(run, 50, None)
@@ -55,9 +62,8 @@ def test_all_runs_count(tmp_path: Path) -> None:
     assert both.pld > ledger.total("main").record.pld
 
 
-def test_the_patient_who_lost_most(tmp_path: Path) -> None:
+def test_the_patient_who_lost_most(ledger: Ledger) -> None:
     """Anna has three records in one run; Bert has two there and three in another."""
-    ledger = Ledger(tmp_path / "ledger.db")
     for run, patients in (("one", PATIENTS), ("two", ["bert", "bert", "bert", "dora"])):
         begin(ledger, run, patients=patients)
         ledger.spend(run, 100, None)
@@ -69,15 +75,13 @@ def test_the_patient_who_lost_most(tmp_path: Path) -> None:
     assert total.patient_records == 3
 
 
-def test_no_name_of_a_patient_is_in_the_file(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.db")
+def test_no_name_of_a_patient_is_in_the_file(ledger: Ledger, tmp_path: Path) -> None:
     begin(ledger, "one")
     ledger.close()
     assert b"anna" not in (tmp_path / "ledger.db").read_bytes()
 
 
-def test_the_policy_stops_a_run_and_nothing_is_written(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.db")
+def test_the_policy_stops_a_run_and_nothing_is_written(ledger: Ledger) -> None:
     begin(ledger, "one", most=10.0)
     ledger.spend("one", 50, 10.0)
     most = epsilon_of([Use(0.05, 1.0, 60)], 1e-4).pld
@@ -89,8 +93,7 @@ def test_the_policy_stops_a_run_and_nothing_is_written(tmp_path: Path) -> None:
     ledger.spend("one", 60, most)  # a replay of what was paid for goes on
 
 
-def test_a_run_that_the_policy_would_stop_on_its_way_does_not_begin(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.db")
+def test_a_run_that_the_policy_would_stop_on_its_way_does_not_begin(ledger: Ledger) -> None:
     begin(ledger, "one")
     ledger.spend("one", 100, None)
     most = epsilon_of([USE, Use(0.05, 1.0, 99)], 1e-4).pld
@@ -101,8 +104,7 @@ def test_a_run_that_the_policy_would_stop_on_its_way_does_not_begin(tmp_path: Pa
     begin(ledger, "two", Use(0.05, 1.0, 99), most=most)
 
 
-def test_one_id_is_one_run(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.db")
+def test_one_id_is_one_run(ledger: Ledger) -> None:
     begin(ledger, "one")
     for identity, patients in (("another contract", PATIENTS), ("contract of one", PATIENTS[1:])):
         with pytest.raises(RunError) as caught:
@@ -111,8 +113,7 @@ def test_one_id_is_one_run(tmp_path: Path) -> None:
     assert steps_of(ledger) == {"one": 0}
 
 
-def test_a_run_keeps_its_first_noise(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.db")
+def test_a_run_keeps_its_first_noise(ledger: Ledger) -> None:
     begin(ledger, "one")
     again = ledger.begin("one", "contract of one", Use(0.05, 1.01, 100), 1e-4, PATIENTS, None)
     assert again.use.sigma == 1.0
@@ -143,36 +144,31 @@ def test_kill_9_forgets_no_payment(tmp_path: Path) -> None:
         said = max([said, *map(int, process.stdout.read().split("\n")[:-1])])
         assert process.wait() == -signal.SIGKILL
         process.stdout.close()
-        ledger = Ledger(path)
-        assert steps_of(ledger)["one"] in (said, said + 1)
-        ledger.close()
+        with closing(Ledger(path)) as ledger:
+            assert steps_of(ledger)["one"] in (said, said + 1)
 
 
-def test_runs_of_one_site_at_the_same_time(tmp_path: Path) -> None:
+def test_runs_of_one_site_at_the_same_time(ledger: Ledger, tmp_path: Path) -> None:
     """Both may spend alone, and not together: whoever comes second is stopped, and the cap holds."""
-    path = tmp_path / "ledger.db"
     most = epsilon_of([USE, Use(0.05, 1.0, 50)], 1e-4).pld
     runs = ("one", "two", "three")
     for run in runs:
-        begin(Ledger(path), run)
+        begin(ledger, run)
     stopped: list[int] = []
 
     def spend(run: str) -> None:
-        ledger = Ledger(path)
-        try:
-            for steps in range(20, 101, 20):
-                ledger.spend(run, steps, most)
-        except RunError as error:
-            stopped.append(error.number)
-        finally:
-            ledger.close()
+        with closing(Ledger(tmp_path / "ledger.db")) as own:
+            try:
+                for steps in range(20, 101, 20):
+                    own.spend(run, steps, most)
+            except RunError as error:
+                stopped.append(error.number)
 
     threads = [threading.Thread(target=spend, args=(run,)) for run in runs]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    ledger = Ledger(path)
     assert set(stopped) == {611}
     assert ledger.total().record.pld <= most
     assert sum(steps_of(ledger).values()) > 130  # 150 fit, and the last was stopped less than 20 before
@@ -180,7 +176,12 @@ def test_runs_of_one_site_at_the_same_time(tmp_path: Path) -> None:
 
 def test_sites_that_start_at_once_share_one_secret(tmp_path: Path) -> None:
     secrets = []
-    threads = [threading.Thread(target=lambda: secrets.append(Ledger(tmp_path / "ledger.db").secret)) for _ in range(8)]
+
+    def start() -> None:
+        with closing(Ledger(tmp_path / "ledger.db")) as ledger:
+            secrets.append(ledger.secret)
+
+    threads = [threading.Thread(target=start) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -190,31 +191,23 @@ def test_sites_that_start_at_once_share_one_secret(tmp_path: Path) -> None:
 
 
 def filled(path: Path) -> None:
-    ledger = Ledger(path)
-    begin(ledger, "one")
-    ledger.spend("one", 60, None)
-    ledger.close()
+    with closing(Ledger(path)) as ledger:
+        begin(ledger, "one")
+        ledger.spend("one", 60, None)
 
 
 def entries_or_number(path: Path) -> list[Entry] | int:
     try:
-        ledger = Ledger(path)
+        with closing(Ledger(path)) as ledger:
+            return ledger.entries()
     except RunError as error:
         return error.number
-    try:
-        return ledger.entries()
-    except RunError as error:
-        return error.number
-    finally:
-        ledger.close()
 
 
 def test_a_bit_that_flipped_is_found_or_harmless(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     filled(path)
-    ledger = Ledger(path)
-    good, entries = path.read_bytes(), ledger.entries()
-    ledger.close()
+    good, entries = path.read_bytes(), entries_or_number(path)
     # Where the rows are, and as many places anywhere.
     row = good.index(b"one") - 8
     places = [*range(row, row + 200), *random.Random(1).sample(range(len(good)), 200)]
@@ -245,8 +238,9 @@ def test_a_ledger_that_lost_something_is_refused(tmp_path: Path, damage: str) ->
         path.write_bytes({"cut": content[: len(content) // 2], "emptied": b"", "other text": b"x" * 9000}[damage])
     for _ in range(2):  # the second time as well: nothing was made new
         with pytest.raises(RunError) as caught:
-            Ledger(path).entries()
+            Ledger(path)
         assert number_of(caught) == 612
+        assert open_files(tmp_path) == []
 
 
 def test_a_row_that_somebody_changed_is_refused(tmp_path: Path) -> None:
@@ -257,23 +251,21 @@ def test_a_row_that_somebody_changed_is_refused(tmp_path: Path) -> None:
         rows.execute(change)
         rows.commit()
         rows.close()
-        with pytest.raises(RunError, match="seal") as caught:
-            Ledger(path).entries()
+        with closing(Ledger(path)) as ledger, pytest.raises(RunError, match="seal") as caught:
+            ledger.entries()
         assert number_of(caught) == 612
 
 
 def test_a_ledger_that_is_held_too_long_is_refused_with_a_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "ledger.db"
     filled(path)
     monkeypatch.setattr("nightsplit.shared.storage.sqlite.BUSY_SECONDS", 0.2)
-    ledger = Ledger(path)
-    holder = sqlite3.connect(path, isolation_level=None)
-    holder.execute("BEGIN IMMEDIATE")
-    with pytest.raises(RunError, match="another process") as caught:
-        ledger.spend("one", 70, None)
-    assert number_of(caught) == 612
-    holder.execute("ROLLBACK")
+    with closing(sqlite3.connect(path, isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        with pytest.raises(RunError, match="another process") as caught:
+            ledger.spend("one", 70, None)
+        assert number_of(caught) == 612
     ledger.spend("one", 70, None)
     assert steps_of(ledger) == {"one": 70}

@@ -1,5 +1,7 @@
 """A site's part in a private run: its own noise, its line in the ledger, and what a replay finds there."""
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -40,9 +42,24 @@ def parts_of(count: int) -> Splits:
     return Splits(data, data.select([]), data.select([]))
 
 
-def part(folder: Path, count: int = 100, site: str = "mercy") -> PrivateTraining:
-    torch.manual_seed(0)
-    return take_part(CONFIG, PRIVACY, site, parts_of(count), mlp(3, [4], 1), "cpu", folder / "ledger.db", None)
+TakePart = Callable[..., PrivateTraining]
+
+
+@pytest.fixture
+def part(tmp_path: Path) -> Iterator[TakePart]:
+    """Takes part as a site, by its ledger in a folder; all accounts are closed at the end."""
+    with ExitStack() as opened:
+
+        def part(
+            count: int = 100, site: str = "mercy", folder: Path = tmp_path, config: RunConfig = CONFIG
+        ) -> PrivateTraining:
+            torch.manual_seed(0)
+            module, ledger = mlp(3, [4], 1), folder / "ledger.db"
+            mine = take_part(config, PRIVACY, site, parts_of(count), module, "cpu", ledger, None)
+            opened.enter_context(closing(mine.account))
+            return mine
+
+        yield part
 
 
 def spent(part: PrivateTraining) -> Epsilon:
@@ -56,40 +73,40 @@ def train(part: PrivateTraining, steps: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("records", [15, 100, 400])
-def test_each_site_has_the_noise_that_its_records_need(tmp_path: Path, records: int) -> None:
-    mine = part(tmp_path, records)
+def test_each_site_has_the_noise_that_its_records_need(part: TakePart, records: int) -> None:
+    mine = part(records)
     (entry,) = mine.account.ledger.entries()
     assert (entry.records, entry.use.rate, entry.use.steps) == (records, 10 / records, 0)
     mine.account.pay(Spend(5 * 4))
     assert 1.99 < spent(mine).pld <= 2.0
 
 
-def test_a_process_that_comes_back_trains_the_same(tmp_path: Path) -> None:
-    first, again = train(part(tmp_path), 3), train(part(tmp_path), 3)
+def test_a_process_that_comes_back_trains_the_same(part: TakePart) -> None:
+    first, again = train(part(), 3), train(part(), 3)
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
 
 
-def test_noise_belongs_to_one_secret(tmp_path: Path) -> None:
-    first, other = train(part(tmp_path / "one"), 3), train(part(tmp_path / "two"), 3)
+def test_noise_belongs_to_one_secret(part: TakePart, tmp_path: Path) -> None:
+    first, other = train(part(folder=tmp_path / "one"), 3), train(part(folder=tmp_path / "two"), 3)
     assert not any(torch.equal(tensor, other[name]) for name, tensor in first.items())
 
 
-def test_a_ledger_serves_one_site(tmp_path: Path) -> None:
-    part(tmp_path)
+def test_a_ledger_serves_one_site(part: TakePart) -> None:
+    part()
     with pytest.raises(RunError) as caught:
-        part(tmp_path, site="hope")
+        part(site="hope")
     assert caught.value.number == 613
 
 
-def test_other_data_under_the_same_id_is_refused(tmp_path: Path) -> None:
-    part(tmp_path, 100)
+def test_other_data_under_the_same_id_is_refused(part: TakePart) -> None:
+    part(100)
     with pytest.raises(RunError) as caught:
-        part(tmp_path, 101)
+        part(101)
     assert caught.value.number == 613
 
 
-def test_the_account_reports_what_is_paid_for(tmp_path: Path) -> None:
-    mine = part(tmp_path)
+def test_the_account_reports_what_is_paid_for(part: TakePart) -> None:
+    mine = part()
     assert spent(mine).pld == 0.0
     mine.account.pay(Spend(8))
     (entry,) = mine.account.ledger.entries()
@@ -105,9 +122,9 @@ def test_missing_packages_have_a_number(monkeypatch: pytest.MonkeyPatch) -> None
     assert caught.value.number == 614
 
 
-def test_noise_is_planned_for_every_update_that_a_fast_site_may_send(tmp_path: Path) -> None:
+def test_noise_is_planned_for_every_update_that_a_fast_site_may_send(part: TakePart) -> None:
     """Buffered rounds answer at once: a site alone may fill every buffer."""
     config = replace(CONFIG, round=RoundSection(rounds=5, local_batches=4, close="buffered", reports=3))
-    mine = take_part(config, PRIVACY, "mercy", parts_of(100), mlp(3, [4], 1), "cpu", tmp_path / "ledger.db", None)
+    mine = part(config=config)
     mine.account.pay(Spend(5 * 3 * 4))
     assert 1.99 < spent(mine).pld <= 2.0

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from nightsplit.site_worker.worker import SiteWorker
+from tests.harness.processes import open_files
 from tests.harness.study import change
 from tests.harness.workers import SHARES, Hospital
 
@@ -67,3 +69,11 @@ def test_a_hospital_whose_budget_is_spent_stays_away_and_the_others_go_on(tmp_pa
     assert report["sites"]["south"]["excluded_at"] is not None
     assert report["sites"]["south"]["batches"] == 0
     assert report["best"] is not None
+
+
+def test_a_site_that_ends_before_the_run_is_opened_closes_its_ledger(tmp_path):
+    hospital = private(tmp_path / "run")
+    site = SiteWorker(hospital.folder / "north.toml")
+    assert site.work(idle_seconds=0.0) is False
+    assert (hospital.folder / "north.db").exists()
+    assert open_files(hospital.folder) == []
