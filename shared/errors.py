@@ -44,6 +44,7 @@ TITLES: dict[int, str] = {
     210: "Dead letter queue is in use",
     211: "Access rights cannot be changed at broker or store",
     212: "Nodes of the cluster do not agree",
+    214: "Run is in use",
     301: "Not a nightsplit message",
     302: "Unknown wire version",
     303: "Unknown kind of message",
