@@ -38,9 +38,7 @@ def transfer(queue: Queue, old: Broker, new: Broker, owner: str) -> Iterator[int
         with old.link([queue], 2 * BATCH, owner) as source, new.link([], 1, owner) as target:
             if new.is_consumed(queue):  # by our own `source`, if both brokers are one
                 sentence = f"queue {queue.name} at the new broker has a consumer."
-                raise BrokerError(
-                    214, sentence, "stop the worker there; if both addresses name one broker, correct one."
-                )
+                raise BrokerError(214, sentence, "stop the worker there; if both files name one broker, correct one.")
             while waiting > 0:
                 batch = [_receive(source, queue) for _ in range(min(BATCH, waiting))]
                 for delivery in batch:

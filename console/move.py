@@ -1,6 +1,6 @@
 """Move of an unfinished run from one broker to another, while its workers stand still.
 
-    lock of the server's state folder ─▶ lease of the run ─▶ no site reports ─▶ transfer of each queue ─▶ no site reports
+    lock of the state folder ─▶ lease of the run ─▶ no site reports ─▶ transfer of each queue ─▶ no site reports
 
 With lock and lease the move takes the place of the server, which therefore cannot start meanwhile. The run store
 is not moved, and no queue is deleted: a worker that still has the old address leaves its messages there, and a
