@@ -41,16 +41,25 @@ def move_run(old: WorkerFile, new: WorkerFile) -> None:
         if not any(queues.values()):
             sentence = f"the broker of {old.path} has no queue of run {old.run_config.run.id!r}."
             raise RunError(605, sentence, "name the server.toml with the broker that has the run.")
+        full: list[BrokerError] = []
         for site, present in queues.items():
             target.declare(present)
             moved = 0
             for queue in present:
-                for number in transfer(queue, source, target, "move"):
-                    moved += number
-                    lease.renew(store)
-                    lease.check()
+                try:
+                    for number in transfer(queue, source, target, "move"):
+                        moved += number
+                        lease.renew(store)
+                        lease.check()
+                except BrokerError as error:
+                    if error.number != 209 or queue.name not in error.sentence:
+                        raise
+                    full.append(error)  # the others go on: the workers need them to make room
             print(f"{site}: {counted(moved, 'message')} moved")
         _expect_no_site(old, store)
+        if full:
+            remedy = f"let the server make room with {new.path}, without this queue's site; stop it, then move again."
+            raise BrokerError(209, full[0].sentence, remedy)
     address = new.config.broker.rpartition("@")[2]  # without user and password
     print(shown(f"run {old.run_config.run.id} is at {address}; start the server with {new.path}, and each site when"))
     print("its site.toml names this address as broker, with the site's own user")

@@ -16,7 +16,9 @@ from nightsplit.server_worker.worker import ServerWorker
 from nightsplit.shared.errors import NightsplitError
 from nightsplit.shared.run_store.status import Phase, WorkerStatus
 from nightsplit.shared.runtime.process import lock_folder
+from nightsplit.shared.transport import Delivery
 from nightsplit.shared.wire.message import SERVER
+from tests.harness.services import wait_until
 from tests.harness.study import SITES, change, write_study
 
 
@@ -102,6 +104,35 @@ def test_a_server_that_takes_over_ends_the_move(study: Path, monkeypatch: pytest
         monkeypatch.setattr(module, "transfer", transfer)
         with pytest.raises(NightsplitError, match="E505"):
             moved(study)
+
+
+def test_a_queue_that_is_too_full_for_the_new_broker(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a consumer held did not count: the old queue has more than its limit. The other queues are moved."""
+    (study / "run.toml").write_text((study / "run.toml").read_text() + "[wire]\nqueue_bytes = 100_000\n")
+    for name in ("server.toml", "new.toml"):
+        change(study / name, "embedded:", "embedded:small_")
+    old, new = (WorkerFile(study / name) for name in ("server.toml", "new.toml"))
+    ups = [queues.up for queues in old.queues().values()]
+    old.open_broker().declare(queue for queues in old.queues().values() for queue in queues)
+    with old.open_broker().link(ups, 30, "server") as link:
+        for up, number in zip(ups, (60, 40), strict=True):
+            for n in range(number):
+                link.publish(up, f"m{n}", [bytes(2500)])
+        wait_until(lambda: link.receive(0.1) is None and not link.unconfirmed, 30, "all to be stored")
+    assert depths(study, "server.toml") == [[60, 0, 0], [40, 0, 0]]
+
+    monkeypatch.setattr("nightsplit.broker.transfer.SILENCE_S_MAX", 0.5)
+    with pytest.raises(NightsplitError, match=r"E209 .*ward.north.up is full.*new.toml, without this queue's site"):
+        moved(study)
+    assert [up for up, _, _ in depths(study, "new.toml")] == [40, 40]
+    with new.open_broker().link([ups[0]], 30, "server") as link:
+        for _ in range(30):
+            delivery = link.receive(10.0)
+            assert isinstance(delivery, Delivery)
+            link.acknowledge(delivery)
+    moved(study)
+    assert depths(study, "server.toml") == [[0, 0, 0]] * 2
+    assert depths(study, "new.toml")[1] == [40, 0, 0]
 
 
 def test_files_that_do_not_fit_together(study: Path) -> None:
