@@ -22,6 +22,7 @@ from nightsplit.console.commands.doctor import doctor
 from nightsplit.console.commands.explain import explain
 from nightsplit.console.commands.keys import keys
 from nightsplit.console.commands.merge import merge
+from nightsplit.console.commands.move import move
 from nightsplit.console.commands.open import open_run
 from nightsplit.console.commands.predict import predict
 from nightsplit.console.commands.pretrain import pretrain
@@ -50,7 +51,9 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command("open")(open_run)
-for verb in (server, site, status, pretrain, merge, predict, query, serve_queries, doctor, replay, privacy, explain):
+for verb in (
+    server, site, status, pretrain, merge, predict, query, serve_queries, doctor, move, replay, privacy, explain,
+):  # fmt: skip
     app.command()(verb)
 app.add_typer(dlq, name="dlq")
 app.add_typer(keys, name="keys")

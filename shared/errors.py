@@ -46,6 +46,7 @@ TITLES: dict[int, str] = {
     211: "Access rights cannot be changed at broker or store",
     212: "Nodes of the cluster do not agree",
     213: "Version of the broker cannot be used",
+    214: "Run is in use",
     301: "Not a nightsplit message",
     302: "Unknown wire version",
     303: "Unknown kind of message",

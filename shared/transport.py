@@ -184,5 +184,9 @@ class Broker(ABC):
         """
 
     @abstractmethod
+    def is_consumed(self, queue: Queue) -> bool:
+        """Return whether an owner consumes `queue`; if none does, `depth` counts all of its messages."""
+
+    @abstractmethod
     def delete(self, queues: Iterable[Queue]) -> None:
         """Delete queues with all their messages."""

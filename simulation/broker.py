@@ -55,6 +55,12 @@ class MemoryBroker(Broker):
             return None if stored is None else len(stored.waiting)
 
     @override
+    def is_consumed(self, queue: Queue) -> bool:
+        with self._changed:
+            stored = self._queues.get(queue.name)
+            return stored is not None and stored.consumer is not None
+
+    @override
     def delete(self, queues: Iterable[Queue]) -> None:
         with self._changed:
             for queue in queues:

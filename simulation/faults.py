@@ -86,6 +86,10 @@ class FaultyBroker(Broker):
         return self._broker.depth(queue)
 
     @override
+    def is_consumed(self, queue: Queue) -> bool:
+        return self._broker.is_consumed(queue)
+
+    @override
     def delete(self, queues: Iterable[Queue]) -> None:
         self._broker.delete(queues)
 

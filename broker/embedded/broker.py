@@ -55,6 +55,11 @@ class EmbeddedBroker(Broker):
             return None if waiting is None else waiting[0]
 
     @override
+    def is_consumed(self, queue: Queue) -> bool:
+        with broker_errors(201, self._folder.path), closing(self._folder.open()) as rows:
+            return self._folder.is_leased(rows, queue.name)
+
+    @override
     def delete(self, queues: Iterable[Queue]) -> None:
         files: list[str] = []
         with broker_errors(201, self._folder.path), closing(self._folder.open()) as rows:

@@ -56,6 +56,8 @@ WHERE name = :name AND (link = :link OR NOT :held AND (
     link IS NULL OR owner = :owner OR expires NOT BETWEEN :now AND :now + :ttl))
 """
 
+LEASED = "SELECT 1 FROM queue WHERE name = :name AND link IS NOT NULL AND expires BETWEEN :now AND :now + :ttl"
+
 NEXT = """
 SELECT id, message_id, headers, body, file, id <= seen FROM queue JOIN message ON message.queue = name
 WHERE name = :name AND link = :link AND id > :taken ORDER BY id LIMIT 1
@@ -121,6 +123,10 @@ class Folder:
         """Renew the lease of `link`, or gain it unless it was `held` and lost; return whether it has it."""
         lease = {"name": queue, "owner": owner, "link": link, "taken": taken, "held": held}
         return rows.execute(LEASE, lease | self._now()).rowcount == 1
+
+    def is_leased(self, rows: sqlite3.Connection, queue: str) -> bool:
+        """Return whether a live link has the lease of `queue`."""
+        return rows.execute(LEASED, {"name": queue} | self._now()).fetchone() is not None
 
     def release(self, rows: sqlite3.Connection, link: str) -> None:
         """Give up all leases of `link`; its unacknowledged messages wait again."""

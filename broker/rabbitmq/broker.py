@@ -16,6 +16,7 @@ All state in the right column belongs to the I/O thread; the inbox is the only w
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from typing_extensions import override
 
@@ -102,15 +103,23 @@ class RabbitBroker(Broker):
     @override
     def depth(self, queue: Queue) -> int | None:
         # The count may be late after a restart of the broker.
+        declared = self._look_up(queue)
+        return None if declared is None else declared.message_count
+
+    @override
+    def is_consumed(self, queue: Queue) -> bool:
+        declared = self._look_up(queue)
+        return declared is not None and declared.consumer_count > 0
+
+    def _look_up(self, queue: Queue) -> Any:
+        """Return the counts of a queue's messages and consumers; None if it is missing."""
         try:
             with connected(self._addresses, FIRST_CONNECTION_S) as connection:
-                declared = connection.channel().queue_declare(queue.name, passive=True)
+                return connection.channel().queue_declare(queue.name, passive=True).method
         except BrokerError as error:
             if error.number == 205:
                 return None
             raise
-        waiting: int = declared.method.message_count
-        return waiting
 
     @override
     def delete(self, queues: Iterable[Queue]) -> None:

@@ -15,6 +15,7 @@ from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Blocked, Broker, Confirmed, Delivery, Event, Link, Queue, Unblocked
 from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.simulation.faults import Faults, FaultyBroker
+from tests.harness.services import wait_until
 
 PATIENCE_S = 10.0
 LIMIT = 2**20
@@ -362,6 +363,18 @@ def test_depth(broker: Broker, queues: SiteQueues) -> None:
     assert broker.depth(queues.up) == 3
     assert broker.depth(queues.down) == 0
     assert broker.depth(site_queues("run", "nobody", LIMIT).up) is None
+
+
+def test_a_consumer_is_seen_at_its_own_queue_alone(broker: Broker, queues: SiteQueues) -> None:
+    publish_all(broker, queues.up, names(3))
+    assert not broker.is_consumed(queues.up)
+    with broker.link([queues.up], 2, "server") as link:
+        deliveries(link, 2)
+        wait_until(lambda: broker.is_consumed(queues.up), PATIENCE_S, "the consumer to be seen")
+        assert not broker.is_consumed(queues.down)
+    wait_until(lambda: not broker.is_consumed(queues.up), PATIENCE_S, "the consumer to be gone")
+    assert broker.depth(queues.up) == 3  # at once: it counts what the consumer had
+    assert not broker.is_consumed(site_queues("run", "nobody", LIMIT).up)
 
 
 def test_delete(broker: Broker, queues: SiteQueues) -> None:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from itertools import count
 
 import msgspec
 import pika
 import pytest
 
-from nightsplit.broker.embedded.link import EmbeddedLink
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
-from nightsplit.broker.rabbitmq.link import RabbitLink
 from nightsplit.console.dead_letters import PREFETCH, replay_letters
-from nightsplit.shared.crash_points import EXIT_CODE
 from nightsplit.shared.errors import ConfigError, NightsplitError
 from nightsplit.shared.transport import Delivery
 from nightsplit.shared.wire import head
@@ -30,6 +24,7 @@ from tests.harness.dead_letters import (
     listed,
     put,
 )
+from tests.harness.kills import is_killed
 from tests.harness.night import Night, tiny_config
 from tests.harness.services import wait_until
 from tests.protocols.test_poison import POISON, header
@@ -201,28 +196,12 @@ def test_a_full_queue_is_an_error_and_loses_nothing(broker, tmp_path, capsys):
     assert dead
 
 
-def die_in_the_middle(method: str, act: Callable[[], None]) -> None:
-    """Carry out `act` in a process that ends without a word when a link's `method` is called for the 7th time."""
-    child = os.fork()
-    if child == 0:
-        calls = count(1)
-
-        def dying(original: Callable[..., None]) -> Callable[..., None]:
-            return lambda *arguments: os._exit(EXIT_CODE) if next(calls) == 7 else original(*arguments)
-
-        for kind in (EmbeddedLink, RabbitLink):
-            setattr(kind, method, dying(getattr(kind, method)))
-        act()
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == EXIT_CODE
-
-
 @pytest.mark.parametrize("broker", BROKERS[1:], indirect=True)
 @pytest.mark.parametrize("method", ["publish", pytest.param("acknowledge", marks=pytest.mark.campaign)])
 def test_a_command_that_is_killed_loses_nothing(night, method, capsys):
     up, dead, number = night.queues["north"].up, night.queues["north"].dead, 40
     put(night, dead, *letters(night, number))
-    die_in_the_middle(method, lambda: replay_letters(file_of(night), None))
+    assert is_killed(lambda: replay_letters(file_of(night), None), method, 7)
     replayed = [message.message_id for message in contents(night, up, night.broker.depth(up))]
     left = [letter["message_id"] for letter in listed(file_of(night), capsys)]  # waits for the dead one's lease
     everything = [f"night/north/server/smashed/{n}" for n in range(number)]

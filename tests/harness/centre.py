@@ -101,6 +101,17 @@ class Centre:
         self.redis.kill()
         self.node.kill()
 
+    def another_node(self, folder: Path) -> SecureNode:
+        """A second broker with the same users and certificates, on ports of its own."""
+        node, conf = SecureNode(folder, self.keys, free_port()), folder / "rabbitmq.conf"
+        text = conf.read_text(encoding="utf-8")
+        management = self.addresses.management.rpartition(":")[2]
+        for taken, free in ((self.node.port, node.port), (management, free_port())):
+            assert f" = {taken}\n" in text
+            text = text.replace(f" = {taken}\n", f" = {free}\n")
+        conf.write_text(text, encoding="utf-8")
+        return node
+
     def credentials(self, worker: str) -> Credentials:
         """Of a worker."""
         place = self.keys.folder / "sites" / worker

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -30,6 +31,8 @@ from tests.harness.listeners import listeners
 # The wrappers on PATH change to the user of the installed service; the scripts themselves do not.
 RABBITMQ_SCRIPTS = Path(os.environ.get("NIGHTSPLIT_RABBITMQ", "/usr/lib/rabbitmq/bin"))
 """Folder of rabbitmq-server and rabbitmqctl; the environment may name another version than the installed one."""
+SECOND_RABBITMQ_SCRIPTS = os.environ.get("NIGHTSPLIT_RABBITMQ_2")
+"""The same of a second version, to which runs move; None where there is none."""
 REDIS_PROGRAM = os.environ.get("NIGHTSPLIT_REDIS", "redis-server")
 """A Redis or Valkey server: its path, or its name on PATH; likewise."""
 START_S = 60.0
@@ -130,8 +133,9 @@ class Service:
 class RabbitNode(Service):
     """A RabbitMQ node of its own. Log in as guest; take a fresh `vhost()` per test."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, scripts: Path = RABBITMQ_SCRIPTS) -> None:
         super().__init__(folder)
+        self._scripts = scripts
         self.port = free_port()
         self.name = f"nightsplit-{os.getpid()}-{self.port}@localhost"
         self._distribution_port = free_port()
@@ -154,7 +158,7 @@ class RabbitNode(Service):
         return f"amqp://guest:guest@127.0.0.1:{self.port}/%2F"
 
     def command(self) -> list[str]:
-        server = RABBITMQ_SCRIPTS / "rabbitmq-server"
+        server = self._scripts / "rabbitmq-server"
         _require(server.exists(), "RabbitMQ", "rabbitmq-server")
         return [str(server)]
 
@@ -192,7 +196,7 @@ class RabbitNode(Service):
     def ctl(self, *arguments: str) -> str:
         """Output of `rabbitmqctl`, about two seconds later."""
         done = subprocess.run(
-            [str(RABBITMQ_SCRIPTS / "rabbitmqctl"), "-q", "-n", self.name, *arguments],
+            [str(self._scripts / "rabbitmqctl"), "-q", "-n", self.name, *arguments],
             env=self.environment(),
             cwd=self.folder,
             stdin=subprocess.DEVNULL,
@@ -220,6 +224,13 @@ class RabbitNode(Service):
                 f" end || V <- [{names}]].",
             )
         return f"amqp://guest:guest@127.0.0.1:{self.port}/{self._vhosts.pop(0)}"
+
+
+def for_quorum_queues(url: str) -> str:
+    """The address of one node by two names, as if it were a cluster: its queues are quorum queues."""
+    host = re.search(r"127\.0\.0\.1(:\d+)", url)
+    assert host is not None, url
+    return url.replace(host[0], f"{host[0]},localhost{host[1]}")
 
 
 class RedisServer(Service):
