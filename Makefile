@@ -27,7 +27,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.stamp  ## create .venv with the pinned packages (seconds when it is there already)
-	@test -z "$(PYTHON)" || test "$$($(PYTHON) -V)" = "$$($(BIN)/python -V)" || \
+	@test -z "$(PYTHON)" || test "$$($(PYTHON) -V 2> /dev/null)" = "$$($(BIN)/python -V)" || \
 	  { echo "$(VENV) has $$($(BIN)/python -V), which is not $(PYTHON). Fix: make clean, or another VENV=" >&2; exit 1; }
 
 $(VENV)/.stamp: pyproject.toml constraints.txt
