@@ -52,7 +52,7 @@ def test_what_stands_still_moves_there_and_back(study: Path, capsys: pytest.Capt
     arguments = ["move", str(study / "server.toml"), "--to", str(study / "new.toml")]
     assert run(arguments) == 0
     told = capsys.readouterr().out
-    assert told.startswith("north: 1 message moved\nsouth: 1 message moved\nrun ward is at embedded:new; ")
+    assert told.startswith("north: 1 message moved\nsouth: 1 message moved\nrun ward is now at embedded:new\n")
     assert depths(study, "server.toml") == [[0, 0, 0]] * 2
     assert depths(study, "new.toml") == [[0, 1, 0]] * 2
     assert run(arguments) == 0
