@@ -61,8 +61,9 @@ def move_run(old: WorkerFile, new: WorkerFile) -> None:
             remedy = f"let the server make room with {new.path}, without this queue's site; stop it, then move again."
             raise BrokerError(209, full[0].sentence, remedy)
     address = new.config.broker.rpartition("@")[2]  # without user and password
-    print(shown(f"run {old.run_config.run.id} is at {address}; start the server with {new.path}, and each site when"))
-    print("its site.toml names this address as broker, with the site's own user")
+    print(shown(f"run {old.run_config.run.id} is now at {address}"))
+    print(shown(f"server: start it with {new.path}"))
+    print("sites: name this address, with the site's own user, as broker in site.toml; then start")
 
 
 def _expect_one_run(old: WorkerFile, new: WorkerFile) -> None:

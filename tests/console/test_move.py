@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nightsplit.broker.topology import query_queues
 from nightsplit.console import move as module
 from nightsplit.console.cli import run
 from nightsplit.console.move import move_run
@@ -52,13 +53,26 @@ def test_what_stands_still_moves_there_and_back(study: Path, capsys: pytest.Capt
     arguments = ["move", str(study / "server.toml"), "--to", str(study / "new.toml")]
     assert run(arguments) == 0
     told = capsys.readouterr().out
-    assert told.startswith("north: 1 message moved\nsouth: 1 message moved\nrun ward is at embedded:new; ")
+    assert told.startswith("north: 1 message moved\nsouth: 1 message moved\nrun ward is now at embedded:new\n")
     assert depths(study, "server.toml") == [[0, 0, 0]] * 2
     assert depths(study, "new.toml") == [[0, 1, 0]] * 2
     assert run(arguments) == 0
     assert capsys.readouterr().out.startswith("north: 0 messages moved\n")
     moved(study, "new.toml", "server.toml")
     assert depths(study, "server.toml") == [[0, 1, 0]] * 2
+
+
+def test_queries_move_too(study: Path) -> None:
+    old, new = (WorkerFile(study / name) for name in ("server.toml", "new.toml"))
+    queries = old.queues(query_queues)["north"]
+    old.open_broker().declare(queries)
+    with old.open_broker().link([], 1, "site") as link:
+        for queue in queries:
+            link.publish(queue, "m", [b"x"])
+        wait_until(lambda: link.receive(0.1) is None and not link.unconfirmed, 30, "all to be stored")
+    moved(study)
+    assert [new.open_broker().depth(queue) for queue in queries] == [1, 1, 1]
+    assert new.open_broker().depth(old.queues(query_queues)["south"].up) is None, "it had none"
 
 
 @pytest.mark.parametrize("phase", [Phase.WORKING, Phase.WAITING, Phase.BLOCKED])
