@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.speed.common import scratch
+from nightsplit.shared.protocols import PROTOCOLS
 from nightsplit.shared.protocols.spec import TRAINING, Shape, systems
 from tests.faults.chaos import Campaign, carry_out_all, passed
 from tests.harness.films import ask_under_kills, by_itself, expect_plain_scores, trained, write_study
@@ -34,6 +36,8 @@ from tests.harness.services import RabbitNode
 
 SERVICES = 16
 """One kill in so many is one of the broker, another one of the store."""
+GAPS = {Shape.STREAM: 60, Shape.ROUND: 9}
+"""Mean number of steps between two strikes: several fall between two checkpoints."""
 QUERY_PAUSE_S = 6.0
 COLUMNS = ("system", "workers", "broker", "store", "lost", "twice", "equal", "restart, median s", "minutes")
 
@@ -42,8 +46,10 @@ def train(system: str, kills: int, seed: int, folder: Path) -> dict[str, Any]:
     """Play the kills on runs of a system that trains."""
     of_service = max(1, kills // SERVICES)
     campaign = Campaign(
-        kills - 2 * of_service, of_service, of_service, seed, broker="rabbitmq", protocol=system, begin=Process
+        kills - 2 * of_service, of_service, of_service, seed=seed, broker="rabbitmq", protocol=system, begin=Process
     )
+    if not campaign.one_shot:
+        campaign = replace(campaign, gap=GAPS[PROTOCOLS[system].shape])
     result = carry_out_all(campaign, folder, _tell)
     return {**result, "passed": passed(result)}
 

@@ -19,6 +19,7 @@ from nightsplit.shared.credentials import TLS_SCHEMES, hosts_of, scheme_of
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.protocols.build import build_model, planned_message_bytes
 from nightsplit.shared.run_store.base import RunStore
+from nightsplit.shared.run_store.redis import RedisStore
 from nightsplit.site_worker.config import SiteSection
 
 TIMEOUT_S = 5.0
@@ -33,7 +34,7 @@ def link_checks(file: WorkerFile) -> dict[str, Callable[[WorkerFile], Finding]]:
     if file.config.broker.startswith("amqp"):
         checks |= {"TLS": check_encryption, "rights": check_rights, "passage": check_passage}
     if file.config.store.startswith("redis"):
-        checks["clock"] = check_clock
+        checks |= {"clock": check_clock, "power cut": check_power_cut}
     return checks
 
 
@@ -135,6 +136,24 @@ def check_passage(file: WorkerFile) -> Finding:
     passes = f"the largest planned message, {size(largest)}, passes (in {time.monotonic() - began:.2f} s)"
     timeout = "A message that waits longer than consumer_timeout (RabbitMQ: 30 min by default) is delivered again"
     return Finding("passage", f"{passes}. {timeout}")
+
+
+def check_power_cut(file: WorkerFile) -> Finding:
+    """Report what the store loses when its host loses power."""
+    with closing(file.open_store()) as store:
+        assert isinstance(store, RedisStore)
+        try:
+            lost = store.loss_at_power_cut()
+        except BrokerError as error:
+            if "permission" in error.sentence:
+                return Finding(
+                    "power cut", "this user may not ask for Redis's settings; nightsplit keys writes safe ones"
+                )
+            raise
+    if lost is None:
+        return Finding("power cut", "Redis loses nothing that it has answered")
+    found = f"of pointer and order journal, Redis loses {lost} if its host loses power; killed processes lose nothing"
+    return Finding("power cut", found, "set appendonly yes and appendfsync always in redis.conf.")
 
 
 def check_clock(file: WorkerFile) -> Finding:

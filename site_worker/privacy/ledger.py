@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nightsplit.shared.errors import RunError
+from nightsplit.shared.storage.files import rename_durably
 from nightsplit.shared.storage.sqlite import explain, open_database, transaction
 from nightsplit.site_worker.privacy.accounting import Epsilon, Use, epsilon_of, patient_epsilon
 from nightsplit.site_worker.privacy.secret import Secret, make_secret, read_secret
@@ -176,9 +177,12 @@ class Ledger:
             raise RunError(611, sentence, f"let the run end here, or {remedy}")
 
     def _open_secret(self, key: Path) -> Secret:
-        """Read the secret of this ledger, or make one for a new ledger."""
+        """Read the secret of this ledger, or make one for a new ledger: under another name until the ledger has it."""
+        new = key.with_suffix(".new")
         with transaction(self._rows):
             found = self._rows.execute("SELECT proof FROM owner").fetchall()
+            if found and new.exists() and not key.exists():
+                rename_durably(new, key)  # a crash prevented it
             if key.exists():
                 secret = read_secret(key)
                 if found != [(secret.derive("ledger").key,)]:
@@ -186,8 +190,11 @@ class Ledger:
             elif found:
                 raise self._error(f"its secret {key} is missing")
             else:
-                secret = make_secret(key)
+                new.unlink(missing_ok=True)
+                secret = make_secret(new)
                 self._rows.execute("INSERT INTO owner VALUES (?)", (secret.derive("ledger").key,))
+        if new.exists():
+            rename_durably(new, key)
         return secret
 
     def _parse_entry(self, row: Sequence[Any]) -> Entry:

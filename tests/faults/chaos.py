@@ -3,6 +3,7 @@
     python -m tests.faults.chaos --kills 200 --points --broker rabbitmq
     python -m tests.faults.chaos --kills 200 --points --order fair
     python -m tests.faults.chaos --kills 0 --broker-kills 20 --broker rabbitmq
+    python -m tests.faults.chaos --kills 0 --power-cuts 200
     python -m tests.faults.chaos --kills 60 --every 10 --epochs 1500 --broker rabbitmq
     python -m tests.faults.chaos --quick
 
@@ -11,7 +12,8 @@ user starts it, while a seeded nemesis kills them and starts them again with the
 --broker rabbitmq, a private node and a private Redis; --broker-kills and --store-kills kill their processes,
 and a publisher of numbered messages beside the training tells whether a confirmed one was lost. The embedded
 broker has no process: all workers die at once in its place. A system whose sites send everything at once
-(one upload, one update) trains for seconds: its run is repeated until there were enough kills.
+(one upload, one update) trains for seconds: its run is repeated until there were enough kills. With --power-cuts,
+all workers of the host die, and what they did not force to disk is gone (tests/harness/forgetful.py; root).
 
 The oracle: planned messages never applied (`lost`), applied again (`applied_twice`), and whether all
 final weights equal, to the bit, those of the same run without kills (strict order), or of a fresh run that
@@ -53,16 +55,19 @@ from tests.faults.nemesis import (
 )  # fmt: skip
 from tests.faults.numbered import Numbered
 from tests.faults.oracle import Outcome, outcome_of
+from tests.harness.forgetful import Host
 from tests.harness.processes import Fresh, Process
 from tests.harness.services import RabbitNode, RedisServer, Service
 from tests.harness.workers import SHARES, Hospital
 
 RUN = "lipids"
+DISKS = ("broker", "store", "report", "ledgers", *(f"state/{worker}" for worker in WORKERS))
+"""Folders of the run that are disks of their own where the power is cut."""
 STEPS_PER_EPOCH = 19
 """Training batches of the three sites together; in rounds, an update of each site is a step."""
 PEACE = 1.15
 """The run is so much longer than its schedule, so that everybody is still at work at the last strike."""
-END_S = 600.0
+END_S = 1200.0
 NOTICINGS = 3
 ROUND_GAP, ONE_SHOT_GAP = 30, 400
 """Mean of updates between two strikes on a system of rounds, and of hundredths of a second where clocks tell."""
@@ -89,10 +94,12 @@ class Campaign:
     Attributes:
         kills: workers to kill.
         broker_kills, store_kills: how often broker and store die besides.
+        power_cuts: how often the host of all workers, embedded broker and SQLite loses power besides.
         seed: of the schedule.
         broker: a private RabbitMQ node with a private Redis, or embedded broker and SQLite.
         protocol, order: of the run.
         points: crash points that restarted workers die at, in turn, besides the blind kills.
+        gap: mean number of steps, or hundredths of a second, between two strikes; 0 for the system's usual one.
         epochs: of the run; 0 for as many as the schedule needs.
         every: seconds between two kills, of one worker each; 0 for a schedule in steps.
         noticings: how often to measure when `nightsplit status` notices a death.
@@ -102,11 +109,13 @@ class Campaign:
     kills: int
     broker_kills: int = 0
     store_kills: int = 0
+    power_cuts: int = 0
     seed: int = 1
     broker: Literal["rabbitmq", "embedded"] = "embedded"
     protocol: str = "split_labels"
     order: Literal["strict", "fair"] = "strict"
     points: Sequence[crash_points.Point] = ()
+    gap: int = 0
     epochs: int = 0
     every: float = 0.0
     noticings: int = 0
@@ -123,9 +132,9 @@ class Campaign:
         if self.every:
             return clockwork(self.seed, self.kills, self.every)
         of_shape = ROUND_GAP if self.protocol in systems(Shape.ROUND) else GAP
-        gap = ONE_SHOT_GAP if self.one_shot else of_shape
+        gap = self.gap or (ONE_SHOT_GAP if self.one_shot else of_shape)
         blind = self.kills // 2 if self.points else self.kills
-        return schedule(self.seed, blind, self.broker_kills, self.store_kills, gap)
+        return schedule(self.seed, blind, self.broker_kills, self.store_kills, self.power_cuts, gap)
 
     @property
     def needed_epochs(self) -> int:
@@ -174,13 +183,13 @@ def carry_out(
     began = time.monotonic()
     with ExitStack() as stack:
         numbered = None
-        services: dict[ServiceName, Service] = {}
-        addresses = {"broker": "embedded:broker", "store": "sqlite:run.db"}
+        services: dict[ServiceName, Service | Host] = {}
+        addresses = {"broker": "embedded:broker", "store": "sqlite:store/run.db"}
         if campaign.broker == "rabbitmq":
             node = stack.enter_context(RabbitNode(folder / "rabbitmq"))
             redis = stack.enter_context(RedisServer(folder / "redis"))
             addresses = {"broker": node.url, "store": redis.url}
-            services = {"broker": node, "store": redis}
+            services |= {"broker": node, "store": redis}
             if campaign.broker_kills:
                 numbered = Numbered(node.url, campaign.seed)
                 numbered.start()
@@ -190,6 +199,11 @@ def carry_out(
             begin=campaign.begin, **addresses,
         )  # fmt: skip
         stack.enter_context(closing(hospital))
+        if campaign.power_cuts:
+            host = Host([hospital.folder / disk for disk in DISKS], campaign.seed)
+            stack.enter_context(closing(host))
+            stack.enter_context(closing(hospital))  # before the disks: nobody may be at work on them
+            services["host"] = host
         nemesis = Nemesis(
             hospital, campaign.strikes, campaign.kills, campaign.seed, campaign.points, services,
             bool(campaign.every) or campaign.one_shot, not campaign.one_shot, campaign.noticings, tell,
@@ -203,6 +217,7 @@ def carry_out(
             "kills_at_points": nemesis.died_at.total(),
             "broker_kills": nemesis.service_kills["broker"],
             "store_kills": nemesis.service_kills["store"],
+            "power_cuts": nemesis.service_kills["host"],
             "gave_up": nemesis.gave_up,
             "lost": ended.lost,
             "applied_twice": ended.applied_twice,
@@ -277,6 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=200, metavar="N", help="workers to kill (default %(default)s)")
     parser.add_argument("--broker-kills", type=int, default=0, metavar="N", help="how often the broker dies besides")
     parser.add_argument("--store-kills", type=int, default=0, metavar="N", help="how often the store dies besides")
+    parser.add_argument("--power-cuts", type=int, default=0, metavar="N", help="how often the host loses power besides")
     parser.add_argument("--every", type=float, default=0.0, metavar="S", help="kill one worker every S seconds")
     parser.add_argument("--epochs", type=int, default=0, metavar="N", help="of the run (as many as it needs)")
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="of the schedule (default %(default)s)")
@@ -291,6 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kills=min(8, chosen.kills) if chosen.quick else chosen.kills,
         broker_kills=min(2, chosen.broker_kills) if chosen.quick else chosen.broker_kills,
         store_kills=min(2, chosen.store_kills) if chosen.quick else chosen.store_kills,
+        power_cuts=min(2, chosen.power_cuts) if chosen.quick else chosen.power_cuts,
         seed=chosen.seed,
         every=chosen.every,
         epochs=chosen.epochs,

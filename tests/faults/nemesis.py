@@ -25,6 +25,7 @@ from typing import Any, Literal, TextIO
 
 from nightsplit.shared import crash_points
 from nightsplit.shared.wire.message import SERVER
+from tests.harness.forgetful import Host
 from tests.harness.services import Service
 from tests.harness.workers import SHARES, Hospital
 
@@ -45,7 +46,7 @@ PATIENCE_S = 300.0
 LOOK_S = 0.01
 
 
-ServiceName = Literal["broker", "store"]
+ServiceName = Literal["broker", "store", "host"]
 
 
 # ── the schedule ────────────────────────────────────────────────────────────────────────────────
@@ -58,7 +59,7 @@ class Strike:
     Attributes:
         at: its moment: training steps that the server has made, or hundredths of a second.
         victims: workers that are killed together.
-        service: what dies in their place.
+        service: what dies in their place; a host takes all workers with it.
         pause: seconds until the victims are started again.
     """
 
@@ -68,8 +69,10 @@ class Strike:
     pause: float
 
 
-def schedule(seed: int, kills: int, broker_kills: int, store_kills: int = 0, gap: int = GAP) -> list[Strike]:
-    """Strikes that kill `kills` workers one by one or together, and broker and store so many times in between."""
+def schedule(
+    seed: int, kills: int, broker_kills: int, store_kills: int = 0, power_cuts: int = 0, gap: int = GAP
+) -> list[Strike]:
+    """Strikes that kill workers one by one or together, and in between broker, store and host so many times."""
     dice = random.Random(seed)
     groups: list[tuple[str, ...]] = []
     left = kills
@@ -78,7 +81,7 @@ def schedule(seed: int, kills: int, broker_kills: int, store_kills: int = 0, gap
         groups.append(tuple(dice.sample(WORKERS, size)))
         left -= size
     services: list[ServiceName | None] = [None] * len(groups)
-    services += ["broker"] * broker_kills + ["store"] * store_kills
+    services += ["broker"] * broker_kills + ["store"] * store_kills + ["host"] * power_cuts
     dice.shuffle(services)
     at, strikes = 0, []
     for service in services:
@@ -188,7 +191,7 @@ class Nemesis:
         enough: kills after which the run is left in peace, once every crash point was reached.
         seed: of the crash points' numbers.
         points: crash points that workers are started with, in turn; empty for blind kills alone.
-        services: broker and store, where they are processes: otherwise all workers die in their place.
+        services: broker and store, where they are processes (otherwise all workers die in their place), and the host.
         by_clock: whether moments are hundredths of a second, and the run may end before its schedule.
         sites_show: whether a site that works is named in the training steps.
         noticings: how often a victim stays dead until `nightsplit status` no longer shows it as online.
@@ -208,7 +211,7 @@ class Nemesis:
     enough: int
     seed: int
     points: Sequence[crash_points.Point] = ()
-    services: Mapping[ServiceName, Service] = field(default_factory=dict)
+    services: Mapping[ServiceName, Service | Host] = field(default_factory=dict)
     by_clock: bool = False
     sites_show: bool = True
     noticings: int = 0
@@ -290,7 +293,8 @@ class Nemesis:
 
     def _strike(self, strike: Strike, until_noticed: bool) -> None:
         service = self.services.get(strike.service) if strike.service else None
-        victims = WORKERS if strike.service and service is None else strike.victims
+        everybody = strike.service == "host" or (strike.service and service is None)
+        victims = WORKERS if everybody else strike.victims
         for worker in victims:
             self._bury(worker)
         if strike.service:

@@ -215,11 +215,12 @@ class RabbitNode(Service):
 
 
 class RedisServer(Service):
-    """A Redis server of its own that keeps its data over a kill."""
+    """A Redis server of its own that keeps its data over a kill; `appendfsync` is Redis's setting."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, appendfsync: str = "always") -> None:
         super().__init__(folder)
         self.port = free_port()
+        self._appendfsync = appendfsync
 
     @property
     def url(self) -> str:
@@ -239,7 +240,7 @@ class RedisServer(Service):
             "--dir": str(self.folder),
             "--save": "",
             "--appendonly": "yes",
-            "--appendfsync": "always",
+            "--appendfsync": self._appendfsync,
         }
         return [str(program), *itertools.chain.from_iterable(settings.items())]
 
