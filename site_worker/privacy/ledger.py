@@ -177,25 +177,27 @@ class Ledger:
             raise RunError(611, sentence, f"let the run end here, or {remedy}")
 
     def _open_secret(self, key: Path) -> Secret:
-        """Read the secret of this ledger, or make one for a new ledger: under another name until the ledger has it."""
+        """Read the secret of this ledger, or make one for a new ledger.
+
+        A new secret has another name until the ledger knows it, so that a crash leaves neither without the other.
+        """
         new = key.with_suffix(".new")
         with transaction(self._rows):
-            found = self._rows.execute("SELECT proof FROM owner").fetchall()
-            if found and new.exists() and not key.exists():
-                rename_durably(new, key)  # a crash prevented it
-            if key.exists():
-                secret = read_secret(key)
-                if found != [(secret.derive("ledger").key,)]:
-                    raise self._error(f"it is empty, or was not made with {key}")
-            elif found:
-                raise self._error(f"its secret {key} is missing")
-            else:
+            if not key.exists() and not self._proofs():
                 new.unlink(missing_ok=True)
-                secret = make_secret(new)
-                self._rows.execute("INSERT INTO owner VALUES (?)", (secret.derive("ledger").key,))
-        if new.exists():
-            rename_durably(new, key)
+                self._rows.execute("INSERT INTO owner VALUES (?)", (make_secret(new).derive("ledger").key,))
+        with transaction(self._rows):
+            if new.exists() and not key.exists():
+                rename_durably(new, key)
+            if not key.exists():
+                raise self._error(f"its secret {key} is missing")
+            secret = read_secret(key)
+            if self._proofs() != [(secret.derive("ledger").key,)]:
+                raise self._error(f"it is empty, or was not made with {key}")
         return secret
+
+    def _proofs(self) -> list[tuple[bytes]]:
+        return self._rows.execute("SELECT proof FROM owner").fetchall()
 
     def _parse_entry(self, row: Sequence[Any]) -> Entry:
         run, identity, records, rate, sigma, delta, steps, patients, seal = row

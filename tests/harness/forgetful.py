@@ -1,7 +1,7 @@
 """A disk that forgets: after a power cut, what was not forced to it is gone.
 
     folder.img ──loop device, ext4──▶ folder
-    cut()   shuts the file system down without a flush of its journal ─▶ unmounts ─▶ mounts, which replays that journal
+    cut()   shuts the file system down without a flush of its journal ─▶ mounts a copy, which replays that journal
 
 The shutdown is the one with which ext4 itself is tested: from this moment on nothing reaches the image, and what is
 found afterwards is what a host would find. The mount options take away what ext4 does for programs that do not sync:
@@ -49,14 +49,15 @@ class ForgetfulDisk:
         atexit.register(self.close)
 
     def cut(self) -> None:
-        """Cut the power, and bring it back; no process may have a file of this disk open."""
+        """Cut the power, and bring it back; processes that use this disk must be dead."""
         root = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.ioctl(root, SHUTDOWN, struct.pack("I", WITHOUT_FLUSH))
         finally:
             os.close(root)
-        _run("umount", self.folder)
-        # Mounted again from a copy: a container that was started meanwhile holds the old mount until it ends.
+        # Lazily, and mounted again from a copy: a killed process or a container that was started meanwhile may hold
+        # the old mount, to which nothing can be written any more.
+        _run("umount", "--lazy", self.folder)
         copy = self._image.with_suffix(".copy")
         _run("cp", "--sparse=always", self._image, copy)
         copy.replace(self._image)
