@@ -1,6 +1,8 @@
 """Metrics of a running training: JSON lines for machines, TensorBoard event files for people."""
 
 import json
+import math
+import os
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -20,10 +22,9 @@ class MetricsLog:
     def __init__(self, folder: Path, resumed_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        written = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in written if line.endswith("\n")]  # a crash may have cut off the last one
-        kept = [line for line in whole if json.loads(line)["step"] <= resumed_step]
-        self._repeatable = {line for line in kept if json.loads(line)["step"] == resumed_step}
+        written = path.read_text("utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in written if _step_of(line) <= resumed_step]
+        self._repeatable = {line for line in kept if _step_of(line) == resumed_step}
         write_atomic(path, "".join(kept).encode())
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
@@ -42,7 +43,19 @@ class MetricsLog:
             if isinstance(value, float):
                 self._board.add_scalar(f"{path}/{name}", value, step)
 
+    def sync(self) -> None:
+        """Force the lines to disk; called before a checkpoint that contains their steps."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Close both files."""
         self._file.close()
         self._board.close()
+
+
+def _step_of(line: str) -> float:
+    """Return a line's step; infinity if a crash cut it off, or a power cut damaged it: it is in no checkpoint then."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except ValueError:
+        return math.inf

@@ -53,6 +53,7 @@ class ServerShift:
         self.counters = mailbox.counters
         self.skipped_checkpoints = self._engine.recover()
         self._log = MetricsLog(report, role.steps)  # starts at the restored checkpoint
+        self._engine.sync_records = self._log.sync
 
     def run(self, listening: Callable[[], bool], stop: Callable[[], bool], idle_seconds: float | None) -> bool:
         """Work until the run is over, `stop()` is true, or nothing happened for `idle_seconds`.

@@ -43,7 +43,7 @@ def link_checks(file: WorkerFile) -> dict[str, Callable[[WorkerFile], Finding]]:
     if file.config.broker.startswith("amqp"):
         checks |= {"TLS": check_encryption, "rights": check_rights, "passage": check_passage}
     if file.config.store.startswith("redis"):
-        checks["clock"] = check_clock
+        checks |= {"clock": check_clock, "power cut": check_power_cut}
     return checks
 
 
@@ -166,6 +166,24 @@ def check_passage(file: WorkerFile) -> Finding:
         raise
     passes = f"the largest planned message, {size(largest)}, passes (in {time.monotonic() - began:.2f} s)"
     return Finding("passage", passes)
+
+
+def check_power_cut(file: WorkerFile) -> Finding:
+    """Report what the store loses when its host loses power."""
+    with closing(file.open_store()) as store:
+        assert isinstance(store, RedisStore)
+        try:
+            lost = store.loss_at_power_cut()
+        except BrokerError as error:
+            if "permission" in error.sentence:
+                return Finding(
+                    "power cut", "this user may not ask for Redis's settings; nightsplit keys writes safe ones"
+                )
+            raise
+    if lost is None:
+        return Finding("power cut", "Redis loses nothing that it has answered")
+    found = f"of pointer and order journal, Redis loses {lost} if its host loses power; killed processes lose nothing"
+    return Finding("power cut", found, "set appendonly yes and appendfsync always in redis.conf.")
 
 
 def check_clock(file: WorkerFile) -> Finding:

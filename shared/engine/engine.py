@@ -56,6 +56,8 @@ class Engine:
 
     monotonic: Callable[[], float] = staticmethod(time.monotonic)
     """Clock, in seconds, by which checkpoints are due."""
+    sync_records: Callable[[], None] = staticmethod(lambda: None)
+    """Forces the role's lines of metrics to disk, before a checkpoint that contains their steps."""
 
     def __init__(
         self, role: Role, mailbox: Mailbox, checkpoints: Checkpoints, authority: CheckpointAuthority,
@@ -365,6 +367,7 @@ class Engine:
     def _commit(self, pending: PendingSnapshot) -> None:
         self._pending = None
         self._checkpoint_number += 1
+        self.sync_records()
         pointer = self._checkpoints.write(self._authority.fence, self._checkpoint_number, pending.snapshot)
         if not self._authority.move_pointer(pointer):
             sentence = f"another server with a higher fence than {self._authority.fence} is active."

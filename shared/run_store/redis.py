@@ -133,6 +133,17 @@ class RedisStore(RunStore):
         entry = self._call(lambda: self._redis.hget(self._journal, str(position)))
         return None if entry is None else str(entry)
 
+    def loss_at_power_cut(self) -> str | None:
+        """Return which changes a power cut of Redis's host may lose, as its settings say; None for none.
+
+        BrokerError 207 if this user may not ask for its settings.
+        """
+        settings: dict[str, str] = self._call(lambda: self._redis.config_get("append*"))
+        if settings["appendonly"] != "yes":
+            return "all (appendonly no)"
+        losses = {"everysec": "up to 2 s of them (appendfsync everysec)", "no": "up to 30 s of them (appendfsync no)"}
+        return losses.get(settings["appendfsync"])
+
     @override
     def close(self) -> None:
         self._redis.close()

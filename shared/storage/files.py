@@ -62,8 +62,22 @@ def force_to_disk(path: Path) -> None:
 
 def make_private_folder(path: Path) -> None:
     """Create a folder that only its owner may enter, or make one so, regardless of the umask; StateError 513."""
-    path.mkdir(0o700, parents=True, exist_ok=True)
+    make_folder(path)
     keep_private(path)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder for its owner alone, and those above it that are missing; their names are durable."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(0o700, parents=True, exist_ok=True)
+    for folder in missing:
+        force_to_disk(folder.parent)
+
+
+def rename_durably(path: Path, target: Path) -> None:
+    """Rename within a folder, replacing `target`."""
+    path.replace(target)
+    force_to_disk(target.parent)
 
 
 def keep_private(path: Path) -> None:

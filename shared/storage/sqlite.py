@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nightsplit.shared.errors import BrokerError
-from nightsplit.shared.storage.files import keep_private
+from nightsplit.shared.storage.files import keep_private, make_folder
 
 BUSY_SECONDS = 5.0
 """Longest wait of a transaction for the transactions of others, before it fails as locked."""
@@ -23,7 +23,7 @@ def open_database(path: Path, schema: str) -> sqlite3.Connection:
 
     Only its owner may read it, or StateError 513; SQLite gives the files beside it the same mode.
     """
-    path.parent.mkdir(0o700, parents=True, exist_ok=True)
+    make_folder(path.parent)
     database = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     deadline = time.monotonic() + 2 * BUSY_SECONDS
     while True:

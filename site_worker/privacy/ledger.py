@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nightsplit.shared.errors import RunError
+from nightsplit.shared.storage.files import rename_durably
 from nightsplit.shared.storage.sqlite import explain, open_database, transaction
 from nightsplit.site_worker.privacy.accounting import Epsilon, Use, epsilon_of, patient_epsilon
 from nightsplit.site_worker.privacy.secret import Secret, make_secret, read_secret
@@ -177,19 +178,27 @@ class Ledger:
             raise RunError(611, sentence, f"let the run end here, or {remedy}")
 
     def _open_secret(self, key: Path) -> Secret:
-        """Read the secret of this ledger, or make one for a new ledger."""
+        """Read the secret of this ledger, or make one for a new ledger.
+
+        A new secret has another name until the ledger knows it, so that a crash leaves neither without the other.
+        """
+        new = key.with_suffix(".new")
         with transaction(self._rows):
-            found = self._rows.execute("SELECT proof FROM owner").fetchall()
-            if key.exists():
-                secret = read_secret(key)
-                if found != [(secret.derive("ledger").key,)]:
-                    raise self._error(f"it is empty, or was not made with {key}")
-            elif found:
+            if not key.exists() and not self._proofs():
+                new.unlink(missing_ok=True)
+                self._rows.execute("INSERT INTO owner VALUES (?)", (make_secret(new).derive("ledger").key,))
+        with transaction(self._rows):
+            if new.exists() and not key.exists():
+                rename_durably(new, key)
+            if not key.exists():
                 raise self._error(f"its secret {key} is missing")
-            else:
-                secret = make_secret(key)
-                self._rows.execute("INSERT INTO owner VALUES (?)", (secret.derive("ledger").key,))
+            secret = read_secret(key)
+            if self._proofs() != [(secret.derive("ledger").key,)]:
+                raise self._error(f"it is empty, or was not made with {key}")
         return secret
+
+    def _proofs(self) -> list[tuple[bytes]]:
+        return self._rows.execute("SELECT proof FROM owner").fetchall()
 
     def _parse_entry(self, row: Sequence[Any]) -> Entry:
         run, identity, records, rate, sigma, delta, steps, patients, seal = row

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.harness.servers import SERVERS, environment, servers
+from tests.harness.servers import environment, folder_of
 
 pytestmark = [pytest.mark.campaign, pytest.mark.timeout(1800)]
 
@@ -30,10 +30,7 @@ SUPPORTED = {
 
 @pytest.mark.parametrize("server", SUPPORTED)
 def test_a_supported_server_passes(server: str) -> None:
-    folder = servers().get(server)
-    if folder is None:
-        pytest.skip(f"no {server} in a folder of {SERVERS}={os.environ.get(SERVERS, '')}")
-    product = server.split()[0]
+    folder, product = folder_of(server), server.split()[0]
     chosen = "rabbitmq" if product == "RabbitMQ" else "redis"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", chosen, *SUPPORTED[server]]
     done = subprocess.run(

@@ -6,10 +6,12 @@ import csv
 import json
 import re
 import signal
+from contextlib import closing
 from io import StringIO
 from pathlib import Path
 
 import pytest
+import redis
 from msgspec.structs import replace
 
 from nightsplit.console.cli import run
@@ -181,6 +183,24 @@ def test_doctor_finds_nothing_wrong(study, capsys):
     assert set(doctor(study / "server.toml", capsys, 0)) == set(checks) - {"policy", "data"}
     assert run(["doctor", str(study / "south.toml")]) == 0
     assert capsys.readouterr().out.split()[:3] == ["check", "found", "fix"]
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize(("setting", "value", "lost"), [
+    ("appendfsync", "always", None), ("appendfsync", "everysec", "up to 2 s"), ("appendonly", "no", "all"),
+])  # fmt: skip
+def test_doctor_says_what_redis_loses_at_a_power_cut(setting, value, lost, tmp_path, redis_server, capsys):
+    folder = write_study(tmp_path)
+    change(folder / "server.toml", "sqlite:run.db", redis_server.url)
+    with closing(redis.Redis.from_url(redis_server.url)) as client:
+        client.config_set(setting, value)
+        try:
+            finding = doctor(folder / "server.toml", capsys, 0)["power cut"]
+        finally:
+            client.config_set("appendfsync", "always")
+            client.config_set("appendonly", "yes")
+    assert (finding["fix"] is None) is (lost is None)
+    assert lost is None or lost in finding["found"]
 
 
 def test_doctor_names_every_problem_at_once(tmp_path, capsys):

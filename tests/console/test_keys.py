@@ -267,6 +267,7 @@ def test_doctor_tries_what_is_forbidden(centre, tmp_path):
     assert found["TLS"]["fix"] is None
     assert "passes" in found["passage"]["found"]
     assert "agrees" in found["clock"]["found"]
+    assert found["power cut"]["fix"] is None, found["power cut"]
     healthy, found = findings(hospital, "server.toml")
     assert healthy, found
     assert found["rights"]["found"] == "tried 2 forbidden operations; all were refused"

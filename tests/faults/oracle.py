@@ -15,12 +15,13 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from nightsplit.shared.protocols.spec import Shape, systems
+from nightsplit.shared.protocols import PROTOCOLS
+from nightsplit.shared.protocols.spec import Shape
 from nightsplit.shared.wire.message import SERVER
 from tests.harness.workers import SHARES, Hospital
 
 BATCH_SIZE = 16
-TRAINED = ("top", "bottom", "head", "optimizer", "head_optimizer", "vector", "module")
+TRAINED = ("top", "bottom", "head", "optimizer", "head_optimizer", "vector", "vectors", "module")
 """Entries of a checkpoint that are weights, or what an optimizer remembers."""
 
 
@@ -48,7 +49,7 @@ class Outcome:
 
 
 def outcome_of(hospital: Hospital) -> Outcome:
-    """Read a finished run of `split_labels`, `split_u` or `fedavg_transfer`."""
+    """Read a finished run of any system that trains."""
     report = json.loads((hospital.folder / "report" / "report.json").read_text(encoding="utf-8"))
     log = (hospital.folder / "report" / "metrics.jsonl").read_bytes()
     answered = {site: _last_checkpoint(hospital, site)[1]["role"]["answered"] for site in report["sites"]}
@@ -72,17 +73,22 @@ def count(
         lines: of metrics.jsonl.
     """
     lost = again = 0
+    spec = PROTOCOLS[report["protocol"]]
     trained = [line for line in lines if line["event"] == "train"]
+    if spec.uploads_once:  # steps of the server alone; nothing is answered
+        lost += report["steps"] - len({line["step"] for line in trained})
     for site, facts in report["sites"].items():
-        for number in (facts["messages"], answered[site]):
+        for number in [facts["messages"]] if spec.uploads_once else [facts["messages"], answered[site]]:
             lost += max(0, facts["planned"] - number)
             again += max(0, number - facts["planned"])
         lost += facts["refused"]
+        if spec.uploads_once:
+            continue
         # Every training batch, or every update of a round, is one line of the metrics, whatever happened.
-        of_round = report["protocol"] in systems(Shape.ROUND)
-        batches = 1 if of_round else max(1, facts["training_samples"] // BATCH_SIZE)
+        batches = 1 if spec.shape is Shape.ROUND else max(1, facts["training_samples"] // BATCH_SIZE)
         found = Counter(line["epoch"] for line in trained if line["site"] == site)
-        for epoch in range(1, report["history"][-1]["epoch"] + 1):
+        epochs = 1 if spec.name == "data_vectors" else report["history"][-1]["epoch"]  # its history is of scales
+        for epoch in range(1, epochs + 1):
             lost += max(0, batches - found[epoch])
             again += max(0, found[epoch] - batches)
     steps = Counter(line["step"] for line in trained)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from nightsplit.console.cli import run
 from tests.harness.processes import Process
+from tests.harness.services import RabbitNode
 
 FRAMES, SIDE, SEQUENCES = 3, 16, 60
 RUN = """
@@ -119,13 +120,14 @@ def expect_plain_scores(folder: Path) -> int:
 
 
 def ask_under_kills(
-    folder: Path, kills: int, seed: int, pause: float, tell: Callable[[str], None] = lambda line: None
-) -> Counter[str]:
-    """Submit and collect again and again, while the server or the site is killed (SIGKILL) at a random moment.
+    folder: Path, kills: int, seed: int, pause: float, tell: Callable[[str], None] = lambda line: None,
+    node: RabbitNode | None = None, broker_kills: int = 0,
+) -> Counter[str]:  # fmt: skip
+    """Submit and collect again and again, while server, site or broker is killed (SIGKILL) at a random moment.
 
     Args:
         folder: of a run that has finished.
-        kills: how many.
+        kills: how many, and `broker_kills` of them are of the broker `node`.
         seed: of victims and moments.
         pause: the longest between two kills, in seconds.
         tell: shown a line for every kill.
@@ -134,6 +136,7 @@ def ask_under_kills(
         How often each died. All that was submitted is answered then.
     """
     dice, died = np.random.default_rng(seed), Counter[str]()
+    of_broker = set(dice.choice(kills, broker_kills, replace=False).tolist())
     verbs = {"server": ["serve-queries", "server.toml"], "site": ["query", "north.toml", "--output", "scores.csv"]}
     at_work: dict[str, Process] = {}
 
@@ -150,6 +153,11 @@ def ask_under_kills(
             try:
                 code = at_work["site"].wait(float(dice.uniform(0.0, pause)) if died.total() < kills else 100.0)
             except subprocess.TimeoutExpired:
+                if died.total() in of_broker and node is not None:
+                    node.restart()
+                    died["broker"] += 1
+                    tell(f"{died.total()}: kill -9 broker")
+                    continue
                 victim = str(dice.choice(list(verbs)))
                 at_work[victim].kill()
                 at_work[victim].wait()

@@ -23,8 +23,8 @@ LIBRARIES = [
 ]  # fmt: skip
 """What our modules import: loaded once, and forked."""
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(LIBRARIES)
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(LIBRARIES)
 
 
 class Process:
@@ -41,7 +41,7 @@ class Process:
         self, arguments: list[str], folder: Path, out: Path, err: Path, environment: Mapping[str, str] = {}
     ) -> None:
         self.args, self.out, self.err = arguments, out, err
-        self._process = _FORKS.Process(target=_run, args=(arguments, folder, out, err, {**os.environ, **environment}))
+        self._process = FORKS.Process(target=_run, args=(arguments, folder, out, err, {**os.environ, **environment}))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid

@@ -12,6 +12,8 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 SERVERS = "NIGHTSPLIT_SERVERS"
 PROGRAMS = {"RabbitMQ": "rabbitmqctl", "Redis": "redis-server", "Valkey": "valkey-server"}
 
@@ -26,6 +28,13 @@ def servers() -> dict[str, Path]:
                 if (folder / program).exists():
                     found[f"{product} {_version(product, folder / program)}"] = folder
     return found
+
+
+def folder_of(server: str) -> Path:
+    """The folder of a server's programs; skips the test where there is none."""
+    if server not in servers():
+        pytest.skip(f"no {server} in a folder of {SERVERS}={os.environ.get(SERVERS, '')}")
+    return servers()[server]
 
 
 def _version(product: str, program: Path) -> str:

@@ -31,8 +31,6 @@ from tests.harness.listeners import listeners
 # The wrappers on PATH change to the user of the installed service; the scripts themselves do not.
 RABBITMQ_SCRIPTS = Path(os.environ.get("NIGHTSPLIT_RABBITMQ", "/usr/lib/rabbitmq/bin"))
 """Folder of rabbitmq-server and rabbitmqctl; the environment may name another version than the installed one."""
-SECOND_RABBITMQ_SCRIPTS = os.environ.get("NIGHTSPLIT_RABBITMQ_2")
-"""The same of a second version, to which runs move; None where there is none."""
 REDIS_PROGRAM = os.environ.get("NIGHTSPLIT_REDIS", "redis-server")
 """A Redis or Valkey server: its path, or its name on PATH; likewise."""
 START_S = 60.0
@@ -234,11 +232,12 @@ def for_quorum_queues(url: str) -> str:
 
 
 class RedisServer(Service):
-    """A Redis server of its own that keeps its data over a kill."""
+    """A Redis server of its own that keeps its data over a kill; `appendfsync` is Redis's setting."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, appendfsync: str = "always") -> None:
         super().__init__(folder)
         self.port = free_port()
+        self._appendfsync = appendfsync
 
     @property
     def url(self) -> str:
@@ -258,7 +257,7 @@ class RedisServer(Service):
             "--dir": str(self.folder),
             "--save": "",
             "--appendonly": "yes",
-            "--appendfsync": "always",
+            "--appendfsync": self._appendfsync,
         }
         return [str(program), *itertools.chain.from_iterable(settings.items())]
 

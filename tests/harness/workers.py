@@ -41,13 +41,22 @@ features = ["age", "sex", "bmi", "tc", "hdl", "ltg"]
 target_mean = 115.0
 target_spread = 30.0
 """
+SCALING = """scaling = "run"
+mean = [48.0, 1.5, 26.0, 190.0, 50.0, 4.6]
+spread = [13.0, 0.5, 4.5, 35.0, 13.0, 0.5]
+"""
+PRIVACY = """[privacy]
+epsilon = 6.0
+delta = 0.001
+clip = 1.0
+"""
 WORKER = """
 [{kind}]
 {name}broker = "{broker}"
 store = "{store}"
 state = "state/{worker}"
 """
-DATA = """
+DATA = """ledger = "ledgers/{site}.db"
 [data]
 source = "table"
 path = "lipids.csv"
@@ -71,7 +80,7 @@ class Hospital:
         folder: where everything goes.
         broker, store: addresses for server.toml and site.toml; {worker} stands for the worker's name.
         files: more lines for these, with {worker}.
-        protocol, epochs, order, sites: of run.toml; rounds are as many as epochs.
+        protocol, epochs, order, sites: of run.toml; rounds are as many as epochs, or one with so many local epochs.
         begin: how workers and other verbs begin.
     """
 
@@ -90,14 +99,17 @@ class Hospital:
         panel.to_csv(folder / "lipids.csv", index=False)
         run = RUN.format(protocol=protocol, epochs=epochs, order=order, sites=json.dumps(list(sites)))
         if protocol in systems(Shape.ROUND):
-            run += f"[round]\nrounds = {epochs}\n"
+            once = protocol == "data_vectors"
+            run += f"[round]\nlocal_epochs = {epochs}\nrounds = 1\n" if once else f"[round]\nrounds = {epochs}\n"
+        if protocol == "fedavg_dp_seg":
+            run = run.replace("target_mean", f"{SCALING}target_mean") + PRIVACY
         (folder / "run.toml").write_text(run)
         (folder / "policy.toml").write_text(POLICY)
         worker = WORKER.replace("{broker}", broker).replace("{store}", store) + files
         (folder / "server.toml").write_text(worker.format(kind="server", name="", worker="server"))
         for site, (first, last) in SHARES.items():
             text = worker.format(kind="site", name=f'name = "{site}"\n', worker=site)
-            (folder / f"{site}.toml").write_text(text + DATA.format(first=first, last=last))
+            (folder / f"{site}.toml").write_text(text + DATA.format(site=site, first=first, last=last))
 
     def start(self, worker: str, *arguments: str, environment: Mapping[str, str] = {}) -> Process | Fresh:
         """Start a worker in the background; `environment` is added to ours."""
@@ -171,6 +183,10 @@ class Hospital:
             for path in sorted(self.folder.glob("*.log"))
         }
         return "\n".join(f"{worker}: {line}" for worker, lines in texts.items() for line in lines[-20:])
+
+    def last_line(self, worker: str) -> str:
+        """What a worker printed last."""
+        return (self.folder / f"{worker}.log").read_text().rstrip().rpartition("\n")[2]
 
     def models(self) -> dict[str, str]:
         """sha256 of every trained part, by path."""

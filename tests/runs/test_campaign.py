@@ -3,12 +3,15 @@
 The long campaigns of tests/faults/chaos.py, made short: one seed each, and together every crash point.
 """
 
+import json
+
 import pytest
 
 from nightsplit.shared.crash_points import POINTS
+from nightsplit.shared.storage.files import write_atomic
 from nightsplit.shared.wire.message import SERVER
 from tests.faults.chaos import Campaign, carry_out, passed, undisturbed
-from tests.faults.nemesis import schedule
+from tests.faults.nemesis import Watch, clockwork, schedule
 from tests.faults.oracle import count
 from tests.harness.processes import Process
 from tests.harness.workers import SHARES
@@ -98,5 +101,33 @@ def test_a_schedule_is_a_function_of_its_seed():
     strikes = schedule(seed=3, kills=50, broker_kills=5)
     assert strikes == schedule(seed=3, kills=50, broker_kills=5) != schedule(seed=4, kills=50, broker_kills=5)
     assert sum(len(strike.victims) for strike in strikes) == 50
-    assert sum(strike.broker for strike in strikes) == 5
+    assert sum(strike.service == "broker" for strike in strikes) == 5
     assert [strike.at for strike in strikes] == sorted(strike.at for strike in strikes)
+
+
+def test_one_kill_every_ten_seconds_is_of_one_worker():
+    strikes = clockwork(seed=3, kills=4, seconds=10.0)
+    assert [strike.at for strike in strikes] == [1000, 2000, 3000, 4000]
+    assert all(len(strike.victims) == 1 for strike in strikes)
+
+
+def test_steps_that_a_restarted_server_makes_again_are_counted_again(tmp_path):
+    def lines(*steps):
+        return "".join(json.dumps({"event": "train", "step": step, "site": "north"}) + "\n" for step in steps)
+
+    log = tmp_path / "metrics.jsonl"
+    log.write_text(lines(1))
+    watch = Watch(log)
+    watch.news()
+    with log.open("a") as file:
+        file.write(lines(2, 3))
+    assert len(watch.news()) == 2
+    with log.open("a") as file:
+        file.write(lines(4))  # not seen before the server dies
+    write_atomic(log, lines(1, 2).encode())  # what the next one keeps
+    assert watch.news() == []
+    with log.open("a") as file:
+        file.write(lines(3, 4, 5))
+    watch.news()
+    watch.close()
+    assert (watch.step, watch.made) == (5, 6), "steps 2, 3, 4, and 3, 4, 5"

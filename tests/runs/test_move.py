@@ -12,7 +12,8 @@ from nightsplit.console.move import move_run
 from nightsplit.console.worker_file import WorkerFile
 from tests.harness.centre import Centre
 from tests.harness.kills import is_killed
-from tests.harness.services import SECOND_RABBITMQ_SCRIPTS, RabbitNode, for_quorum_queues
+from tests.harness.servers import folder_of
+from tests.harness.services import RabbitNode, for_quorum_queues
 from tests.harness.study import change
 from tests.harness.workers import Hospital
 
@@ -140,20 +141,16 @@ def test_a_move_that_is_killed_again_and_again_goes_on(
 
 
 @pytest.mark.campaign
-@pytest.mark.skipif(
-    SECOND_RABBITMQ_SCRIPTS is None, reason="NIGHTSPLIT_RABBITMQ_2 names no second version of RabbitMQ to move to"
-)
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@pytest.mark.parametrize("server", ["RabbitMQ 4.0", "RabbitMQ 4.3"])
 def test_to_another_version_of_rabbitmq(
-    rabbitmq: RabbitNode, undisturbed: dict[str, str], tmp_path: Path, queue_type: str
+    rabbitmq: RabbitNode, undisturbed: dict[str, str], tmp_path: Path, server: str, queue_type: str
 ) -> None:
-    assert SECOND_RABBITMQ_SCRIPTS is not None
     old = rabbitmq.vhost()
     with (
-        RabbitNode(tmp_path / "new", Path(SECOND_RABBITMQ_SCRIPTS)) as node,
+        RabbitNode(tmp_path / "new", folder_of(server)) as node,
         stopped_in_the_middle(Hospital(tmp_path / "run", broker=old, epochs=EPOCHS, sites=SITES)) as hospital,
     ):
-        assert node.version != rabbitmq.version
         new = node.url if queue_type == "classic" else for_quorum_queues(node.url)
         name_new_broker(hospital, old, new)
         move(hospital)

@@ -174,6 +174,22 @@ def test_runs_of_one_site_at_the_same_time(ledger: Ledger, tmp_path: Path) -> No
     assert sum(steps_of(ledger).values()) > 130  # 150 fit, and the last was stopped less than 20 before
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_ledger_whose_creation_a_crash_interrupted_opens(tmp_path: Path, is_known: bool) -> None:
+    """The crash came before or after the ledger knew its new secret, which has another name until then."""
+    path = tmp_path / "ledger.db"
+    with closing(Ledger(path)) as ledger:
+        before = ledger.secret
+        if not is_known:
+            ledger._rows.execute("DELETE FROM owner")
+    path.with_suffix(".key").rename(path.with_suffix(".new"))
+    with closing(Ledger(path)) as ledger:
+        begin(ledger, "first")
+        assert (ledger.secret == before) is is_known
+    assert path.with_suffix(".key").exists()
+    assert not path.with_suffix(".new").exists()
+
+
 def test_sites_that_start_at_once_share_one_secret(tmp_path: Path) -> None:
     secrets = []
 

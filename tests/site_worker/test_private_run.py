@@ -11,22 +11,15 @@ from tests.harness.workers import SHARES, Hospital
 
 ROUNDS = 3
 ROUNDS_ALLOWED = 'allowed = ["weights", "counts"]\nserver_sets_weights = true\n'
-SCALING = """scaling = "run"
-mean = [48.0, 1.5, 26.0, 190.0, 50.0, 4.6]
-spread = [13.0, 0.5, 4.5, 35.0, 13.0, 0.5]
-"""
-RUN = "[privacy]\nepsilon = 6.0\ndelta = 0.001\nclip = 1.0\n"
 
 
 def private(folder, **run):
     hospital = Hospital(folder, protocol="fedavg_dp_seg", epochs=ROUNDS)
     file = folder / "run.toml"
-    file.write_text(file.read_text() + RUN)
-    change(file, "target_mean", SCALING + "target_mean")
     for key, value in run.items():
         change(file, "[run]", f"[run]\n{key} = {value}")
     for site in SHARES:
-        change(folder / f"{site}.toml", "[data]", f'ledger = "{site}.db"\npolicy = "{site}_policy.toml"\n[data]')
+        change(folder / f"{site}.toml", "[data]", f'policy = "{site}_policy.toml"\n[data]')
         (folder / f"{site}_policy.toml").write_text(f"{ROUNDS_ALLOWED}max_epsilon = 7.0\n")
     return hospital
 
