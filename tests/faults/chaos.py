@@ -39,8 +39,7 @@ from typing import Any, Literal
 
 from benchmarks.speed.common import scratch
 from nightsplit.shared import crash_points
-from nightsplit.shared.protocols import PROTOCOLS
-from nightsplit.shared.protocols.spec import TRAINING, Shape, systems
+from nightsplit.shared.protocols.spec import PROTOCOLS, TRAINING, Shape, systems
 from nightsplit.shared.run_store.connect import open_store
 from tests.faults.nemesis import (
     GAP,

@@ -15,8 +15,7 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from nightsplit.shared.protocols import PROTOCOLS
-from nightsplit.shared.protocols.spec import Shape
+from nightsplit.shared.protocols.spec import PROTOCOLS, Shape
 from nightsplit.shared.wire.message import SERVER
 from tests.harness.workers import SHARES, Hospital
 
