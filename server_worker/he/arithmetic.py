@@ -40,7 +40,7 @@ class Arithmetic:
                 total = term
             else:
                 self._evaluator.add_inplace(total, term)
-        if total is None:  # only zeros: SEAL accepts the smallest number that can be encoded instead
+        if total is None:  # only zeros: in place of the last one SEAL accepts the smallest number that can be encoded
             least = self.ckks.encode(1.0 / plain.scale, self.ckks.level_of(ciphertext), plain.scale)
             total = seal.Ciphertext()
             self._evaluator.multiply_plain(ciphertext, least, total)
