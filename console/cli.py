@@ -59,9 +59,9 @@ app.add_typer(keys, name="keys")
 @app.callback(invoke_without_command=True)
 def _top(
     context: typer.Context,
-    number: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    show_version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
-    if number:
+    if show_version:
         print(f"nightsplit {version('nightsplit')}")
         raise typer.Exit
     print_help_alone(context)

@@ -20,5 +20,6 @@ def stopped(stop: StopSignal | None = None) -> int:
     """Report that the user stopped the command, by a signal or (None) by Ctrl-C, and return the exit code."""
     event("stopped")
     if not json_log.is_on():
-        print(f"{'' if stop else chr(10)}stopped; start the same command again to continue", file=sys.stderr)
+        line_end = "" if stop else "\n"  # a terminal has printed ^C
+        print(f"{line_end}stopped; start the same command again to continue", file=sys.stderr)
     return INTERRUPTED if stop is None or stop.number == signal.SIGINT else 0

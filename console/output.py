@@ -7,11 +7,7 @@ from nightsplit.shared.storage.files import write_atomic
 
 
 def write_output(path: Path | None, content: bytes) -> None:
-    """Write `content` to `path` and make its folder; print it if `path` is None.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write `content` to `path` and make its folder; print it if `path` is None. OSError if it cannot be written."""
     if path is None:
         sys.stdout.write(content.decode())
     elif path.is_symlink() or (path.exists() and not path.is_file()):

@@ -7,7 +7,7 @@ the classes of all sources with one layer of outputs: [MedNIST's six | chest X-r
 
 import time
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import msgspec
@@ -93,7 +93,7 @@ class PretrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return TaskSection(kind="multiclass", classes=sum(len(source.classes) for source in self.source))
 
     def run(self) -> RunConfig:
-        """Return the same as a run of one site, for the functions that read and train by a run."""
+        """Return a run of one site with the same training, for the functions that take a run."""
         section = self.pretrain
         run = RunSection(
             id=section.name, protocol=fedavg_transfer.SPEC.name, sites=["sources"], seed=section.seed,
@@ -101,9 +101,7 @@ class PretrainConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         )  # fmt: skip
         once = RoundSection(rounds=1, local_epochs=section.epochs, decay="cosine")
         data = replace(self.data, validation=0.0)  # the number of epochs is fixed: no model is selected
-        return RunConfig(
-            run=run, model=self.model, task=self.task, optimizer=self.optimizer, round=once, data=data
-        )  # fmt: skip
+        return RunConfig(run=run, model=self.model, task=self.task, optimizer=self.optimizer, round=once, data=data)
 
 
 def train_first_model(path: Path) -> None:
@@ -129,8 +127,8 @@ def train_first_model(path: Path) -> None:
     sha256 = write_artifact(output, card, trainer.weights())
     console = screen()
     for source in card.sources:
-        metrics = ((name, value) for name, value in source.figures.items() if name != "samples" and value is not None)
-        figures = [f"{name} {value:.3f}" for name, value in metrics]
+        measured = {name: value for name, value in source.figures.items() if value is not None and name != "samples"}
+        figures = [f"{name} {value:.3f}" for name, value in measured.items()]
         console.print(f"{source.name}, {source.held_out} held out: {', '.join(figures)}", soft_wrap=True)
     console.print(f"{output}", f'initial_sha256 = "{sha256}"', sep="\n", soft_wrap=True)
 
@@ -138,23 +136,23 @@ def train_first_model(path: Path) -> None:
 def _read(config: PretrainConfig, path: Path) -> list[Splits]:
     """Read, split and scale each source by itself; its targets start at 0."""
     if any(len(source.classes) < 2 for source in config.source) or not config.source:
-        what = f"{path}: source: each needs a name and two classes or more."
-        raise ConfigError(103, what, "list its labels in classes.")
+        sentence = f"{path}: source: each needs a name and two classes or more."
+        raise ConfigError(103, sentence, "list its labels in classes.")
     if config.data.classes:
-        what = f"{path}: data.classes: every source has classes of its own."
-        raise ConfigError(103, what, "move them to the [[source]].")
-    run, read = config.run(), []
+        sentence = f"{path}: data.classes: every source has classes of its own."
+        raise ConfigError(103, sentence, "move them to the [[source]].")
+    run, splits = config.run(), []
     for source in config.source:
         task = TaskSection(kind="multiclass", classes=len(source.classes))
         data = replace(run.data, classes=source.classes)
-        read.append(scale(read_splits(source, replace(run, task=task, data=data), path.parent), data))
-    return read
+        splits.append(scale(read_splits(source, replace(run, task=task, data=data), path.parent), data))
+    return splits
 
 
 def _slices(config: PretrainConfig) -> list[slice]:
     """Return the slice of each source's classes in the model's outputs."""
-    ends = accumulate(len(source.classes) for source in config.source)
-    return [slice(end - len(source.classes), end) for source, end in zip(config.source, ends, strict=True)]
+    counts = (len(source.classes) for source in config.source)
+    return [slice(first, end) for first, end in pairwise(accumulate(counts, initial=0))]
 
 
 def _pool(config: PretrainConfig, splits: Sequence[Splits]) -> Splits:

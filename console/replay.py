@@ -55,18 +55,19 @@ def replay_and_compare(file: WorkerFile, until: int | None) -> dict[str, Any]:
         replay = Replay(file.run_config, file.run_folder, file.state_folder / FOLDER, store, server.device)
         replay.run(until)
     best, last = replay.weights()
-    recorded_best, recorded_last = _recorded(file, replay.role) if replay.engine.finished else (None, None)
+    finished = replay.engine.finished
+    recorded_best, recorded_last = _recorded(file, replay.role) if finished else (None, None)
     return {
         "run": file.run_config.run.id,
         "messages": replay.player.played,
         "position": replay.engine.position,
-        "finished": replay.engine.finished,
-        "last": replay.last and asdict(replay.last),
+        "finished": finished,
+        "last": asdict(replay.last) if replay.last else None,
         "sha256": {
             "best": {"replayed": best, "recorded": recorded_best},
             "last": {"replayed": last, "recorded": recorded_last},
         },
-        "equal": (best, last) == (recorded_best, recorded_last) if replay.engine.finished else None,
+        "equal": (best, last) == (recorded_best, recorded_last) if finished else None,
     }
 
 
@@ -78,7 +79,7 @@ def _recorded(file: WorkerFile, role: AnyServer) -> tuple[str | None, str | None
         report = (file.base / file.config.report / "report.json").read_text(encoding="utf-8")
         best = json.loads(report).get(f"{spec_of(file.run_config).names.weights}_sha256")
     found = Checkpoints(file.state_folder / "checkpoints").load()
-    return best, found and weights_sha256(role.weights_in(found[1]))
+    return best, weights_sha256(role.weights_in(found[1])) if found else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +100,8 @@ class Applied:
 class Replay:
     """Replay of a run from its beginning.
 
-    Args:
-        config: the run.
-        base: folder of run.toml.
-        tape: folder of the tape.
-        store: run store, of which only the order journal is read.
-        device: device of the server's layers, in the run and now.
+    `base` and `tape` are the folders of run.toml and of the tape, `device` is that of the server's layers in the run;
+    of the run store only the order journal is read.
 
     Attributes:
         role, engine: the server's role in training and its engine, set by `run`.
@@ -162,9 +159,9 @@ class Replay:
             self.last = Applied(last.header.message_id, self._loss, str(last.refusal) if last.refusal else None)
         return worked
 
-    def _record(self, line: Record) -> None:
-        loss = line.metrics.get("loss")
-        if line.metrics["event"] == "train" and isinstance(loss, float):
+    def _record(self, record: Record) -> None:
+        loss = record.metrics.get("loss")
+        if record.metrics["event"] == "train" and isinstance(loss, float):
             self._loss = loss
 
     def _missing_message(self) -> StateError:
@@ -232,8 +229,9 @@ class _Player(Link):
             self._pauses = False
             return None
         delivery = next(self._tape, None)
-        self._pauses, self.at_end = delivery is not None, delivery is None
-        self.played += self._pauses
+        if delivery is not None:
+            self.played, self._pauses = self.played + 1, True
+        self.at_end = delivery is None
         return delivery
 
     @override

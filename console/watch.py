@@ -17,11 +17,7 @@ from nightsplit.site_worker.worker import SiteWorker
 
 
 class Watch:
-    """Progress, log and stop signal of a worker at the command line.
-
-    Args:
-        log_format: "text" for progress, or "json" for the log.
-    """
+    """Progress of a worker at the command line, or its log if `log_format` is "json"; and its stop signal."""
 
     def __init__(self, log_format: str = "text") -> None:
         json_log.switch(log_format == "json")
@@ -41,7 +37,7 @@ class Watch:
         self._pulse.observe(status)
 
     def run(self, name: str, worker: ServerWorker | SiteWorker, work: Callable[[], bool], end: str) -> int:
-        """Run a worker until it finishes, leaves or is stopped, and return the exit code."""
+        """Run a worker until it finishes (then print `end`), leaves or is stopped, and return the exit code."""
         self._worker, self._progress = worker, Progress(name, self._console)
         json_log.name(name, worker.run_config.run.id)
         event("started", version=version("nightsplit"))

@@ -30,7 +30,9 @@ class Evaluation:
         self._config = config
         self._sites = set(config.run.sites)
         self._collected: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        """Outputs and targets of the batches of each open block, by "site/part"."""
         self._reported: dict[int, dict[str, SiteMetrics]] = {}
+        """Metrics by site of each candidate that is not evaluated by all sites."""
         self._best_score: tuple[float, float] | None = None
         self.best = 0
         self.evaluated = 0

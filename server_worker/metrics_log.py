@@ -10,13 +10,11 @@ from nightsplit.shared.storage.files import write_atomic
 
 
 class MetricsLog:
-    """Log to `metrics.jsonl` and `tensorboard/` in a report folder.
+    """Log to `metrics.jsonl` and `tensorboard/` in a report folder, which is created when missing.
 
-    Args:
-        folder: created when missing.
-        resumed_step: training step of the restored checkpoint. Later lines will be written again, so they
-            are removed here. An evaluation makes no step: one that was written after the checkpoint has the
-            same number, comes again as well, and is skipped then.
+    `resumed_step` is the training step of the restored checkpoint. Later lines will be written again, so they are
+    removed here. An evaluation makes no step: one that was written after the checkpoint has the same number, comes
+    again as well, and is skipped then.
     """
 
     def __init__(self, folder: Path, resumed_step: int) -> None:

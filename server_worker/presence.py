@@ -42,12 +42,12 @@ class SilenceTracker:
         self._limit = run.absence_hours * 3600.0
         self._monotonic, self._now = monotonic, now
         self._updated = monotonic()
-        limit = self._limit - min(LISTENING_S_MIN, self._limit / 2)
+        inherited_max = self._limit - min(LISTENING_S_MIN, self._limit / 2)
         self.sites: dict[str, Presence] = {}
         """Presence of each site, shown by `status` and continued by the next server."""
         for site in run.sites:
             presence = previous.get(site, SiteStatus()).presence
-            self.sites[site] = replace(presence, silent_seconds=min(limit, presence.silent_seconds))
+            self.sites[site] = replace(presence, silent_seconds=min(inherited_max, presence.silent_seconds))
         self._applied: dict[str, int] = {}
         """Messages of each site at the last update; empty before the first."""
 
@@ -74,7 +74,9 @@ class SilenceTracker:
         self._updated = now
         for site, last in self.sites.items():
             beat = statuses[site].report.beat if site in statuses else None
-            if beat not in (None, last.beat) or applied[site] > self._applied.get(site, applied[site]):
+            has_new_beat = beat is not None and beat != last.beat
+            has_new_message = site in self._applied and applied[site] > self._applied[site]
+            if has_new_beat or has_new_message:
                 self.sites[site] = Presence(beat=beat or last.beat, last_seen=self._now().replace(microsecond=0))
             elif site in awaited:
                 self.sites[site] = replace(last, silent_seconds=last.silent_seconds + elapsed)
@@ -86,7 +88,7 @@ class SilenceTracker:
         return silent[0] if silent and self._has_quorum(active_sites, silent) else None
 
     def lacking(self, awaited: Collection[str], active_sites: Collection[str]) -> list[str]:
-        """Return the silent sites that the run waits for, since it has no quorum without; arguments as of `overdue`."""
+        """Return the silent sites that the run waits for, since it has no quorum without them."""
         silent = self._silent(awaited)
         return [] if self._has_quorum(active_sites, silent) else silent
 

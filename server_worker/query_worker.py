@@ -38,21 +38,21 @@ class QueryServerWorker(Worker):
     def __init__(self, path: Path, overrides: Sequence[str] = (), stop: StopSignal | None = None) -> None:
         self.config = load(path, ServerConfig).server
         super().__init__(path.parent, self.config, overrides, None, stop, lambda status: None)
-        self._last = stages_of(self.run_config)[1]
+        _, self._last_stage = stages_of(self.run_config)
         self.answered = 0
         """Queries so far, each step counted."""
 
     def work(self, idle_seconds: float | None = None) -> None:
         """Answer queries in its shifts, until it is stopped or `idle_seconds` pass without a message."""
         prepare_torch(1, "cpu")
-        fill(self._last, self.base / self.config.report, WEIGHTS)
-        classifier, secret = classifier_of(self._last), self._secret()
+        fill(self._last_stage, self.base / self.config.report, WEIGHTS)
+        classifier, secret = classifier_of(self._last_stage), self._secret()
         ckks, secret_name = parameters_for(classifier), hashlib.sha256(secret).hexdigest()
         config, processes = self.run_config, self.config.threads
         keys, limit = self.state_folder / "keys", config.wire.message_bytes
         broker = open_broker(self.config.broker, self.base, limit, self.credentials)
         queues = {site: query_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites}
-        broker.declare(queue for site in queues.values() for queue in site)
+        broker.declare(queue for site in config.run.sites for queue in queues[site])
         routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in queues.items()}
         incoming = [route.incoming for route in routes.values()]
         with self._unique_name() as owner:

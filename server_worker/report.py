@@ -84,7 +84,6 @@ def _evaluation(config: RunConfig, report: Mapping[str, Any]) -> list[list[str]]
     best = report["best"]
     if best is None:
         return []
-    chosen = f"chosen by the {HEADLINE[config.task.kind]} of validation patients, independent of test patients"
     heading = f"Best scale: {report['scale']:g}" if "scale" in report else f"Best epoch: {best['epoch']}"
     figures = [name for name in best["overall"]["test"] if name != "samples"]
     table = [
@@ -95,6 +94,7 @@ def _evaluation(config: RunConfig, report: Mapping[str, Any]) -> list[list[str]]
         test = metrics.get("test", {})
         cells = " | ".join("-" if (value := test.get(name)) is None else f"{value:.4f}" for name in figures)
         table.append(f"| {site} | {int(test.get('samples') or 0)} | {cells} |")
+    chosen = f"chosen by the {HEADLINE[config.task.kind]} of validation patients, independent of test patients"
     choice = chosen if config.data.validation else "the last one, since there are no validation patients"
     return [[f"{heading}, {choice}."], table, ["![curves](curves.png)"]]
 
@@ -125,10 +125,11 @@ def _draw(path: Path, config: RunConfig, history: list[Mapping[str, Any]]) -> No
     names = ("loss", HEADLINE[config.task.kind])
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, len(names))
+    epochs = [(entry["epoch"], {**entry["sites"], "overall": entry["overall"]}) for entry in history]
     for axis, name in zip(axes, names, strict=True):
         for site in [*config.run.sites, "overall"]:
-            rows = ((e["epoch"], (e["sites"] | {"overall": e["overall"]}).get(site, {}).get(part, {})) for e in history)
-            points = [(epoch, figures[name]) for epoch, figures in rows if figures.get(name) is not None]
+            values = [(epoch, metrics.get(site, {}).get(part, {}).get(name)) for epoch, metrics in epochs]
+            points = [(epoch, value) for epoch, value in values if value is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), label=site, linewidth=2 if site == "overall" else 1)
         axis.set_xlabel("epoch")

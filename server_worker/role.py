@@ -122,7 +122,8 @@ class ServerRole(Role, Generic[S]):
     @property
     def done(self) -> bool:
         """True when the last message of every active site was applied."""
-        return all(s in self.sequences and n == self.sequences[s].last for s, n in self.active_sites.items())
+        last = {site: sequence.last for site, sequence in self.sequences.items()}
+        return all(applied == last.get(site) for site, applied in self.active_sites.items())
 
     def contribution(self, site: str) -> dict[str, Scalar | None]:
         """Return a site's contribution to the training, and the position at which it was excluded, if it was."""
@@ -149,13 +150,14 @@ class ServerRole(Role, Generic[S]):
     # -- used by the shapes ------------------------------------------------------------------------
 
     def handle_hello(self, message: Message) -> list[Effect]:
-        """Accept a site, or reject it with the reason."""
+        """Accept a site, or reject it with the reason; its `mark` is the last answer that it has applied."""
         site, hello = message.header.sender, message.scalars
         samples = Samples(int(hello["train"]), int(hello["validation"]), int(hello["test"]))
         incarnation, mark, released = str(hello["incarnation"]), int(hello["mark"]), int(hello["released"])
         sequence = self.sequence_of(site, samples)
-        limit = sequence.last_answer if hello["enrolled"] else mark
-        if len(incarnation) > INCARNATION_LENGTH_MAX or not 0 <= released <= mark <= limit:
+        # A site that has not enrolled tells no samples yet, so its last answer is unknown.
+        mark_max = sequence.last_answer if hello["enrolled"] else mark
+        if len(incarnation) > INCARNATION_LENGTH_MAX or not 0 <= released <= mark <= mark_max:
             position = f"answer {mark}, {released} of them stored"
             raise mismatch(f"{site} says hello at {position}, with a name of {len(incarnation)} characters.")
         problem: tuple[int, str] | None = None

@@ -90,28 +90,32 @@ class ServerShift:
         overdue = self.silence.overdue(self.role.awaited(), self.role.active_sites)
         return Exclude(overdue) if overdue else None
 
-    def _record(self, line: Record) -> None:
-        self._log.write(line)
-        if line.metrics["event"] == "train":
-            self._trained[str(line.metrics.get("site", TOGETHER))] = line
+    def _record(self, record: Record) -> None:
+        self._log.write(record)
+        if record.metrics["event"] == "train":
+            self._trained[str(record.metrics.get("site", TOGETHER))] = record
 
     def extend_status(self, status: WorkerStatus) -> WorkerStatus:
         """Return a worker's status with the server's fields added."""
         role, counts = self.role, self.counters.counts
-        last = {site: sequence.last for site, sequence in dict(role.sequences).items()}
-        planned = sum(role.applied[site] if site in role.excluded else last[site] for site in last)
         entry = role.evaluation.history[-1] if role.evaluation.history else None
         loss, staleness = self._last_batch(TOGETHER)
         return replace(
             status, fence=self._lease.fence, steps=role.steps, epoch=entry["epoch"] if entry else 0,
-            applied=sum(role.applied.values()),
-            planned=planned if role.active_sites.keys() <= last.keys() else None,
-            refused=sum(role.refusals.values()), loss=loss, staleness=staleness,
+            applied=sum(role.applied.values()), planned=self._planned(), refused=sum(role.refusals.values()),
+            loss=loss, staleness=staleness,
             lacking=tuple(self.silence.lacking(role.awaited(), role.active_sites)),
             round=self._deadline.round, sites={site: self._site(site) for site in self._sites},
             sent=counts["sent"], confirmed=counts["confirmed"],
             duplicates=counts["duplicates"], checkpoints=counts["checkpoints"],
         )  # fmt: skip
+
+    def _planned(self) -> int | None:
+        """Return the number of messages of the whole run; None before every active site has said hello."""
+        last = {site: sequence.last for site, sequence in dict(self.role.sequences).items()}
+        if not self.role.active_sites.keys() <= last.keys():
+            return None
+        return sum(self.role.applied[site] if site in self.role.excluded else last[site] for site in last)
 
     def _site(self, site: str) -> SiteStatus:
         role = self.role

@@ -54,7 +54,7 @@ class ServerWorker(Worker):
 
     def open_run(self) -> None:
         """Create the run's queues and put its manifest into them, so that sites can begin without a server."""
-        self._work(only_open=True, idle_seconds=None)
+        self._work(only_open=True, idle_seconds=0.0)
 
     def work(self, idle_seconds: float | None = None) -> bool:
         """Work shift after shift; return whether the run is over, or exit after `idle_seconds` without an event."""
@@ -108,7 +108,7 @@ class ServerWorker(Worker):
         """Work with the lease until the run or the shift is over; return whether the run is."""
         with self._open_shift(lease, only_open, failures) as shift:
             self._counters, self.skipped_checkpoints = shift.counters, shift.skipped_checkpoints
-            stop, idle_seconds = (lambda: self._stop.requested, 0.0) if only_open else (self.off_duty, idle_seconds)
+            stop = (lambda: self._stop.requested) if only_open else self.off_duty
             with Heartbeat(
                 SERVER, self.open_store, lambda: shift.extend_status(self._present()), self._observe, shift.beat
             ) as heartbeat:
@@ -125,7 +125,7 @@ class ServerWorker(Worker):
         config, folder = self.run_config, self.state_folder
         broker = open_broker(self.config.broker, self.base, config.wire.message_bytes, self.credentials)
         queues = {site: site_queues(config.run.id, site, config.wire.queue_bytes) for site in config.run.sites}
-        broker.declare(queue for of_site in queues.values() for queue in of_site)
+        broker.declare(queue for site in config.run.sites for queue in queues[site])
         routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in queues.items()}
         role = make_server_role(config, folder, self.run_folder, self._device, self._group)
         with closing(self.open_store()) as store:

@@ -51,15 +51,12 @@ class QuerySiteWorker:
         self._front, last = stages_of(self.site.run_config)
         self._classifier = classifier_of(last)
         self.ckks = parameters_for(self._classifier)
+        self._keys_folder = self.site.state_folder / "keys"
 
     @property
     def steps(self) -> int:
         """Number of messages of a query in each direction."""
         return steps_of(self._classifier)
-
-    @property
-    def _keys(self) -> Path:
-        return self.site.state_folder / "keys"
 
     def submit(self, data: Path | None) -> int:
         """Store sequences for `work`, which encrypts and sends them; return their number.
@@ -111,7 +108,7 @@ class QuerySiteWorker:
                 remedy = "collect their scores first: nightsplit query."
                 raise StateError(512, f"{waiting} queries are not answered yet.", remedy)
             for name in (SECRET, PUBLIC):
-                (self._keys / name).unlink(missing_ok=True)
+                (self._keys_folder / name).unlink(missing_ok=True)
 
     def write_scores(self, file: TextIO) -> tuple[int, int]:
         """Write a CSV of all answers: submission, row, patient, logit and probability.
@@ -138,9 +135,9 @@ class QuerySiteWorker:
         return QueryStore(self.site.state_folder / "queries.db")
 
     def _load_keys(self) -> tuple[SecretKeys, PublicKeys]:
-        path = self._keys / PUBLIC
+        path = self._keys_folder / PUBLIC
         if path.exists():
-            return SecretKeys.read(self.ckks, self._keys), PublicKeys.of(path.read_bytes())
-        secret, public = SecretKeys.make(self.ckks, self._keys, rotations_of(self.ckks, self._classifier))
+            return SecretKeys.read(self.ckks, self._keys_folder), PublicKeys.of(path.read_bytes())
+        secret, public = SecretKeys.make(self.ckks, self._keys_folder, rotations_of(self.ckks, self._classifier))
         write_atomic(path, public.content)
         return secret, public

@@ -59,6 +59,7 @@ class SiteRole(Role):
         self._released = 0
         """Answers that the broker may have dropped: a site that restores fewer has lost its state."""
         self._in_snapshot = 0
+        """Answers in the newest snapshot; the broker may drop them when it is saved."""
 
     @property
     @abstractmethod
@@ -169,7 +170,8 @@ def _describe_difference(theirs: str, ours: str) -> str:
 
     def lines(text: str) -> dict[str, None]:
         content = json.loads(text)
-        return dict.fromkeys(f"{s}.{k} = {v!r:.80}" for s, keys in content.items() for k, v in (keys or {}).items())
+        settings = ((name, key, value) for name, keys in content.items() for key, value in (keys or {}).items())
+        return dict.fromkeys(f"{name}.{key} = {value!r:.80}" for name, key, value in settings)
 
     try:
         server, here = lines(theirs), lines(ours)
@@ -177,4 +179,4 @@ def _describe_difference(theirs: str, ours: str) -> str:
         return "the server's cannot be read"
     changed = [f"server {line}" for line in server if line not in here]
     changed += [f"here {line}" for line in here if line not in server]
-    return "; ".join(sorted(changed, key=lambda line: line.partition(" ")[2])[:6])
+    return "; ".join(sorted(changed, key=lambda line: line.partition(" ")[2])[:6])  # both values of a key in a row

@@ -62,7 +62,7 @@ class SiteWorker(Worker):
         """Status of the server in the run store."""
         self._beats = 0
         self._last_sent = -1
-        """Messages sent by the last beat."""
+        """Messages sent before the last beat."""
         self.policy_file = self.base / self.config.policy
         self.policy = read_policy(self.policy_file)
         check_policy(self.policy, self.run_config, sketch(self.run_config), self.policy_file)
@@ -113,8 +113,8 @@ class SiteWorker(Worker):
         queues = site_queues(config.run.id, self.config.name, config.wire.queue_bytes)
         route = Route(outgoing=queues.up, incoming=queues.down, dead=queues.dead)
         broker = open_broker(self.config.broker, self.base, config.wire.message_bytes, self.credentials)
-        prefetch = prefetch_for(planned_message_bytes(config, {k: p for k in _LARGE_KINDS if (p := role.payload(k))}))
-        link = self.open_link(broker, route, prefetch, idle_seconds)
+        largest = planned_message_bytes(config, {kind: p for kind in _LARGE_KINDS if (p := role.payload(kind))})
+        link = self.open_link(broker, route, prefetch_for(largest), idle_seconds)
         if link is None:
             self.enter(Phase.AWAY)
             return False
@@ -176,7 +176,7 @@ class SiteWorker(Worker):
         if role is None:
             return status
         sent = role.next_seq - 1
-        is_idle = status.phase is Phase.WORKING and role.answered < sent == self._last_sent
+        is_idle = status.phase is Phase.WORKING and role.answered < sent and sent == self._last_sent
         self._last_sent = sent
         # The counters restart with the process, the sequence numbers do not.
         confirmed = min(sent, max(0, sent - counts["sent"] + counts["confirmed"]))

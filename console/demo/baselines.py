@@ -22,10 +22,7 @@ from nightsplit.site_worker.data.dataset import Dataset, Splits
 def centralized(config: RunConfig, splits: Mapping[str, Splits], base: Path = Path()) -> ModelFigures:
     """Train on the training patients of all sites, pooled; evaluate on every site's test patients.
 
-    Args:
-        config: the run.
-        splits: scaled data by site.
-        base: folder of run.toml, for `model.initial`.
+    `splits` is the scaled data by site, `base` the folder of run.toml, for `model.initial`.
     """
     return _train(config, "pooled", pool(splits), splits, base)
 

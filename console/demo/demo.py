@@ -233,7 +233,7 @@ def _results(config: RunConfig, splits: Mapping[str, Splits], work: Path) -> Res
     results = {spec_of(config).names.heading: {**site_metrics, "all": best["overall"]["test"]}}
     baselines = {"centralized": centralized(config, splits, work)}
     baselines |= {f"{site} alone": alone(config, site, splits, work) for site in splits}
-    return results | {name: {**b.sites, "all": b.overall} for name, b in baselines.items()}
+    return results | {name: {**figures.sites, "all": figures.overall} for name, figures in baselines.items()}
 
 
 def _table(config: RunConfig, results: Results) -> Table:

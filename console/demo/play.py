@@ -74,8 +74,9 @@ class LocalRun:
                 self._console.print(f"night {night}, 22:00  {server_offline(sent - applied, noun, self._names.fate)}")
                 if not self._run_workers([SERVER], IDLE_SECONDS):
                     return False
-                before, (sent, applied, answered) = applied, self._counts(store)
-                done, queued = counted(applied - before, noun), counted(applied - answered, reply)
+                applied_before = applied
+                sent, applied, answered = self._counts(store)
+                done, queued = counted(applied - applied_before, noun), counted(applied - answered, reply)
                 self._console.print(
                     f"day {night},   08:00  sites are offline; the server {self._names.done} {done}, {queued} queued, "
                     f"{counted(sent - applied, noun)} waiting for those of another site"
@@ -86,41 +87,42 @@ class LocalRun:
     def run_with_kills(self, steps: int) -> int | None:
         """Run all workers to the end, and kill first the server and then a site in the middle of their work.
 
-        Returns the number of kills, or None if a worker failed by itself; the run has `steps` training steps.
+        Return the number of kills, or None if a worker failed by itself; the run has `steps` training steps.
         """
-        due = [(steps // 3, SERVER), (2 * steps // 3, self._run.sites[0])]
-        kills = 0
-
-        def kill_if_due(workers: Workers) -> None:
-            nonlocal kills
-            if not due or self._step() < due[0][0]:
-                return
-            _, victim = due.pop(0)
-            if workers[victim].is_alive():
-                workers[victim].kill()
-                workers[victim].join()
-                time.sleep(ABSENT_SECONDS)
-                kills += 1
-                lost = counted(self._lost(victim, store), "step" if victim == SERVER else "answer")
-                event = f"kill -9 {victim} after step {self._step()}: its checkpoint lacked {lost}"
-                self._console.print(f"{event}; started again")
-                workers[victim] = start(_work, victim, self._work, None)
-
         self._server.open_run()
         with closing(self._server.open_store()) as store:
-            return kills if self._run_together(store, kill_if_due) else None
+            due = [(steps // 3, SERVER), (2 * steps // 3, self._run.sites[0])]
+            kills = 0
 
-    def _run_together(self, store: RunStore, step: Observer = lambda workers: None) -> bool:
+            def kill_if_due(workers: Workers) -> None:
+                nonlocal kills
+                if not due or self._step() < due[0][0]:
+                    return
+                _, victim = due.pop(0)
+                if workers[victim].is_alive():
+                    workers[victim].kill()
+                    workers[victim].join()
+                    time.sleep(ABSENT_SECONDS)
+                    kills += 1
+                    lost = counted(self._lost(victim, store), "step" if victim == SERVER else "answer")
+                    event = f"kill -9 {victim} after step {self._step()}: its checkpoint lacked {lost}"
+                    self._console.print(f"{event}; started again")
+                    workers[victim] = start(_work, victim, self._work, None)
+
+            succeeded = self._run_together(store, kill_if_due)
+        return kills if succeeded else None
+
+    def _run_together(self, store: RunStore, observe: Observer = lambda workers: None) -> bool:
         """Run all workers until the run ends; return whether no worker failed."""
         with Progress(console=self._console, transient=True, disable=not self._console.is_terminal) as progress:
             bar = progress.add_task("batches", total=None)
 
-            def observe(workers: Workers) -> None:
+            def show_and_observe(workers: Workers) -> None:
                 report = _report_of(store, SERVER)
                 progress.update(bar, total=report.planned, completed=report.applied)
-                step(workers)
+                observe(workers)
 
-            return self._run_workers([SERVER, *self._run.sites], None, observe)
+            return self._run_workers([SERVER, *self._run.sites], None, show_and_observe)
 
     def _run_workers(
         self, names: Sequence[str], idle_seconds: float | None, observe: Observer = lambda workers: None
@@ -140,7 +142,7 @@ class LocalRun:
         return not any(worker.exitcode for worker in workers.values())
 
     def _counts(self, store: RunStore) -> tuple[int, int, int]:
-        """Return the number of batches that the sites have sent, the server has applied, and the sites got answered."""
+        """Return the numbers of batches sent, of batches that the server has applied, and of answers that arrived."""
         sites = [_report_of(store, site) for site in self._run.sites]
         sent, answered = sum(site.sent or 0 for site in sites), sum(site.answered or 0 for site in sites)
         return sent, _report_of(store, SERVER).applied or 0, answered

@@ -29,11 +29,7 @@ PROGRESS_SECONDS = 30.0
 
 
 class JsonHandler(logging.Handler):
-    """Handler that writes each event as a JSON object.
-
-    Attributes:
-        worker, run: worker and run in every line; None until they are known.
-    """
+    """Handler that writes each event as a JSON object, with `worker` and `run`, which are None until they are known."""
 
     worker: str | None = None
     run: str | None = None

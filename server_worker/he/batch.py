@@ -73,5 +73,5 @@ def _cells(arithmetic: Arithmetic, i: Row, f: Row, g: Row, state: State | None) 
     """Return c of each unit: i g + f c."""
     if state is None:
         return [arithmetic.dot([pair]) for pair in zip(i, g, strict=True)]
-    parts = zip(i, g, f, state.c, strict=True)
-    return [arithmetic.dot([(i, g), (f, c)]) for i, g, f, c in parts]
+    units = zip(i, g, f, state.c, strict=True)
+    return [arithmetic.dot([(i_k, g_k), (f_k, c_k)]) for i_k, g_k, f_k, c_k in units]

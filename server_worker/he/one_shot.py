@@ -15,6 +15,9 @@ from nightsplit.server_worker.he.arithmetic import Arithmetic
 from nightsplit.shared.he.ckks import Ciphertext
 from nightsplit.shared.he.weights import ClassifierWeights
 
+INPUT, FORGET, OUTPUT, CELL = range(4)
+"""Kinds of gates (i, f, o, g), in the order of their rows in a classifier."""
+
 
 def logits(arithmetic: Arithmetic, classifier: ClassifierWeights, frames: Sequence[Sequence[Ciphertext]]) -> Ciphertext:
     """Return the logits, `one_shot_levels` below the features.
@@ -25,7 +28,8 @@ def logits(arithmetic: Arithmetic, classifier: ClassifierWeights, frames: Sequen
     votes = arithmetic.weighted_sum(spatial, [feature for features in frames for feature in features])
 
     def gate(unit: int, frame: int, kind: int) -> Ciphertext:
-        row, weight = kind * classifier.hidden + unit, classifier.temporal[unit] if kind == 2 else 1.0
+        row = kind * classifier.hidden + unit
+        weight = classifier.temporal[unit] if kind == OUTPUT else 1.0
         bias = float(weight * classifier.bias[row])
         return arithmetic.weighted_sum(weight * classifier.inputs[row], frames[frame - 1], bias)
 
@@ -37,7 +41,7 @@ def logits(arithmetic: Arithmetic, classifier: ClassifierWeights, frames: Sequen
 class Products:
     """Products of the gates of one unit, in a sequence of `frames`.
 
-    `gate` returns the gate of a frame, from 1, and of a kind: 0 to 3 for i, f, o (with its weight), g.
+    `gate` returns the gate of a frame, from 1, and of a kind; an output gate has its weight.
     """
 
     def __init__(self, arithmetic: Arithmetic, frames: int, gate: Callable[[int, int], Ciphertext]) -> None:
@@ -56,14 +60,14 @@ class Products:
     def _terms(self, first: int, end: int) -> Ciphertext:
         """Return the sum of the terms of frames first ... end, times the factors to `end`."""
         if first == end:
-            return self._arithmetic.dot([(self._gate(end, 0), self._gate(end, 3))])
+            return self._arithmetic.dot([(self._gate(end, INPUT), self._gate(end, CELL))])
         return self._arithmetic.sum([self._arithmetic.dot(self.pairs(first, end)), self._terms(end, end)])
 
     def _factor(self, first: int, end: int) -> Ciphertext:
         """Return the product of factors first ... end."""
         if (first, end) not in self._factors:
             if first == end:
-                product = self._gate(end, 1) if end <= self._frames else self._gate(self._frames, 2)
+                product = self._gate(end, FORGET) if end <= self._frames else self._gate(self._frames, OUTPUT)
             else:
                 middle = (first + end) // 2
                 product = self._arithmetic.dot([(self._factor(first, middle), self._factor(middle + 1, end))])

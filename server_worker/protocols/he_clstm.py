@@ -38,7 +38,6 @@ class HeClstmServer:
         """Evaluate a step of a query.
 
         Args:
-            keys: keys of the site.
             step: number of the step, from 0.
             packing_name: name of the packing, for `packing_of`.
             pieces: ciphertexts: the features of the frame (one_shot: of all frames); from the second frame on

@@ -91,8 +91,7 @@ class SplitFrozenServer(StreamServer):
         if not self._training:
             self._training = self._training_rows()
         rows = self._training
-        size = self.config.run.batch_size
-        per_epoch = -(-len(rows) // size)
+        per_epoch = -(-len(rows) // self.config.run.batch_size)
         epoch, batch = divmod(self._trained, per_epoch)
         generator = torch.Generator().manual_seed(seed_for(self.config.run.seed, "store", epoch + 1))
         order = torch.randperm(len(rows), generator=generator)

@@ -119,12 +119,12 @@ class QueryServer:
             self._acknowledge(_parcel(header))
             return
         keys = self._read_keys(header.sender, str(message.scalars["keys"]))
-        last, new = str(message.scalars["blinding"]), f"{self._secret_name}/{secrets.token_hex(16)}"
-        if header.version > 0 and last.partition("/")[0] != self._secret_name:
+        previous, blinding = str(message.scalars["blinding"]), f"{self._secret_name}/{secrets.token_hex(16)}"
+        if header.version > 0 and previous.partition("/")[0] != self._secret_name:
             sentence = f"query {header.seq} of {header.sender} was begun by a server with another secret."
             raise Refused(315, sentence, "none; the site begins it again.")
-        evaluation = self._evaluate(keys, header.version, str(message.scalars["packing"]), pieces, last, new)
-        self._evaluations[evaluation] = _Evaluation(header, delivery, new)
+        evaluation = self._evaluate(keys, header.version, str(message.scalars["packing"]), pieces, previous, blinding)
+        self._evaluations[evaluation] = _Evaluation(header, delivery, blinding)
 
     def _send_answers(self) -> None:
         """Send the answers of finished evaluations."""

@@ -84,9 +84,9 @@ class TrimmedMean:
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Continue from `state`."""
         self.clear()
-        slices = {(int(number), name): key for key in tensors for number, _, name in [key.partition("/")]}
-        for (_, name), key in sorted(slices.items()):
-            self._updates.setdefault(name, []).append(tensors[key])
+        keys = (key.split("/", 1) for key in tensors)
+        for number, name in sorted((int(number), name) for number, name in keys):
+            self._updates.setdefault(name, []).append(tensors[f"{number}/{name}"])
 
 
 def make_aggregation(section: RoundSection) -> WeightedMean | TrimmedMean:

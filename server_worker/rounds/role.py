@@ -45,7 +45,7 @@ class RoundServer(ServerRole[RoundSequence]):
         self.journalled = not self._strict or config.run.may_exclude
         self._open: dict[str, list[torch.Tensor | None]] = {site: [] for site in config.run.sites}
         """Slices of each site's current update; None for one that was refused."""
-        self._bases = dict.fromkeys(config.run.sites, 0)
+        self._base_versions = dict.fromkeys(config.run.sites, 0)
         """Version of the model that each site's current update began with."""
         self._reported: dict[str, int] = {}
         """Sites with an unanswered update in the open round, and the number of its last slice."""
@@ -94,13 +94,14 @@ class RoundServer(ServerRole[RoundSequence]):
             return self._finish_site(header, self.add_final_figures(site, message))
         number = len(self._open[site]) + 1
         values = check_slice(message, self.layout, number)
-        due = number == self.layout.slices and is_evaluated(self.config, self._bases[site])
+        due = number == self.layout.slices and is_evaluated(self.config, self._base_versions[site])
         return self._add_slice(header, values, self.read_figures(message, due=due))
 
     def _check_turn(self, header: Header) -> None:
         """Raise Refused 304 unless a message is the next slice of a site's update, or its report on the final model."""
         site = header.sender
-        expected = (Kind.REPORT if site in self._final else Kind.UPDATE, self.applied[site] + 1, 0, self._bases[site])
+        kind = Kind.REPORT if site in self._final else Kind.UPDATE
+        expected = (kind, self.applied[site] + 1, 0, self._base_versions[site])
         is_awaited = site in self.sequences and site in self.awaited()
         if not is_awaited or (header.kind, header.seq, header.reply_to, header.version) != expected:
             raise mismatch(f"{header.message_id} is out of turn.")
@@ -119,7 +120,7 @@ class RoundServer(ServerRole[RoundSequence]):
         self._reported.pop(sender, None)
         self._open[sender] = []
         effects = self.drop_site(sender)
-        if self._ready_to_close(deadline=False):
+        if self._ready_to_close(deadline_over=False):
             effects += self.close()
         return effects + self._end_if_done()
 
@@ -140,7 +141,7 @@ class RoundServer(ServerRole[RoundSequence]):
     @override
     def may_close(self) -> bool:
         """True when the round has its quorum, and waits only for the deadline."""
-        return self._ready_to_close(deadline=True)
+        return self._ready_to_close(deadline_over=True)
 
     # -- for the worker ----------------------------------------------------------------------------
 
@@ -173,41 +174,41 @@ class RoundServer(ServerRole[RoundSequence]):
         update = [values for values in self._open[site] if values is not None]
         self._open[site] = []
         if len(update) == self.layout.slices:
-            self.add(site, update, self.version - self._bases[site])
+            self.add(site, update, self.version - self._base_versions[site])
         work = Work.of(self.config, self.sequences[site].train)
         self.batches[site] += work.batches
         self.samples[site] += work.samples
         self.steps += 1
         facts: dict[str, Scalar] = {"event": "train", "step": self.steps, "site": site, "epoch": self.version + 1}
-        effects: list[Effect] = [Record({**facts, "loss": None, "staleness": self.version - self._bases[site]})]
-        if self.config.round.close == "all" and is_evaluated(self.config, self._bases[site]):
-            effects += self.add_figures(site, self._bases[site], metrics)
+        effects: list[Effect] = [Record({**facts, "loss": None, "staleness": self.version - self._base_versions[site]})]
+        if self.config.round.close == "all" and is_evaluated(self.config, self._base_versions[site]):
+            effects += self.add_figures(site, self._base_versions[site], metrics)
         self._reported[site] = header.seq
         self._arrived += 1
         if self.is_last:  # too late for the last round
             return effects + self._answer(site, self._reported.pop(site))
-        if self._ready_to_close(deadline=False):
+        if self._ready_to_close(deadline_over=False):
             return effects + self.close()
         if self.config.round.close == "buffered":
             effects += self._answer(site, self._reported.pop(site))
         return effects
 
-    def _ready_to_close(self, deadline: bool) -> bool:
-        """Return whether the open round may close, with or without its deadline being over."""
-        section, active_sites = self.config.round, self.active_sites
+    def _ready_to_close(self, deadline_over: bool) -> bool:
+        """Return whether the open round may close, given that its deadline is over or that it is not."""
+        section = self.config.round
         if self.is_last or not self._arrived:
             return False
         if section.close == "buffered":
             return self._arrived >= (section.reports or 1)
-        if self._reported.keys() >= active_sites.keys():
+        if self._reported.keys() >= self.active_sites.keys():
             return True
         enough = section.close == "quorum" and len(self._reported) >= (section.reports or 1)
-        return enough and (deadline or not section.deadline_hours)
+        return enough and (deadline_over or not section.deadline_hours)
 
     def _answer(self, site: str, seq: int) -> list[Effect]:
         """Answer the update that ended with message `seq` with the current model."""
         slices = self.layout.slices
-        self._bases[site] = self.version
+        self._base_versions[site] = self.version
         if self.is_last:
             self._final.add(site)
         return [
@@ -261,7 +262,7 @@ class RoundServer(ServerRole[RoundSequence]):
         }
         tensors = {**base.tensors, "vector": self.vector, **flatten("open", slices_by_name)}
         facts: dict[str, Any] = {
-            "version": self.version, "begun": dict(self._bases),
+            "version": self.version, "begun": dict(self._base_versions),
             "open": {site: len(slices) for site, slices in self._open.items()},
             "reported": dict(self._reported), "arrived": self._arrived,
             "is_last": self.is_last, "final": sorted(self._final), "through": sorted(self._finished),
@@ -278,6 +279,6 @@ class RoundServer(ServerRole[RoundSequence]):
             site: [slices.get(f"{site}/{index}") for index in range(number)] for site, number in facts["open"].items()
         }
         self.version, self._arrived = facts["version"], facts["arrived"]
-        self._bases, self._reported = facts["begun"], facts["reported"]
+        self._base_versions, self._reported = facts["begun"], facts["reported"]
         self.is_last = facts["is_last"]
         self._final, self._finished = set(facts["final"]), set(facts["through"])

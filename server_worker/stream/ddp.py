@@ -231,6 +231,7 @@ def _peer_errors() -> Iterator[None]:
         text = str(error)
         if not isinstance(error, distributed.DistError) and "gloo" not in text:
             raise
+        # A message of gloo is "[file:line] sentence. advice".
         sentence = f"{text.partition('] ')[2].partition('. ')[0] or text.splitlines()[0]}."
         fix = "start the same command again: it continues from the last checkpoint."
         raise StateError(509, sentence, fix) from None

@@ -40,6 +40,7 @@ class StreamServer(ServerRole[StreamSequence]):
         self.journalled = self._schedule.journalled or config.run.may_exclude
         length = 2 * config.run.window + 2
         self._answered_at: dict[str, deque[int]] = {site: deque(maxlen=length) for site in config.run.sites}
+        """Number of steps at each of the latest answers, per site."""
         self._bottoms: dict[str, dict[str, torch.Tensor]] = {}
         """Bottoms to be averaged."""
         self._waiting: dict[str, int] = {}
@@ -47,7 +48,7 @@ class StreamServer(ServerRole[StreamSequence]):
         self._averaged: Counter[str] = Counter()
         """Number of averagings that each site has taken part in."""
         self._tops: dict[int, dict[str, torch.Tensor]] = {}
-        """Last evaluated top by epoch, for evaluations that an exclusion may complete."""
+        """Top at the latest report on each open epoch; an exclusion may complete its evaluation."""
 
     @classmethod
     def make(cls, config: RunConfig, model: SplitModel, state: Path, device: str, group: Group | None) -> Self:
@@ -60,7 +61,7 @@ class StreamServer(ServerRole[StreamSequence]):
 
     @override
     def choose(self, ready: Set[str]) -> str | None:
-        return self._schedule.choose(ready, self._waiting.keys(), self.sequences, self.active_sites)
+        return self._schedule.choose(ready, self._waiting.keys(), self.sequences, applied=self.active_sites)
 
     @override
     def on(self, message: Message) -> list[Effect]:
@@ -115,7 +116,7 @@ class StreamServer(ServerRole[StreamSequence]):
 
     @override
     def awaited(self) -> list[str]:
-        return self._schedule.awaited(self._waiting.keys(), self.sequences, self.active_sites)
+        return self._schedule.awaited(self._waiting.keys(), self.sequences, applied=self.active_sites)
 
     # -- used by the protocols -------------------------------------------------------------------
 
@@ -130,12 +131,12 @@ class StreamServer(ServerRole[StreamSequence]):
         """Count a training step and return its metrics; the loss is None where only the site knows it."""
         self.steps += 1
         self.count_item(site, item)
-        answered_at = self._answered_at[site]
-        # Answers to this site since the one that completed the bottom version of this batch.
-        answers = self.applied[site] - (self.sequences[site].completing_seq(item.version) if item.version else 0)
-        base = answered_at[-answers - 1] if answers < len(answered_at) else 0
+        # The site computed this batch with the bottom that it had after answer `base`; 0 is the initial one.
+        base = self.sequences[site].completing_seq(item.version) if item.version else 0
+        answered_at, later_answers = self._answered_at[site], self.applied[site] - base
+        steps_at_base = answered_at[-1 - later_answers] if later_answers < len(answered_at) else 0
         facts: dict[str, Scalar] = {"event": "train", "step": self.steps, "site": site, "epoch": item.epoch}
-        return Record({**facts, "loss": loss, "staleness": self.steps - 1 - base})
+        return Record({**facts, "loss": loss, "staleness": self.steps - 1 - steps_at_base})
 
     def count_item(self, site: str, item: Item) -> None:
         """Count a training item as one that the top is trained on."""
@@ -180,23 +181,20 @@ class StreamServer(ServerRole[StreamSequence]):
         Sites without such an averaging in their plan, or with a refused bottom, have no part in the mean.
         """
         number = max(self._averaged.values())
-        active_sites = self.active_sites
-        partners = [s for s in active_sites if s in self.sequences and self.sequences[s].plan.averagings >= number]
-        if not active_sites.keys() <= self.sequences.keys() or any(self._averaged[s] < number for s in partners):
-            return []
-        return self._send_mean()
+        if not self.active_sites.keys() <= self.sequences.keys():
+            return []  # without its hello, the plan of a site is unknown
+        partners = [site for site in self.active_sites if self.sequences[site].plan.averagings >= number]
+        return self._send_mean() if all(self._averaged[site] >= number for site in partners) else []
 
     def _send_mean(self) -> list[Effect]:
         """Answer the waiting sites with the mean by training samples (McMahan et al., AISTATS 2017, algorithm 1)."""
-        averaged = [s for s in self.config.run.sites if s in self._bottoms]
-        total = sum(self.sequences[s].plan.train for s in averaged)
-        share = {s: self.sequences[s].plan.train / total for s in averaged}
-        mean = {
-            name: torch.stack([self._bottoms[s][name] * share[s] for s in averaged]).sum(0)
-            for name in (self._bottoms[averaged[0]] if averaged else ())
-        }
-        kind = Kind.AVERAGE if averaged else Kind.NOTED
-        answers: list[Effect] = [self.answer(s, seq, kind, mean) for s, seq in self._waiting.items()]
+        sites = [site for site in self.config.run.sites if site in self._bottoms]
+        total = sum(self.sequences[site].plan.train for site in sites)
+        parts = [(self._bottoms[site], self.sequences[site].plan.train / total) for site in sites]
+        names = self._bottoms[sites[0]].keys() if sites else ()
+        mean = {name: torch.stack([bottom[name] * share for bottom, share in parts]).sum(0) for name in names}
+        kind = Kind.AVERAGE if sites else Kind.NOTED
+        answers: list[Effect] = [self.answer(site, seq, kind, mean) for site, seq in self._waiting.items()]
         self._bottoms.clear()
         self._waiting.clear()
         return answers

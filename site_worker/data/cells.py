@@ -57,7 +57,8 @@ def _read_csv(path: Path) -> Cells:
         raise DataError(403, f"{path}: {reason}.", remedy) from None
     heading, *cells = frame.to_numpy().tolist()
     # Line numbers as an editor shows them: a quoted cell may span lines, and blank lines are skipped.
-    lines = list(accumulate((1 + sum(cell.count("\n") for cell in row) for row in [heading, *cells]), initial=1))[1:]
+    heights = [1 + sum(cell.count("\n") for cell in row) for row in [heading, *cells]]
+    lines = list(accumulate(heights, initial=1))[1:]  # without that of the heading
     filled = [i for i, row in enumerate(cells) if any(cell.strip() for cell in row)]
     return [name.strip() for name in heading], [cells[i] for i in filled], [lines[i] for i in filled]
 
@@ -82,4 +83,4 @@ def _read_parquet(path: Path) -> Cells:
 def _to_text(value: object) -> str:
     if isinstance(value, bool):
         return str(int(value))
-    return "" if value is None or value is pd.NA or value != value else str(value)
+    return "" if value is None or value is pd.NA or value != value else str(value)  # NaN differs from itself

@@ -77,12 +77,15 @@ def parse_numbers(rows: Rows, name: str, indices: Sequence[int], missing: Iterab
     missing = {"", *map(normalize, missing)}
     distinct = {cells[row] for row in indices}
     values = {cell: float("nan") if normalize(cell) in missing else _parse_number(cell) for cell in distinct}
+    numbers = []
     for row in indices:
-        if values[cells[row]] is None:
+        number = values[cells[row]]
+        if number is None:
             sentence = f"{rows.location(row)}, column {name}: {cells[row]!r} is not a number."
             remedy = "list it in data.missing of site.toml if it means not measured."
             raise DataError(403, sentence, f"write it with a point and without a unit, or {remedy}")
-    return [value for row in indices if (value := values[cells[row]]) is not None]
+        numbers.append(number)
+    return numbers
 
 
 def _parse_number(text: str) -> float | None:

@@ -41,12 +41,11 @@ def sample_frames(rows: Rows, frames: int) -> Rows:
     sequences = list(rows.sequences.values())
     for name in filter(None, (rows.label, rows.patient)):
         cells = rows.column(name)
-        pairs = ((row, sequence[0]) for sequence in sequences for row in sequence)
-        different = next((pair for pair in pairs if cells[pair[0]] != cells[pair[1]]), None)
-        if different is not None:
-            one, other = map(rows.location, different)
-            remedy = "correct the index: the images of a sequence have one label and one patient."
-            raise DataError(403, f"{one}: its {name} is not that of {other}, in the same sequence.", remedy)
+        for row, first in ((row, sequence[0]) for sequence in sequences for row in sequence):
+            if cells[row] != cells[first]:
+                one, other = rows.location(row), rows.location(first)
+                remedy = "correct the index: the images of a sequence have one label and one patient."
+                raise DataError(403, f"{one}: its {name} is not that of {other}, in the same sequence.", remedy)
 
     def read(indices: Sequence[int]) -> torch.Tensor:
         images = rows.read([sequences[i][k] for i in indices for k in space_evenly(len(sequences[i]), frames)])

@@ -37,16 +37,18 @@ def split(dataset: Dataset, task: TaskSection, validation: float, test: float, s
         parts = f"{needed - held_out} for training (one per class), one for each of {held_out} held-out splits"
         sentence = f"the site has {patients} of the {needed} patients needed: {parts}."
         raise DataError(405, sentence, "add patients, or set data.validation or data.test to 0 in run.toml.")
-    room = patients - len(strata)
+    room = patients - len(strata)  # every class keeps a patient in training
     tests = min(max(round(patients * test), 1), room - (validation > 0)) if test else 0
     validations = min(max(round(patients * validation), 1), room - tests) if validation else 0
 
-    in_test = _apportion(tests, sizes, [size - 1 for size in sizes])
-    in_validation = _apportion(validations, sizes, [s - 1 - t for s, t in zip(sizes, in_test, strict=True)])
-    part_of = {}
-    for names, t, v in zip(strata, in_test, in_validation, strict=True):
-        for position, name in enumerate(names):
-            part_of[name] = "test" if position < t else "validation" if position < t + v else "train"
+    free = [size - 1 for size in sizes]
+    in_test = _apportion(tests, sizes, free)
+    in_validation = _apportion(validations, sizes, [left - taken for left, taken in zip(free, in_test, strict=True)])
+    part_of: dict[str, str] = {}
+    for names, n_test, n_validation in zip(strata, in_test, in_validation, strict=True):
+        part_of |= dict.fromkeys(names, "train")
+        part_of |= dict.fromkeys(names[: n_test + n_validation], "validation")
+        part_of |= dict.fromkeys(names[:n_test], "test")
 
     def rows_of(part: str) -> list[int]:
         return [row for row, patient in enumerate(dataset.patients) if part_of[patient] == part]

@@ -34,17 +34,20 @@ def _kernel(layer: nn.Conv2d | nn.ConvTranspose2d, wide: torch.Tensor, narrow: t
     """Return (batch, o, c, *kernel): `wide` (batch, c, h, w) under the kernel, times `narrow` (batch, o, h', w')."""
     batch, outputs, height, width = narrow.shape
     rows, columns = layer.kernel_size
-    (down, right), (row, column) = layer.stride, layer.dilation
     vertical, horizontal = (int(side) for side in layer.padding)
     padded = functional.pad(wide, (horizontal, horizontal, vertical, vertical))
+
+    def positions(element: int, side: int, length: int) -> slice:
+        """Return the positions of `padded` along a side that an element of the kernel meets, `length` of them."""
+        first, stride = element * layer.dilation[side], layer.stride[side]
+        return slice(first, first + stride * (length - 1) + 1, stride)
+
     # (batch, c, columns, height of `padded`, w')
-    shifted = torch.stack(
-        [padded[..., c * column : c * column + right * (width - 1) + 1 : right] for c in range(columns)], dim=2
-    )
+    shifted = torch.stack([padded[..., positions(column, 1, width)] for column in range(columns)], dim=2)
     flat = narrow.reshape(batch, outputs, -1)
     parts = []
-    for r in range(rows):
-        slices = shifted[..., r * row : r * row + down * (height - 1) + 1 : down, :].reshape(batch, -1, height * width)
+    for row in range(rows):
+        slices = shifted[..., positions(row, 0, height), :].reshape(batch, -1, height * width)
         parts.append(torch.bmm(flat, slices.transpose(1, 2)).view(batch, outputs, -1, columns))
     return torch.stack(parts, dim=3)
 

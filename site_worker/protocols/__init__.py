@@ -26,7 +26,7 @@ def make_site(
         splits: the site's scaled data.
         base: folder of run.toml.
         ledger: file of the privacy ledger; required by runs with differential privacy.
-        max_epsilon: largest epsilon that these may spend.
+        max_epsilon: largest epsilon that these runs may spend on a record.
 
     Raises:
         ConfigError: 104, 105 the model cannot be used.

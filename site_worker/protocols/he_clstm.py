@@ -44,11 +44,11 @@ class HeClstmSite(QueryRole):
     @override
     def decrypt_state(self, query: Query, pieces: Sequence[bytes]) -> FloatArray:
         packing, vectors = self._packing(query), self._decrypt(pieces)
-        hidden, capacity = (len(vectors) - 1) // 2, packing.capacity
-        if len(vectors) != 2 * len(packing.state(np.zeros((0, self._classifier.hidden)))) + 1:
+        width = len(packing.state(np.zeros((0, self._classifier.hidden))))  # ciphertexts of h, and of c
+        if len(vectors) != 2 * width + 1:
             raise mismatch(f"an answer has {len(pieces)} ciphertexts.")
-        h, c = (packing.read_state(part, capacity) for part in (vectors[:hidden], vectors[hidden:-1]))
-        return np.concatenate([h, c, packing.read_votes(vectors[-1], capacity)[:, None]], axis=1)
+        h, c = (packing.read_state(part, packing.capacity) for part in (vectors[:width], vectors[width:-1]))
+        return np.concatenate([h, c, packing.read_votes(vectors[-1], packing.capacity)[:, None]], axis=1)
 
     @override
     def decrypt_logits(self, query: Query, pieces: Sequence[bytes]) -> FloatArray:

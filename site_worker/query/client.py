@@ -70,7 +70,7 @@ class QueryClient:
         for open_query in waiting:
             if open_query.sent or self._unconfirmed[open_query.number, open_query.step]:
                 continue
-            if sum(map(bool, self._unconfirmed.values())) >= SENDS_MAX:
+            if len([names for names in self._unconfirmed.values() if names]) >= SENDS_MAX:
                 return
             query = self._queries.get(open_query.number)
             if not self._queries.has_sent_keys(query.keys) and not self._unconfirmed[_KEYS_PARCEL]:

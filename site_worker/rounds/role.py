@@ -47,13 +47,13 @@ class RoundSite(SiteRole):
         """Version of `base`."""
         self._is_final = False
         self._metrics: dict[int, str] = {}
-        """Metrics of held-out patients, by the update that carries them; the report's number follows the last."""
+        """Metrics of held-out patients, by the update that carries them; those of the report by the next number."""
         self._last_update = 0
         """Number of the last complete update; the next one is in training, or waits for its model."""
         self._updates: dict[int, torch.Tensor] = {}
         """Updates with unconfirmed messages."""
         self._versions: dict[int, int] = {}
-        """Version of the model at the start of each of them."""
+        """Version of the model that each of them began with."""
         self._slices: list[torch.Tensor] = []
         """Slices so far of an incomplete model or farewell."""
         self._incoming: list[Any] = []
@@ -77,9 +77,10 @@ class RoundSite(SiteRole):
 
     @override
     def choose(self, ready: Set[str]) -> str | None:
-        # After a crash a model may be here before the update that it answers is made again.
+        # After a crash a model may be here before the update that it answers is made again. A report counts as one.
         update, _ = self.sequence.at(self.answered + 1)
-        return super().choose(ready) if update <= self._last_update + self._is_final else None
+        last = self._last_update + 1 if self._is_final else self._last_update
+        return super().choose(ready) if update <= last else None
 
     @override
     def next(self) -> list[Effect]:
@@ -92,19 +93,20 @@ class RoundSite(SiteRole):
             return [self._send(Kind.UPDATE, self._versions[update], {"values": part}, metrics)]
         if self.answered // self.layout.slices < self._last_update:
             return []  # the answer to the last update is not here
-        if self._last_update + 1 not in self._metrics:
-            self._metrics[self._last_update + 1] = self._evaluate_if_due()
+        current = self._last_update + 1
+        if current not in self._metrics:
+            self._metrics[current] = self._evaluate_if_due()  # before training changes the model
             return [self._record_step()]
         if self._is_final:
             if self.next_seq > self._last_update * self.layout.slices + 1:
                 return []  # the report is sent
-            return [self._send(Kind.REPORT, self._version, self.report_tensors(), self._metrics[self._last_update + 1])]
-        if self.step < update * self.work.batches:
+            return [self._send(Kind.REPORT, self._version, self.report_tensors(), self._metrics[current])]
+        if self.step < current * self.work.batches:
             self._train()
-        if self.step == update * self.work.batches:
-            self._updates[update] = self._make_update()
-            self._versions[update] = self._version
-            self._last_update = update
+        if self.step == current * self.work.batches:
+            self._updates[current] = self._make_update()
+            self._versions[current] = self._version
+            self._last_update = current
             if self.account is not None:
                 return [Spend(self.step)]
         return [self._record_step()]
@@ -115,8 +117,8 @@ class RoundSite(SiteRole):
         if not self._is_expected(header):
             raise mismatch(f"{header.message_id} is out of turn.")
         best, evaluated, is_final = int(scalars["best"]), int(scalars["judged"]), bool(scalars.get("final", False))
-        is_possible = 0 <= best <= evaluated and self._evaluated <= evaluated <= self.candidates(header.version)
-        if not is_possible or (header.kind is Kind.MODEL and not self._is_plausible(header, is_final)):
+        is_progress = 0 <= best <= evaluated and self._evaluated <= evaluated <= self.candidates(header.version)
+        if not is_progress or (header.kind is Kind.MODEL and not self._is_plausible(header, is_final)):
             raise mismatch(f"{header.message_id} has values that are impossible for model {header.version}.")
         _, number = self.sequence.at(header.seq)
         values = check_slice(message, self.layout, number).clone()
@@ -155,11 +157,12 @@ class RoundSite(SiteRole):
 
     def _is_plausible(self, header: Header, is_final: bool) -> bool:
         """Return whether a model may have its version and `is_final`."""
-        may_end = is_final and self.config.run.patience > 0
-        return self._can_follow(header.version) and (may_end or is_final is self._must_be_final(header))
+        may_stop_early = is_final and self.config.run.patience > 0
+        return self._can_follow(header.version) and (may_stop_early or is_final is self._must_be_final(header))
 
     def _can_follow(self, version: int) -> bool:
-        return self._version + (self.config.round.close != "buffered") <= version <= self.config.round.rounds
+        lowest = self._version if self.config.round.close == "buffered" else self._version + 1
+        return lowest <= version <= self.config.round.rounds
 
     def _must_be_final(self, header: Header) -> bool:
         update, _ = self.sequence.at(self.answered + 1)

@@ -172,7 +172,7 @@ class StreamSite(SiteRole):
 
     @override
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
-        # A restored site sends from `resume` on and applies answers from the next one on: older versions are dropped.
+        # A restored site sends from `resume_seq` on and applies answers after `answered`: older versions are dropped.
         oldest = min(self.resume_seq(first_unconfirmed), self.answered + 1)
         if oldest <= self.sequence.last:
             self.bottom.forget(below=self._oldest_version(oldest))

@@ -31,8 +31,8 @@ def open_arrays(path: Path, source: SourceSection, data: DataSection, masks: str
         if array.shape not in ((len(images),), (len(images), 1)):
             sentence = f"{path}: {name!r} has shape {array.shape}, {source.images!r} has {len(images)} entries."
             raise DataError(407, sentence, f"{name!r} needs one value per image; export both from the same rows.")
-    grey = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))
-    if not (grey and images.size and (images.dtype == np.uint8 or images.dtype.kind == "f")):
+    has_image_shape = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))
+    if not (has_image_shape and images.size and (images.dtype == np.uint8 or images.dtype.kind == "f")):
         remedy = "store images as uint8 or float32 of shape (n, height, width) or (n, height, width, 3)."
         raise DataError(407, f"{path}: {source.images!r} is {images.dtype} of shape {images.shape}.", remedy)
     infinite = np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(axis=1))

@@ -5,7 +5,7 @@ An index lists files, or folders whose files share a label; without one the fold
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +44,8 @@ def open_dicom(folder: Path, source: SourceSection, data: DataSection, classes: 
         series[entry[1].series].append(entry)
     entries = [entry for members in series.values() for entry in sort_series(members)]
     frames = [frame for _, frame in entries]
-    ends = accumulate(map(len, series.values()))
-    sequences = {name: range(end - len(series[name]), end) for name, end in zip(series, ends, strict=True)}
+    bounds = pairwise(accumulate(map(len, series.values()), initial=0))
+    sequences = {name: range(first, end) for name, (first, end) in zip(series, bounds, strict=True)}
 
     columns = {name: [cells[i] for i, _ in entries] for name, cells in listing.columns.items()}
     columns["file"] = [str(frame.file.relative_to(listing.base)) for frame in frames]
@@ -82,7 +82,7 @@ def _refuse_burned_in(frames: Sequence[Frame]) -> None:
 
 
 def sort_series(entries: Sequence[Entry]) -> list[Entry]:
-    """Sort a series along the normal of its images, or by instance number without common positions."""
+    """Sort a series along the common normal of its images; by instance number without one, or without positions."""
     first = entries[0][1].orientation
     parallel = first is not None and all(
         frame.position is not None and frame.orientation is not None
@@ -93,7 +93,8 @@ def sort_series(entries: Sequence[Entry]) -> list[Entry]:
     def key(entry: Entry) -> tuple[float, int, int, Path]:
         frame, depth = entry[1], 0.0
         if parallel and first is not None and frame.position is not None:
-            depth = round(float(np.cross(first[:3], first[3:]) @ np.array(frame.position)), 3)
+            normal = np.cross(first[:3], first[3:])  # of the directions of rows and columns
+            depth = round(float(normal @ np.array(frame.position)), 3)
         return depth, frame.instance, frame.number, frame.file
 
     return sorted(entries, key=key)

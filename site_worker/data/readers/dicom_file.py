@@ -123,18 +123,18 @@ def _parse_frame(path: Path, header: Dataset, number: int) -> Frame:
     slope, intercept = (read("PixelValueTransformationSequence", f"Rescale{name}") for name in ("Slope", "Intercept"))
     patient, series = str(header.get("PatientID") or "").strip(), str(header.get("SeriesInstanceUID") or "")
     return Frame(
-        path,
-        number,
-        _hash(patient) if patient else "",
-        _hash(series) if series else str(path.parent),
-        int(header.get("InstanceNumber") or 0),
-        read_numbers("PlaneOrientationSequence", "ImageOrientationPatient"),
-        read_numbers("PlanePositionSequence", "ImagePositionPatient"),
-        1.0 if slope is None else float(slope),
-        0.0 if intercept is None else float(intercept),
-        _parse_window(read("FrameVOILUTSequence", "WindowCenter"), read("FrameVOILUTSequence", "WindowWidth")),
-        header.get("PhotometricInterpretation") == "MONOCHROME1",
-        str(header.get("BurnedInAnnotation") or "").strip().upper() == "YES",
+        file=path,
+        number=number,
+        patient=_hash(patient) if patient else "",
+        series=_hash(series) if series else str(path.parent),
+        instance=int(header.get("InstanceNumber") or 0),
+        orientation=read_numbers("PlaneOrientationSequence", "ImageOrientationPatient"),
+        position=read_numbers("PlanePositionSequence", "ImagePositionPatient"),
+        slope=1.0 if slope is None else float(slope),
+        intercept=0.0 if intercept is None else float(intercept),
+        window=_parse_window(read("FrameVOILUTSequence", "WindowCenter"), read("FrameVOILUTSequence", "WindowWidth")),
+        inverted=header.get("PhotometricInterpretation") == "MONOCHROME1",
+        burned_in=str(header.get("BurnedInAnnotation") or "").strip().upper() == "YES",
     )
 
 

@@ -9,7 +9,7 @@ way, and an axial slice looks like the DICOM image.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 
 import nibabel
@@ -48,7 +48,7 @@ def open_volumes(
     paths = [listing.base / file for file in listing.files]
     counts = [_count(path, source.axis, listing.reference(i)) for i, path in enumerate(paths)]
     slices = [(i, k) for i, count in enumerate(counts) for k in range(count)]
-    starts = list(accumulate(counts, initial=0))
+    bounds = pairwise(accumulate(counts, initial=0))
     columns = {name: [cells[i] for i, _ in slices] for name, cells in listing.columns.items()}
     columns |= {"volume": [listing.files[i] for i, _ in slices], "slice": [str(k) for _, k in slices]}
     window = window_of(data)
@@ -62,9 +62,9 @@ def open_volumes(
 
     rows = Rows(
         listing.source, columns, source.label, listing.patient or "volume",
-        lambda row: f"{paths[slices[row][0]]}, slice {slices[row][1]}",
-        _make_reader(paths, slices, image),
-        {file: range(starts[i], starts[i + 1]) for i, file in enumerate(listing.files)},
+        location=lambda row: f"{paths[slices[row][0]]}, slice {slices[row][1]}",
+        read=_make_reader(paths, slices, image),
+        sequences={file: range(first, end) for file, (first, end) in zip(listing.files, bounds, strict=True)},
     )  # fmt: skip
     if masks is None:
         return rows
@@ -95,7 +95,8 @@ def _count(path: Path, axis: int, reference: str) -> int:
     """Return the number of slices across an axis; reads only the header."""
     with reading(path, reference):
         image = _load(path)
-        return int(image.shape[int(np.flatnonzero(_reorientation(image)[:, 0] == axis)[0])])
+        stored_axis = np.flatnonzero(_reorientation(image)[:, 0] == axis)[0]
+        return int(image.shape[int(stored_axis)])
 
 
 def _cut(path: Path, axis: int) -> Array:
