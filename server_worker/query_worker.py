@@ -15,7 +15,7 @@ from nightsplit.shared.config.load import load
 from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.errors import StateError
 from nightsplit.shared.he.sequences import parameters_for
-from nightsplit.shared.protocols.he_clstm import classifier_of, fill, stages_of
+from nightsplit.shared.protocols.he_clstm import classifier_of, load_trained, stages_of
 from nightsplit.shared.protocols.query import CHUNKS_MAX, CONTRACT
 from nightsplit.shared.run_store.status import Phase
 from nightsplit.shared.runtime.process import StopSignal, prepare_torch, try_lock_folder
@@ -45,7 +45,7 @@ class QueryServerWorker(Worker):
     def work(self, idle_seconds: float | None = None) -> None:
         """Answer queries in its shifts, until it is stopped or `idle_seconds` pass without a message."""
         prepare_torch(1, "cpu")
-        fill(self._last_stage, self.base / self.config.report, WEIGHTS)
+        load_trained(self._last_stage, self.base / self.config.report, WEIGHTS)
         classifier, secret = classifier_of(self._last_stage), self._secret()
         ckks, secret_name = parameters_for(classifier), hashlib.sha256(secret).hexdigest()
         config, processes = self.run_config, self.config.threads

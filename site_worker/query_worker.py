@@ -14,7 +14,7 @@ from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.errors import StateError
 from nightsplit.shared.he.ckks import PublicKeys
 from nightsplit.shared.he.sequences import parameters_for, rotations_of, steps_of
-from nightsplit.shared.protocols.he_clstm import SPEC, classifier_of, fill, stages_of
+from nightsplit.shared.protocols.he_clstm import SPEC, classifier_of, load_trained, stages_of
 from nightsplit.shared.protocols.query import CHUNKS_MAX, CONTRACT
 from nightsplit.shared.protocols.spec import Shapes
 from nightsplit.shared.runtime.process import StopSignal, lock_folder, prepare_torch
@@ -65,7 +65,7 @@ class QuerySiteWorker:
         fit.
         """
         prepare_torch(self.site.config.threads, self.site.config.device)
-        fill(self._front, self.site.model_folder, WEIGHTS)
+        load_trained(self._front, self.site.model_folder, WEIGHTS)
         with lock_folder(self.site.state_folder):
             dataset = select_dataset(self.site, data)
             features = compute_outputs(self._front.eval(), dataset.inputs, "cpu").double().numpy()

@@ -53,18 +53,18 @@ def _gates(arithmetic: Arithmetic, classifier: ClassifierWeights, inputs: Row, l
     diagonals, bias = _matrix(arithmetic.ckks, classifier, last)
     rotated = [[ciphertext] for ciphertext in inputs]
     for row in rotated:
-        for _ in range(packing.small - 1):
+        for _ in range(packing.giant_step - 1):
             row.append(arithmetic.rotate(row[-1], packing.capacity))
     longest = max(len(of_input) for of_input in diagonals[: len(inputs)])
     total = None
-    for begin in reversed(range(0, longest, packing.small)):
+    for begin in reversed(range(0, longest, packing.giant_step)):
         part = arithmetic.dot_plain(
             term
             for row, of_input in zip(rotated, diagonals, strict=False)
-            for term in zip(row, of_input[begin : begin + packing.small], strict=False)
+            for term in zip(row, of_input[begin : begin + packing.giant_step], strict=False)
         )
         if total is not None:  # a giant step moves the sum of all later parts
-            part = arithmetic.sum([part, arithmetic.rotate(total, packing.small * packing.capacity)])
+            part = arithmetic.sum([part, arithmetic.rotate(total, packing.giant_step * packing.capacity)])
         total = part
     gates = [arithmetic.add_plain(arithmetic.rescale(total), bias)]
     for _ in ORDER[1:]:
@@ -93,7 +93,7 @@ def _matrix(
     def diagonals(rows: FloatArray, period: int) -> list[Plaintext]:
         matrix = np.pad(by_dimension(rows), ((0, 0), (0, period - rows.shape[1])))
         index = np.arange(packing.dimensions)
-        moved = (np.roll(matrix[index, (index + n) % period], n - n % packing.small) for n in range(period))
+        moved = (np.roll(matrix[index, (index + n) % period], n - n % packing.giant_step) for n in range(period))
         return [ckks.encode(_repeat(packing, diagonal), ckks.top) for diagonal in moved]
 
     assert classifier.state is not None, "gates depend on h"
@@ -129,7 +129,7 @@ def _sum_dimensions(
     packing = _packing(arithmetic, classifier)
 
     def rotate(ciphertext: Ciphertext, dimensions: int) -> Ciphertext:
-        for step in (packing.units, packing.small, 1):  # the site has keys for these
+        for step in (packing.units, packing.giant_step, 1):  # the site has keys for these
             for _ in range(dimensions // step):
                 ciphertext = arithmetic.rotate(ciphertext, step * packing.capacity)
             dimensions %= step

@@ -125,11 +125,11 @@ class CkksParameters:
     def read_galois(self, content: bytes, rotations: Sequence[int]) -> Any:
         """Read Galois keys; Refused 313 unless they have these parameters and include all of these steps."""
         keys = self._load(seal.GaloisKeys(), content)
-        if not all(map(keys.has_key, self.elements(rotations))):
+        if not all(map(keys.has_key, self.galois_elements(rotations))):
             raise mismatch("a key for a rotation is missing.", 313)
         return keys
 
-    def elements(self, rotations: Sequence[int]) -> list[int]:
+    def galois_elements(self, rotations: Sequence[int]) -> list[int]:
         """Return the Galois elements of these steps, by which SEAL names the keys."""
         return [pow(3, step, 2 * self.degree) for step in rotations]
 

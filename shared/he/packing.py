@@ -123,7 +123,7 @@ class Slots(Packing):
         return self.slots // self.dimensions
 
     @property
-    def small(self) -> int:
+    def giant_step(self) -> int:
         """Dimensions of a giant step; there are about as many baby steps, of one dimension each."""
         return int(2 ** ((max(self.period, self.units).bit_length() - 1) // 2))
 
@@ -131,7 +131,7 @@ class Slots(Packing):
     @override
     def rotations(self) -> tuple[int, ...]:
         # Baby step, giant step, and from gate to gate.
-        return tuple(step * self.capacity for step in sorted({1, self.small, self.units}))
+        return tuple(step * self.capacity for step in sorted({1, self.giant_step, self.units}))
 
     @override
     def frame(self, numbers: FloatArray) -> list[FloatArray]:

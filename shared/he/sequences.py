@@ -60,6 +60,6 @@ def rotations_of(ckks: CkksParameters, classifier: ClassifierWeights) -> tuple[i
     return () if classifier.state is None else packing_of("slots", ckks, classifier).rotations
 
 
-def packing_for(sequences: int, classifier: ClassifierWeights) -> str:
+def fastest_packing(sequences: int, classifier: ClassifierWeights) -> str:
     """Return the name of the fastest packing for this number of sequences."""
     return "slots" if classifier.state is not None and sequences < BATCH_SEQUENCES_MIN else "batch"

@@ -45,7 +45,7 @@ def classifier_of(last: nn.Sequential) -> ClassifierWeights:
     return ClassifierWeights.of(classifier.state_dict())
 
 
-def fill(part: nn.Module, folder: Path, names: Sequence[str]) -> None:
+def load_trained(part: nn.Module, folder: Path, names: Sequence[str]) -> None:
     """Load the trained weights of a part from the first existing file of `names` in the folder of a finished run.
 
     Raises:

@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from nightsplit.shared.errors import mismatch
 from nightsplit.shared.he.packing import Packing
-from nightsplit.shared.he.sequences import packing_for, packing_of, parameters_for, steps_of
+from nightsplit.shared.he.sequences import fastest_packing, packing_of, parameters_for, steps_of
 from nightsplit.shared.he.weights import ClassifierWeights, FloatArray
 from nightsplit.site_worker.query.keys import SecretKeys
 from nightsplit.site_worker.query.role import QueryRole
@@ -25,7 +25,7 @@ class HeClstmSite(QueryRole):
 
     @override
     def packing_for(self, sequences: int) -> tuple[str, int]:
-        name = packing_for(sequences, self._classifier)
+        name = fastest_packing(sequences, self._classifier)
         return name, packing_of(name, self.ckks, self._classifier).capacity
 
     @override

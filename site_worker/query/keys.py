@@ -35,7 +35,7 @@ class SecretKeys:
         make_private_folder(folder)
         secret = generator.secret_key()
         write_atomic(folder / SECRET, lambda path: secret.save(str(path)))  # without it, no answer can be read
-        galois = to_bytes(generator.create_galois_keys(ckks.elements(rotations))) if rotations else b""
+        galois = to_bytes(generator.create_galois_keys(ckks.galois_elements(rotations))) if rotations else b""
         return cls(ckks, secret), PublicKeys(to_bytes(generator.create_relin_keys()), galois)
 
     @classmethod
