@@ -26,8 +26,6 @@ class Consumer(Connection):
         self._owner = owner
         self._incarnation = object()  # unlike any other, also those of other links
         self._unacknowledged: Counter[str] = Counter()
-        self._overdue: set[str] = set()
-        """Queues with overdue deliveries, as found by the checks in a silence."""
 
     def is_stale(self, delivery: Delivery) -> bool:
         """Return whether the broker has taken `delivery` back. Called by the worker's thread."""
@@ -37,7 +35,6 @@ class Consumer(Connection):
         """Acknowledge `delivery` unless it is stale."""
         if self._channel is not None and not self.is_stale(delivery):
             assert isinstance(delivery.tag, tuple)
-            self._note_traffic()
             self._unacknowledged[delivery.queue] -= 1
             self._channel.basic_ack(delivery.tag[1])
 
@@ -47,6 +44,29 @@ class Consumer(Connection):
         if self._channel is not None:
             self._is_renewing = True
             self._disconnect()
+
+    @override
+    def close(self) -> None:
+        self._is_closing = True
+        self._settle(list(self._unacknowledged) if self._is_cluster and self._channel is not None else [])
+
+    def _settle(self, queues: list[str]) -> None:
+        """Close after the broker has applied the acknowledgements of `queues`.
+
+        The channel of a quorum queue keeps acknowledgements back while others are being replicated, and what it still
+        keeps when it ends is lost. The start of another consumer is replicated after those that were not kept back,
+        and its end after the rest. It receives nothing, because ours is the active one; to cancel that one would let a
+        standby overtake the deliveries that we return.
+        """
+        if not queues:
+            super().close()
+            return
+        channel, (queue, *rest) = self._channel, queues
+
+        def on_started(frame: Any) -> None:
+            channel.basic_cancel(frame.method.consumer_tag, callback=lambda frame: self._settle(rest))
+
+        channel.basic_consume(queue, lambda *delivery: None, callback=on_started)
 
     @override
     def _prepare(self, channel: Any) -> None:
@@ -63,24 +83,27 @@ class Consumer(Connection):
             channel.basic_consume(queue.name, on_delivery, consumer_tag=tag, callback=on_consuming)
 
     @override
-    def _note_traffic(self) -> None:
-        super()._note_traffic()
-        self._overdue.clear()
+    def _is_reply_due(self) -> bool:
+        return True
 
     @override
-    def _is_reply_due(self) -> bool:
-        # The first check asks for the depth; at the next, a queue with messages or without a reply is overdue.
-        if self._overdue:
-            return True
-        for queue in self.queues:
-            self._overdue.add(queue.name)
-            self._channel.queue_declare(queue.name, passive=True, callback=self._on_depth)
-        return False
+    def _ask(self, another: Any) -> set[str]:
+        def on_depth(frame: Any) -> None:
+            queue = frame.method.queue
+            if not frame.method.message_count or self._unacknowledged[queue] >= self.prefetch:
+                overdue.discard(queue)
 
-    def _on_depth(self, frame: Any) -> None:
-        queue = frame.method.queue
-        if not frame.method.message_count or self._unacknowledged[queue] >= self.prefetch:
-            self._overdue.discard(queue)
+        def on_started(frame: Any) -> None:
+            overdue.discard(frame.method.consumer_tag)
+            another.close()
+
+        overdue = {queue.name for queue in self.queues}
+        for name in overdue:
+            self._channel.queue_declare(name, passive=True, callback=on_depth)
+        # A node without the majority still tells a depth, but it cannot replicate the start of another consumer.
+        another.basic_qos(prefetch_count=1)
+        overdue.add(another.basic_consume(self.queues[0].name, lambda *delivery: None, callback=on_started))
+        return overdue
 
     @override
     def _on_lost(self) -> None:

@@ -16,7 +16,7 @@ from nightsplit.broker.rabbitmq.publisher import Publisher
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Confirmed, Delivery, Event, Link, Queue, check_size
 
-CLOSE_TIMEOUT_S = 1.0
+CLOSE_TIMEOUT_S = 2.0
 """Seconds that a closing link waits for the broker, and then for connections that it aborts."""
 
 
