@@ -1,7 +1,7 @@
 """Consuming connection of a link to RabbitMQ; see the drawing in `nightsplit.broker.rabbitmq.broker`."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,33 +40,41 @@ class Consumer(Connection):
 
     def raise_prefetch(self, prefetch: int) -> None:
         """Reconnect with another prefetch, since the broker fixes it when a consumer starts."""
-        self.prefetch = prefetch
-        if self._channel is not None:
+
+        def reconnect() -> None:
             self._is_renewing = True
             self._disconnect()
+
+        self.prefetch = prefetch
+        if self._channel is not None:
+            self._settle(reconnect)
 
     @override
     def close(self) -> None:
         self._is_closing = True
-        self._settle(list(self._unacknowledged) if self._is_cluster and self._channel is not None else [])
+        self._settle(super().close)
 
-    def _settle(self, queues: list[str]) -> None:
-        """Close after the broker has applied the acknowledgements of `queues`.
+    def _settle(self, then: Callable[[], None]) -> None:
+        """Call `then` when a cluster has applied the acknowledgements; at once elsewhere, where it needs no such care.
 
         The channel of a quorum queue keeps acknowledgements back while others are being replicated, and what it still
         keeps when it ends is lost. The start of another consumer is replicated after those that were not kept back,
         and its end after the rest. It receives nothing, because ours is the active one; to cancel that one would let a
         standby overtake the deliveries that we return.
         """
-        if not queues:
-            super().close()
-            return
-        channel, (queue, *rest) = self._channel, queues
+        channel = self._channel
+        queues = list(self._unacknowledged) if self._is_cluster and channel is not None else []
+
+        def settle_next(frame: Any = None) -> None:
+            if queues:
+                channel.basic_consume(queues.pop(), lambda *delivery: None, callback=on_started)
+            else:
+                then()
 
         def on_started(frame: Any) -> None:
-            channel.basic_cancel(frame.method.consumer_tag, callback=lambda frame: self._settle(rest))
+            channel.basic_cancel(frame.method.consumer_tag, callback=settle_next)
 
-        channel.basic_consume(queue, lambda *delivery: None, callback=on_started)
+        settle_next()
 
     @override
     def _prepare(self, channel: Any) -> None:

@@ -102,7 +102,7 @@ class RabbitLink(Link):
 
     @override
     def close(self) -> None:
-        """Close the connections; return within about two seconds even when the broker is unreachable."""
+        """Close the connections; return within about four seconds even when the broker is unreachable."""
         self._loop.add_callback_threadsafe(self._close_connections)
         self._thread.join()
 

@@ -133,7 +133,9 @@ class Publisher(Connection):
     def _resume(self, queue: Queue) -> None:
         self._outbox.resume(queue)
         if self._is_cluster and self._channel is not None:
-            # After a quorum queue had no leader, its channel refuses every later message (RabbitMQ 3.10).
+            # After a quorum queue had no leader, its channel refuses every later message (RabbitMQ 3.10); and a node
+            # that is cut off from the majority refuses all of them (4.3).
+            self._addresses.rotate(-1)
             self._is_renewing = True
             self._disconnect()
         else:

@@ -19,7 +19,7 @@ from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.shared.config.run import WireSection
 from nightsplit.shared.credentials import NO_CREDENTIALS
 from nightsplit.shared.errors import BrokerError
-from nightsplit.shared.transport import Blocked, Confirmed, Delivery, Link, Queue, Unblocked
+from nightsplit.shared.transport import Blocked, Confirmed, Delivery, Link, Unblocked
 from tests.faults.numbered import Numbered
 from tests.harness.cluster import ClusterNode, cluster
 from tests.harness.links import Line
@@ -119,6 +119,7 @@ def test_a_publisher_and_a_consumer_at_a_leader_that_is_cut_off(tmp_path: Path) 
         lonely.make_ready_to_cut_off(nodes.peers(lonely))
         with broker.link([queues.down], 4, "site") as site, RabbitBroker(nodes.url(1)).link([], 1, "server") as server:
             lonely.cut_off()
+            wait_until(lambda: lonely.ctl("eval", "nodes().").strip() == "[]", 60, "the node to be cut off")
             cut_at = time.monotonic()
             site.publish(queues.up, "batch", [b"x"])
             server.publish(queues.down, "gradient", [b"y"])
@@ -313,56 +314,6 @@ def test_a_message_on_a_slow_line_is_no_silence(
     assert broker.depth(queues.up) == 0
 
 
-# What is special about quorum queues
-
-
-def fetch(link: Link, count: int) -> list[Delivery]:
-    deliveries = [next_of(link, Delivery) for _ in range(count)]
-    return [delivery for delivery in deliveries if isinstance(delivery, Delivery)]
-
-
-def store(broker: RabbitBroker, queue: Queue, count: int) -> list[str]:
-    """Publish so many messages, and wait for their confirms; their ids."""
-    names = [f"m{number}" for number in range(count)]
-    with broker.link([], 1, "publisher") as link:
-        for name in names:
-            link.publish(queue, name, [b"body"])
-        for _ in names:
-            next_of(link, Confirmed)
-    return names
-
-
-def test_acknowledgements_right_before_closing_are_settled(broker: RabbitBroker, queues: SiteQueues) -> None:
-    for _ in range(5):
-        store(broker, queues.up, 200)
-        with broker.link([queues.up], 300, "server") as link:
-            for delivery in fetch(link, 200):
-                link.acknowledge(delivery)
-        assert broker.depth(queues.up) == 0
-
-
-def test_acknowledgements_are_settled_around_what_is_kept(broker: RabbitBroker, queues: SiteQueues) -> None:
-    """Unacknowledged ones come again in order, and before what the first consumer never saw; a standby waits."""
-    names = store(broker, queues.up, 210)
-    with broker.link([queues.up], 200, "server") as link:
-        held = fetch(link, 200)
-        second = broker.link([queues.up], 300, "standby")
-        for delivery in held[::2]:
-            link.acknowledge(delivery)
-    with second:
-        assert [delivery.message_id for delivery in fetch(second, 110)] == names[1:200:2] + names[200:]
-
-
-def test_a_smaller_prefetch_turns_the_order_round(broker: RabbitBroker, queues: SiteQueues) -> None:
-    """The price of a return behind others; `Engine._make_room` is for this. With the same prefetch, order is kept."""
-    names = store(broker, queues.up, 12)
-    for prefetch, first in ((8, 0), (8, 0), (3, 0), (8, 3)):
-        with broker.link([queues.up], prefetch, "server") as link:
-            assert [delivery.message_id for delivery in fetch(link, 1)] == [names[first]]
-    with broker.link([queues.up], 12, "server") as link:
-        assert [delivery.message_id for delivery in fetch(link, 12)] == names[3:8] + names[:3] + names[8:]
-
-
 def test_hosts_of_no_common_cluster(url: str, queues: SiteQueues, rabbitmq: RabbitNode, tmp_path: Path) -> None:
     with RabbitNode(tmp_path / "stranger") as stranger:
         vhost = RabbitBroker(url)._addresses[0].virtual_host
@@ -388,4 +339,5 @@ def test_the_type_of_a_queue_is_never_left_to_the_broker() -> None:
     replicated = arguments(up, replicated=True)
     assert replicated["x-queue-type"] == "quorum"
     assert replicated["x-delivery-limit"] == 2**31 - 1
+    assert replicated["x-consumer-disconnected-timeout"] == 10_000
     assert replicated["x-overflow"] == "reject-publish"

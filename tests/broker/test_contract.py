@@ -22,12 +22,11 @@ PATIENCE_S = 10.0
 LIMIT = 2**20
 
 
-# What quorum queues do otherwise is in test_cluster.py, too, and always tested.
-CLASSIC = pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)
+# Most of it is the same twice; what differs is in test_quorum.py, too, and always tested.
 QUORUM = pytest.param("rabbitmq-quorum", marks=[pytest.mark.rabbitmq, pytest.mark.campaign])
 
 
-@pytest.fixture(params=["memory", "embedded", "faulty", CLASSIC, QUORUM])
+@pytest.fixture(params=["memory", "embedded", "faulty", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq), QUORUM])
 def broker(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Broker:
     if request.param == "memory":
         return MemoryBroker()
@@ -258,9 +257,7 @@ def test_a_full_queue_holds_messages_up_and_loses_none(broker: Broker) -> None:
         received: list[str] = []
         after: list[Event] = []
         with broker.link([queues.up], 1, "server") as server:
-            deadline = time.monotonic() + 30
             while len(received) < len(sent):
-                assert time.monotonic() < deadline, received
                 event = server.receive(0.05)
                 if isinstance(event, Delivery):
                     received.append(event.message_id)
@@ -282,10 +279,9 @@ def test_what_was_unconfirmed_at_closing_was_never_sent(broker: Broker) -> None:
     with broker.link([], 1, "site") as link:
         fill(link, queues.up, 999)
     depth = broker.depth(queues.up)
+    assert depth
     with broker.link([queues.up], 10, "server") as server:
-        assert depth is not None
-        for delivery in deliveries(server, depth):
-            server.acknowledge(delivery)
+        deliveries(server, depth)
         assert quiet(server)
 
 
@@ -305,15 +301,9 @@ def test_publishing_to_a_missing_queue(broker: Broker, queues: SiteQueues) -> No
         Queue("nightsplit.run.nobody.up", "nightsplit.run.nobody", "up", None, None),  # no exchange either
         Queue("nightsplit.run.site.aside", queues.up.exchange, "aside", None, None),
     ):
-        with broker.link([], 1, "site") as link:
-
-            def publish(missing: Queue = missing, link: Link = link) -> None:
-                link.publish(missing, "m", [b"x"])
-                collect(link, lambda events: bool(confirmed(events)))
-
-            with pytest.raises(BrokerError) as refusal:
-                publish()
-            assert refusal.value.number == 205
+        with broker.link([], 1, "site") as link, pytest.raises(BrokerError, match="E205"):  # noqa: PT012
+            link.publish(missing, "m", [b"x"])
+            collect(link, lambda events: bool(confirmed(events)))
 
 
 def test_consuming_a_missing_queue(broker: Broker) -> None:
@@ -321,9 +311,8 @@ def test_consuming_a_missing_queue(broker: Broker) -> None:
         with broker.link([site_queues("run", "nobody", LIMIT).up], 1, "server") as link:
             link.receive(2.0)
 
-    with pytest.raises(BrokerError) as refusal:
+    with pytest.raises(BrokerError, match="E205"):
         consume()
-    assert refusal.value.number == 205
 
 
 def test_declaring_twice_keeps_what_is_there(broker: Broker, queues: SiteQueues) -> None:
