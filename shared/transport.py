@@ -30,7 +30,8 @@ class Queue:
         name: name, unique at the broker.
         exchange: direct exchange that leads to it; also its dead letter exchange.
         key: routing key.
-        limit_bytes: capacity; a publish that would exceed it is refused (back-pressure). None for no limit.
+        limit_bytes: capacity; a publish that would exceed it is refused (back-pressure), though a cluster may take
+            messages that are published together. None for no limit.
         dead_key: routing key of its dead letter queue; None for a dead letter queue itself.
     """
 
@@ -152,7 +153,11 @@ class Link(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Close the link. Unacknowledged deliveries return to their queues in order."""
+        """Close the link; acknowledgements before it are settled, unless the broker does not answer in time.
+
+        Unacknowledged deliveries return to their queues in order. In a cluster they return behind those that returned
+        earlier and were not delivered since: after a smaller prefetch than the one before, the order is turned round.
+        """
 
     def __enter__(self) -> Self:
         return self

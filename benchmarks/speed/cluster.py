@@ -70,14 +70,16 @@ def pause_of(nodes: Cluster, first: int, strike: Callable[[ClusterNode], None], 
 
 def faults(console: Console, quick: bool) -> None:
     """Kill, freeze and cut off; for a publisher at the leader, and at another node."""
-    table = columns("leader is", "publisher talks to", "longest pause, s", "confirmed, lost, out of order, copies")
+    strikes = {"killed": ClusterNode.kill, "frozen": ClusterNode.freeze, "cut off": ClusterNode.cut_off}
     seconds = 20.0 if quick else WATCH_S
     with scratch() as folder, cluster(folder) as nodes:
-        for name in ("killed", "frozen", "cut off"):
+        version = ".".join(str(part) for part in nodes.nodes[0].version)
+        pause_column, counts = f"longest pause, s, RabbitMQ {version}", "confirmed, lost, out of order, copies"
+        table = columns("leader is", "publisher talks to", pause_column, counts)
+        for name, strike in strikes.items():
             for first, where in enumerate(("the leader", "another node")):
-                strike = ClusterNode.kill if name == "killed" else ClusterNode.freeze
                 if name == "cut off":
-                    strike = ClusterNode.cut_off
+                    nodes.nodes[0].make_ready_to_cut_off(nodes.peers(nodes.nodes[0]))
                 pause, told = pause_of(nodes, first, strike, seconds)
                 console.print(f"{name}, publisher at {where}: {pause:.1f} s; {told}")
                 table.add_row(name, where, f"{pause:.1f}", told)

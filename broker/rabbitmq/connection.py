@@ -32,11 +32,8 @@ QUEUE_MISSING_S_MAX = 120.0
 QUEUE_FOUND_S = 60.0
 """Seconds, longer than between two attempts, after which a missing queue counts as found in the meantime."""
 
-SILENCE_S_MAX = 60.0
-"""Longest silence in seconds of a cluster on a channel that it owes a reply."""
-
-SILENCE_CHECKS = 4
-"""Number of checks in that time."""
+SILENCE_S_MAX = 10.0
+"""Longest silence in seconds of a cluster on a channel that it may owe a reply, before and after it is asked."""
 
 RECEIVE_BYTES = 128 * 2**10
 """Bytes that pika reads at a time: the size of an AMQP frame."""
@@ -106,7 +103,15 @@ class Connection(ABC):
 
     @abstractmethod
     def _is_reply_due(self) -> bool:
-        """Return whether the broker should have replied in the meantime; called after a long silence."""
+        """Return whether the broker owes the channel something, or may; called after a long silence."""
+
+    @abstractmethod
+    def _ask(self, another: Any) -> set[str]:
+        """Ask the broker what it owes, on the channel or on `another` one, which is closed afterwards.
+
+        Returns:
+            Names of what is overdue unless it comes; it disappears from the set when the broker owes it no longer.
+        """
 
     @property
     def has_ended(self) -> bool:
@@ -180,21 +185,52 @@ class Connection(ABC):
         self._last_traffic = time.monotonic()
 
     def _schedule_check(self) -> None:
-        self._loop.call_later(SILENCE_S_MAX / SILENCE_CHECKS, partial(self._check_silence, self._channel))
+        self._loop.call_later(SILENCE_S_MAX / 4, partial(self._check_silence, self._channel))
 
     def _check_silence(self, channel: Any) -> None:
-        """Abort the connection when its cluster has lost the channel: only heartbeats would go on.
+        """Ask a cluster that is silent although it may owe a reply, and begin anew when it stays silent.
 
-        Seen with quorum queues of RabbitMQ 3.10, after a node that led them had stood still and came back.
+        Heartbeats go on at a node that is cut off from the majority (RabbitMQ 4.3), and on a channel that a quorum
+        queue has lost (seen with 3.10, after a node that led it had stood still and came back).
         """
         if channel is None or channel is not self._channel:
             return  # a later channel has its own checks
-        is_written = self._connection._transport.get_write_buffer_size() == 0  # a slow network is no silence
-        if is_written and time.monotonic() - self._last_traffic >= SILENCE_S_MAX and self._is_reply_due():
-            # A handshake would wait for the same broker.
-            self.abort(f"the broker owes a reply and is silent for {SILENCE_S_MAX:.0f} s")
+        if time.monotonic() - self._last_traffic >= SILENCE_S_MAX and self._is_reply_due():
+            self._open_another(partial(self._examine, channel, self._last_traffic))
         else:
             self._schedule_check()
+
+    def _open_another(self, on_open: Callable[[Any], None]) -> None:
+        """Open another channel: the broker does so when it has read all that we sent, and behind all that it sends.
+
+        So a slow network is no silence; and a broker that does not read, frozen or with an alarm, is not judged.
+        """
+        self._connection.channel(on_open_callback=on_open)
+
+    def _examine(self, channel: Any, last_traffic: float, another: Any) -> None:
+        if channel is not self._channel:
+            return
+        if last_traffic != self._last_traffic:
+            another.close()
+            self._schedule_check()
+            return
+        self._note_traffic()
+        overdue = self._ask(another)
+        self._loop.call_later(SILENCE_S_MAX, partial(self._end_silence, channel, self._last_traffic, overdue))
+
+    def _end_silence(self, channel: Any, asked_at: float, overdue: set[str], another: Any = None) -> None:
+        if channel is not self._channel:
+            return
+        is_silent = asked_at == self._last_traffic and overdue and self._is_reply_due()
+        if is_silent and another is None:
+            self._open_another(partial(self._end_silence, channel, asked_at, overdue))
+        elif is_silent:
+            # A handshake would wait for the same broker.
+            self.abort(f"the broker owes a reply and is silent for {2 * SILENCE_S_MAX:.0f} s")
+        else:
+            self._schedule_check()
+            if another is not None:
+                another.close()
 
     def _on_end(self, connection: Any, reason: BaseException) -> None:
         self._last_error = reason = self._channel_error or reason

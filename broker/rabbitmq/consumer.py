@@ -1,7 +1,7 @@
 """Consuming connection of a link to RabbitMQ; see the drawing in `nightsplit.broker.rabbitmq.broker`."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,8 +26,6 @@ class Consumer(Connection):
         self._owner = owner
         self._incarnation = object()  # unlike any other, also those of other links
         self._unacknowledged: Counter[str] = Counter()
-        self._overdue: set[str] = set()
-        """Queues with overdue deliveries, as found by the checks in a silence."""
 
     def is_stale(self, delivery: Delivery) -> bool:
         """Return whether the broker has taken `delivery` back. Called by the worker's thread."""
@@ -37,16 +35,46 @@ class Consumer(Connection):
         """Acknowledge `delivery` unless it is stale."""
         if self._channel is not None and not self.is_stale(delivery):
             assert isinstance(delivery.tag, tuple)
-            self._note_traffic()
             self._unacknowledged[delivery.queue] -= 1
             self._channel.basic_ack(delivery.tag[1])
 
     def raise_prefetch(self, prefetch: int) -> None:
         """Reconnect with another prefetch, since the broker fixes it when a consumer starts."""
-        self.prefetch = prefetch
-        if self._channel is not None:
+
+        def reconnect() -> None:
             self._is_renewing = True
             self._disconnect()
+
+        self.prefetch = prefetch
+        if self._channel is not None:
+            self._settle(reconnect)
+
+    @override
+    def close(self) -> None:
+        self._is_closing = True
+        self._settle(super().close)
+
+    def _settle(self, then: Callable[[], None]) -> None:
+        """Call `then` when a cluster has applied the acknowledgements; at once elsewhere, where it needs no such care.
+
+        The channel of a quorum queue keeps acknowledgements back while others are being replicated, and what it still
+        keeps when it ends is lost. The start of another consumer is replicated after those that were not kept back,
+        and its end after the rest. It receives nothing, because ours is the active one; to cancel that one would let a
+        standby overtake the deliveries that we return.
+        """
+        channel = self._channel
+        queues = list(self._unacknowledged) if self._is_cluster and channel is not None else []
+
+        def settle_next(frame: Any = None) -> None:
+            if queues:
+                channel.basic_consume(queues.pop(), lambda *delivery: None, callback=on_started)
+            else:
+                then()
+
+        def on_started(frame: Any) -> None:
+            channel.basic_cancel(frame.method.consumer_tag, callback=settle_next)
+
+        settle_next()
 
     @override
     def _prepare(self, channel: Any) -> None:
@@ -63,24 +91,27 @@ class Consumer(Connection):
             channel.basic_consume(queue.name, on_delivery, consumer_tag=tag, callback=on_consuming)
 
     @override
-    def _note_traffic(self) -> None:
-        super()._note_traffic()
-        self._overdue.clear()
+    def _is_reply_due(self) -> bool:
+        return True
 
     @override
-    def _is_reply_due(self) -> bool:
-        # The first check asks for the depth; at the next, a queue with messages or without a reply is overdue.
-        if self._overdue:
-            return True
-        for queue in self.queues:
-            self._overdue.add(queue.name)
-            self._channel.queue_declare(queue.name, passive=True, callback=self._on_depth)
-        return False
+    def _ask(self, another: Any) -> set[str]:
+        def on_depth(frame: Any) -> None:
+            queue = frame.method.queue
+            if not frame.method.message_count or self._unacknowledged[queue] >= self.prefetch:
+                overdue.discard(queue)
 
-    def _on_depth(self, frame: Any) -> None:
-        queue = frame.method.queue
-        if not frame.method.message_count or self._unacknowledged[queue] >= self.prefetch:
-            self._overdue.discard(queue)
+        def on_started(frame: Any) -> None:
+            overdue.discard(frame.method.consumer_tag)
+            another.close()
+
+        overdue = {queue.name for queue in self.queues}
+        for name in overdue:
+            self._channel.queue_declare(name, passive=True, callback=on_depth)
+        # A node without the majority still tells a depth, but it cannot replicate the start of another consumer.
+        another.basic_qos(prefetch_count=1)
+        overdue.add(another.basic_consume(self.queues[0].name, lambda *delivery: None, callback=on_started))
+        return overdue
 
     @override
     def _on_lost(self) -> None:

@@ -10,8 +10,13 @@ from nightsplit.shared.errors import BrokerError, MissingRightError
 from nightsplit.shared.transport import Queue
 
 NO_DELIVERY_LIMIT = 2**31 - 1
-"""Delivery limit of a quorum queue that amounts to none. RabbitMQ's own value for none, -1, is unknown to
-RabbitMQ 3, and lets RabbitMQ 4 put redelivered messages behind all others."""
+"""Delivery limit of a quorum queue that amounts to none. RabbitMQ's own value for none, -1, is right from RabbitMQ 4
+on; RabbitMQ 3 accepts it, and dead-letters every message at its first redelivery."""
+
+
+CONSUMER_UNREACHABLE_MS = 10_000
+"""Milliseconds that a quorum queue keeps deliveries for a consumer at a node that is out of reach. RabbitMQ 4.3 keeps
+them for a minute by default, and gives the next consumer nothing meanwhile; earlier versions do not wait."""
 
 
 def arguments(queue: Queue, replicated: bool) -> dict[str, object]:
@@ -23,6 +28,7 @@ def arguments(queue: Queue, replicated: bool) -> dict[str, object]:
     arguments: dict[str, object] = {"x-single-active-consumer": True, "x-queue-type": "classic"}
     if replicated:
         arguments |= {"x-queue-type": "quorum", "x-delivery-limit": NO_DELIVERY_LIMIT}
+        arguments["x-consumer-disconnected-timeout"] = CONSUMER_UNREACHABLE_MS
     if queue.limit_bytes is not None:
         # The default on overflow is to drop the oldest message, and confirm the new one.
         arguments |= {"x-max-length-bytes": queue.limit_bytes, "x-overflow": "reject-publish"}

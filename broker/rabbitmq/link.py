@@ -16,7 +16,7 @@ from nightsplit.broker.rabbitmq.publisher import Publisher
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Confirmed, Delivery, Event, Link, Queue, check_size
 
-CLOSE_TIMEOUT_S = 1.0
+CLOSE_TIMEOUT_S = 2.0
 """Seconds that a closing link waits for the broker, and then for connections that it aborts."""
 
 
@@ -102,7 +102,7 @@ class RabbitLink(Link):
 
     @override
     def close(self) -> None:
-        """Close the connections; return within about two seconds even when the broker is unreachable."""
+        """Close the connections; return within about four seconds even when the broker is unreachable."""
         self._loop.add_callback_threadsafe(self._close_connections)
         self._thread.join()
 

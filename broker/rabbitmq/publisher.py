@@ -52,6 +52,11 @@ class Publisher(Connection):
         return self._is_flowing and self._outbox.has_in_flight
 
     @override
+    def _ask(self, another: Any) -> set[str]:
+        another.close()
+        return {"a confirm"}
+
+    @override
     def _on_lost(self) -> None:
         self._is_flowing = False
         self._outbox.reset()
@@ -72,7 +77,8 @@ class Publisher(Connection):
                 self._send(message)
 
     def _send(self, message: OutgoingMessage) -> None:
-        self._note_traffic()
+        if not self._outbox.has_in_flight:
+            self._note_traffic()  # the confirm is owed from now on
         self._outbox.mark_sent(message)
         self._channel.basic_publish(
             message.queue.exchange,
@@ -127,7 +133,9 @@ class Publisher(Connection):
     def _resume(self, queue: Queue) -> None:
         self._outbox.resume(queue)
         if self._is_cluster and self._channel is not None:
-            # After a quorum queue had no leader, its channel refuses every later message (RabbitMQ 3.10).
+            # After a quorum queue had no leader, its channel refuses every later message (RabbitMQ 3.10); and a node
+            # that is cut off from the majority refuses all of them (4.3).
+            self._addresses.rotate(-1)
             self._is_renewing = True
             self._disconnect()
         else:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from nightsplit.broker.embedded.broker import EmbeddedBroker
+from nightsplit.broker.rabbitmq import connection as rabbitmq_connection
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.shared.errors import BrokerError
@@ -21,23 +23,22 @@ PATIENCE_S = 10.0
 LIMIT = 2**20
 
 
-@pytest.fixture(
-    params=["memory", "embedded", "faulty", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)],
-)
-def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Broker]:
-    with contextlib.ExitStack() as cleanup:
-        if request.param == "memory":
-            yield MemoryBroker()
-        elif request.param == "faulty":
-            yield FaultyBroker(MemoryBroker(), Faults(), seed=0)  # bad lines that happen to be good
-        elif request.param == "rabbitmq":
-            yield RabbitBroker(request.getfixturevalue("rabbitmq").vhost())
-        else:
-            from nightsplit.broker.embedded.broker import EmbeddedBroker
+# Most of it is the same twice; what differs is in test_quorum.py, too, and always tested.
+QUORUM = pytest.param("rabbitmq-quorum", marks=[pytest.mark.rabbitmq, pytest.mark.campaign])
 
-            embedded = EmbeddedBroker(tmp_path / "broker")
-            cleanup.callback(getattr(embedded, "close", lambda: None))
-            yield embedded
+
+@pytest.fixture(params=["memory", "embedded", "faulty", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq), QUORUM])
+def broker(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Broker:
+    if request.param == "memory":
+        return MemoryBroker()
+    if request.param == "embedded":
+        return EmbeddedBroker(tmp_path / "broker")
+    if request.param == "faulty":
+        return FaultyBroker(MemoryBroker(), Faults(), seed=0)  # bad lines that happen to be good
+    node = request.getfixturevalue("rabbitmq")
+    one, several = node.vhost(), f"@localhost:{node.port},"  # a node under two names: a cluster, with quorum queues
+    monkeypatch.setattr(rabbitmq_connection, "QUEUE_MISSING_S_MAX", 1.0)  # how long a cluster waits for a queue
+    return RabbitBroker(one if request.param == "rabbitmq" else one.replace("@", several))
 
 
 @pytest.fixture
@@ -77,6 +78,17 @@ def publish_all(broker: Broker, queue: Queue, ids: list[str], body: bytes = b"bo
             link.publish(queue, message_id, [body])
         collect(link, lambda events: confirmed(events) >= set(ids))
         assert link.unconfirmed == frozenset()
+
+
+def fill(link: Link, queue: Queue, size: int) -> list[Event]:
+    """Publish m0, m1... one after another until one is refused: together they may exceed the limit. The events."""
+    events: list[Event] = []
+    for name in names(20):
+        link.publish(queue, name, [bytes(size)])
+        events += collect(link, lambda found: len(found) == 1)
+        if isinstance(events[-1], Blocked):
+            return events
+    raise AssertionError("the queue has no limit")
 
 
 def confirmed(events: list[Event]) -> set[str]:
@@ -193,7 +205,7 @@ def test_an_acknowledgement_from_an_earlier_link_is_ignored(broker: Broker, queu
         assert ids(deliveries(link, 1)) == ["m0"]
         link.acknowledge(old[1])
     with broker.link([queues.up], 2, "server") as link:
-        assert ids(deliveries(link, 2)) == ["m0", "m1"]
+        assert set(ids(deliveries(link, 2))) == {"m0", "m1"}  # no order after a smaller prefetch
 
 
 def test_prefetch_holds_for_each_queue(broker: Broker) -> None:
@@ -229,11 +241,11 @@ def test_prefetch_can_be_raised(broker: Broker, queues: SiteQueues) -> None:
 def test_a_full_queue_holds_messages_up_and_loses_none(broker: Broker) -> None:
     queues = site_queues("run", "site", 10_000)
     broker.declare(queues)
-    sent = names(8)
     with broker.link([], 1, "site") as site:
-        for message_id in sent:
+        before = fill(site, queues.up, 4_000)
+        sent = names(len(before) + 4)
+        for message_id in sent[len(before) :]:
             site.publish(queues.up, message_id, [b"x" * 4_000])
-        before = collect(site, lambda events: any(isinstance(event, Blocked) for event in events))
         while (event := site.receive(1.0)) is not None:
             before.append(event)
         accepted = confirmed(before)
@@ -246,9 +258,7 @@ def test_a_full_queue_holds_messages_up_and_loses_none(broker: Broker) -> None:
         received: list[str] = []
         after: list[Event] = []
         with broker.link([queues.up], 1, "server") as server:
-            deadline = time.monotonic() + 30
             while len(received) < len(sent):
-                assert time.monotonic() < deadline, received
                 event = server.receive(0.05)
                 if isinstance(event, Delivery):
                     received.append(event.message_id)
@@ -268,14 +278,11 @@ def test_what_was_unconfirmed_at_closing_was_never_sent(broker: Broker) -> None:
     queues = site_queues("run", "site", 1_000)
     broker.declare(queues)
     with broker.link([], 1, "site") as link:
-        for message_id in ("fits", "fills", "waits"):
-            link.publish(queues.up, message_id, [b"x" * 999])
-        collect(link, lambda events: any(isinstance(event, Blocked) for event in events))
+        fill(link, queues.up, 999)
     depth = broker.depth(queues.up)
+    assert depth
     with broker.link([queues.up], 10, "server") as server:
-        assert depth is not None
-        for delivery in deliveries(server, depth):
-            server.acknowledge(delivery)
+        deliveries(server, depth)
         assert quiet(server)
 
 
@@ -295,15 +302,9 @@ def test_publishing_to_a_missing_queue(broker: Broker, queues: SiteQueues) -> No
         Queue("nightsplit.run.nobody.up", "nightsplit.run.nobody", "up", None, None),  # no exchange either
         Queue("nightsplit.run.site.aside", queues.up.exchange, "aside", None, None),
     ):
-        with broker.link([], 1, "site") as link:
-
-            def publish(missing: Queue = missing, link: Link = link) -> None:
-                link.publish(missing, "m", [b"x"])
-                collect(link, lambda events: bool(confirmed(events)))
-
-            with pytest.raises(BrokerError) as refusal:
-                publish()
-            assert refusal.value.number == 205
+        with broker.link([], 1, "site") as link, pytest.raises(BrokerError, match="E205"):  # noqa: PT012
+            link.publish(missing, "m", [b"x"])
+            collect(link, lambda events: bool(confirmed(events)))
 
 
 def test_consuming_a_missing_queue(broker: Broker) -> None:
@@ -311,9 +312,8 @@ def test_consuming_a_missing_queue(broker: Broker) -> None:
         with broker.link([site_queues("run", "nobody", LIMIT).up], 1, "server") as link:
             link.receive(2.0)
 
-    with pytest.raises(BrokerError) as refusal:
+    with pytest.raises(BrokerError, match="E205"):
         consume()
-    assert refusal.value.number == 205
 
 
 def test_declaring_twice_keeps_what_is_there(broker: Broker, queues: SiteQueues) -> None:

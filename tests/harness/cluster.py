@@ -42,6 +42,7 @@ class ClusterNode(RabbitNode):
 
     def make_ready_to_cut_off(self, peers: list[str]) -> None:
         """What `cut_off` has to ask of the node, which takes seconds."""
+        self._fuse.unlink(missing_ok=True)  # of an earlier time, when the node was started anew after it
         cut = f"begin erlang:set_cookie(N, cut), erlang:disconnect_node(N) end || N <- {_atoms(peers)}"
         self.ctl(
             "eval",
@@ -52,9 +53,14 @@ class ClusterNode(RabbitNode):
     def cut_off(self) -> None:
         """Let it lose its connections to the others at once, and neither side make new ones; clients still reach it.
 
-        Sooner or later it pauses, as it is in the minority, and no longer answers.
+        Sooner or later it pauses, as it is in the minority, and no longer answers, if it `pauses_in_a_minority`.
         """
         self._fuse.touch()
+
+    @property
+    def pauses_in_a_minority(self) -> bool:
+        """From RabbitMQ 4.3 on, which has Khepri alone, a node that is cut off goes on answering clients."""
+        return self.version < (4, 3)
 
     def join_again(self, peers: list[str]) -> None:
         """End `cut_off`."""
