@@ -27,8 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.speed.common import scratch
-from nightsplit.shared.protocols import PROTOCOLS
-from nightsplit.shared.protocols.spec import TRAINING, Shape, systems
+from nightsplit.shared.protocols.spec import PROTOCOLS, TRAINING, Shape, systems
 from tests.faults.chaos import Campaign, carry_out_all, passed
 from tests.harness.films import ask_under_kills, by_itself, expect_plain_scores, trained, write_study
 from tests.harness.processes import Process

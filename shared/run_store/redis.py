@@ -132,11 +132,11 @@ class RedisStore(RunStore):
 
         BrokerError 207 if this user may not ask for its settings.
         """
-        settings: dict[str, str] = self._call(lambda: self._redis.config_get("append*"))
+        settings = self._call(lambda: self._redis.config_get("append*"))
         if settings["appendonly"] != "yes":
             return "all (appendonly no)"
         losses = {"everysec": "up to 2 s of them (appendfsync everysec)", "no": "up to 30 s of them (appendfsync no)"}
-        return losses.get(settings["appendfsync"])
+        return losses.get(str(settings["appendfsync"]))
 
     @override
     def close(self) -> None:
