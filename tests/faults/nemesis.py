@@ -154,9 +154,10 @@ class Watch:
         self._last, self.passed = now, now - self._first
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the file; it is read again from its beginning when there is news."""
         if self._open is not None:
             self._open.close()
+        self._open = self.file = None
 
 
 def torch_import_seconds(logs: Iterable[Path]) -> list[float]:
@@ -299,6 +300,9 @@ class Nemesis:
             self._bury(worker)
         if strike.service:
             self.service_kills[strike.service] += 1
+        if strike.service == "host":
+            self.watch.news()
+            self.watch.close()  # its disk goes
         if service is not None:
             service.kill()
         if until_noticed and victims:

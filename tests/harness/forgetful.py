@@ -35,17 +35,23 @@ needs_root = pytest.mark.skipif(_cannot_mount, reason="a power cut needs root, l
 
 
 class ForgetfulDisk:
-    """An empty disk at `folder`, until it is closed."""
+    """A disk at `folder`, with what is in it, until it is closed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._image = folder.with_name(f"{folder.name}.img")
+        before = folder.with_name(f"{folder.name}.before")
+        if folder.exists():
+            folder.rename(before)
         folder.mkdir(parents=True)
         with self._image.open("wb") as image:
             image.truncate(IMAGE_BYTES)
         _run("mkfs.ext4", "-q", "-F", "-m", "0", self._image)
         self._mount()
         (folder / "lost+found").rmdir()
+        if before.exists():
+            shutil.copytree(before, folder, dirs_exist_ok=True)
+        _run("sync", "--file-system", folder)
         atexit.register(self.close)
 
     def cut(self) -> None:

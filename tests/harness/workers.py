@@ -6,14 +6,18 @@ import hashlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import tempfile
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from nightsplit.shared.protocols.spec import Shape, systems
+from nightsplit.shared.storage.files import write_new
+from nightsplit.site_worker.privacy.secret import Secret
 from tests.harness.processes import Fresh, Process
 
 RUN = """
@@ -73,6 +77,16 @@ server_sets_weights = true
 """
 
 
+def write_ledger(path: Path, name: str) -> None:
+    """A privacy ledger without runs, whose secret follows from a name: two runs draw the same noise."""
+    secret = Secret(hashlib.sha256(name.encode()).digest())
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    write_new(path.with_suffix(".key"), secret.key)
+    with closing(sqlite3.connect(path)) as rows, rows:
+        rows.execute("CREATE TABLE owner (proof BLOB NOT NULL)")
+        rows.execute("INSERT INTO owner VALUES (?)", (secret.derive("ledger").key,))
+
+
 class Hospital:
     """The files of one run in a folder, and its processes.
 
@@ -103,6 +117,8 @@ class Hospital:
             run += f"[round]\nlocal_epochs = {epochs}\nrounds = 1\n" if once else f"[round]\nrounds = {epochs}\n"
         if protocol == "fedavg_dp_seg":
             run = run.replace("target_mean", f"{SCALING}target_mean") + PRIVACY
+            for site in sites:
+                write_ledger(folder / "ledgers" / f"{site}.db", site)
         (folder / "run.toml").write_text(run)
         (folder / "policy.toml").write_text(POLICY)
         worker = WORKER.replace("{broker}", broker).replace("{store}", store) + files
