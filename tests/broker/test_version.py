@@ -84,6 +84,7 @@ def test_queues_of_a_refused_server(refused: RabbitNode) -> None:
         assert refusal.value.number == 213
 
 
+@pytest.mark.campaign
 @pytest.mark.rabbitmq
 def test_no_worker_starts_at_a_refused_server(
     refused: RabbitNode, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -7,7 +7,8 @@ The shutdown is the one with which ext4 itself is tested: from this moment on no
 found afterwards is what a host would find. The mount options take away what ext4 does for programs that do not sync:
 no commit every five seconds, no flush before a rename, no order of data and journal.
 
-Root and the programs of Debian's base system (mount, e2fsprogs) are needed: see `needs_root`.
+Root and the programs of Debian's base system (mount, e2fsprogs) are needed. The fixture `power_cuts` skips tests where
+such a disk cannot be made.
 """
 
 from __future__ import annotations
@@ -22,16 +23,11 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
-
 SHUTDOWN, WITHOUT_FLUSH = 0x8004587D, 2
 """EXT4_IOC_SHUTDOWN, and its EXT4_GOING_FLAGS_NOLOGFLUSH."""
 OPTIONS = "loop,commit=3600,noauto_da_alloc,data=writeback"
 IMAGE_BYTES = 256 * 2**20
 """Size of an image, of which only what is written takes space: a broker keeps 64 MiB free."""
-
-_cannot_mount = os.geteuid() != 0 or not Path("/dev/loop-control").exists() or shutil.which("mkfs.ext4") is None
-needs_root = pytest.mark.skipif(_cannot_mount, reason="a power cut needs root, loop devices and mkfs.ext4")
 
 
 class ForgetfulDisk:

@@ -3,11 +3,10 @@
 import pytest
 
 from tests.faults.chaos import Campaign, carry_out, passed
-from tests.harness.forgetful import needs_root
 from tests.harness.processes import Process
 
 
-@needs_root
+@pytest.mark.usefixtures("power_cuts")
 @pytest.mark.campaign
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("protocol", ["split_labels", "fedavg_dp_seg"])

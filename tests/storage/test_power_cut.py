@@ -28,11 +28,11 @@ from nightsplit.shared.storage.files import make_private_folder, make_secret_fil
 from nightsplit.shared.transport import Confirmed, Delivery
 from nightsplit.site_worker.privacy.accounting import Use
 from nightsplit.site_worker.privacy.ledger import Ledger
-from tests.harness.forgetful import ForgetfulDisk, needs_root
+from tests.harness.forgetful import ForgetfulDisk
 from tests.harness.processes import FORKS
 from tests.harness.services import RedisServer
 
-pytestmark = needs_root
+pytestmark = pytest.mark.usefixtures("power_cuts")
 
 QUEUE = site_queues("run", "north", 2**30).up
 USE = Use(0.1, 1.0, 10**6)
@@ -165,6 +165,7 @@ COMPONENTS = [
     (replace_files, expect_files),
     (record, expect_records),
 ]
+NAMES = [work.__name__ for work, _ in COMPONENTS]
 
 
 def work(component: Callable[[Path, Tell], None], folder: Path, line: Connection) -> None:
@@ -212,7 +213,9 @@ def test_folders_above_a_new_file_are_not_forgotten(disk):
     assert (disk.folder / "some" / "new" / "folder").is_dir()
 
 
-@pytest.mark.parametrize(("appendfsync", "kept"), [("always", True), ("no", False)])
+@pytest.mark.parametrize(
+    ("appendfsync", "kept"), [("always", True), pytest.param("no", False, marks=pytest.mark.campaign)]
+)
 def test_redis_keeps_or_loses_the_pointer_as_doctor_says(appendfsync, kept, disk):
     pointer = Pointer(1, 7, "0" * 64)
     with RedisServer(disk.folder / "redis", appendfsync) as redis:
@@ -227,7 +230,7 @@ def test_redis_keeps_or_loses_the_pointer_as_doctor_says(appendfsync, kept, disk
             assert store.pointer() == (pointer if kept else None)
 
 
-@pytest.mark.parametrize(("component", "expect"), COMPONENTS, ids=[work.__name__ for work, _ in COMPONENTS])
+@pytest.mark.parametrize(("component", "expect"), COMPONENTS[:2], ids=NAMES[:2])
 def test_what_was_confirmed_survives_a_power_cut(component, expect, disk):
     told = cut_while(component, disk, disk.folder / "0", random.Random(1))
     expect(disk.folder / "0", told)
@@ -235,7 +238,7 @@ def test_what_was_confirmed_survives_a_power_cut(component, expect, disk):
 
 @pytest.mark.campaign
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("component", "expect"), COMPONENTS, ids=[work.__name__ for work, _ in COMPONENTS])
+@pytest.mark.parametrize(("component", "expect"), COMPONENTS, ids=NAMES)
 def test_what_was_confirmed_survives_forty_power_cuts(component, expect, disk):
     dice = random.Random(2)
     for number in range(40):
