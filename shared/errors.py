@@ -75,7 +75,7 @@ TITLES: dict[int, str] = {
     410: "Text is burned into an image",
     411: "Compression cannot be decoded",
     412: "Mask does not match its image",
-    501: "Disk is full",
+    501: "File cannot be written",
     502: "No valid checkpoint is left",
     503: "State directory is in use",
     504: "Site lost its state",

@@ -286,7 +286,7 @@ def test_an_unknown_error_becomes_a_file_and_a_line(tmp_path, monkeypatch, capsy
 def test_a_full_disk_and_an_early_ctrl_c_have_their_sentences(tmp_path, monkeypatch, capsys):
     write_study(tmp_path)
     for raised, code, said in (
-        (OSError(28, "No space left on device", "report.json"), 1, "E501 Disk is full: report.json"),
+        (OSError(28, "No space left on device", "report.json"), 1, "E501 File cannot be written: report.json"),
         (PermissionError(13, "Permission denied", "report"), 1, "report: Permission denied. Fix: make room, or name"),
         (KeyboardInterrupt(), 130, "stopped; start the same command again to continue"),
     ):

@@ -247,10 +247,10 @@ def test_a_disk_that_is_full_at_a_checkpoint(
     assert hospital.processes[worker].wait(60) == 1, hospital.logs()
     whole = {place.name for place in checkpoints(hospital, worker)}
     said = (hospital.folder / f"{worker}.log").read_text().splitlines()[-1]
-    assert said.startswith("E501 Disk is full: ")
+    assert said.startswith("E501 File cannot be written: ")
     assert "is full; a checkpoint needs 0.0" in said
     assert "MiB. The last checkpoint is intact." in said
-    refuses_to_start(hospital, worker, "E501 Disk is full")
+    refuses_to_start(hospital, worker, "E501 File cannot be written")
     assert {place.name for place in checkpoints(hospital, worker)} == whole
     disk.make_room()
     hospital.start(worker)
