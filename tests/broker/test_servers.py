@@ -14,18 +14,18 @@ pytestmark = [pytest.mark.campaign, pytest.mark.timeout(1800)]
 
 BROKER = ["tests/broker/test_contract.py", "tests/broker/test_rabbitmq.py", "tests/broker/test_cluster.py"]
 STORE = ["tests/run_store/test_contract.py"]
-BOTH = ["tests/broker/test_rights.py", "tests/console/test_keys.py", "tests/runs/test_campaign.py"]
+RIGHTS = [
+    "tests/broker/test_rights.py",
+    "tests/console/test_keys.py::test_the_rights_of_a_site_suffice_for_its_commands",
+]
+NIGHTS = "tests/runs/test_campaign.py::test_"
+OF_BROKER = [*BROKER, *RIGHTS, f"{NIGHTS}rabbitmq_in_strict_order_with_deaths_of_the_broker"]
+OF_STORE = [*STORE, RIGHTS[0], f"{NIGHTS}rounds_over_rabbitmq"]
 SUPPORTED = {
-    "RabbitMQ 3.13": BROKER + BOTH,
-    "RabbitMQ 4.0": BROKER + BOTH,
-    "RabbitMQ 4.1": BROKER + BOTH,
-    "RabbitMQ 4.2": BROKER + BOTH,
-    "RabbitMQ 4.3": BROKER + BOTH,
-    "Redis 8": STORE + BOTH,
-    "Valkey 8": STORE + BOTH,
-    "Valkey 9": STORE + BOTH,
+    **dict.fromkeys([f"RabbitMQ {version}" for version in ("3.13", "4.0", "4.1", "4.2", "4.3")], OF_BROKER),
+    **dict.fromkeys(["Redis 8", "Valkey 8", "Valkey 9"], OF_STORE),
 }
-"""Beside the installed ones, with the files whose tests of brokers, stores, rights and nights are run."""
+"""Beside the installed ones, with the tests of brokers, stores, rights and nights for each."""
 
 
 @pytest.mark.parametrize("server", SUPPORTED)
