@@ -68,5 +68,5 @@ def test_a_site_that_ends_before_the_run_is_opened_closes_its_ledger(tmp_path):
     hospital = private(tmp_path / "run")
     site = SiteWorker(hospital.folder / "north.toml")
     assert site.work(idle_seconds=0.0) is False
-    assert (hospital.folder / "north.db").exists()
+    assert (hospital.folder / "ledgers" / "north.db").exists()
     assert open_files(hospital.folder) == []
