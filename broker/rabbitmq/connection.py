@@ -106,8 +106,8 @@ class Connection(ABC):
         """Return whether the broker owes the channel something, or may; called after a long silence."""
 
     @abstractmethod
-    def _ask(self, another: Any) -> set[str]:
-        """Ask the broker what it owes, on the channel or on `another` one, which is closed afterwards.
+    def _ask(self, side_channel: Any) -> set[str]:
+        """Ask the broker what it owes, on the channel or on `side_channel`, which is closed afterwards.
 
         Returns:
             Names of what is overdue unless it comes; it disappears from the set when the broker owes it no longer.
@@ -196,41 +196,41 @@ class Connection(ABC):
         if channel is None or channel is not self._channel:
             return  # a later channel has its own checks
         if time.monotonic() - self._last_traffic >= SILENCE_S_MAX and self._is_reply_due():
-            self._open_another(partial(self._examine, channel, self._last_traffic))
+            self._open_side_channel(partial(self._examine, channel, self._last_traffic))
         else:
             self._schedule_check()
 
-    def _open_another(self, on_open: Callable[[Any], None]) -> None:
+    def _open_side_channel(self, on_open: Callable[[Any], None]) -> None:
         """Open another channel: the broker does so when it has read all that we sent, and behind all that it sends.
 
         So a slow network is no silence; and a broker that does not read, frozen or with an alarm, is not judged.
         """
         self._connection.channel(on_open_callback=on_open)
 
-    def _examine(self, channel: Any, last_traffic: float, another: Any) -> None:
+    def _examine(self, channel: Any, last_traffic: float, side_channel: Any) -> None:
         if channel is not self._channel:
             return
         if last_traffic != self._last_traffic:
-            another.close()
+            side_channel.close()
             self._schedule_check()
             return
         self._note_traffic()
-        overdue = self._ask(another)
+        overdue = self._ask(side_channel)
         self._loop.call_later(SILENCE_S_MAX, partial(self._end_silence, channel, self._last_traffic, overdue))
 
-    def _end_silence(self, channel: Any, asked_at: float, overdue: set[str], another: Any = None) -> None:
+    def _end_silence(self, channel: Any, asked_at: float, overdue: set[str], side_channel: Any = None) -> None:
         if channel is not self._channel:
             return
         is_silent = asked_at == self._last_traffic and overdue and self._is_reply_due()
-        if is_silent and another is None:
-            self._open_another(partial(self._end_silence, channel, asked_at, overdue))
+        if is_silent and side_channel is None:
+            self._open_side_channel(partial(self._end_silence, channel, asked_at, overdue))
         elif is_silent:
             # A handshake would wait for the same broker.
             self.abort(f"the broker owes a reply and is silent for {2 * SILENCE_S_MAX:.0f} s")
         else:
             self._schedule_check()
-            if another is not None:
-                another.close()
+            if side_channel is not None:
+                side_channel.close()
 
     def _on_end(self, connection: Any, reason: BaseException) -> None:
         self._last_error = reason = self._channel_error or reason

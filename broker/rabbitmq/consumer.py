@@ -95,7 +95,7 @@ class Consumer(Connection):
         return True
 
     @override
-    def _ask(self, another: Any) -> set[str]:
+    def _ask(self, side_channel: Any) -> set[str]:
         def on_depth(frame: Any) -> None:
             queue = frame.method.queue
             if not frame.method.message_count or self._unacknowledged[queue] >= self.prefetch:
@@ -103,14 +103,14 @@ class Consumer(Connection):
 
         def on_started(frame: Any) -> None:
             overdue.discard(frame.method.consumer_tag)
-            another.close()
+            side_channel.close()
 
         overdue = {queue.name for queue in self.queues}
         for name in overdue:
             self._channel.queue_declare(name, passive=True, callback=on_depth)
         # A node without the majority still tells a depth, but it cannot replicate the start of another consumer.
-        another.basic_qos(prefetch_count=1)
-        overdue.add(another.basic_consume(self.queues[0].name, lambda *delivery: None, callback=on_started))
+        side_channel.basic_qos(prefetch_count=1)
+        overdue.add(side_channel.basic_consume(self.queues[0].name, lambda *delivery: None, callback=on_started))
         return overdue
 
     @override

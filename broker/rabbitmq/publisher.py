@@ -52,8 +52,8 @@ class Publisher(Connection):
         return self._is_flowing and self._outbox.has_in_flight
 
     @override
-    def _ask(self, another: Any) -> set[str]:
-        another.close()
+    def _ask(self, side_channel: Any) -> set[str]:
+        side_channel.close()
         return {"a confirm"}
 
     @override

@@ -17,7 +17,7 @@ from nightsplit.console.doctor.finding import Finding, size
 from nightsplit.console.keys.bundle import BROKER_PORT, STORE_PORT
 from nightsplit.console.worker_file import WorkerFile
 from nightsplit.shared.credentials import TLS_SCHEMES, hosts_of, scheme_of
-from nightsplit.shared.errors import BrokerError
+from nightsplit.shared.errors import BrokerError, MissingRightError
 from nightsplit.shared.protocols.build import build_model, planned_message_bytes
 from nightsplit.shared.run_store.base import RunStore
 from nightsplit.shared.run_store.redis import RedisStore
@@ -65,8 +65,11 @@ def check_servers(file: WorkerFile) -> Finding:
 def is_supported(product: str, version: str) -> bool:
     """Return whether this version of a server is one of `SUPPORTED`."""
     numbers = read_version(version)
-    firsts = map(read_version, SUPPORTED.get(product, ()))
-    return any(numbers[: len(first[:2])] == first[:2] and numbers >= first for first in firsts)
+    for first in map(read_version, SUPPORTED.get(product, ())):
+        series = first[:2]
+        if numbers[: len(series)] == series and numbers >= first:
+            return True
+    return False
 
 
 def check_encryption(file: WorkerFile) -> Finding:
@@ -146,10 +149,8 @@ def _store_permits(file: WorkerFile, read: Callable[[RunStore], object]) -> bool
     with closing(file.open_store()) as store:
         try:
             read(store)
-        except BrokerError as error:
-            if "permission" in error.sentence:
-                return False
-            raise
+        except MissingRightError:
+            return False
     return True
 
 
@@ -174,12 +175,8 @@ def check_power_cut(file: WorkerFile) -> Finding:
         assert isinstance(store, RedisStore)
         try:
             lost = store.loss_at_power_cut()
-        except BrokerError as error:
-            if "permission" in error.sentence:
-                return Finding(
-                    "power cut", "this user may not ask for Redis's settings; nightsplit keys writes safe ones"
-                )
-            raise
+        except MissingRightError:
+            return Finding("power cut", "this user may not ask for Redis's settings; nightsplit keys writes safe ones")
     if lost is None:
         return Finding("power cut", "Redis loses nothing that it has answered")
     found = f"of pointer and order journal, Redis loses {lost} if its host loses power; killed processes lose nothing"

@@ -20,7 +20,7 @@ from redis.retry import Retry
 from typing_extensions import override
 
 from nightsplit.shared.credentials import NO_CREDENTIALS, Credentials
-from nightsplit.shared.errors import BrokerError, ConfigError
+from nightsplit.shared.errors import BrokerError, ConfigError, MissingRightError
 from nightsplit.shared.run_store.base import RunStore, Status, age_seconds
 from nightsplit.shared.run_store.status import UNREADABLE, WorkerStatus, read_status, record_bytes_max, write_status
 from nightsplit.shared.storage.checkpoint import Pointer
@@ -136,7 +136,7 @@ class RedisStore(RunStore):
     def loss_at_power_cut(self) -> str | None:
         """Return which changes a power cut of Redis's host may lose, as its settings say; None for none.
 
-        BrokerError 207 if this user may not ask for its settings.
+        MissingRightError 207 if this user may not ask for its settings.
         """
         settings = self._call(lambda: self._redis.config_get("append*"))
         if settings["appendonly"] != "yes":
@@ -159,9 +159,10 @@ class RedisStore(RunStore):
         try:
             return command()
         except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
+            is_right = isinstance(error, redis.exceptions.NoPermissionError)
             sentence = f"{self._server} refuses: {str(error).rstrip('.')}."
             remedy = "check user and password, and that the address names this worker's own user."
-            raise BrokerError(207, sentence, remedy) from None
+            raise (MissingRightError if is_right else BrokerError)(207, sentence, remedy) from None
         except redis.RedisError as error:
             remedy = "start Redis, or check the address of the store and the network."
             raise BrokerError(207, f"{self._server}: {error}.", remedy) from None

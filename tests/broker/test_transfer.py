@@ -110,7 +110,7 @@ def test_everything_arrives_as_it_was_in_order_and_little_of_it_is_in_memory(bro
 def test_the_new_queue_has_the_limit_of_the_run_and_a_full_one_ends_the_transfer(
     made: Callable[[str], Broker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a consumer held did not count: when it stands still, the old queue has more than its limit."""
+    """Messages that a consumer held did not count: when it stands still, the old queue has more than its limit."""
     old, new = made("classic"), made("classic")
     up = queues(limit=40_000).up
     old.declare([up])

@@ -121,7 +121,7 @@ def test_a_server_that_takes_over_ends_the_move(study: Path, monkeypatch: pytest
 
 
 def test_a_queue_that_is_too_full_for_the_new_broker(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a consumer held did not count: the old queue has more than its limit. The other queues are moved."""
+    """Messages that a consumer held did not count: the old queue exceeds its limit. The other queues are moved."""
     (study / "run.toml").write_text((study / "run.toml").read_text() + "[wire]\nqueue_bytes = 100_000\n")
     for name in ("server.toml", "new.toml"):
         change(study / name, "embedded:", "embedded:small_")

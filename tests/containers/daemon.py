@@ -1,4 +1,4 @@
-"""What the tests ask a Docker daemon for: images, an address, versions."""
+"""Questions of the tests to a Docker daemon: images, an address, versions."""
 
 from __future__ import annotations
 

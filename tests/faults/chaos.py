@@ -122,7 +122,7 @@ class Campaign:
 
     @property
     def one_shot(self) -> bool:
-        """Whether a site sends all that it has at once, so that it shows in no later step."""
+        """True if a site sends all that it has at once, so that it shows in no later step."""
         return PROTOCOLS[self.protocol].uploads_once or self.protocol == "data_vectors"
 
     @property

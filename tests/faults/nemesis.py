@@ -154,7 +154,7 @@ class Watch:
         self._last, self.passed = now, now - self._first
 
     def close(self) -> None:
-        """Let go of the file; it is read again from its beginning when there is news."""
+        """Close the file; it is read again from its beginning when there is news."""
         if self._open is not None:
             self._open.close()
         self._open = self.file = None
@@ -342,7 +342,7 @@ class Nemesis:
         return True
 
     def _until(self, condition: Callable[[], bool]) -> None:
-        """Let the run go on until then; workers that die by themselves are started again."""
+        """Wait until then while the run goes on; workers that die by themselves are started again."""
         moved = time.monotonic()
         while not condition():
             if self._over() and not condition():  # it may be its end that is waited for

@@ -201,7 +201,7 @@ class Hospital:
         return "\n".join(f"{worker}: {line}" for worker, lines in texts.items() for line in lines[-20:])
 
     def last_line(self, worker: str) -> str:
-        """What a worker printed last."""
+        """The last line that a worker printed."""
         return (self.folder / f"{worker}.log").read_text().rstrip().rpartition("\n")[2]
 
     def models(self) -> dict[str, str]:

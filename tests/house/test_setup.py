@@ -16,7 +16,7 @@ FIT = f'exec {sys.executable} "$@"'
 
 
 def choose(folder: Path, programs: dict[str, str], *named: str) -> subprocess.CompletedProcess[str]:
-    """What `.ci/python` says where these programs, shell scripts, are the only Pythons."""
+    """Run `.ci/python` where these programs, shell scripts, are the only Pythons."""
     for name, text in programs.items():
         (folder / name).write_text(f"#!/bin/sh\n{text}\n")
         (folder / name).chmod(0o755)

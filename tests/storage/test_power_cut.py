@@ -175,7 +175,7 @@ def work(component: Callable[[Path, Tell], None], folder: Path, line: Connection
 def cut_while(
     component: Callable[[Path, Tell], None], disk: ForgetfulDisk, folder: Path, dice: random.Random
 ) -> list[int]:
-    """Let it work, kill it at some moment, cut the power; what it told until then."""
+    """Start it, kill it at some moment, cut the power; returns all that it told until then."""
     folder.mkdir()
     ours, theirs = FORKS.Pipe(duplex=False)
     worker = FORKS.Process(target=work, args=(component, folder, theirs))
