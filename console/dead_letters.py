@@ -26,6 +26,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 
+from nightsplit.broker.sealed import open_letter
 from nightsplit.broker.topology import SiteQueues
 from nightsplit.console.ui.text import columns, counted, screen
 from nightsplit.console.worker_file import WorkerFile
@@ -34,6 +35,7 @@ from nightsplit.shared.errors import BrokerError, Refused, RunError
 from nightsplit.shared.foreign import shown
 from nightsplit.shared.protocols.spec import sketch
 from nightsplit.shared.transport import Blocked, Confirmed, Delivery, Link, Route
+from nightsplit.shared.trust.envelope import Sealer
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.config import SiteSection
 from nightsplit.site_worker.policy import Gate
@@ -85,13 +87,13 @@ class Letter:
         if message_id.startswith("dead/"):  # dead/<its id>/<count>
             message_id = message_id.removeprefix("dead/").rpartition("/")[0]
         return cls(
-            id=hashlib.sha256(surroundings + delivery.body).hexdigest()[:12],
+            id=hashlib.sha256(surroundings + delivery.original).hexdigest()[:12],
             site=site,
             number=int(number) if number.isdecimal() else None,
             reason=headers.get("reason", headers.get("x-first-death-reason")),
             sender=headers.get("sender"),
             time=headers.get("time"),
-            size=len(delivery.body),
+            size=len(delivery.original),
             queue=headers.get("queue", headers.get("x-first-death-queue")),
             message_id=message_id,
         )
@@ -111,11 +113,12 @@ class _Pass:
 
     Args:
         mailbox: the worker's mailbox, over a link that consumes the site's dead letters.
+        sealer: opens them; None if the run has no keys.
         site, queues: the site, and its queues.
     """
 
-    def __init__(self, mailbox: Mailbox, site: str, queues: SiteQueues) -> None:
-        self._mailbox, self._link = mailbox, mailbox.link
+    def __init__(self, mailbox: Mailbox, sealer: Sealer | None, site: str, queues: SiteQueues) -> None:
+        self._mailbox, self._link, self._sealer = mailbox, mailbox.link, sealer
         self._site = site
         self._queues = queues
         self._held = 0
@@ -142,7 +145,15 @@ class _Pass:
                     self.complete = self.complete or delivery.message_id == bookmark
                 case Delivery() as delivery if not self.complete:
                     self._held += 1
-                    yield Letter.of(self._site, delivery), delivery
+                    opened = self._open(delivery)
+                    yield Letter.of(self._site, opened), opened
+
+    def _open(self, delivery: Delivery) -> Delivery:
+        if self._sealer is None:
+            return delivery
+        ways = {self._queues.up.name: (self._site, SERVER), self._queues.down.name: (SERVER, self._site)}
+        way = ways.get(delivery.headers.get("queue", ""))
+        return delivery if way is None else open_letter(delivery, self._sealer, *way)
 
     def discard(self, letter: Letter, delivery: Delivery) -> None:
         """Remove a letter from its queue."""
@@ -161,8 +172,8 @@ class _Pass:
         if origin is None:
             sentence = f"{letter.id} does not name the queue of {self._site} that it came from."
             raise RunError(607, sentence, "look at it with nightsplit dlq show, then discard it.")
-        self._mailbox.send_again(origin, letter.message_id, delivery.body)
-        self._replayed[letter.message_id].append((letter, replace(delivery, body=b"")))
+        self._mailbox.send_again(origin, letter.message_id, delivery)
+        self._replayed[letter.message_id].append((letter, replace(delivery, body=b"", envelope=None)))
 
 
 _Action = Callable[[_Pass, Letter, Delivery], None]
@@ -180,7 +191,7 @@ def _visit(file: WorkerFile, prefetch: int, act: _Action) -> bool:
         if site not in run.sites:
             raise RunError(602, f"{site} is not among the sites of {run.id}.", "correct site.name.")
         with broker.link([queues.dead], prefetch, f"dlq:{socket.gethostname()}:{os.getpid()}") as link:
-            one = _Pass(_open_mailbox(file, link, site, queues), site, queues)
+            one = _Pass(_open_mailbox(file, link, site, queues), file.sealer, site, queues)
             for letter, delivery in one:
                 act(one, letter, delivery)
             complete = complete and one.complete

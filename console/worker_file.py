@@ -13,6 +13,7 @@ from nightsplit.shared.config.load import load
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.runtime.worker import Participant
 from nightsplit.shared.transport import Broker
+from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.config import SiteConfig, SiteSection, SourceSection
 
 
@@ -42,13 +43,13 @@ class WorkerFile(Participant):
         self.path = path
         tables = load(path, _Tables)
         if tables.server is not None:
-            self.config = load(path, ServerConfig).server
+            self.config, name = load(path, ServerConfig).server, SERVER
         elif tables.site is not None:
             site = load(path, SiteConfig)
-            self.config, self.source = site.site, site.data
+            self.config, self.source, name = site.site, site.data, site.site.name
         else:
             raise ConfigError(103, f"{path}: has neither [server] nor [site].", "name a server.toml or a site.toml.")
-        super().__init__(path.parent, self.config, overrides)
+        super().__init__(path.parent, name, self.config, overrides)
 
     @property
     def sites(self) -> list[str]:

@@ -7,6 +7,7 @@ from itertools import count
 from pathlib import Path
 
 from nightsplit.broker.connect import open_broker
+from nightsplit.broker.sealed import sealed
 from nightsplit.broker.topology import query_queues
 from nightsplit.server_worker.config import ServerConfig
 from nightsplit.server_worker.query.pool import evaluation_pool
@@ -37,7 +38,7 @@ class QueryServerWorker(Worker):
 
     def __init__(self, path: Path, overrides: Sequence[str] = (), stop: StopSignal | None = None) -> None:
         self.config = load(path, ServerConfig).server
-        super().__init__(path.parent, self.config, overrides, None, stop, lambda status: None)
+        super().__init__(path.parent, SERVER, self.config, overrides, None, stop, lambda status: None)
         _, self._last_stage = stages_of(self.run_config)
         self.answered = 0
         """Queries so far, each step counted."""
@@ -59,9 +60,10 @@ class QueryServerWorker(Worker):
             while self.wait_for_shift():
                 with (
                     evaluation_pool(classifier, secret, processes) as evaluate,
-                    broker.link(incoming, (processes + 1) * CHUNKS_MAX, owner) as link,
+                    broker.link(incoming, (processes + 1) * CHUNKS_MAX, owner) as plain,
                 ):
                     self.enter(Phase.WORKING, "answering queries")
+                    link = sealed(plain, self.sealer, SERVER, routes, seals=False)
                     mailbox = Mailbox(config.run.id, SERVER, link, routes, CONTRACT.get, limit)
                     server = QueryServer(mailbox, ckks, evaluate, secret_name, keys)
                     try:

@@ -14,7 +14,7 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Record, Send
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.errors import Refused, mismatch
-from nightsplit.shared.protocols.handshake import ANY, check_digest
+from nightsplit.shared.protocols.handshake import check_digest
 from nightsplit.shared.protocols.report import NO_FIGURES, SiteMetrics, decode_report
 from nightsplit.shared.protocols.rounds import RoundSequence
 from nightsplit.shared.protocols.stream import StreamSequence
@@ -197,7 +197,9 @@ class ServerRole(Role, Generic[S]):
     def drop_site(self, site: str) -> list[Effect]:
         """Exclude a site, notify it, and complete the evaluations that waited only for it."""
         self.excluded[site] = sum(self.applied.values())
-        effects: list[Effect] = [self._rejection(site, ANY, self._exclusion_notice(site))]
+        effects: list[Effect] = []
+        if site in self._counts:  # any other site is told in answer to its hello
+            effects.append(Send(site, Kind.EXCLUDED, 0, scalars={"reason": self._exclusion_notice(site)[1]}))
         for candidate in self.evaluation.exclude(site):
             effects += self.describe_candidate(candidate)
         return effects

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing_extensions import override
 
 from nightsplit.broker.connect import open_broker
+from nightsplit.broker.sealed import sealed
 from nightsplit.broker.topology import site_queues
 from nightsplit.server_worker.config import ServerConfig
 from nightsplit.server_worker.lease import Lease, lease_owner
@@ -43,7 +44,7 @@ class ServerWorker(Worker):
         observe: Observer = lambda status: None,
     ) -> None:  # fmt: skip
         self.config = load(path, ServerConfig).server
-        super().__init__(path.parent, self.config, overrides, clock, stop, observe)
+        super().__init__(path.parent, SERVER, self.config, overrides, clock, stop, observe)
         self._device = device_of_rank(self.config.device)
         self._group: Group | None = None
 
@@ -117,6 +118,8 @@ class ServerWorker(Worker):
                 self.enter(Phase.FINISHED if finished else Phase.AWAY)
         if finished:
             write_report(self.report_folder, self.run_config, shift.role, shift.silence.last_seen)
+            if self.sealer is not None:
+                self.sealer.keys.delete()
         return finished
 
     @contextmanager
@@ -134,7 +137,7 @@ class ServerWorker(Worker):
         largest = planned_message_bytes(config, {kind: p for kind in _LARGE_KINDS if (p := role.payload(kind))})
         consume = [] if only_open else [route.incoming for route in routes.values()]
         link = broker.link(consume, prefetch_for(largest, len(queues)), owner=f"{SERVER}:{folder.resolve()}")
-        with tape_link(link, config, folder) as link:
+        with tape_link(sealed(link, self.sealer, SERVER, routes), config, folder) as link:
             mailbox = Mailbox(config.run.id, SERVER, link, routes, role.payload, config.wire.message_bytes)
             yield ServerShift(config, role, mailbox, checkpoints, lease, self.report_folder, statuses, failures)
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from nightsplit.shared.errors import BrokerError
+from nightsplit.shared.errors import BrokerError, Refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,8 @@ class Delivery:
     `redelivered` does not mean a duplicate: it is also true for messages that were never handled.
     `user` is the publisher, verified by the broker; None if the broker does not distinguish users,
     empty if it does and the message has no user.
+    `envelope` holds the bytes from the broker where `body` is their opened content; `refusal` is the error if they
+    could not be opened, and `body` is then empty.
     `tag` is for the link's own use.
     """
 
@@ -68,10 +70,17 @@ class Delivery:
     redelivered: bool = False
     tag: object = None
     user: str | None = None
+    envelope: bytes | None = None
+    refusal: Refused | None = None
 
     def may_be_from(self, *workers: str) -> bool:
         """Return whether one of `workers` published it, as far as the broker can tell."""
         return self.user is None or self.user in workers
+
+    @property
+    def original(self) -> bytes:
+        """Bytes as they came from the broker."""
+        return self.body if self.envelope is None else self.envelope
 
     @property
     def by(self) -> str:

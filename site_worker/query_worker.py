@@ -9,6 +9,7 @@ from typing import TextIO
 import torch
 
 from nightsplit.broker.connect import open_broker
+from nightsplit.broker.sealed import sealed
 from nightsplit.broker.topology import query_queues
 from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.errors import StateError
@@ -90,7 +91,7 @@ class QuerySiteWorker:
                 link = site.open_link(broker, route, 2 * CHUNKS_MAX, idle_seconds)
                 if link is None:
                     return False
-                with link:
+                with sealed(link, site.sealer, site.config.name, {SERVER: route}, seals=False) as link:
                     gate = Gate(site.policy_file, site.run_config)
                     mailbox = Mailbox(run.id, site.config.name, link, {SERVER: route}, CONTRACT.get, limit, gate)
                     if QueryClient(mailbox, role, public, queries).run(site.off_duty, idle_seconds):

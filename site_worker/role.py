@@ -11,7 +11,7 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Send, Spend
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.errors import TITLES, RunError, mismatch
-from nightsplit.shared.protocols.handshake import ANY, check_digest
+from nightsplit.shared.protocols.handshake import check_digest
 from nightsplit.shared.protocols.rounds import RoundSequence
 from nightsplit.shared.protocols.stream import StreamSequence
 from nightsplit.shared.storage.checkpoint import Snapshot
@@ -94,14 +94,19 @@ class SiteRole(Role):
         if kind is Kind.MANIFEST:
             return self._enrol(str(scalars["config"]), str(scalars["contract"]))
         if kind is Kind.REJECTED:
-            if scalars["incarnation"] not in (ANY, self._incarnation):
+            if scalars["incarnation"] != self._incarnation:
                 return []
-            number, reason = int(scalars["number"]), str(scalars["reason"])
+            number = int(scalars["number"])
             if number not in TITLES:
                 raise mismatch(f"it rejects with number {number}.")
-            remedy = "ask the server's side, then start the site again."
-            raise RunError(number, f"the server rejects {self.name}: {reason}.", remedy)
+            raise self._rejected(number, str(scalars["reason"]))
+        if kind is Kind.EXCLUDED:
+            raise self._rejected(608, str(scalars["reason"]))
         return self.on_answer(message)
+
+    def _rejected(self, number: int, reason: str) -> RunError:
+        remedy = "ask the server's side, then start the site again."
+        return RunError(number, f"the server rejects {self.name}: {reason}.", remedy)
 
     # -- for subclasses ----------------------------------------------------------------------------
 

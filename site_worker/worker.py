@@ -10,6 +10,7 @@ from typing import Literal
 from msgspec.structs import replace
 
 from nightsplit.broker.connect import open_broker
+from nightsplit.broker.sealed import sealed
 from nightsplit.broker.topology import site_queues
 from nightsplit.shared.clock import Clock
 from nightsplit.shared.config.load import load
@@ -57,7 +58,7 @@ class SiteWorker(Worker):
     ) -> None:  # fmt: skip
         site = load(path, SiteConfig)
         self.config, self.source = site.site, site.data
-        super().__init__(path.parent, self.config, overrides, clock, stop, observe)
+        super().__init__(path.parent, self.config.name, self.config, overrides, clock, stop, observe)
         self._role: SiteRole | None = None
         self._server: Status | None = None
         """Status of the server in the run store."""
@@ -123,7 +124,7 @@ class SiteWorker(Worker):
         if link is None:
             self.enter(Phase.AWAY)
             return False
-        with link:
+        with sealed(link, self.sealer, role.name, {SERVER: route}) as link:
             gate, limit = Gate(self.policy_file, config), config.wire.message_bytes
             mailbox = Mailbox(config.run.id, role.name, link, {SERVER: route}, role.payload, limit, gate)
             engine = Engine(
@@ -137,6 +138,8 @@ class SiteWorker(Worker):
         self.enter(Phase.FINISHED if finished else Phase.AWAY)
         if finished:
             self._save_model(role)
+            if self.sealer is not None:
+                self.sealer.keys.delete()
         return finished
 
     def open_link(self, broker: Broker, route: Route, prefetch: int, idle_seconds: float | None) -> Link | None:

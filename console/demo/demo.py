@@ -25,6 +25,7 @@ from rich.table import Table
 
 import nightsplit
 from nightsplit.console.demo.baselines import alone, centralized
+from nightsplit.console.demo.keys import give_keys
 from nightsplit.console.demo.play import LocalRun, warm_up
 from nightsplit.console.ui.text import columns, counted, screen
 from nightsplit.shared.config.run import RunConfig
@@ -72,6 +73,7 @@ def run_demo(folder: Path, as_json: bool, at: Sequence[str] | None = None) -> in
     work = _copy_example(example, "demo")
     if at is not None:
         _use_services(work, *at)
+    give_keys(work)
     config = load_run(work / "run.toml")
     splits = {site: SiteWorker(work / f"{site}.toml").load_splits() for site in config.run.sites}
     sizes = ", ".join(f"{site} {len(part.train)}" for site, part in splits.items())
@@ -110,6 +112,7 @@ def _repeat(
             console.print("The order is fair: it depends on timing, so the same run again ends with other weights.")
         return {"kills": 0, "sha256_killed": None, "sha256_equal": None}
     work = _copy_example(example, "demo-killed")
+    give_keys(work)
     _share_secrets(first, work, config)
     console.print()
     console.print(f"The same run once more, in {work}:")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from nightsplit.shared.config.section import KeyConflictError, Name, Natural, Positive, Section, Share
+from nightsplit.shared.config.section import KeyConflictError, Name, Natural, Positive, PublicKeyText, Section, Share
 from nightsplit.shared.wire.codecs import FloatCodec
 from nightsplit.shared.wire.message import SERVER
 
@@ -244,7 +244,12 @@ class DataSection(Section, frozen=True, kw_only=True):
 
 
 class RunConfig(Section, frozen=True, kw_only=True):
-    """Content of run.toml, the same at every participant."""
+    """Content of run.toml, the same at every participant.
+
+    Attributes:
+        parties: public keys of the server and of all sites, "ed25519:..."; `nightsplit keys parties` prints them. None:
+            messages are neither signed nor sealed, which is possible on a single machine only.
+    """
 
     run: RunSection
     model: ModelSection
@@ -254,8 +259,14 @@ class RunConfig(Section, frozen=True, kw_only=True):
     privacy: PrivacySection | None = None
     wire: WireSection = msgspec.field(default_factory=WireSection)
     data: DataSection = msgspec.field(default_factory=DataSection)
+    parties: dict[str, PublicKeyText] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.parties and set(self.parties) != {SERVER, *self.run.sites}:
+            sentence = (
+                f"keys of {', '.join(sorted(self.parties))}, but the run has {SERVER}, {', '.join(self.run.sites)}"
+            )
+            raise KeyConflictError("parties", sentence, "give one key for the server and one for each site.")
         if bool(self.data.features) == (self.data.image_size is not None):
             sentence = "a run has either features or image_size"
             raise KeyConflictError("data.features", sentence, "name a table's columns, or the images' side.")

@@ -9,6 +9,8 @@ Natural = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0.0, lt=1.0)]
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 
+PublicKeyText = Annotated[str, Meta(pattern=r"^ed25519:[A-Za-z0-9+/]{43}=$")]
+
 
 class KeyConflictError(ValueError):
     """Conflict between a key and others of its table, or of the file.

@@ -19,6 +19,7 @@ class WorkerSection(Section, frozen=True, kw_only=True):
         ca: CA certificate that verifies broker and store; None for the system's.
         certificate, key: this worker's own, for broker and store.
         password: file with the password for broker and store.
+        identity: file with the key that signs this worker's messages, made by `nightsplit keys`.
         state: folder for checkpoints, for this worker alone.
         metrics: "host:port" of the endpoint for Prometheus; None to open no port.
         shift: hours of work, e.g. "22:00-06:00 Europe/Berlin"; None for always.
@@ -33,6 +34,7 @@ class WorkerSection(Section, frozen=True, kw_only=True):
     certificate: str | None = None
     key: str | None = None
     password: str | None = None
+    identity: str | None = None
     state: str = "state"
     metrics: Annotated[str, Meta(pattern=r":\d+$")] | None = None
     shift: str | None = None

@@ -1,10 +1,9 @@
 """Pipeline of all messages into a worker and out of it. No other code reads headers, refuses or publishes.
 
-    in    delivery ─▶ header ─▶ identity ─▶ [open] ─▶ schema, decode ─▶ message | dead letter
-    out   message ─▶ gate (sites) ─▶ schema, encode ─▶ [seal] ─▶ publish
+    in    link: verify, open ─▶ header ─▶ identity ─▶ schema, decode ─▶ message | dead letter
+    out   message ─▶ gate (sites) ─▶ schema, encode ─▶ link: sign, seal
 
-The stages in brackets are empty: a sealed message would be opened and verified before its schema is checked, and
-sealed after its encoding.
+The link of a run with keys opens and seals (`nightsplit.broker.sealed`).
 """
 
 from collections.abc import Callable, Mapping
@@ -81,6 +80,8 @@ class Mailbox:
         """Decode a header and verify its sender; a message refused here has no place in any sequence."""
         self.counters.counts["received_bytes"] += len(delivery.body)
         sender = self._senders[delivery.queue]
+        if delivery.refusal is not None:
+            return self.dead_letter(delivery, delivery.refusal)
         try:
             head = read_head(delivery.body, self._schema)
             header = head.header
@@ -109,7 +110,7 @@ class Mailbox:
             "number": str(refusal.number), "reason": str(refusal), "sender": sender, "queue": delivery.queue,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }  # fmt: skip
-        self.link.publish(self.routes[sender].dead, copy, [delivery.body], reason)
+        self.link.publish(self.routes[sender].dead, copy, [delivery.original], reason)
         return DeadLetter(delivery, copy)
 
     def _schema(self, header: Header) -> Payload:
@@ -145,20 +146,20 @@ class Mailbox:
         self.counters.counts.update(sent=1, sent_bytes=sum(memoryview(piece).nbytes for piece in body))
         return name
 
-    def send_again(self, queue: Queue, name: str, body: bytes) -> None:
-        """Publish the bytes of a message again to their queue.
+    def send_again(self, queue: Queue, name: str, letter: Delivery) -> None:
+        """Publish a dead letter, as it came from the broker, to the queue of its message.
 
         Raises:
-            ConfigError: 108 they are a site's own message, which the hospital's policy now forbids.
-            Refused: 301-311 they are a site's own message, which cannot be read.
+            ConfigError: 108 it is a site's own message, which the hospital's policy now forbids.
+            Refused: 301-311 it is a site's own message, which cannot be read.
             BrokerError: 203 as in `Link.publish`.
         """
         is_outgoing = any(queue.name == route.outgoing.name for route in self.routes.values())
         if self._gate is not None and is_outgoing:
-            head = read_head(body, self._schema)
+            head = read_head(letter.body, self._schema)
             if head.refusal is not None:
                 raise head.refusal
             assert head.payload is not None, head.header.kind
             shapes = {entry.name: entry.shape for entry in head.entries}
             self._gate.check_out(head.header, head.payload, head.payload.samples(shapes))
-        self.link.publish(queue, name, [body])
+        self.link.publish(queue, name, [letter.original])

@@ -36,7 +36,7 @@ class UnackedDeliveries:
     def add(self, delivery: Delivery) -> None:
         """Add a delivery that the role's state contains."""
         # Without the body, since only the tag is still needed and a night's bodies would fill the memory.
-        self._open.append(replace(delivery, body=b""))
+        self._open.append(replace(delivery, body=b"", envelope=None))
         self._open_per_queue[delivery.queue] += 1
         self._kept_per_queue[delivery.queue] += 1
 

@@ -5,9 +5,6 @@ from nightsplit.shared.errors import TITLES, RunError
 from nightsplit.shared.wire.message import Kind
 from nightsplit.shared.wire.schema import Payload, Reveals, ScalarSpec
 
-ANY = ""
-"""Incarnation in a rejection that holds for every incarnation of the site."""
-
 PROGRESS = {"best": ScalarSpec(int, low=0), "judged": ScalarSpec(int, low=0)}
 """Scalars of every answer: the best epoch so far, and the last evaluated one (0: none)."""
 
@@ -24,8 +21,9 @@ HANDSHAKE = (
         },
     ),
     Payload(Kind.REJECTED, scalars={"incarnation": _TEXT, "number": _NUMBER, "reason": _TEXT}),
+    Payload(Kind.EXCLUDED, scalars={"reason": _TEXT}),
 )  # fmt: skip
-"""Payloads of the handshake; `contract` is the digest of the run."""
+"""Payloads of the handshake; `contract` is the digest of the run. A rejection names the hello that it answers."""
 
 REFUSAL = {"number": _NUMBER, "reason": _TEXT}
 """Scalars of the answer to a refused message."""

@@ -18,6 +18,7 @@ from nightsplit.shared.run_store.connect import open_store
 from nightsplit.shared.run_store.status import Phase, WorkerStatus, clean_detail
 from nightsplit.shared.runtime.process import StopSignal
 from nightsplit.shared.runtime.shift import Shift
+from nightsplit.shared.trust.sealer import make_sealer
 
 if TYPE_CHECKING:
     from nightsplit.shared.runtime.metrics import Telemetry
@@ -30,16 +31,23 @@ class Participant:
 
     Args:
         base: folder of the worker's file; relative paths start there.
+        name: the participant's name in the run.
         config: the worker's section.
         overrides: "section.key=value" for run.toml (as in `nightsplit.shared.protocols.load.load_run`).
+
+    Raises:
+        ConfigError: 113, 121 or 122, see `nightsplit.shared.trust.sealer.make_sealer`; others as `load_run`.
     """
 
-    def __init__(self, base: Path, config: WorkerSection, overrides: Sequence[str]) -> None:
+    def __init__(self, base: Path, name: str, config: WorkerSection, overrides: Sequence[str]) -> None:
         self.base = base
         self.run_config = load_run(base / config.run, overrides)
         self.run_folder = (base / config.run).parent
         self.state_folder = base / config.state
         self.credentials = config.credentials(base)
+        identity = None if config.identity is None else base / config.identity
+        self.sealer = make_sealer(self.run_config, name, identity, self.state_folder, config.broker)
+        """Makes and opens the envelopes of the run; None if it has no keys."""
         self._store_address = config.store
 
     def open_store(self) -> RunStore:
@@ -51,7 +59,7 @@ class Worker(Participant):
     """Worker of one run that works in its shifts.
 
     Args:
-        base, config, overrides: see `Participant`.
+        base, name, config, overrides: see `Participant`.
         clock: clock of the shift.
         stop: signal that is checked between steps.
         observe: receives the worker's status every second.
@@ -62,10 +70,10 @@ class Worker(Participant):
     """
 
     def __init__(
-        self, base: Path, config: WorkerSection, overrides: Sequence[str],
+        self, base: Path, name: str, config: WorkerSection, overrides: Sequence[str],
         clock: Clock | None, stop: StopSignal | None, observe: Observer,
     ) -> None:  # fmt: skip
-        super().__init__(base, config, overrides)
+        super().__init__(base, name, config, overrides)
         self.shift = Shift(config.shift)
         self.phase = Phase.STARTING
         self._detail: str | None = None

@@ -36,10 +36,11 @@ class Kind(StrEnum):
     NOTED = "noted"  # server -> site: applied; there is no content to return
     REFUSED = "refused"  # server -> site: not applied, counts as applied
     REJECTED = "rejected"  # server -> site: the hello is not accepted
+    EXCLUDED = "excluded"  # server -> site: the run went on without the site
     FINISH = "finish"  # server -> site: the run is over
 
 
-UNSEQUENCED = frozenset({Kind.MANIFEST, Kind.HELLO, Kind.REJECTED})
+UNSEQUENCED = frozenset({Kind.MANIFEST, Kind.HELLO, Kind.REJECTED, Kind.EXCLUDED})
 """Kinds with seq 0, since their number would depend on timing; they may be repeated."""
 
 FROM_SITES = frozenset({

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
+from nightsplit.console.demo.keys import give_keys
 from nightsplit.shared.protocols.spec import Shape, systems
 from nightsplit.shared.storage.files import write_new
 from nightsplit.site_worker.privacy.secret import Secret
@@ -96,12 +97,14 @@ class Hospital:
         files: more lines for these, with {worker}.
         protocol, epochs, order, sites: of run.toml; rounds are as many as epochs, or one with so many local epochs.
         begin: how workers and other verbs begin.
+        keys: whether workers sign and seal their messages.
     """
 
     def __init__(
         self, folder: Path, broker: str = "embedded:broker", store: str = "sqlite:run.db",
         protocol: str = "split_labels", epochs: int = 20, order: str = "strict", files: str = "",
         sites: Sequence[str] = tuple(SHARES), begin: type[Process | Fresh] = Process,
+        keys: bool = True,
     ) -> None:  # fmt: skip
         from sklearn.datasets import load_diabetes  # takes seconds, and only here is it needed
 
@@ -126,6 +129,8 @@ class Hospital:
         for site, (first, last) in SHARES.items():
             text = worker.format(kind="site", name=f'name = "{site}"\n', worker=site)
             (folder / f"{site}.toml").write_text(text + DATA.format(site=site, first=first, last=last))
+        if keys:
+            give_keys(folder)
 
     def start(self, worker: str, *arguments: str, environment: Mapping[str, str] = {}) -> Process | Fresh:
         """Start a worker in the background; `environment` is added to ours."""

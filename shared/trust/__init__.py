@@ -1,0 +1,1 @@
+"""Identities of a run's participants, and the envelope around each of their messages."""
