@@ -14,10 +14,11 @@ from nightsplit.shared.foreign import shown
 keys = typer.Typer(
     callback=print_help_alone,
     invoke_without_command=True,
-    help="""Create and revoke the sites' certificates and accounts.
+    help="""Create and revoke identities, certificates and accounts.
 
-    At the coordinating centre: create certificates, users and permissions for the broker, the run store, the
-    server and each site. docs/how-to/deployment.md explains how to use them.
+    At a hospital: make its own keys, and a request. At the coordinating centre: create certificates, users and
+    permissions for the broker, the run store, the server and each site. docs/how-to/deployment.md explains how to use
+    them.
     """,
 )
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from nightsplit.console.keys.bundle import Keys
 
 Folder = Annotated[Path, Option("--folder", metavar="FOLDER", help="folder of the keys")]
+Requests = Annotated[list[Path], Argument(metavar="NAME.request", help="made by the hospital with keys request")]
 KEYS = Path("keys")
 
 
@@ -60,24 +62,86 @@ def init(
 
 
 @keys.command()
-def new_site(
-    names: Annotated[list[str], Argument(metavar="NAME", help="the site's name, as in run.sites")],
-    folder: Folder = KEYS,
+def request(
+    name: Annotated[str, Argument(metavar="NAME", help="the site's name, as in run.sites")],
+    folder: Annotated[
+        Path | None, Option("--folder", metavar="FOLDER", help="folder of the keys (default: NAME)")
+    ] = None,
 ) -> None:
-    """Add a hospital.
+    """Make a hospital's own keys, and a request for the centre.
 
-    Create the folder for a hospital, and an account with permissions for its own queues only.
+    At the hospital: make the identity that signs its messages and the key of its connections, which never leave it,
+    and a file for the centre. Repeat it to have the certificate renewed.
+    """
+    from nightsplit.console.keys.request import make_request, read_request
+    from nightsplit.shared.trust.identity import PublicKey
+
+    file = make_request(folder or Path(name), name)
+    print(f"made {file}: send it to the centre, and read these words to it by telephone")
+    print(PublicKey(read_request(file).identity).words)
+
+
+@keys.command()
+def new_site(requests: Requests, folder: Folder = KEYS) -> None:
+    """Admit a hospital by its request.
+
+    Sign its certificate, and create an account with permissions for its own queues only.
     """
     from nightsplit.console.keys.bundle import Keys
+    from nightsplit.console.keys.request import read_request
+    from nightsplit.shared.trust.identity import PublicKey
+
+    bundle, names = Keys(folder), []
+    for file in requests:
+        wanted = read_request(file)
+        handed = bundle.new_site(wanted)
+        names.append(wanted.name)
+        if handed is None:
+            print(f"{wanted.name} already has its keys; nothing is changed")
+        else:
+            print(f"{wanted.name} is {PublicKey(wanted.identity).words}: compare these words by telephone")
+            print(f"made {handed}: hand it to {wanted.name} in a way that you trust, then delete it here")
+    _update_services(bundle, has=f"has the account of {', '.join(names)}", takes="adds the account")
+
+
+@keys.command()
+def renew(requests: Requests, folder: Folder = KEYS) -> None:
+    """Sign new certificates for hospitals that are admitted."""
+    from nightsplit.console.keys.bundle import Keys
+    from nightsplit.console.keys.request import read_request
 
     bundle = Keys(folder)
-    for name in names:
-        handed = bundle.new_site(name)
-        if handed is None:
-            print(f"{name} already has its keys; nothing is changed")
-        else:
-            print(f"made {handed}: hand it to {name} in a way that you trust, then delete it here")
-    _update_services(bundle, has=f"has the account of {', '.join(names)}", takes="adds the account")
+    for file in requests:
+        wanted = read_request(file)
+        print(f"made {bundle.renew(wanted)}: hand it to {wanted.name}, in place of its old one")
+
+
+@keys.command()
+def parties(folder: Folder = KEYS) -> None:
+    """Print the public keys of server and sites, as run.toml holds them."""
+    from nightsplit.console.keys.bundle import Keys
+
+    print("[parties]")
+    for name, key in Keys(folder).parties().items():
+        print(f'{name} = "{key}"')
+
+
+@keys.command()
+def show(
+    file: Annotated[Path, Argument(metavar="FILE", help="a run.toml, or a hospital's request")],
+) -> None:
+    """Spell the public keys in a file, to be compared by telephone."""
+    from nightsplit.console.keys.request import read_request
+    from nightsplit.shared.protocols.load import load_run
+    from nightsplit.shared.trust.identity import PublicKey
+
+    if file.suffix == ".request":
+        wanted = read_request(file)
+        found = {wanted.name: wanted.identity}
+    else:
+        found = load_run(file).parties
+    for name, key in found.items():
+        print(f"{name:<20} {PublicKey(key).words}   {key}")
 
 
 @keys.command()

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import tomllib
 from pathlib import Path
 
 import msgspec
@@ -9,6 +10,7 @@ import msgspec
 from nightsplit.console.keys.accounts import ADMIN, VHOST, Centre
 from nightsplit.console.keys.admin import Services, administrator
 from nightsplit.console.keys.ca import Authority, new_password
+from nightsplit.console.keys.request import Request, make_request, read_request
 from nightsplit.console.keys.templates import POLICY_TOML, SERVER_TOML, SITE_README, SITE_TOML
 from nightsplit.shared.config.load import load
 from nightsplit.shared.errors import ConfigError
@@ -52,6 +54,7 @@ class Keys:
         self.folder = folder
         self._centre = Centre(folder / "centre")
         self._addresses_file = folder / "centre" / "addresses.toml"
+        self._identities_file = folder / "centre" / "identities.toml"
 
     def init(self, addresses: Addresses) -> bool:
         """Make the keys of authority, services and server; return False and change nothing if they exist."""
@@ -67,7 +70,8 @@ class Keys:
         admin = new_password()
         write_atomic(centre.folder / "admin_password", admin.encode())
         centre.admit(ADMIN, admin)
-        centre.admit(SERVER, self._make_credentials(SERVER, centre.folder / SERVER, authority))
+        own = make_request(centre.folder / SERVER, SERVER)
+        centre.admit(SERVER, self._make_credentials(read_request(own), authority))
         write_atomic(centre.folder / SERVER / "server.toml", self._fill(SERVER_TOML, SERVER, addresses))
         # Last, since it marks the folder as complete.
         lines = [f'{name} = "{place}"\n' for name, place in msgspec.structs.asdict(addresses).items()]
@@ -82,24 +86,50 @@ class Keys:
         """
         return self._centre.configure(*self._load_addresses().ports)
 
-    def new_site(self, name: str) -> Path | None:
+    def new_site(self, request: Request) -> Path | None:
         """Make the folder for a hospital; return None and change nothing if the site exists.
 
         Raises:
-            ConfigError: 103 the name is not valid, 113 the folder has no keys.
+            ConfigError: 103 the name is reserved, 113 the folder has no keys, or the site has another identity.
         """
-        addresses, centre = self._load_addresses(), self._centre
-        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", name) or name in RESERVED:
-            remedy = f"use small letters, digits, - and _, and none of {', '.join(sorted(RESERVED))}."
+        addresses, centre, name = self._load_addresses(), self._centre, request.name
+        if name in RESERVED:
+            remedy = f"use a name other than {', '.join(sorted(RESERVED))}."
             raise ConfigError(103, f"{name!r} is not a valid name of a site.", remedy)
         if centre.admits(name):
+            self._expect_same_identity(request)
             return None
-        site = self.folder / "sites" / name
-        password = self._make_credentials(name, site, Authority(self.folder / "authority"))
+        password = self._make_credentials(request, Authority(self.folder / "authority"))
+        site = self.site_folder(name)
         for file, text in (("site.toml", SITE_TOML), ("policy.toml", POLICY_TOML), ("README.md", SITE_README)):
             write_atomic(site / file, self._fill(text, name, addresses))
         centre.admit(name, password)
         return site
+
+    def renew(self, request: Request) -> Path:
+        """Sign a new certificate for a hospital that is admitted; return its file.
+
+        Raises:
+            ConfigError: 113 the folder has no keys or no such site, or the site has another identity.
+        """
+        self._load_addresses()
+        if not self._centre.admits(request.name):
+            raise ConfigError(113, f"{self.folder} has no site {request.name}.", "admit it: nightsplit keys new-site.")
+        self._expect_same_identity(request)
+        certificate = self.site_folder(request.name) / "certificate.pem"
+        make_private_folder(certificate.parent)
+        authority = Authority(self.folder / "authority")
+        write_atomic(certificate, authority.sign(request.name, request.public_key))
+        return certificate
+
+    def parties(self) -> dict[str, str]:
+        """Return the public keys of the server and of all admitted sites by name."""
+        self._load_addresses()
+        return self._read_identities()
+
+    def site_folder(self, name: str) -> Path:
+        """Return the folder that is handed to a hospital."""
+        return self.folder / "sites" / name
 
     def revoke(self, name: str) -> None:
         """Disable a site's account, and delete its folder if it is still there.
@@ -112,7 +142,8 @@ class Keys:
         if name in RESERVED or not any(user["name"] == name for user in centre.definitions["users"]):
             raise ConfigError(113, f"{self.folder} has no site {name}.", "look into centre/definitions.json.")
         centre.revoke(name)
-        shutil.rmtree(self.folder / "sites" / name, ignore_errors=True)
+        self._write_identities({site: key for site, key in self._read_identities().items() if site != name})
+        shutil.rmtree(self.site_folder(name), ignore_errors=True)
 
     def services(self) -> Services:
         """Return the running broker and store."""
@@ -124,15 +155,32 @@ class Keys:
             raise ConfigError(113, f"{self.folder} has no keys.", "make them with: nightsplit keys init.")
         return load(self._addresses_file, Addresses)
 
-    @staticmethod
-    def _make_credentials(name: str, folder: Path, authority: Authority) -> str:
-        """Make a worker's certificate, key and password, and return the password."""
+    def _make_credentials(self, request: Request, authority: Authority) -> str:
+        """Make a worker's certificate and password, note its identity, and return the password."""
+        folder = self._centre.folder / SERVER if request.name == SERVER else self.site_folder(request.name)
         make_private_folder(folder)
         write_atomic(folder / "ca.pem", authority.pem)
-        authority.issue(name, folder / "certificate.pem", folder / "key.pem")
+        write_atomic(folder / "certificate.pem", authority.sign(request.name, request.public_key))
         password = new_password()
         write_atomic(folder / "password", f"{password}\n".encode())
+        self._write_identities({**self._read_identities(), request.name: request.identity})
         return password
+
+    def _expect_same_identity(self, request: Request) -> None:
+        if self._read_identities().get(request.name) != request.identity:
+            sentence = f"{request.name} is admitted with another identity."
+            remedy = "ask the hospital; if it has a new identity: nightsplit keys revoke, then new-site, and a new run."
+            raise ConfigError(113, sentence, remedy)
+
+    def _read_identities(self) -> dict[str, str]:
+        if not self._identities_file.exists():
+            return {}
+        identities: dict[str, str] = tomllib.loads(self._identities_file.read_text(encoding="utf-8"))
+        return identities
+
+    def _write_identities(self, identities: dict[str, str]) -> None:
+        lines = [f'{name} = "{key}"\n' for name, key in identities.items()]
+        write_atomic(self._identities_file, "".join(lines).encode())
 
     @staticmethod
     def _fill(text: str, name: str, addresses: Addresses) -> bytes:

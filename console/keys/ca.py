@@ -35,7 +35,7 @@ class Authority:
         if not certificate.exists():
             make_private_folder(folder)
             own = ec.generate_private_key(ec.SECP256R1())
-            write_atomic(key, _encode_key(own))  # first: where a certificate is, its key is, too
+            write_atomic(key, encode_key(own))  # first: where a certificate is, its key is, too
             write_atomic(certificate, _sign_root(own).public_bytes(serialization.Encoding.PEM))
         try:
             found = serialization.load_pem_private_key(key.read_bytes(), password=None)
@@ -51,28 +51,32 @@ class Authority:
         return self._certificate.public_bytes(serialization.Encoding.PEM)
 
     def issue(self, name: str, certificate: Path, key: Path, hosts: Collection[str] = ()) -> None:
-        """Write a new key and a certificate for it: ten years for a service, 825 days for a worker.
+        """Write a new key and a certificate for it, see `sign`; only its owner can read the key."""
+        own = ec.generate_private_key(ec.SECP256R1())
+        write_atomic(key, encode_key(own))
+        write_atomic(certificate, self.sign(name, own.public_key(), hosts))
+
+    def sign(self, name: str, key: ec.EllipticCurvePublicKey, hosts: Collection[str] = ()) -> bytes:
+        """Return a certificate in PEM: for ten years of a service, for 825 days of a worker.
 
         Args:
             name: common name of the certificate.
-            certificate, key: files to write; only their owner can read the key.
+            key: key of its owner.
             hosts: names and addresses of a service; none for a worker, which listens for its metrics alone:
                 its certificate names "<name>.nightsplit", which is no real host.
         """
-        own = ec.generate_private_key(ec.SECP256R1())
         names = [_general_name(host) for host in sorted(hosts) or [f"{name}.nightsplit"]]
         signed = (
             _builder(name, CENTRE_DAYS if hosts else WORKER_DAYS)
             .issuer_name(self._certificate.subject)
-            .public_key(own.public_key())
+            .public_key(key)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.ExtendedKeyUsage(_USAGES), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .sign(self._key, hashes.SHA256())
         )
-        write_atomic(key, _encode_key(own))
-        write_atomic(certificate, signed.public_bytes(serialization.Encoding.PEM))
+        return signed.public_bytes(serialization.Encoding.PEM)
 
 
 def new_password() -> str:
@@ -88,7 +92,7 @@ def _sign_root(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
     )  # fmt: skip
     return (
         _builder(name, CENTRE_DAYS)
-        .issuer_name(_subject(name))
+        .issuer_name(subject(name))
         .public_key(key.public_key())
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(x509.KeyUsage(**usage, key_cert_sign=True, crl_sign=True), critical=True)
@@ -101,14 +105,15 @@ def _builder(name: str, days: int) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
-        .subject_name(_subject(name))
+        .subject_name(subject(name))
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - CLOCK_SKEW)
         .not_valid_after(now + timedelta(days=days))
     )
 
 
-def _subject(name: str) -> x509.Name:
+def subject(name: str) -> x509.Name:
+    """Return a subject of which only the common name is set."""
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
 
@@ -119,7 +124,8 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def _encode_key(key: ec.EllipticCurvePrivateKey) -> bytes:
+def encode_key(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """Return a private key in PEM, without a password."""
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )

@@ -7,6 +7,7 @@ ca = "ca.pem"
 certificate = "certificate.pem"
 key = "key.pem"
 password = "password"
+identity = "identity.key"
 """
 
 SERVER_TOML = f"""\
@@ -46,21 +47,23 @@ min_batch = 8                # smallest number of samples in a message
 SITE_README = """\
 # nightsplit at {name}
 
-With this folder the worker of {name} logs in at the coordinating centre. Keep it only on the machine of the
-worker: with `key.pem` and `password` anyone can act as {name}. If it is lost, have the centre revoke it
-(`nightsplit keys revoke {name}`) and make another.
+With these files and the keys that {name} made itself (`nightsplit keys request`), the worker of {name} logs in at the
+coordinating centre. Copy them beside these keys, on the machine of the worker. With `identity.key`, `key.pem` and
+`password` anyone can act as {name}: if they are lost, have the centre revoke them (`nightsplit keys revoke {name}`).
 
 | file | content |
 | --- | --- |
 | `ca.pem` | the certificate by which the worker recognises the centre |
-| `certificate.pem`, `key.pem`, `password` | the credentials by which the centre recognises the worker |
+| `certificate.pem`, `password` | with `key.pem`, the credentials by which the centre recognises the worker |
+| `identity.key` | made at {name}, never copied: signs every message, so that nobody else can speak as {name} |
 | `site.toml` | settings of the worker: **enter the path of your data** |
 | `policy.toml` | what messages may reveal: **enter what you allow.** By default no labels and no weights |
 | `run.toml` | the training, the same at every participant. The centre sends it; save it here |
 
 1. The worker only opens connections, to {broker} and {store}; no port has to be opened for it.
-2. `nightsplit doctor site.toml` reports what is still missing.
-3. `nightsplit site site.toml` runs the worker. Stop it at any time; start it again to continue.
+2. `nightsplit keys show run.toml` spells the key of every participant. Compare yours and the server's by telephone.
+3. `nightsplit doctor site.toml` reports what is still missing.
+4. `nightsplit site site.toml` runs the worker. Stop it at any time; start it again to continue.
 
 Or with containers: copy this folder to `config/` beside `examples/site/compose.yaml`, set `state = "/state"`
 in site.toml, and run `docker compose up -d`.

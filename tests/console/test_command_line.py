@@ -34,7 +34,11 @@ def test_every_verb_is_a_file_and_has_a_line(arguments, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("group", "verbs"), [("dlq", {"list", "show", "replay", "discard"}), ("keys", {"init", "new-site", "revoke"})]
+    ("group", "verbs"),
+    [
+        ("dlq", {"list", "show", "replay", "discard"}),
+        ("keys", {"init", "request", "new-site", "renew", "revoke", "parties", "show"}),
+    ],
 )
 def test_a_group_lists_what_it_can_do(group, verbs, capsys):
     assert run([group]) == 0

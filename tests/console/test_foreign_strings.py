@@ -21,7 +21,7 @@ from nightsplit.console.ui.progress import Progress
 from nightsplit.console.ui.text import Screen, columns, screen
 from nightsplit.server_worker.report import write_report
 from nightsplit.shared.foreign import in_markdown, shown
-from nightsplit.shared.protocols.handshake import ANY, HANDSHAKE
+from nightsplit.shared.protocols.handshake import HANDSHAKE
 from nightsplit.shared.run_store.status import Phase, WorkerStatus
 from nightsplit.shared.transport import Queue
 from nightsplit.shared.wire import format as wire
@@ -91,14 +91,14 @@ def test_the_screen_shows_markup_and_obeys_none(capsys):
 
 def test_a_server_that_rejects(study, capsys):
     """What it says goes into the line of the error, the line of progress, the log, and the run store."""
-    header = Header("ward", SERVER, "north", Kind.REJECTED, 0)
-    message = Message(header, {}, {"incarnation": ANY, "number": 601, "reason": HOSTILE})
-    publish(study, QUEUES["north"].down, b"".join(wire.encode(message, contract(*HANDSHAKE)[Kind.REJECTED], 2**24)), {})
+    header = Header("ward", SERVER, "north", Kind.EXCLUDED, 0)
+    message = Message(header, {}, {"reason": HOSTILE})
+    publish(study, QUEUES["north"].down, b"".join(wire.encode(message, contract(*HANDSHAKE)[Kind.EXCLUDED], 2**24)), {})
     assert run(["site", "north.toml"]) == 1
     out, err = capsys.readouterr()
     inert(out)
     assert inert(err).count("\n") == 1
-    assert err.startswith("E601 ")
+    assert err.startswith("E608 ")
     assert "[bold]loud[/bold]" in err
 
     assert run(["site", "north.toml", "--log-format", "json"]) == 1

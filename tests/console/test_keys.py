@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import stat
+import tomllib
 from contextlib import closing
+from pathlib import Path
 
 import pika
 import pytest
@@ -15,8 +17,10 @@ from nightsplit.console.cli import run
 from nightsplit.console.keys.accounts import ADMIN
 from nightsplit.console.keys.admin import administrator
 from nightsplit.console.keys.bundle import Keys
+from nightsplit.console.keys.request import read_request
 from nightsplit.server_worker.config import ServerConfig
 from nightsplit.shared.config.load import load
+from nightsplit.shared.trust.identity import read_identity
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.shared.wire.schema import Payload
@@ -53,46 +57,128 @@ def test_what_is_made_for_the_centre(tmp_path, capsys):
     assert [user["name"] for user in told["users"]] == ["admin", "server"]
 
 
+def requested(keys, name="north"):
+    """The request of a hospital, made in a folder of its own."""
+    assert run(["keys", "request", name, "--folder", str(keys.with_name(name))]) == 0
+    return str(keys.with_name(name) / f"{name}.request")
+
+
+def admit(keys, name="north"):
+    assert run(["keys", "new-site", requested(keys, name), "--folder", str(keys)]) == 0
+
+
 def test_what_is_handed_to_a_hospital(keys, capsys):
-    assert run(["keys", "new-site", "north", "--folder", str(keys)]) == 0
+    admit(keys)
     said = capsys.readouterr().out
     assert f"made {keys}/sites/north: hand it to north" in said
+    words = said.splitlines()[1]
+    assert f"north is {words}: compare" in said
     assert said.count("adds the account when it starts") == 2
     handed = keys / "sites/north"
     assert {path.name for path in handed.iterdir()} == {
-        "ca.pem", "certificate.pem", "key.pem", "password", "site.toml", "policy.toml", "README.md",
+        "ca.pem", "certificate.pem", "password", "site.toml", "policy.toml", "README.md",
     }  # fmt: skip
+    own = keys.with_name("north")
+    assert {path.name for path in own.iterdir()} == {"identity.key", "key.pem", "north.request"}
     site = load(handed / "site.toml", SiteConfig).site
     assert site.name == "north"
     assert site.broker == "amqps://north@localhost:1/nightsplit"
     assert load(handed / "policy.toml", PolicyConfig) == PolicyConfig(min_batch=8)
     assert "nightsplit doctor site.toml" in (handed / "README.md").read_text()
-    assert run(["keys", "new-site", "north", "--folder", str(keys)]) == 0
+    assert run(["keys", "new-site", str(own / "north.request"), "--folder", str(keys)]) == 0
     assert "nothing is changed" in capsys.readouterr().out
 
 
+def private_keys_in(folder):
+    return [path for path in folder.rglob("*") if path.is_file() and b"PRIVATE KEY" in path.read_bytes()]
+
+
+def test_no_private_key_of_a_hospital_is_at_the_centre(keys):
+    """attacks.md, K2."""
+    admit(keys)
+    assert {path.relative_to(keys).as_posix() for path in private_keys_in(keys)} == {
+        "authority/ca.key", "centre/service.key", "centre/server/key.pem",
+    }  # fmt: skip
+    own = keys.with_name("north")
+    secret = (own / "identity.key").read_bytes(), (own / "key.pem").read_bytes()
+    assert not any(part in path.read_bytes() for path in keys.rglob("*") if path.is_file() for part in secret)
+
+
+def test_a_certificate_is_renewed_for_the_same_identity_alone(keys, capsys):
+    admit(keys)
+    certificate = keys / "sites/north/certificate.pem"
+    before = certificate.read_bytes()
+    capsys.readouterr()
+    assert run(["keys", "renew", requested(keys), "--folder", str(keys)]) == 0
+    assert f"made {certificate}" in capsys.readouterr().out
+    assert certificate.read_bytes() != before
+    other = keys.with_name("impostor")
+    run(["keys", "request", "north", "--folder", str(other)])
+    for verb in ("renew", "new-site"):
+        assert run(["keys", verb, str(other / "north.request"), "--folder", str(keys)]) == 1
+        assert "E113" in capsys.readouterr().err
+    assert run(["keys", "renew", requested(keys, "south"), "--folder", str(keys)]) == 1
+    assert "has no site south" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["name", "identity", "certificate_request", "signature"])
+def test_a_request_that_was_exchanged_on_its_way_is_refused(keys, capsys, key):
+    """Each part of another request, whose maker signed that one."""
+    genuine, other = (tomllib.loads(Path(requested(keys, name)).read_text()) for name in ("north", "south"))
+    changed = keys.with_name("changed.request")
+    changed.write_text("".join(f"{n} = {json.dumps(v)}\n" for n, v in {**genuine, key: other[key]}.items()))
+    assert run(["keys", "new-site", str(changed), "--folder", str(keys)]) == 1
+    assert "E113" in capsys.readouterr().err
+    assert not (keys / "sites").exists()
+
+
+def test_parties_are_those_that_are_admitted(keys, capsys):
+    admit(keys)
+    admit(keys, "south")
+    run(["keys", "revoke", "south", "--folder", str(keys)])
+    capsys.readouterr()
+    assert run(["keys", "parties", "--folder", str(keys)]) == 0
+    table = tomllib.loads(capsys.readouterr().out)["parties"]
+    assert list(table) == ["server", "north"]
+    identity = read_identity(keys.with_name("north") / "identity.key").public
+    assert table["north"] == identity.text
+    assert run(["keys", "show", str(keys.with_name("north") / "north.request")]) == 0
+    assert capsys.readouterr().out.split(maxsplit=1)[1].startswith(identity.words)
+
+
 def test_what_is_secret_is_readable_by_its_owner_alone(keys):
-    run(["keys", "new-site", "north", "--folder", str(keys)])
-    secret = [path for path in keys.rglob("*") if path.suffix == ".key" or path.name in ("key.pem", "password")]
+    admit(keys)
+    places = [*keys.rglob("*"), *keys.with_name("north").iterdir()]
+    secret = [path for path in places if path.suffix == ".key" or path.name in ("key.pem", "password")]
     secret.append(keys / "centre/admin_password")
-    assert len(secret) == 7
+    assert len(secret) == 9
     assert {stat.S_IMODE(path.stat().st_mode) for path in secret} == {0o600}
 
 
-@pytest.mark.parametrize("name", ["server", "admin", "default", "North", "a.b", "", "x" * 64, "north/../../x"])
-def test_a_name_that_is_none(keys, capsys, name):
-    assert run(["keys", "new-site", name, "--folder", str(keys)]) == 1
+@pytest.mark.parametrize("name", ["server", "admin", "default"])
+def test_a_name_that_is_reserved(keys, capsys, name):
+    assert run(["keys", "new-site", requested(keys, name), "--folder", str(keys)]) == 1
     assert capsys.readouterr().err.startswith("E103 ")
 
 
-@pytest.mark.parametrize("action", [["new-site", "north"], ["revoke", "north"]])
+@pytest.mark.parametrize("name", ["North", "a.b", "", "x" * 64, "north/../../x"])
+def test_a_name_that_is_none(tmp_path, capsys, name):
+    assert run(["keys", "request", name, "--folder", str(tmp_path / "own")]) == 1
+    assert capsys.readouterr().err.startswith("E103 ")
+    assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize("action", ["new-site", "renew", "revoke", "parties"])
 def test_there_are_no_keys_yet(tmp_path, capsys, action):
-    assert run(["keys", *action, "--folder", str(tmp_path)]) == 1
+    argument = {"revoke": ["north"], "parties": []}.get(action)
+    if argument is None:
+        argument = [requested(tmp_path / "keys")]
+    assert run(["keys", action, *argument, "--folder", str(tmp_path / "keys")]) == 1
     assert "nightsplit keys init" in capsys.readouterr().err
 
 
 def test_revoking_says_when_broker_and_store_could_not_be_told(keys, capsys):
-    run(["keys", "new-site", "north", "--folder", str(keys)])
+    admit(keys)
     assert run(["keys", "revoke", "south", "--folder", str(keys)]) == 1
     assert "has no site south" in capsys.readouterr().err
     assert run(["keys", "revoke", "north", "--folder", str(keys)]) == 1
@@ -111,8 +197,8 @@ def as_by_an_earlier_version(centre):
 
 def test_a_centre_of_an_earlier_version_is_brought_up_to_date(keys, capsys):
     bundle = Keys(keys)
-    bundle.new_site("north")
-    bundle.new_site("south")
+    for site in ("north", "south"):
+        bundle.new_site(read_request(Path(requested(keys, site))))
     bundle.revoke("south")
     before = {path: path.read_bytes() for path in keys.rglob("*") if path.is_file()}
     moved = keys.rename(keys.with_name("moved"))  # as by a volume: the services see it under its first name

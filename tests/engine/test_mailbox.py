@@ -124,13 +124,14 @@ def test_every_message_that_leaves_passes_the_gate(broker):
 
 def test_a_dead_letter_passes_the_gate_again_when_it_leaves_again(broker):
     """The hospital may have changed its mind since; what came from the server is only put back."""
-    body = b"".join(encode(SMASHED, SCHEMA[Kind.SMASHED], 2**20))
-    site(broker, Strict(rows=3)).send_again(QUEUES.up, "again", body)
+    letter = Delivery(QUEUES.dead.name, "dead", b"".join(encode(SMASHED, SCHEMA[Kind.SMASHED], 2**20)))
+    anything = Delivery(QUEUES.dead.name, "dead", b"anything")
+    site(broker, Strict(rows=3)).send_again(QUEUES.up, "again", letter)
     with pytest.raises(ConfigError):
-        site(broker, Strict(rows=4)).send_again(QUEUES.up, "again", body)
+        site(broker, Strict(rows=4)).send_again(QUEUES.up, "again", letter)
     with pytest.raises(Refused):
-        site(broker, Strict()).send_again(QUEUES.up, "again", b"anything")
-    site(broker, Strict(rows=4)).send_again(QUEUES.down, "again", b"anything")
+        site(broker, Strict()).send_again(QUEUES.up, "again", anything)
+    site(broker, Strict(rows=4)).send_again(QUEUES.down, "again", anything)
     assert (broker.depth(QUEUES.up), broker.depth(QUEUES.down)) == (1, 1)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from nightsplit.console.keys.admin import administrator
 from nightsplit.console.keys.bundle import Addresses, Keys
+from nightsplit.console.keys.request import make_request, read_request
 from nightsplit.shared.credentials import Credentials
 from tests.harness.services import RabbitNode, RedisServer, free_port
 from tests.harness.workers import SHARES, Hospital
@@ -84,7 +85,7 @@ class Centre:
         self.addresses = Addresses(f"localhost:{broker}", f"localhost:{management}", f"localhost:{store}")
         self.keys.init(self.addresses)
         for site in SITES:
-            self.keys.new_site(site)
+            self.keys.new_site(read_request(make_request(self.keys.site_folder(site), site)))
         # So that one pattern names the folder of every worker.
         (self.keys.folder / "sites" / "server").symlink_to("../centre/server")
         self.node = SecureNode(folder / "rabbitmq", self.keys, broker)
