@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from nightsplit.shared.config.section import Name, Positive, Section
+from nightsplit.shared.config.section import Name, Positive, PublicKeyText, Section
 from nightsplit.shared.config.worker import WorkerSection
 from nightsplit.shared.wire.schema import Reveals
 
@@ -76,6 +76,7 @@ class PolicyConfig(Section, frozen=True, kw_only=True):
         min_batch: smallest number of samples in a message that holds single samples.
         max_epsilon: largest epsilon that all runs together may spend on a record; a run without [privacy] is then
             refused. None: no limit.
+        distrusted: public keys, as in [parties] of run.toml, with which this hospital takes part in nothing.
     """
 
     allowed: list[Reveals] = msgspec.field(
@@ -85,3 +86,4 @@ class PolicyConfig(Section, frozen=True, kw_only=True):
     tape: bool = False
     min_batch: Positive = 1
     max_epsilon: Annotated[float, Meta(gt=0)] | None = None
+    distrusted: list[PublicKeyText] = msgspec.field(default_factory=list)

@@ -70,8 +70,11 @@ class Gate(mailbox.Gate):
 
     @override
     def check_in(self, header: Header, payload: Payload) -> None:
-        if payload.sets_weights and not self._read_again().server_sets_weights:
-            self._refuse(header, [SETS_WEIGHTS], "It was not applied, and stays at the broker")
+        policy = self._read_again()
+        denied = _find_distrusted(policy, self._run)
+        if payload.sets_weights and not policy.server_sets_weights:
+            denied.append(SETS_WEIGHTS)
+        self._refuse(header, denied, "It was not applied, and stays at the broker")
 
     def _refuse(self, header: Header, denied: Sequence[str], outcome: str) -> None:
         if denied:
@@ -104,7 +107,12 @@ def _find_denied(policy: PolicyConfig, run: RunConfig, payloads: Collection[Payl
         denied.append("no max_epsilon (the run has no [privacy], so its epsilon has no bound)")
     if run.run.batch_size < policy.min_batch:
         denied.append(f"min_batch = {run.run.batch_size} (run.batch_size; the policy says {policy.min_batch})")
-    return denied
+    return denied + _find_distrusted(policy, run)
+
+
+def _find_distrusted(policy: PolicyConfig, run: RunConfig) -> list[str]:
+    """List the participants whose keys the policy distrusts."""
+    return [f"trust in the key of {name} (distrusted)" for name, key in run.parties.items() if key in policy.distrusted]
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

@@ -84,7 +84,11 @@ class Keys:
         Raises:
             ConfigError: 113 the folder has no keys.
         """
-        return self._centre.configure(*self._load_addresses().ports)
+        addresses, own = self._load_addresses(), self._centre.folder / SERVER
+        if SERVER not in self._read_identities():  # of a version without identities
+            identity = read_request(make_request(own, SERVER)).identity
+            self._write_identities({SERVER: identity, **self._read_identities()})
+        return self._centre.configure(*addresses.ports)
 
     def new_site(self, request: Request) -> Path | None:
         """Make the folder for a hospital; return None and change nothing if the site exists.
@@ -96,7 +100,7 @@ class Keys:
         if name in RESERVED:
             remedy = f"use a name other than {', '.join(sorted(RESERVED))}."
             raise ConfigError(103, f"{name!r} is not a valid name of a site.", remedy)
-        if centre.admits(name):
+        if centre.admits(name) and name in self._read_identities():
             self._expect_same_identity(request)
             return None
         password = self._make_credentials(request, Authority(self.folder / "authority"))
@@ -167,7 +171,7 @@ class Keys:
         return password
 
     def _expect_same_identity(self, request: Request) -> None:
-        if self._read_identities().get(request.name) != request.identity:
+        if self._read_identities().get(request.name, request.identity) != request.identity:
             sentence = f"{request.name} is admitted with another identity."
             remedy = "ask the hospital; if it has a new identity: nightsplit keys revoke, then new-site, and a new run."
             raise ConfigError(113, sentence, remedy)

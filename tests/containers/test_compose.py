@@ -133,11 +133,11 @@ def test_restarts_of_everything_and_a_site_cut_off(undisturbed: dict[str, object
 
 
 def move_east(centre: Project, hospital: Project, address: str) -> None:
-    """Hand east's folder over, as a person would, and say there where its data is."""
+    """Hand east's folder over, with the keys that are the hospital's own, and say there where its data is."""
     config, data = hospital.folder / "config", hospital.folder / "data"
     config.mkdir()
     data.mkdir()
-    handing = "cp /keys/sites/east/* /example/run.toml /config; cp /example/east.csv /data; chmod -R a+rwX /config"
+    handing = "cp /keys/sites/east/* /config; cp /example/east.csv /data; chown -R 10001 /config"
     centre.compose(
         "run", "--rm", "-v", f"{config}:/config", "-v", f"{data}:/data", "--entrypoint", "sh", "keys", "-ec", handing
     )

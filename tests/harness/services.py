@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import itertools
 import os
+import random
 import re
 import shutil
 import signal
@@ -39,11 +40,15 @@ VHOSTS_AT_A_TIME = 8
 
 
 def free_port() -> int:
-    """A TCP port that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port that nobody listened on a moment ago.
+
+    Below those that systems give to outgoing connections: one of these could take it while a service is restarted.
+    """
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Service:
