@@ -24,6 +24,7 @@ import socket
 import uuid
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 
 from nightsplit.broker.sealed import open_letter
@@ -39,6 +40,7 @@ from nightsplit.shared.trust.envelope import Sealer
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.config import SiteSection
 from nightsplit.site_worker.policy import Gate
+from nightsplit.site_worker.trust.exit_log import FILE, ExitLog
 
 TIMEOUT_S = 30.0
 """Seconds without any event before a pass gives up; an embedded queue is free 10 s after its consumer died."""
@@ -190,21 +192,29 @@ def _visit(file: WorkerFile, prefetch: int, act: _Action) -> bool:
     for site, queues in file.queues().items():
         if site not in run.sites:
             raise RunError(602, f"{site} is not among the sites of {run.id}.", "correct site.name.")
-        with broker.link([queues.dead], prefetch, f"dlq:{socket.gethostname()}:{os.getpid()}") as link:
-            one = _Pass(_open_mailbox(file, link, site, queues), file.sealer, site, queues)
+        owner = f"dlq:{socket.gethostname()}:{os.getpid()}"
+        with broker.link([queues.dead], prefetch, owner) as link, closing(_exit_log(file)) as exit_log:
+            one = _Pass(_open_mailbox(file, link, exit_log, site, queues), file.sealer, site, queues)
             for letter, delivery in one:
                 act(one, letter, delivery)
             complete = complete and one.complete
     return complete
 
 
-def _open_mailbox(file: WorkerFile, link: Link, site: str, queues: SiteQueues) -> Mailbox:
-    """Make the worker's mailbox; a replayed message of a site passes its gate again."""
+def _exit_log(file: WorkerFile) -> ExitLog:
+    """Return the log of a site; at the server nothing is written to it."""
+    policy = file.base / (file.config.policy if isinstance(file.config, SiteSection) else "")
+    return ExitLog(file.state_folder / FILE, file.run_config.digest, policy)
+
+
+def _open_mailbox(file: WorkerFile, link: Link, exit_log: ExitLog, site: str, queues: SiteQueues) -> Mailbox:
+    """Make the worker's mailbox; a replayed message of a site passes its gate again, and is logged again."""
     config = file.run_config
     run, schema, limit = config.run.id, sketch(config).get, config.wire.message_bytes
     if isinstance(file.config, SiteSection):
         routes = {SERVER: Route(outgoing=queues.up, incoming=queues.down, dead=queues.dead)}
-        return Mailbox(run, site, link, routes, schema, limit, Gate(file.base / file.config.policy, config))
+        gate = Gate(file.base / file.config.policy, config)
+        return Mailbox(run, site, link, routes, schema, limit, gate, exit_log)
     routes = {site: Route(outgoing=queues.down, incoming=queues.up, dead=queues.dead)}
     return Mailbox(run, SERVER, link, routes, schema, limit)
 

@@ -3,6 +3,7 @@
 import json
 from abc import abstractmethod
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -34,6 +35,13 @@ class Samples(NamedTuple):
     train: int
     validation: int
     test: int
+
+
+class LogHead(NamedTuple):
+    """Number of lines of a site's exit log, and the head of its chain."""
+
+    lines: int = 0
+    head: str = ""
 
 
 S = TypeVar("S", bound=StreamSequence | RoundSequence)
@@ -71,6 +79,10 @@ class ServerRole(Role, Generic[S]):
         """Number of answers that each site has announced as acknowledged."""
         self._greeted: dict[str, list[str]] = {site: [] for site in config.run.sites}
         """Latest accepted incarnations of each site; earlier ones no longer run."""
+        self._logs = dict.fromkeys(config.run.sites, LogHead())
+        """Longest exit log that each site has announced."""
+        self.cosign: Callable[[str, int, str], str] | None = None
+        """Signs the head of a site's exit log: site, lines, head; None in a run without keys."""
 
     @abstractmethod
     def weights(self) -> dict[str, torch.Tensor]:
@@ -129,7 +141,8 @@ class ServerRole(Role, Generic[S]):
         """Return a site's contribution to the training, and the position at which it was excluded, if it was."""
         return {
             "batches": self.batches[site], "samples": self.samples[site], "share": self.share(site),
-            "excluded_at": self.excluded.get(site),
+            "excluded_at": self.excluded.get(site), "exit_log": self._logs[site].lines,
+            "exit_log_head": self._logs[site].head or None,
         }  # fmt: skip
 
     def share(self, site: str) -> float:
@@ -153,11 +166,12 @@ class ServerRole(Role, Generic[S]):
         """Accept a site, or reject it with the reason; its `mark` is the last answer that it has applied."""
         site, hello = message.header.sender, message.scalars
         samples = Samples(int(hello["train"]), int(hello["validation"]), int(hello["test"]))
+        log = LogHead(int(hello["log_lines"]), str(hello["log_head"]))
         incarnation, mark, released = str(hello["incarnation"]), int(hello["mark"]), int(hello["released"])
         sequence = self.sequence_of(site, samples)
         # A site that has not enrolled tells no samples yet, so its last answer is unknown.
         mark_max = sequence.last_answer if hello["enrolled"] else mark
-        if len(incarnation) > INCARNATION_LENGTH_MAX or not 0 <= released <= mark <= mark_max:
+        if max(len(incarnation), len(log.head)) > INCARNATION_LENGTH_MAX or not 0 <= released <= mark <= mark_max:
             position = f"answer {mark}, {released} of them stored"
             raise mismatch(f"{site} says hello at {position}, with a name of {len(incarnation)} characters.")
         problem: tuple[int, str] | None = None
@@ -171,6 +185,8 @@ class ServerRole(Role, Generic[S]):
             problem = 409, "the site's data changed since the run began"
         elif incarnation not in self._greeted[site] and mark < self._released[site]:
             problem = 504, f"the site is at answer {mark}, but had stored {self._released[site]} before"
+        elif hello["enrolled"] and incarnation not in self._greeted[site] and not self._may_follow(site, log):
+            problem = 617, f"its exit log has {log.lines} lines, and had {self._logs[site].lines} before"
         if problem is not None:
             return [self._rejection(site, incarnation, problem)]
         if not hello["enrolled"]:
@@ -180,7 +196,22 @@ class ServerRole(Role, Generic[S]):
             self._greeted[site] = [*self._greeted[site], incarnation][-INCARNATIONS_MAX:]
         self._released[site] = max(self._released[site], released)
         self.sequences[site], self._counts[site] = sequence, samples
-        return []
+        if log.lines > self._logs[site].lines:
+            self._logs[site] = log
+        return self._cosigned(site)
+
+    def _may_follow(self, site: str, log: LogHead) -> bool:
+        """Return whether an exit log may be a later state of the one that was co-signed."""
+        known = self._logs[site]
+        return log.lines > known.lines or log == known
+
+    def _cosigned(self, site: str) -> list[Effect]:
+        known = self._logs[site]
+        if self.cosign is None or not known.lines:
+            return []
+        signature = self.cosign(site, known.lines, known.head)
+        scalars: dict[str, Scalar] = {"lines": known.lines, "head_signed": known.head, "signature": signature}
+        return [Send(site, Kind.WITNESSED, 0, scalars=scalars)]
 
     def end(self) -> list[Effect]:
         """End the run, and send the farewell; repeated by a server that is started again."""
@@ -259,6 +290,7 @@ class ServerRole(Role, Generic[S]):
             "opened": self._opened, "ended": self._ended, "steps": self.steps, "applied": dict(self.applied),
             "released": dict(self._released), "refusals": dict(self.refusals),
             "greeted": {site: list(incarnations) for site, incarnations in self._greeted.items()},
+            "logs": {site: list(log) for site, log in self._logs.items()},
             "counts": {site: list(samples) for site, samples in self._counts.items()},
             "excluded": dict(self.excluded),
             "batches": dict(self.batches), "samples": dict(self.samples),
@@ -275,6 +307,7 @@ class ServerRole(Role, Generic[S]):
         self._opened, self._ended, self.steps = facts["opened"], facts["ended"], facts["steps"]
         self.applied, self._released = facts["applied"], facts["released"]
         self._greeted, self.excluded = facts["greeted"], facts["excluded"]
+        self._logs = {site: LogHead(*log) for site, log in facts["logs"].items()}
         self._counts = {site: Samples(*counts) for site, counts in facts["counts"].items()}
         self.sequences = {site: self.sequence_of(site, samples) for site, samples in self._counts.items()}
         self.refusals = Counter(facts["refusals"])

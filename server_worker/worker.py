@@ -131,6 +131,8 @@ class ServerWorker(Worker):
         broker.declare(queue for site in config.run.sites for queue in queues[site])
         routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in queues.items()}
         role = make_server_role(config, folder, self.run_folder, self._device, self._group)
+        if self.sealer is not None:
+            role.cosign = self.sealer.cosign
         with closing(self.open_store()) as store:
             statuses = store.statuses([SERVER, *config.run.sites])
         checkpoints = self._checkpoints(lease)

@@ -92,6 +92,7 @@ TITLES: dict[int, str] = {
     512: "Queries are not answered yet",
     513: "File or folder is accessible to other users",
     514: "Keys of the run are missing",
+    515: "Exit log was changed",
     601: "Site and server were configured differently",
     602: "Site is not part of the run",
     603: "Training has diverged",
@@ -106,6 +107,7 @@ TITLES: dict[int, str] = {
     613: "Run is in the ledger with other data or settings",
     614: "Packages for privacy are missing",
     615: "Package for encryption is missing",
+    617: "Exit log is shorter than before",
 }
 
 

@@ -91,9 +91,10 @@ class QuerySiteWorker:
                 link = site.open_link(broker, route, 2 * CHUNKS_MAX, idle_seconds)
                 if link is None:
                     return False
-                with sealed(link, site.sealer, site.config.name, {SERVER: route}, seals=False) as link:
+                name, routes = site.config.name, {SERVER: route}
+                with closing(site.make_exit_log()) as log, sealed(link, site.sealer, name, routes, seals=False) as link:
                     gate = Gate(site.policy_file, site.run_config)
-                    mailbox = Mailbox(run.id, site.config.name, link, {SERVER: route}, CONTRACT.get, limit, gate)
+                    mailbox = Mailbox(run.id, name, link, routes, CONTRACT.get, limit, gate, log)
                     if QueryClient(mailbox, role, public, queries).run(site.off_duty, idle_seconds):
                         return True
                 if idle_seconds is not None:

@@ -8,7 +8,7 @@ import torch
 from typing_extensions import override
 
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.engine.effects import Effect, Finish, Send, Spend
+from nightsplit.shared.engine.effects import Effect, Finish, Record, Send, Spend
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.errors import TITLES, RunError, mismatch
 from nightsplit.shared.protocols.handshake import check_digest
@@ -17,6 +17,9 @@ from nightsplit.shared.protocols.stream import StreamSequence
 from nightsplit.shared.storage.checkpoint import Snapshot
 from nightsplit.shared.wire.message import SERVER, Kind, Message, Scalar
 from nightsplit.shared.wire.schema import Contract, Payload
+
+COSIGN_EVERY = 64
+"""Messages after which a site has the server co-sign its exit log, at the next checkpoint."""
 
 
 class Account(Protocol):
@@ -27,6 +30,13 @@ class Account(Protocol):
 
     def close(self) -> None:
         """Close the ledger."""
+
+
+class Log(Protocol):
+    """Exit log of the site."""
+
+    def synced_head(self) -> tuple[int, str]:
+        """Return the number of its lines and the head of its chain, both durable."""
 
 
 class SiteRole(Role):
@@ -49,6 +59,8 @@ class SiteRole(Role):
         self.finished = False
         self.account: Account | None = None
         """Account of a run with differential privacy."""
+        self.exit_log: Log | None = None
+        """Log whose head the server co-signs; None where nothing is logged."""
         self.best = 0
         """Best epoch by the server's last message."""
         self._evaluated = 0
@@ -58,6 +70,8 @@ class SiteRole(Role):
         self._enrolled = False
         self._released = 0
         """Answers that the broker may have dropped: a site that restores fewer has lost its state."""
+        self._told_seq = 1
+        """Number of the next message when the site said its last hello."""
         self._in_snapshot = 0
         """Answers in the newest snapshot; the broker may drop them when it is saved."""
 
@@ -100,6 +114,8 @@ class SiteRole(Role):
             if number not in TITLES:
                 raise mismatch(f"it rejects with number {number}.")
             raise self._rejected(number, str(scalars["reason"]))
+        if kind is Kind.WITNESSED:
+            return [Record(scalars)]
         if kind is Kind.EXCLUDED:
             raise self._rejected(608, str(scalars["reason"]))
         return self.on_answer(message)
@@ -132,20 +148,23 @@ class SiteRole(Role):
     def _hello(self) -> Send:
         # Not even the numbers of samples leave before site and server agree on the run.
         train, validation, test = self.samples if self._enrolled else (0, 0, 0)
+        lines, head = self.exit_log.synced_head() if self.exit_log is not None and self._enrolled else (0, "")
+        self._told_seq = self.next_seq
         scalars: dict[str, Scalar] = {
             "incarnation": self._incarnation, "contract": self.config.digest, "enrolled": self._enrolled,
             "train": train, "validation": validation, "test": test,
-            "mark": self.answered, "released": self._released,
+            "mark": self.answered, "released": self._released, "log_lines": lines, "log_head": head,
         }  # fmt: skip
         return Send(SERVER, Kind.HELLO, 0, scalars=scalars)
 
     @override
     def saved(self) -> list[Effect]:
-        # The server must know before the broker drops the first answer.
-        if self._released or not self._in_snapshot:
-            return []
-        self._released = self._in_snapshot
-        return [self._hello()]
+        # The server must know before the broker drops the first answer; and co-signs the exit log now and then.
+        if not self._released and self._in_snapshot:
+            self._released = self._in_snapshot
+            return [self._hello()]
+        is_due = self.exit_log is not None and self.next_seq - self._told_seq >= COSIGN_EVERY
+        return [self._hello()] if is_due and self.at_work else []
 
     def resume_seq(self, first_unconfirmed: int | None) -> int:
         """Return the number of the first message to send after a restore."""

@@ -39,6 +39,7 @@ from nightsplit.site_worker.data.source import read_splits
 from nightsplit.site_worker.policy import Gate, check_policy, read_policy
 from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.role import SiteRole
+from nightsplit.site_worker.trust.exit_log import FILE, ExitLog
 
 _LARGE_KINDS = (Kind.CUT_GRADIENT, Kind.HEAD_INPUT, Kind.AVERAGE, Kind.MODEL)
 """Kinds of messages to a site that may be large."""
@@ -96,6 +97,10 @@ class SiteWorker(Worker):
                         return finished
         return False
 
+    def make_exit_log(self) -> ExitLog:
+        """Return the log of what leaves this site in this run."""
+        return ExitLog(self.state_folder / FILE, self.run_config.digest, self.policy_file)
+
     def check_same_data(self, splits: Splits) -> None:
         """Check that `splits`, as `load_splits` returns them, hold the data the run began with, else DataError 409."""
         path = self.state_folder / "data.sha256"
@@ -124,13 +129,16 @@ class SiteWorker(Worker):
         if link is None:
             self.enter(Phase.AWAY)
             return False
-        with sealed(link, self.sealer, role.name, {SERVER: route}) as link:
+        with closing(self.make_exit_log()) as exit_log, sealed(link, self.sealer, role.name, {SERVER: route}) as link:
             gate, limit = Gate(self.policy_file, config), config.wire.message_bytes
-            mailbox = Mailbox(config.run.id, role.name, link, {SERVER: route}, role.payload, limit, gate)
+            mailbox = Mailbox(config.run.id, role.name, link, {SERVER: route}, role.payload, limit, gate, exit_log)
+            role.exit_log = exit_log
             engine = Engine(
                 role, mailbox, Checkpoints(self.state_folder / "checkpoints"), SoleWriter(),
+                record=lambda witnessed: exit_log.witness(witnessed.metrics),
                 spend=role.account.pay if role.account else forbid_spending, failures=failures,
             )  # fmt: skip
+            engine.sync_records = exit_log.sync
             self._counters = engine.counters
             self.skipped_checkpoints = engine.recover()
             self.enter(Phase.WORKING)

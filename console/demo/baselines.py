@@ -56,5 +56,5 @@ def _train(config: RunConfig, site: str, own: Splits, splits: Mapping[str, Split
     section = replace(config.round, close="all", reports=None, statistics="pooled")
     # The smallest codec takes a quarter of the bytes of full precision.
     wire = WireSection(smashed="fp32", gradient="fp32", message_bytes=4 * config.wire.message_bytes)
-    one = replace(config, run=run, round=section, wire=wire, privacy=None)
+    one = replace(config, run=run, round=section, wire=wire, privacy=None, parties={})
     return simulate(one, {site: own}, base).evaluate(splits)

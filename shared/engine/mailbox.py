@@ -1,12 +1,12 @@
 """Pipeline of all messages into a worker and out of it. No other code reads headers, refuses or publishes.
 
     in    link: verify, open ─▶ header ─▶ identity ─▶ schema, decode ─▶ message | dead letter
-    out   message ─▶ gate (sites) ─▶ schema, encode ─▶ link: sign, seal
+    out   message ─▶ gate (sites) ─▶ schema, encode ─▶ exit log (sites) ─▶ link: sign, seal
 
 The link of a run with keys opens and seals (`nightsplit.broker.sealed`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
@@ -51,6 +51,13 @@ class Gate(Protocol):
         """Check a message before it is applied; ConfigError 108 if the policy forbids the weights that it sets."""
 
 
+class ExitLog(Protocol):
+    """Log of what leaves a hospital, see `nightsplit.site_worker.trust.exit_log`."""
+
+    def write(self, header: Header, payload: Payload, samples: int | None, body: Sequence[bytes | memoryview]) -> None:
+        """Append the line of a message that is about to leave; StateError 501 or 503 if that is not possible."""
+
+
 def header_of(body: bytes) -> Header:
     """Decode the header of a stored message, to show it; Refused 301-309 if it cannot be read."""
     return read_head(body).header
@@ -64,16 +71,17 @@ class Mailbox:
         routes: routes by peer.
         payload_of: returns the schema of a kind; None for one that is not used.
         message_bytes: largest message in both directions.
-        gate: a site's policy; None at the server, which has no patients.
+        gate, exit_log: policy of a site, and log of what leaves it; None at the server, which has no patients.
     """
 
     def __init__(
         self, run: str, name: str, link: Link, routes: Mapping[str, Route],
         payload_of: Callable[[Kind], Payload | None], message_bytes: int, gate: Gate | None = None,
+        exit_log: ExitLog | None = None,
     ) -> None:  # fmt: skip
         self.counters = Counters()
         self.run, self.name, self.link, self.routes, self.message_bytes = run, name, link, routes, message_bytes
-        self._payload_of, self._gate = payload_of, gate
+        self._payload_of, self._gate, self._exit_log = payload_of, gate, exit_log
         self._senders = {route.incoming.name: peer for peer, route in routes.items()}
 
     def receive(self, delivery: Delivery) -> Received | DeadLetter:
@@ -137,11 +145,13 @@ class Mailbox:
         """
         payload = self._payload_of(message.header.kind)
         assert payload is not None, message.header.kind
+        samples = payload.samples({tensor: values.shape for tensor, values in message.tensors.items()})
         if self._gate is not None:
-            shapes = {tensor: values.shape for tensor, values in message.tensors.items()}
-            self._gate.check_out(message.header, payload, payload.samples(shapes))
+            self._gate.check_out(message.header, payload, samples)
         name = name or message.header.message_id
         body = encode(message, payload, self.message_bytes)
+        if self._exit_log is not None:
+            self._exit_log.write(message.header, payload, samples, body)
         self.link.publish(self.routes[message.header.receiver].outgoing, name, body)
         self.counters.counts.update(sent=1, sent_bytes=sum(memoryview(piece).nbytes for piece in body))
         return name
@@ -160,6 +170,8 @@ class Mailbox:
             if head.refusal is not None:
                 raise head.refusal
             assert head.payload is not None, head.header.kind
-            shapes = {entry.name: entry.shape for entry in head.entries}
-            self._gate.check_out(head.header, head.payload, head.payload.samples(shapes))
+            samples = head.payload.samples({entry.name: entry.shape for entry in head.entries})
+            self._gate.check_out(head.header, head.payload, samples)
+            if self._exit_log is not None:
+                self._exit_log.write(head.header, head.payload, samples, [letter.body])
         self.link.publish(queue, name, [letter.original])

@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.trust.identity import SIGNATURE_BYTES, Identity, PublicKey
 from nightsplit.shared.trust.run_keys import KEY_BYTES, RunKeys
+from nightsplit.shared.trust.witness import cosign
 
 _MAGIC = b"NSE1"
 _DOMAIN = b"nightsplit-envelope-1\0"
@@ -78,6 +79,10 @@ class Sealer:
         self._process = secrets.token_bytes(16)
         self._counter = 0
         self._ciphers: OrderedDict[bytes, AESGCM] = OrderedDict()
+
+    def cosign(self, site: str, lines: int, head: str) -> str:
+        """Sign the head of a site's exit log, as the server of the run."""
+        return cosign(self._identity, self._digest.hex(), site, lines, head)
 
     def can_seal(self, receiver: str) -> bool:
         """Return whether the receiver's run key is known."""

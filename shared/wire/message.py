@@ -37,10 +37,11 @@ class Kind(StrEnum):
     REFUSED = "refused"  # server -> site: not applied, counts as applied
     REJECTED = "rejected"  # server -> site: the hello is not accepted
     EXCLUDED = "excluded"  # server -> site: the run went on without the site
+    WITNESSED = "witnessed"  # server -> site: co-signature of the site's exit log
     FINISH = "finish"  # server -> site: the run is over
 
 
-UNSEQUENCED = frozenset({Kind.MANIFEST, Kind.HELLO, Kind.REJECTED, Kind.EXCLUDED})
+UNSEQUENCED = frozenset({Kind.MANIFEST, Kind.HELLO, Kind.REJECTED, Kind.EXCLUDED, Kind.WITNESSED})
 """Kinds with seq 0, since their number would depend on timing; they may be repeated."""
 
 FROM_SITES = frozenset({

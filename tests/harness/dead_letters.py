@@ -43,6 +43,7 @@ def file_of(night: Night, site: str | None = None) -> WorkerFile:
             place = {"broker": "embedded:broker", "store": "sqlite:run.db"}
             self.config = ServerSection(**place) if site is None else SiteSection(name=site, **place)
             self.base, self.run_config = night.folder, night.config
+            self.sealer, self.state_folder = None, night.folder / "state"
 
         def open_broker(self) -> Broker:
             return night.broker

@@ -178,7 +178,16 @@ def test_targets_are_of_the_task(kind):
             offer(value)
 
 
-HELLO = {"train": 40, "validation": 10, "test": 10, "mark": 0, "released": 0, "enrolled": True}
+HELLO = {
+    "train": 40,
+    "validation": 10,
+    "test": 10,
+    "mark": 0,
+    "released": 0,
+    "log_lines": 0,
+    "log_head": "",
+    "enrolled": True,
+}
 
 
 def hello(config, **changed):

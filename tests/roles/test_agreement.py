@@ -146,7 +146,11 @@ def test_a_hello_that_cannot_be_true_is_refused(config, server):
 
 def test_a_site_that_is_excluded_is_told_now_and_whenever_it_comes(config, server):
     silence = "it was silent for 72 h, and the run went on without it"
-    assert server.exclude("south") == [], "it is told in answer to its hello"
+    for site in ("east", "south"):
+        server.on(hello(config, site))
+    [told] = server.exclude("south")
+    assert (told.receiver, told.kind, told.scalars) == ("south", Kind.EXCLUDED, {"reason": silence})
+    assert pure_server(config).exclude("south") == [], "one that never enrolled is told in answer to its hello"
     assert server.excluded == {"south": 0}
     for role in (server, restored(server, pure_server(config))):
         assert seen(role.on(hello(config, "south"))) == [rejection("south", "south-1", 608, silence)]
@@ -160,3 +164,38 @@ def test_a_participant_goes_on_with_no_run_but_its_own(config, protocol, site, s
         with pytest.raises(RunError) as stopped:
             restored(role, fresh)
         assert stopped.value.number == 601
+
+
+class Log:
+    """An exit log of so many lines."""
+
+    lines = 3
+
+    def synced_head(self):
+        return self.lines, f"head-{self.lines}"
+
+
+def test_a_server_signs_the_head_of_an_exit_log_and_refuses_a_shorter_one(config, server):
+    server.cosign = lambda site, lines, head: f"{site}/{lines}/{head} signed"
+    [told] = server.on(hello(config, "east", log_lines=7, log_head="seven"))
+    assert (told.receiver, told.kind) == ("east", Kind.WITNESSED)
+    assert told.scalars == {"lines": 7, "head_signed": "seven", "signature": "east/7/seven signed"}
+    for role in (server, restored(server, pure_server(config))):
+        assert role.contribution("east")["exit_log"] == 7
+        for lines, head in ((6, "six"), (7, "another seven"), (0, "")):
+            [cut] = seen(role.on(hello(config, "east", incarnation="east-2", log_lines=lines, log_head=head)))
+            assert cut == rejection("east", "east-2", 617, f"its exit log has {lines} lines, and had 7 before")
+        assert role.on(hello(config, "east", log_lines=2, log_head="two")) or role.cosign is None, "an old copy"
+        assert role.on(hello(config, "east", incarnation="east-3", log_lines=7, log_head="seven")) is not None
+    longer = seen(server.on(hello(config, "east", incarnation="east-4", log_lines=9, log_head="nine")))
+    assert longer[0].scalars["lines"] == 9
+
+
+def test_a_site_tells_the_head_of_its_log_and_keeps_what_is_signed(config, site):
+    site.start()
+    site.exit_log = Log()
+    [said] = seen(site.on(manifest(config)))
+    assert (said.scalars["log_lines"], said.scalars["log_head"]) == (3, "head-3")
+    signed = {"lines": 3, "head_signed": "head-3", "signature": "00"}
+    [kept] = site.on(from_server(Kind.WITNESSED, 0, **signed))
+    assert kept.metrics == signed

@@ -244,7 +244,7 @@ def test_the_last_report_is_not_waited_for_when_its_site_is_excluded():
         give(server, update(server, site, 1, 0.3))
     assert server.on(from_site("south", Kind.REPORT, 4, 1, metrics=figures(0.8))) == []
     effects = server.exclude("east")
-    assert effects[0].kind is Kind.REJECTED
+    assert effects[0].kind is Kind.EXCLUDED
     assert without_figures(effects) == [line for line in evaluated(1, 2) if line["site"] != "east"]
     assert seen(effects)[-1] == ends(server, 4, best=1, judged=1)
 

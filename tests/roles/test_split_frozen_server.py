@@ -58,7 +58,7 @@ def test_split_frozen_trains_on_what_a_site_gave_before_it_was_excluded():
     server.on(frozen_messages("east", 1, 4)[0])
     for message in frozen_messages("south", 2, 6):
         server.on(message)
-    assert [one.kind for one in server.exclude("east")] == [Kind.REJECTED]
+    assert [one.kind for one in server.exclude("east")] == [Kind.EXCLUDED]
     effects = [server.next() for _ in range(3)]
     assert [step[0].metrics["step"] for step in effects] == [1, 2, 3]
     assert seen(effects[-1])[-1] == ends(server, {"south": 0}, best=1, judged=1)

@@ -261,7 +261,7 @@ def test_a_bottom_that_was_refused_has_no_part_in_the_mean(averaged):
 
 def test_a_site_that_is_excluded_has_no_part_in_the_mean(averaged):
     averaged.on(bottom("south", 2, 3.0))
-    rejection, mean = averaged.exclude("east")
-    assert rejection.kind is Kind.REJECTED
+    told, mean = averaged.exclude("east")
+    assert told.kind is Kind.EXCLUDED
     assert seen([mean]) == [average("south", 2)]
     assert torch.equal(mean.tensors["0.bias"], torch.full((8,), 3.0))

@@ -34,13 +34,16 @@ class Hours(ManualClock):
             self.by_day()
 
 
+def one_site(folder):
+    hospital = Hospital(folder, epochs=6, sites=["north"])
+    run = hospital.folder / "run.toml"
+    run.write_text(run.read_text().replace("window = 4", "window = 40"))
+    return hospital
+
+
 @pytest.fixture
 def hospital(tmp_path):
-    hospital = Hospital(tmp_path / "run", epochs=6)
-    (hospital.folder / "run.toml").write_text(
-        (hospital.folder / "run.toml").read_text().replace('["north", "south", "east"]', '["north"]')
-        .replace("window = 4", "window = 40")
-    )  # fmt: skip
+    hospital = one_site(tmp_path / "run")
     site = hospital.folder / "north.toml"
     site.write_text(site.read_text().replace("[data]", 'shift = "22:00-06:00 Europe/Berlin"\n[data]'))
     return hospital
@@ -83,8 +86,7 @@ def test_the_hours_do_not_show_in_the_model(hospital, tmp_path):
     ServerWorker(hospital.folder / "server.toml").open_run()
     assert SiteWorker(hospital.folder / "north.toml", clock=clock).work() is True
 
-    awake = Hospital(tmp_path / "awake", epochs=6)
-    (awake.folder / "run.toml").write_text((hospital.folder / "run.toml").read_text())
+    awake = one_site(tmp_path / "awake")
     for worker in ("server", "north"):
         awake.start(worker)
     awake.wait_for_end()

@@ -1,0 +1,1 @@
+"""Approval of runs, and the log of what left the hospital."""
