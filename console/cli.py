@@ -21,6 +21,7 @@ from nightsplit.console.commands.dlq import dlq
 from nightsplit.console.commands.doctor import doctor
 from nightsplit.console.commands.explain import explain
 from nightsplit.console.commands.keys import keys
+from nightsplit.console.commands.log import log
 from nightsplit.console.commands.merge import merge
 from nightsplit.console.commands.move import move
 from nightsplit.console.commands.open import open_run
@@ -56,6 +57,7 @@ for verb in (
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(dlq, name="dlq")
+app.add_typer(log, name="log")
 app.add_typer(keys, name="keys")
 
 

@@ -24,7 +24,7 @@ BANDS = {
     "broker_errors": 2,
     "refusal": 3,
 }
-REJECTIONS = {405, 409, 504, 601, 608}
+REJECTIONS = {405, 409, 504, 601, 608, 617}
 """Sent as plain numbers in the server's rejection of a hello, and raised at the site as RunError."""
 
 
