@@ -18,6 +18,7 @@ from pathlib import Path
 from nightsplit.shared.protocols.spec import Shape, systems
 from nightsplit.shared.storage.files import write_new
 from nightsplit.site_worker.privacy.secret import Secret
+from tests.harness.approvals import approve_all
 from tests.harness.processes import Fresh, Process
 
 RUN = """
@@ -126,6 +127,7 @@ class Hospital:
         for site, (first, last) in SHARES.items():
             text = worker.format(kind="site", name=f'name = "{site}"\n', worker=site)
             (folder / f"{site}.toml").write_text(text + DATA.format(site=site, first=first, last=last))
+        approve_all(folder)
 
     def start(self, worker: str, *arguments: str, environment: Mapping[str, str] = {}) -> Process | Fresh:
         """Start a worker in the background; `environment` is added to ours."""

@@ -10,6 +10,7 @@ from nightsplit.broker.topology import site_queues
 from nightsplit.server_worker.worker import ServerWorker
 from nightsplit.simulation.clock import ManualClock
 from nightsplit.site_worker.worker import SiteWorker
+from tests.harness.approvals import approve_all
 from tests.harness.workers import Hospital
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -41,6 +42,7 @@ def hospital(tmp_path):
         (hospital.folder / "run.toml").read_text().replace('["north", "south", "east"]', '["north"]')
         .replace("window = 4", "window = 40")
     )  # fmt: skip
+    approve_all(hospital.folder)
     site = hospital.folder / "north.toml"
     site.write_text(site.read_text().replace("[data]", 'shift = "22:00-06:00 Europe/Berlin"\n[data]'))
     return hospital
@@ -85,6 +87,7 @@ def test_the_hours_do_not_show_in_the_model(hospital, tmp_path):
 
     awake = Hospital(tmp_path / "awake", epochs=6)
     (awake.folder / "run.toml").write_text((hospital.folder / "run.toml").read_text())
+    approve_all(awake.folder)
     for worker in ("server", "north"):
         awake.start(worker)
     awake.wait_for_end()

@@ -1,0 +1,1 @@
+"""Decisions of a hospital about a run, which its worker obeys."""
