@@ -32,10 +32,10 @@ def decide(path: Path, overrides: Sequence[str], person: str | None, assume_yes:
         return 0
     policy = read_policy(request.policy_file)
     _show_messages(request, policy, console)
+    check_policy(policy, request.run, sketch(request.run), request.policy_file)
+    console.print(f"The policy {request.policy_file} allows the run.", "", sep="\n")
     _show_model(request, console)
     _show_settings(request, console)
-    check_policy(policy, request.run, sketch(request.run), request.policy_file)
-    console.print(f"The policy {request.policy_file} allows the run.")
     if not assume_yes and _ask(f"Approve this run for {request.site}? [y/N] ").lower() not in ("y", "yes"):
         console.print("not approved; nothing was changed")
         return 1
@@ -62,13 +62,13 @@ def _show_messages(request: Request, policy: PolicyConfig, console: Console) -> 
     console.print(f"Run {run.run.id}, protocol {run.run.protocol}, digest {run.digest}", soft_wrap=True)
     console.print(f"Sites: {', '.join(run.run.sites)}", "", sep="\n")
     console.print(f"{request.site} would send to the server; the server and administrators of the broker can read:")
-    table = columns("message", "what it tells about patients", "policy")
+    table = columns("information", "in messages", "policy")
     payloads = sketch(run).values()
-    for payload in payloads:
-        if payload.kind in FROM_SITES:
-            for reveals in sorted(payload.reveals):
-                verdict = "allowed" if is_allowed(policy, reveals) else "FORBIDDEN"
-                table.add_row(payload.kind, f"{reveals}: {TELLS[reveals]}", verdict)
+    for reveals, meaning in TELLS.items():
+        kinds = [payload.kind for payload in payloads if payload.kind in FROM_SITES and reveals in payload.reveals]
+        if kinds:
+            verdict = "allowed" if is_allowed(policy, reveals) else "FORBIDDEN"
+            table.add_row(f"{reveals}: {meaning}", ", ".join(kinds), verdict)
     console.print(table)
     if setting := [payload.kind for payload in payloads if payload.sets_weights]:
         verdict = "allowed" if policy.server_sets_weights else "FORBIDDEN"
@@ -103,7 +103,7 @@ def _show_change(what: str, before: str | None, now: str, last: Approval | None,
     if before is None or last is None:
         console.print(f"All {what}:")
     elif before == now:
-        console.print(f"The {what} are those of {last.run}, approved by {last.person}.", soft_wrap=True)
+        console.print(f"No change of the {what} since {last.run}, approved by {last.person}.", soft_wrap=True)
         return
     else:
         console.print(f"Changes of the {what} since {last.run}, approved by {last.person}:", soft_wrap=True)

@@ -116,7 +116,7 @@ def _read_file(model: ModelSection, path: Path) -> Code:
         if hidden is not None:
             sentence = f"{path}, line {number}: the character U+{ord(hidden):04X} cannot be seen."
             raise ConfigError(104, sentence, "write it as an escape, so that a reader sees the code that runs.")
-    return Code(f"{path.name} sha256 {found}", text)
+    return Code(f"{model.code_file} sha256 {found}", text)
 
 
 def _find(model: ModelSection, folder: Path) -> Callable[..., Any]:

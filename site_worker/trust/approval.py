@@ -18,7 +18,7 @@ from nightsplit.shared.config.load import load
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.config.section import Name, Section
 from nightsplit.shared.errors import ConfigError, StateError
-from nightsplit.shared.models.factory import Code, read_code
+from nightsplit.shared.models.factory import Code, locate_run_file, read_code
 from nightsplit.shared.protocols.load import load_run
 from nightsplit.shared.storage.files import write_atomic
 from nightsplit.site_worker.config import SiteConfig, SiteSection
@@ -76,7 +76,9 @@ class Request:
 
     @cached_property
     def code(self) -> Code:
-        """Code of the run's model; ConfigError as `read_code`."""
+        """Code of the run's model; ConfigError as `read_code` and, for its initial weights, `locate_run_file`."""
+        if self.run.model.initial is not None:
+            locate_run_file(self._folder, self.run.model.initial)
         return read_code(self.run.model, self._folder)
 
     @property

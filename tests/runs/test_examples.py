@@ -38,7 +38,7 @@ def test_its_files_agree(name: str, tmp_path: Path) -> None:
     folder = shutil.copytree(EXAMPLES / name, tmp_path / name)
     approve_all(folder)
     config = load_run(folder / "run.toml")
-    files = {path.stem for path in folder.glob("*.toml")} - {"run", "server", "policy", "pretrain"}
+    files = {path.stem for path in folder.glob("*.toml")} - {"run", "server", "policy", "pretrain", "approved"}
     assert files == set(config.run.sites)
     server = ServerWorker(folder / "server.toml")
     workers = [SiteWorker(folder / f"{site}.toml") for site in config.run.sites]  # also asks policy and approvals
