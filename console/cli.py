@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from nightsplit.console.commands.approve import approve
 from nightsplit.console.commands.demo import demo
 from nightsplit.console.commands.dlq import dlq
 from nightsplit.console.commands.doctor import doctor
@@ -53,7 +54,8 @@ app = typer.Typer(
 app.command()(demo)
 app.command("open")(open_run)
 for verb in (
-    server, site, status, pretrain, merge, predict, query, serve_queries, doctor, move, replay, privacy, explain,
+    approve, server, site, status, pretrain, merge, predict, query, serve_queries, doctor, move, replay, privacy,
+    explain,
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(dlq, name="dlq")

@@ -39,7 +39,7 @@ class QueryServerWorker(Worker):
     def __init__(self, path: Path, overrides: Sequence[str] = (), stop: StopSignal | None = None) -> None:
         self.config = load(path, ServerConfig).server
         super().__init__(path.parent, SERVER, self.config, overrides, None, stop, lambda status: None)
-        _, self._last_stage = stages_of(self.run_config)
+        _, self._last_stage = stages_of(self.run_config, self.run_folder)
         self.answered = 0
         """Queries so far, each step counted."""
 

@@ -33,6 +33,8 @@ TITLES: dict[int, str] = {
     115: "Model file cannot be read",
     116: "Model file has another hash",
     117: "Model file does not match the model",
+    118: "Run is not approved",
+    119: "Code of the model has changed",
     120: "Unknown error number",
     121: "Run without keys on several machines",
     122: "Worker's key is not that of the run",

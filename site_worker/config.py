@@ -51,11 +51,13 @@ class SiteSection(WorkerSection, frozen=True, kw_only=True):
     Attributes:
         name: the site's name in run.sites.
         policy: path of the hospital's policy.toml.
+        approvals: path of the file to which `nightsplit approve` adds the approved runs.
         ledger: path of the privacy ledger of all runs on this site's data.
     """
 
     name: Name
     policy: str = "policy.toml"
+    approvals: str = "approved.toml"
     ledger: str = "ledger.db"
 
 
@@ -71,6 +73,7 @@ class PolicyConfig(Section, frozen=True, kw_only=True):
 
     Attributes:
         allowed: kinds of patient information that messages may reveal; "nothing" is always allowed.
+        packages: installed packages, or modules of them, of which a run may use the models.
         server_sets_weights: the server's weights may replace those of the site's layers.
         tape: the server may keep every message that it receives.
         min_batch: smallest number of samples in a message that holds single samples.
@@ -82,6 +85,7 @@ class PolicyConfig(Section, frozen=True, kw_only=True):
     allowed: list[Reveals] = msgspec.field(
         default_factory=lambda: [Reveals.ACTIVATIONS, Reveals.GRADIENTS, Reveals.COUNTS]
     )
+    packages: list[str] = msgspec.field(default_factory=list)
     server_sets_weights: bool = False
     tape: bool = False
     min_batch: Positive = 1

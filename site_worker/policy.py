@@ -48,6 +48,11 @@ def check_policy(
         raise ConfigError(108, f"{source}: run {run.run.id!r} ({run.run.protocol}) needs {', '.join(denied)}.", REMEDY)
 
 
+def is_allowed(policy: PolicyConfig, revealed: Reveals) -> bool:
+    """Return whether a message may reveal this."""
+    return revealed in (*policy.allowed, Reveals.NOTHING)
+
+
 class Gate(mailbox.Gate):
     """Check of each message against the policy; ConfigError 101 to 103 if it cannot be read at first.
 
@@ -97,10 +102,12 @@ def _find_denied(policy: PolicyConfig, run: RunConfig, payloads: Collection[Payl
     denied = [
         f'"{revealed}" in allowed ({TELLS[revealed]})'
         for revealed in Reveals
-        if revealed in required and revealed not in (*policy.allowed, Reveals.NOTHING)
+        if revealed in required and not is_allowed(policy, revealed)
     ]
     if any(payload.sets_weights for payload in payloads) and not policy.server_sets_weights:
         denied.append(SETS_WEIGHTS)
+    if (module := run.model.package) and not any(f"{module}.".startswith(f"{listed}.") for listed in policy.packages):
+        denied.append(f'"{module}" in packages (code of this package would build the model)')
     if run.run.tape and not policy.tape:
         denied.append("tape = true (the server keeps every message of the run on its disk)")
     if policy.max_epsilon is not None and run.privacy is None:

@@ -49,7 +49,7 @@ class QuerySiteWorker:
         self.site = SiteWorker(path, overrides, stop=self._stop)
         run = self.site.run_config
         check_policy(self.site.policy, run, SPEC.payloads(run, Shapes()), self.site.policy_file)
-        self._front, last = stages_of(self.site.run_config)
+        self._front, last = stages_of(self.site.run_config, self.site.run_folder)
         self._classifier = classifier_of(last)
         self.ckks = parameters_for(self._classifier)
         self._keys_folder = self.site.state_folder / "keys"

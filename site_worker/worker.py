@@ -39,6 +39,7 @@ from nightsplit.site_worker.data.source import read_splits
 from nightsplit.site_worker.policy import Gate, check_policy, read_policy
 from nightsplit.site_worker.protocols import make_site
 from nightsplit.site_worker.role import SiteRole
+from nightsplit.site_worker.trust.approval import Request
 from nightsplit.site_worker.trust.exit_log import FILE, ExitLog
 
 _LARGE_KINDS = (Kind.CUT_GRADIENT, Kind.HEAD_INPUT, Kind.AVERAGE, Kind.MODEL)
@@ -49,7 +50,8 @@ class SiteWorker(Worker):
     """Worker of one site of a run; `path` is its site.toml, other arguments are those of `Worker`.
 
     Raises:
-        ConfigError: a file is wrong, or the hospital's policy forbids the run (108).
+        ConfigError: a file is wrong, the hospital's policy forbids the run (108), or the run (118) or its code (119) is
+            not approved.
         RunError: 602 the site is not part of the run.
     """
 
@@ -73,6 +75,7 @@ class SiteWorker(Worker):
             run, remedy = self.run_config.run, "correct site.name, or have the site added to run.sites of a new run."
             sentence = f"{self.config.name} is not among the sites of {run.id}: {', '.join(run.sites)}."
             raise RunError(602, sentence, remedy)
+        Request(path, self.config, self.run_config).check()
 
     @property
     def model_folder(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -121,7 +122,7 @@ class Case:
     def assemble(self, run: str) -> tuple[RunConfig, ModelParts, Contract]:
         """Configuration, model and contract."""
         config = self.config(run)
-        parts = build(config.model, config.run.seed, with_head=False)
+        parts = build(config.model, config.run.seed, Path(), with_head=False)
         cut = flow_shapes(parts.modules, self.shape)["bottom"]
         return (
             config,

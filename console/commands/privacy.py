@@ -54,18 +54,20 @@ def _summarise(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Return the ledger as plain data; an epsilon is a record's unless its name says patient.
 
     Raises:
-        ConfigError: 103 the file is not a site's.
+        ConfigError: 103 the file is not a site's, 118 and 119 its run is not approved.
         RunError: 612 the ledger cannot be used, 614 packages are missing.
     """
     from nightsplit.console.worker_file import WorkerFile
     from nightsplit.site_worker.config import SiteSection
     from nightsplit.site_worker.policy import read_policy
     from nightsplit.site_worker.privacy import check_installed
+    from nightsplit.site_worker.trust.approval import Request
 
     file = WorkerFile(path, overrides)
     site = file.config
     if not isinstance(site, SiteSection):
         raise ConfigError(103, f"{path}: only a site has a ledger.", "name a site.toml.")
+    Request(path, site, file.run_config).check()
     book, limit = file.base / site.ledger, read_policy(file.base / site.policy).max_epsilon
     summary: dict[str, Any] = {"site": site.name, "ledger": str(book), "max_epsilon": limit, "runs": [], "total": None}
     check_installed()

@@ -39,6 +39,7 @@ from nightsplit.shared.storage.files import make_private_folder
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.shared.wire.schema import Reveals
 from nightsplit.site_worker.data.dataset import Splits
+from nightsplit.site_worker.trust.approval import approve
 from nightsplit.site_worker.worker import SiteWorker
 
 EXAMPLES = Path(nightsplit.__file__).parent / "examples"
@@ -75,6 +76,7 @@ def run_demo(folder: Path, as_json: bool, at: Sequence[str] | None = None) -> in
         _use_services(work, *at)
     give_keys(work)
     config = load_run(work / "run.toml")
+    _approve(work, config)
     splits = {site: SiteWorker(work / f"{site}.toml").load_splits() for site in config.run.sites}
     sizes = ", ".join(f"{site} {len(part.train)}" for site, part in splits.items())
     in_rounds = spec_of(config).shape is Shape.ROUND
@@ -113,6 +115,7 @@ def _repeat(
         return {"kills": 0, "sha256_killed": None, "sha256_equal": None}
     work = _copy_example(example, "demo-killed")
     give_keys(work)
+    _approve(work, config := load_run(work / "run.toml"))
     _share_secrets(first, work, config)
     console.print()
     console.print(f"The same run once more, in {work}:")
@@ -204,6 +207,12 @@ def _copy_example(example: Path, name: str) -> Path:
     if (work / "prepare.py").exists():
         runpy.run_path(str(work / "prepare.py"), run_name="__main__")
     return work
+
+
+def _approve(work: Path, config: RunConfig) -> None:
+    """Approve the run for every site, as each hospital would."""
+    for site in config.run.sites:
+        approve(work / f"{site}.toml", "demo")
 
 
 def _use_services(work: Path, broker: str, store: str) -> None:

@@ -28,6 +28,7 @@ from nightsplit.site_worker.config import SiteSection
 from nightsplit.site_worker.data.dataset import Dataset
 from nightsplit.site_worker.data.source import read_splits
 from nightsplit.site_worker.policy import check_policy, read_policy
+from nightsplit.site_worker.trust.approval import Request
 
 RABBITMQ_MESSAGE_BYTES = 16 * 2**20
 """Default of RabbitMQ 4's max_message_size; a client cannot query the actual value."""
@@ -37,24 +38,28 @@ STATE_BYTES = 2**30
 
 
 def examine(path: Path, overrides: Sequence[str] = ()) -> list[Finding]:
-    """Run every check, even after one fails."""
+    """Run every check, even after one fails; but none after a closed gate, since others import the run's code."""
     try:
         file = WorkerFile(path, overrides)
     except NightsplitError as error:
         return [_failure("configuration", error)]
-    checks: dict[str, Callable[[WorkerFile], Finding]] = {"configuration": _configuration}
+    gates: dict[str, Callable[[WorkerFile], Finding]] = {"configuration": _configuration}
+    checks: dict[str, Callable[[WorkerFile], Finding]] = {}
     if file.source is not None:
-        checks |= {"policy": _policy, "data": _data}
+        gates |= {"policy": _policy, "approval": _approval}
+        checks = {"data": _data}
     checks |= {
         "model and messages": _model, "broker": _broker, "run store": _store, **link_checks(file),
         "state folder": _state_folder, "torch": _torch, "shift": _shift,
     }  # fmt: skip
     findings = []
-    for name, check in checks.items():
+    for name, check in (gates | checks).items():
         try:
             findings.append(check(file))
         except NightsplitError as error:
             findings.append(_failure(name, error))
+            if name in gates:
+                break
     return findings
 
 
@@ -80,6 +85,13 @@ def _policy(file: WorkerFile) -> Finding:
     check_policy(read_policy(path), file.run_config, sketch(file.run_config), path)
     policy = str(path) if path.exists() else f"the default policy ({path} does not exist)"
     return Finding("policy", f"{policy} allows the run")
+
+
+def _approval(file: WorkerFile) -> Finding:
+    assert isinstance(file.config, SiteSection)
+    approval = Request(file.path, file.config, file.run_config).check()
+    code = f" with {approval.code}" if approval.code else ""
+    return Finding("approval", f"{approval.person} approved the run{code} at {approval.time:%Y-%m-%d %H:%M} UTC")
 
 
 def _data(file: WorkerFile) -> Finding:

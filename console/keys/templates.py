@@ -22,6 +22,8 @@ SITE_TOML = f"""\
 name = "{{name}}"
 run = "run.toml"
 policy = "policy.toml"
+# Runs that this hospital has approved: nightsplit approve site.toml. In a container: "/state/approved.toml"
+approvals = "approved.toml"
 {_ACCESS}# Checkpoints. In a container: "/state"
 state = "state"
 # To work only at night:
@@ -39,6 +41,7 @@ POLICY_TOML = """\
 # Choose from "labels", "activations", "stored_activations", "gradients", "weights", "counts" and "ciphertext";
 # docs/reference/configuration.md explains what each reveals about patients.
 allowed = ["activations", "gradients", "counts"]
+packages = []                # installed packages whose functions may build a network
 server_sets_weights = false  # the server may replace the weights of this hospital's layers
 tape = false                 # the server may keep every message that it receives
 min_batch = 8                # smallest number of samples in a message
@@ -62,9 +65,12 @@ coordinating centre. Copy them beside these keys, on the machine of the worker. 
 
 1. The worker only opens connections, to {broker} and {store}; no port has to be opened for it.
 2. `nightsplit keys show run.toml` spells the key of every participant. Compare yours and the server's by telephone.
-3. `nightsplit doctor site.toml` reports what is still missing.
-4. `nightsplit site site.toml` runs the worker. Stop it at any time; start it again to continue.
+3. `nightsplit approve site.toml` shows who would read what and which code would run, and asks. Nothing of a run is used
+   before a person of {name} has approved it.
+4. `nightsplit doctor site.toml` reports what is still missing.
+5. `nightsplit site site.toml` runs the worker. Stop it at any time; start it again to continue.
 
 Or with containers: copy this folder to `config/` beside `examples/site/compose.yaml`, set `state = "/state"`
-in site.toml, and run `docker compose up -d`.
+and `approvals = "/state/approved.toml"` in site.toml, and follow the same steps (`docker compose run --rm site approve
+/config/site.toml`, then `docker compose up -d`).
 """

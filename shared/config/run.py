@@ -1,6 +1,7 @@
 """Content of run.toml as frozen objects. All participants of a run hold the same file, and compare its `digest`."""
 
 import hashlib
+import re
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -9,6 +10,12 @@ from msgspec import Meta
 from nightsplit.shared.config.section import KeyConflictError, Name, Natural, Positive, PublicKeyText, Section, Share
 from nightsplit.shared.wire.codecs import FloatCodec
 from nightsplit.shared.wire.message import SERVER
+
+OWN_NETWORKS = "nightsplit.models"
+"""Module of the networks of nightsplit, and the only one of its modules that a run may name."""
+
+_FACTORY = re.compile(r"([A-Za-z0-9_-]+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):[A-Za-z]\w*", re.ASCII)
+_WEIGHTS_FILE = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 
 
 class RunSection(Section, frozen=True, kw_only=True):
@@ -70,8 +77,11 @@ class ModelSection(Section, frozen=True, kw_only=True):
     """[model]: factory and cut of the model.
 
     Attributes:
-        factory: "package.module:function"; called with `settings`, returns `nn.Sequential` or `ModelParts`.
+        factory: function, called with `settings`, that returns `nn.Sequential` or `ModelParts`: of nightsplit
+            ("nightsplit.models:mlp"), of a file beside run.toml ("model.py:make"), or of an installed package
+            ("package.module:function").
         settings: keyword arguments of the factory.
+        code_sha256: hash of the file that `factory` names; required with one.
         initial: file beside run.toml with the published model's initial weights; None for fresh ones.
         initial_sha256: its hash; required with `initial`.
         cut: modules [0, cut) of the Sequential stay at the site.
@@ -80,12 +90,36 @@ class ModelSection(Section, frozen=True, kw_only=True):
 
     factory: str
     settings: dict[str, Any] = msgspec.field(default_factory=dict)
+    code_sha256: Annotated[str, Meta(pattern=r"^[0-9a-fA-F]{64}\Z")] | None = None
     initial: str | None = None
     initial_sha256: str | None = None
     cut: Positive = 1
     head_cut: Positive | None = None
 
+    @property
+    def code_file(self) -> str | None:
+        """Name of the file that `factory` names; None if it names a module."""
+        place = self.factory.partition(":")[0]
+        return place if place.endswith(".py") else None
+
+    @property
+    def package(self) -> str | None:
+        """Module of an installed package that `factory` names; None for a file and for nightsplit's own networks."""
+        place = self.factory.partition(":")[0]
+        return None if place == OWN_NETWORKS or self.code_file else place
+
     def __post_init__(self) -> None:
+        if not _FACTORY.fullmatch(self.factory):
+            sentence = f"{self.factory!r} names no function of a package or of a file beside run.toml"
+            raise KeyConflictError("factory", sentence, f'write for example "{OWN_NETWORKS}:mlp" or "model.py:make".')
+        if self.package and self.package.partition(".")[0] == "nightsplit":
+            sentence = f"{self.factory!r} is not a network of nightsplit"
+            raise KeyConflictError("factory", sentence, f"its networks are in {OWN_NETWORKS}.")
+        if (self.code_file is None) is not (self.code_sha256 is None):
+            raise KeyConflictError("code_sha256", "a file of code, and no other code, needs its hash", "see sha256sum.")
+        if self.initial is not None and not _WEIGHTS_FILE.fullmatch(self.initial):
+            sentence = f"{self.initial!r} is not the name of a .safetensors file beside run.toml"
+            raise KeyConflictError("initial", sentence, "put the file beside run.toml, and give its name alone.")
         if (self.initial is None) is not (self.initial_sha256 is None):
             raise KeyConflictError("initial_sha256", "a published model needs its hash", "give both keys, or neither.")
 

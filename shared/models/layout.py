@@ -16,7 +16,8 @@ from torch import nn
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.models.artifact import read_artifact
-from nightsplit.shared.models.partition import ModelParts, make
+from nightsplit.shared.models.factory import locate_run_file, make
+from nightsplit.shared.models.partition import ModelParts
 
 MEAN, VARIANCE = ".running_mean", ".running_var"
 """Suffixes of a normalization's running statistics (`torch.nn.modules.batchnorm`)."""
@@ -118,16 +119,16 @@ def build_network(config: RunConfig, base: Path) -> nn.Module:
     """Build the uncut model of a run with its initial weights; `base` is the folder of run.toml and `model.initial`.
 
     Raises:
-        ConfigError: 104 the factory cannot be used; 115-117 as in `read_artifact` and `Artifact.load_into`.
+        ConfigError: 101, 103, 104, 119 as `make`; 115-117 as in `read_artifact` and `Artifact.load_into`.
     """
-    module = make(config.model, config.run.seed)
+    module = make(config.model, config.run.seed, base)
     if isinstance(module, ModelParts):
         module = nn.Sequential(OrderedDict(module.modules))
     if not isinstance(module, nn.Module):
         sentence = f"{config.model.factory} returned {type(module).__name__}."
         raise ConfigError(104, sentence, "let it return a torch.nn.Module.")
     if config.model.initial is not None:
-        read_artifact(base / config.model.initial, config.model.initial_sha256).load_into(module)
+        read_artifact(locate_run_file(base, config.model.initial), config.model.initial_sha256).load_into(module)
     return module
 
 

@@ -10,19 +10,12 @@ valid cut (as in torchgpipe's `split_module`).
 """
 
 import copy
-import difflib
-import importlib
-import inspect
 import itertools
 import math
-import sys
-import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +23,9 @@ from torch.nn.parameter import is_lazy
 
 from nightsplit.shared.config.run import ModelSection
 from nightsplit.shared.errors import ConfigError
-from nightsplit.shared.learning.seeds import seed_for, seeded
+from nightsplit.shared.models.factory import describe, make
 
 Shape = tuple[int, ...]
-
-# Stack frames in these files are not the user's code.
-_FOREIGN_FILES = (str(Path(torch.__file__).parent), "<frozen ", __file__)
 
 # Effect of a part without weights.
 _WEIGHTLESS = {
@@ -66,7 +56,7 @@ class ModelParts:
         return modules if self.head is None else {**modules, "head": self.head}
 
 
-def build(model: ModelSection, seed: int, *, with_head: bool) -> ModelParts:
+def build(model: ModelSection, seed: int, folder: Path, *, with_head: bool) -> ModelParts:
     """Build the model of a run and cut it.
 
     Every participant builds the whole model and keeps its part: the factory runs with torch's CPU
@@ -74,18 +64,18 @@ def build(model: ModelSection, seed: int, *, with_head: bool) -> ModelParts:
     that draws from another generator (numpy, random) must seed it itself.
 
     Args:
-        model: the factory, its settings and the cut. The factory is imported from the Python path or
-            the current directory. The parts of an `nn.Sequential` keep the names of its stages, so
-            their state dicts together are the whole model's.
+        model: the factory, its settings and the cut. The parts of an `nn.Sequential` keep the names of its
+            stages, so their state dicts together are the whole model's.
         seed: the run's seed.
+        folder: folder of run.toml.
         with_head: whether the model has a head (split_u); otherwise `model.head_cut` is ignored.
 
     Raises:
-        ConfigError: 104 the factory cannot be imported or called, or returns neither a plain
+        ConfigError: 101, 103, 104, 119 as `make`; 104 the factory returns neither a plain
             `nn.Sequential` nor `ModelParts`; 105 the model cannot be cut there: a part is empty or holds no
             weights, two parts share weights, or the head is missing.
     """
-    whole = make(model, seed)
+    whole = make(model, seed, folder)
     if isinstance(whole, ModelParts):
         return _check_parts(model, whole, with_head=with_head)
     # A subclass with its own forward is not a chain of stages: a cut would change its output.
@@ -114,7 +104,7 @@ def flow_shapes(parts: Mapping[str, nn.Module], input_shape: Shape) -> dict[str,
             try:
                 flow = copy.deepcopy(part).cpu().eval()(flow)
             except Exception as error:
-                sentence = f"the {name} does not take a sample of shape {received}: {_describe(error)}."
+                sentence = f"the {name} does not take a sample of shape {received}: {describe(error)}."
                 remedy = "make model.settings fit the data: its features, or its channels and image size."
                 raise ConfigError(104, sentence, remedy) from error
             if not isinstance(flow, Tensor) or flow.ndim == 0 or flow.shape[0] != 2:
@@ -124,85 +114,6 @@ def flow_shapes(parts: Mapping[str, nn.Module], input_shape: Shape) -> dict[str,
                 raise ConfigError(105, sentence, remedy)
             shapes[name] = tuple(flow.shape[1:])
     return shapes
-
-
-def make(model: ModelSection, seed: int) -> Any:
-    """Call the factory with torch's CPU generator at a seed that depends on `seed` alone; 104 as in `build`."""
-    with _current_directory_on_path():
-        factory = _find(model.factory)
-        try:
-            inspect.signature(factory).bind(**model.settings)
-        except TypeError as error:
-            sentence = f"{model.factory} does not take model.settings: {error}{_source(factory)}."
-            raise ConfigError(104, sentence, f"set model.settings to its arguments {_arguments(factory)}.") from error
-        except ValueError:
-            pass  # a factory written in C has no signature: the call itself fails
-        try:
-            with seeded(seed_for(seed, "model")):
-                return factory(**model.settings)
-        except Exception as error:
-            sentence = f"{model.factory} failed: {_describe(error)}."
-            raise ConfigError(104, sentence, "correct model.settings, or the factory at that line.") from error
-
-
-def _find(name: str) -> Callable[..., Any]:
-    """Import the factory "package.module:function"."""
-    module_name, _, function = name.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), function)):
-        sentence = f'model.factory = "{name}" is not of the form "package.module:function".'
-        raise ConfigError(104, sentence, 'write for example model.factory = "nightsplit.models:mlp".')
-    try:
-        module = importlib.import_module(module_name)
-    # A script without a main guard may call sys.exit, which would end the worker without a message.
-    except (Exception, SystemExit) as error:
-        sentence = f"module {module_name} cannot be imported: {_describe(error)}."
-        remedy = f"correct model.factory or that module, or start in its folder instead of {Path.cwd()}."
-        raise ConfigError(104, sentence, remedy) from error
-    factory = getattr(module, function, None)
-    if callable(factory):
-        return factory  # type: ignore[no-any-return]
-    defined = (key for key, value in vars(module).items() if getattr(value, "__module__", None) == module_name)
-    own = [*getattr(module, "__all__", defined)]
-    near = difflib.get_close_matches(function, own, n=1, cutoff=0.0)
-    remedy = f'set model.factory = "{module_name}:{near[0]}".' if near else "define it, or name another module."
-    raise ConfigError(104, f"{module_name} ({module.__file__}) has no function {function}.", remedy)
-
-
-@contextmanager
-def _current_directory_on_path() -> Iterator[None]:
-    """Append the current directory to the path: last, so that its files hide no installed module."""
-    current = str(Path.cwd())
-    if current in sys.path:
-        yield
-        return
-    sys.path.append(current)
-    try:
-        yield
-    finally:
-        sys.path.remove(current)
-
-
-def _describe(error: BaseException) -> str:
-    """Return type, message, file and line of an exception from the user's code."""
-    message = " ".join(str(error).split()).rstrip(".") or "no message"
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(_FOREIGN_FILES)]
-    frame = (own or frames)[-1]
-    return f"{type(error).__name__}: {message} ({frame.filename}, line {frame.lineno})"
-
-
-def _arguments(factory: Callable[..., Any]) -> str:
-    signature = inspect.signature(factory).replace(return_annotation=inspect.Signature.empty)
-    return str(signature).replace("'", "")  # annotations are quoted under `from __future__ import annotations`
-
-
-def _source(factory: Callable[..., Any]) -> str:
-    try:
-        return f" ({inspect.getsourcefile(factory)}, line {inspect.getsourcelines(factory)[1]})"
-    except (OSError, TypeError):
-        return ""
 
 
 def _cut(model: ModelSection, whole: nn.Sequential, *, with_head: bool) -> ModelParts:

@@ -45,15 +45,15 @@ class WholeModel:
         return {"model": self.module}
 
 
-def build_split_model(config: RunConfig) -> SplitModel:
-    """Build the model, cut it, and derive the contract.
+def build_split_model(config: RunConfig, base: Path) -> SplitModel:
+    """Build the model, cut it, and derive the contract; `base` is the folder of run.toml.
 
     Raises:
-        ConfigError: 104, 105 as in `build`; 105 the last layer does not fit the task.
+        ConfigError: 101, 103-105, 119 as in `build`; 105 the last layer does not fit the task.
         BrokerError: 203 a planned message exceeds wire.message_bytes.
     """
     spec = spec_of(config)
-    parts = build(config.model, config.run.seed, with_head=spec.has_head)
+    parts = build(config.model, config.run.seed, base, with_head=spec.has_head)
     shapes = flow_shapes(parts.modules, config.data.input_shape)
     _check_outputs(config, shapes["head" if spec.has_head else "top"])
     head = shapes["top"] if spec.has_head else ()
@@ -71,8 +71,8 @@ def build_whole_model(config: RunConfig, base: Path) -> WholeModel:
     """Build the uncut model of a run of rounds, and derive the contract; `base` is the folder of run.toml.
 
     Raises:
-        ConfigError: 104 the factory cannot be used, 105 the last layer does not fit the task or nothing is
-            trained, 115-117 the initial weights cannot be used.
+        ConfigError: 101, 103, 104, 119 the factory cannot be used, 105 the last layer does not fit the task or
+            nothing is trained, 115-117 the initial weights cannot be used.
         BrokerError: 203 wire.message_bytes is too small for weights.
     """
     if config.wire.message_bytes < 2 * HEADER_BYTES:
@@ -87,7 +87,7 @@ def build_whole_model(config: RunConfig, base: Path) -> WholeModel:
 
 def build_model(config: RunConfig, base: Path) -> SplitModel | WholeModel:
     """Build the model that the run's protocol needs; arguments and errors as above."""
-    return build_whole_model(config, base) if spec_of(config).shape is Shape.ROUND else build_split_model(config)
+    return build_whole_model(config, base) if spec_of(config).shape is Shape.ROUND else build_split_model(config, base)
 
 
 def planned_message_bytes(config: RunConfig, contract: Mapping[Kind, Payload]) -> int:

@@ -18,19 +18,21 @@ from torch import nn
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import ConfigError, RunError
 from nightsplit.shared.he.weights import ClassifierWeights
-from nightsplit.shared.models.partition import make
+from nightsplit.shared.models.factory import make
 from nightsplit.shared.models.sequences import SequenceClassifier
 from nightsplit.shared.protocols import query
 from nightsplit.shared.protocols.spec import Names, ProtocolSpec, Shape
 
 
-def stages_of(config: RunConfig) -> tuple[nn.Sequential, nn.Sequential]:
+def stages_of(config: RunConfig, base: Path) -> tuple[nn.Sequential, nn.Sequential]:
     """Build both parts of a run's model, without trained weights: the site's stages, and the classifier.
 
+    `base` is the folder of run.toml.
+
     Raises:
-        ConfigError: 104 the model cannot be built, 105 its last stage cannot work on ciphertexts.
+        ConfigError: 101, 103, 104, 119 the model cannot be built, 105 its last stage cannot work on ciphertexts.
     """
-    whole = make(config.model, config.run.seed)
+    whole = make(config.model, config.run.seed, base)
     stages = list(whole.named_children()) if isinstance(whole, nn.Sequential) else []
     if len(stages) < 2 or not isinstance(stages[-1][1], SequenceClassifier):
         sentence = f"model.factory {config.model.factory}: its last stage cannot work on ciphertexts."

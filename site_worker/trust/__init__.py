@@ -1,1 +1,1 @@
-"""Approval of runs, and the log of what left the hospital."""
+"""Decisions of a hospital about a run, which its worker obeys."""

@@ -14,6 +14,7 @@ import pytest
 
 from nightsplit.console.status import summarise
 from nightsplit.console.worker_file import WorkerFile
+from tests.harness.approvals import approve_all
 from tests.harness.services import RabbitNode, wait_until
 from tests.harness.study import change
 from tests.harness.workers import Hospital
@@ -43,6 +44,7 @@ def one_site(folder: Path, broker: str = "embedded:broker", queue_bytes: int = L
     change(run, "window = 4", "window = 1000")
     change(run, "hidden = [32, 16]", f"hidden = [{WIDTH}, 16]")
     run.write_text(f"{run.read_text()}[wire]\nqueue_bytes = {queue_bytes}\n")
+    approve_all(folder)
     return hospital
 
 

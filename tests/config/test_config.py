@@ -60,9 +60,9 @@ PRIVATE = ["privacy.epsilon=1.0", "privacy.delta=0.001", "privacy.clip=1.0"]
     [
         (["round.rounds=3"], "round"),
         (PRIVATE, "privacy"),
-        (['model.initial="a"', 'model.initial_sha256="b"'], "model.initial"),
+        (['model.initial="a.safetensors"', 'model.initial_sha256="b"'], "model.initial"),
         (['task.kind="segmentation"'], "task.kind"),
-        ([*ROUNDS, 'model.initial="a"'], "model.initial_sha256"),
+        ([*ROUNDS, 'model.initial="a.safetensors"'], "model.initial_sha256"),
         ([*ROUNDS, 'round.close="quorum"'], "round.reports"),
         ([*ROUNDS, "round.reports=2"], "round.reports"),
         ([*ROUNDS, 'round.close="quorum"', "round.reports=9"], "round.reports"),

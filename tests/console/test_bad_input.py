@@ -12,6 +12,7 @@ import pytest
 from nightsplit.console.cli import run
 from nightsplit.shared.errors import TITLES
 from nightsplit.shared.runtime.process import lock_folder
+from tests.harness.approvals import approve_all
 from tests.harness.services import RabbitNode, free_port
 from tests.harness.study import change, contents, queued, write_study
 
@@ -95,7 +96,7 @@ def one_class(folder: Path) -> None:
         (103, "'averagd' (did you mean averaged?)", edit("run.toml", "[run]", '[run]\nbottoms = "averagd"')),
         (103, "'label' (did you mean labels?)", edit("policy.toml", '"labels"', '"label"')),
         (103, "has an unknown key polizy (did you mean policy?)", edit("south.toml", "[site]", '[site]\npolizy = "p"')),
-        (104, "module ward.models cannot be imported", edit("run.toml", "nightsplit.models", "ward.models")),
+        (108, 'needs "ward.models" in packages', edit("run.toml", "nightsplit.models", "ward.models")),
         (104, "does not take model.settings", edit("run.toml", "inputs = 3", "columns = 3")),
         (105, "with model.cut = 3: nothing is left for the top", edit("run.toml", "cut = 1", "cut = 3")),
         (106, "begins when it ends", edit("south.toml", "[site]", '[site]\nshift = "22:00-22:00 UTC"')),
@@ -132,6 +133,7 @@ def refused_without_queues(folder: Path, capsys, number: int) -> str:
 @pytest.mark.parametrize("changed", ["model.cut=2", "run.seed=5"])
 def test_a_site_that_was_configured_differently_sends_no_data(study, capsys, changed):
     """At most the greeting that asks for the manifest, which tells no number of patients."""
+    approve_all(study, [changed])
     said = refused(study, capsys, 601, "site", "south.toml", "--set", changed, greetings=1)
     assert "agree on one run.toml. Nothing of a patient was sent." in said
     key, _, value = changed.partition("=")

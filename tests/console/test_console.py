@@ -19,6 +19,7 @@ from nightsplit.console.ui.progress import Progress
 from nightsplit.console.ui.text import counted, duration, screen, server_offline
 from nightsplit.shared.errors import NightsplitError
 from nightsplit.shared.run_store.status import Phase, SiteStatus, WorkerStatus
+from tests.harness.approvals import approve_all
 from tests.harness.processes import Fresh
 from tests.harness.services import wait_until
 from tests.harness.study import SITES, begin, change, end, end_all, queued, write_study
@@ -180,7 +181,7 @@ def test_doctor_finds_nothing_wrong(study, capsys):
     )
     assert checks["broker"]["found"] == "reached; all 3 queues exist"
     assert checks["configuration"]["found"].startswith("run ward, split_labels, sites north, south; run digest ")
-    assert set(doctor(study / "server.toml", capsys, 0)) == set(checks) - {"policy", "data"}
+    assert set(doctor(study / "server.toml", capsys, 0)) == set(checks) - {"policy", "approval", "data"}
     assert run(["doctor", str(study / "south.toml")]) == 0
     assert capsys.readouterr().out.split()[:3] == ["check", "found", "fix"]
 
@@ -203,9 +204,31 @@ def test_doctor_says_what_redis_loses_at_a_power_cut(setting, value, lost, tmp_p
     assert lost is None or lost in finding["found"]
 
 
-def test_doctor_names_every_problem_at_once(tmp_path, capsys):
+def test_doctor_stops_at_the_first_closed_gate(tmp_path, capsys):
     write_study(tmp_path)
+    run_toml = (tmp_path / "run.toml").read_bytes()
     change(tmp_path / "policy.toml", '"labels", ', "")
+    (tmp_path / "run.toml").write_bytes(run_toml.replace(b"epochs = 3", b"epochs = 4"))
+    change(tmp_path / "north.toml", '"north"', '"nobody"')
+
+    def last() -> tuple[str, str]:
+        checks = doctor(tmp_path / "north.toml", capsys, 1)
+        failed = [(name, finding["found"][:4]) for name, finding in checks.items() if finding["failed"]]
+        assert len(failed) == 1
+        assert failed[0][0] == list(checks)[-1]
+        return failed[0]
+
+    assert last() == ("configuration", "E602")
+    change(tmp_path / "north.toml", '"nobody"', '"north"')
+    assert last() == ("policy", "E108")
+    change(tmp_path / "policy.toml", '["', '["labels", "')
+    assert last() == ("approval", "E118")
+    (tmp_path / "run.toml").write_bytes(run_toml)
+    assert "approval" in doctor(tmp_path / "north.toml", capsys, 0)
+
+
+def test_doctor_names_every_problem_behind_the_gates_at_once(tmp_path, capsys):
+    write_study(tmp_path)
     change(tmp_path / "patients.csv", "age,pressure", "years,pressure")
     change(tmp_path / "run.toml", "cut = 1", "cut = 3")
     change(tmp_path / "north.toml", "[site]", '[site]\nshift = "22:00-06:00 Mars/Crater"\ndevice = "cuda:7"')
@@ -213,7 +236,7 @@ def test_doctor_names_every_problem_at_once(tmp_path, capsys):
     checks = doctor(tmp_path / "north.toml", capsys, 1)
     failed = {name: finding["found"].split()[0] for name, finding in checks.items() if finding["failed"]}
     assert failed == {
-        "policy": "E108", "data": "E402", "model and messages": "E105", "run store": "E207", "torch": "E109",
+        "data": "E402", "model and messages": "E105", "run store": "E207", "torch": "E109",
         "shift": "E106",
     }  # fmt: skip
     assert all(finding["fix"] for finding in checks.values() if finding["failed"])
@@ -225,6 +248,7 @@ def test_doctor_shows_no_patients_value_and_plans_the_messages(tmp_path, capsys)
     text[5] = "SECRET" + text[5][text[5].index(",") :]
     (tmp_path / "patients.csv").write_text("\n".join(text))
     change(tmp_path / "north.toml", "share = [0.0, 0.5]", "share = [0.0, 1.0]")
+    approve_all(tmp_path, ["wire.message_bytes=64"])
     checks = doctor(tmp_path / "north.toml", capsys, 1, "--set", "wire.message_bytes=64")
     assert "line 6, column age" in checks["data"]["found"]
     assert "SECRET" not in checks["data"]["found"]

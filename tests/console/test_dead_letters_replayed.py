@@ -27,6 +27,7 @@ from tests.harness.dead_letters import (
 from tests.harness.kills import is_killed
 from tests.harness.night import Night, tiny_config
 from tests.harness.services import wait_until
+from tests.harness.study import change
 from tests.protocols.test_poison import POISON, header
 
 
@@ -92,7 +93,7 @@ def test_what_the_hospital_no_longer_lets_out_stays(night, capsys):
     _, batch = first_batch(night)
     put(night, queues.dead, (f"dead/{batch.message_id}/1", batch.body, {"queue": queues.up.name, "number": "302"}))
     before, north = night.broker.depth(queues.up), file_of(night, "north")
-    (night.folder / "policy.toml").write_text('allowed = ["activations", "counts"]\n')
+    change(night.folder / "policy.toml", '"labels", ', "")
     with pytest.raises(ConfigError, match='needs "labels" in allowed'):
         replay_letters(north, None)
     depth(night, queues.up, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sqlite3
@@ -100,16 +101,19 @@ def written(folder: Path) -> float:
 
 
 def test_a_failing_worker_quotes_no_patient_in_the_store(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What a model's factory says may be a row of the hospital's table."""
-    change(study / "run.toml", 'factory = "nightsplit.models:mlp"', 'factory = "numpy:loadtxt"')
-    change(study / "run.toml", "{ inputs = 3, hidden = [8, 4], outputs = 1 }", f'{{ fname = "{study}/patients.csv" }}')
+    """What the code of a model says may be a row of the hospital's table, though the hospital approved it."""
+    quote = f"raise ValueError(Path('{study}/patients.csv').read_text().splitlines()[1])"
+    code = f"from pathlib import Path\ndef make(**settings):\n    {quote}\n".encode()
+    (study / "model.py").write_bytes(code)
+    named = f'"model.py:make"\ncode_sha256 = "{hashlib.sha256(code).hexdigest()}"'
+    change(study / "run.toml", '"nightsplit.models:mlp"', named)
+    table = (study / "patients.csv").read_text().splitlines()
     capsys.readouterr()
     assert run(["site", str(study / "north.toml")]) == 1
-    assert "could not convert string" in capsys.readouterr().err, "the factory has quoted the table"
+    assert table[1] in capsys.readouterr().err, "the code has quoted the table"
     status = status_of(study, "north")
     assert status is not None
     assert (status.report.phase, status.report.detail) == (Phase.FAILED, "E104 Model factory cannot be used")
-    table = (study / "patients.csv").read_text().splitlines()
     for file in study.glob("run.db*"):
         content = file.read_bytes()
         assert not [row for row in table if row.encode() in content]

@@ -11,7 +11,7 @@ import torch
 from nightsplit.console.cli import run
 from nightsplit.shared.config.run import ModelSection
 from nightsplit.shared.models.artifact import read_artifact
-from nightsplit.shared.models.partition import make
+from nightsplit.shared.models.factory import make
 
 PRETRAIN = """
 [pretrain]
@@ -93,7 +93,7 @@ def test_a_model_and_its_card(study: Path, capsys: pytest.CaptureFixture[str]) -
     assert (shades.figures["balanced_accuracy"] or 0) > 0.6
 
     # Stage 2: the same network for another task begins from it.
-    target = make(ModelSection(factory=card.factory, settings={**card.settings, "outputs": 1}), seed=9)
+    target = make(ModelSection(factory=card.factory, settings={**card.settings, "outputs": 1}), 9, Path())
     assert isinstance(target, torch.nn.Module)
     fresh = target.state_dict()
     head = {name: weight.clone() for name, weight in fresh.items() if name.startswith("output.")}

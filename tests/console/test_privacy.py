@@ -6,6 +6,7 @@ import pytest
 from nightsplit.console.cli import run
 from nightsplit.site_worker.privacy.accounting import Use, epsilon_of, patient_epsilon
 from nightsplit.site_worker.privacy.ledger import Ledger
+from nightsplit.site_worker.trust.approval import approve
 
 USE = Use(0.05, 1.0, 60)
 
@@ -13,7 +14,8 @@ USE = Use(0.05, 1.0, 60)
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
     (tmp_path / "run.toml").write_text(
-        '[run]\nid = "now"\nprotocol = "split_u"\nsites = ["mercy"]\n[model]\nfactory = "x:y"\nhead_cut = 2\n'
+        '[run]\nid = "now"\nprotocol = "split_u"\nsites = ["mercy"]\n'
+        '[model]\nfactory = "nightsplit.models:mlp"\nhead_cut = 2\n'
         '[task]\nkind = "binary"\n[data]\nfeatures = ["a"]\n'
     )
     (tmp_path / "site.toml").write_text(
@@ -21,6 +23,7 @@ def site(tmp_path: Path) -> Path:
         '[data]\nsource = "table"\npath = "none.csv"\n'
     )
     (tmp_path / "policy.toml").write_text("max_epsilon = 9.5\n")
+    approve(tmp_path / "site.toml", "tests")
     return tmp_path / "site.toml"
 
 

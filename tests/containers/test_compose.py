@@ -108,6 +108,7 @@ def test_restarts_of_everything_and_a_site_cut_off(undisturbed: dict[str, object
         wait_until(lambda: "healthy" in centre.compose("ps", "rabbitmq"), 120, "RabbitMQ")
         centre.compose("run", "--rm", "server", "open", SERVER)
         move_east(centre, hospital, bridge)
+        hospital.compose("run", "--rm", "site", "approve", "/config/site.toml", "--by", "tests", "--yes")
         hospital.compose("up", "-d")
         centre.compose("up", "-d", "north", "south")
         centre.wait_for("south", "answered 0")
@@ -142,7 +143,10 @@ def move_east(centre: Project, hospital: Project, address: str) -> None:
         "run", "--rm", "-v", f"{config}:/config", "-v", f"{data}:/data", "--entrypoint", "sh", "keys", "-ec", handing
     )
     site, policy = config / "site.toml", config / "policy.toml"
-    changes = {'state = "state"': 'state = "/state"', "data.csv": "/data/east.csv", 'label = "label"': 'label = "ldl"'}
+    changes = {
+        'state = "state"': 'state = "/state"', '"approved.toml"': '"/state/approved.toml"',
+        "data.csv": "/data/east.csv", 'label = "label"': 'label = "ldl"',
+    }  # fmt: skip
     text = site.read_text()
     for before, after in changes.items():
         assert before in text

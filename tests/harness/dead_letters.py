@@ -48,7 +48,9 @@ def file_of(night: Night, site: str | None = None) -> WorkerFile:
         def open_broker(self) -> Broker:
             return night.broker
 
-    (night.folder / "policy.toml").write_text('allowed = ["activations", "labels", "counts"]\n')
+    (night.folder / "policy.toml").write_text(
+        'allowed = ["activations", "labels", "counts"]\npackages = ["tests.harness.night"]\n'
+    )
     return Here()
 
 

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from nightsplit.console.cli import run
+from tests.harness.approvals import approve_all
 from tests.harness.processes import Process
 from tests.harness.services import RabbitNode
 
@@ -79,6 +80,7 @@ def write_study(folder: Path, recurrent: bool, broker: str = "embedded:broker") 
     (folder / "server.toml").write_text(WORKER.format(kind="server", name="", broker=broker, state="server"))
     north = WORKER.format(kind="site", name='name = "north"\n', broker=broker, state="north")
     (folder / "north.toml").write_text(north + DATA)
+    approve_all(folder)
     return folder
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.broker.topology import site_queues
+from nightsplit.shared.errors import ConfigError
+from tests.harness.approvals import approve_all
 from tests.harness.processes import Fresh, Process
 
 SITES = ("north", "south")
@@ -65,13 +68,14 @@ share = {share}
 
 
 def write_study(folder: Path) -> Path:
-    """run.toml, server.toml, north.toml, south.toml, policy.toml and patients.csv; returns the folder."""
+    """run.toml, approved, server.toml, north.toml, south.toml, policy.toml, patients.csv; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.toml").write_text(RUN)
     (folder / "server.toml").write_text(SERVER)
     (folder / "policy.toml").write_text('allowed = ["labels", "activations", "counts"]\n')
     for name, share in zip(SITES, ("[0.0, 0.5]", "[0.5, 1.0]"), strict=True):
         (folder / f"{name}.toml").write_text(SITE.format(name=name, share=share))
+    approve_all(folder)
     chance = random.Random(7)
     lines = ["age,pressure,marker,outcome"]
     for _ in range(120):
@@ -83,10 +87,13 @@ def write_study(folder: Path) -> Path:
 
 
 def change(file: Path, old: str, new: str) -> None:
-    """Edit a file of the study; `old` has to be there."""
+    """Edit a file of the study; `old` has to be there. A run.toml that can be approved is approved again."""
     text = file.read_text()
     assert old in text, f"{file} has no {old!r}"
     file.write_text(text.replace(old, new))
+    if file.name == "run.toml":
+        with suppress(ConfigError):
+            approve_all(file.parent)
 
 
 def queued(folder: Path, site: str, key: str = "up") -> int | None:

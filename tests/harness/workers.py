@@ -19,6 +19,7 @@ from nightsplit.console.demo.keys import give_keys
 from nightsplit.shared.protocols.spec import Shape, systems
 from nightsplit.shared.storage.files import write_new
 from nightsplit.site_worker.privacy.secret import Secret
+from tests.harness.approvals import approve_all
 from tests.harness.processes import Fresh, Process
 
 RUN = """
@@ -131,6 +132,7 @@ class Hospital:
             (folder / f"{site}.toml").write_text(text + DATA.format(site=site, first=first, last=last))
         if keys:
             give_keys(folder)
+        approve_all(folder)
 
     def start(self, worker: str, *arguments: str, environment: Mapping[str, str] = {}) -> Process | Fresh:
         """Start a worker in the background; `environment` is added to ours."""

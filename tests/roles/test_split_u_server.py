@@ -8,7 +8,7 @@ from nightsplit.shared.protocols.build import build_split_model
 from nightsplit.shared.protocols.report import NO_FIGURES, encode_report
 from nightsplit.shared.wire.message import Kind
 from tests.harness.effects import exact, from_site, refusal_of, restored, seen, sent
-from tests.harness.pure_roles import pure_server
+from tests.harness.pure_roles import NOWHERE, pure_server
 from tests.roles.streams import (
     ALL_SITES,
     ILLEGIBLE,
@@ -51,7 +51,7 @@ def report(site, seq, version, metrics=NO_FIGURES):
 
 def test_split_u_computes_the_middle_and_goes_back_through_it(u_shaped):
     config = u_shaped.config
-    middle, inputs = build_split_model(config).parts.top, samples(12)[0].requires_grad_()
+    middle, inputs = build_split_model(config, NOWHERE).parts.top, samples(12)[0].requires_grad_()
     outputs = middle(inputs)
     outputs.backward(torch.ones(12, 8))
     forward = u_shaped.on(first_half("south", 1))

@@ -14,7 +14,7 @@ from nightsplit.shared.protocols.build import build_split_model
 from nightsplit.shared.protocols.report import NO_FIGURES
 from nightsplit.shared.wire.message import Kind
 from tests.harness.effects import exact, from_site, refusal_of, restored, seen, sent
-from tests.harness.pure_roles import pure_server
+from tests.harness.pure_roles import NOWHERE, pure_server
 from tests.roles.streams import (
     ALL_SITES,
     ILLEGIBLE,
@@ -42,7 +42,7 @@ def labels():
 def reference(config, smashed, targets):
     """Loss and gradient at the cut, by the top as the run begins."""
     inputs = smashed.clone().requires_grad_()
-    loss = loss_of(config.task, build_split_model(config).parts.top(inputs), targets)
+    loss = loss_of(config.task, build_split_model(config, NOWHERE).parts.top(inputs), targets)
     loss.backward()
     return loss.item(), inputs.grad
 
@@ -94,7 +94,7 @@ def test_figures_are_those_of_the_top_on_what_was_sent(labels):
     for site, first, rows, version in (("south", 3, 6, 1), ("east", 2, 4, 0)):
         labels.on(smashed(site, first, rows, version, seed=first))
         effects = labels.on(smashed(site, first + 1, rows, version, seed=first + 1))
-    top = build_split_model(config).parts.top.eval()
+    top = build_split_model(config, NOWHERE).parts.top.eval()
     found = {(one.metrics["site"], one.metrics["part"]): one.metrics for one in effects if isinstance(one, Record)}
     for site, part, rows, seed in (("south", "validation", 6, 3), ("east", "test", 4, 3)):
         values, targets = samples(rows, seed)

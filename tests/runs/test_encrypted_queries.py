@@ -17,6 +17,7 @@ from nightsplit.console.status import summarise
 from nightsplit.console.worker_file import WorkerFile
 from nightsplit.shared.errors import TITLES
 from nightsplit.shared.protocols.load import load_run
+from tests.harness.approvals import approve_all
 from tests.harness.films import (  # fmt: skip
     FRAMES,
     SEQUENCES,
@@ -131,6 +132,7 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (folder / "run.toml").write_text(plain.replace(", recurrent = false", ""))
     assert "cannot work on ciphertexts" in refused(capsys, 105, "serve-queries", server)
     (folder / "run.toml").write_text(text.replace(f"frames = {FRAMES}", "frames = 15"))
+    approve_all(folder)
     assert "may have 14 frames, the model takes 15" in refused(capsys, 105, "query", north)
 
 

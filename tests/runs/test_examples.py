@@ -21,6 +21,7 @@ from nightsplit.shared.protocols.spec import Shape, systems
 from nightsplit.simulation.run import simulate
 from nightsplit.site_worker.config import PolicyConfig
 from nightsplit.site_worker.worker import SiteWorker
+from tests.harness.approvals import approve_all
 from tests.harness.services import RabbitNode, RedisServer
 
 IN_ROUNDS = ["data_vectors", "dp_segmentation", "fedavg_transfer"]
@@ -33,13 +34,14 @@ def test_every_example_is_tested() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_files_agree(name: str) -> None:
-    folder = EXAMPLES / name
+def test_its_files_agree(name: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(EXAMPLES / name, tmp_path / name)
+    approve_all(folder)
     config = load_run(folder / "run.toml")
-    files = {path.stem for path in folder.glob("*.toml")} - {"run", "server", "policy", "pretrain"}
+    files = {path.stem for path in folder.glob("*.toml")} - {"run", "server", "policy", "pretrain", "approved"}
     assert files == set(config.run.sites)
     server = ServerWorker(folder / "server.toml")
-    workers = [SiteWorker(folder / f"{site}.toml") for site in config.run.sites]  # also asks the policy
+    workers = [SiteWorker(folder / f"{site}.toml") for site in config.run.sites]  # also asks policy and approvals
     assert [worker.config.name for worker in workers] == config.run.sites
     assert {worker.config.broker for worker in workers} == {server.config.broker}
     assert {worker.config.store for worker in workers} == {server.config.store}
@@ -66,12 +68,14 @@ def test_its_model_fits_its_task_in_every_system_of_its_shape(name: str, protoco
 
 
 @pytest.mark.parametrize("name", ["heart", "lung_ct", "radiograph", *IN_ROUNDS])
-def test_without_the_data_it_says_where_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_data_it_says_where_they_are(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NIGHTSPLIT_DATA", raising=False)
-    sites = load_run(EXAMPLES / name / "run.toml").run.sites
+    folder = shutil.copytree(EXAMPLES / name, tmp_path / name)
+    approve_all(folder)
+    sites = load_run(folder / "run.toml").run.sites
     for site in sites:
         with pytest.raises(DataError, match=r"E408 .*download .* https?://.*set NIGHTSPLIT_DATA"):
-            SiteWorker(EXAMPLES / name / f"{site}.toml").load_splits()
+            SiteWorker(folder / f"{site}.toml").load_splits()
 
 
 def test_without_the_data_nothing_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:

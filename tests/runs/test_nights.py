@@ -10,6 +10,7 @@ from nightsplit.broker.topology import site_queues
 from nightsplit.server_worker.worker import ServerWorker
 from nightsplit.simulation.clock import ManualClock
 from nightsplit.site_worker.worker import SiteWorker
+from tests.harness.approvals import approve_all
 from tests.harness.workers import Hospital
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -38,6 +39,7 @@ def one_site(folder):
     hospital = Hospital(folder, epochs=6, sites=["north"])
     run = hospital.folder / "run.toml"
     run.write_text(run.read_text().replace("window = 4", "window = 40"))
+    approve_all(folder)
     return hospital
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.speed.crowd import Crowd
 from benchmarks.speed.scaling import night_and_day, unfairness
+from tests.harness.approvals import approve_all
 from tests.harness.workers import SHARES, Hospital
 
 EPOCHS = 4
@@ -19,6 +20,7 @@ def hospital_of(folder, run, **addresses):
     place.write_text(
         place.read_text().replace('id = "lipids"', f'id = "{run}"').replace("seed = 5", f"seed = {RUNS[run]}")
     )
+    approve_all(hospital.folder)
     return hospital
 
 

@@ -18,6 +18,7 @@ from nightsplit.server_worker.stream.ddp import DividedTop, Group, Share
 from nightsplit.shared.config.run import OptimizerSection, TaskSection
 from nightsplit.shared.errors import ConfigError, Refused
 from nightsplit.shared.learning.seeds import seeded
+from tests.harness.approvals import approve_all
 from tests.harness.services import free_port
 from tests.harness.workers import SHARES, Hospital
 
@@ -102,6 +103,7 @@ def upload(tmp_path_factory):
     run = hospital.folder / "run.toml"
     text = run.read_text().replace("batch_size = 16", f"batch_size = {BATCH}")
     run.write_text(text.replace("hidden = [32, 16]", "hidden = [32, 256, 64]"))  # gradients of some size
+    approve_all(hospital.folder)
     try:
         assert hospital.call("open", "server.toml").returncode == 0
         for site in SHARES:

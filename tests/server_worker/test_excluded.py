@@ -6,6 +6,7 @@ import time
 import pytest
 
 from nightsplit.shared.wire.message import SERVER
+from tests.harness.approvals import approve_all
 from tests.harness.workers import Hospital
 
 
@@ -16,6 +17,7 @@ def test_real_workers_go_on_without_one_that_was_killed(tmp_path):
     hospital = Hospital(tmp_path / "lipids", epochs=6)
     run = hospital.folder / "run.toml"
     run.write_text(run.read_text().replace("[run]", "[run]\nquorum = 2\nabsence_hours = 0.005"))
+    approve_all(hospital.folder)
 
     def states():
         answer = hospital.call("status", "server.toml", "--json")

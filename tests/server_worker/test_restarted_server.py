@@ -11,6 +11,7 @@ import pytest
 from nightsplit.shared.run_store.connect import open_store
 from nightsplit.shared.run_store.status import WorkerStatus
 from nightsplit.shared.wire.message import SERVER
+from tests.harness.approvals import approve_all
 from tests.harness.workers import Hospital
 
 
@@ -26,6 +27,7 @@ def test_silence_and_deadline_go_on(tmp_path: Path) -> None:
         .replace("[run]", "[run]\nquorum = 2\nabsence_hours = 1.0")
         .replace("[round]", f"[round]\n{rule}")
     )
+    approve_all(hospital.folder)
 
     def told(fence: int, silent: float) -> WorkerStatus:
         """What the server of this incarnation says, as soon as east has been silent for so long."""

@@ -12,6 +12,7 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
+from tests.harness.approvals import approve_all
 from tests.harness.dicom_files import write_dicom
 from tests.harness.study import SITES, begin, change, contents, end, end_all, queued, write_study
 
@@ -81,6 +82,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     (folder / "patients.csv").unlink()
     (folder / "run.toml").write_text(RUN)
     (folder / "policy.toml").write_text('allowed = ["labels", "stored_activations", "counts"]\ntape = true\n')
+    approve_all(folder)
     chance = random.Random(3)
     for number in range(PATIENTS):
         site = SITES[number % 2]

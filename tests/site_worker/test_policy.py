@@ -26,7 +26,7 @@ def run(protocol: str = "split_u", **settings: Any) -> RunConfig:
     return msgspec.convert(
         {
             "run": {"id": "night-1", "protocol": protocol, "sites": ["mercy"], **settings},
-            "model": {"factory": "x:y"},
+            "model": {"factory": "nightsplit.models:mlp"},
             "task": {"kind": "binary"},
             "data": {"features": ["a"]},
         },
