@@ -120,7 +120,7 @@ def train_first_model(path: Path) -> None:
     if not any(name.startswith(f"{head}.") for name in names):
         sentence = f"{path}: pretrain.head: the model has no weights under {head!r}."
         raise ConfigError(103, sentence, f"name the module with the last layer; the last weight is {names[-1]}.")
-    _train(trainer, RoundBatches(run, "sources", _pool(config, splits)))
+    _train(trainer, RoundBatches(run, "sources", _pool(config, splits), run.run.seed))
 
     card = _card(config, trainer, splits)
     output = path.parent / config.pretrain.output

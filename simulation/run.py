@@ -43,7 +43,7 @@ from nightsplit.simulation.evaluate import ModelFigures, evaluate
 from nightsplit.simulation.scheduler import Scheduler
 from nightsplit.simulation.store import MemoryStore
 from nightsplit.site_worker.data.dataset import Splits
-from nightsplit.site_worker.protocols import make_site
+from nightsplit.site_worker.protocols import Budget, make_site
 from nightsplit.site_worker.protocols.data_vectors import DataVectorsSite
 from nightsplit.site_worker.role import SiteRole
 from nightsplit.site_worker.rounds.role import RoundSite
@@ -165,7 +165,7 @@ class Simulation:
             lease.acquire(lambda seconds: True)  # never waits: nothing else holds it
         else:
             incarnation, ledger = f"{worker}-{self._starts}", self.ledgers / f"{config.digest}-{worker}.db"
-            role = make_site(worker, config, self.splits[worker], incarnation, self.base, self._device, ledger)
+            role = make_site(worker, config, self.splits[worker], incarnation, self.base, self._device, Budget(ledger))
             queues = self.queues[worker]
             routes = {SERVER: Route(queues.up, queues.down, queues.dead)}
             spend = role.account.pay if role.account else forbid_spending

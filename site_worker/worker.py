@@ -19,7 +19,7 @@ from nightsplit.shared.engine.engine import Engine
 from nightsplit.shared.engine.failures import refusing_failures
 from nightsplit.shared.engine.fencing import SoleWriter
 from nightsplit.shared.engine.mailbox import Mailbox
-from nightsplit.shared.errors import BrokerError, Refused, RunError
+from nightsplit.shared.errors import BrokerError, Refused, RunError, StateError
 from nightsplit.shared.protocols.build import planned_message_bytes
 from nightsplit.shared.protocols.spec import sketch
 from nightsplit.shared.run_store.base import RunStore, Status
@@ -28,7 +28,7 @@ from nightsplit.shared.runtime.heartbeat import Heartbeat
 from nightsplit.shared.runtime.process import StopSignal, lock_folder, prefetch_for, prepare_torch
 from nightsplit.shared.runtime.worker import Observer, Worker
 from nightsplit.shared.storage.checkpoint import Checkpoints
-from nightsplit.shared.storage.files import make_private_folder, write_atomic
+from nightsplit.shared.storage.files import make_private_folder, make_secret_file, read_secret_file, write_atomic
 from nightsplit.shared.storage.tensors import as_safetensors
 from nightsplit.shared.transport import Broker, Link, Route
 from nightsplit.shared.wire.message import SERVER, Kind
@@ -37,13 +37,17 @@ from nightsplit.site_worker.data.dataset import Splits
 from nightsplit.site_worker.data.scaling import scale
 from nightsplit.site_worker.data.source import read_splits
 from nightsplit.site_worker.policy import Gate, check_policy, read_policy
-from nightsplit.site_worker.protocols import make_site
+from nightsplit.site_worker.protocols import Budget, make_site
 from nightsplit.site_worker.role import SiteRole
 from nightsplit.site_worker.trust.approval import Request
 from nightsplit.site_worker.trust.exit_log import FILE, ExitLog
 
 _LARGE_KINDS = (Kind.CUT_GRADIENT, Kind.HEAD_INPUT, Kind.AVERAGE, Kind.MODEL)
 """Kinds of messages to a site that may be large."""
+
+
+SEED = "seed.key"
+"""Name of the file, in the site's state folder, with the secret seed of its order, dropout and first weights."""
 
 
 class SiteWorker(Worker):
@@ -100,6 +104,18 @@ class SiteWorker(Worker):
                         return finished
         return False
 
+    def _read_seed(self) -> bytes:
+        """Return the site's secret seed in this run, made at its beginning."""
+        path = self.state_folder / SEED
+        try:
+            if not path.exists() and not (self.state_folder / "checkpoints").exists():
+                return make_secret_file(path)
+            return read_secret_file(path)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            fix = "restore the whole state folder from one backup; a part of it is of no use."
+            raise StateError(514, f"{path}: {reason}.", fix) from None
+
     def make_exit_log(self) -> ExitLog:
         """Return the log of what leaves this site in this run."""
         return ExitLog(self.state_folder / FILE, self.run_config.digest, self.policy_file)
@@ -116,7 +132,7 @@ class SiteWorker(Worker):
     def _run_shift(self, splits: Splits, idle_seconds: float | None, failures: Mapping[str, Refused]) -> bool:
         role = make_site(
             self.config.name, self.run_config, splits, uuid.uuid4().hex, self.run_folder, self.config.device,
-            self.base / self.config.ledger, self.policy.max_epsilon,
+            Budget(self.base / self.config.ledger, self.policy.max_epsilon), self._read_seed(),
         )  # fmt: skip
         self._role = role
         with closing(role.account) if role.account else nullcontext():

@@ -122,7 +122,7 @@ def site(line: Connection, case: Case, run: str, place: Place, folder: Path, bac
     """Works until the run is over; or, while no server is there, publishes `backlog` bytes and tells its memory."""
     prepare_torch(1, "cpu")
     config, parts, contract = case.assemble(run)
-    role = SplitLabelsSite(SITE, config, SplitModel(parts, contract), case.parts(), "first", "cpu")
+    role = SplitLabelsSite(SITE, config, SplitModel(parts, contract), case.parts(), "first", "cpu", config.run.seed)
     queues = case.queues(run)
     with place.broker().link([queues.down], _prefetch(config, contract, Kind.CUT_GRADIENT), SITE) as link:
         routes = _routes(SERVER, queues.up, queues.down, queues)
@@ -199,7 +199,7 @@ def uncut(line: Connection, case: Case, tuned: bool) -> None:
     Answers ("whole", threads, batches) with samples/s, ("stages", 1, batches) with s per batch of each half.
     """
     config, parts, _ = case.assemble("uncut")
-    data = StreamBatches(config, SITE, case.parts())
+    data = StreamBatches(config, SITE, case.parts(), config.run.seed)
     model = nn.Sequential(parts.bottom, parts.top)
     optimizer = make_optimizer(config.optimizer, model.parameters())
     bottom = Bottom(copy.deepcopy(parts.bottom), config.optimizer, "cpu")

@@ -40,7 +40,7 @@ from nightsplit.shared.wire.message import SERVER
 from nightsplit.shared.wire.schema import Reveals
 from nightsplit.site_worker.data.dataset import Splits
 from nightsplit.site_worker.trust.approval import approve
-from nightsplit.site_worker.worker import SiteWorker
+from nightsplit.site_worker.worker import SEED, SiteWorker
 
 EXAMPLES = Path(nightsplit.__file__).parent / "examples"
 _CLASSES = ("auc", "balanced_accuracy")
@@ -114,9 +114,8 @@ def _repeat(
             console.print("The order is fair: it depends on timing, so the same run again ends with other weights.")
         return {"kills": 0, "sha256_killed": None, "sha256_equal": None}
     work = _copy_example(example, "demo-killed")
-    give_keys(work)
-    _approve(work, config := load_run(work / "run.toml"))
-    _share_secrets(first, work, config)
+    _copy_secrets(first, work, config)
+    _approve(work, config)
     console.print()
     console.print(f"The same run once more, in {work}:")
     kills = LocalRun(work, console).run_with_kills(_report(first)["steps"])
@@ -227,15 +226,19 @@ def _use_services(work: Path, broker: str, store: str) -> None:
         file.write_text(text, encoding="utf-8")
 
 
-def _share_secrets(first: Path, work: Path, config: RunConfig) -> None:
-    """Copy the ledgers of a private run: the noise derives from their secrets."""
-    if config.privacy is None:
-        return
+def _copy_secrets(first: Path, work: Path, config: RunConfig) -> None:
+    """Copy the files with keys, the seeds, and the ledgers of a private run: the noise derives from their secrets."""
+    for file in (*first.glob("*.toml"), *first.glob("*.identity")):
+        shutil.copy(file, work)
     for site in config.run.sites:
-        ledger = Path(SiteWorker(first / f"{site}.toml").config.ledger)
-        make_private_folder((work / ledger).parent)
-        for file in (first / ledger).parent.glob(f"{ledger.stem}.*"):  # with SQLite's log and the key
-            shutil.copy(file, (work / ledger).parent)
+        own = SiteWorker(first / f"{site}.toml").config
+        make_private_folder(work / own.state)
+        shutil.copy(first / own.state / SEED, work / own.state)
+        if config.privacy is not None:
+            ledger = Path(own.ledger)
+            make_private_folder((work / ledger).parent)
+            for file in (first / ledger).parent.glob(f"{ledger.stem}.*"):  # with SQLite's log and the key
+                shutil.copy(file, (work / ledger).parent)
 
 
 def _results(config: RunConfig, splits: Mapping[str, Splits], work: Path) -> Results:

@@ -1,15 +1,24 @@
-"""Keys for a run whose workers are all on this computer: an identity for each, and their public keys in run.toml."""
+"""Keys of a run with all workers on this computer: identities, public keys in run.toml, and seeds of the sites.
 
+The seeds are a function of the sites' names, so that the demo ends with the same weights everywhere. The worker of a
+hospital makes its own at random.
+"""
+
+import hashlib
 import re
 from pathlib import Path
 
+from nightsplit.shared.config.load import load
 from nightsplit.shared.protocols.load import load_run
+from nightsplit.shared.storage.files import make_private_folder, write_new
 from nightsplit.shared.trust.identity import make_identity
 from nightsplit.shared.wire.message import SERVER
+from nightsplit.site_worker.config import SiteConfig
+from nightsplit.site_worker.worker import SEED
 
 
 def give_keys(folder: Path) -> None:
-    """Create an identity for every worker of the run in `folder`, and write their keys into the files there."""
+    """Create identities and seeds for the workers of the run in `folder`, and write their keys into the files there."""
     lines = ["[parties]"]
     for worker in (SERVER, *load_run(folder / "run.toml").run.sites):
         public = make_identity(folder / f"{worker}.identity").public
@@ -17,6 +26,10 @@ def give_keys(folder: Path) -> None:
         file = folder / f"{worker}.toml"
         text = file.read_text(encoding="utf-8")
         own = rf'\1\nidentity = "{worker}.identity"'
+        if worker != SERVER:
+            state = folder / load(file, SiteConfig).site.state
+            make_private_folder(state)
+            write_new(state / SEED, hashlib.sha256(f"demo of {worker}".encode()).digest())
         file.write_text(re.sub(r"^(\[(?:site|server)\].*)$", own, text, count=1, flags=re.MULTILINE), encoding="utf-8")
     with (folder / "run.toml").open("a", encoding="utf-8") as run:
         run.write("\n" + "\n".join(lines) + "\n")

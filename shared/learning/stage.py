@@ -7,7 +7,7 @@ from nightsplit.shared.config.run import OptimizerSection, TaskSection
 from nightsplit.shared.learning.bounds import buffers_kept, check_bounded, check_step
 from nightsplit.shared.learning.losses import loss_of
 from nightsplit.shared.learning.optimizers import make_optimizer
-from nightsplit.shared.learning.seeds import seeded
+from nightsplit.shared.learning.seeds import Seed, seeded
 
 
 class Stage:
@@ -19,7 +19,7 @@ class Stage:
         self._task = task
         self._device = device
 
-    def train_step(self, activations: torch.Tensor, targets: torch.Tensor, seed: int) -> tuple[float, torch.Tensor]:
+    def train_step(self, activations: torch.Tensor, targets: torch.Tensor, seed: Seed) -> tuple[float, torch.Tensor]:
         """Perform one training step; return the mean loss, and its gradient (batch, ...) at the input.
 
         Args:

@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from nightsplit.shared.config.run import OWN_NETWORKS, ModelSection
 from nightsplit.shared.errors import ConfigError
-from nightsplit.shared.learning.seeds import seed_for, seeded
+from nightsplit.shared.learning.seeds import Seed, seed_for, seeded
 
 # Stack frames in these files are not the user's code.
 _FOREIGN_FILES = (str(Path(torch.__file__).parent), "<frozen ", str(Path(__file__).parent))
@@ -44,7 +44,7 @@ class Code:
     text: str | None = None
 
 
-def make(model: ModelSection, seed: int, folder: Path) -> Any:
+def make(model: ModelSection, seed: Seed, folder: Path) -> Any:
     """Call the factory with torch's CPU generator at a seed that depends on `seed` alone.
 
     Args:

@@ -23,6 +23,7 @@ from torch.nn.parameter import is_lazy
 
 from nightsplit.shared.config.run import ModelSection
 from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.learning.seeds import Seed
 from nightsplit.shared.models.factory import describe, make
 
 Shape = tuple[int, ...]
@@ -56,7 +57,7 @@ class ModelParts:
         return modules if self.head is None else {**modules, "head": self.head}
 
 
-def build(model: ModelSection, seed: int, folder: Path, *, with_head: bool) -> ModelParts:
+def build(model: ModelSection, seed: Seed, folder: Path, *, with_head: bool) -> ModelParts:
     """Build the model of a run and cut it.
 
     Every participant builds the whole model and keeps its part: the factory runs with torch's CPU

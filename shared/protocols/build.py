@@ -8,6 +8,7 @@ from torch import nn
 
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import BrokerError, ConfigError
+from nightsplit.shared.learning.seeds import Seed
 from nightsplit.shared.models.layout import WeightLayout, build_network
 from nightsplit.shared.models.partition import ModelParts, build, flow_shapes
 from nightsplit.shared.protocols.rounds import HEADER_BYTES, slice_length
@@ -45,15 +46,19 @@ class WholeModel:
         return {"model": self.module}
 
 
-def build_split_model(config: RunConfig, base: Path) -> SplitModel:
-    """Build the model, cut it, and derive the contract; `base` is the folder of run.toml.
+def build_split_model(config: RunConfig, base: Path, seed: Seed | None = None) -> SplitModel:
+    """Build the model, cut it, and derive the contract.
+
+    Args:
+        base: folder of run.toml.
+        seed: of the first weights; None for the run's public seed.
 
     Raises:
         ConfigError: 101, 103-105, 119 as in `build`; 105 the last layer does not fit the task.
         BrokerError: 203 a planned message exceeds wire.message_bytes.
     """
     spec = spec_of(config)
-    parts = build(config.model, config.run.seed, base, with_head=spec.has_head)
+    parts = build(config.model, config.run.seed if seed is None else seed, base, with_head=spec.has_head)
     shapes = flow_shapes(parts.modules, config.data.input_shape)
     _check_outputs(config, shapes["head" if spec.has_head else "top"])
     head = shapes["top"] if spec.has_head else ()
@@ -85,9 +90,14 @@ def build_whole_model(config: RunConfig, base: Path) -> WholeModel:
     return WholeModel(module, layout, spec_of(config).payloads(config, shapes))
 
 
-def build_model(config: RunConfig, base: Path) -> SplitModel | WholeModel:
-    """Build the model that the run's protocol needs; arguments and errors as above."""
-    return build_whole_model(config, base) if spec_of(config).shape is Shape.ROUND else build_split_model(config, base)
+def build_model(config: RunConfig, base: Path, seed: Seed | None = None) -> SplitModel | WholeModel:
+    """Build the model that the run's protocol needs; arguments and errors as above.
+
+    A whole model has public first weights, since the sites' updates are combined.
+    """
+    if spec_of(config).shape is Shape.ROUND:
+        return build_whole_model(config, base)
+    return build_split_model(config, base, seed)
 
 
 def planned_message_bytes(config: RunConfig, contract: Mapping[Kind, Payload]) -> int:

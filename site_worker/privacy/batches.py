@@ -4,6 +4,7 @@ import torch
 from typing_extensions import override
 
 from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.learning.seeds import Seed
 from nightsplit.site_worker.data.dataset import Splits
 from nightsplit.site_worker.privacy.secret import Secret
 from nightsplit.site_worker.rounds.batches import RoundBatches
@@ -18,7 +19,7 @@ class PrivateBatches(RoundBatches):
     """
 
     def __init__(self, config: RunConfig, site: str, splits: Splits, secret: Secret, rate: float) -> None:
-        super().__init__(config, site, splits)
+        super().__init__(config, site, splits, secret.key)
         self._secret = secret
         self._rate = rate
 
@@ -27,5 +28,5 @@ class PrivateBatches(RoundBatches):
         return torch.from_numpy(self._secret.derive("records", k).records(len(self.train), self._rate))
 
     @override
-    def seed(self, purpose: str, k: int) -> int:
-        return int.from_bytes(self._secret.derive(purpose, k).key[:8], "big") >> 1
+    def seed(self, purpose: str, k: int) -> Seed:
+        return self._secret.derive(purpose, k).key

@@ -10,7 +10,7 @@ from typing_extensions import override
 from nightsplit.shared.config.run import PrivacySection, RunConfig
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.learning.losses import loss_of
-from nightsplit.shared.learning.seeds import seeded
+from nightsplit.shared.learning.seeds import Seed, seeded
 from nightsplit.site_worker.privacy.hooks import PerSampleModule, has_rule
 from nightsplit.site_worker.privacy.secret import Secret
 from nightsplit.site_worker.rounds.trainer import Trainer
@@ -51,7 +51,7 @@ class PrivateTrainer(Trainer):
             raise RunError(610, f"{reason}.", "use layers without buffers and without recurrence.") from None
 
     @override
-    def step(self, inputs: torch.Tensor, targets: torch.Tensor, seed: int, rate: float) -> float:
+    def step(self, inputs: torch.Tensor, targets: torch.Tensor, seed: Seed, rate: float) -> float:
         # The step of an empty batch is noise only, its loss is 0. The loss must stay at the site: it has no noise.
         loss, total = 0.0, torch.zeros(sum(parameter.numel() for parameter in self.trainable))
         if len(inputs):
@@ -64,7 +64,7 @@ class PrivateTrainer(Trainer):
         self.advance(rate)
         return loss
 
-    def gradients(self, inputs: torch.Tensor, targets: torch.Tensor, seed: int) -> tuple[float, list[torch.Tensor]]:
+    def gradients(self, inputs: torch.Tensor, targets: torch.Tensor, seed: Seed) -> tuple[float, list[torch.Tensor]]:
         """Return the mean loss and the gradients of single records, (batch, *shape) for each trainable parameter.
 
         The loss of a record is `loss_of` for a batch of one. So a Dice loss, which is not a sum over a batch, is
@@ -88,7 +88,7 @@ class PrivateTrainer(Trainer):
         factors = (self._privacy.clip / (norms + 1e-6)).clamp(max=1.0)
         return torch.cat([factors @ row for row in rows])
 
-    def _with_noise(self, total: torch.Tensor, seed: int) -> torch.Tensor:
+    def _with_noise(self, total: torch.Tensor, seed: Seed) -> torch.Tensor:
         """Add N(0, (sigma clip)^2) to each coordinate of `total`, the sum for all trainable weights.
 
         The noise depends on the sum as well, as the nonce of a signature on its message (RFC 6979). Otherwise a replay

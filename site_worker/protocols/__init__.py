@@ -1,10 +1,12 @@
 """The site's side of each protocol."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.learning.seeds import Seed
 from nightsplit.shared.protocols.build import WholeModel, build_model
-from nightsplit.shared.protocols.spec import load_roles
+from nightsplit.shared.protocols.spec import load_roles, spec_of
 from nightsplit.site_worker.data.dataset import Splits
 from nightsplit.site_worker.privacy import check_installed
 from nightsplit.site_worker.role import SiteRole
@@ -16,33 +18,43 @@ from nightsplit.site_worker.stream.role import StreamSite
 ROLES = load_roles(__name__)
 
 
+class Budget(NamedTuple):
+    """Privacy budget: the file of its ledger, and the largest epsilon that all runs may spend on a record."""
+
+    ledger: Path
+    max_epsilon: float | None = None
+
+
 def make_site(
     name: str, config: RunConfig, splits: Splits, incarnation: str, base: Path, device: str = "cpu",
-    ledger: Path | None = None, max_epsilon: float | None = None,
+    budget: Budget | None = None, seed: Seed | None = None,
 ) -> SiteRole:  # fmt: skip
     """Make the role of the site `name` in a run.
 
     Args:
         splits: the site's scaled data.
         base: folder of run.toml.
-        ledger: file of the privacy ledger; required by runs with differential privacy.
-        max_epsilon: largest epsilon that these runs may spend on a record.
+        budget: of the hospital's patients; required by runs with differential privacy.
+        seed: the site's secret seed of order, dropout, augmentation and, with independent bottoms that are trained, of
+            the first weights of its layers; None for the run's public seed.
 
     Raises:
         ConfigError: 104, 105 the model cannot be used.
         RunError: 610-613 as `take_part`, 614 as `check_installed`.
     """
-    model = build_model(config, base)
+    has_own_weights = config.run.bottoms == "independent" and spec_of(config).trains_bottom
+    model = build_model(config, base, seed if has_own_weights else None)
+    own_seed = config.run.seed if seed is None else seed
     if not isinstance(model, WholeModel):
         stream: type[StreamSite] = ROLES[config.run.protocol]
-        return stream(name, config, model, splits, incarnation, device)
+        return stream(name, config, model, splits, incarnation, device, own_seed)
     role: type[RoundSite] = ROLES[config.run.protocol]
     if config.privacy is None:
         trainer = Trainer(model.module, config, device)
-        return role(name, config, model, trainer, RoundBatches(config, name, splits), incarnation)
-    assert ledger is not None, "a private run needs a ledger"
+        return role(name, config, model, trainer, RoundBatches(config, name, splits, own_seed), incarnation)
+    assert budget is not None, "a private run needs a ledger"
     check_installed()
     from nightsplit.site_worker.privacy.site import take_part  # needs an extra, and its import takes seconds
 
-    private = take_part(config, config.privacy, name, splits, model.module, device, ledger, max_epsilon)
+    private = take_part(config, config.privacy, name, splits, model.module, device, budget.ledger, budget.max_epsilon)
     return role(name, config, model, private.trainer, private.batches, incarnation, private.account)

@@ -7,6 +7,7 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Send
 from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.learning.optimizers import optimizer_tensors, restore_optimizer
+from nightsplit.shared.learning.seeds import Seed
 from nightsplit.shared.learning.stage import Stage
 from nightsplit.shared.protocols.build import SplitModel
 from nightsplit.shared.protocols.plan import Item, Purpose
@@ -22,9 +23,10 @@ class SplitUSite(StreamSite):
     """Role with the bottom, the head and the labels."""
 
     def __init__(
-        self, name: str, config: RunConfig, model: SplitModel, splits: Splits, incarnation: str, device: str
-    ) -> None:
-        super().__init__(name, config, model, splits, incarnation, device)
+        self, name: str, config: RunConfig, model: SplitModel, splits: Splits, incarnation: str, device: str,
+        seed: Seed,
+    ) -> None:  # fmt: skip
+        super().__init__(name, config, model, splits, incarnation, device, seed)
         assert model.parts.head is not None
         self.head = Stage(model.parts.head, config.optimizer, config.task, device)
         self._gradients: dict[int, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""Samples of each training batch of a round: a pure function of (data, run seed, site, batch)."""
+"""Samples of each training batch of a round: a pure function of (data, seed, site, batch)."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import torch
 
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.learning.losses import standardise
-from nightsplit.shared.learning.seeds import seed_for
+from nightsplit.shared.learning.seeds import Seed, generator_at, seed_for
 from nightsplit.shared.protocols.plan import Purpose
 from nightsplit.shared.protocols.rounds import Work
 from nightsplit.site_worker.data.augment import augment
@@ -16,13 +16,18 @@ from nightsplit.site_worker.data.dataset import Dataset, Splits
 
 
 class RoundBatches:
-    """Batches of one site, numbered from 0 over all rounds; `splits` is its scaled data."""
+    """Batches of one site, numbered from 0 over all rounds.
 
-    def __init__(self, config: RunConfig, site: str, splits: Splits) -> None:
+    Args:
+        splits: its scaled data.
+        seed: of their order, of dropout and of augmentation.
+    """
+
+    def __init__(self, config: RunConfig, site: str, splits: Splits, seed: Seed) -> None:
         self.train = splits.train
         self.held_out: Mapping[Purpose, Dataset] = {Purpose.VALIDATION: splits.validation, Purpose.TEST: splits.test}
         self.config = config
-        self._site = site
+        self._site, self._seed = site, seed
         self._shuffled = lru_cache(maxsize=2)(self._shuffle)
 
     def rows(self, k: int) -> torch.Tensor:
@@ -38,8 +43,7 @@ class RoundBatches:
         rows = self.rows(k)
         inputs = self.train.inputs[rows]
         if self.config.data.augment:
-            generator = torch.Generator().manual_seed(self.seed("augment", k))
-            inputs = augment(inputs, self.config.data.augment, generator)
+            inputs = augment(inputs, self.config.data.augment, generator_at(self.seed("augment", k)))
         return inputs, self.targets(self.train)[rows]
 
     def targets(self, dataset: Dataset) -> torch.Tensor:
@@ -53,10 +57,10 @@ class RoundBatches:
         planned = self.config.round.rounds * Work.of(self.config, len(self.train)).batches
         return 0.5 * (1 + math.cos(math.pi * k / planned))
 
-    def seed(self, purpose: str, k: int) -> int:
+    def seed(self, purpose: str, k: int) -> Seed:
         """Return the seed of batch k for a purpose: dropout or augmentation."""
-        return seed_for(self.config.run.seed, purpose, self._site, k)
+        return seed_for(self._seed, purpose, self._site, k)
 
     def _shuffle(self, epoch: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed_for(self.config.run.seed, "order", self._site, epoch))
+        generator = generator_at(seed_for(self._seed, "order", self._site, epoch))
         return torch.randperm(len(self.train), generator=generator)

@@ -9,7 +9,7 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.learning.losses import loss_of
 from nightsplit.shared.learning.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
-from nightsplit.shared.learning.seeds import seeded
+from nightsplit.shared.learning.seeds import Seed, seeded
 from nightsplit.shared.models.layout import frozen_weights
 from nightsplit.shared.storage.checkpoint import flatten, under
 
@@ -33,7 +33,7 @@ class Trainer:
         self.optimizer = make_optimizer(config.optimizer, self.trainable)
         self._frozen = [module.get_submodule(name) for name in config.round.freeze]
 
-    def step(self, inputs: torch.Tensor, targets: torch.Tensor, seed: int, rate: float) -> float:
+    def step(self, inputs: torch.Tensor, targets: torch.Tensor, seed: Seed, rate: float) -> float:
         """Take one step of the optimizer; return the mean loss of the batch.
 
         Args:

@@ -1,4 +1,4 @@
-"""Samples of each item of the plan: a pure function of (data, run seed, site, item)."""
+"""Samples of each item of the plan: a pure function of (data, seed, site, item)."""
 
 from functools import lru_cache
 
@@ -6,7 +6,7 @@ import torch
 
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.learning.losses import standardise
-from nightsplit.shared.learning.seeds import seed_for
+from nightsplit.shared.learning.seeds import Seed, generator_at, seed_for
 from nightsplit.shared.protocols.plan import Item, Plan, Purpose
 from nightsplit.shared.protocols.spec import spec_of
 from nightsplit.site_worker.data.augment import augment
@@ -14,12 +14,17 @@ from nightsplit.site_worker.data.dataset import Dataset, Splits
 
 
 class StreamBatches:
-    """Batches of one site; `splits` is its scaled data, divided by patient."""
+    """Batches of one site.
 
-    def __init__(self, config: RunConfig, site: str, splits: Splits) -> None:
+    Args:
+        splits: its scaled data, divided by patient.
+        seed: of their order, of dropout and of augmentation.
+    """
+
+    def __init__(self, config: RunConfig, site: str, splits: Splits, seed: Seed) -> None:
         self.plan = Plan.of(config, len(splits.train), len(splits.validation), len(splits.test))
         self._config = config
-        self._site = site
+        self._site, self._seed = site, seed
         self._parts: dict[Purpose, Dataset] = {
             Purpose.TRAIN: splits.train, Purpose.VALIDATION: splits.validation, Purpose.TEST: splits.test,
         }  # fmt: skip
@@ -31,8 +36,7 @@ class StreamBatches:
         names = self._config.data.augment
         # Activations that are uploaded once must come from inputs like those of evaluation.
         if item.purpose is Purpose.TRAIN and names and not spec_of(self._config).uploads_once:
-            generator = torch.Generator().manual_seed(self.seed("augment", item))
-            inputs = augment(inputs, names, generator)
+            inputs = augment(inputs, names, generator_at(self.seed("augment", item)))
         return inputs
 
     def targets(self, item: Item) -> torch.Tensor:
@@ -40,9 +44,9 @@ class StreamBatches:
         targets = self._parts[item.purpose].targets[self._rows(item)]
         return standardise(self._config.task, self._config.data, targets)
 
-    def seed(self, layers: str, item: Item) -> int:
+    def seed(self, layers: str, item: Item) -> Seed:
         """Return the seed of an item for dropout in `layers`, or for augmentation."""
-        return seed_for(self._config.run.seed, layers, self._site, item.number)
+        return seed_for(self._seed, layers, self._site, item.number)
 
     def _rows(self, item: Item) -> torch.Tensor:
         rows = item.rows
@@ -51,5 +55,5 @@ class StreamBatches:
         return torch.arange(rows.start, rows.stop)
 
     def _shuffle(self, epoch: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed_for(self._config.run.seed, "order", self._site, epoch))
+        generator = generator_at(seed_for(self._seed, "order", self._site, epoch))
         return torch.randperm(len(self._parts[Purpose.TRAIN]), generator=generator)

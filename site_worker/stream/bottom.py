@@ -20,7 +20,7 @@ from torch.func import functional_call
 from nightsplit.shared.config.run import OptimizerSection
 from nightsplit.shared.learning.bounds import check_bounded
 from nightsplit.shared.learning.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
-from nightsplit.shared.learning.seeds import seeded
+from nightsplit.shared.learning.seeds import Seed, seeded
 from nightsplit.shared.protocols.plan import Item
 from nightsplit.shared.storage.checkpoint import flatten, under
 
@@ -50,7 +50,7 @@ class Bottom:
         # a bottom with buffers always recomputes.
         self._keeps_graphs = not dict(module.named_buffers())
 
-    def forward(self, item: Item, inputs: torch.Tensor, seed: int, training: bool) -> torch.Tensor:
+    def forward(self, item: Item, inputs: torch.Tensor, seed: Seed, training: bool) -> torch.Tensor:
         """Return the smashed data (batch, *cut) of an item by its retained version; changes no weights.
 
         `inputs` are float32 (batch, ...), `seed` is that of dropout; the graph may be kept.
@@ -62,7 +62,7 @@ class Bottom:
             self._graphs[item.number] = outputs, parameters
         return outputs.detach().cpu()
 
-    def apply_gradient(self, item: Item, inputs: torch.Tensor, seed: int, gradient: torch.Tensor) -> None:
+    def apply_gradient(self, item: Item, inputs: torch.Tensor, seed: Seed, gradient: torch.Tensor) -> None:
         """Apply the gradient (batch, *cut) of a training item; inputs and seed are those of its forward.
 
         Refused 312 if weight gradients or statistics are not finite; then no weight was changed.
@@ -132,7 +132,7 @@ class Bottom:
         restore_optimizer(self._optimizer, under("optimizer", tensors))
 
     def _run(
-        self, weights: Weights, inputs: torch.Tensor, seed: int, training: bool
+        self, weights: Weights, inputs: torch.Tensor, seed: Seed, training: bool
     ) -> tuple[torch.Tensor, list[torch.Tensor], dict[str, torch.Tensor]]:
         """Return the outputs, their leaf parameters, and the buffers after the forward."""
         parameters = {name: weights[name].detach().requires_grad_() for name in self._parameters}

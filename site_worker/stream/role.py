@@ -9,6 +9,7 @@ from typing_extensions import override
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Finish, Send
 from nightsplit.shared.errors import Refused, RunError
+from nightsplit.shared.learning.seeds import Seed
 from nightsplit.shared.protocols.build import SplitModel
 from nightsplit.shared.protocols.places import check_answer, check_farewell
 from nightsplit.shared.protocols.plan import Item, Purpose
@@ -26,15 +27,20 @@ from nightsplit.site_worker.stream.bottom import Bottom
 class StreamSite(SiteRole):
     """Role that sends its plan item by item, as far ahead of the answers as the window allows.
 
-    `splits` is the site's scaled data; its layers are moved to `device`.
+    Args:
+        name, config, incarnation: as of `SiteRole`.
+        splits: the site's scaled data.
+        device: of the site's layers.
+        seed: of order, dropout and augmentation.
     """
 
     def __init__(
-        self, name: str, config: RunConfig, model: SplitModel, splits: Splits, incarnation: str, device: str
-    ) -> None:
+        self, name: str, config: RunConfig, model: SplitModel, splits: Splits, incarnation: str, device: str,
+        seed: Seed,
+    ) -> None:  # fmt: skip
         super().__init__(name, config, model.contract, incarnation)
         self.bottom = Bottom(model.parts.bottom, config.optimizer, device)
-        self.batches = StreamBatches(config, name, splits)
+        self.batches = StreamBatches(config, name, splits, seed)
         has_head = Kind.HEAD_INPUT in model.contract
         self.sequence: StreamSequence = StreamSequence(self.batches.plan, has_head)
         self.exported_top: dict[str, torch.Tensor] = {}

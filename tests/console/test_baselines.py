@@ -43,7 +43,7 @@ def test_rounds_of_one_site_are_training_it_alone(settings: dict[str, object]) -
     own = {"north": tiny_splits("north")}
     trainer, batches = (
         Trainer(build_whole_model(one, Path()).module, one, "cpu"),
-        RoundBatches(one, "north", own["north"]),
+        RoundBatches(one, "north", own["north"], one.run.seed),
     )
     for k in range(one.round.rounds * Work.of(one, len(batches.train)).batches):
         trainer.step(*batches.batch(k), batches.seed("trainer", k), batches.rate(k))

@@ -22,7 +22,7 @@ def whole_model(config):
 
 def ordinary_training(config, site):
     """The uncut model, one optimizer, plain autograd; dropout seeded per half and step as in a run."""
-    model, batches = whole_model(config), StreamBatches(config, site, tiny_splits(site))
+    model, batches = whole_model(config), StreamBatches(config, site, tiny_splits(site), config.run.seed)
     optimizer = make_optimizer(config.optimizer, model.parameters())
     model.train()
     for q in range(1, batches.plan.last + 1):
