@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib.metadata import version
+from logging import WARNING
 
 from rich.console import Console
 
@@ -14,6 +15,8 @@ from nightsplit.shared.log import event
 from nightsplit.shared.run_store.status import WorkerStatus
 from nightsplit.shared.runtime.process import StopSignal
 from nightsplit.site_worker.worker import SiteWorker
+
+WITHOUT_KEYS = "this run has no keys: its messages are neither signed nor sealed, which is for one machine only"
 
 
 class Watch:
@@ -43,6 +46,9 @@ class Watch:
         event("started", version=version("nightsplit"))
         self.stop.install()
         with self._progress:
+            if worker.sealer is None:
+                event("without_keys", WARNING)
+                self._progress.warn([WITHOUT_KEYS])
             finished = work()
         self._pulse.log()
         if finished:

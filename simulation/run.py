@@ -31,6 +31,7 @@ from nightsplit.shared.engine.engine import Engine
 from nightsplit.shared.engine.fencing import CheckpointAuthority, SoleWriter
 from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.engine.order import OrderEntry
+from nightsplit.shared.learning.seeds import Seed
 from nightsplit.shared.protocols.build import build_model
 from nightsplit.shared.protocols.spec import spec_of
 from nightsplit.shared.storage.checkpoint import Checkpoints
@@ -73,6 +74,7 @@ class Simulation:
         lines: metrics of all workers.
         decide: as in `DeliveryOrder`.
         ledgers: folder of the privacy ledgers.
+        seeds: secret seeds by site; a site without one uses the run's public seed.
     """
 
     def __init__(  # noqa: PLR0913  (tests name the few that they need)
@@ -98,6 +100,7 @@ class Simulation:
         self.lines: list[Record] = []
         self.decide: Callable[[], OrderEntry | None] = lambda: None
         self.ledgers = folder
+        self.seeds: dict[str, Seed] = {}
         self._prefetch, self._device = prefetch, device
         self._starts = 0
         self._scheduler = Scheduler(self.clock, ())
@@ -165,7 +168,10 @@ class Simulation:
             lease.acquire(lambda seconds: True)  # never waits: nothing else holds it
         else:
             incarnation, ledger = f"{worker}-{self._starts}", self.ledgers / f"{config.digest}-{worker}.db"
-            role = make_site(worker, config, self.splits[worker], incarnation, self.base, self._device, Budget(ledger))
+            role = make_site(
+                worker, config, self.splits[worker], incarnation, self.base, self._device, Budget(ledger),
+                self.seeds.get(worker),
+            )  # fmt: skip
             queues = self.queues[worker]
             routes = {SERVER: Route(queues.up, queues.down, queues.dead)}
             spend = role.account.pay if role.account else forbid_spending

@@ -79,7 +79,7 @@ class SiteWorker(Worker):
             run, remedy = self.run_config.run, "correct site.name, or have the site added to run.sites of a new run."
             sentence = f"{self.config.name} is not among the sites of {run.id}: {', '.join(run.sites)}."
             raise RunError(602, sentence, remedy)
-        Request(path, self.config, self.run_config).check()
+        self._approval = Request(path, self.config, self.run_config).check()
 
     @property
     def model_folder(self) -> Path:
@@ -118,7 +118,7 @@ class SiteWorker(Worker):
 
     def make_exit_log(self) -> ExitLog:
         """Return the log of what leaves this site in this run."""
-        return ExitLog(self.state_folder / FILE, self.run_config.digest, self.policy_file)
+        return ExitLog(self.state_folder / FILE, self.run_config.digest, self.policy_file, self._approval.sha256)
 
     def check_same_data(self, splits: Splits) -> None:
         """Check that `splits`, as `load_splits` returns them, hold the data the run began with, else DataError 409."""

@@ -5,6 +5,7 @@
 A worker checks its run before it imports or builds anything.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -45,6 +46,11 @@ class Approval(Section, frozen=True, kw_only=True, omit_defaults=True):
     time: datetime
     settings: str
     text: str | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Hash by which the exit log names this approval."""
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
 
 
 class _Approvals(Section, frozen=True):

@@ -1,7 +1,7 @@
 """Exit log: one line for each message that leaves the hospital, in a chain of hashes.
 
     {"line": 17, "time": "...", "kind": "smashed", "seq": 9, "rows": 16, "bytes": 4711, "reveals": ["activations"],
-     "sha256": "<of the message>", "policy": "<sha256 of policy.toml>", "head": "<of the chain>"}
+     "sha256": "<of the message>", "policy": "<of policy.toml>", "approval": "<of its entry>", "head": "<of the chain>"}
 
     head   SHA-256 of (head of the line before | line without its head), in hexadecimal; the first follows on the digest
 
@@ -44,10 +44,11 @@ class ExitLog:
         path: its file, created with the first line.
         digest: digest of the run that the hospital approved, the beginning of the chain.
         policy: file of the hospital's policy.
+        approval: hash of the run's approval; empty where a person acts, who sends a dead letter again.
     """
 
-    def __init__(self, path: Path, digest: str, policy: Path) -> None:
-        self._path, self._policy = path, policy
+    def __init__(self, path: Path, digest: str, policy: Path, approval: str = "") -> None:
+        self._path, self._policy, self._approval = path, policy, approval
         self._file: BinaryIO | None = None
         self.lines, self.head = 0, digest
 
@@ -84,6 +85,7 @@ class ExitLog:
             "kind": str(header.kind), "seq": header.seq, "rows": samples,
             "bytes": sum(memoryview(piece).nbytes for piece in body), "reveals": sorted(map(str, payload.reveals)),
             "sha256": digest.hexdigest(), "policy": hashlib.sha256(policy).hexdigest(),
+            "approval": self._approval,
         })  # fmt: skip
 
     def witness(self, signed: Mapping[str, Scalar | None]) -> None:

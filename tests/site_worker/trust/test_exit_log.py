@@ -23,7 +23,7 @@ SERVER_KEY = Identity(secrets.token_bytes(32))
 
 
 def log_in(folder) -> ExitLog:
-    return ExitLog(folder / "exit_log.jsonl", DIGEST, folder / "policy.toml")
+    return ExitLog(folder / "exit_log.jsonl", DIGEST, folder / "policy.toml", "approval")
 
 
 def send(log: ExitLog, seq: int) -> None:
@@ -52,8 +52,9 @@ def test_a_line_says_what_left(tmp_path):
     (tmp_path / "policy.toml").write_text("min_batch = 8\n")
     path = filled(tmp_path, 1)
     [line] = read_log(path)
-    assert {name: line[name] for name in ("line", "kind", "seq", "rows", "bytes", "reveals")} == {
+    assert {name: line[name] for name in ("line", "kind", "seq", "rows", "bytes", "reveals", "approval")} == {
         "line": 1, "kind": "smashed", "seq": 1, "rows": 16, "bytes": 10, "reveals": ["activations"],
+        "approval": "approval",
     }  # fmt: skip
     assert line["sha256"] == hashlib.sha256(b"headbody 1").hexdigest()
     assert line["policy"] == hashlib.sha256(b"min_batch = 8\n").hexdigest()
