@@ -173,10 +173,13 @@ def check_passage(file: WorkerFile) -> Finding:
 
 
 def _power_cuts(file: WorkerFile) -> list[Callable[[WorkerFile], Finding]]:
-    """Return the checks of what is lost at a power cut, as far as this user may know it."""
-    checks = [_broker_at_power_cut] if file.config.broker.startswith("amqp") else []
-    checks = checks if isinstance(file.config, ServerSection) else []  # a site may not ask for the type of a queue
-    return [*checks, _store_at_power_cut] if file.config.store.startswith("redis") else checks
+    """Return the checks of what is lost at a power cut."""
+    checks: list[Callable[[WorkerFile], Finding]] = []
+    if file.config.broker.startswith("amqp") and isinstance(file.config, ServerSection):  # a site may not find out
+        checks.append(_broker_at_power_cut)
+    if file.config.store.startswith("redis"):
+        checks.append(_store_at_power_cut)
+    return checks
 
 
 def check_power_cut(file: WorkerFile) -> Finding:

@@ -105,7 +105,7 @@ def type_of(broker: RabbitBroker, queue: Queue, node: RabbitNode) -> str:
 def test_a_queue_keeps_its_type_at_a_single_node(
     rabbitmq: RabbitNode, before: Literal["classic", "quorum"], after: Literal["classic", "quorum"]
 ) -> None:
-    """An upgraded node, or an upgraded nightsplit, goes on with the queues that are there; limits are still compared."""
+    """A node or a nightsplit that was upgraded goes on with the queues that are there; limits are still compared."""
     broker, (up, down, dead) = RabbitBroker(rabbitmq.vhost()), site_queues("run", "site", 2**20)
     with declared_as(before):
         broker.declare([up, down])
