@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from nightsplit.broker.rabbitmq import address as rabbitmq_address
 from nightsplit.broker.rabbitmq import broker as rabbitmq
 from nightsplit.broker.rabbitmq import connection as rabbitmq_connection
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.shared.errors import BrokerError, MissingRightError
 from nightsplit.shared.transport import Blocked, Confirmed, Delivery, Event, Link, Queue, Unblocked
-from tests.harness.services import RabbitNode, free_port, wait_until
+from tests.harness.services import RabbitNode, declared_as, free_port, wait_until
 
 pytestmark = pytest.mark.rabbitmq
 
@@ -87,10 +86,8 @@ def publish_all(broker: RabbitBroker, queue: Queue, names: list[str]) -> None:
 def replace_by_quorum(broker: RabbitBroker, queue: Queue) -> None:
     """Replace a queue by a quorum queue, of which the only copy is on this node."""
     broker.delete([queue])
-    with rabbitmq_address.connected(broker._addresses, 10) as connection:
-        arguments = {"x-queue-type": "quorum", "x-single-active-consumer": True}
-        connection.channel().queue_declare(queue.name, durable=True, arguments=arguments)
-        connection.channel().queue_bind(queue.name, queue.exchange, queue.key)
+    with declared_as("quorum"):
+        broker.declare([queue])
 
 
 def number_of(call: Callable[[], object]) -> int:
