@@ -34,7 +34,7 @@ def transfer(queue: Queue, old: Broker, new: Broker, owner: str) -> Iterator[int
         BrokerError: 209 the new broker accepts no messages (the queue is full, say), 214 the queue is in use, or
             the new broker is the old one; others as those of links.
     """
-    while waiting := _count(old, queue):
+    while waiting := _count(old, queue, owner):
         with old.link([queue], 2 * BATCH, owner) as source, new.link([], 1, owner) as target:
             if new.is_consumed(queue):  # by our own `source`, if both brokers are one
                 sentence = f"queue {queue.name} at the new broker has a consumer."
@@ -50,8 +50,17 @@ def transfer(queue: Queue, old: Broker, new: Broker, owner: str) -> Iterator[int
                 yield len(batch)
 
 
-def _count(broker: Broker, queue: Queue) -> int:
+def _count(broker: Broker, queue: Queue, owner: str) -> int:
     """Return the number of messages in a queue that no owner consumes."""
+    if not (depth := _free_depth(broker, queue)):
+        with broker.link([queue], 2 * BATCH, owner):
+            pass  # begins when the queue has a leader; for a moment after a restart it had none, and told a depth of 0
+        depth = _free_depth(broker, queue)
+    return depth
+
+
+def _free_depth(broker: Broker, queue: Queue) -> int:
+    """Return the depth of a queue as soon as it has no consumer."""
     deadline = time.monotonic() + RELEASE_S_MAX
     while broker.is_consumed(queue):
         if time.monotonic() > deadline:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed.cluster faults       longest pause between confirms, by fault; none may be lost
     python -m benchmarks.speed.cluster throughput   quorum queues against classic ones, on the same cluster
+    python -m benchmarks.speed.cluster single       the same on a single node
     (--quick: less of it; shows that it works)
 
 All three nodes run on this machine, so throughput shares its cores and its disk among them.
@@ -26,6 +27,7 @@ from nightsplit.console.ui.text import columns
 from nightsplit.shared.transport import Queue
 from tests.faults.numbered import QUEUE_BYTES, Numbered
 from tests.harness.cluster import Cluster, ClusterNode, cluster
+from tests.harness.services import RabbitNode, declared_as
 
 WATCH_S = 40.0
 ROUNDS = 5
@@ -93,27 +95,38 @@ def faults(console: Console, quick: bool) -> None:
 
 
 def throughput(console: Console, quick: bool) -> None:
-    """One publisher, one consumer; classic and quorum in turn."""
-    table = columns("message", "classic, MB/s", "quorum, MB/s", "quorum over classic (from, to)")
+    """On a cluster, where quorum queues are replicated."""
     with scratch() as folder, cluster(folder) as nodes:
-        replicated = Place(nodes.url(), None)
-        alone = Place(nodes.nodes[0].url, None)  # one host: classic queues, on that node
-        for name, size in SIZES.items():
-            count = max(20, min((VOLUME // 10 if quick else VOLUME) // size, 2000))
-            pairs = [
-                (through(alone, size, count)["mb_per_s"], through(replicated, size, count)["mb_per_s"])
-                for _ in range(2 if quick else ROUNDS)
-            ]
-            ratios = sorted(quorum / classic for classic, quorum in pairs)
-            classic, quorum = (statistics.median(column) for column in zip(*pairs, strict=True))
-            shown = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}, {ratios[-1]:.2f})"
-            table.add_row(f"{size / MiB:g} MiB ({name})", f"{classic:.0f}", f"{quorum:.0f}", shown)
+        compare(console, quick, nodes.nodes[0].url, nodes.url())
+
+
+def single(console: Console, quick: bool) -> None:
+    """On a single node."""
+    with scratch() as folder, RabbitNode(folder) as node:
+        compare(console, quick, node.url, node.url)
+
+
+def compare(console: Console, quick: bool, one_host: str, hosts: str) -> None:
+    """One publisher, one consumer; classic queues at `one_host` and quorum queues at `hosts` in turn."""
+    table = columns("message", "classic, MB/s", "quorum, MB/s", "quorum over classic (from, to)")
+    for name, size in SIZES.items():
+        count = max(20, min((VOLUME // 10 if quick else VOLUME) // size, 2000))
+        pairs = []
+        for _ in range(2 if quick else ROUNDS):
+            with declared_as("classic"):
+                classic = through(Place(one_host, None), size, count)["mb_per_s"]
+            with declared_as("quorum"):
+                pairs.append((classic, through(Place(hosts, None), size, count)["mb_per_s"]))
+        ratios = sorted(quorum / classic for classic, quorum in pairs)
+        classic, quorum = (statistics.median(column) for column in zip(*pairs, strict=True))
+        shown = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}, {ratios[-1]:.2f})"
+        table.add_row(f"{size / MiB:g} MiB ({name})", f"{classic:.0f}", f"{quorum:.0f}", shown)
     console.print(table)
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # so that the nodes end, too
-    parts = {"faults": faults, "throughput": throughput}
+    parts = {"faults": faults, "throughput": throughput, "single": single}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=parts)
     parser.add_argument("--quick", action="store_true", help="less of it: shows that it works")

@@ -20,13 +20,14 @@ from typing import Any
 
 from typing_extensions import override
 
-from nightsplit.broker.rabbitmq.address import connected, read_addresses
+from nightsplit.broker.rabbitmq.address import connected, read_addresses, server_properties
 from nightsplit.broker.rabbitmq.connection import ChannelRefused, IOLoop, tune_process
 from nightsplit.broker.rabbitmq.consumer import Consumer
-from nightsplit.broker.rabbitmq.errors import arguments, split_cluster
+from nightsplit.broker.rabbitmq.errors import arguments, is_of_other_type, split_cluster
 from nightsplit.broker.rabbitmq.inbox import Inbox
 from nightsplit.broker.rabbitmq.link import RabbitLink
 from nightsplit.broker.rabbitmq.publisher import Publisher
+from nightsplit.broker.rabbitmq.version import needs_quorum_queues
 from nightsplit.shared.credentials import NO_CREDENTIALS, Credentials
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Broker, Link, Queue
@@ -40,12 +41,12 @@ messages need no more, since each of their frames counts as a heartbeat. Below 5
 
 
 class RabbitBroker(Broker):
-    """Durable queues on a RabbitMQ server; on a cluster, replicated ones.
+    """Durable queues on a RabbitMQ server or cluster, with a confirm for what is forced to disk.
 
     Args:
         url: `amqp://user:password@host:port/vhost`, or `amqps` for TLS. With TLS every worker has its own
             user: a message carries its name, RabbitMQ checks it, and the receiver reads it. Several hosts,
-            separated by commas, are the nodes of a cluster: they are tried in turn, and queues are quorum queues.
+            separated by commas, are the nodes of a cluster: they are tried in turn.
         max_message_bytes: size of the largest body; RabbitMQ 4 accepts 16 MiB by default.
         heartbeat: interval in seconds; either side gives up a connection that is silent for two or three intervals.
         credentials: certificates and password, where they are not in the address.
@@ -65,15 +66,24 @@ class RabbitBroker(Broker):
 
     @override
     def declare(self, queues: Iterable[Queue]) -> None:
-        """Create the queues that do not exist; also BrokerError 212 a node does not see the queues of another one."""
-        queues, replicated = list(queues), len(self._addresses) > 1
+        """Create the queues that do not exist; also BrokerError 212 a node does not see the queues of another one.
+
+        They are quorum queues in a cluster, and on a server whose classic queues confirm too early. A queue that exists
+        on a single server keeps its type.
+        """
+        queues, is_cluster = list(queues), len(self._addresses) > 1
         with connected(self._addresses, FIRST_CONNECTION_S) as connection:
+            quorum = is_cluster or needs_quorum_queues(server_properties(connection))
             channel = connection.channel()
             for queue in queues:
-                channel.exchange_declare(queue.exchange, "direct", durable=True)
-                channel.queue_declare(queue.name, durable=True, arguments=arguments(queue, replicated))
-                channel.queue_bind(queue.name, queue.exchange, queue.key)
-        if replicated and queues:
+                try:
+                    _declare(channel, queue, quorum)
+                except ChannelRefused as refusal:
+                    if is_cluster or not is_of_other_type(refusal):
+                        raise
+                    channel = connection.channel()
+                    _declare(channel, queue, not quorum)
+        if is_cluster and queues:
             self._check_nodes(queues[0])
 
     def _check_nodes(self, queue: Queue) -> None:
@@ -102,7 +112,7 @@ class RabbitBroker(Broker):
 
     @override
     def depth(self, queue: Queue) -> int | None:
-        # The count may be late after a restart of the broker.
+        # The count may be late after a restart of the broker: a quorum queue tells 0 until it has a leader.
         declared = self._look_up(queue)
         return None if declared is None else declared.message_count
 
@@ -134,3 +144,10 @@ class RabbitBroker(Broker):
                 except ChannelRefused as refusal:
                     if refusal.reply_code != 406:  # 406: it still leads to another queue
                         raise
+
+
+def _declare(channel: Any, queue: Queue, quorum: bool) -> None:
+    """Create a queue with its exchange; ChannelRefused if it exists and differs."""
+    channel.exchange_declare(queue.exchange, "direct", durable=True)
+    channel.queue_declare(queue.name, durable=True, arguments=arguments(queue, quorum))
+    channel.queue_bind(queue.name, queue.exchange, queue.key)

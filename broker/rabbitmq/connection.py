@@ -22,6 +22,7 @@ from pika.adapters.utils import io_services_utils
 from nightsplit.broker.rabbitmq.errors import connection_lost, permanent_error, unreachable
 from nightsplit.broker.rabbitmq.inbox import Inbox
 from nightsplit.broker.rabbitmq.outbox import backoff
+from nightsplit.broker.rabbitmq.version import version_refused
 from nightsplit.shared.errors import BrokerError
 
 __all__ = ["ChannelRefused", "Connection", "IOLoop", "tune_process"]
@@ -158,7 +159,12 @@ class Connection(ABC):
             self._connection.close()
 
     def _on_open(self, connection: Any) -> None:
-        connection.channel(on_open_callback=self._on_channel)
+        host = f"{self._parameters.host}:{self._parameters.port}"
+        if refusal := version_refused(connection.server_properties, host):
+            self._channel_error = refusal  # also where it was upgraded, or another host answers, while the worker ran
+            self._disconnect()
+        else:
+            connection.channel(on_open_callback=self._on_channel)
 
     def _on_channel(self, channel: Any) -> None:
         channel.add_on_close_callback(self._on_channel_closed)

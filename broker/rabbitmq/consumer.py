@@ -55,7 +55,7 @@ class Consumer(Connection):
         self._settle(super().close)
 
     def _settle(self, then: Callable[[], None]) -> None:
-        """Call `then` when a cluster has applied the acknowledgements; at once elsewhere, where it needs no such care.
+        """Call `then` when the queues have applied the acknowledgements.
 
         The channel of a quorum queue keeps acknowledgements back while others are being replicated, and what it still
         keeps when it ends is lost. The start of another consumer is replicated after those that were not kept back,
@@ -63,7 +63,7 @@ class Consumer(Connection):
         standby overtake the deliveries that we return.
         """
         channel = self._channel
-        queues = list(self._unacknowledged) if self._is_cluster and channel is not None else []
+        queues = list(self._unacknowledged) if channel is not None else []
 
         def settle_next(frame: Any = None) -> None:
             if queues:

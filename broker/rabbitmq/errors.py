@@ -19,14 +19,14 @@ CONSUMER_UNREACHABLE_MS = 10_000
 them for a minute by default, and gives the next consumer nothing meanwhile; earlier versions do not wait."""
 
 
-def arguments(queue: Queue, replicated: bool) -> dict[str, object]:
+def arguments(queue: Queue, quorum: bool) -> dict[str, object]:
     """Return the arguments of a queue. Lazy mode is left to a policy, since a broker may refuse other arguments.
 
     The type is always named: a virtual host may have a default, and RabbitMQ 4's quorum queues drop
     messages after 20 deliveries unless they are configured otherwise.
     """
     arguments: dict[str, object] = {"x-single-active-consumer": True, "x-queue-type": "classic"}
-    if replicated:
+    if quorum:
         arguments |= {"x-queue-type": "quorum", "x-delivery-limit": NO_DELIVERY_LIMIT}
         arguments["x-consumer-disconnected-timeout"] = CONSUMER_UNREACHABLE_MS
     if queue.limit_bytes is not None:
@@ -60,8 +60,15 @@ def _reply(error: BaseException | None) -> tuple[int | None, str]:
     return getattr(inner, "reply_code", None), text.rstrip(".")
 
 
+def is_of_other_type(refusal: BaseException | None) -> bool:
+    """Return whether the broker refused to declare a queue because it exists with another type."""
+    return "inequivalent arg 'x-queue-type'" in _reply(refusal)[1]
+
+
 def permanent_error(error: BaseException, parameters: Any) -> BrokerError | None:
     """Return the error to report when retrying cannot help; None when it may."""
+    if isinstance(error, BrokerError):
+        return error
     code, text = _reply(error)
     sentence = f"{_address(parameters)} says: {text}."
     # "write access to queue 'q' in vhost 'v' refused"; RabbitMQ 3 does not name the right.

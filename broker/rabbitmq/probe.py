@@ -7,7 +7,8 @@ import pika
 from pika import exceptions
 
 from nightsplit.broker.rabbitmq.address import connected, read_addresses, server_properties
-from nightsplit.broker.rabbitmq.errors import permanent_error, unreachable
+from nightsplit.broker.rabbitmq.errors import arguments, is_of_other_type, permanent_error, unreachable
+from nightsplit.broker.rabbitmq.version import needs_quorum_queues
 from nightsplit.shared.credentials import Credentials
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Queue
@@ -52,6 +53,19 @@ class Probe:
         refusal = self._refusal(lambda channel: self._publish(channel, queue.exchange, size))
         if refusal is not None:
             raise permanent_error(refusal, self._addresses[0]) or unreachable(refusal, self._addresses[0])
+
+    def loses_at_power_cut(self, queue: Queue) -> bool:
+        """Return whether `queue` loses confirmed messages when its host loses power; False if it does not exist.
+
+        The user needs the right to configure it.
+        """
+
+        def expect_quorum(channel: Any) -> None:
+            if needs_quorum_queues(server_properties(channel.connection)):
+                channel.queue_declare(queue.name, passive=True)
+                channel.queue_declare(queue.name, durable=True, arguments=arguments(queue, quorum=True))
+
+        return is_of_other_type(self._refusal(expect_quorum))
 
     def _publish(self, channel: Any, exchange: str, size: int) -> None:
         user = self._addresses[0].credentials.username if self.verifies_users else None

@@ -16,6 +16,7 @@ from nightsplit.broker.topology import PREFIX, site_queues
 from nightsplit.console.doctor.finding import Finding, size
 from nightsplit.console.keys.bundle import BROKER_PORT, STORE_PORT
 from nightsplit.console.worker_file import WorkerFile
+from nightsplit.server_worker.config import ServerSection
 from nightsplit.shared.credentials import TLS_SCHEMES, hosts_of, scheme_of
 from nightsplit.shared.errors import BrokerError, MissingRightError
 from nightsplit.shared.protocols.build import build_model, planned_message_bytes
@@ -43,7 +44,9 @@ def link_checks(file: WorkerFile) -> dict[str, Callable[[WorkerFile], Finding]]:
     if file.config.broker.startswith("amqp"):
         checks |= {"TLS": check_encryption, "rights": check_rights, "passage": check_passage}
     if file.config.store.startswith("redis"):
-        checks |= {"clock": check_clock, "power cut": check_power_cut}
+        checks["clock"] = check_clock
+    if _power_cuts(file):
+        checks["power cut"] = check_power_cut
     return checks
 
 
@@ -169,8 +172,32 @@ def check_passage(file: WorkerFile) -> Finding:
     return Finding("passage", passes)
 
 
+def _power_cuts(file: WorkerFile) -> list[Callable[[WorkerFile], Finding]]:
+    """Return the checks of what is lost at a power cut."""
+    checks: list[Callable[[WorkerFile], Finding]] = []
+    if file.config.broker.startswith("amqp") and isinstance(file.config, ServerSection):  # a site may not find out
+        checks.append(_broker_at_power_cut)
+    if file.config.store.startswith("redis"):
+        checks.append(_store_at_power_cut)
+    return checks
+
+
 def check_power_cut(file: WorkerFile) -> Finding:
-    """Report what the store loses when its host loses power."""
+    """Report what broker and store lose when their hosts lose power."""
+    findings = [check(file) for check in _power_cuts(file)]
+    fixes = " ".join(finding.fix for finding in findings if finding.fix)
+    return Finding("power cut", "; ".join(finding.found for finding in findings), fixes or None)
+
+
+def _broker_at_power_cut(file: WorkerFile) -> Finding:
+    if not Probe(file.config.broker, file.credentials).loses_at_power_cut(file.queues()[file.sites[0]].up):
+        return Finding("power cut", "RabbitMQ loses nothing that it has confirmed")
+    found = "the run's queues are classic, and this version of RabbitMQ confirms before their messages are on disk: if "
+    found += "its host loses power, they are lost and the run waits for them; killed processes lose nothing"
+    return Finding("power cut", found, "move the run to another virtual host (nightsplit move); later runs are safe.")
+
+
+def _store_at_power_cut(file: WorkerFile) -> Finding:
     with closing(file.open_store()) as store:
         assert isinstance(store, RedisStore)
         try:

@@ -335,9 +335,9 @@ def test_an_address_of_several_hosts() -> None:
 
 def test_the_type_of_a_queue_is_never_left_to_the_broker() -> None:
     up = site_queues("run", "site", 1000).up
-    assert arguments(up, replicated=False)["x-queue-type"] == "classic"
-    replicated = arguments(up, replicated=True)
-    assert replicated["x-queue-type"] == "quorum"
-    assert replicated["x-delivery-limit"] == 2**31 - 1
-    assert replicated["x-consumer-disconnected-timeout"] == 10_000
-    assert replicated["x-overflow"] == "reject-publish"
+    assert arguments(up, quorum=False)["x-queue-type"] == "classic"
+    quorum = arguments(up, quorum=True)
+    assert quorum["x-queue-type"] == "quorum"
+    assert quorum["x-delivery-limit"] == 2**31 - 1
+    assert quorum["x-consumer-disconnected-timeout"] == 10_000
+    assert quorum["x-overflow"] == "reject-publish"

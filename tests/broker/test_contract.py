@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,28 +17,31 @@ from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Blocked, Broker, Confirmed, Delivery, Event, Link, Queue, Unblocked
 from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.simulation.faults import Faults, FaultyBroker
-from tests.harness.services import wait_until
+from tests.harness.services import declared_as, for_quorum_queues, wait_until
 
 PATIENCE_S = 10.0
 LIMIT = 2**20
 
 
-# Most of it is the same twice; what differs is in test_quorum.py, too, and always tested.
-QUORUM = pytest.param("rabbitmq-quorum", marks=[pytest.mark.rabbitmq, pytest.mark.campaign])
+# Most of it is the same three times; what differs is in test_quorum.py, too, and always tested.
+RABBITMQ = [pytest.param("classic", marks=pytest.mark.rabbitmq)]
+RABBITMQ += [pytest.param(kind, marks=[pytest.mark.rabbitmq, pytest.mark.campaign]) for kind in ("quorum", "cluster")]
 
 
-@pytest.fixture(params=["memory", "embedded", "faulty", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq), QUORUM])
-def broker(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Broker:
+@pytest.fixture(params=["memory", "embedded", "faulty", *RABBITMQ])
+def broker(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Broker]:
     if request.param == "memory":
-        return MemoryBroker()
-    if request.param == "embedded":
-        return EmbeddedBroker(tmp_path / "broker")
-    if request.param == "faulty":
-        return FaultyBroker(MemoryBroker(), Faults(), seed=0)  # bad lines that happen to be good
-    node = request.getfixturevalue("rabbitmq")
-    one, several = node.vhost(), f"@localhost:{node.port},"  # a node under two names: a cluster, with quorum queues
-    monkeypatch.setattr(rabbitmq_connection, "QUEUE_MISSING_S_MAX", 1.0)  # how long a cluster waits for a queue
-    return RabbitBroker(one if request.param == "rabbitmq" else one.replace("@", several))
+        yield MemoryBroker()
+    elif request.param == "embedded":
+        yield EmbeddedBroker(tmp_path / "broker")
+    elif request.param == "faulty":
+        yield FaultyBroker(MemoryBroker(), Faults(), seed=0)  # bad lines that happen to be good
+    elif request.param == "cluster":
+        monkeypatch.setattr(rabbitmq_connection, "QUEUE_MISSING_S_MAX", 1.0)  # how long a cluster waits for a queue
+        yield RabbitBroker(for_quorum_queues(request.getfixturevalue("rabbitmq").vhost()))
+    else:
+        with declared_as(request.param):
+            yield RabbitBroker(request.getfixturevalue("rabbitmq").vhost())
 
 
 @pytest.fixture

@@ -1,23 +1,29 @@
-"""Quorum queues settle and return messages otherwise than classic ones: acknowledgements before a close, and order."""
+"""Quorum queues settle and return messages otherwise than classic ones: acknowledgements before a close, and order.
+
+A single node has them from a certain version on; here a node of any version has them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
+from typing import Literal
 
 import pytest
 
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import SiteQueues, site_queues
+from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Confirmed, Delivery, Link, Queue
-from tests.harness.services import RabbitNode
+from tests.harness.services import RabbitNode, declared_as, for_quorum_queues
 
 pytestmark = pytest.mark.rabbitmq
 
 
 @pytest.fixture
-def broker(rabbitmq: RabbitNode) -> RabbitBroker:
-    """A node under two names, which makes it a cluster."""
-    return RabbitBroker(rabbitmq.vhost().replace("@", f"@localhost:{rabbitmq.port},"))
+def broker(rabbitmq: RabbitNode) -> Iterator[RabbitBroker]:
+    with declared_as("quorum"):
+        yield RabbitBroker(rabbitmq.vhost())
 
 
 @pytest.fixture
@@ -86,3 +92,38 @@ def test_a_smaller_prefetch_turns_the_order_round(broker: RabbitBroker, queues: 
             assert [delivery.message_id for delivery in fetch(link, 1)] == [names[first]]
     with broker.link([queues.up], 12, "server") as link:
         assert [delivery.message_id for delivery in fetch(link, 12)] == names[3:8] + names[:3] + names[8:]
+
+
+def type_of(broker: RabbitBroker, queue: Queue, node: RabbitNode) -> str:
+    """The type of a queue, as the node tells it."""
+    vhost = broker._addresses[0].virtual_host
+    told = node.ctl("list_queues", "-p", vhost, "name", "type")
+    return dict(line.split("\t") for line in told.splitlines())[queue.name]
+
+
+@pytest.mark.parametrize(("before", "after"), [("classic", "quorum"), ("quorum", "classic")])
+def test_a_queue_keeps_its_type_at_a_single_node(
+    rabbitmq: RabbitNode, before: Literal["classic", "quorum"], after: Literal["classic", "quorum"]
+) -> None:
+    """A node or a nightsplit that was upgraded goes on with the queues that are there; limits are still compared."""
+    broker, (up, down, dead) = RabbitBroker(rabbitmq.vhost()), site_queues("run", "site", 2**20)
+    with declared_as(before):
+        broker.declare([up, down])
+    store(broker, up, 3)
+    with declared_as(after):
+        broker.declare([up, down, dead])
+        assert [type_of(broker, queue, rabbitmq) for queue in (up, down, dead)] == [before, before, after]
+        with pytest.raises(BrokerError, match=r"E204 .*x-max-length-bytes"):
+            broker.declare(site_queues("run", "site", 2**21))
+    with broker.link([up], 3, "server") as link:
+        for delivery in fetch(link, 3):
+            link.acknowledge(delivery)
+    assert broker.depth(up) == 0
+
+
+def test_a_queue_of_a_cluster_is_replicated_or_refused(rabbitmq: RabbitNode) -> None:
+    url, queues = rabbitmq.vhost(), site_queues("run", "site", 2**20)
+    with declared_as("classic"):
+        RabbitBroker(url).declare(queues)
+    with pytest.raises(BrokerError, match=r"E204 .*x-queue-type"):
+        RabbitBroker(for_quorum_queues(url)).declare(queues)

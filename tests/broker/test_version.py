@@ -5,6 +5,8 @@ RabbitMQ 4.2.6 and 4.3.0 are not at hand: a greeting of 4.3.6 stands for theirs,
 
 from __future__ import annotations
 
+from collections import deque
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,21 @@ def test_queues_of_a_refused_server(refused: RabbitNode) -> None:
         with pytest.raises(BrokerError, match=rf"{refused.port} runs RabbitMQ \d.*to RabbitMQ 99.0.1") as refusal:
             call()
         assert refusal.value.number == 213
+
+
+@pytest.mark.rabbitmq
+def test_a_link_to_a_refused_server(rabbitmq: RabbitNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that was open: the server is replaced, or another host of the cluster answers."""
+    broker, queues = RabbitBroker(rabbitmq.vhost()), site_queues("run", "north", 2**20)
+    broker.declare(queues)
+    with broker.link([queues.down], 1, "north") as link:
+        monkeypatch.setattr(version, "UNUSABLE", {rabbitmq.version: "99.0.1"})
+        rabbitmq.ctl("close_all_connections", "--vhost", broker._addresses[0].virtual_host, "upgrade")
+        with pytest.raises(BrokerError, match=f"E213 .*{rabbitmq.port} runs RabbitMQ") as refusal:
+            deque(iter(partial(link.receive, 20), None))
+        assert refusal.value.__cause__ is None
+    with pytest.raises(BrokerError, match="E213 "):
+        broker.link([], 1, "north")
 
 
 @pytest.mark.campaign

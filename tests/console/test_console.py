@@ -21,7 +21,7 @@ from nightsplit.shared.errors import NightsplitError
 from nightsplit.shared.run_store.status import Phase, SiteStatus, WorkerStatus
 from tests.harness.approvals import approve_all
 from tests.harness.processes import Fresh
-from tests.harness.services import wait_until
+from tests.harness.services import declared_as, wait_until
 from tests.harness.study import SITES, begin, change, end, end_all, queued, write_study
 
 
@@ -202,6 +202,30 @@ def test_doctor_says_what_redis_loses_at_a_power_cut(setting, value, lost, tmp_p
             client.config_set("appendonly", "yes")
     assert (finding["fix"] is None) is (lost is None)
     assert lost is None or lost in finding["found"]
+
+
+@pytest.mark.rabbitmq
+def test_doctor_says_what_classic_queues_lose_at_a_power_cut(tmp_path, rabbitmq, capsys):
+    folder, url = write_study(tmp_path), rabbitmq.vhost()
+    for worker in ("server", "north"):
+        change(folder / f"{worker}.toml", "embedded:broker", url)
+
+    def power_cut(queue_type):
+        with declared_as(queue_type):
+            return doctor(folder / "server.toml", capsys, 0)
+
+    assert power_cut("quorum")["power cut"]["fix"] is None, "none is created yet"
+    with declared_as("classic"):
+        assert run(["open", str(folder / "server.toml")]) == 0
+    capsys.readouterr()
+    upgraded = power_cut("quorum")
+    assert upgraded["broker"]["found"] == "reached; all 6 queues exist, with the run's limits"
+    assert "the run's queues are classic" in upgraded["power cut"]["found"]
+    assert "nightsplit move" in upgraded["power cut"]["fix"]
+    assert power_cut("classic")["power cut"] == {
+        "check": "power cut", "found": "RabbitMQ loses nothing that it has confirmed", "fix": None, "failed": False,
+    }  # fmt: skip
+    assert "power cut" not in doctor(folder / "north.toml", capsys, 0), "a site may not ask"
 
 
 def test_doctor_stops_at_the_first_closed_gate(tmp_path, capsys):

@@ -5,7 +5,7 @@
 
 The shutdown is the one with which ext4 itself is tested: from this moment on nothing reaches the image, and what is
 found afterwards is what a host would find. The mount options take away what ext4 does for programs that do not sync:
-no commit every five seconds, no flush before a rename, no order of data and journal.
+no commit every five seconds, no flush before a rename, no order of data and journal. Erlang relies on the second.
 
 Root and the programs of Debian's base system (mount, e2fsprogs) are needed. The fixture `power_cuts` skips tests where
 such a disk cannot be made.
@@ -25,16 +25,24 @@ from pathlib import Path
 
 SHUTDOWN, WITHOUT_FLUSH = 0x8004587D, 2
 """EXT4_IOC_SHUTDOWN, and its EXT4_GOING_FLAGS_NOLOGFLUSH."""
-OPTIONS = "loop,commit=3600,noauto_da_alloc,data=writeback"
+FORGETFUL = "loop,commit=3600,noauto_da_alloc,data=writeback"
+USUAL = "loop"
+"""Options of the mount: all that may be forgotten is, or what a host forgets that has its file system as it comes."""
 IMAGE_BYTES = 256 * 2**20
 """Size of an image, of which only what is written takes space: a broker keeps 64 MiB free."""
 
 
 class ForgetfulDisk:
-    """A disk at `folder`, with what is in it, until it is closed."""
+    """A disk at `folder`, with what is in it, until it is closed.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: where it is mounted.
+        options: `FORGETFUL` or `USUAL`.
+    """
+
+    def __init__(self, folder: Path, options: str = FORGETFUL) -> None:
         self.folder = folder
+        self._options = options
         self._image = folder.with_name(f"{folder.name}.img")
         before = folder.with_name(f"{folder.name}.before")
         if folder.exists():
@@ -47,8 +55,12 @@ class ForgetfulDisk:
         (folder / "lost+found").rmdir()
         if before.exists():
             shutil.copytree(before, folder, dirs_exist_ok=True)
-        _run("sync", "--file-system", folder)
+        self.sync()
         atexit.register(self.close)
+
+    def sync(self) -> None:
+        """Force everything to it, as a host does sooner or later."""
+        _run("sync", "--file-system", self.folder)
 
     def cut(self) -> None:
         """Cut the power, and bring it back; processes that use this disk must be dead."""
@@ -73,7 +85,7 @@ class ForgetfulDisk:
         atexit.unregister(self.close)
 
     def _mount(self) -> None:
-        _run("mount", "-o", OPTIONS, self._image, self.folder)
+        _run("mount", "-o", self._options, self._image, self.folder)
         self.folder.chmod(0o700)
 
 

@@ -18,15 +18,18 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
+from unittest.mock import patch
 
 import redis
 
+from nightsplit.broker.rabbitmq import version
 from tests.harness.listeners import listeners
 
 # The wrappers on PATH change to the user of the installed service; the scripts themselves do not.
@@ -227,6 +230,13 @@ class RabbitNode(Service):
                 f" end || V <- [{names}]].",
             )
         return f"amqp://guest:guest@127.0.0.1:{self.port}/{self._vhosts.pop(0)}"
+
+
+@contextmanager
+def declared_as(queue_type: Literal["classic", "quorum"]) -> Iterator[None]:
+    """Within the block, a single node of any version gets queues of this type."""
+    with patch.object(version, "FIRST_UNSYNCED", (99,) if queue_type == "classic" else (0,)):
+        yield
 
 
 def for_quorum_queues(url: str) -> str:

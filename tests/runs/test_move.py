@@ -90,11 +90,11 @@ def test_from_the_embedded_broker_to_rabbitmq(
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("way", ["classic to quorum", "quorum to embedded"])
+@pytest.mark.parametrize("way", ["node to cluster", "cluster to embedded"])
 def test_from_rabbitmq(rabbitmq: RabbitNode, undisturbed: dict[str, str], tmp_path: Path, way: str) -> None:
     old, new = {
-        "classic to quorum": (rabbitmq.vhost(), for_quorum_queues(rabbitmq.vhost())),
-        "quorum to embedded": (for_quorum_queues(rabbitmq.vhost()), EMBEDDED),
+        "node to cluster": (rabbitmq.vhost(), for_quorum_queues(rabbitmq.vhost())),
+        "cluster to embedded": (for_quorum_queues(rabbitmq.vhost()), EMBEDDED),
     }[way]
     with stopped_in_the_middle(Hospital(tmp_path / "run", broker=old, epochs=EPOCHS, sites=SITES)) as hospital:
         name_new_broker(hospital, old, new)
@@ -141,17 +141,17 @@ def test_a_move_that_is_killed_again_and_again_goes_on(
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@pytest.mark.parametrize("hosts", ["one host", "several hosts"])
 @pytest.mark.parametrize("server", ["RabbitMQ 4.0", "RabbitMQ 4.3"])
 def test_to_another_version_of_rabbitmq(
-    rabbitmq: RabbitNode, undisturbed: dict[str, str], tmp_path: Path, server: str, queue_type: str
+    rabbitmq: RabbitNode, undisturbed: dict[str, str], tmp_path: Path, server: str, hosts: str
 ) -> None:
     old = rabbitmq.vhost()
     with (
         RabbitNode(tmp_path / "new", folder_of(server)) as node,
         stopped_in_the_middle(Hospital(tmp_path / "run", broker=old, epochs=EPOCHS, sites=SITES)) as hospital,
     ):
-        new = node.url if queue_type == "classic" else for_quorum_queues(node.url)
+        new = node.url if hosts == "one host" else for_quorum_queues(node.url)
         name_new_broker(hospital, old, new)
         move(hospital)
         assert finish(hospital, old, new) == undisturbed
