@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from functools import cache, partial
 from importlib import resources
 from typing import Any, TypeVar
-from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 import redis
@@ -19,8 +18,9 @@ from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 from typing_extensions import override
 
+from nightsplit.shared.address import Address, read_address
 from nightsplit.shared.credentials import NO_CREDENTIALS, Credentials
-from nightsplit.shared.errors import BrokerError, ConfigError, MissingRightError
+from nightsplit.shared.errors import BrokerError, MissingRightError
 from nightsplit.shared.run_store.base import RunStore, Status, age_seconds
 from nightsplit.shared.run_store.status import UNREADABLE, WorkerStatus, read_status, record_bytes_max, write_status
 from nightsplit.shared.storage.checkpoint import Pointer
@@ -45,26 +45,15 @@ class RedisStore(RunStore):
     """State of `run` at `url` ("redis://[[user]:password@]host[:port][/database]", or rediss: for TLS).
 
     Raises:
-        ConfigError: 107 `url` is not an address of Redis, 113 a file of `credentials` cannot be used.
+        ConfigError: 107 the address cannot be used, 111 it is an unencrypted one of another machine, 113 a file
+            of `credentials` cannot be used.
         BrokerError: 207 the server cannot be reached or refuses the login.
     """
 
     def __init__(self, url: str, run: str, credentials: Credentials = NO_CREDENTIALS) -> None:
-        try:
-            address = urlsplit(url)
-            self._server = f"{address.scheme}://{address.hostname}:{address.port or 6379}"  # without the password
-            self._redis = redis.Redis.from_url(
-                url,
-                **_login(address, credentials),
-                decode_responses=True,
-                encoding_errors="surrogateescape",  # a site may write invalid text; the schema then refuses it
-                socket_timeout=TIMEOUT_SECONDS,
-                socket_connect_timeout=TIMEOUT_SECONDS,
-                retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=3),
-            )
-        except ValueError:  # the text may hold the password
-            sentence = "the store's address is not one of Redis."
-            raise ConfigError(107, sentence, 'write "redis://user:password@host:6379/0".') from None
+        address = read_address(url)
+        self._server = str(address)
+        self._redis = redis_client(address, credentials)
         # Braces keep the keys of a run on one node of a Redis cluster, as scripts require.
         self._prefix = f"nightsplit:{{{run}}}"
         self._lease, self._pointer, self._journal = (f"{self._prefix}:{of}" for of in ("lease", "pointer", "journal"))
@@ -182,14 +171,14 @@ def _read(worker: str, entry: str, now: float) -> Status:
     return Status(worker, read_status(record, worker), age_seconds(now, written / 1000))
 
 
-def _login(address: SplitResult, credentials: Credentials) -> dict[str, Any]:
-    """Return the arguments of redis-py for `credentials` at this address."""
-    settings: dict[str, Any] = {}
-    if (secret := credentials.secret()) is not None:
-        settings["password"] = secret
-    if address.scheme == "rediss":
+def redis_client(address: Address, credentials: Credentials) -> Any:
+    """Return redis-py's client, which connects with its first command; ConfigError 113 as `Credentials.tls`."""
+    host, port = address.places[0]
+    tls: dict[str, Any] = {}
+    if address.is_encrypted:
         credentials.tls()  # reports a wrong file now; redis-py would only when it connects
-        settings |= {
+        tls = {
+            "ssl": True,
             "ssl_cert_reqs": "required",
             "ssl_check_hostname": True,
             "ssl_min_version": ssl.TLSVersion.TLSv1_2,
@@ -197,4 +186,12 @@ def _login(address: SplitResult, credentials: Credentials) -> dict[str, Any]:
             "ssl_certfile": credentials.certificate and str(credentials.certificate),
             "ssl_keyfile": credentials.key and str(credentials.key),
         }
-    return settings
+    return redis.Redis(
+        host, port, int(address.path or 0), username=address.user, password=credentials.secret() or address.password,
+        decode_responses=True,
+        encoding_errors="surrogateescape",  # a site may write invalid text; the schema then refuses it
+        socket_timeout=TIMEOUT_SECONDS,
+        socket_connect_timeout=TIMEOUT_SECONDS,
+        retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=3),
+        **tls,
+    )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from nightsplit.shared.address import DEFAULT_PORTS, read_address
 from nightsplit.shared.clock import Clock, SystemClock
 from nightsplit.shared.config.worker import WorkerSection
 from nightsplit.shared.engine.counters import Counters
@@ -32,6 +33,12 @@ class Participant:
         base: folder of the worker's file; relative paths start there.
         config: the worker's section.
         overrides: "section.key=value" for run.toml (as in `nightsplit.shared.protocols.load.load_run`).
+
+    Attributes:
+        addresses: addresses of broker and store, unless they are files.
+
+    Raises:
+        ConfigError: 101-103 as `load_run`, 107 or 111 an address cannot be used.
     """
 
     def __init__(self, base: Path, config: WorkerSection, overrides: Sequence[str]) -> None:
@@ -40,6 +47,8 @@ class Participant:
         self.run_folder = (base / config.run).parent
         self.state_folder = base / config.state
         self.credentials = config.credentials(base)
+        texts = (config.broker, config.store)
+        self.addresses = [read_address(text) for text in texts if text.partition(":")[0] in DEFAULT_PORTS]
         self._store_address = config.store
 
     def open_store(self) -> RunStore:
