@@ -129,6 +129,7 @@ class ServerWorker(Worker):
         routes = {site: Route(outgoing=q.down, incoming=q.up, dead=q.dead) for site, q in queues.items()}
         role = make_server_role(config, folder, self.run_folder, self._device, self._group)
         with closing(self.open_store()) as store:
+            store.admit([SERVER, *config.run.sites])
             statuses = store.statuses([SERVER, *config.run.sites])
         checkpoints = self._checkpoints(lease)
         largest = planned_message_bytes(config, {kind: p for kind in _LARGE_KINDS if (p := role.payload(kind))})

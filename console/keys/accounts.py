@@ -77,6 +77,11 @@ aclfile {folder}/users.acl
 # The pointer to the newest checkpoint and the order journal must survive a power cut.
 appendonly yes
 appendfsync always
+# A run needs some megabytes. No site can fill more than a status of this size for each run that is open.
+proto-max-bulk-len 1mb
+maxmemory 2gb
+maxmemory-policy noeviction
+maxmemory-clients 512mb
 """
 
 PLUGINS = "[rabbitmq_management,rabbitmq_prometheus].\n"

@@ -1,4 +1,11 @@
-"""Run store in Redis, for servers on several hosts. Each change is one script of lua/, so it is atomic.
+"""Run store in Redis, for servers on several hosts. Each change by a server is one script of lua/, so it is atomic.
+
+    nightsplit:{<run>}:status:<worker>            list of one entry: time and record, as JSON
+    nightsplit:{<run>}:lease, :pointer, :journal  hashes
+
+A site runs no script, which could stop the store for all. Its only command that writes is LSET, which creates no key:
+so it reports to runs that a server has opened (`admit`) and fills the memory with nothing else. redis.conf, as
+`nightsplit keys` writes it, limits the size of an entry.
 
 Redis must run with `appendonly yes`. With `appendfsync everysec` a returned change survives the
 death of any process, including the Redis server, but not a host that crashes within the second;
@@ -6,8 +13,10 @@ death of any process, including the Redis server, but not a host that crashes wi
 Redis server's own, so clocks of workers may differ.
 """
 
+import json
 import ssl
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache, partial
 from importlib import resources
 from typing import Any, TypeVar
@@ -22,7 +31,7 @@ from nightsplit.shared.address import Address, read_address
 from nightsplit.shared.credentials import NO_CREDENTIALS, Credentials
 from nightsplit.shared.errors import BrokerError, MissingRightError
 from nightsplit.shared.run_store.base import RunStore, Status, age_seconds
-from nightsplit.shared.run_store.status import UNREADABLE, WorkerStatus, read_status, record_bytes_max, write_status
+from nightsplit.shared.run_store.status import UNREADABLE, WorkerStatus, read_status, write_status
 from nightsplit.shared.storage.checkpoint import Pointer
 from nightsplit.shared.wire.message import SERVER
 
@@ -36,9 +45,9 @@ SERVER_RULES = "~nightsplit:* +@all -@admin -@dangerous"
 
 
 def site_rules(site: str) -> str:
-    """Return the Redis ACL rules of a site: in every run, write its own status and read the server's."""
+    """Return the Redis ACL rules of a site: in every open run, replace its own status and read the server's."""
     own, server = (f"nightsplit:{{*}}:status:{worker}" for worker in (site, SERVER))
-    return f"%RW~{own} %R~{server} -@all +ping +evalsha +script|load +time +set +getrange"
+    return f"%RW~{own} %R~{server} -@all +ping +time +lset +lindex"
 
 
 class RedisStore(RunStore):
@@ -65,16 +74,33 @@ class RedisStore(RunStore):
 
     @override
     def put_status(self, worker: str, status: WorkerStatus) -> None:
-        self._run("put_status", [self._status(worker)], write_status(status))
+        # By a clock that was read before: a worker that stops in between looks silent, as it is.
+        entry = json.dumps([round(self.now() * 1000), write_status(status)])
+        self._call(partial(self._replace_status, self._status(worker), entry))
+
+    def _replace_status(self, key: str, entry: str) -> None:
+        try:
+            self._redis.lset(key, 0, entry)
+        except redis.ResponseError as error:
+            if "no such key" not in str(error):
+                raise
+            with suppress(redis.exceptions.NoPermissionError):  # a site waits until a server has opened the run
+                self._redis.rpush(key, entry)
+
+    @override
+    def admit(self, workers: Iterable[str]) -> None:
+        self._run("admit", [self._status(worker) for worker in workers])
 
     @override
     def statuses(self, workers: Iterable[str]) -> dict[str, Status]:
         workers = list(workers)
-        # No script: it would need the right to write every key, and a site may only read the server's.
         commands = self._redis.pipeline(transaction=False)
         for worker in workers:
-            commands.getrange(self._status(worker), 0, record_bytes_max(worker))
-        found: list[str] = self._call(commands.execute)
+            commands.lindex(self._status(worker), 0)
+        found: list[Any] = self._call(partial(commands.execute, raise_on_error=False))
+        for error in found:
+            if isinstance(error, redis.exceptions.NoPermissionError):
+                raise self._refused(error)
         now = self.now()
         return {worker: _read(worker, entry, now) for worker, entry in zip(workers, found, strict=True) if entry}
 
@@ -148,13 +174,17 @@ class RedisStore(RunStore):
         try:
             return command()
         except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
-            is_right = isinstance(error, redis.exceptions.NoPermissionError)
-            sentence = f"{self._server} refuses: {str(error).rstrip('.')}."
-            remedy = "check user and password, and that the address names this worker's own user."
-            raise (MissingRightError if is_right else BrokerError)(207, sentence, remedy) from None
+            raise self._refused(error) from None
         except redis.RedisError as error:
             remedy = "start Redis, or check the address of the store and the network."
             raise BrokerError(207, f"{self._server}: {error}.", remedy) from None
+
+    def _refused(self, error: Exception) -> BrokerError:
+        """Return the error for a login or an operation that Redis refuses."""
+        is_right = isinstance(error, redis.exceptions.NoPermissionError)
+        sentence = f"{self._server} refuses: {str(error).rstrip('.')}."
+        remedy = "check user and password, and that the address names this worker's own user."
+        return (MissingRightError if is_right else BrokerError)(207, sentence, remedy)
 
 
 @cache
@@ -162,9 +192,11 @@ def _text_of(script: str) -> str:
     return resources.files(__package__).joinpath("lua", f"{script}.lua").read_text(encoding="utf-8")
 
 
-def _read(worker: str, entry: str, now: float) -> Status:
-    """Return the status in a worker's entry; it dates from 1970 if even its time cannot be read."""
+def _read(worker: str, entry: str | Exception, now: float) -> Status:
+    """Return the status in a worker's entry, or in what is there instead of a list; 1970 if it has no readable time."""
     try:
+        if isinstance(entry, Exception):
+            raise ValueError
         written, record = msgspec.json.decode(entry, type=tuple[float, str])
     except (msgspec.MsgspecError, ValueError, RecursionError):  # as in `read_status`
         return Status(worker, UNREADABLE, age_seconds(now, 0.0))

@@ -22,7 +22,7 @@ from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import query_queues, site_queues
 from nightsplit.console.keys.admin import administrator
 from nightsplit.shared.run_store.redis import RedisStore
-from nightsplit.shared.run_store.status import Phase, WorkerStatus
+from nightsplit.shared.run_store.status import UNREADABLE, Phase, WorkerStatus
 from tests.harness.centre import SITES, Centre
 
 pytestmark = [pytest.mark.rabbitmq, pytest.mark.redis]
@@ -148,13 +148,17 @@ def commands(site: str) -> Iterator[tuple[tuple[str, ...], bool]]:
         for name in STORED:
             key = f"nightsplit:{{{run}}}:{name}"
             own, readable = name == f"status:{site}", name in ("status:server", f"status:{site}")
-            yield ("SET", key, "x"), own
-            yield ("GETRANGE", key, "0", "9"), readable
-            yield ("EVALSHA", SET_BY_SCRIPT, "1", key, "x"), own
+            yield ("LSET", key, "0", "x"), own
+            yield ("LINDEX", key, "0"), readable
             yield from (((word, key), False) for word in ("GET", "MGET", "DEL", "HGETALL", "DUMP", "TYPE", "UNLINK"))
+            yield from (((word, key, "x"), False) for word in ("SET", "RPUSH", "LPUSH", "RPUSHX", "APPEND", "SADD"))
+            yield ("EVALSHA", SET_BY_SCRIPT, "1", key, "x"), False
+            yield ("EVAL", SCRIPT, "1", key, "x"), False
             yield ("HSET", key, "fence", "9"), False
             yield ("RENAME", key, f"nightsplit:{{{run}}}:status:{site}"), False
+        yield ("LSET", f"nightsplit:{{{run}-unopened}}:status:{site}", "0", "x"), False
     for command in (
+        "SCRIPT LOAD return", "EVAL return 0", "FCALL f 0",
         "KEYS *", "SCAN 0", "FLUSHALL", "FLUSHDB", "CONFIG GET *", "ACL LIST", "ACL SETUSER north on nopass ~* +@all",
         "INFO", "MONITOR", "SHUTDOWN", "CLIENT LIST", "SAVE", "SUBSCRIBE x", "PUBLISH x y", "SELECT 1",
         "FUNCTION LIST", "SCRIPT FLUSH", "SLAVEOF localhost 1", "MODULE LIST", "SWAPDB 0 1",
@@ -169,8 +173,9 @@ def test_a_site_says_how_it_is_and_reads_how_the_server_is(centre: Centre, site:
     login |= {"ssl_certfile": str(credentials.certificate), "ssl_keyfile": str(credentials.key)}
     host, port = centre.addresses.store.split(":")
     wrong = []
+    with closing(RedisStore(centre.store("server"), "night-1", centre.credentials("server"))) as store:
+        assert store._redis.script_load(SCRIPT) == SET_BY_SCRIPT
     with closing(redis.Redis(host, int(port), **login)) as client:
-        assert client.script_load(SCRIPT) == SET_BY_SCRIPT
         for command, may in commands(site):
             try:
                 client.execute_command(*command)
@@ -178,12 +183,42 @@ def test_a_site_says_how_it_is_and_reads_how_the_server_is(centre: Centre, site:
             except redis.exceptions.NoPermissionError:
                 done = False
             except redis.exceptions.ResponseError as error:
-                if "ACL failure in script" not in str(error):
+                if "no such key" not in str(error):
                     raise
                 done = False
             if done is not may:
                 wrong.append(command)
     assert wrong == []
+
+
+def test_e4_e5_a_site_stops_no_store_and_fills_none(centre: Centre) -> None:
+    """Endless scripts, statuses of runs that do not exist, and enormous ones."""
+    with (
+        closing(centre.keys.services().connect_redis()) as admin,
+        closing(RedisStore(centre.store("north"), "night-1", centre.credentials("north"))) as north,
+        closing(RedisStore(centre.store("server"), "night-1", centre.credentials("server"))) as server,
+    ):
+        keys, memory = admin.dbsize(), admin.info("memory")["used_memory"]
+        for script in ("while true do end", "return redis.call('DEBUG', 'SLEEP', 60)"):
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                north._redis.eval(script, 1, north._status("north"))
+        own = north._status("north")
+        for number in range(200):
+            with pytest.raises(redis.ResponseError, match="no such key"):
+                north._redis.lset(own.replace("night-1", f"night-{number + 100}"), 0, "x" * 2**19)
+        with closing(RedisStore(centre.store("north"), "night-77", centre.credentials("north"))) as unopened:
+            unopened.put_status("north", WorkerStatus(phase=Phase.WAITING))  # no error: a site may start first
+            assert unopened.statuses(["north"]) == {}
+        for size in (2**20 + 1, 2**26):
+            with pytest.raises((redis.ResponseError, redis.ConnectionError)):
+                north._redis.lset(own, 0, "x" * size)
+        north._redis.lset(own, 0, "x" * (2**20 - 1))
+        assert server.statuses(["north"])["north"].report is UNREADABLE
+        assert server.renew_lease("server", server.acquire_lease("server", 60) or 0, 60)
+        assert admin.dbsize() == keys
+        assert admin.info("memory")["used_memory"] - memory < 2**24
+        north.put_status("north", WorkerStatus(phase=Phase.WORKING))
+        assert server.statuses(["north"])["north"].online
 
 
 def test_the_server_looks_after_runs_and_not_after_redis(centre: Centre) -> None:
