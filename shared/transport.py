@@ -16,7 +16,7 @@ A message that is unconfirmed when its link closes counts as never sent.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from nightsplit.shared.errors import BrokerError
@@ -79,6 +79,11 @@ class Delivery:
         return "" if self.user is None else f" from user {self.user or 'unknown'}"
 
 
+def without_content(delivery: Delivery) -> Delivery:
+    """Return a delivery as it is kept until it is acknowledged: a night's bodies would fill the memory."""
+    return replace(delivery, body=b"", headers={})
+
+
 @dataclass(frozen=True, slots=True)
 class Confirmed:
     """Confirmation that the broker holds a message durably; only then does it count as sent."""
@@ -136,6 +141,11 @@ class Link(ABC):
     @abstractmethod
     def acknowledge(self, delivery: Delivery) -> None:
         """Acknowledge a delivery. One from before a reconnect is ignored: it comes again."""
+
+    @abstractmethod
+    def give_back(self, delivery: Delivery) -> None:
+        """Return a delivery to the front of its queue, from where it comes again. One from before a reconnect does so
+        by itself."""
 
     @property
     @abstractmethod

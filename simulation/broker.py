@@ -119,6 +119,14 @@ class _MemoryLink(Link):
                 stored.handed_out = [held for held in stored.handed_out if held.tag != delivery.tag]
             self._broker._changed.notify_all()
 
+    @override
+    def give_back(self, delivery: Delivery) -> None:
+        with self._broker._changed:
+            stored = self._broker._queues.get(delivery.queue)
+            if stored is not None and stored.consumer is self:
+                stored.waiting.extendleft(held for held in stored.handed_out if held.tag == delivery.tag)
+                stored.handed_out = [held for held in stored.handed_out if held.tag != delivery.tag]
+
     @property
     @override
     def unconfirmed(self) -> frozenset[str]:
