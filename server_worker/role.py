@@ -24,6 +24,8 @@ from nightsplit.shared.wire.schema import Contract, Payload
 
 INCARNATIONS_MAX = 8
 """Largest number of incarnations of a site that are remembered."""
+HELLO_ANSWERS_MAX = 1000
+"""Largest number of manifests and rejections that a site gets. The first ones wait for it until it reads them."""
 INCARNATION_LENGTH_MAX = 64
 """Largest number of characters in an incarnation's name."""
 
@@ -69,6 +71,7 @@ class ServerRole(Role, Generic[S]):
         self._counts: dict[str, Samples] = {}
         self._released = dict.fromkeys(config.run.sites, 0)
         """Number of answers that each site has announced as acknowledged."""
+        self._hello_answers: Counter[str] = Counter()
         self._greeted: dict[str, list[str]] = {site: [] for site in config.run.sites}
         """Latest accepted incarnations of each site; earlier ones no longer run."""
 
@@ -171,10 +174,11 @@ class ServerRole(Role, Generic[S]):
             problem = 409, "the site's data changed since the run began"
         elif incarnation not in self._greeted[site] and mark < self._released[site]:
             problem = 504, f"the site is at answer {mark}, but had stored {self._released[site]} before"
-        if problem is not None:
-            return [self._rejection(site, incarnation, problem)]
-        if not hello["enrolled"]:
-            return [self._manifest(site)]
+        if problem is not None or not hello["enrolled"]:
+            if self._hello_answers[site] >= HELLO_ANSWERS_MAX:
+                raise Refused(308, f"{site} has had {HELLO_ANSWERS_MAX} answers to hellos.", "look into its log.")
+            self._hello_answers[site] += 1
+            return [self._rejection(site, incarnation, problem) if problem else self._manifest(site)]
         # A hello may come again after a later one; only a new process may have lost its state.
         if incarnation not in self._greeted[site]:
             self._greeted[site] = [*self._greeted[site], incarnation][-INCARNATIONS_MAX:]
@@ -256,6 +260,7 @@ class ServerRole(Role, Generic[S]):
             "digest": self.config.digest,
             "opened": self._opened, "ended": self._ended, "steps": self.steps, "applied": dict(self.applied),
             "released": dict(self._released), "refusals": dict(self.refusals),
+            "hello_answers": dict(self._hello_answers),
             "greeted": {site: list(incarnations) for site, incarnations in self._greeted.items()},
             "counts": {site: list(samples) for site, samples in self._counts.items()},
             "excluded": dict(self.excluded),
@@ -272,6 +277,7 @@ class ServerRole(Role, Generic[S]):
         self.best_weights = under("best", tensors)
         self._opened, self._ended, self.steps = facts["opened"], facts["ended"], facts["steps"]
         self.applied, self._released = facts["applied"], facts["released"]
+        self._hello_answers = Counter(facts.get("hello_answers", {}))  # earlier versions did not count them
         self._greeted, self.excluded = facts["greeted"], facts["excluded"]
         self._counts = {site: Samples(*counts) for site, counts in facts["counts"].items()}
         self.sequences = {site: self.sequence_of(site, samples) for site, samples in self._counts.items()}
