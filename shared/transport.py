@@ -28,18 +28,18 @@ class Queue:
 
     Attributes:
         name: name, unique at the broker.
-        exchange: direct exchange that leads to it; also its dead letter exchange.
+        exchange: direct exchange that leads to it.
         key: routing key.
         limit_bytes: capacity; a publish that would exceed it is refused (back-pressure), though a cluster may take
             messages that are published together. None for no limit.
-        dead_key: routing key of its dead letter queue; None for a dead letter queue itself.
+        dead: its dead letter queue; None for a dead letter queue itself.
     """
 
     name: str
     exchange: str
     key: str
     limit_bytes: int | None
-    dead_key: str | None
+    dead: "Queue | None"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ Event = Delivery | Confirmed | Blocked | Unblocked
 
 def check_size(queue: Queue, message_id: str, size: int, limit: int) -> None:
     """Raise BrokerError 203 if a message is too large; a dead letter may be: the broker accepted it before."""
-    if size > limit and queue.dead_key is not None:
+    if size > limit and queue.dead is not None:
         sentence = f"{message_id} has {size} bytes, the limit is {limit}."
         raise BrokerError(203, sentence, "lower run.batch_size or choose a smaller codec.")
 

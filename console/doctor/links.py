@@ -123,6 +123,9 @@ def _attempts_at_broker(file: WorkerFile) -> dict[str, Callable[[], bool]]:
         "publish to any queue (default exchange)": partial(probe.may_publish, ""),
         "create a queue": partial(probe.may_create, f"doctor.{PREFIX}"),
     }
+    if isinstance(file.config, SiteSection):
+        own = site_queues(file.run_config.run.id, file.config.name, file.run_config.wire.queue_bytes)
+        attempts["publish as the server"] = partial(probe.may_publish, own.down.exchange)
     for other in file.other_sites:
         queues = site_queues(file.run_config.run.id, other, file.run_config.wire.queue_bytes)
         attempts[f"publish as {other}"] = partial(probe.may_publish, queues.up.exchange)

@@ -234,10 +234,12 @@ def test_a_delivery_that_is_given_back_comes_again(broker: Broker, queues: SiteQ
         stale = held[2]
         link.give_back(held[0])
         assert ids(deliveries(link, 1)) == ["m0"]
-    with broker.link([queues.up], 6, "server") as link:
-        assert ids(deliveries(link, 5)) == ["m0", "m2", "m3", "m4", "m5"]
+    with broker.link([queues.up], 1, "server") as link:
+        deliveries(link, 1)
         link.give_back(stale)
         assert quiet(link)
+    with broker.link([queues.up], 6, "server") as link:
+        assert set(ids(deliveries(link, 5))) == {"m0", "m2", "m3", "m4", "m5"}  # no order after a smaller prefetch
 
 
 def test_prefetch_holds_for_each_queue(broker: Broker) -> None:

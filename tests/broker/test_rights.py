@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
+import json
 import socket
 import ssl
 import warnings
@@ -19,7 +20,7 @@ import redis
 
 from nightsplit.broker.rabbitmq.address import read_addresses
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
-from nightsplit.broker.topology import query_queues, site_queues
+from nightsplit.broker.topology import POLICIES, query_queues, site_queues
 from nightsplit.console.keys.admin import administrator
 from nightsplit.shared.run_store.redis import RedisStore
 from nightsplit.shared.run_store.status import UNREADABLE, Phase, WorkerStatus
@@ -83,7 +84,7 @@ def attempts(site: str, version: tuple[int, ...]) -> Iterator[tuple[str, bool, A
         exchange = queues.up.exchange
         for queue in queues:
             name, key = queue.name, queue.key
-            yield f"publish to {name}", own, publishing(exchange, key)
+            yield f"publish to {name}", own and key not in ("down", "answer"), publishing(queue.exchange, key)
             yield f"publish to {name} by the default exchange", False, publishing("", name)
             # In earlier versions everybody sees the depth of a queue with a known name.
             yield (
@@ -132,6 +133,39 @@ def test_a_site_reaches_its_own_queues_alone(centre: Centre, site: str) -> None:
         tries = attempts(site, centre.node.version)
         wrong = [what for what, may, act in tries if permitted(connection, act) is not may]
     assert wrong == []
+
+
+def test_e2_a_site_fills_no_queue_of_the_server_and_no_disk_with_dead_letters(centre: Centre) -> None:
+    """Messages to its own `down` reach no queue; the oldest of too many dead letters make room."""
+    queues = site_queues("night-1", "north", 2**20)
+    with closing(connect(centre, "north")) as connection:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        for key in ("down", "answer"):
+            with pytest.raises(pika.exceptions.UnroutableError):
+                channel.basic_publish(queues.up.exchange, key, b"x", mandatory=True)
+        large = pika.BasicProperties(headers={"x": "y" * 100_000})
+        for number in range(30):
+            channel.basic_publish(queues.dead.exchange, "dead", b"%d" % number, large, mandatory=True)
+    found = centre.node.ctl("list_queues", "-p", "nightsplit", "name", "policy").splitlines()
+    policies = dict(line.split("\t") for line in found if line.startswith("nightsplit."))
+    assert policies == {
+        queue.name: {"dead": "dead", "up": "up", "ask": "up"}.get(queue.key, "lazy")
+        for _, of_site in QUEUES for queue in of_site
+    }  # fmt: skip
+    # The same policy with a small number, at once: no test writes a GiB.
+    definition = json.dumps({**POLICIES["dead"][1], "max-length": 10})
+    centre.node.ctl("set_policy", "-p", "nightsplit", "--priority", "9", "small", r"^nightsplit\..*\.dead$", definition)
+    try:
+        with closing(connect(centre, "north")) as connection:
+            channel = connection.channel()
+            channel.confirm_delivery()
+            for number in range(30, 60):
+                channel.basic_publish(queues.dead.exchange, "dead", b"%d" % number, mandatory=True)  # never refused
+            held = [channel.basic_get(queues.dead.name, auto_ack=True) for _ in range(11)]
+    finally:
+        centre.node.ctl("clear_policy", "-p", "nightsplit", "small")
+    assert [body for _, _, body in held] == [*(b"%d" % number for number in range(50, 60)), None]
 
 
 @pytest.mark.parametrize("site", SITES)
