@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from nightsplit.broker.embedded.broker import EmbeddedBroker
-from nightsplit.shared.credentials import NO_CREDENTIALS, Credentials, expect_private
+from nightsplit.shared.credentials import NO_CREDENTIALS, Credentials
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.transport import Broker
 
@@ -12,7 +12,7 @@ def open_broker(address: str, base: Path, max_message_bytes: int, credentials: C
     """Return the broker at "amqp://...", "amqps://..." or "embedded:folder", relative to the folder `base`.
 
     Raises:
-        ConfigError: 107 unknown scheme, 111 unencrypted connection to another host, 113 unusable file
+        ConfigError: 107 unusable address, 111 unencrypted connection to another host, 113 unusable file
             of `credentials`.
     """
     scheme, _, rest = address.partition(":")
@@ -22,7 +22,6 @@ def open_broker(address: str, base: Path, max_message_bytes: int, credentials: C
         # Imported here, since the embedded broker works without pika.
         from nightsplit.broker.rabbitmq.broker import RabbitBroker
 
-        expect_private(address)
         return RabbitBroker(address, max_message_bytes, credentials=credentials)
     sentence = f'the broker\'s address has the unknown scheme "{scheme}".'
     raise ConfigError(107, sentence, 'write "embedded:folder" for one host, or "amqps://user@host:5671/vhost".')

@@ -27,6 +27,10 @@ class LinkWrapper(Link):
     def acknowledge(self, delivery: Delivery) -> None:
         self._link.acknowledge(delivery)
 
+    @override
+    def give_back(self, delivery: Delivery) -> None:
+        self._link.give_back(delivery)
+
     @property
     @override
     def unconfirmed(self) -> frozenset[str]:

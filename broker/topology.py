@@ -1,19 +1,21 @@
 """Names of queues and exchanges at the broker, and the permissions of its users.
 
-Each run and site has one direct exchange with three queues:
+Each run and site has two direct exchanges, one of which is the server's alone, with three queues:
 
-    nightsplit.<run>.<site>  ──up────▶ nightsplit.<run>.<site>.up      site -> server, bounded
-                             ──down──▶ nightsplit.<run>.<site>.down    server -> site, unbounded
-                             ──dead──▶ nightsplit.<run>.<site>.dead    refused by either side
+    nightsplit.<run>.<site>         ──up────▶ nightsplit.<run>.<site>.up      site -> server, bounded
+                                    ──dead──▶ nightsplit.<run>.<site>.dead    refused by either side
+    nightsplit.<run>.<site>.server  ──down──▶ nightsplit.<run>.<site>.down    server -> site, unbounded
 
-and two more for encrypted queries to the model of a finished run (docs/explanation/he_clstm.md):
+and two more queues for encrypted queries to the model of a finished run (docs/explanation/he_clstm.md):
 
-                             ──ask────▶ nightsplit.<run>.<site>.ask      site -> server, bounded
-                             ──answer─▶ nightsplit.<run>.<site>.answer   server -> site, unbounded
+    nightsplit.<run>.<site>         ──ask────▶ nightsplit.<run>.<site>.ask      site -> server, bounded
+    nightsplit.<run>.<site>.server  ──answer─▶ nightsplit.<run>.<site>.answer   server -> site, unbounded
 
-Only up queues push back: a bounded down queue beside a bounded up queue can deadlock, since
-neither side could confirm, checkpoint and acknowledge (docs/explanation/delivery.md). No queue has a delivery
-limit: the broker would drop messages that were already answered.
+A site cannot fill the unbounded queues, since it may not publish to the server's exchange. The oldest dead letters make
+room for later ones; `nightsplit keys` writes their limits into RabbitMQ's policies (`POLICIES`), which hold for queues
+that exist, too. Only up queues push back: a bounded down queue beside a bounded up queue can deadlock, since neither
+side could confirm, checkpoint and acknowledge (docs/explanation/delivery.md). No queue has a delivery limit: the broker
+would drop messages that were already answered.
 """
 
 from collections.abc import Iterator
@@ -51,6 +53,22 @@ class Rights:
     read: str
 
 
+_LAZY: dict[str, object] = {"queue-mode": "lazy"}
+
+POLICIES: dict[str, tuple[str, dict[str, object]]] = {
+    "lazy": (rf"^{PREFIX}\.", _LAZY),
+    # RabbitMQ counts the bytes of bodies alone: without a number, messages of headers would fill its disk.
+    "up": (rf"^{PREFIX}\..*\.(up|ask)$", {**_LAZY, "max-length": 200_000, "overflow": "reject-publish"}),
+    "dead": (
+        rf"^{PREFIX}\..*\.dead$",
+        {**_LAZY, "max-length": 20_000, "max-length-bytes": 2**30, "overflow": "drop-head"},
+    ),
+}
+"""Pattern of queues and definition of each policy of RabbitMQ; a later one takes the place of an earlier one.
+
+A night's messages belong on the disk; without lazy mode they fill the memory first.
+"""
+
 NO_RIGHTS = Rights("^$", "^$", "^$")
 SERVER_RIGHTS = Rights(*[rf"^{PREFIX}\."] * 3)
 
@@ -77,11 +95,10 @@ def query_queues(run: str, site: str, up_limit_bytes: int) -> SiteQueues:
 
 
 def _queues(run: str, site: str, up_limit_bytes: int, up: str, down: str) -> SiteQueues:
-    exchange = f"{PREFIX}.{run}.{site}"
-
-    def queue(key: str, limit_bytes: int | None, dead_key: str | None) -> Queue:
-        return Queue(f"{exchange}.{key}", exchange, key, limit_bytes, dead_key)
-
+    of_site = f"{PREFIX}.{run}.{site}"
+    dead = Queue(f"{of_site}.dead", of_site, "dead", None, None)
     return SiteQueues(
-        up=queue(up, up_limit_bytes, "dead"), down=queue(down, None, "dead"), dead=queue("dead", None, None)
+        up=Queue(f"{of_site}.{up}", of_site, up, up_limit_bytes, dead),
+        down=Queue(f"{of_site}.{down}", f"{of_site}.server", down, None, dead),
+        dead=dead,
     )

@@ -32,7 +32,7 @@ from nightsplit.broker.topology import SiteQueues
 from nightsplit.console.ui.text import columns, counted, screen
 from nightsplit.console.worker_file import WorkerFile
 from nightsplit.shared.engine.mailbox import Mailbox, header_of
-from nightsplit.shared.errors import BrokerError, Refused, RunError
+from nightsplit.shared.errors import BrokerError, MissingRightError, Refused, RunError
 from nightsplit.shared.foreign import shown
 from nightsplit.shared.protocols.spec import sketch
 from nightsplit.shared.transport import Blocked, Confirmed, Delivery, Link, Route
@@ -281,7 +281,12 @@ def replay_letters(file: WorkerFile, chosen: Collection[str] | None) -> None:
     Raises:
         RunError: 606, 607; BrokerError: 203; others as `_visit`. Letters replayed before stay replayed.
     """
-    print(f"{counted(_settle(file, chosen, _Pass.replay), 'dead letter')} sent again")
+    try:
+        number = _settle(file, chosen, _Pass.replay)
+    except MissingRightError:
+        sentence = "this user may not publish the server's messages."
+        raise RunError(607, sentence, "have the centre do it: nightsplit dlq replay SERVER.TOML ID.") from None
+    print(f"{counted(number, 'dead letter')} sent again")
 
 
 def discard_letters(file: WorkerFile, chosen: Collection[str] | None) -> None:

@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -218,6 +218,7 @@ class _Player(Link):
         self.damaged: list[str] = []
         self._tape = read_tape(tape, self.damaged)
         self._confirmed: deque[str] = deque()
+        self._again: deque[Delivery] = deque()
         self._pauses = False
 
     @override
@@ -228,9 +229,12 @@ class _Player(Link):
         if self._pauses:
             self._pauses = False
             return None
+        if self._again:
+            return self._again.popleft()
         delivery = next(self._tape, None)
         if delivery is not None:
             self.played, self._pauses = self.played + 1, True
+            delivery = replace(delivery, tag=delivery.body)
         self.at_end = delivery is None
         return delivery
 
@@ -243,6 +247,11 @@ class _Player(Link):
     @override
     def acknowledge(self, delivery: Delivery) -> None:
         pass
+
+    @override
+    def give_back(self, delivery: Delivery) -> None:
+        assert isinstance(delivery.tag, bytes)
+        self._again.append(replace(delivery, body=delivery.tag))
 
     @override
     def raise_prefetch(self, prefetch: int) -> None:

@@ -9,6 +9,7 @@ removing one, gives bit for bit the sum of a run with exactly these hospitals.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,13 @@ def read_vector(path: Path) -> Vector:
         shapes = {name: tuple(shape) for name, shape in json.loads(facts["shapes"]).items()}
         scale = float(facts["scale"]) if "scale" in facts else None
         buffers = frozenset(json.loads(facts["buffers"]))
+        if any(type(length) is not int or length < 0 for shape in shapes.values() for length in shape):
+            raise ValueError("a shape that no tensor has")
+        if (values.dtype, values.shape) != (torch.float32, (sum(map(math.prod, shapes.values())),)):
+            raise ValueError("its values do not fit its shapes")
+        if not (values.isfinite().all() and math.isfinite(scale or 0)):
+            raise ValueError("its values are not finite")
         return Vector(path, values, shapes, buffers, facts["base_sha256"], facts["name"], scale)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
         sentence = f"{path} is not the file of a data vector ({error})."
         raise ConfigError(115, sentence, "name the vectors folder of a report, or its files.") from None

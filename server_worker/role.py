@@ -25,6 +25,11 @@ from nightsplit.shared.wire.schema import Contract, Payload
 
 INCARNATIONS_MAX = 8
 """Largest number of incarnations of a site that are remembered."""
+HELLO_ANSWERS_MAX = 1000
+"""Answers to hellos that a site gets: at first so many, and one more for each `COSIGNED_MESSAGES` of it that are applied.
+They wait for the site until it reads them."""
+COSIGNED_MESSAGES = 32
+"""Fewer than a site sends between two hellos."""
 INCARNATION_LENGTH_MAX = 64
 """Largest number of characters in an incarnation's name."""
 
@@ -77,6 +82,7 @@ class ServerRole(Role, Generic[S]):
         self._counts: dict[str, Samples] = {}
         self._released = dict.fromkeys(config.run.sites, 0)
         """Number of answers that each site has announced as acknowledged."""
+        self._hello_answers: Counter[str] = Counter()
         self._greeted: dict[str, list[str]] = {site: [] for site in config.run.sites}
         """Latest accepted incarnations of each site; earlier ones no longer run."""
         self._logs = dict.fromkeys(config.run.sites, LogHead())
@@ -187,10 +193,13 @@ class ServerRole(Role, Generic[S]):
             problem = 504, f"the site is at answer {mark}, but had stored {self._released[site]} before"
         elif hello["enrolled"] and incarnation not in self._greeted[site] and not self._may_follow(site, log):
             problem = 617, f"its exit log has {log.lines} lines, and had {self._logs[site].lines} before"
-        if problem is not None:
-            return [self._rejection(site, incarnation, problem)]
-        if not hello["enrolled"]:
-            return [self._manifest(site)]
+        if problem is not None or not hello["enrolled"]:
+            if not self._may_answer_hello(site):
+                raise Refused(
+                    308, f"{site} has had {self._hello_answers[site]} answers to hellos.", "look into its log."
+                )
+            self._hello_answers[site] += 1
+            return [self._rejection(site, incarnation, problem) if problem else self._manifest(site)]
         # A hello may come again after a later one; only a new process may have lost its state.
         if incarnation not in self._greeted[site]:
             self._greeted[site] = [*self._greeted[site], incarnation][-INCARNATIONS_MAX:]
@@ -200,6 +209,9 @@ class ServerRole(Role, Generic[S]):
             self._logs[site] = log
         return self._cosigned(site)
 
+    def _may_answer_hello(self, site: str) -> bool:
+        return self._hello_answers[site] < HELLO_ANSWERS_MAX + self.applied[site] // COSIGNED_MESSAGES
+
     def _may_follow(self, site: str, log: LogHead) -> bool:
         """Return whether an exit log may be a later state of the one that was co-signed."""
         known = self._logs[site]
@@ -207,8 +219,9 @@ class ServerRole(Role, Generic[S]):
 
     def _cosigned(self, site: str) -> list[Effect]:
         known = self._logs[site]
-        if self.cosign is None or not known.lines:
+        if self.cosign is None or not known.lines or not self._may_answer_hello(site):
             return []
+        self._hello_answers[site] += 1
         signature = self.cosign(site, known.lines, known.head)
         scalars: dict[str, Scalar] = {"lines": known.lines, "head_signed": known.head, "signature": signature}
         return [Send(site, Kind.WITNESSED, 0, scalars=scalars)]
@@ -289,6 +302,7 @@ class ServerRole(Role, Generic[S]):
             "digest": self.config.digest,
             "opened": self._opened, "ended": self._ended, "steps": self.steps, "applied": dict(self.applied),
             "released": dict(self._released), "refusals": dict(self.refusals),
+            "hello_answers": dict(self._hello_answers),
             "greeted": {site: list(incarnations) for site, incarnations in self._greeted.items()},
             "logs": {site: list(log) for site, log in self._logs.items()},
             "counts": {site: list(samples) for site, samples in self._counts.items()},
@@ -306,6 +320,7 @@ class ServerRole(Role, Generic[S]):
         self.best_weights = under("best", tensors)
         self._opened, self._ended, self.steps = facts["opened"], facts["ended"], facts["steps"]
         self.applied, self._released = facts["applied"], facts["released"]
+        self._hello_answers = Counter(facts.get("hello_answers", {}))  # earlier versions did not count them
         self._greeted, self.excluded = facts["greeted"], facts["excluded"]
         self._logs = {site: LogHead(*log) for site, log in facts["logs"].items()}
         self._counts = {site: Samples(*counts) for site, counts in facts["counts"].items()}

@@ -134,6 +134,7 @@ class ServerWorker(Worker):
         if self.sealer is not None:
             role.cosign = self.sealer.cosign
         with closing(self.open_store()) as store:
+            store.admit([SERVER, *config.run.sites])
             statuses = store.statuses([SERVER, *config.run.sites])
         checkpoints = self._checkpoints(lease)
         largest = planned_message_bytes(config, {kind: p for kind in _LARGE_KINDS if (p := role.payload(kind))})

@@ -22,7 +22,7 @@ TITLES: dict[int, str] = {
     104: "Model factory cannot be used",
     105: "Model cannot be cut there",
     106: "Shift is empty or unreadable",
-    107: "Address has an unknown scheme",
+    107: "Address cannot be used",
     108: "Policy forbids what the run asks",
     109: "Device is not available",
     110: "Example cannot be found",

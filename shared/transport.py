@@ -16,7 +16,7 @@ A message that is unconfirmed when its link closes counts as never sent.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from nightsplit.shared.errors import BrokerError, Refused
@@ -28,18 +28,18 @@ class Queue:
 
     Attributes:
         name: name, unique at the broker.
-        exchange: direct exchange that leads to it; also its dead letter exchange.
+        exchange: direct exchange that leads to it.
         key: routing key.
         limit_bytes: capacity; a publish that would exceed it is refused (back-pressure), though a cluster may take
             messages that are published together. None for no limit.
-        dead_key: routing key of its dead letter queue; None for a dead letter queue itself.
+        dead: its dead letter queue; None for a dead letter queue itself.
     """
 
     name: str
     exchange: str
     key: str
     limit_bytes: int | None
-    dead_key: str | None
+    dead: "Queue | None"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,11 @@ class Delivery:
         return self.user is None or self.user in workers
 
     @property
+    def size(self) -> int:
+        """Bytes in memory: of the message, and of its envelope."""
+        return len(self.body) + len(self.envelope or b"")
+
+    @property
     def original(self) -> bytes:
         """Bytes as they came from the broker."""
         return self.body if self.envelope is None else self.envelope
@@ -86,6 +91,11 @@ class Delivery:
     def by(self) -> str:
         """Publisher in a sentence: ' from user north', or empty if the broker does not distinguish users."""
         return "" if self.user is None else f" from user {self.user or 'unknown'}"
+
+
+def without_content(delivery: Delivery) -> Delivery:
+    """Return a delivery as it is kept until it is acknowledged: a night's bodies would fill the memory."""
+    return replace(delivery, body=b"", headers={}, envelope=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +122,7 @@ Event = Delivery | Confirmed | Blocked | Unblocked
 
 def check_size(queue: Queue, message_id: str, size: int, limit: int) -> None:
     """Raise BrokerError 203 if a message is too large; a dead letter may be: the broker accepted it before."""
-    if size > limit and queue.dead_key is not None:
+    if size > limit and queue.dead is not None:
         sentence = f"{message_id} has {size} bytes, the limit is {limit}."
         raise BrokerError(203, sentence, "lower run.batch_size or choose a smaller codec.")
 
@@ -145,6 +155,11 @@ class Link(ABC):
     @abstractmethod
     def acknowledge(self, delivery: Delivery) -> None:
         """Acknowledge a delivery. One from before a reconnect is ignored: it comes again."""
+
+    @abstractmethod
+    def give_back(self, delivery: Delivery) -> None:
+        """Return a delivery to the front of its queue, from where it comes again. One from before a reconnect does so
+        by itself."""
 
     @property
     @abstractmethod

@@ -119,6 +119,14 @@ class _MemoryLink(Link):
                 stored.handed_out = [held for held in stored.handed_out if held.tag != delivery.tag]
             self._broker._changed.notify_all()
 
+    @override
+    def give_back(self, delivery: Delivery) -> None:
+        with self._broker._changed:
+            stored = self._broker._queues.get(delivery.queue)
+            if stored is not None and stored.consumer is self:
+                stored.waiting.extendleft(held for held in stored.handed_out if held.tag == delivery.tag)
+                stored.handed_out = [held for held in stored.handed_out if held.tag != delivery.tag]
+
     @property
     @override
     def unconfirmed(self) -> frozenset[str]:
@@ -139,7 +147,8 @@ class _MemoryLink(Link):
             for queue in self._consume:
                 stored = self._broker._queues.get(queue.name)
                 if stored is not None and stored.consumer is self:
-                    stored.waiting.extendleft(reversed(stored.handed_out))
+                    # One that was given back before is behind those that came after it.
+                    stored.waiting.extendleft(sorted(stored.handed_out, key=_place, reverse=True))
                     stored.handed_out.clear()
                     stored.consumer = None
             self._outbox.clear()
@@ -176,3 +185,9 @@ class _MemoryLink(Link):
                 delivery = stored.waiting.popleft()
                 stored.handed_out.append(replace(delivery, redelivered=True))
                 self._events.append(delivery)
+
+
+def _place(delivery: Delivery) -> int:
+    """Return the number of a delivery among all messages of the broker."""
+    assert isinstance(delivery.tag, int)
+    return delivery.tag

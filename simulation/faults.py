@@ -164,6 +164,13 @@ class FaultyLink(LinkWrapper):
         if incarnation == self._incarnation:
             self._link.acknowledge(replace(delivery, tag=tag))
 
+    @override
+    def give_back(self, delivery: Delivery) -> None:
+        assert isinstance(delivery.tag, tuple)
+        incarnation, tag = delivery.tag
+        if incarnation == self._incarnation:
+            self._link.give_back(replace(delivery, tag=tag))
+
     @property
     @override
     def unconfirmed(self) -> frozenset[str]:

@@ -73,6 +73,7 @@ class EmbeddedLink(Link):
         self._rotation = deque(queue.name for queue in consume)
         self._unacknowledged: dict[str, dict[object, str | None]] = {queue: {} for queue in self._rotation}
         self._last_delivered = dict.fromkeys(self._rotation, 0)
+        self._given_back: dict[str, list[int]] = {queue: [] for queue in self._rotation}
 
         # Shared with the writer, under `_changed`.
         self._changed = threading.Condition()
@@ -146,6 +147,12 @@ class EmbeddedLink(Link):
                 self._acks[delivery.tag] = unacknowledged.pop(delivery.tag)
                 self._wake_writer()
 
+    @override
+    def give_back(self, delivery: Delivery) -> None:
+        if isinstance(delivery.tag, int) and delivery.tag in self._unacknowledged.get(delivery.queue, {}):
+            del self._unacknowledged[delivery.queue][delivery.tag]
+            self._given_back[delivery.queue].append(delivery.tag)
+
     @property
     @override
     def unconfirmed(self) -> frozenset[str]:
@@ -186,9 +193,11 @@ class EmbeddedLink(Link):
         return None
 
     def _read(self, queue: str) -> Delivery | None:
+        again = self._given_back[queue]
+        taken = min(again) - 1 if again else self._last_delivered[queue]
         with broker_errors(201, self._folder.path):
             try:
-                row = self._folder.next_row(self._rows, queue, self._name, self._last_delivered[queue])
+                row = self._folder.next_row(self._rows, queue, self._name, taken)
             except sqlite3.OperationalError as error:
                 if not is_locked(error):
                     raise
@@ -196,7 +205,9 @@ class EmbeddedLink(Link):
         if row is None:
             return None
         tag, message_id, headers, body, file, redelivered = row
-        self._last_delivered[queue] = tag
+        self._last_delivered[queue] = max(tag, self._last_delivered[queue])
+        if again:
+            again.remove(tag)
         self._unacknowledged[queue][tag] = file
         return Delivery(queue, message_id, body, json.loads(headers), bool(redelivered), tag)
 

@@ -90,16 +90,14 @@ class Folder:
 
     def declare(self, rows: sqlite3.Connection, queue: Queue) -> None:
         """Create `queue`; raises BrokerError 204 when it exists with other settings."""
-        settings = (queue.exchange, queue.key, queue.limit_bytes, queue.dead_key)
+        names = (queue.exchange, queue.key, queue.dead.key if queue.dead is not None else None)
         rows.execute(
-            "INSERT OR IGNORE INTO queue (name, exchange, key, limit_bytes, dead_key) VALUES (?, ?, ?, ?, ?)",
-            (queue.name, *settings),
+            "INSERT OR IGNORE INTO queue (name, limit_bytes, exchange, key, dead_key) VALUES (?, ?, ?, ?, ?)",
+            (queue.name, queue.limit_bytes, *names),
         )
-        stored = rows.execute(
-            "SELECT exchange, key, limit_bytes, dead_key FROM queue WHERE name = ?", (queue.name,)
-        ).fetchone()
-        if stored != settings:
-            sentence = f"queue {queue.name} exists with the settings {stored}, and this run needs {settings}."
+        (limit,) = rows.execute("SELECT limit_bytes FROM queue WHERE name = ?", (queue.name,)).fetchone()
+        if limit != queue.limit_bytes:
+            sentence = f"queue {queue.name} exists with the limit {limit}, and this run needs {queue.limit_bytes}."
             raise BrokerError(204, sentence, "use the run's original limits, or another run id.")
 
     def require(self, rows: sqlite3.Connection, queue: str) -> None:

@@ -11,39 +11,35 @@ from pika import exceptions
 from nightsplit.broker.rabbitmq.errors import permanent_error, unreachable
 from nightsplit.broker.rabbitmq.outbox import backoff
 from nightsplit.broker.rabbitmq.version import version_refused
+from nightsplit.shared.address import read_address
 from nightsplit.shared.credentials import Credentials
-from nightsplit.shared.errors import BrokerError
+
+GUEST = "guest"
+"""User of a new RabbitMQ server, with its name as password, which may connect from the same machine alone."""
 
 
 def read_addresses(url: str, heartbeat: int, credentials: Credentials) -> list[Any]:
     """Return pika's parameters for each host of `amqp://user:password@host:port,host:port/vhost`.
 
     Raises:
-        BrokerError: 201 the address cannot be read.
-        ConfigError: 113 a file of `credentials` cannot be used.
+        ConfigError: 107 the address cannot be used, 111 it is an unencrypted one of another machine, 113 a file
+            of `credentials` cannot be used.
     """
-    try:
-        # By hand: Python's urlsplit accepts several hosts only if none is an IPv6 address.
-        scheme, _, rest = url.partition("://")
-        authority, slash, path = rest.partition("/")
-        login, at, hosts = authority.rpartition("@")
-        if at and ":" not in login:
-            login += ":"  # pika fails without a password, which may be in a file
-        addresses = [pika.URLParameters(f"{scheme}://{login}{at}{host}{slash}{path}") for host in hosts.split(",")]
-    except Exception as error:  # any error of the parser; its text may show a part of the password
-        sentence = f"the broker's address cannot be read ({type(error).__name__})."
-        raise BrokerError(201, sentence, "write amqp://user:password@host:5672/vhost.") from None
-    secret = credentials.secret()
-    for parameters in addresses:
-        if secret is not None:
-            parameters.credentials = pika.PlainCredentials(parameters.credentials.username, secret)
-        if parameters.ssl_options is not None:
-            parameters.ssl_options = pika.SSLOptions(credentials.tls(), parameters.host)
-        parameters.heartbeat = heartbeat
-        parameters.blocked_connection_timeout = None  # an alarm may last all night
-        parameters.socket_timeout = 5
-        parameters.stack_timeout = 10
-    return addresses
+    address = read_address(url)
+    user = address.user or GUEST
+    password = credentials.secret() or address.password or (GUEST if user == GUEST else "")
+    tls = credentials.tls() if address.is_encrypted else None
+    return [
+        pika.ConnectionParameters(
+            host, port, address.path or "/", pika.PlainCredentials(user, password),
+            ssl_options=tls and pika.SSLOptions(tls, host),
+            heartbeat=heartbeat,
+            blocked_connection_timeout=None,  # an alarm may last all night
+            socket_timeout=5,
+            stack_timeout=10,
+        )
+        for host, port in address.places
+    ]  # fmt: skip
 
 
 @contextmanager

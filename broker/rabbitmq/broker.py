@@ -52,8 +52,8 @@ class RabbitBroker(Broker):
         credentials: certificates and password, where they are not in the address.
 
     Raises:
-        BrokerError: 201 the address cannot be read.
-        ConfigError: 113 a file of `credentials` cannot be used.
+        ConfigError: 107 the address cannot be used, 111 it is an unencrypted one of another machine, 113 a file
+            of `credentials` cannot be used.
     """
 
     def __init__(

@@ -33,10 +33,22 @@ class Consumer(Connection):
 
     def acknowledge(self, delivery: Delivery) -> None:
         """Acknowledge `delivery` unless it is stale."""
-        if self._channel is not None and not self.is_stale(delivery):
-            assert isinstance(delivery.tag, tuple)
-            self._unacknowledged[delivery.queue] -= 1
-            self._channel.basic_ack(delivery.tag[1])
+        if (tag := self._settled(delivery)) is not None:
+            self._channel.basic_ack(tag)
+
+    def give_back(self, delivery: Delivery) -> None:
+        """Return `delivery` to its queue unless it is stale; the broker delivers it again at once."""
+        if (tag := self._settled(delivery)) is not None:
+            self._channel.basic_reject(tag, requeue=True)
+
+    def _settled(self, delivery: Delivery) -> int | None:
+        """Count `delivery` as settled and return its tag at the broker; None if the broker has taken it back."""
+        if self._channel is None or self.is_stale(delivery):
+            return None
+        assert isinstance(delivery.tag, tuple)
+        self._unacknowledged[delivery.queue] -= 1
+        tag: int = delivery.tag[1]
+        return tag
 
     def raise_prefetch(self, prefetch: int) -> None:
         """Reconnect with another prefetch, since the broker fixes it when a consumer starts."""

@@ -32,8 +32,8 @@ def arguments(queue: Queue, quorum: bool) -> dict[str, object]:
     if queue.limit_bytes is not None:
         # The default on overflow is to drop the oldest message, and confirm the new one.
         arguments |= {"x-max-length-bytes": queue.limit_bytes, "x-overflow": "reject-publish"}
-    if queue.dead_key is not None:
-        arguments |= {"x-dead-letter-exchange": queue.exchange, "x-dead-letter-routing-key": queue.dead_key}
+    if queue.dead is not None:
+        arguments |= {"x-dead-letter-exchange": queue.dead.exchange, "x-dead-letter-routing-key": queue.dead.key}
     return arguments
 
 

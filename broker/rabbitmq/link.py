@@ -82,6 +82,10 @@ class RabbitLink(Link):
     def acknowledge(self, delivery: Delivery) -> None:
         self._loop.add_callback_threadsafe(partial(self._consumer.acknowledge, delivery))
 
+    @override
+    def give_back(self, delivery: Delivery) -> None:
+        self._loop.add_callback_threadsafe(partial(self._consumer.give_back, delivery))
+
     @property
     @override
     def unconfirmed(self) -> frozenset[str]:

@@ -47,7 +47,8 @@ def init(
     """
     from nightsplit.console.keys.bundle import BROKER_PORT, MANAGEMENT_PORT, STORE_PORT, Addresses, Keys, with_port
 
-    management = with_port(management or re.split("[:,]", broker)[0], MANAGEMENT_PORT)
+    first_host = re.sub(r"(:\d+)?(,.*)?$", "", broker)
+    management = with_port(management or first_host, MANAGEMENT_PORT)
     bundle = Keys(folder)
     if bundle.init(Addresses(with_port(broker, BROKER_PORT), management, with_port(store, STORE_PORT))):
         print(f"made {folder}: authority, centre and the server's keys. Keep {folder}/authority off every worker.")

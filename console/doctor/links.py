@@ -14,10 +14,8 @@ from nightsplit.broker.rabbitmq.probe import Probe
 from nightsplit.broker.rabbitmq.version import read_version
 from nightsplit.broker.topology import PREFIX, site_queues
 from nightsplit.console.doctor.finding import Finding, size
-from nightsplit.console.keys.bundle import BROKER_PORT, STORE_PORT
 from nightsplit.console.worker_file import WorkerFile
 from nightsplit.server_worker.config import ServerSection
-from nightsplit.shared.credentials import TLS_SCHEMES, hosts_of, scheme_of
 from nightsplit.shared.errors import BrokerError, MissingRightError
 from nightsplit.shared.protocols.build import build_model, planned_message_bytes
 from nightsplit.shared.run_store.base import RunStore
@@ -26,7 +24,6 @@ from nightsplit.site_worker.config import SiteSection
 
 TIMEOUT_S = 5.0
 EXPIRES_SOON_DAYS = 30
-DEFAULT_PORTS = {"amqps": BROKER_PORT, "rediss": STORE_PORT}
 SKEW_S_MAX = 60.0
 SUPPORTED = {
     "RabbitMQ": ("3.10", "3.13", "4.0", "4.1", "4.2.7", "4.3.1"),
@@ -79,12 +76,11 @@ def check_encryption(file: WorkerFile) -> Finding:
     """Report TLS version and certificate expiry of broker and store."""
     file.credentials.tls()  # raises if a file is wrong
     found, ends = [], []
-    for address in (file.config.broker, file.config.store):
-        scheme = scheme_of(address)
-        if scheme in ("amqp", "redis"):
-            found.append(f"{scheme} is unencrypted, on this machine only")
-        for host, port in hosts_of(address) if scheme in TLS_SCHEMES else ():
-            version, end = _handshake(file, host, port or DEFAULT_PORTS[scheme])
+    for address in file.addresses:
+        if not address.is_encrypted:
+            found.append(f"{address.scheme} is unencrypted, on this machine only")
+        for host, port in address.places if address.is_encrypted else ():
+            version, end = _handshake(file, host, port)
             found.append(f"{host}: {version}, certificate until {end:%Y-%m-%d}")
             ends.append(end)
     if file.credentials.certificate is not None:
@@ -117,7 +113,7 @@ def check_rights(file: WorkerFile) -> Finding:
     if not permitted:
         return Finding("rights", f"tried {len(attempts)} forbidden operations; all were refused")
     found = f"{len(permitted)} of {len(attempts)} forbidden operations are permitted: {', '.join(permitted)}"
-    if all(scheme_of(address) not in TLS_SCHEMES for address in (file.config.broker, file.config.store)):
+    if not any(address.is_encrypted for address in file.addresses):
         return Finding(
             "rights", found, "harmless on one machine; for several machines, create users with nightsplit keys."
         )
@@ -130,6 +126,9 @@ def _attempts_at_broker(file: WorkerFile) -> dict[str, Callable[[], bool]]:
         "publish to any queue (default exchange)": partial(probe.may_publish, ""),
         "create a queue": partial(probe.may_create, f"doctor.{PREFIX}"),
     }
+    if isinstance(file.config, SiteSection):
+        own = site_queues(file.run_config.run.id, file.config.name, file.run_config.wire.queue_bytes)
+        attempts["publish as the server"] = partial(probe.may_publish, own.down.exchange)
     for other in file.other_sites:
         queues = site_queues(file.run_config.run.id, other, file.run_config.wire.queue_bytes)
         attempts[f"publish as {other}"] = partial(probe.may_publish, queues.up.exchange)

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nightsplit.broker.topology import NO_RIGHTS, PREFIX, SERVER_RIGHTS, Rights, site_rights
+from nightsplit.broker.topology import NO_RIGHTS, POLICIES, PREFIX, SERVER_RIGHTS, Rights, site_rights
 from nightsplit.shared.run_store.redis import SERVER_RULES, site_rules
 from nightsplit.shared.storage.files import write_atomic
 from nightsplit.shared.wire.message import SERVER
@@ -77,6 +77,11 @@ aclfile {folder}/users.acl
 # The pointer to the newest checkpoint and the order journal must survive a power cut.
 appendonly yes
 appendfsync always
+# A run needs some megabytes. No site can fill more than a status of this size for each run that is open.
+proto-max-bulk-len 1mb
+maxmemory 2gb
+maxmemory-policy noeviction
+maxmemory-clients 512mb
 """
 
 PLUGINS = "[rabbitmq_management,rabbitmq_prometheus].\n"
@@ -121,13 +126,15 @@ class Centre:
 
     def _present_definitions(self) -> str:
         """Return the content of definitions.json with present rights."""
-        if not self._definitions.exists():
-            lazy = {"vhost": VHOST, "name": "lazy", "pattern": rf"^{PREFIX}\.", "apply-to": "queues", "priority": 0}
-            # A night's messages belong on the disk; without this policy they fill the memory first.
-            policies = [{**lazy, "definition": {"queue-mode": "lazy"}}]
-            empty = {"vhosts": [{"name": VHOST}], "users": [], "permissions": [], "policies": policies}
-            return json.dumps(empty, indent=2)
-        definitions = self.definitions
+        definitions: dict[str, Any] = {"vhosts": [{"name": VHOST}], "users": [], "permissions": [], "policies": []}
+        if self._definitions.exists():
+            definitions = self.definitions
+        others = [policy for policy in definitions["policies"] if policy["name"] not in POLICIES]
+        definitions["policies"] = [
+            {"vhost": VHOST, "name": name, "pattern": pattern, "apply-to": "queues", "priority": priority,
+             "definition": definition}
+            for priority, (name, (pattern, definition)) in enumerate(POLICIES.items())
+        ] + others  # fmt: skip
         for permission in definitions["permissions"]:
             if self.admits(permission["user"]):
                 permission |= asdict(_permissions_of(permission["user"])[0])

@@ -11,8 +11,10 @@ from typing import Any
 import redis
 
 from nightsplit.console.keys.accounts import ADMIN, Centre
+from nightsplit.shared.address import read_address
 from nightsplit.shared.credentials import Credentials
 from nightsplit.shared.errors import BrokerError
+from nightsplit.shared.run_store.redis import redis_client
 
 TIMEOUT_S = 10.0
 
@@ -58,19 +60,14 @@ class Services:
 
     def connect_redis(self) -> Any:
         """Connect to Redis as the administrator."""
-        host, _, port = self.store.rpartition(":")
-        return redis.Redis(
-            host=host, port=int(port), username=ADMIN, password=self.credentials.secret(), ssl=True,
-            ssl_ca_certs=str(self.credentials.ca), ssl_certfile=str(self.credentials.certificate),
-            ssl_keyfile=str(self.credentials.key), socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S,
-        )  # fmt: skip
+        return redis_client(read_address(f"rediss://{ADMIN}@{self.store}/0"), self.credentials)
 
     def _request(self, method: str, path: str, body: str | None = None) -> None:
-        host, _, port = self.management.rpartition(":")
+        host, port = read_address(f"https://{self.management}").places[0]
         login = base64.b64encode(f"{ADMIN}:{self.credentials.secret()}".encode()).decode()
         headers = {"Authorization": f"Basic {login}", "Content-Type": "application/json"}
         try:
-            with closing(HTTPSConnection(host, int(port), timeout=TIMEOUT_S, context=self.credentials.tls())) as http:
+            with closing(HTTPSConnection(host, port, timeout=TIMEOUT_S, context=self.credentials.tls())) as http:
                 http.request(method, path, body, headers)
                 response = http.getresponse()
                 response.read()

@@ -12,12 +12,13 @@ from nightsplit.console.keys.admin import Services, administrator
 from nightsplit.console.keys.ca import Authority, new_password
 from nightsplit.console.keys.request import Request, make_request, read_request
 from nightsplit.console.keys.templates import POLICY_TOML, SERVER_TOML, SITE_README, SITE_TOML
+from nightsplit.shared.address import DEFAULT_PORTS, Address, read_address
 from nightsplit.shared.config.load import load
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.storage.files import make_private_folder, write_atomic
 from nightsplit.shared.wire.message import SERVER
 
-BROKER_PORT, MANAGEMENT_PORT, STORE_PORT = 5671, 15671, 6379
+BROKER_PORT, MANAGEMENT_PORT, STORE_PORT = (DEFAULT_PORTS[scheme] for scheme in ("amqps", "https", "rediss"))
 RESERVED = {SERVER, ADMIN, "default"}
 
 
@@ -37,14 +38,19 @@ class Addresses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def hosts(self) -> set[str]:
         """Names for the certificate of the services."""
-        places = ",".join(msgspec.structs.astuple(self)).split(",")
-        return {place.rpartition(":")[0] for place in places} | {"localhost", "127.0.0.1"}
+        return {host for service in self._services for host, _ in service.places} | {"localhost", "127.0.0.1"}
 
     @property
     def ports(self) -> tuple[int, int, int]:
         """Ports of broker, management and store."""
-        broker, management, store = (int(place.rpartition(":")[2]) for place in msgspec.structs.astuple(self))
+        broker, management, store = (service.places[-1].port for service in self._services)
         return broker, management, store
+
+    @property
+    def _services(self) -> list[Address]:
+        """Addresses of the services; ConfigError 107 if one cannot be used."""
+        texts = (f"amqps://{self.broker}", f"https://{self.management}", f"rediss://{self.store}")
+        return [read_address(text) for text in texts]
 
 
 class Keys:
@@ -57,16 +63,21 @@ class Keys:
         self._identities_file = folder / "centre" / "identities.toml"
 
     def init(self, addresses: Addresses) -> bool:
-        """Make the keys of authority, services and server; return False and change nothing if they exist."""
+        """Make the keys of authority, services and server; return False and change nothing if they exist.
+
+        Raises:
+            ConfigError: 107 an address cannot be used.
+        """
         if self._addresses_file.exists():
             return False
+        hosts, ports = addresses.hosts, addresses.ports  # before any file is written
         centre = self._centre
         centre.folder.mkdir(parents=True, exist_ok=True)
         authority = Authority(self.folder / "authority")
         write_atomic(centre.folder / "ca.pem", authority.pem)
         certificate, key = centre.folder / "service.pem", centre.folder / "service.key"
-        authority.issue("nightsplit service", certificate, key, addresses.hosts)
-        centre.configure(*addresses.ports)
+        authority.issue("nightsplit service", certificate, key, hosts)
+        centre.configure(*ports)
         admin = new_password()
         write_atomic(centre.folder / "admin_password", admin.encode())
         centre.admit(ADMIN, admin)

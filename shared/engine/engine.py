@@ -24,6 +24,7 @@ from nightsplit.shared import crash_points
 from nightsplit.shared.engine.effects import Effect, Finish, Record, Send, Spend, forbid_spending
 from nightsplit.shared.engine.failures import Failures
 from nightsplit.shared.engine.fencing import CheckpointAuthority
+from nightsplit.shared.engine.inbox import Inbox
 from nightsplit.shared.engine.mailbox import DeadLetter, Mailbox, Received
 from nightsplit.shared.engine.order import Apply, CloseRound, DeliveryOrder, Exclude, OrderEntry
 from nightsplit.shared.engine.pending import PendingSnapshot, UnackedDeliveries, UnconfirmedSends
@@ -87,7 +88,7 @@ class Engine:
         """Outcome of the last sequenced message."""
         self._checkpoint_number = 0
         """Number of the last checkpoint written."""
-        self._inbox: dict[str, dict[int, Received]] = {peer: {} for peer in mailbox.routes}
+        self._inbox = {peer: Inbox(route.incoming) for peer, route in mailbox.routes.items()}
         self._unacked = UnackedDeliveries(checkpoints.keep)
         self._unconfirmed_sends = UnconfirmedSends()
         self._pending: PendingSnapshot | None = None
@@ -191,12 +192,9 @@ class Engine:
         elif seq <= self.marks[sender] or sender in self._role.excluded:
             self.counters.counts["duplicates"] += 1
             self._keep_until_saved(delivery)
-        elif seq in self._inbox[sender]:
+        elif (older := self._inbox[sender].put(received, is_next=seq == self.marks[sender] + 1)) is not None:
             self.counters.counts["duplicates"] += 1
-            self._keep_until_saved(self._inbox[sender][seq].delivery)
-            self._inbox[sender][seq] = received  # the older copy may be from before a reconnect
-        else:
-            self._inbox[sender][seq] = received
+            self._keep_until_saved(older)
 
     def _apply(self) -> bool:
         """Perform the next entry of the order; return False if there is none yet."""
@@ -251,9 +249,8 @@ class Engine:
 
     def _exclude(self, sender: str) -> None:
         """Exclude a sender; its further messages are only acknowledged."""
-        for received in self._inbox[sender].values():
-            self._keep_until_saved(received.delivery)
-        self._inbox[sender].clear()
+        for delivery in self._inbox[sender].clear():
+            self._keep_until_saved(delivery)
         self.position += 1
         event("site_excluded", WARNING, site=sender, position=self.position)
         self._perform(self._role.exclude(sender))
@@ -266,13 +263,15 @@ class Engine:
     def _make_room(self) -> None:
         """Make room for a sender's next message if later ones fill the prefetch: acknowledge some, else raise it."""
         for sender, inbox in self._inbox.items():
+            if (delivery := inbox.recall(self.marks[sender] + 1, self._mailbox.message_bytes)) is not None:
+                self._link.give_back(delivery)
             if self.marks[sender] + 1 in inbox:
                 continue
             unacked = self._unacked.count(self._mailbox.routes[sender].incoming.name)
             if len(inbox) + unacked >= self._link.prefetch:
                 if unacked:
                     self._advance_checkpoint(early=True)
-                else:
+                elif inbox.may_grow:
                     self._link.raise_prefetch(2 * self._link.prefetch)
 
     def _is_ahead(self) -> bool:

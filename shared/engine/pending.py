@@ -2,10 +2,10 @@
 
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from nightsplit.shared.storage.checkpoint import Snapshot
-from nightsplit.shared.transport import Delivery
+from nightsplit.shared.transport import Delivery, without_content
 
 
 @dataclass(slots=True)
@@ -35,8 +35,7 @@ class UnackedDeliveries:
 
     def add(self, delivery: Delivery) -> None:
         """Add a delivery that the role's state contains."""
-        # Without the body, since only the tag is still needed and a night's bodies would fill the memory.
-        self._open.append(replace(delivery, body=b"", envelope=None))
+        self._open.append(without_content(delivery))
         self._open_per_queue[delivery.queue] += 1
         self._kept_per_queue[delivery.queue] += 1
 

@@ -49,6 +49,9 @@ class RunStore(ABC):
     def put_status(self, worker: str, status: WorkerStatus) -> None:
         """Replace the status of `worker`."""
 
+    def admit(self, workers: Iterable[str]) -> None:  # noqa: B027  (a store without users admits all workers)
+        """Let these workers report; a server does it where a site may replace its status, and not create it."""
+
     @abstractmethod
     def statuses(self, workers: Iterable[str]) -> dict[str, Status]:
         """Return the status of each of these workers, without those that never reported.

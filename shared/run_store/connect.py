@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nightsplit.shared.credentials import NO_CREDENTIALS, Credentials, expect_private
+from nightsplit.shared.credentials import NO_CREDENTIALS, Credentials
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.run_store.base import RunStore
 from nightsplit.shared.run_store.redis import RedisStore
@@ -21,7 +21,6 @@ def open_store(address: str, run: str, base: Path, credentials: Credentials = NO
     if scheme == "sqlite" and rest:
         return SqliteStore(base / rest, run)
     if scheme in ("redis", "rediss"):
-        expect_private(address)
         return RedisStore(address, run, credentials)
     sentence = f'the store\'s address has the unknown scheme "{scheme}".'
     raise ConfigError(107, sentence, 'write "sqlite:file" for one host, or "rediss://user@host:6379/0".')

@@ -1,4 +1,11 @@
-"""Run store in Redis, for servers on several hosts. Each change is one script of lua/, so it is atomic.
+"""Run store in Redis, for servers on several hosts. Each change by a server is one script of lua/, so it is atomic.
+
+    nightsplit:{<run>}:status:<worker>            list of one entry: time and record, as JSON
+    nightsplit:{<run>}:lease, :pointer, :journal  hashes
+
+A site runs no script, which could stop the store for all. Its only command that writes is LSET, which creates no key:
+so it reports to runs that a server has opened (`admit`) and fills the memory with nothing else. redis.conf, as
+`nightsplit keys` writes it, limits the size of an entry.
 
 Redis must run with `appendonly yes`. With `appendfsync everysec` a returned change survives the
 death of any process, including the Redis server, but not a host that crashes within the second;
@@ -6,12 +13,13 @@ death of any process, including the Redis server, but not a host that crashes wi
 Redis server's own, so clocks of workers may differ.
 """
 
+import json
 import ssl
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache, partial
 from importlib import resources
 from typing import Any, TypeVar
-from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 import redis
@@ -19,10 +27,11 @@ from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 from typing_extensions import override
 
+from nightsplit.shared.address import Address, read_address
 from nightsplit.shared.credentials import NO_CREDENTIALS, Credentials
-from nightsplit.shared.errors import BrokerError, ConfigError, MissingRightError
+from nightsplit.shared.errors import BrokerError, MissingRightError
 from nightsplit.shared.run_store.base import RunStore, Status, age_seconds
-from nightsplit.shared.run_store.status import UNREADABLE, WorkerStatus, read_status, record_bytes_max, write_status
+from nightsplit.shared.run_store.status import UNREADABLE, WorkerStatus, read_status, write_status
 from nightsplit.shared.storage.checkpoint import Pointer
 from nightsplit.shared.wire.message import SERVER
 
@@ -36,35 +45,24 @@ SERVER_RULES = "~nightsplit:* +@all -@admin -@dangerous"
 
 
 def site_rules(site: str) -> str:
-    """Return the Redis ACL rules of a site: in every run, write its own status and read the server's."""
+    """Return the Redis ACL rules of a site: in every open run, replace its own status and read the server's."""
     own, server = (f"nightsplit:{{*}}:status:{worker}" for worker in (site, SERVER))
-    return f"%RW~{own} %R~{server} -@all +ping +evalsha +script|load +time +set +getrange"
+    return f"%RW~{own} %R~{server} -@all +ping +time +lset +lindex"
 
 
 class RedisStore(RunStore):
     """State of `run` at `url` ("redis://[[user]:password@]host[:port][/database]", or rediss: for TLS).
 
     Raises:
-        ConfigError: 107 `url` is not an address of Redis, 113 a file of `credentials` cannot be used.
+        ConfigError: 107 the address cannot be used, 111 it is an unencrypted one of another machine, 113 a file
+            of `credentials` cannot be used.
         BrokerError: 207 the server cannot be reached or refuses the login.
     """
 
     def __init__(self, url: str, run: str, credentials: Credentials = NO_CREDENTIALS) -> None:
-        try:
-            address = urlsplit(url)
-            self._server = f"{address.scheme}://{address.hostname}:{address.port or 6379}"  # without the password
-            self._redis = redis.Redis.from_url(
-                url,
-                **_login(address, credentials),
-                decode_responses=True,
-                encoding_errors="surrogateescape",  # a site may write invalid text; the schema then refuses it
-                socket_timeout=TIMEOUT_SECONDS,
-                socket_connect_timeout=TIMEOUT_SECONDS,
-                retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=3),
-            )
-        except ValueError:  # the text may hold the password
-            sentence = "the store's address is not one of Redis."
-            raise ConfigError(107, sentence, 'write "redis://user:password@host:6379/0".') from None
+        address = read_address(url)
+        self._server = str(address)
+        self._redis = redis_client(address, credentials)
         # Braces keep the keys of a run on one node of a Redis cluster, as scripts require.
         self._prefix = f"nightsplit:{{{run}}}"
         self._lease, self._pointer, self._journal = (f"{self._prefix}:{of}" for of in ("lease", "pointer", "journal"))
@@ -76,16 +74,33 @@ class RedisStore(RunStore):
 
     @override
     def put_status(self, worker: str, status: WorkerStatus) -> None:
-        self._run("put_status", [self._status(worker)], write_status(status))
+        # By a clock that was read before: a worker that stops in between looks silent, as it is.
+        entry = json.dumps([round(self.now() * 1000), write_status(status)])
+        self._call(partial(self._replace_status, self._status(worker), entry))
+
+    def _replace_status(self, key: str, entry: str) -> None:
+        try:
+            self._redis.lset(key, 0, entry)
+        except redis.ResponseError as error:
+            if "no such key" not in str(error):
+                raise
+            with suppress(redis.exceptions.NoPermissionError):  # a site waits until a server has opened the run
+                self._redis.rpush(key, entry)
+
+    @override
+    def admit(self, workers: Iterable[str]) -> None:
+        self._run("admit", [self._status(worker) for worker in workers])
 
     @override
     def statuses(self, workers: Iterable[str]) -> dict[str, Status]:
         workers = list(workers)
-        # No script: it would need the right to write every key, and a site may only read the server's.
         commands = self._redis.pipeline(transaction=False)
         for worker in workers:
-            commands.getrange(self._status(worker), 0, record_bytes_max(worker))
-        found: list[str] = self._call(commands.execute)
+            commands.lindex(self._status(worker), 0)
+        found: list[Any] = self._call(partial(commands.execute, raise_on_error=False))
+        for error in found:
+            if isinstance(error, redis.exceptions.NoPermissionError):
+                raise self._refused(error)
         now = self.now()
         return {worker: _read(worker, entry, now) for worker, entry in zip(workers, found, strict=True) if entry}
 
@@ -159,13 +174,17 @@ class RedisStore(RunStore):
         try:
             return command()
         except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
-            is_right = isinstance(error, redis.exceptions.NoPermissionError)
-            sentence = f"{self._server} refuses: {str(error).rstrip('.')}."
-            remedy = "check user and password, and that the address names this worker's own user."
-            raise (MissingRightError if is_right else BrokerError)(207, sentence, remedy) from None
+            raise self._refused(error) from None
         except redis.RedisError as error:
             remedy = "start Redis, or check the address of the store and the network."
             raise BrokerError(207, f"{self._server}: {error}.", remedy) from None
+
+    def _refused(self, error: Exception) -> BrokerError:
+        """Return the error for a login or an operation that Redis refuses."""
+        is_right = isinstance(error, redis.exceptions.NoPermissionError)
+        sentence = f"{self._server} refuses: {str(error).rstrip('.')}."
+        remedy = "check user and password, and that the address names this worker's own user."
+        return (MissingRightError if is_right else BrokerError)(207, sentence, remedy)
 
 
 @cache
@@ -173,23 +192,25 @@ def _text_of(script: str) -> str:
     return resources.files(__package__).joinpath("lua", f"{script}.lua").read_text(encoding="utf-8")
 
 
-def _read(worker: str, entry: str, now: float) -> Status:
-    """Return the status in a worker's entry; it dates from 1970 if even its time cannot be read."""
+def _read(worker: str, entry: str | Exception, now: float) -> Status:
+    """Return the status in a worker's entry, or in what is there instead of a list; 1970 if it has no readable time."""
     try:
+        if isinstance(entry, Exception):
+            raise ValueError
         written, record = msgspec.json.decode(entry, type=tuple[float, str])
     except (msgspec.MsgspecError, ValueError, RecursionError):  # as in `read_status`
         return Status(worker, UNREADABLE, age_seconds(now, 0.0))
     return Status(worker, read_status(record, worker), age_seconds(now, written / 1000))
 
 
-def _login(address: SplitResult, credentials: Credentials) -> dict[str, Any]:
-    """Return the arguments of redis-py for `credentials` at this address."""
-    settings: dict[str, Any] = {}
-    if (secret := credentials.secret()) is not None:
-        settings["password"] = secret
-    if address.scheme == "rediss":
+def redis_client(address: Address, credentials: Credentials) -> Any:
+    """Return redis-py's client, which connects with its first command; ConfigError 113 as `Credentials.tls`."""
+    host, port = address.places[0]
+    tls: dict[str, Any] = {}
+    if address.is_encrypted:
         credentials.tls()  # reports a wrong file now; redis-py would only when it connects
-        settings |= {
+        tls = {
+            "ssl": True,
             "ssl_cert_reqs": "required",
             "ssl_check_hostname": True,
             "ssl_min_version": ssl.TLSVersion.TLSv1_2,
@@ -197,4 +218,12 @@ def _login(address: SplitResult, credentials: Credentials) -> dict[str, Any]:
             "ssl_certfile": credentials.certificate and str(credentials.certificate),
             "ssl_keyfile": credentials.key and str(credentials.key),
         }
-    return settings
+    return redis.Redis(
+        host, port, int(address.path or 0), username=address.user, password=credentials.secret() or address.password,
+        decode_responses=True,
+        encoding_errors="surrogateescape",  # a site may write invalid text; the schema then refuses it
+        socket_timeout=TIMEOUT_SECONDS,
+        socket_connect_timeout=TIMEOUT_SECONDS,
+        retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=3),
+        **tls,
+    )  # fmt: skip

@@ -17,7 +17,7 @@ from nightsplit.shared.wire.message import SERVER
 
 SITE_BYTES = 16 * 2**10
 """Longest record of a site that is read."""
-SERVER_BYTES = 4 * 2**20
+SERVER_BYTES = 2**20
 """Longest record of the server that is read; each site takes some 300 bytes of it."""
 DETAIL_CHARS = 400
 

@@ -13,7 +13,8 @@ from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 from prometheus_client.registry import Collector
 from typing_extensions import override
 
-from nightsplit.shared.credentials import Credentials, is_loopback
+from nightsplit.shared.address import is_loopback
+from nightsplit.shared.credentials import Credentials
 from nightsplit.shared.errors import ConfigError
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from nightsplit.shared.address import DEFAULT_PORTS, read_address
 from nightsplit.shared.clock import Clock, SystemClock
 from nightsplit.shared.config.worker import WorkerSection
 from nightsplit.shared.engine.counters import Counters
@@ -35,8 +36,12 @@ class Participant:
         config: the worker's section.
         overrides: "section.key=value" for run.toml (as in `nightsplit.shared.protocols.load.load_run`).
 
+    Attributes:
+        addresses: addresses of broker and store, unless they are files.
+        sealer: makes and opens the envelopes of the run; None if it has no keys.
+
     Raises:
-        ConfigError: 113, 121 or 122, see `nightsplit.shared.trust.sealer.make_sealer`; others as `load_run`.
+        ConfigError: 101-103 as `load_run`, 107 or 111 an address cannot be used; 113, 121 or 122 as `make_sealer`.
     """
 
     def __init__(self, base: Path, name: str, config: WorkerSection, overrides: Sequence[str]) -> None:
@@ -45,9 +50,10 @@ class Participant:
         self.run_folder = (base / config.run).parent
         self.state_folder = base / config.state
         self.credentials = config.credentials(base)
+        texts = (config.broker, config.store)
+        self.addresses = [read_address(text) for text in texts if text.partition(":")[0] in DEFAULT_PORTS]
         identity = None if config.identity is None else base / config.identity
         self.sealer = make_sealer(self.run_config, name, identity, self.state_folder, config.broker)
-        """Makes and opens the envelopes of the run; None if it has no keys."""
         self._store_address = config.store
 
     def open_store(self) -> RunStore:

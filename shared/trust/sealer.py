@@ -2,15 +2,12 @@
 
 from pathlib import Path
 
+from nightsplit.shared.address import DEFAULT_PORTS, is_loopback, read_address
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.credentials import hosts_of, is_loopback, scheme_of
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.trust.envelope import Sealer
 from nightsplit.shared.trust.identity import PublicKey, read_identity
 from nightsplit.shared.trust.run_keys import RunKeys
-
-SCHEMES = ("amqp", "amqps")
-"""Schemes of brokers that may be on another machine."""
 
 
 def make_sealer(run: RunConfig, name: str, identity: Path | None, state: Path, broker: str) -> Sealer | None:
@@ -27,8 +24,8 @@ def make_sealer(run: RunConfig, name: str, identity: Path | None, state: Path, b
             is not the one that run.toml names.
     """
     if not run.parties:
-        is_remote = scheme_of(broker) in SCHEMES and not all(is_loopback(host) for host, _ in hosts_of(broker))
-        if is_remote:
+        is_file = broker.partition(":")[0] not in DEFAULT_PORTS
+        if not (is_file or all(is_loopback(host) for host, _ in read_address(broker).places)):
             sentence = f"{run.run.id} has no [parties], so anyone at the broker could read, forge or repeat messages."
             raise ConfigError(121, sentence, "add the table that nightsplit keys parties prints to run.toml.")
         return None

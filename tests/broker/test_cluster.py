@@ -12,12 +12,10 @@ from pathlib import Path
 import pytest
 
 from nightsplit.broker.rabbitmq import connection as rabbitmq_connection
-from nightsplit.broker.rabbitmq.address import read_addresses
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.rabbitmq.errors import arguments
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.shared.config.run import WireSection
-from nightsplit.shared.credentials import NO_CREDENTIALS
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Blocked, Confirmed, Delivery, Link, Unblocked
 from tests.faults.numbered import Numbered
@@ -321,16 +319,6 @@ def test_hosts_of_no_common_cluster(url: str, queues: SiteQueues, rabbitmq: Rabb
         stranger.ctl("set_permissions", "-p", vhost, "guest", ".*", ".*", ".*")
         with pytest.raises(BrokerError, match="E212"):
             RabbitBroker(f"{url.rpartition('/')[0]},127.0.0.1:{stranger.port}/{vhost}").declare(queues)
-
-
-def test_an_address_of_several_hosts() -> None:
-    addresses = read_addresses("amqps://north@h1,h2:5673,[::1]:5674/ward", 30, NO_CREDENTIALS)
-    assert [(a.host, a.port, a.virtual_host) for a in addresses] == [
-        ("h1", 5671, "ward"), ("h2", 5673, "ward"), ("::1", 5674, "ward"),
-    ]  # fmt: skip
-    assert [a.ssl_options.server_hostname for a in addresses] == ["h1", "h2", "::1"]
-    with pytest.raises(BrokerError, match="E201"):
-        read_addresses("amqp://guest:guest@h1,,h2:x/", 30, NO_CREDENTIALS)
 
 
 def test_the_type_of_a_queue_is_never_left_to_the_broker() -> None:

@@ -14,7 +14,17 @@ from nightsplit.broker.rabbitmq import connection as rabbitmq_connection
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.shared.errors import BrokerError
-from nightsplit.shared.transport import Blocked, Broker, Confirmed, Delivery, Event, Link, Queue, Unblocked
+from nightsplit.shared.transport import (
+    Blocked,
+    Broker,
+    Confirmed,
+    Delivery,
+    Event,
+    Link,
+    Queue,
+    Unblocked,
+    without_content,
+)
 from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.simulation.faults import Faults, FaultyBroker
 from tests.harness.services import declared_as, for_quorum_queues, wait_until
@@ -209,6 +219,30 @@ def test_an_acknowledgement_from_an_earlier_link_is_ignored(broker: Broker, queu
         link.acknowledge(old[1])
     with broker.link([queues.up], 2, "server") as link:
         assert set(ids(deliveries(link, 2))) == {"m0", "m1"}  # no order after a smaller prefetch
+
+
+def test_a_delivery_that_is_given_back_comes_again(broker: Broker, queues: SiteQueues) -> None:
+    publish_all(broker, queues.up, names(6))
+    with broker.link([queues.up], 3, "server") as link:
+        held = deliveries(link, 3)
+        assert quiet(link)
+        for number in (1, 2):
+            link.give_back(without_content(held[number]))
+            again = deliveries(link, 1)[0]
+            assert (again.message_id, again.body) == (held[number].message_id, held[number].body)
+            held[number] = again
+        assert quiet(link), "it counts as one"
+        link.acknowledge(held[1])
+        assert ids(deliveries(link, 1)) == ["m3"]
+        stale = held[2]
+        link.give_back(held[0])
+        assert ids(deliveries(link, 1)) == ["m0"]
+    with broker.link([queues.up], 1, "server") as link:
+        deliveries(link, 1)
+        link.give_back(stale)
+        assert quiet(link)
+    with broker.link([queues.up], 6, "server") as link:
+        assert set(ids(deliveries(link, 5))) == {"m0", "m2", "m3", "m4", "m5"}  # no order after a smaller prefetch
 
 
 def test_prefetch_holds_for_each_queue(broker: Broker) -> None:

@@ -19,10 +19,10 @@ import pytest
 from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Blocked, Confirmed, Queue, Unblocked
-from tests.harness.embedded import LARGE, UP, body, files, ids, rows, store, take
+from tests.harness.embedded import DEAD, LARGE, UP, body, files, ids, rows, store, take
 from tests.harness.services import wait_until
 
-OTHER = Queue("night.south.up", "night.south", "up", None, "dead")
+OTHER = Queue("night.south.up", "night.south", "up", None, DEAD)
 LEASE_SECONDS = 1.5
 
 Spawn = Callable[..., tuple[SpawnProcess, Connection]]
@@ -297,7 +297,7 @@ def test_processes_may_create_the_folder_at_the_same_time(folder: Path, spawn: S
 
 def test_waiting_messages_do_not_count_those_handed_out(folder: Path) -> None:
     """So a server that cannot acknowledge before its next checkpoint gets what it needs to reach that."""
-    small = Queue("night.west.up", "night.west", "up", 3000, "dead")
+    small = Queue("night.west.up", "night.west", "up", 3000, DEAD)
     broker = EmbeddedBroker(folder)
     broker.declare([small])
     with broker.link([], 8, "site") as site, broker.link([small], 8, "server") as server:

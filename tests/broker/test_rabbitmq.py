@@ -147,7 +147,7 @@ def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_host_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rabbitmq, "FIRST_CONNECTION_S", 1.0)
-    broker = RabbitBroker("amqp://guest:guest@no.such.host.invalid/")
+    broker = RabbitBroker("amqps://guest:guest@no.such.host.invalid/")
     assert number_of(lambda: broker.declare([])) == 201
     assert number_of(lambda: broker.link([], 1, "site")) == 201
 
@@ -159,13 +159,6 @@ def test_somebody_listens_and_says_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         start = time.monotonic()
         assert number_of(lambda: broker.link([], 1, "site")) == 201
         assert time.monotonic() - start < 4
-
-
-def test_an_address_that_cannot_be_read_keeps_its_password() -> None:
-    with pytest.raises(BrokerError) as refusal:
-        RabbitBroker("amqp://guest:sec/ret@127.0.0.1:5672/")
-    assert refusal.value.number == 201
-    assert "sec" not in str(refusal.value)
 
 
 def test_a_queue_that_vanishes_under_its_consumer(broker: RabbitBroker, queues: SiteQueues) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
+import json
 import socket
 import ssl
 import warnings
@@ -19,10 +20,10 @@ import redis
 
 from nightsplit.broker.rabbitmq.address import read_addresses
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
-from nightsplit.broker.topology import query_queues, site_queues
+from nightsplit.broker.topology import POLICIES, query_queues, site_queues
 from nightsplit.console.keys.admin import administrator
 from nightsplit.shared.run_store.redis import RedisStore
-from nightsplit.shared.run_store.status import Phase, WorkerStatus
+from nightsplit.shared.run_store.status import UNREADABLE, Phase, WorkerStatus
 from tests.harness.centre import SITES, Centre
 
 pytestmark = [pytest.mark.rabbitmq, pytest.mark.redis]
@@ -83,7 +84,7 @@ def attempts(site: str, version: tuple[int, ...]) -> Iterator[tuple[str, bool, A
         exchange = queues.up.exchange
         for queue in queues:
             name, key = queue.name, queue.key
-            yield f"publish to {name}", own, publishing(exchange, key)
+            yield f"publish to {name}", own and key not in ("down", "answer"), publishing(queue.exchange, key)
             yield f"publish to {name} by the default exchange", False, publishing("", name)
             # In earlier versions everybody sees the depth of a queue with a known name.
             yield (
@@ -134,6 +135,39 @@ def test_a_site_reaches_its_own_queues_alone(centre: Centre, site: str) -> None:
     assert wrong == []
 
 
+def test_e2_a_site_fills_no_queue_of_the_server_and_no_disk_with_dead_letters(centre: Centre) -> None:
+    """Messages to its own `down` reach no queue; the oldest of too many dead letters make room."""
+    queues = site_queues("night-1", "north", 2**20)
+    with closing(connect(centre, "north")) as connection:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        for key in ("down", "answer"):
+            with pytest.raises(pika.exceptions.UnroutableError):
+                channel.basic_publish(queues.up.exchange, key, b"x", mandatory=True)
+        large = pika.BasicProperties(headers={"x": "y" * 100_000})
+        for number in range(30):
+            channel.basic_publish(queues.dead.exchange, "dead", b"%d" % number, large, mandatory=True)
+    found = centre.node.ctl("list_queues", "-p", "nightsplit", "name", "policy").splitlines()
+    policies = dict(line.split("\t") for line in found if line.startswith("nightsplit."))
+    assert policies == {
+        queue.name: {"dead": "dead", "up": "up", "ask": "up"}.get(queue.key, "lazy")
+        for _, of_site in QUEUES for queue in of_site
+    }  # fmt: skip
+    # The same policy with a small number, at once: no test writes a GiB.
+    definition = json.dumps({**POLICIES["dead"][1], "max-length": 10})
+    centre.node.ctl("set_policy", "-p", "nightsplit", "--priority", "9", "small", r"^nightsplit\..*\.dead$", definition)
+    try:
+        with closing(connect(centre, "north")) as connection:
+            channel = connection.channel()
+            channel.confirm_delivery()
+            for number in range(30, 60):
+                channel.basic_publish(queues.dead.exchange, "dead", b"%d" % number, mandatory=True)  # never refused
+            held = [channel.basic_get(queues.dead.name, auto_ack=True) for _ in range(11)]
+    finally:
+        centre.node.ctl("clear_policy", "-p", "nightsplit", "small")
+    assert [body for _, _, body in held] == [*(b"%d" % number for number in range(50, 60)), None]
+
+
 @pytest.mark.parametrize("site", SITES)
 def test_a_site_reaches_no_other_virtual_host(centre: Centre, site: str) -> None:
     parameters = read_addresses(centre.broker(site), 30, centre.credentials(site))[0]
@@ -148,13 +182,17 @@ def commands(site: str) -> Iterator[tuple[tuple[str, ...], bool]]:
         for name in STORED:
             key = f"nightsplit:{{{run}}}:{name}"
             own, readable = name == f"status:{site}", name in ("status:server", f"status:{site}")
-            yield ("SET", key, "x"), own
-            yield ("GETRANGE", key, "0", "9"), readable
-            yield ("EVALSHA", SET_BY_SCRIPT, "1", key, "x"), own
+            yield ("LSET", key, "0", "x"), own
+            yield ("LINDEX", key, "0"), readable
             yield from (((word, key), False) for word in ("GET", "MGET", "DEL", "HGETALL", "DUMP", "TYPE", "UNLINK"))
+            yield from (((word, key, "x"), False) for word in ("SET", "RPUSH", "LPUSH", "RPUSHX", "APPEND", "SADD"))
+            yield ("EVALSHA", SET_BY_SCRIPT, "1", key, "x"), False
+            yield ("EVAL", SCRIPT, "1", key, "x"), False
             yield ("HSET", key, "fence", "9"), False
             yield ("RENAME", key, f"nightsplit:{{{run}}}:status:{site}"), False
+        yield ("LSET", f"nightsplit:{{{run}-unopened}}:status:{site}", "0", "x"), False
     for command in (
+        "SCRIPT LOAD return", "EVAL return 0", "FCALL f 0",
         "KEYS *", "SCAN 0", "FLUSHALL", "FLUSHDB", "CONFIG GET *", "ACL LIST", "ACL SETUSER north on nopass ~* +@all",
         "INFO", "MONITOR", "SHUTDOWN", "CLIENT LIST", "SAVE", "SUBSCRIBE x", "PUBLISH x y", "SELECT 1",
         "FUNCTION LIST", "SCRIPT FLUSH", "SLAVEOF localhost 1", "MODULE LIST", "SWAPDB 0 1",
@@ -169,8 +207,9 @@ def test_a_site_says_how_it_is_and_reads_how_the_server_is(centre: Centre, site:
     login |= {"ssl_certfile": str(credentials.certificate), "ssl_keyfile": str(credentials.key)}
     host, port = centre.addresses.store.split(":")
     wrong = []
+    with closing(RedisStore(centre.store("server"), "night-1", centre.credentials("server"))) as store:
+        assert store._redis.script_load(SCRIPT) == SET_BY_SCRIPT
     with closing(redis.Redis(host, int(port), **login)) as client:
-        assert client.script_load(SCRIPT) == SET_BY_SCRIPT
         for command, may in commands(site):
             try:
                 client.execute_command(*command)
@@ -178,12 +217,42 @@ def test_a_site_says_how_it_is_and_reads_how_the_server_is(centre: Centre, site:
             except redis.exceptions.NoPermissionError:
                 done = False
             except redis.exceptions.ResponseError as error:
-                if "ACL failure in script" not in str(error):
+                if "no such key" not in str(error):
                     raise
                 done = False
             if done is not may:
                 wrong.append(command)
     assert wrong == []
+
+
+def test_e4_e5_a_site_stops_no_store_and_fills_none(centre: Centre) -> None:
+    """Endless scripts, statuses of runs that do not exist, and enormous ones."""
+    with (
+        closing(centre.keys.services().connect_redis()) as admin,
+        closing(RedisStore(centre.store("north"), "night-1", centre.credentials("north"))) as north,
+        closing(RedisStore(centre.store("server"), "night-1", centre.credentials("server"))) as server,
+    ):
+        keys, memory = admin.dbsize(), admin.info("memory")["used_memory"]
+        for script in ("while true do end", "return redis.call('DEBUG', 'SLEEP', 60)"):
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                north._redis.eval(script, 1, north._status("north"))
+        own = north._status("north")
+        for number in range(200):
+            with pytest.raises(redis.ResponseError, match="no such key"):
+                north._redis.lset(own.replace("night-1", f"night-{number + 100}"), 0, "x" * 2**19)
+        with closing(RedisStore(centre.store("north"), "night-77", centre.credentials("north"))) as unopened:
+            unopened.put_status("north", WorkerStatus(phase=Phase.WAITING))  # no error: a site may start first
+            assert unopened.statuses(["north"]) == {}
+        for size in (2**20 + 1, 2**26):
+            with pytest.raises((redis.ResponseError, redis.ConnectionError)):
+                north._redis.lset(own, 0, "x" * size)
+        north._redis.lset(own, 0, "x" * (2**20 - 1))
+        assert server.statuses(["north"])["north"].report is UNREADABLE
+        assert server.renew_lease("server", server.acquire_lease("server", 60) or 0, 60)
+        assert admin.dbsize() == keys
+        assert admin.info("memory")["used_memory"] - memory < 2**24
+        north.put_status("north", WorkerStatus(phase=Phase.WORKING))
+        assert server.statuses(["north"])["north"].online
 
 
 def test_the_server_looks_after_runs_and_not_after_redis(centre: Centre) -> None:

@@ -3,45 +3,8 @@ import ssl
 import pytest
 
 from nightsplit.console.keys.ca import Authority
-from nightsplit.shared.credentials import Credentials, expect_private, hosts_of
+from nightsplit.shared.credentials import Credentials
 from nightsplit.shared.errors import ConfigError
-
-
-@pytest.mark.parametrize(
-    ("address", "places"),
-    [
-        ("amqps://north:secret@broker.example:5671/v", [("broker.example", 5671)]),
-        ("amqps://north@one:1,two:2,three/v", [("one", 1), ("two", 2), ("three", None)]),
-        ("rediss://[2001:db8::7]:6380/0", [("2001:db8::7", 6380)]),
-        ("redis://localhost:port/0", [("localhost", None)]),
-    ],
-)
-def test_places(address, places):
-    assert list(hosts_of(address)) == places
-
-
-@pytest.mark.parametrize(
-    "address",
-    [
-        "amqp://localhost:5672/", "amqp://guest:guest@127.0.0.1/", "redis://127.9.9.9:6379", "redis://[::1]/0",
-        "amqps://broker.example/", "rediss://10.0.0.7:6379/0", "amqps://one,two/",
-    ],
-)  # fmt: skip
-def test_a_private_line(address):
-    expect_private(address)
-
-
-@pytest.mark.parametrize(
-    "address",
-    [
-        "amqp://broker.example/", "amqp://10.0.0.7/", "redis://redis:6379/0", "amqp://localhost:1,broker.example/",
-        "amqp://localhost@broker.example/", "amqp://127.0.0.1.example/", "amqp://", "amqp://[2001:db8::7]:5672/",
-    ],
-)  # fmt: skip
-def test_a_line_that_others_could_read(address):
-    with pytest.raises(ConfigError) as error:
-        expect_private(address)
-    assert error.value.number == 111
 
 
 @pytest.fixture

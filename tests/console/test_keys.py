@@ -348,7 +348,7 @@ def test_doctor_tries_what_is_forbidden(centre, tmp_path):
         rf"RabbitMQ {'.'.join(map(str, centre.node.version))}, (Redis|Valkey) [\d.]+", found["servers"]["found"]
     )
     assert found["servers"]["fix"] is None
-    assert found["rights"]["found"] == "tried 9 forbidden operations; all were refused"
+    assert found["rights"]["found"] == "tried 10 forbidden operations; all were refused"
     assert "TLSv1.3, certificate until" in found["TLS"]["found"]
     assert found["TLS"]["fix"] is None
     assert "passes" in found["passage"]["found"]
@@ -362,7 +362,7 @@ def test_doctor_tries_what_is_forbidden(centre, tmp_path):
     centre.node.ctl("set_permissions", "-p", "nightsplit", "north", ".*", ".*", ".*")
     healthy, found = findings(hospital, "north.toml")
     assert not healthy
-    assert found["rights"]["found"].startswith("6 of 9 forbidden operations are permitted: publish to any queue")
+    assert found["rights"]["found"].startswith("7 of 10 forbidden operations are permitted: publish to any queue")
     centre.node.ctl("set_permissions", "-p", "nightsplit", "north", "^$", "^$", "^$")
     healthy, found = findings(hospital, "north.toml")
     assert not healthy

@@ -10,7 +10,8 @@ from pathlib import Path
 from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.shared.transport import Confirmed, Delivery, Link, Queue
 
-UP = Queue("night.north.up", "night.north", "up", None, "dead")
+DEAD = Queue("night.north.dead", "night.north", "dead", None, None)
+UP = Queue("night.north.up", "night.north", "up", None, DEAD)
 LARGE = 200_000
 
 

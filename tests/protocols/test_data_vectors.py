@@ -1,12 +1,17 @@
 """Vectors of sites that trained apart: what they are, how they are added, and what a merge does with them."""
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from nightsplit.console.cli import run
+from nightsplit.server_worker.published_vectors import read_vector
 from nightsplit.shared.engine.order import Exclude
+from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.learning.metrics import score
 from nightsplit.shared.protocols.data_vectors import SCALES
+from nightsplit.shared.storage.files import write_atomic
+from nightsplit.shared.storage.tensors import as_safetensors
 from nightsplit.shared.wire.message import SERVER
 from tests.harness.night import Night, tiny_rounds
 from tests.protocols.test_rounds import SITES, begun, rest
@@ -96,6 +101,29 @@ def test_published_vectors_are_merged_again_with_a_site_more_or_one_less(tmp_pat
     assert run(["merge", str(tmp_path), "--output", str(tmp_path / "no"), "--without", "west"]) == 1
     assert capsys.readouterr().err.startswith("E103")
     assert not (tmp_path / "no").exists()
+
+
+FACTS = {"shapes": '{"w": [2, 2]}', "buffers": "[]", "base_sha256": "0", "name": "north"}
+LIES = {
+    "too short": ({}, torch.zeros(3)), "not a vector": ({}, torch.zeros(2, 2)),
+    "another type": ({}, torch.zeros(4).half()),
+    "not finite": ({}, torch.full((4,), float("nan"))), "no shape": ({"shapes": '{"w": 4}'}, torch.zeros(4)),
+    "negative": ({"shapes": '{"w": [-2, -2]}'}, torch.zeros(4)),
+    "enormous": ({"shapes": '{"w": [4, 1e300]}'}, torch.zeros(4)),
+    "a list": ({"shapes": "[4]"}, torch.zeros(4)), "nested": ({"shapes": "[" * 100_000}, torch.zeros(4)),
+    "no names": ({"buffers": "[[]]"}, torch.zeros(4)), "a scale": ({"scale": "nan"}, torch.zeros(4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_f6_a_vector_that_lies_about_its_shapes(lie, tmp_path):
+    facts, values = LIES[lie]
+    path = tmp_path / "north.safetensors"
+    write_atomic(path, as_safetensors({"vector": torch.zeros(4)}, FACTS))
+    assert read_vector(path).shapes == {"w": (2, 2)}
+    write_atomic(path, as_safetensors({"vector": values}, {**FACTS, **facts}))
+    with pytest.raises(ConfigError, match="E115"):
+        read_vector(path)
 
 
 def test_part_of_a_vector_does_not_count(tmp_path):

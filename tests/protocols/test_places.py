@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 
+from nightsplit.server_worker.role import HELLO_ANSWERS_MAX
 from nightsplit.shared.config.run import TaskSection
 from nightsplit.shared.errors import Refused, RunError
 from nightsplit.shared.protocols.places import check_upload, kinds_at
@@ -220,6 +221,22 @@ def test_no_hello_with_negative_counts_is_read():
     payload, message = sketch(config)[Kind.HELLO], hello(config, validation=-1)
     with pytest.raises(Refused, match="E307"):
         wire.encode(message, payload, 2**20)
+
+
+def test_a13_a_site_gets_a_thousand_answers_to_hellos():
+    server = dialogue("split_labels").roles[SERVER]
+    effects = []
+    for number in range(HELLO_ANSWERS_MAX):
+        changed = {"enrolled": False} if number % 2 else {"contract": "another"}
+        effects += server.on(hello(server.config, incarnation=str(number), **changed))
+    assert len(effects) == HELLO_ANSWERS_MAX
+    restored = dialogue("split_labels").roles[SERVER]
+    restored.restore(server.snapshot(None))
+    for role in (server, restored):
+        for changed in ({"enrolled": False}, {"contract": "another"}):
+            with pytest.raises(Refused, match="E308"):
+                role.on(hello(server.config, incarnation="more", **changed))
+        assert role.on(hello(server.config, incarnation="genuine")) == [], "a site that has enrolled goes on"
 
 
 def test_hellos_are_not_hoarded():

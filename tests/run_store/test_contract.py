@@ -276,7 +276,12 @@ def write_raw(store: RunStore, worker: str, record: bytes, written: object = Non
         write_row(store._path, "night-1", worker, record, written)
     elif isinstance(store, RedisStore):
         entry = [time.time() * 1000 if written is None else written, record.decode(errors="surrogateescape")]
-        store._redis.set(store._status(worker), json.dumps(entry, ensure_ascii=False).encode(errors="surrogateescape"))
+        put_entry(store, worker, json.dumps(entry, ensure_ascii=False).encode(errors="surrogateescape"))
+
+
+def put_entry(store: RedisStore, worker: str, entry: bytes | str) -> None:
+    store._redis.delete(store._status(worker))
+    store._redis.rpush(store._status(worker), entry)
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
@@ -298,7 +303,7 @@ def test_a_falsified_time_is_no_error(opened: Open, written: object) -> None:
     store = opened()
     store.put_status("north", WorkerStatus(phase=Phase.WORKING))
     if isinstance(store, RedisStore):
-        store._redis.set(store._status("north"), f'[{written}, "{{}}"]')
+        put_entry(store, "north", f'[{written}, "{{}}"]')
     else:
         write_raw(store, "north", b'{"phase":"working"}', written)
     age = store.statuses(["north"])["north"].age_seconds
@@ -310,10 +315,21 @@ def test_a_falsified_time_is_no_error(opened: Open, written: object) -> None:
 def test_an_entry_of_redis_that_is_none_of_ours_is_unreadable(redis_server: RedisServer) -> None:
     with closing(RedisStore(redis_server.url, "night-1")) as store:
         for entry in (b"x", b"\xff" * 2**23, b"[" * 8000, b"[1]", b'[1,{"phase":"working"}]', b"[null,null]", b"{}"):
-            store._redis.set(store._status("north"), entry)
-            north = store.statuses(["north"])["north"]
-            assert north.report is UNREADABLE, entry[:20]
-            assert not north.online
+            put_entry(store, "north", entry)
+            assert_unreadable(store, entry[:20])
+            store._redis.set(store._status("north"), entry)  # as an earlier version did
+            assert_unreadable(store, entry[:20])
+        store.admit(["north"])
+        assert store.statuses(["north"]) == {}
+        store.put_status("north", WorkerStatus(phase=Phase.WORKING))
+        store.admit(["north"])
+        assert store.statuses(["north"])["north"].online, "a status that is there remains"
+
+
+def assert_unreadable(store: RedisStore, about: object) -> None:
+    north = store.statuses(["north"])["north"]
+    assert north.report is UNREADABLE, about
+    assert not north.online
 
 
 def test_runs_in_one_place_do_not_see_each_other(address: str) -> None:

@@ -238,6 +238,15 @@ def test_array_errors(tmp_path: Path, changed: dict[str, Any], keys: dict[str, A
     assert part in refusal(number, tmp_path, **{**names, **keys})
 
 
+def test_f2_an_archive_larger_than_the_memory_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = archive(tmp_path)
+    np.savez_compressed(tmp_path / "x.npz", **(dict(np.load(tmp_path / "x.npz")) | {"more": np.zeros(2**27, np.uint8)}))
+    assert (tmp_path / "x.npz").stat().st_size < 2**20
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 2**12, "SC_PHYS_PAGES": 2**13}.__getitem__)  # 32 MiB
+    load(tmp_path, **names)  # an array that is not asked for is not read
+    assert "this machine has 0 GiB" in refusal(401, tmp_path, **{**names, "images": "more"})
+
+
 def test_wrong_number_of_classes(tmp_path: Path) -> None:
     draw(tmp_path / "positive" / "x.png")
     with pytest.raises(ConfigError, match="1 entries, the task 2") as caught:

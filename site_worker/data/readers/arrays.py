@@ -1,5 +1,6 @@
 """NumPy archives (.npz): named arrays with one entry per sample, as MedMNIST publishes them."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,12 +69,21 @@ def _load(path: Path, names: Sequence[str]) -> list[Array]:
             for name in names:
                 if name not in archive.files:
                     raise missing_name_error(path, "array", name, archive.files)
+            _check_memory(path, sum(archive.zip.getinfo(f"{name}.npy").file_size for name in names))
             return [np.atleast_1d(archive[name]) for name in names]
     except DataError:
         raise
     except Exception as error:  # zip, zlib and numpy have no common exception
         remedy = "save it again with numpy.savez, without objects."
         raise DataError(401, f"{path} is not a readable .npz archive ({error}).", remedy) from None
+
+
+def _check_memory(path: Path, size: int) -> None:
+    """Check that arrays of `size` bytes fit into this machine; an archive of a few bytes can contain any number."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        sentence = f"{path} has arrays of {size / 2**30:.0f} GiB, this machine has {memory / 2**30:.0f} GiB of memory."
+        raise DataError(401, sentence, "divide the archive, or check where it comes from.")
 
 
 def _to_inputs(images: Array, size: int | None) -> torch.Tensor:
