@@ -5,7 +5,8 @@
                    south.safetensors
 
 Vectors are always added in the order of their sites' names, and a site counts once: adding a late hospital, or
-removing one, gives bit for bit the sum of a run with exactly these hospitals.
+removing one, gives bit for bit the sum of a run with exactly these hospitals. They are published as they were sent; an
+outlier among three or more is scaled down when they are added.
 """
 
 import json
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nightsplit.shared.errors import ConfigError
+from nightsplit.shared.learning.bounds import factor_for, norm_of, reference
 from nightsplit.shared.models.hashing import weights_sha256
 from nightsplit.shared.models.layout import WeightLayout
 from nightsplit.shared.storage.files import write_atomic
@@ -50,9 +52,19 @@ class Vector:
     scale: float | None
 
 
+def outliers(vectors: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Return, for the name of each outlier, the factor that gives it the vectors' median norm."""
+    norms = {name: norm_of([vector]) for name, vector in vectors.items()}
+    median = reference(norms.values())
+    factors = {name: factor_for(norm, median) for name, norm in norms.items()}
+    return {name: factor for name, factor in factors.items() if factor < 1.0}
+
+
 def sum_vectors(vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return the sum of one or more vectors, added in the order of their names, so that it is bit-identical."""
-    return torch.stack([vectors[name] for name in sorted(vectors)]).sum(0)
+    """Return the sum of one or more vectors, outliers scaled down, in the order of their names: it is bit-identical."""
+    factors = outliers(vectors)
+    scaled = (vectors[name] * factors[name] if name in factors else vectors[name] for name in sorted(vectors))
+    return torch.stack([*scaled]).sum(0)
 
 
 def publish(

@@ -3,6 +3,7 @@
 import json
 from abc import abstractmethod
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -58,6 +59,8 @@ class ServerRole(Role, Generic[S]):
         """Batches that the model was trained on, per site."""
         self.samples: Counter[str] = Counter()
         """Samples in these batches, per site."""
+        self.outliers: dict[str, Counter[str]] = {site: Counter() for site in config.run.sites}
+        """Outliers that were scaled down, per site and part of its messages."""
         self.sequences: dict[str, S] = {}
         self.steps = 0
         """Training steps of the server's weights."""
@@ -202,6 +205,12 @@ class ServerRole(Role, Generic[S]):
             effects += self.describe_candidate(candidate)
         return effects
 
+    def record_outliers(self, site: str, factors: Mapping[str, float]) -> list[Effect]:
+        """Count outliers of a site, by the part of its messages, and return their metrics with their factors."""
+        self.outliers[site].update(factors.keys())
+        event: dict[str, Scalar] = {"event": "outlier", "step": self.steps, "site": site}
+        return [Record({**event, "part": part, "factor": factor}) for part, factor in factors.items()]
+
     def read_figures(self, message: Message, due: bool) -> SiteMetrics:
         """Return the figures on held-out samples in a message; Refused 304 when they are due and absent, or reverse."""
         text, name = str(message.scalars["metrics"]), message.header.message_id
@@ -260,6 +269,7 @@ class ServerRole(Role, Generic[S]):
             "counts": {site: list(samples) for site, samples in self._counts.items()},
             "excluded": dict(self.excluded),
             "batches": dict(self.batches), "samples": dict(self.samples),
+            "outliers": {site: dict(parts) for site, parts in self.outliers.items()},
             "evaluation": self.evaluation.facts(),
         }  # fmt: skip
         return Snapshot(tensors, facts)
@@ -277,3 +287,4 @@ class ServerRole(Role, Generic[S]):
         self.sequences = {site: self.sequence_of(site, samples) for site, samples in self._counts.items()}
         self.refusals = Counter(facts["refusals"])
         self.batches, self.samples = Counter(facts["batches"]), Counter(facts["samples"])
+        self.outliers = {site: Counter(parts) for site, parts in facts["outliers"].items()}

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from nightsplit.server_worker.rounds.aggregation import WeightedMean
 from torch import nn
 from typing_extensions import override
 
@@ -28,7 +29,6 @@ from benchmarks.speed.figures import Figure, Results, arguments
 from nightsplit.broker.link_wrapper import LinkWrapper
 from nightsplit.broker.topology import SiteQueues, site_queues
 from nightsplit.server_worker.protocols import make_server_role
-from nightsplit.server_worker.rounds.aggregation import WeightedMean
 from nightsplit.server_worker.rounds.role import RoundServer
 from nightsplit.shared.clock import SystemClock
 from nightsplit.shared.config.run import (

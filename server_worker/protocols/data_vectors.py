@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from nightsplit.server_worker.published_vectors import publish, sum_vectors
+from nightsplit.server_worker.published_vectors import outliers, publish, sum_vectors
 from nightsplit.server_worker.rounds.role import RoundServer
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect
 from nightsplit.shared.errors import mismatch
+from nightsplit.shared.learning.bounds import capped
 from nightsplit.shared.protocols.build import WholeModel
 from nightsplit.shared.protocols.data_vectors import SCALES, decode_reports
 from nightsplit.shared.protocols.report import SiteMetrics, decode_report
@@ -49,10 +50,10 @@ class DataVectorsServer(RoundServer):
         self.vectors[site] = torch.cat(list(update))  # the site's only update, always from theta_pre: never stale
 
     @override
-    def combine(self) -> torch.Tensor:
+    def combine(self) -> tuple[torch.Tensor, dict[str, float]]:
         if self.vectors:  # there is none if every update was refused
             self._sum = sum_vectors(self.vectors)
-        return self.published + self._sum  # at scale 1; sites compute the other scales from it
+        return self.published + self._sum, outliers(self.vectors)  # at scale 1; sites compute the other scales from it
 
     @override
     def add_final_figures(self, site: str, message: Message | None) -> list[Effect]:
@@ -88,7 +89,8 @@ class DataVectorsServer(RoundServer):
         """Return theta_mix at the chosen scale, float32 (length,), with the pooled statistics of the sites."""
         assert self.scale is not None
         merged = self.published + self.scale * self._sum
-        samples = {site: self.sequences[site].train for site in self.config.run.sites if site in self._statistics}
+        sites = [site for site in self.config.run.sites if site in self._statistics]
+        samples = capped({site: self.sequences[site].train for site in sites})
         if samples:
             index, total = self.evaluation.best - 1, sum(samples.values())
             pooled = torch.stack([n / total * self._statistics[site][index] for site, n in samples.items()])
