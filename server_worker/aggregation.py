@@ -19,9 +19,11 @@ from nightsplit.shared.config.run import RoundSection
 from nightsplit.shared.learning.bounds import MAJORITY, capped, factor_for, norm_of, reference
 from nightsplit.shared.storage.checkpoint import under
 
-WEISZFELD_STEPS = 16
-"""Iterations for the geometric median; more change its weights by less than a hundredth."""
-SMOOTHING = 1e-6
+WEISZFELD_STEPS = 3
+"""Iterations from the mean towards the geometric median, as in the paper: honest updates lose little, outliers much."""
+CHUNK = 2**16
+"""Elements of each update that are multiplied at a time, so that they stay in the processor's cache."""
+SMOOTHING = 1e-3
 """Smallest distance from the geometric median, in median norms, so that an update may be the median itself."""
 
 
@@ -92,19 +94,20 @@ class Aggregation:
 
         The median is a weighted mean of the updates, and its distance from each of them follows from their products.
         """
-        scale = torch.tensor([*factors.values()], dtype=torch.float64)
+        unit = statistics.median(self._norms[site] for site in factors) or 1.0
+        scale = torch.tensor([factor / unit for factor in factors.values()])[:, None]
         products = torch.zeros(len(scale), len(scale), dtype=torch.float64)
         for slices in zip(*(self._updates[site] for site in factors), strict=True):
-            values = torch.stack(slices).double() * scale[:, None]
-            products += values @ values.T
+            for parts in zip(*(values.split(CHUNK) for values in slices), strict=True):
+                values = torch.stack(parts) * scale
+                products += values @ values.T
         squares = products.diagonal()
-        smallest = SMOOTHING * statistics.median(squares.sqrt().tolist()) or SMOOTHING
         given = torch.tensor([*weights.values()], dtype=torch.float64)
         current = given
         for _ in range(WEISZFELD_STEPS):
             shares = current / current.sum()
             distances = (squares - 2 * products @ shares + shares @ products @ shares).clamp(min=0).sqrt()
-            current = given / distances.clamp(min=smallest)
+            current = given / distances.clamp(min=SMOOTHING)
         return dict(zip(weights, current.tolist(), strict=True))
 
     def clear(self) -> None:
@@ -118,7 +121,10 @@ class Aggregation:
             for site, slices in self._updates.items()
             for number, values in enumerate(slices)
         }
-        for name, by_site in {"count": self._counts, "weight": self._weights, "norm": self._norms}.items():
+        numbers: dict[str, Mapping[str, float]] = {
+            "count": self._counts, "weight": self._weights, "norm": self._norms,
+        }  # fmt: skip
+        for name, by_site in numbers.items():
             tensors |= {f"{name}/{site}": torch.tensor(value, dtype=torch.float64) for site, value in by_site.items()}
         return tensors
 

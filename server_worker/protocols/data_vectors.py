@@ -2,6 +2,8 @@
 
     theta_mix = theta_pre + scale * sum of tau_j,   tau_j = theta_j - theta_pre
 
+From three sites on, the sum is their number times the geometric median of the tau, so that none outweighs the others.
+
 Every site reports its tau once, at any time. Then each site evaluates the sum at every scale on its own
 held-out patients, with normalization statistics that it measures for that scale. The scale with the best
 validation figure over all sites is chosen.
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from nightsplit.server_worker.published_vectors import outliers, publish, sum_vectors
+from nightsplit.server_worker.published_vectors import publish, sum_vectors
 from nightsplit.server_worker.rounds.role import RoundServer
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect
@@ -51,9 +53,10 @@ class DataVectorsServer(RoundServer):
 
     @override
     def combine(self) -> tuple[torch.Tensor, dict[str, float]]:
+        outliers: dict[str, float] = {}
         if self.vectors:  # there is none if every update was refused
-            self._sum = sum_vectors(self.vectors)
-        return self.published + self._sum, outliers(self.vectors)  # at scale 1; sites compute the other scales from it
+            self._sum, outliers = sum_vectors(self.vectors)
+        return self.published + self._sum, outliers  # at scale 1; sites compute the other scales from it
 
     @override
     def add_final_figures(self, site: str, message: Message | None) -> list[Effect]:

@@ -1,5 +1,6 @@
 """Bounds on the influence of each site's batches on the server's layers."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -67,4 +68,4 @@ class BatchBounds:
 
 def root_mean_square(tensor: torch.Tensor) -> float:
     """Return the root mean square of a tensor's elements."""
-    return norm_of([tensor]) / max(1, tensor.numel()) ** 0.5
+    return norm_of([tensor]) / math.sqrt(max(1, tensor.numel()))

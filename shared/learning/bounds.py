@@ -72,11 +72,11 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
 def norm_of(tensors: Sequence[torch.Tensor]) -> float:
     """Return the L2 norm of several tensors together, which is finite if they are."""
     norms = [torch.linalg.vector_norm(tensor.detach()).double() for tensor in tensors]
-    norm = torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
+    norm: float = torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
     if norm < math.inf:
         return norm
     # Squares of large float32 values are too large for float32; in float64 the norm takes twenty times as long.
-    return torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]).norm().item()
+    return float(torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]).norm())
 
 
 def limit_gradients(parameters: Iterable[nn.Parameter], limit: Limit) -> None:
