@@ -123,7 +123,7 @@ def flip(config: RunConfig, splits: Splits) -> Splits:
 
 def poison(role: SiteRole, change: Change) -> None:
     """Let a site's role change whatever it sends."""
-    for name in ("start", "next", "on"):
+    for name in ("start", "next", "on", "saved"):
         setattr(role, name, partial(_changed, getattr(role, name), change))
 
 
