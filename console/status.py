@@ -16,7 +16,7 @@ from nightsplit.shared.wire.message import SERVER
 
 COUNTS = ("sent", "confirmed", "answered", "applied", "queued", "refused", "duplicates")
 QUEUES = ("up", "down", "dead")
-SITE_FACTS = ("batches", "samples", "share", "excluded_at")
+SITE_FACTS = ("batches", "samples", "share", "outliers", "excluded_at")
 """Facts that the server reports of each site."""
 
 

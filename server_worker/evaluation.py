@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.learning.metrics import measure, overall, score
+from nightsplit.shared.learning.metrics import measure, overall, score, typical
 from nightsplit.shared.protocols.plan import Purpose
 from nightsplit.shared.protocols.report import PARTS, SiteMetrics
 
@@ -72,7 +72,8 @@ class Evaluation:
         self.history.append({"epoch": candidate, "sites": sites, "overall": total})
         self.evaluated = max(candidate, self.evaluated)
         # Without validation patients there is no score, and the last candidate is the best.
-        validation = total[Purpose.VALIDATION]
+        part = Purpose.VALIDATION
+        validation = typical([metrics[part] for metrics in sites.values() if part in metrics])
         new = score(self._config.task, validation) if validation["samples"] else None
         if self._best_score is None or (new is not None and new > self._best_score):
             self.best, self._best_score = candidate, new

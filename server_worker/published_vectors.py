@@ -5,7 +5,8 @@
                    south.safetensors
 
 Vectors are always added in the order of their sites' names, and a site counts once: adding a late hospital, or
-removing one, gives bit for bit the sum of a run with exactly these hospitals.
+removing one, gives bit for bit the sum of a run with exactly these hospitals. They are published as they were sent, and
+combined robustly whenever they are added.
 """
 
 import json
@@ -17,6 +18,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from nightsplit.server_worker.aggregation import Aggregation
+from nightsplit.shared.config.run import RoundSection
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.models.hashing import weights_sha256
 from nightsplit.shared.models.layout import WeightLayout
@@ -51,9 +54,16 @@ class Vector:
     scale: float | None
 
 
-def sum_vectors(vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return the sum of one or more vectors, added in the order of their names, so that it is bit-identical."""
-    return torch.stack([vectors[name] for name in sorted(vectors)]).sum(0)
+def sum_vectors(vectors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+    """Return the sum of one or more vectors, and the factor of each outlier among them.
+
+    From three on, the sum is their number times their geometric median, so that no vector outweighs the others. It is
+    bit-identical, whatever their order.
+    """
+    aggregation = Aggregation(RoundSection())
+    for name, vector in vectors.items():
+        aggregation.add(name, [vector], weight=1.0)
+    return len(vectors) * next(aggregation.result()), aggregation.outliers()
 
 
 def publish(
@@ -94,7 +104,8 @@ def merge(base: Vector, vectors: list[Vector], scale: float) -> dict[str, torch.
     layout = WeightLayout(base.shapes, slice_length=len(base.values), buffers=base.buffers)
     if not vectors:
         return layout.weights(base.values)
-    return layout.weights(base.values + scale * sum_vectors({vector.name: vector.values for vector in vectors}))
+    total, _ = sum_vectors({vector.name: vector.values for vector in vectors})
+    return layout.weights(base.values + scale * total)
 
 
 def read_vector(path: Path) -> Vector:

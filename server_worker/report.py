@@ -9,6 +9,7 @@ from typing import Any
 from nightsplit.server_worker.protocols import AnyServer
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.foreign import in_markdown
+from nightsplit.shared.learning.bounds import OUTLIER
 from nightsplit.shared.learning.metrics import HEADLINE
 from nightsplit.shared.models.hashing import weights_sha256
 from nightsplit.shared.protocols.spec import spec_of
@@ -44,6 +45,7 @@ def summarise(config: RunConfig, role: AnyServer, last_seen: Mapping[str, dateti
             "planned": sequence.last if (sequence := role.sequences.get(site)) else None,
             "training_samples": sequence.train if sequence else None,
             "refused": role.refusals[site],
+            "outliers": dict(role.outliers[site]),
         }
         for site in config.run.sites
     }
@@ -70,10 +72,11 @@ def _markdown(config: RunConfig, report: Mapping[str, Any]) -> str:
         *_evaluation(config, report),
         ["Contribution of each site. Share: of the training steps that were applied."],
         [
-            "| site | batches | samples in them | share | messages applied | refused | last seen (UTC) | |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
+            "| site | batches | samples in them | share | messages applied | refused | outliers | last seen (UTC) | |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |",
             *(_contribution(site, facts) for site, facts in sites),
         ],
+        *([_outliers(site, facts)] for site, facts in sites if facts["outliers"]),
         [f"sha256 of {spec.names.share}: `{report[f'{spec.names.weights}_sha256']}`"],
     ]
     return "\n".join(line for block in blocks for line in [*block, ""])
@@ -104,7 +107,16 @@ def _contribution(site: str, facts: Mapping[str, Any]) -> str:
     excluded = "" if facts["excluded_at"] is None else f"**EXCLUDED** after {facts['excluded_at']} messages"
     return (
         f"| {site} | {facts['batches']} | {facts['samples']} | {100 * facts['share']:.1f} % "
-        f"| {facts['messages']} of {planned} | {facts['refused']} | {facts['last_seen'] or 'never'} | {excluded} |"
+        f"| {facts['messages']} of {planned} | {facts['refused']} | {sum(facts['outliers'].values())} "
+        f"| {facts['last_seen'] or 'never'} | {excluded} |"
+    )
+
+
+def _outliers(site: str, facts: Mapping[str, Any]) -> str:
+    parts = ", ".join(f"{part} {count} times" for part, count in sorted(facts["outliers"].items()))
+    return (
+        f"{site} sent outliers: {parts}. Each was more than {OUTLIER:g} times as large as is usual among the sites, "
+        "and was scaled down to that. A few are normal; a site with many has other data, a fault, or bad intent."
     )
 
 

@@ -3,7 +3,7 @@
 import json
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -26,8 +26,8 @@ from nightsplit.shared.wire.schema import Contract, Payload
 INCARNATIONS_MAX = 8
 """Largest number of incarnations of a site that are remembered."""
 HELLO_ANSWERS_MAX = 1000
-"""Answers to hellos that a site gets: at first so many, and one more for each `COSIGNED_MESSAGES` of it that are applied.
-They wait for the site until it reads them."""
+"""Answers to hellos that a site gets; and one more for each `COSIGNED_MESSAGES` of it that are applied. They wait for the
+site until it reads them."""
 COSIGNED_MESSAGES = 32
 """Fewer than a site sends between two hellos."""
 INCARNATION_LENGTH_MAX = 64
@@ -71,6 +71,8 @@ class ServerRole(Role, Generic[S]):
         """Batches that the model was trained on, per site."""
         self.samples: Counter[str] = Counter()
         """Samples in these batches, per site."""
+        self.outliers: dict[str, Counter[str]] = {site: Counter() for site in config.run.sites}
+        """Outliers that were scaled down, per site and part of its messages."""
         self.sequences: dict[str, S] = {}
         self.steps = 0
         """Training steps of the server's weights."""
@@ -248,6 +250,12 @@ class ServerRole(Role, Generic[S]):
             effects += self.describe_candidate(candidate)
         return effects
 
+    def record_outliers(self, site: str, factors: Mapping[str, float]) -> list[Effect]:
+        """Count outliers of a site, by the part of its messages, and return their metrics with their factors."""
+        self.outliers[site].update(factors.keys())
+        event: dict[str, Scalar] = {"event": "outlier", "step": self.steps, "site": site}
+        return [Record({**event, "part": part, "factor": factor}) for part, factor in factors.items()]
+
     def read_figures(self, message: Message, due: bool) -> SiteMetrics:
         """Return the figures on held-out samples in a message; Refused 304 when they are due and absent, or reverse."""
         text, name = str(message.scalars["metrics"]), message.header.message_id
@@ -308,6 +316,7 @@ class ServerRole(Role, Generic[S]):
             "counts": {site: list(samples) for site, samples in self._counts.items()},
             "excluded": dict(self.excluded),
             "batches": dict(self.batches), "samples": dict(self.samples),
+            "outliers": {site: dict(parts) for site, parts in self.outliers.items()},
             "evaluation": self.evaluation.facts(),
         }  # fmt: skip
         return Snapshot(tensors, facts)
@@ -322,8 +331,10 @@ class ServerRole(Role, Generic[S]):
         self.applied, self._released = facts["applied"], facts["released"]
         self._hello_answers = Counter(facts.get("hello_answers", {}))  # earlier versions did not count them
         self._greeted, self.excluded = facts["greeted"], facts["excluded"]
-        self._logs = {site: LogHead(*log) for site, log in facts["logs"].items()}
+        logs = facts.get("logs", {})  # likewise
+        self._logs = {site: LogHead(*logs.get(site, ())) for site in self.config.run.sites}
         self._counts = {site: Samples(*counts) for site, counts in facts["counts"].items()}
         self.sequences = {site: self.sequence_of(site, samples) for site, samples in self._counts.items()}
         self.refusals = Counter(facts["refusals"])
         self.batches, self.samples = Counter(facts["batches"]), Counter(facts["samples"])
+        self.outliers = {site: Counter(parts) for site, parts in facts["outliers"].items()}

@@ -1,6 +1,7 @@
 """Shift of the active server: its engine, the silence of sites meanwhile, and the status of both."""
 
 from collections.abc import Callable, Mapping
+from logging import WARNING
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -16,6 +17,7 @@ from nightsplit.shared.engine.engine import Engine
 from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.engine.order import CloseRound, Exclude, OrderEntry
 from nightsplit.shared.errors import Refused
+from nightsplit.shared.log import event
 from nightsplit.shared.run_store.base import RunStore, Status
 from nightsplit.shared.run_store.status import UNREADABLE, SiteStatus, WorkerStatus
 from nightsplit.shared.storage.checkpoint import Checkpoints
@@ -49,6 +51,7 @@ class ServerShift:
         self._deadline = Deadline(config.round.deadline_hours, previous.round)
         self._trained: dict[str, Record] = {}
         """Last training batch, per site or `TOGETHER`."""
+        self._warned: set[tuple[str, str]] = set()
         self._engine = Engine(role, mailbox, checkpoints, lease, self._record, decide=self._decide, failures=failures)
         self.counters = mailbox.counters
         self.skipped_checkpoints = self._engine.recover()
@@ -93,8 +96,17 @@ class ServerShift:
 
     def _record(self, record: Record) -> None:
         self._log.write(record)
-        if record.metrics["event"] == "train":
-            self._trained[str(record.metrics.get("site", TOGETHER))] = record
+        match record.metrics["event"]:
+            case "train":
+                self._trained[str(record.metrics.get("site", TOGETHER))] = record
+            case "outlier":
+                self._warn(str(record.metrics["site"]), str(record.metrics["part"]))
+
+    def _warn(self, site: str, part: str) -> None:
+        """Log a site's first outlier of each kind in this shift; its status has their number."""
+        if (site, part) not in self._warned:
+            self._warned.add((site, part))
+            event("outlier", WARNING, site=site, part=part)
 
     def extend_status(self, status: WorkerStatus) -> WorkerStatus:
         """Return a worker's status with the server's fields added."""
@@ -123,7 +135,8 @@ class ServerShift:
         loss, staleness = self._last_batch(site)
         return SiteStatus(
             applied=role.applied[site], queued=self._queued(site), batches=role.batches[site],
-            samples=role.samples[site], share=role.share(site), excluded_at=role.excluded.get(site),
+            samples=role.samples[site], share=role.share(site),
+            outliers=sum(dict(role.outliers[site]).values()), excluded_at=role.excluded.get(site),
             loss=loss, staleness=staleness, presence=self.silence.sites[site],
         )  # fmt: skip
 

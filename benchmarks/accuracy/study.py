@@ -158,13 +158,13 @@ def _prepared(name: str, seed: int, division: str) -> tuple[RunConfig, dict[str,
     config, case = _config(name), CASES[name]
     sources = _sources(case, division)
     config = replace(config, run=replace(config.run, seed=seed, sites=list(sources)))
-    folder = _folder(name)
+    folder = folder_of(name)
     return config, {site: scale(read_splits(source, config, folder), config.data) for site, source in sources.items()}
 
 
 def _sources(case: Case, division: str) -> dict[str, SourceSection]:
     """Return the source of each site's data."""
-    folder = _folder(case.name)
+    folder = folder_of(case.name)
     if division == AS_IS:
         sources = {site: load(folder / f"{site}.toml", SiteConfig).data for site in sites_of(case)}
         return {
@@ -190,7 +190,7 @@ _SCRATCH = tempfile.TemporaryDirectory(prefix="nightsplit-study-")
 
 
 @cache
-def _folder(name: str) -> Path:
+def folder_of(name: str) -> Path:
     """The example, or a copy of it with the data that it writes itself, also as one table "all.csv"."""
     folder = EXAMPLES / name
     if not (folder / "prepare.py").exists():

@@ -27,8 +27,8 @@ from benchmarks.speed.common import MiB, Place, Worker, fresh_name, queues_of, r
 from benchmarks.speed.figures import Figure, Results, arguments
 from nightsplit.broker.link_wrapper import LinkWrapper
 from nightsplit.broker.topology import SiteQueues, site_queues
+from nightsplit.server_worker.aggregation import Aggregation
 from nightsplit.server_worker.protocols import make_server_role
-from nightsplit.server_worker.rounds.aggregation import WeightedMean
 from nightsplit.server_worker.rounds.role import RoundServer
 from nightsplit.shared.clock import SystemClock
 from nightsplit.shared.config.run import (
@@ -148,13 +148,14 @@ def serve(line: Connection, place: Place, run: str, rounds: int, folder: Path) -
 
 
 def _arithmetic(length: int) -> float:
-    """Seconds that combining takes after the last update: its addition, the division, the new model."""
-    model, update, mean = torch.zeros(length), torch.ones(length), WeightedMean()
-    mean.add("", [update], 1.0)
+    """Seconds that combining takes after the last update: the weights of the sites, their sum, the new model."""
+    model, update, aggregation = torch.zeros(length), torch.ones(length), Aggregation(RoundSection())
+    for site in SITES[1:]:
+        aggregation.add(site, [update], 1.0)
     began = time.perf_counter()
-    mean.add("", [update], 1.0)
+    aggregation.add(SITES[0], [update], 1.0)
     model = model.clone()
-    model += next(mean.result())
+    model += next(aggregation.result())
     return time.perf_counter() - began
 
 
@@ -196,15 +197,15 @@ def combine(line: Connection, updates: int, weights: int) -> None:
     update = torch.randn(weights, generator=generator)
     slices = update.split(SLICE)
     before = resident_bytes()
-    mean = WeightedMean()
+    aggregation = Aggregation(RoundSection())
     began = time.perf_counter()
     for number in range(updates):
-        mean.add(str(number), slices, float(number + 1))
-    seconds = time.perf_counter() - began
-    for change in mean.result():
+        aggregation.add(str(number), slices, float(number + 1))
+    for change in aggregation.result():
         assert change.isfinite().all()
+    seconds = time.perf_counter() - began
     memory = (resident_bytes() - before) / (4 * weights)
-    # Each addition reads update and sum, and writes the sum; the first one only reads and writes.
+    # As if each were added once: reads update and sum, and writes the sum; the first one only reads and writes.
     moved = 4 * weights * (3 * updates - 1)
     one, other, total = torch.randn(weights), torch.randn(weights), torch.empty(weights)
     torch.add(one, other, out=total)

@@ -163,7 +163,7 @@ def _server(case: Case, run: str) -> tuple[RunConfig, SplitLabelsServer, SiteQue
     config, parts, contract = case.assemble(run)
     top = Top(parts.top, config.optimizer, config.task, "cpu")
     prefetch = _prefetch(config, contract, Kind.SMASHED)
-    return config, SplitLabelsServer(config, top, contract), case.queues(run), prefetch
+    return config, SplitLabelsServer(config, top, SplitModel(parts, contract)), case.queues(run), prefetch
 
 
 def _routes(peer: str, outgoing: Queue, incoming: Queue, queues: SiteQueues) -> dict[str, Route]:

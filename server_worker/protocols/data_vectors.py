@@ -2,6 +2,8 @@
 
     theta_mix = theta_pre + scale * sum of tau_j,   tau_j = theta_j - theta_pre
 
+From three sites on, the sum is their number times the geometric median of the tau, so that none outweighs the others.
+
 Every site reports its tau once, at any time. Then each site evaluates the sum at every scale on its own
 held-out patients, with normalization statistics that it measures for that scale. The scale with the best
 validation figure over all sites is chosen.
@@ -19,6 +21,7 @@ from nightsplit.server_worker.rounds.role import RoundServer
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect
 from nightsplit.shared.errors import mismatch
+from nightsplit.shared.learning.bounds import capped
 from nightsplit.shared.protocols.build import WholeModel
 from nightsplit.shared.protocols.data_vectors import SCALES, decode_reports
 from nightsplit.shared.protocols.report import SiteMetrics, decode_report
@@ -49,10 +52,11 @@ class DataVectorsServer(RoundServer):
         self.vectors[site] = torch.cat(list(update))  # the site's only update, always from theta_pre: never stale
 
     @override
-    def combine(self) -> torch.Tensor:
+    def combine(self) -> tuple[torch.Tensor, dict[str, float]]:
+        outliers: dict[str, float] = {}
         if self.vectors:  # there is none if every update was refused
-            self._sum = sum_vectors(self.vectors)
-        return self.published + self._sum  # at scale 1; sites compute the other scales from it
+            self._sum, outliers = sum_vectors(self.vectors)
+        return self.published + self._sum, outliers  # at scale 1; sites compute the other scales from it
 
     @override
     def add_final_figures(self, site: str, message: Message | None) -> list[Effect]:
@@ -88,7 +92,8 @@ class DataVectorsServer(RoundServer):
         """Return theta_mix at the chosen scale, float32 (length,), with the pooled statistics of the sites."""
         assert self.scale is not None
         merged = self.published + self.scale * self._sum
-        samples = {site: self.sequences[site].train for site in self.config.run.sites if site in self._statistics}
+        sites = [site for site in self.config.run.sites if site in self._statistics]
+        samples = capped({site: self.sequences[site].train for site in sites})
         if samples:
             index, total = self.evaluation.best - 1, sum(samples.values())
             pooled = torch.stack([n / total * self._statistics[site][index] for site, n in samples.items()])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from typing_extensions import override
 
-from nightsplit.server_worker.rounds.aggregation import make_aggregation
+from nightsplit.server_worker.aggregation import Aggregation
 from nightsplit.server_worker.rounds.role import RoundServer
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.protocols.build import WholeModel
@@ -18,13 +18,13 @@ from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 class FedavgTransferServer(RoundServer):
     """Server role of fedavg_transfer: the next model is the last one plus the combined update.
 
-    A stale update is scaled by 1 / sqrt(1 + staleness), as in FedBuff (Nguyen et al., AISTATS 2022); its weight in the
-    mean stays the site's number of training samples.
+    A stale update is scaled by 1 / sqrt(1 + staleness), as in FedBuff (Nguyen et al., AISTATS 2022); its weight stays
+    the site's number of training samples.
     """
 
     def __init__(self, config: RunConfig, model: WholeModel) -> None:
         super().__init__(config, model)
-        self._aggregation = make_aggregation(config.round)
+        self._aggregation = Aggregation(config.round)
 
     @override
     def add(self, site: str, update: Sequence[torch.Tensor], staleness: int) -> None:
@@ -32,15 +32,15 @@ class FedavgTransferServer(RoundServer):
             return
         if staleness:
             update = [values * (1 + staleness) ** -0.5 for values in update]
-        self._aggregation.add(f"{site}/{self.applied[site]}", update, float(self.sequences[site].train))
+        self._aggregation.add(site, update, float(self.sequences[site].train))
 
     @override
-    def combine(self) -> torch.Tensor:
-        vector = self.vector.clone()
+    def combine(self) -> tuple[torch.Tensor, dict[str, float]]:
+        vector, outliers = self.vector.clone(), self._aggregation.outliers()
         for number, change in enumerate(self._aggregation.result(), 1):
             vector[self.layout.slice(number)] += change
         self._aggregation.clear()
-        return vector
+        return vector, outliers
 
     @override
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:

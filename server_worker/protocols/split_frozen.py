@@ -5,6 +5,7 @@ The server stores them, and when all have arrived it trains on them for any numb
 while no site is online. No gradient returns.
 """
 
+import statistics
 from pathlib import Path
 from typing import Self
 
@@ -12,6 +13,7 @@ import torch
 from typing_extensions import override
 
 from nightsplit.server_worker.stream.activation_store import ActivationStore, Row
+from nightsplit.server_worker.stream.bounds import root_mean_square, scaled_parts
 from nightsplit.server_worker.stream.ddp import DividedTop, Group
 from nightsplit.server_worker.stream.role import StreamServer
 from nightsplit.server_worker.stream.schedule import Fair
@@ -19,13 +21,13 @@ from nightsplit.server_worker.stream.top import StoredTop
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Record
 from nightsplit.shared.errors import Refused
+from nightsplit.shared.learning.bounds import factor_for, reference
 from nightsplit.shared.learning.seeds import seed_for
 from nightsplit.shared.protocols.build import SplitModel
 from nightsplit.shared.protocols.plan import Purpose
 from nightsplit.shared.protocols.stream import Slot
 from nightsplit.shared.storage.checkpoint import Snapshot
 from nightsplit.shared.wire.message import Header, Message
-from nightsplit.shared.wire.schema import Contract
 
 
 class SplitFrozenServer(StreamServer):
@@ -33,12 +35,15 @@ class SplitFrozenServer(StreamServer):
 
     top: StoredTop
 
-    def __init__(self, config: RunConfig, top: StoredTop, contract: Contract) -> None:
-        super().__init__(config, top, contract)
+    def __init__(self, config: RunConfig, top: StoredTop, model: SplitModel) -> None:
+        super().__init__(config, top, model)
         self._schedule = Fair(config.run.sites)  # the order of arrival does not matter
         self.journalled = config.run.may_exclude  # the position of an exclusion does
         self._rows: dict[str, dict[int, int]] = {site: {} for site in config.run.sites}
         """Number of stored samples per site and item."""
+        self._parts = scaled_parts(config.task)
+        self._sizes: dict[str, dict[str, dict[int, float]]] = {part: {} for part in self._parts.values()}
+        """Root mean square of each training item as it was sent, by part, site and number."""
         self._training: list[Row] = []
         """All training samples, once all are stored."""
         self._trained = 0
@@ -49,7 +54,7 @@ class SplitFrozenServer(StreamServer):
     def make(cls, config: RunConfig, model: SplitModel, state: Path, device: str, group: Group | None) -> Self:
         store, parts = ActivationStore(state / "activations"), (model.parts.top, config.optimizer, config.task)
         top = StoredTop(*parts, device, store) if group is None else DividedTop(*parts, store, group)
-        return cls(config, top, model.contract)
+        return cls(config, top, model)
 
     @override
     def help(self) -> None:
@@ -63,6 +68,8 @@ class SplitFrozenServer(StreamServer):
         self._rows[site][item.number] = len(item.rows)
         if item.purpose is Purpose.TRAIN:
             self.count_item(site, item)
+            for name, part in self._parts.items():
+                self._sizes[part].setdefault(site, {})[item.number] = root_mean_square(message.tensors[name])
         return []  # no answer
 
     @override
@@ -88,7 +95,9 @@ class SplitFrozenServer(StreamServer):
         """Perform one training step on stored activations, with the evaluation and the end after an epoch."""
         if not self.done:
             return []
+        effects: list[Effect] = []
         if not self._training:
+            effects = self._scale_outliers()
             self._training = self._training_rows()
         rows = self._training
         per_epoch = -(-len(rows) // self.config.run.batch_size)
@@ -97,19 +106,38 @@ class SplitFrozenServer(StreamServer):
         order = torch.randperm(len(rows), generator=generator)
         batch_rows = order[len(rows) * batch // per_epoch : len(rows) * (batch + 1) // per_epoch].tolist()
         seed = seed_for(self.config.run.seed, "top", "store", self._trained)
-        effects: list[Effect] = []
         try:
             loss = self.top.train_stored([rows[i] for i in batch_rows], seed)
         except Refused:
             self.refusals["store"] += 1
         else:
             self.steps += 1
-            effects = [Record({"event": "train", "step": self.steps, "epoch": epoch + 1, "loss": loss})]
+            effects.append(Record({"event": "train", "step": self.steps, "epoch": epoch + 1, "loss": loss}))
         self._trained += 1
         if batch + 1 == per_epoch:
             effects += self._evaluate(epoch + 1)
             if epoch + 1 == self.config.run.epochs or self.evaluation.exhausted:
                 effects += self.end()
+        return effects
+
+    def _scale_outliers(self) -> list[Effect]:
+        """Scale stored outliers to the median over the sites of each one's median size, and return their metrics.
+
+        A repetition after a crash changes nothing: what was scaled before is no outlier any more.
+        """
+        effects: list[Effect] = []
+        for name, part in self._parts.items():
+            median = reference([statistics.median(sizes.values()) for sizes in self._sizes[part].values()])
+            for site, sizes in self._sizes[part].items():
+                for q, size in sizes.items():
+                    factor = factor_for(size, median)
+                    if factor == 1.0:
+                        continue
+                    if not self._trained:
+                        effects += self.record_outliers(site, {part: factor})
+                    stored = self.top.store.get(site, q)
+                    factor = factor_for(root_mean_square(stored[name]), median)
+                    self.top.store.put(site, q, {**stored, name: stored[name] * factor})
         return effects
 
     def _training_rows(self) -> list[Row]:
@@ -143,13 +171,21 @@ class SplitFrozenServer(StreamServer):
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         base = super().snapshot(first_unconfirmed)
         rows = {site: {str(q): n for q, n in items.items()} for site, items in self._rows.items()}
-        return Snapshot(base.tensors, {**base.facts, "rows": rows, "trained": self._trained})
+        sizes = {
+            part: {site: {str(q): size for q, size in items.items()} for site, items in sites.items()}
+            for part, sites in self._sizes.items()
+        }
+        return Snapshot(base.tensors, {**base.facts, "rows": rows, "sizes": sizes, "trained": self._trained})
 
     @override
     def restore(self, snapshot: Snapshot) -> None:
         super().restore(snapshot)
         self._trained = snapshot.facts["trained"]
         self._rows = {s: {int(q): n for q, n in items.items()} for s, items in snapshot.facts["rows"].items()}
+        self._sizes = {
+            part: {site: {int(q): size for q, size in items.items()} for site, items in sites.items()}
+            for part, sites in snapshot.facts["sizes"].items()
+        }
 
 
 ROLE = SplitFrozenServer

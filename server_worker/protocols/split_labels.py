@@ -15,14 +15,15 @@ class SplitLabelsServer(StreamServer):
 
     @override
     def apply_item(self, site: str, slot: Slot, message: Message) -> list[Effect]:
-        smashed, targets = message.tensors["smashed"], message.tensors["targets"]
         item = slot.item
         if item.purpose is Purpose.TRAIN:
+            batch = self.bounds.scale(message.tensors)
             seed = seed_for(self.config.run.seed, "top", site, item.number)
-            loss, gradient = self.top.train_step(smashed, targets, seed)
-            record = self.record_step(site, item, loss)
-            return [self.answer(site, slot.seq, Kind.CUT_GRADIENT, {"gradient": gradient}), record]
-        self.evaluation.add(site, item.purpose, self.top.predict(smashed), targets)
+            loss, gradient = self.top.train_step(batch["smashed"], batch["targets"], seed, self.bounds.limit)
+            records = self.record_step(site, item, loss)
+            return [self.answer(site, slot.seq, Kind.CUT_GRADIENT, {"gradient": gradient}), *records]
+        outputs = self.top.predict(message.tensors["smashed"])
+        self.evaluation.add(site, item.purpose, outputs, message.tensors["targets"])
         effects = self.close_block(site, item) if item.ends_block else []  # first: the answer has the result
         return [self.answer(site, slot.seq, Kind.NOTED), *effects]
 

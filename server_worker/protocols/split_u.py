@@ -27,7 +27,6 @@ from nightsplit.shared.protocols.plan import Item, Purpose
 from nightsplit.shared.protocols.stream import Slot
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Header, Kind, Message
-from nightsplit.shared.wire.schema import Contract
 
 
 class SplitUServer(StreamServer):
@@ -35,36 +34,39 @@ class SplitUServer(StreamServer):
 
     top: Middle
 
-    def __init__(self, config: RunConfig, top: Middle, contract: Contract) -> None:
-        super().__init__(config, top, contract)
+    def __init__(self, config: RunConfig, top: Middle, model: SplitModel) -> None:
+        super().__init__(config, top, model)
         self._open: dict[str, dict[int, tuple[int, torch.Tensor]]] = {site: {} for site in config.run.sites}
         """Version of the middle and smashed data of each training item without its gradient at the head, by number."""
 
     @classmethod
     @override
     def make(cls, config: RunConfig, model: SplitModel, state: Path, device: str, group: Group | None) -> Self:
-        return cls(config, Middle(model.parts.top, config.optimizer, config.task, device), model.contract)
+        return cls(config, Middle(model.parts.top, config.optimizer, config.task, device), model)
 
     @override
     def apply_item(self, site: str, slot: Slot, message: Message) -> list[Effect]:
         kind, seq, item, q = message.header.kind, slot.seq, slot.item, slot.item.number
         seed = seed_for(self.config.run.seed, "top", site, q)
         if kind is Kind.SMASHED:
-            smashed = message.tensors["smashed"].clone()
             training = item.purpose is Purpose.TRAIN
+            batch = self.bounds.scale(message.tensors) if training else message.tensors
+            smashed = batch["smashed"].clone()
             activations, version = self.top.forward(smashed, seed, training)
-            if training:
-                self._open[site][q] = version, smashed
-            return [self.answer(site, seq, Kind.HEAD_INPUT, {"activations": activations})]
+            answer = self.answer(site, seq, Kind.HEAD_INPUT, {"activations": activations})
+            if not training:
+                return [answer]
+            self._open[site][q] = version, smashed
+            return [answer, *self.close_batch(site)]
         if kind is Kind.REPORT:
             return self._add_report(site, item, message)
         if q not in self._open[site]:
             raise mismatch(f"item {q} has no forward pass that waits for a gradient.")
         version, smashed = self._open[site][q]
-        at_cut = self.top.backward(smashed, message.tensors["gradient"], version, seed)
+        at_cut = self.top.backward(smashed, message.tensors["gradient"], version, seed, self.bounds.limit)
         self._close_item(site, item)
-        record = self.record_step(site, item, None)
-        return [self.answer(site, seq, Kind.CUT_GRADIENT, {"gradient": at_cut}), record]
+        records = self.record_step(site, item, None)
+        return [self.answer(site, seq, Kind.CUT_GRADIENT, {"gradient": at_cut}), *records]
 
     @override
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:

@@ -63,8 +63,11 @@ class RoundServer(ServerRole[RoundSequence]):
         """Add a site's whole update, slices of float32, which are not changed."""
 
     @abstractmethod
-    def combine(self) -> torch.Tensor:
-        """Return the next model, float32 (length,), from `vector`, which is not changed, and the round's updates."""
+    def combine(self) -> tuple[torch.Tensor, dict[str, float]]:
+        """Return the next model, float32 (length,), and the factor of each site whose update was an outlier.
+
+        The model is made of `vector`, which is not changed, and the round's updates.
+        """
 
     def add_final_figures(self, site: str, message: Message | None) -> list[Effect]:
         """Add a site's report on the final model, None for an unreadable one; Refused 304, 307 invalid, no change."""
@@ -127,12 +130,15 @@ class RoundServer(ServerRole[RoundSequence]):
     @override
     def close(self) -> list[Effect]:
         """Combine the updates of the round, and answer the sites that wait; also called at the deadline of a quorum."""
-        self.vector = bounded(self.combine())
+        combined, outliers = self.combine()
+        self.vector = bounded(combined)
         self._arrived = 0
         self.version += 1
         self.is_last = self.version >= self.config.round.rounds or self.evaluation.exhausted
         waiting, self._reported = self._reported, {}
         effects: list[Effect] = [Record({"event": "combine", "step": self.steps, "epoch": self.version})]
+        for site, factor in outliers.items():
+            effects += self.record_outliers(site, {"update": factor})
         for site, seq in waiting.items():
             effects += self._answer(site, seq)
         return effects

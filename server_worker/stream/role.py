@@ -9,7 +9,9 @@ from typing import Any, Self
 import torch
 from typing_extensions import override
 
+from nightsplit.server_worker.aggregation import Aggregation
 from nightsplit.server_worker.role import Samples, ServerRole
+from nightsplit.server_worker.stream.bounds import BatchBounds
 from nightsplit.server_worker.stream.ddp import Group
 from nightsplit.server_worker.stream.schedule import SCHEDULES
 from nightsplit.server_worker.stream.top import Top
@@ -22,7 +24,6 @@ from nightsplit.shared.protocols.plan import Item, Plan, Purpose
 from nightsplit.shared.protocols.stream import Slot, StreamSequence, weights
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Header, Kind, Message, Scalar
-from nightsplit.shared.wire.schema import Contract
 
 ITEMS_MAX = 10_000_000
 """Largest number of items in a site's plan, so that message numbers stay below 2^26, as `Fair` needs it."""
@@ -33,9 +34,10 @@ REASON_LENGTH_MAX = 500
 class StreamServer(ServerRole[StreamSequence]):
     """Base class of roles that hold the top, the server's layers, and answer each site's messages in order."""
 
-    def __init__(self, config: RunConfig, top: Top, contract: Contract) -> None:
-        super().__init__(config, contract)
+    def __init__(self, config: RunConfig, top: Top, model: SplitModel) -> None:
+        super().__init__(config, model.contract)
         self.top = top
+        self.bounds = BatchBounds(config)
         self._schedule = SCHEDULES[config.run.order](config.run.sites)
         self.journalled = self._schedule.journalled or config.run.may_exclude
         length = 2 * config.run.window + 2
@@ -43,6 +45,8 @@ class StreamServer(ServerRole[StreamSequence]):
         """Number of steps at each of the latest answers, per site."""
         self._bottoms: dict[str, dict[str, torch.Tensor]] = {}
         """Bottoms to be averaged."""
+        self._mean = {name: tensor.clone() for name, tensor in weights(model.parts.bottom).items()}
+        """Bottom that all sites had at the latest averaging, or at the start."""
         self._waiting: dict[str, int] = {}
         """Sites that wait for the mean, with the number of the message that it answers."""
         self._averaged: Counter[str] = Counter()
@@ -53,7 +57,7 @@ class StreamServer(ServerRole[StreamSequence]):
     @classmethod
     def make(cls, config: RunConfig, model: SplitModel, state: Path, device: str, group: Group | None) -> Self:
         """Return the role of a server; arguments as of `nightsplit.server_worker.protocols.make_server_role`."""
-        return cls(config, Top(model.parts.top, config.optimizer, config.task, device), model.contract)
+        return cls(config, Top(model.parts.top, config.optimizer, config.task, device), model)
 
     @abstractmethod
     def apply_item(self, site: str, slot: Slot, message: Message) -> list[Effect]:
@@ -127,7 +131,11 @@ class StreamServer(ServerRole[StreamSequence]):
         """Return the answer to message `seq` of a site, with the progress on the epochs so far."""
         return Send(site, kind, seq, reply_to=seq, tensors=tensors, scalars={**scalars, **self.progress})
 
-    def record_step(self, site: str, item: Item, loss: float | None) -> Record:
+    def close_batch(self, site: str) -> list[Effect]:
+        """Count the outliers in an applied batch and return their metrics."""
+        return self.record_outliers(site, self.bounds.close(site))
+
+    def record_step(self, site: str, item: Item, loss: float | None) -> list[Effect]:
         """Count a training step and return its metrics; the loss is None where only the site knows it."""
         self.steps += 1
         self.count_item(site, item)
@@ -136,7 +144,8 @@ class StreamServer(ServerRole[StreamSequence]):
         answered_at, later_answers = self._answered_at[site], self.applied[site] - base
         steps_at_base = answered_at[-1 - later_answers] if later_answers < len(answered_at) else 0
         facts: dict[str, Scalar] = {"event": "train", "step": self.steps, "site": site, "epoch": item.epoch}
-        return Record({**facts, "loss": loss, "staleness": self.steps - 1 - steps_at_base})
+        record = Record({**facts, "loss": loss, "staleness": self.steps - 1 - steps_at_base})
+        return [record, *self.close_batch(site)]
 
     def count_item(self, site: str, item: Item) -> None:
         """Count a training item as one that the top is trained on."""
@@ -187,17 +196,22 @@ class StreamServer(ServerRole[StreamSequence]):
         return self._send_mean() if all(self._averaged[site] >= number for site in partners) else []
 
     def _send_mean(self) -> list[Effect]:
-        """Answer the waiting sites with the mean by training samples (McMahan et al., AISTATS 2017, algorithm 1)."""
+        """Answer the waiting sites with the mean of their bottoms; from three sites on it is the geometric median."""
+        aggregation = Aggregation(self.config.round)
         sites = [site for site in self.config.run.sites if site in self._bottoms]
-        total = sum(self.sequences[site].plan.train for site in sites)
-        parts = [(self._bottoms[site], self.sequences[site].plan.train / total) for site in sites]
-        names = self._bottoms[sites[0]].keys() if sites else ()
-        mean = {name: torch.stack([bottom[name] * share for bottom, share in parts]).sum(0) for name in names}
-        kind = Kind.AVERAGE if sites else Kind.NOTED
-        answers: list[Effect] = [self.answer(site, seq, kind, mean) for site, seq in self._waiting.items()]
+        for site in sites:
+            changes = [(self._bottoms[site][name] - mean).reshape(-1) for name, mean in self._mean.items()]
+            aggregation.add(site, changes, self.sequences[site].plan.train)
+        if sites:
+            pairs = zip(self._mean.items(), aggregation.result(), strict=True)
+            self._mean = {name: mean + change.view_as(mean) for (name, mean), change in pairs}
+        kind, mean = (Kind.AVERAGE, self._mean) if sites else (Kind.NOTED, {})
+        effects: list[Effect] = [self.answer(site, seq, kind, mean) for site, seq in self._waiting.items()]
+        for site, factor in aggregation.outliers().items():
+            effects += self.record_outliers(site, {"bottom": factor})
         self._bottoms.clear()
         self._waiting.clear()
-        return answers
+        return effects
 
     def _advance(self, site: str, seq: int) -> list[Effect]:
         """Count a message as applied, and end the run after the last one."""
@@ -234,7 +248,9 @@ class StreamServer(ServerRole[StreamSequence]):
     @override
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         base = super().snapshot(first_unconfirmed)
-        tensors = {**base.tensors, **self.top.state()}
+        tensors = {**base.tensors, **self.top.state(), **flatten("bounds", self.bounds.state())}
+        if self.config.run.bottoms == "averaged":
+            tensors.update(flatten("mean", self._mean))
         for site, bottom in self._bottoms.items():
             tensors.update(flatten(f"bottom/{site}", bottom))
         for epoch, top in self._tops.items():
@@ -251,8 +267,10 @@ class StreamServer(ServerRole[StreamSequence]):
         super().restore(snapshot)
         tensors, facts = snapshot.tensors, snapshot.facts
         self.top.restore(tensors)
+        self.bounds.restore(under("bounds", tensors))
         for site, steps in facts["answered_at"].items():
             self._answered_at[site].extend(steps)
+        self._mean = under("mean", tensors) or self._mean
         self._bottoms = {site: under(f"bottom/{site}", tensors) for site in facts["bottoms"]}
         self._waiting = facts["waiting"]
         self._averaged = Counter(facts["averaged"])

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from nightsplit.server_worker.stream.activation_store import ActivationStore, Row
 from nightsplit.shared.config.run import OptimizerSection, TaskSection
-from nightsplit.shared.learning.bounds import check_bounded
+from nightsplit.shared.learning.bounds import Limit, check_bounded, limit_gradients
 from nightsplit.shared.learning.optimizers import optimizer_tensors, restore_optimizer
 from nightsplit.shared.learning.seeds import seeded
 from nightsplit.shared.learning.stage import Stage
@@ -79,7 +79,9 @@ class Middle(Top):
         self._stash[self._steps] = parameters
         return outputs.cpu(), self._steps
 
-    def backward(self, smashed: torch.Tensor, gradient: torch.Tensor, version: int, seed: int) -> torch.Tensor:
+    def backward(
+        self, smashed: torch.Tensor, gradient: torch.Tensor, version: int, seed: int, limit: Limit
+    ) -> torch.Tensor:
         """Apply the gradient (batch, *head) at the head's input; return the gradient at the cut (batch, *cut).
 
         Refused 312 if gradients are not finite; then nothing was changed.
@@ -96,6 +98,7 @@ class Middle(Top):
         self.module.load_state_dict(buffers, strict=False)
         for parameter, parameter_gradient in zip(self.module.parameters(), at_parameters, strict=True):
             parameter.grad = parameter_gradient
+        limit_gradients(self.module.parameters(), limit)
         self.optimizer.step()
         self._steps += 1
         return at_cut.cpu()

@@ -136,7 +136,8 @@ class RoundSection(Section, frozen=True, kw_only=True):
             site continues at once (FedBuff).
         reports: for "quorum" and "buffered".
         deadline_hours: with "quorum", hours that a round with its quorum waits for the others.
-        combine: "mean" weighted by training samples, "trimmed_mean" or "median" per coordinate.
+        combine: "geometric_median" (of two sites: the mean) or "mean", both weighted by training samples;
+            "trimmed_mean" or "median" per coordinate.
         trim: share that "trimmed_mean" drops at each end.
         statistics: running statistics of BatchNorm are "pooled" over sites, or stay "local".
         freeze: dotted names of modules that keep their weights; they are not sent.
@@ -149,7 +150,7 @@ class RoundSection(Section, frozen=True, kw_only=True):
     close: Literal["all", "quorum", "buffered"] = "all"
     reports: Positive | None = None
     deadline_hours: Annotated[float, Meta(ge=0)] = 0.0
-    combine: Literal["mean", "trimmed_mean", "median"] = "mean"
+    combine: Literal["geometric_median", "mean", "trimmed_mean", "median"] = "geometric_median"
     trim: Annotated[float, Meta(ge=0.0, lt=0.5)] = 0.2
     statistics: Literal["pooled", "local"] = "pooled"
     freeze: list[str] = msgspec.field(default_factory=list)

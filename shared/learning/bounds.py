@@ -1,6 +1,16 @@
-"""Bounds on training: no message may leave weights that make further training impossible."""
+"""Bounds on training: no message may leave weights that make further training impossible, or outweigh all others.
 
-from collections.abc import Iterator
+    absolute    finite, and below `NORM_MAX`: what is beyond is refused
+    relative    an outlier, beyond `OUTLIER` times the median norm, is scaled down to the median norm
+
+The relative bound is norm bounding (Sun et al., arXiv 1911.07963, section 4) with the median of the sites in place of a
+fixed threshold. It needs a majority of honest sites, so it begins with three of them.
+"""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +21,22 @@ from nightsplit.shared.errors import Refused
 NORM_MAX = 1e15
 """Largest norm of a tensor of gradients, weights or predictions: squares and sums of its values, and an optimizer's
 steps with them, are finite float32 numbers."""
+MAJORITY = 3
+"""Fewest values with a majority that outvotes one of them."""
+OUTLIER = 4.0
+"""Multiple of the median norm beyond which a norm is an outlier; honest gradients of small batches stay within it."""
+WRECK = 100.0
+"""Likewise for what a site gets from its server, to which it has no second opinion than its own past."""
+RECENT = 9
+"""Number of a sender's latest norms whose median stands for it."""
+
+Limit = Callable[[float], float]
+"""Function that returns the factor by which gradients of a norm are scaled before they are applied."""
+
+
+def unlimited(norm: float) -> float:
+    """Return 1.0, as a `Limit`: gradients are applied as they are."""
+    return 1.0
 
 
 def is_bounded(*tensors: torch.Tensor) -> bool:
@@ -41,3 +67,89 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
     except Refused:
         module.load_state_dict(before, strict=False)
         raise
+
+
+def norm_of(tensors: Sequence[torch.Tensor]) -> float:
+    """Return the L2 norm of several tensors together, which is finite if they are."""
+    norms = [torch.linalg.vector_norm(tensor.detach()).double() for tensor in tensors]
+    norm: float = torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
+    if norm < math.inf:
+        return norm
+    # Squares of large float32 values are too large for float32; in float64 the norm takes twenty times as long.
+    return float(torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]).norm())
+
+
+def limit_gradients(parameters: Iterable[nn.Parameter], limit: Limit) -> None:
+    """Scale all gradients by the factor of their norm."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    factor = limit(norm_of(gradients))
+    if factor < 1.0:
+        for gradient in gradients:
+            gradient.mul_(factor)
+
+
+def reference(norms: Collection[float]) -> float | None:
+    """Return the median norm; None without a majority."""
+    return statistics.median(norms) if len(norms) >= MAJORITY else None
+
+
+def factor_for(norm: float, reference: float | None, outlier: float = OUTLIER) -> float:
+    """Return the factor that gives an outlier the reference's norm; 1.0 for others, or without a reference."""
+    return 1.0 if reference is None or norm <= outlier * reference else reference / norm
+
+
+def capped(weights: Mapping[str, float]) -> dict[str, float]:
+    """Return the weights, each at most their median, since a site's number of samples is a claim; or two unchanged."""
+    median = reference(weights.values())
+    return {name: weight if median is None else min(weight, median) for name, weight in weights.items()}
+
+
+class RunningBound:
+    """Bound on the norms of a stream of values from several senders.
+
+    The reference is the median over the senders of the median of each one's `RECENT` latest norms, before they were
+    scaled. A lone sender has no peers: its reference is its own past.
+
+    Args:
+        senders: all who may send; with two of them there is no bound.
+        first: reference until a majority has sent; None for no bound until then.
+        outlier: multiple of the reference beyond which a norm is an outlier.
+    """
+
+    def __init__(self, senders: Sequence[str], first: float | None = None, outlier: float = OUTLIER) -> None:
+        self._recent: dict[str, deque[float]] = {sender: deque(maxlen=RECENT) for sender in senders}
+        self._first, self._outlier = first, outlier
+
+    def factor(self, norm: float) -> float:
+        """Return the factor for the next value of a sender, 1.0 unless it is an outlier."""
+        return factor_for(norm, self._reference(), self._outlier)
+
+    def remember(self, sender: str, norm: float) -> None:
+        """Add the norm of a sender's value, which was applied."""
+        self._recent[sender].append(norm)
+
+    def limit(self, sender: str, norm: float) -> float:
+        """Return the factor for a sender's next value, and remember its norm; a `Limit` of gradients."""
+        factor = self.factor(norm)
+        self.remember(sender, norm)
+        return factor
+
+    def _reference(self) -> float | None:
+        if len(self._recent) == 1:
+            norms = [norm for recent in self._recent.values() for norm in recent]
+        elif len(self._recent) < MAJORITY:
+            return None
+        else:
+            norms = [statistics.median(recent) for recent in self._recent.values() if recent]
+        return self._first if len(norms) < MAJORITY else statistics.median(norms)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of a snapshot."""
+        return {sender: torch.tensor(recent, dtype=torch.float64) for sender, recent in self._recent.items() if recent}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Continue from `state`."""
+        for sender, recent in self._recent.items():
+            recent.clear()
+            if sender in tensors:
+                recent.extend(tensors[sender].tolist())

@@ -1,6 +1,7 @@
 """Metrics of a model on held-out patients."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import torch
 from msgspec import Meta, Struct
 
 from nightsplit.shared.config.run import DataSection, TaskSection
+from nightsplit.shared.learning.bounds import MAJORITY
 from nightsplit.shared.learning.losses import loss_of
 
 FIGURE_MAX = 1e30
@@ -143,6 +145,19 @@ def _dice(predicted: torch.Tensor, truth: torch.Tensor, patients: Sequence[str])
 
     overlap, total = per_patient(predicted & truth), per_patient(predicted.int() + truth.int())
     return torch.where(total > 0, 2 * overlap / total.clamp(min=1), 1.0).mean().item()
+
+
+def typical(sites: Sequence[Metrics]) -> Metrics:
+    """Return the median of each figure over sites that have it, and `overall` where they are too few for a majority.
+
+    It chooses the best model: no site can, with figures or numbers of samples that it made up.
+    """
+    result = overall(sites)
+    for name in result.keys() - {"samples"}:
+        figures = [value for metrics in sites if (value := metrics.get(name)) is not None]
+        if len(figures) >= MAJORITY:
+            result[name] = statistics.median(figures)
+    return result
 
 
 def overall(sites: Sequence[Metrics]) -> Metrics:

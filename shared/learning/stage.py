@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from nightsplit.shared.config.run import OptimizerSection, TaskSection
-from nightsplit.shared.learning.bounds import buffers_kept, check_bounded, check_step
+from nightsplit.shared.learning.bounds import Limit, buffers_kept, check_bounded, check_step, limit_gradients, unlimited
 from nightsplit.shared.learning.losses import loss_of
 from nightsplit.shared.learning.optimizers import make_optimizer
 from nightsplit.shared.learning.seeds import Seed, seeded
@@ -19,13 +19,16 @@ class Stage:
         self._task = task
         self._device = device
 
-    def train_step(self, activations: torch.Tensor, targets: torch.Tensor, seed: Seed) -> tuple[float, torch.Tensor]:
+    def train_step(
+        self, activations: torch.Tensor, targets: torch.Tensor, seed: Seed, limit: Limit = unlimited
+    ) -> tuple[float, torch.Tensor]:
         """Perform one training step; return the mean loss, and its gradient (batch, ...) at the input.
 
         Args:
             activations: (batch, ...) float32.
             targets: as for `loss_of`.
             seed: seed of dropout in this step.
+            limit: limit on the gradients of the layers.
 
         Raises:
             Refused: 312 loss or gradients are not finite; nothing was changed.
@@ -39,6 +42,7 @@ class Stage:
             torch.autograd.backward(loss)
             assert inputs.grad is not None
             check_step(self.module, loss, inputs.grad)
+        limit_gradients(self.module.parameters(), limit)
         self.optimizer.step()
         return loss.item(), inputs.grad.cpu()
 

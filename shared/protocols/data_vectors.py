@@ -17,8 +17,8 @@ from nightsplit.shared.protocols.spec import Shapes
 from nightsplit.shared.wire.message import Kind
 from nightsplit.shared.wire.schema import Contract, Payload, Reveals, TensorSpec
 
-SCALES = tuple(tenths / 10 for tenths in range(1, 11))
-"""Factors of the sum of vectors that sites evaluate."""
+SCALES = tuple(tenths / 10 for tenths in range(11))
+"""Factors of the sum of vectors that sites evaluate; at 0 the model stays the published one."""
 
 _Report = Annotated[str, Meta(max_length=REPORT_CHARS_MAX)]
 _Reports = Annotated[list[_Report], Meta(min_length=len(SCALES), max_length=len(SCALES))]

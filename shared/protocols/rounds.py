@@ -61,7 +61,7 @@ def payloads(config: RunConfig, shapes: Shapes) -> Contract:
 
 def settings(config: RunConfig) -> str:
     """Return the settings of a run in words."""
-    return f"{config.run.order} order, {config.round.combine} of {config.round.close}"
+    return f"{config.run.order} order, {config.round.combine.replace('_', ' ')} of {config.round.close}"
 
 
 def check(config: RunConfig) -> None:

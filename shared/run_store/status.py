@@ -86,6 +86,7 @@ class SiteStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         queued: messages at the broker that are not applied yet; None: the site has not reported it.
         batches, samples: training batches and samples that were applied.
         share: share of all training batches, 0 to 1.
+        outliers: parts of its messages that were scaled down as outliers.
         excluded_at: number of applied messages of all sites at its exclusion; None: not excluded.
         loss, staleness: of its last training batch, where the server knows it.
         presence: its silence.
@@ -96,6 +97,7 @@ class SiteStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     batches: Count = 0
     samples: Count = 0
     share: Share = 0.0
+    outliers: Count = 0
     excluded_at: Count | None = None
     loss: float | None = None
     staleness: Count | None = None

@@ -38,6 +38,7 @@ _SITE_GAUGES = (
     ("nightsplit_training_loss", "loss", "Loss of the last training batch, where the server knows it."),
     ("nightsplit_staleness_steps", "staleness", "Training steps between the last batch's bottom and its use."),
     ("nightsplit_site_last_seen_timestamp_seconds", "last_seen", "When the server saw the site last, by its clock."),
+    ("nightsplit_site_outliers", "outliers", "Parts of a site's messages that were scaled down as outliers."),
     ("nightsplit_site_excluded", "excluded", "1 when the run goes on without the site."),
 )
 

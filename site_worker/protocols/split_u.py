@@ -1,10 +1,13 @@
 """split_u, the U-shaped extension of Ha et al.: the last layers and the labels stay at the site."""
 
+from functools import partial
+
 import torch
 from typing_extensions import override
 
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Send
+from nightsplit.shared.learning.bounds import WRECK, RunningBound
 from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.learning.optimizers import optimizer_tensors, restore_optimizer
 from nightsplit.shared.learning.seeds import Seed
@@ -14,7 +17,7 @@ from nightsplit.shared.protocols.plan import Item, Purpose
 from nightsplit.shared.protocols.report import NO_FIGURES, encode_report
 from nightsplit.shared.protocols.stream import Slot
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
-from nightsplit.shared.wire.message import Kind, Message
+from nightsplit.shared.wire.message import SERVER, Kind, Message
 from nightsplit.site_worker.data.dataset import Splits
 from nightsplit.site_worker.stream.role import StreamSite
 
@@ -29,6 +32,8 @@ class SplitUSite(StreamSite):
         super().__init__(name, config, model, splits, incarnation, device, seed)
         assert model.parts.head is not None
         self.head = Stage(model.parts.head, config.optimizer, config.task, device)
+        self._bound = RunningBound((SERVER,), outlier=WRECK)
+        """Bound on the head's gradients, which depend on the server's activations."""
         self._gradients: dict[int, torch.Tensor] = {}
         """Gradients at the head's input, by item, until their message is confirmed."""
         self._reports: dict[int, str] = {}
@@ -61,7 +66,8 @@ class SplitUSite(StreamSite):
         activations = message.tensors["activations"]
         if item.purpose is Purpose.TRAIN:
             targets, seed = self.batches.targets(item), self.batches.seed("head", item)
-            _, self._gradients[item.number] = self.head.train_step(activations, targets, seed)
+            limit = partial(self._bound.limit, SERVER)
+            _, self._gradients[item.number] = self.head.train_step(activations, targets, seed, limit)
         else:
             self._outputs[item.number] = self.head.predict(activations)
 
@@ -96,6 +102,7 @@ class SplitUSite(StreamSite):
         tensors = {**base.tensors, **flatten("gradients", self._gradients), **flatten("outputs", self._outputs)}
         tensors.update(flatten("head", self.head.module.state_dict()))
         tensors.update(flatten("head_optimizer", optimizer_tensors(self.head.optimizer)))
+        tensors.update(flatten("head_bound", self._bound.state()))
         for epoch, head in self._heads.items():
             tensors.update(flatten(f"candidate_head/{epoch}", head))
         return Snapshot(tensors, {**base.facts, "reports": {**self._reports}, "heads": list(self._heads)})
@@ -106,6 +113,7 @@ class SplitUSite(StreamSite):
         tensors = snapshot.tensors
         self.head.module.load_state_dict(under("head", tensors))
         restore_optimizer(self.head.optimizer, under("head_optimizer", tensors))
+        self._bound.restore(under("head_bound", tensors))
         self._gradients = {int(q): tensor for q, tensor in under("gradients", tensors).items()}
         self._outputs = {int(q): tensor for q, tensor in under("outputs", tensors).items()}
         self._reports = {int(q): text for q, text in snapshot.facts["reports"].items()}

@@ -12,17 +12,19 @@ A process that still has the graph of the forward uses it instead; the result is
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
 from nightsplit.shared.config.run import OptimizerSection
-from nightsplit.shared.learning.bounds import check_bounded
+from nightsplit.shared.learning.bounds import WRECK, RunningBound, check_bounded, limit_gradients
 from nightsplit.shared.learning.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
 from nightsplit.shared.learning.seeds import Seed, seeded
 from nightsplit.shared.protocols.plan import Item
 from nightsplit.shared.storage.checkpoint import flatten, under
+from nightsplit.shared.wire.message import SERVER
 
 GRAPHS_MAX = 8
 """Most graphs that are kept. With a longer window the gradient arrives hours later, and the forward is recomputed."""
@@ -46,6 +48,7 @@ class Bottom:
         self._parameters = [name for name, _ in module.named_parameters()]
         self._versions = {0: self._copy_weights()}
         self._graphs: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
+        self._bound = RunningBound((SERVER,), outlier=WRECK)
         # A kept graph has already updated the running statistics, which must change when the gradient is applied:
         # a bottom with buffers always recomputes.
         self._keeps_graphs = not dict(module.named_buffers())
@@ -79,6 +82,7 @@ class Bottom:
             check_bounded("gradients", *gradients, *buffers.values())
             for parameter, parameter_gradient in zip(self.module.parameters(), gradients, strict=True):
                 parameter.grad = parameter_gradient
+            limit_gradients(self.module.parameters(), partial(self._bound.limit, SERVER))
             self._optimizer.step()
         self.module.load_state_dict(buffers, strict=False)
         self._advance(self._copy_weights())
@@ -110,7 +114,7 @@ class Bottom:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the entries for a snapshot."""
-        entries = flatten("optimizer", optimizer_tensors(self._optimizer))
+        entries = {**flatten("optimizer", optimizer_tensors(self._optimizer)), **flatten("bound", self._bound.state())}
         for version, weights in self._versions.items():
             # Versions without a step between them share their weights and their entries.
             if version == min(self._versions) or weights is not self._versions[version - 1]:
@@ -130,6 +134,7 @@ class Bottom:
             else:
                 self._versions[version] = self._versions[version - 1]
         restore_optimizer(self._optimizer, under("optimizer", tensors))
+        self._bound.restore(under("bound", tensors))
 
     def _run(
         self, weights: Weights, inputs: torch.Tensor, seed: Seed, training: bool

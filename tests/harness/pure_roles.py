@@ -64,7 +64,7 @@ def pure_server(config: RunConfig, activations: ActivationStore | None = None) -
     assert isinstance(model, SplitModel)
     store = activations or ActivationsInMemory()
     top = StoredTop(model.parts.top, config.optimizer, config.task, "cpu", store)
-    return SplitFrozenServer(config, top, model.contract)
+    return SplitFrozenServer(config, top, model)
 
 
 def pure_site(config: RunConfig, name: str, incarnation: int = 1) -> SiteRole:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nightsplit.shared.config.run import DataSection, TaskSection
-from nightsplit.shared.learning.metrics import FIGURES, measure, overall
+from nightsplit.shared.learning.metrics import FIGURES, measure, overall, typical
 
 DATA = DataSection(features=["a"], target_mean=100.0, target_spread=10.0)
 
@@ -74,3 +74,12 @@ def test_figures_beyond_all_bounds_are_undefined():
         "samples": 3.0, "loss": None, "mae": None, "r2": None,
     }  # fmt: skip
     assert measure(TaskSection(kind="binary"), DATA, outputs, targets)["loss"] is None
+
+
+def test_no_site_chooses_the_best_model_by_figures_that_it_made_up():
+    honest = [{"samples": 10.0, "loss": 0.2, "mae": mae, "r2": None} for mae in (3.0, 5.0)]
+    liar = {"samples": 1e9, "loss": 1e30, "mae": 1e30, "r2": 1.0}
+    assert overall([*honest, liar])["mae"] > 1e29
+    assert typical([*honest, liar])["mae"] == 5.0
+    assert typical([*honest, liar])["r2"] == 1.0, "one of them has it"
+    assert typical(honest) == overall(honest), "two have no majority"

@@ -8,7 +8,7 @@ from nightsplit.console.cli import run
 from nightsplit.server_worker.published_vectors import read_vector
 from nightsplit.shared.engine.order import Exclude
 from nightsplit.shared.errors import ConfigError
-from nightsplit.shared.learning.metrics import score
+from nightsplit.shared.learning.metrics import score, typical
 from nightsplit.shared.protocols.data_vectors import SCALES
 from nightsplit.shared.storage.files import write_atomic
 from nightsplit.shared.storage.tensors import as_safetensors
@@ -24,7 +24,9 @@ def test_vectors_are_what_each_site_would_reach_alone_and_the_sum_is_scaled_by_v
     assert set(server.vectors) == set(SITES)
     history = server.evaluation.history
     assert [entry["epoch"] for entry in history] == list(range(1, len(SCALES) + 1))
-    best = max(history, key=lambda entry: score(config.task, entry["overall"]["validation"]))
+    best = max(
+        history, key=lambda entry: score(config.task, typical([s["validation"] for s in entry["sites"].values()]))
+    )
     assert server.scale == SCALES[best["epoch"] - 1]
     where = ~server.layout.statistics
     expected = server.published + server.scale * sum(server.vectors.values())
@@ -62,11 +64,20 @@ def test_a_vector_that_comes_too_late_is_published_beside_the_merge(tmp_path):
 def test_statistics_of_a_merge_are_measured_anew_and_pooled(tmp_path):
     night = Night(tiny_rounds(protocol="data_vectors"), tmp_path).run()
     server, model = night.roles[SERVER], night.roles["north"].model()["model"]
-    inputs = torch.cat([night.roles[site].batches.train.inputs for site in SITES])
-    hidden = inputs @ model["0.weight"].T + model["0.bias"]
-    torch.testing.assert_close(server.best_weights["1.running_mean"], hidden.mean(0), rtol=0, atol=1e-4)
+    parts = [night.roles[site].batches.train.inputs @ model["0.weight"].T + model["0.bias"] for site in SITES]
+    weights = torch.tensor([24.0, 24.0, 12.0])[:, None]  # north has 40, and counts as many as the median
+    mean, square = ((weights * torch.stack([h(part) for part in parts])).sum(0) / 60 for h in (_mean, _square))
+    torch.testing.assert_close(server.best_weights["1.running_mean"], mean, rtol=0, atol=1e-4)
     # torch estimates each site's variance without bias, with n - 1
-    torch.testing.assert_close(server.best_weights["1.running_var"], hidden.var(0), rtol=0.1, atol=1e-3)
+    torch.testing.assert_close(server.best_weights["1.running_var"], square - mean**2, rtol=0.1, atol=1e-3)
+
+
+def _mean(part):
+    return part.mean(0)
+
+
+def _square(part):
+    return (part**2).mean(0)
 
 
 def test_published_vectors_are_merged_again_with_a_site_more_or_one_less(tmp_path, capsys):

@@ -126,7 +126,9 @@ def test_a_run_of_two_rounds_from_the_first_update_to_the_farewell(protocol):
     assert seen(first) == [
         trained(2, "east", 1), combined(2, 1), *model(server, "south", 1, 1), *model(server, "east", 1, 1),
     ]  # fmt: skip
-    assert torch.allclose(values(first, Kind.MODEL, "east"), server.published + 0.2)  # 24 of 36 samples are south's
+    torch.testing.assert_close(
+        values(first, Kind.MODEL, "east"), server.published + 0.2
+    )  # 24 of 36 samples are south's
     assert seen(give(server, update(server, "south", 2, 0.0, figures(0.9)))) == [trained(3, "south", 2)]
     second = give(server, update(server, "east", 2, 0.3, figures(0.9)))
     assert seen(second)[0] == trained(4, "east", 2)
@@ -134,7 +136,7 @@ def test_a_run_of_two_rounds_from_the_first_update_to_the_farewell(protocol):
     assert seen(second)[7:] == [
         combined(4, 2), *model(server, "south", 2, 2, True, 1, 1), *model(server, "east", 2, 2, True, 1, 1),
     ]  # fmt: skip
-    assert torch.allclose(values(second, Kind.MODEL, "south"), server.published + 0.3)
+    torch.testing.assert_close(values(second, Kind.MODEL, "south"), server.published + 0.3)
     assert server.on(from_site("south", Kind.REPORT, 7, 2, metrics=figures(0.8))) == []
     last = server.on(from_site("east", Kind.REPORT, 7, 2, metrics=figures(0.8)))
     assert without_figures(last) == evaluated(2, 4)
@@ -305,13 +307,13 @@ def test_data_vectors_adds_and_takes_the_scale_that_is_best_for_all():
         combined(2, 1), *model(server, "south", 1, 1, final=True), *model(server, "east", 1, 1, final=True),
     ]  # fmt: skip
     assert torch.allclose(values(effects, Kind.MODEL, "east"), server.published + 0.4)
-    aucs = [0.5, 0.5, 0.5, 0.9, *[0.5] * 6]
+    aucs = [0.5, 0.5, 0.5, 0.5, 0.9, *[0.5] * 6]
     assert server.on(scale_report("south", aucs, 0.3)) == []
     again = restored(server, pure_server(server.config))
     last = server.on(scale_report("east", aucs, 0.6))
     assert exact(again.on(scale_report("east", aucs, 0.6))) == exact(last)
-    assert without_figures(last) == [line for scale in range(1, 11) for line in evaluated(scale, 2)]
-    assert seen(last)[60:] == [ends(server, 4, best=4, judged=10)]
+    assert without_figures(last) == [line for scale in range(1, 12) for line in evaluated(scale, 2)]
+    assert seen(last)[66:] == [ends(server, 4, best=5, judged=11)]
     assert server.outcome() == {"scale": 0.4}
     merged, pooled = values(last, Kind.FINISH, "south"), server.layout.statistics
     assert torch.allclose(merged[~pooled], (server.published + 0.4 * 0.4)[~pooled], atol=1e-6)
@@ -322,10 +324,10 @@ def test_data_vectors_refuses_a_report_that_is_not_of_all_scales():
     server = opened(protocol="data_vectors")
     for site in SITES:
         give(server, update(server, site, 1, 0.1))
-    assert refusal_of(server, scale_report("south", [0.5] * 9, 1.0)).number == 304
-    assert refusal_of(server, scale_report("south", [0.5] * 10, -1.0)).number == 307
-    refusal = refusal_of(server, scale_report("east", [2.0] * 10, 1.0))
-    assert server.refused(scale_report("east", [0.5] * 10, 1.0).header, refusal) == []
-    last = server.on(scale_report("south", [0.5] * 10, 1.0))
-    assert len(without_figures(last)) == 40
-    assert seen(last)[-1] == ends(server, 4, best=1, judged=10)
+    assert refusal_of(server, scale_report("south", [0.5] * 10, 1.0)).number == 304
+    assert refusal_of(server, scale_report("south", [0.5] * 11, -1.0)).number == 307
+    refusal = refusal_of(server, scale_report("east", [2.0] * 11, 1.0))
+    assert server.refused(scale_report("east", [0.5] * 11, 1.0).header, refusal) == []
+    last = server.on(scale_report("south", [0.5] * 11, 1.0))
+    assert len(without_figures(last)) == 44
+    assert seen(last)[-1] == ends(server, 4, best=1, judged=11)

@@ -278,9 +278,9 @@ def test_data_vectors_trains_once_and_judges_every_scale():
     )  # fmt: skip
     assert seen(effects) == [worked(2), report]
     texts = json.loads(figures_of(effects))
-    assert [json.loads(text)["test"]["samples"] for text in texts] == [4.0] * 10
+    assert [json.loads(text)["test"]["samples"] for text in texts] == [4.0] * 11
     assert len(set(texts)) > 1, "scales differ"
-    *begun, last = farewell(site, 4, 1, best=3, judged=10)
+    *begun, last = farewell(site, 4, 1, best=3, judged=11)
     give(site, begun)
     assert seen(site.on(last)) == [Finish()]
     assert site.best == 3
@@ -291,5 +291,5 @@ def test_data_vectors_has_no_more_scales_than_there_are():
     everything(site)
     give(site, model(site, 1, final=True))
     everything(site)
-    assert refusal_of(site, farewell(site, 4, 1, best=11, judged=11)[0]).number == 304
+    assert refusal_of(site, farewell(site, 4, 1, best=12, judged=12)[0]).number == 304
     assert refusal_of(site, model(site, 2, version=1, final=True)[0]).number == 304

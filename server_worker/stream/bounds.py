@@ -1,0 +1,71 @@
+"""Bounds on the influence of each site's batches on the server's layers."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from nightsplit.shared.config.run import RunConfig, TaskSection
+from nightsplit.shared.learning.bounds import RunningBound, norm_of
+from nightsplit.shared.storage.checkpoint import flatten, under
+
+
+def scaled_parts(task: TaskSection) -> dict[str, str]:
+    """Return the tensors of a message that are scaled, with their names in reports; classes are checked by number."""
+    return {"smashed": "activations", **({"targets": "targets"} if task.kind == "regression" else {})}
+
+
+class BatchBounds:
+    """Bounds on activations, targets and gradients of training batches, each a `RunningBound` over the sites.
+
+    The size of activations and targets is their root mean square. Before a majority of sites has sent, the reference
+    is 1, the size of standardised values, and the usual limit of a gradient's norm.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._parts = scaled_parts(config.task)
+        parts = [*self._parts.values(), "gradients"]
+        self._bounds = {part: RunningBound(config.run.sites, first=1.0) for part in parts}
+        self._open: dict[str, tuple[float, float]] = {}
+        """Norm and factor of each part of the batch that is being applied."""
+
+    def scale(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Begin a batch: return the tensors of its message, outliers scaled down."""
+        self._open = {}
+        scaled = dict(tensors)
+        for name, part in self._parts.items():
+            if name in tensors:
+                factor = self._limit(part, root_mean_square(tensors[name]))
+                scaled[name] = tensors[name] * factor if factor < 1.0 else tensors[name]
+        return scaled
+
+    def limit(self, norm: float) -> float:
+        """Return the factor for the gradients of the server's layers, as a `Limit`."""
+        return self._limit("gradients", norm)
+
+    def close(self, site: str) -> dict[str, float]:
+        """Remember an applied batch; return the factor of each part of it that was an outlier."""
+        batch, self._open = self._open, {}
+        for part, (norm, _) in batch.items():
+            self._bounds[part].remember(site, norm)
+        return {part: factor for part, (_, factor) in batch.items() if factor < 1.0}
+
+    def _limit(self, part: str, norm: float) -> float:
+        factor = self._bounds[part].factor(norm)
+        self._open[part] = norm, factor
+        return factor
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of a snapshot; there is none within a batch."""
+        states = [flatten(part, bound.state()) for part, bound in self._bounds.items()]
+        return {name: tensor for state in states for name, tensor in state.items()}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Continue from `state`."""
+        for part, bound in self._bounds.items():
+            bound.restore(under(part, tensors))
+
+
+def root_mean_square(tensor: torch.Tensor) -> float:
+    """Return the root mean square of a tensor's elements."""
+    return norm_of([tensor]) / math.sqrt(max(1, tensor.numel()))

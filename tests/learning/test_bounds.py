@@ -1,0 +1,119 @@
+"""Bounds on norms: what an outlier is, among several senders and against one's own past."""
+
+import pytest
+import torch
+from torch import nn
+
+from nightsplit.shared.config.run import OptimizerSection
+from nightsplit.shared.errors import Refused
+from nightsplit.shared.learning.bounds import (
+    MAJORITY,
+    RECENT,
+    RunningBound,
+    capped,
+    factor_for,
+    limit_gradients,
+    norm_of,
+    reference,
+)
+from nightsplit.shared.protocols.plan import Item, Purpose
+from nightsplit.site_worker.stream.bottom import Bottom
+
+
+def test_a_norm_is_finite_where_its_square_is_not():
+    assert norm_of([torch.tensor([3.0]), torch.tensor([4.0])]) == 5.0
+    assert norm_of([torch.full((4,), 1e30)]) == pytest.approx(2e30)
+    assert norm_of([]) == 0.0
+
+
+def test_two_have_no_majority():
+    assert MAJORITY == 3
+    assert reference([1.0, 1e9]) is None
+    assert reference([1.0, 2.0, 1e9]) == 2.0
+    assert factor_for(1e9, None) == 1.0
+    assert factor_for(7.9, 2.0) == 1.0
+    assert factor_for(1e9, 2.0) == 2e-9
+
+
+def test_a_claim_counts_as_the_median_at_most():
+    assert capped({"a": 10, "b": 1e9}) == {"a": 10, "b": 1e9}
+    assert capped({"a": 10, "b": 20, "c": 1e9}) == {"a": 10, "b": 20, "c": 20}
+    assert capped({}) == {}
+
+
+def test_until_three_have_sent_the_first_reference_holds():
+    bound = RunningBound(("a", "b", "c"), first=1.0)
+    assert bound.limit("a", 1e6) == 1e-6
+    assert bound.limit("b", 2.0) == 1.0
+    assert bound.limit("c", 2.0) == 1.0
+    assert bound.factor(1e6) == 2e-6, "the median of 10^6, 2 and 2"
+
+
+def test_a_sender_with_many_values_is_still_one_of_three():
+    bound = RunningBound(("a", "b", "c"), first=1.0)
+    for sender, norm in [("b", 1.0), ("c", 1.0), *[("a", 1e6)] * 50]:
+        bound.limit(sender, norm)
+    assert bound.factor(1e6) == 1e-6
+
+
+def test_the_reference_follows_the_sites():
+    bound = RunningBound(("a", "b", "c"), first=1.0)
+    for norm in (1.0, 0.1, 0.01):
+        for sender in "abc" * RECENT:
+            bound.limit(sender, norm)
+        assert bound.factor(norm * 3) == 1.0
+        assert bound.factor(norm * 5) == pytest.approx(0.2)
+
+
+def test_of_two_senders_none_is_bounded():
+    bound = RunningBound(("a", "b"), first=1.0)
+    for _ in range(20):
+        assert bound.limit("a", 1.0) == 1.0
+        assert bound.limit("b", 1e9) == 1.0
+
+
+def test_a_bound_goes_on_after_a_restore():
+    one = RunningBound(("a", "b", "c"), first=1.0)
+    for turn in range(20):
+        for sender in "abc":
+            one.limit(sender, 1.0 + turn / 7)
+        other = RunningBound(("a", "b", "c"), first=1.0)
+        other.limit("a", 5.0)  # a restored state replaces this
+        other.restore(one.state())
+        assert other.factor(100.0) == one.factor(100.0) < 1.0
+
+
+def test_gradients_within_the_limit_stay_the_same_to_the_bit():
+    parameters = [nn.Parameter(torch.randn(5)) for _ in range(2)]
+    for parameter in parameters:
+        parameter.grad = torch.randn(5)
+    before = [parameter.grad.clone() for parameter in parameters]
+    limit_gradients(parameters, lambda norm: 1.0)
+    assert all(torch.equal(p.grad, g) for p, g in zip(parameters, before, strict=True))
+    limit_gradients(parameters, lambda norm: 1 / norm)
+    assert norm_of([p.grad for p in parameters]) == pytest.approx(1.0)
+
+
+# ── a site and its server: attacks.md B6 ────────────────────────────────────────────────────────
+
+
+def trained_bottom(factor, optimizer="sgd"):
+    """Weights of a bottom after ten gradients, the eighth of them times a factor."""
+    torch.manual_seed(1)
+    bottom = Bottom(nn.Linear(6, 4), OptimizerSection(name=optimizer, lr=0.1), "cpu")
+    for q in range(1, 11):
+        item = Item(q, Purpose.TRAIN, 1, q - 1, 10, range(8), q - 1)
+        gradient = torch.randn(8, 4) * (factor if q == 8 else 1.0)
+        bottom.apply_gradient(item, torch.randn(8, 6), 0, gradient)
+    return bottom.module.weight.detach()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_gradient_that_would_wreck_a_site_is_scaled_to_its_usual_size(optimizer):
+    honest = trained_bottom(1.0, optimizer)
+    assert (trained_bottom(1e3, optimizer) - honest).norm() < honest.norm()
+
+
+def test_a_gradient_beyond_every_bound_is_refused():
+    with pytest.raises(Refused, match="E312"):
+        trained_bottom(1e20)
