@@ -26,8 +26,8 @@ from nightsplit.shared.wire.schema import Contract, Payload
 INCARNATIONS_MAX = 8
 """Largest number of incarnations of a site that are remembered."""
 HELLO_ANSWERS_MAX = 1000
-"""Answers to hellos that a site gets; and one more for each `COSIGNED_MESSAGES` of it that are applied. They wait for the
-site until it reads them."""
+"""Answers to hellos that a site gets, besides one for each `COSIGNED_MESSAGES` of it that are
+applied. They wait for the site until it reads them."""
 COSIGNED_MESSAGES = 32
 """Fewer than a site sends between two hellos."""
 INCARNATION_LENGTH_MAX = 64
