@@ -20,6 +20,7 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from struct import Struct
 
 from cryptography.exceptions import InvalidTag
@@ -79,6 +80,7 @@ class Sealer:
         self._process = secrets.token_bytes(16)
         self._counter = 0
         self._ciphers: OrderedDict[bytes, AESGCM] = OrderedDict()
+        self._context = lru_cache(maxsize=None)(self._hash_names)
 
     def cosign(self, site: str, lines: int, head: str) -> str:
         """Sign the head of a site's exit log, as the server of the run."""
@@ -133,7 +135,7 @@ class Sealer:
         self._counter += 1
         return _PREFIX.pack(_MAGIC, mode, self.keys.public, self._process, self._counter)
 
-    def _context(self, sender: str, receiver: str) -> bytes:
+    def _hash_names(self, sender: str, receiver: str) -> bytes:
         parts = self._digest, self._run.encode(), sender.encode(), receiver.encode()
         return hashlib.sha256(b"".join(len(part).to_bytes(8, "big") + part for part in parts)).digest()
 

@@ -4,6 +4,7 @@ import base64
 import hashlib
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
@@ -31,19 +32,19 @@ class PublicKey:
         """Fingerprint to be read aloud, such as "lusab babad gutih ...": SHA-256 in the spelling of Wilkerson
         (arXiv:0901.4016), 16 bits a word.
         """
-        digest = hashlib.sha256(self._raw).digest()
+        digest = hashlib.sha256(_decode(self.text)).digest()
         return " ".join(_spell(int.from_bytes(digest[2 * n : 2 * n + 2], "big")) for n in range(WORDS))
 
     def verifies(self, signature: bytes, statement: bytes) -> bool:
         """Return whether the owner of this key has signed a statement."""
         with suppress(InvalidSignature, ValueError):
-            Ed25519PublicKey.from_public_bytes(self._raw).verify(signature, statement)
+            self._key.verify(signature, statement)
             return True
         return False
 
-    @property
-    def _raw(self) -> bytes:
-        return base64.b64decode(self.text.removeprefix(PREFIX))
+    @cached_property
+    def _key(self) -> Ed25519PublicKey:
+        return Ed25519PublicKey.from_public_bytes(_decode(self.text))
 
 
 class Identity:
@@ -71,6 +72,10 @@ def read_identity(path: Path) -> Identity:
         reason = error.strerror if isinstance(error, OSError) else error
         remedy = "set identity to the file that nightsplit keys made; only its owner may read it."
         raise ConfigError(113, f"{path}: {reason}.", remedy) from None
+
+
+def _decode(text: str) -> bytes:
+    return base64.b64decode(text.removeprefix(PREFIX))
 
 
 def _spell(number: int) -> str:

@@ -30,12 +30,14 @@ class RunKeys:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._private: X25519PrivateKey | None = None
+        self._public = b""
         self._peers: dict[str, bytes] = {}
 
     @property
     def public(self) -> bytes:
         """Public half of this worker's key."""
-        return self._own().public_key().public_bytes_raw()
+        self._own()
+        return self._public
 
     def exchange(self, public: bytes) -> bytes:
         """Return the secret that the owners of this key and of `public` share; ValueError for a degenerate key."""
@@ -73,4 +75,5 @@ class RunKeys:
             except (OSError, ValueError) as error:
                 remedy = "restore the whole state folder from one backup; a part of it is of no use."
                 raise StateError(511, f"{path}: {error}.", remedy) from None
+            self._public = self._private.public_key().public_bytes_raw()
         return self._private
