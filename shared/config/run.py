@@ -116,7 +116,8 @@ class ModelSection(Section, frozen=True, kw_only=True):
             sentence = f"{self.factory!r} is not a network of nightsplit"
             raise KeyConflictError("factory", sentence, f"its networks are in {OWN_NETWORKS}.")
         if (self.code_file is None) is not (self.code_sha256 is None):
-            raise KeyConflictError("code_sha256", "a file of code, and no other code, needs its hash", "see sha256sum.")
+            sentence = "a file in factory, and nothing else there, needs its hash"
+            raise KeyConflictError("code_sha256", sentence, "give what sha256sum prints, or remove the key.")
         if self.initial is not None and not _WEIGHTS_FILE.fullmatch(self.initial):
             sentence = f"{self.initial!r} is not the name of a .safetensors file beside run.toml"
             raise KeyConflictError("initial", sentence, "put the file beside run.toml, and give its name alone.")
