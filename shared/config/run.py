@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from datetime import date, datetime, time
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -294,6 +295,17 @@ class RunConfig(Section, frozen=True, kw_only=True):
         if bool(self.data.features) == (self.data.image_size is not None):
             sentence = "a run has either features or image_size"
             raise KeyConflictError("data.features", sentence, "name a table's columns, or the images' side.")
+        self._check_canonical()
+
+    def _check_canonical(self) -> None:
+        """Refuse values that JSON does not keep: runs that differ in them would have the same digest."""
+        kept = msgspec.to_builtins(self, builtin_types=(date, datetime, time))
+        told = msgspec.json.decode(self.canonical())
+        for table, keys in kept.items():
+            for key in keys or ():
+                if keys[key] != told[table][key]:
+                    sentence = "a number that is not finite, or a date, has no place in a run"
+                    raise KeyConflictError(f"{table}.{key}", sentence, "write a finite number, or the date as a text.")
 
     @property
     def output_shape(self) -> tuple[int, ...]:
