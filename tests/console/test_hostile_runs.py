@@ -1,4 +1,4 @@
-"""run.toml as an attacker would write it (39 of them), met by every command that reads one at a hospital."""
+"""run.toml as an attacker would write it (42 of them), met by every command that reads one at a hospital."""
 
 from __future__ import annotations
 
@@ -40,6 +40,9 @@ APPROVED = {
     "a file that fits its hash": 0,
     "the hash of another file": 119,
     "a file that leads out": 103,
+    "a file that leads to itself": 101,
+    "a folder as a file": 103,
+    "a file that another process writes": 103,
     "initial weights that lead out": 103,
     "a listed package that is not installed": 104,
     "a listed package that is installed": 0,

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -87,6 +88,9 @@ NOT_APPROVED: Mapping[str, str] = {
     "a file that fits its hash": file("evil.py:make"),
     "the hash of another file": file("evil.py:make", OTHER_SHA256),
     "a file that leads out": file("link.py:make"),
+    "a file that leads to itself": file("loop.py:make"),
+    "a folder as a file": file("folder.py:make"),
+    "a file that another process writes": file("pipe.py:make"),
     "initial weights that lead out": initial("link.safetensors"),
     "a listed package that is not installed": factory("evil_listed:make"),
     "a listed package that is installed": factory("msgspec.json:encode", obj=1),
@@ -109,6 +113,9 @@ def write_runs(study: Path) -> None:
             shutil.copy(study / kept, folder)
         (folder / "evil.py").write_text(EVIL)
         (folder / "link.py").symlink_to(study / "evil.py")
+        (folder / "loop.py").symlink_to("loop.py")
+        (folder / "folder.py").mkdir()
+        os.mkfifo(folder / "pipe.py")
         (folder / "link.safetensors").symlink_to("/etc/passwd")
         text = plain.replace(MODEL, model)
         if "initial =" in model:
