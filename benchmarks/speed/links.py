@@ -37,6 +37,7 @@ from nightsplit.simulation.run import simulate
 from nightsplit.site_worker.config import SiteConfig
 from nightsplit.site_worker.data.scaling import scale
 from nightsplit.site_worker.data.source import read_splits
+from nightsplit.site_worker.trust.approval import approve
 from tests.harness.links import Line
 from tests.harness.services import RabbitNode
 from tests.harness.workers import Hospital
@@ -73,6 +74,7 @@ def night(folder: Path, node: RabbitNode, wire: tuple[FloatCodec, bool], share: 
             file = folder / f"{worker}.toml"
             text = file.read_text().replace("embedded:broker", address)
             file.write_text(text.replace("share = [0.0, 0.5]", f"share = [0.0, {share}]"))
+        approve(folder / "north.toml", "benchmarks")
         workers = []
         for verb, worker in (("server", "server"), ("site", "north")):
             log = stack.enter_context((folder / f"{worker}.log").open("w"))

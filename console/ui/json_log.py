@@ -71,10 +71,10 @@ def failed(error: NightsplitError) -> None:
     """Log the error that ended the command.
 
     An error about data or a disk may quote a file's name or a cell of a table, and so may an exception of a
-    model's code (104, 105). Then the log holds only number and title; `nightsplit doctor` shows the rest at the
+    model's code (104, 105, 610). Then the log holds only number and title; `nightsplit doctor` shows the rest at the
     machine.
     """
-    reason = None if isinstance(error, DataError | StateError) or error.number in (104, 105) else error.sentence
+    reason = None if isinstance(error, DataError | StateError) or error.number in (104, 105, 610) else error.sentence
     event("failed", logging.ERROR, number=error.number, title=TITLES[error.number], reason=reason)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from datetime import date, datetime, time
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -116,7 +117,8 @@ class ModelSection(Section, frozen=True, kw_only=True):
             sentence = f"{self.factory!r} is not a network of nightsplit"
             raise KeyConflictError("factory", sentence, f"its networks are in {OWN_NETWORKS}.")
         if (self.code_file is None) is not (self.code_sha256 is None):
-            raise KeyConflictError("code_sha256", "a file of code, and no other code, needs its hash", "see sha256sum.")
+            sentence = "a file in factory, and nothing else there, needs its hash"
+            raise KeyConflictError("code_sha256", sentence, "give what sha256sum prints, or remove the key.")
         if self.initial is not None and not _WEIGHTS_FILE.fullmatch(self.initial):
             sentence = f"{self.initial!r} is not the name of a .safetensors file beside run.toml"
             raise KeyConflictError("initial", sentence, "put the file beside run.toml, and give its name alone.")
@@ -305,6 +307,17 @@ class RunConfig(Section, frozen=True, kw_only=True):
         if bool(self.data.features) == (self.data.image_size is not None):
             sentence = "a run has either features or image_size"
             raise KeyConflictError("data.features", sentence, "name a table's columns, or the images' side.")
+        self._check_canonical()
+
+    def _check_canonical(self) -> None:
+        """Refuse values that JSON does not keep: runs that differ in them would have the same digest."""
+        kept = msgspec.to_builtins(self, builtin_types=(date, datetime, time))
+        told = msgspec.json.decode(self.canonical())
+        for table, keys in kept.items():
+            for key in keys or ():
+                if keys[key] != told[table][key]:
+                    sentence = "a number that is not finite, or a date, has no place in a run"
+                    raise KeyConflictError(f"{table}.{key}", sentence, "write a finite number, or the date as a text.")
 
     @property
     def output_shape(self) -> tuple[int, ...]:

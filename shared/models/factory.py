@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import importlib
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -90,7 +91,7 @@ def read_code(model: ModelSection, folder: Path) -> Code:
 
 def locate_run_file(folder: Path, name: str) -> Path:
     """Return the path of a file that run.toml names; ConfigError 103 if it is not a file of the run's folder."""
-    path = (folder / name).resolve()
+    path = Path(os.path.realpath(folder / name))  # unlike `resolve`, does not fail at a link to itself
     if not path.is_relative_to(folder.resolve()) or (path.exists() and not path.is_file()):
         sentence = f"{folder / name}: it leads out of the run's folder, or is no file."
         raise ConfigError(103, sentence, "put the file itself beside run.toml.")

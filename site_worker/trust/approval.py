@@ -109,7 +109,7 @@ class Request:
             sentence = f"{self.file} has no approval of run {self.run.run.id} with digest {self.run.digest[:12]}"
             raise ConfigError(118, f"{sentence} for {self.site}.", remedy)
         if approval.code != self.code.version:
-            sentence = f"{approval.person} approved {approval.code}, here is {self.code.version}."
+            sentence = f"{approval.code} was approved, here is {self.code.version}."
             raise ConfigError(119, sentence, remedy)
         return approval
 

@@ -97,6 +97,21 @@ def test_averagings_do_not_overlap(path):
     assert "run.average_every" in caught.value.sentence
 
 
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("model.settings.width=inf", "model.settings"), ("model.settings.rates=[1.0, nan]", "model.settings"),
+        ("model.settings.day=2026-01-31", "model.settings"), ("model.settings.hour=07:00:00", "model.settings"),
+        ("run.absence_hours=inf", "run.absence_hours"), ("data.target_mean=-inf", "data.target_mean"),
+    ],
+)  # fmt: skip
+def test_runs_that_differ_have_different_digests(path, change, key):
+    """JSON has no such values: it writes null for all numbers that are not finite, and a text for a date."""
+    with pytest.raises(ConfigError) as caught:
+        load_run(path, [change])
+    assert (caught.value.number, f": {key}: " in caught.value.sentence) == (103, True)
+
+
 def test_the_contract_depends_on_every_key_and_on_no_order(path):
     digest = load_run(path).digest
     assert load_run(path, ["run.seed=1"]).digest != digest

@@ -1,4 +1,4 @@
-"""run.toml as an attacker would write it (39 of them), met by every command that reads one at a hospital."""
+"""run.toml as an attacker would write it (42 of them), met by every command that reads one at a hospital."""
 
 from __future__ import annotations
 
@@ -40,6 +40,9 @@ APPROVED = {
     "a file that fits its hash": 0,
     "the hash of another file": 119,
     "a file that leads out": 103,
+    "a file that leads to itself": 101,
+    "a folder as a file": 103,
+    "a file that another process writes": 103,
     "initial weights that lead out": 103,
     "a listed package that is not installed": 104,
     "a listed package that is installed": 0,
@@ -48,30 +51,32 @@ APPROVED = {
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
+    """By command, from a process that began with nothing, in the attacker's folder, which Python searches first."""
     folder = write_study(tmp_path_factory.mktemp("study"))
     write_runs(folder)
-    return folder
-
-
-@pytest.mark.parametrize("verb", [*VERBS])
-def test_every_hostile_run_is_refused_before_anything_of_it_is_imported(study: Path, verb: str) -> None:
-    """Each command in a process that began with nothing, in the attacker's folder, which Python searches first."""
-    assert len(RUNS) >= 30
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.harness.hostile_runs", verb], cwd=study, capture_output=True, text=True,
+        [sys.executable, "-m", "tests.harness.hostile_runs"], cwd=folder, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}, timeout=300,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    told = json.loads(ran.stdout)
+    answer: dict[str, dict[str, object]] = json.loads(ran.stdout)
+    return answer
+
+
+@pytest.mark.parametrize("verb", [*VERBS])
+def test_every_hostile_run_is_refused_before_anything_of_it_is_imported(
+    told: dict[str, dict[str, object]], verb: str
+) -> None:
+    assert len(RUNS) >= 30
     expected = {
         "approve": APPROVED,
         "privacy": {**REFUSED, **dict.fromkeys(NOT_LISTED, 118)},  # it sends nothing, so it asks no policy
     }
-    assert told["met"] == expected.get(verb, REFUSED)
-    approved = [f"hostile/{name}/approved.toml" for name, number in APPROVED.items() if number == 0]
-    assert told["changed"] == (sorted(approved) if verb == "approve" else [])
-    assert told["modules"] == []
+    assert told[verb]["met"] == expected.get(verb, REFUSED)
+    approved = sorted(f"hostile/{name}/approved.toml" for name, number in APPROVED.items() if number == 0)
+    assert told[verb]["changed"] == (approved if verb == "approve" else [])
+    assert told[verb]["imported"] == []
 
 
 HARMLESS = b"""from torch import nn

@@ -11,7 +11,7 @@ import torch
 
 from nightsplit.console.ui import json_log
 from nightsplit.shared.engine.order import Exclude
-from nightsplit.shared.errors import BrokerError, ConfigError, DataError, StateError
+from nightsplit.shared.errors import BrokerError, ConfigError, DataError, RunError, StateError
 from nightsplit.shared.log import event
 from nightsplit.shared.protocols.handshake import PROGRESS
 from nightsplit.shared.run_store.status import Phase, Presence, SiteStatus, WorkerStatus
@@ -51,10 +51,11 @@ def test_errors_that_may_quote_a_file_or_a_cell_are_told_by_number(lines):
     json_log.failed(DataError(403, "erika_mueller.csv, row 7: 'secret' is no number.", "mend it."))
     json_log.failed(StateError(501, "/data/erika_mueller.png: no room.", "make room."))
     json_log.failed(ConfigError(104, "nets:make failed: could not convert '48.0,erika_mueller'.", "mend it."))
+    json_log.failed(RunError(610, "erika_mueller has no gradient of single records.", "mend it."))
     json_log.failed(BrokerError(201, "host:5672: connection refused.", "start it."))
     told = lines()
-    assert [line["number"] for line in told] == [403, 501, 104, 201]
-    assert [line["reason"] for line in told] == [None, None, None, "host:5672: connection refused."]
+    assert [line["number"] for line in told] == [403, 501, 104, 610, 201]
+    assert [line["reason"] for line in told] == [None, None, None, None, "host:5672: connection refused."]
     assert told[0]["title"] == "Value cannot be read"
     assert {line["level"] for line in told} == {"error"}
 

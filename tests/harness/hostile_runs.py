@@ -1,6 +1,5 @@
-"""Runs whose run.toml attacks the hospital that reads it, and a process of its own in which every command meets them.
-
-python -m tests.harness.hostile_runs FOLDER VERB     in FOLDER; prints {name: number of the refusal} as JSON
+"""Runs whose run.toml attacks the hospital that reads it, and a process of its own in which every command meets them
+(python -m tests.harness.hostile_runs).
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -88,6 +88,9 @@ NOT_APPROVED: Mapping[str, str] = {
     "a file that fits its hash": file("evil.py:make"),
     "the hash of another file": file("evil.py:make", OTHER_SHA256),
     "a file that leads out": file("link.py:make"),
+    "a file that leads to itself": file("loop.py:make"),
+    "a folder as a file": file("folder.py:make"),
+    "a file that another process writes": file("pipe.py:make"),
     "initial weights that lead out": initial("link.safetensors"),
     "a listed package that is not installed": factory("evil_listed:make"),
     "a listed package that is installed": factory("msgspec.json:encode", obj=1),
@@ -110,6 +113,9 @@ def write_runs(study: Path) -> None:
             shutil.copy(study / kept, folder)
         (folder / "evil.py").write_text(EVIL)
         (folder / "link.py").symlink_to(study / "evil.py")
+        (folder / "loop.py").symlink_to("loop.py")
+        (folder / "folder.py").mkdir()
+        os.mkfifo(folder / "pipe.py")
         (folder / "link.safetensors").symlink_to("/etc/passwd")
         text = plain.replace(MODEL, model)
         if "initial =" in model:
@@ -131,17 +137,20 @@ def meet(verb: str, folder: Path, run: Callable[[list[str]], int]) -> int:
     return int(re.findall(r"E(\d{3}) ", said)[-1])
 
 
-def main(verb: str) -> None:
-    """Meet every run with a command, and show whether anything of them was imported or has had an effect."""
+def main() -> None:
+    """Print for each command its refusals by run, what of them it has imported, and the files that it has changed."""
     from nightsplit.console.cli import run
 
-    before = contents(Path())
-    met = {name: meet(verb, FOLDER / name, run) for name in RUNS}
-    evil = [name for name in sys.modules if "evil" in name or "msgspec_networks" in name or "nightsplit_model" in name]
-    evil += [name for name in ("antigravity", "msgspec.evil") if name in sys.modules]
-    after = contents(Path())
-    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    print(json.dumps({"met": met, "modules": evil, "changed": changed}))
+    told = {}
+    for verb in VERBS:
+        before = contents(Path())
+        met = {name: meet(verb, FOLDER / name, run) for name in RUNS}
+        hostile = ("evil", "msgspec_networks", "nightsplit_model", "antigravity")
+        imported = [name for name in sys.modules if name.startswith(hostile)]
+        after = contents(Path())
+        changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+        told[verb] = {"met": met, "imported": imported, "changed": changed}
+    print(json.dumps(told))
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -151,4 +160,4 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

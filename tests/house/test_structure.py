@@ -167,6 +167,27 @@ def test_a_file_for_each_system_at_each_side(side: str) -> None:
         assert role.__module__ == f"nightsplit.{side}.protocols.{name}"
 
 
+BUILDERS = {"build_model", "build_split_model", "build_whole_model", "build_network", "build", "make", "stages_of"}
+BEHIND_APPROVAL = {
+    "site_worker/protocols/__init__.py",  # called by a SiteWorker, which checks
+    "site_worker/predict.py", "site_worker/query_worker.py",  # given one, or with one of their own
+    "console/doctor/checks.py", "console/doctor/links.py",  # behind the gates
+    "console/pretrain.py",  # of the user's own pretrain.toml
+}  # fmt: skip
+
+
+def test_nothing_at_a_hospital_builds_a_model_before_its_approval() -> None:
+    """Whoever adds a place that builds one has to see to its check, and adds it here."""
+    modules = tuple(f"nightsplit.shared.{m}" for m in ("models.", "protocols.build.", "protocols.he_clstm."))
+    found = {
+        name_of(path)
+        for path in files_of("site_worker", "console")
+        for used in imports_of(parsed(path))
+        if used.startswith(modules) and used.rpartition(".")[2] in BUILDERS
+    }
+    assert found == BEHIND_APPROVAL
+
+
 def names_of_systems(tree: ast.AST) -> Iterator[str]:
     """Where code treats systems differently by their names: comparisons of `.protocol`, look-ups by it, literals."""
     for node in ast.walk(tree):

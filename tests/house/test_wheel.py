@@ -17,6 +17,7 @@ import pytest
 from tests.harness.clone import ROOT, clone
 from tests.harness.study import change, write_study
 
+WRITTEN = {"north.csv", "approved.toml"}
 PACKAGES = ("broker", "console", "server_worker", "shared", "simulation", "site_worker")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 ENVIRONMENT["PYTHONDONTWRITEBYTECODE"] = "1"
@@ -43,6 +44,7 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(source) -> Path:
     (source / "examples" / "cholesterol" / "north.csv").write_text("what prepare.py wrote\n")
+    (source / "examples" / "cholesterol" / "approved.toml").write_text("# what nightsplit approve wrote\n")
     place = source.parent
     output(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", source, "-w", place)
     return next(place.glob("*.whl"))
@@ -93,7 +95,7 @@ def test_it_holds_the_packages_the_pages_of_errors_and_the_demos_example(source,
     code |= {f"nightsplit/{path.name}" for path in (source / "nightsplit").glob("*.py")}
     pages = {f"nightsplit/docs/errors/{path.name}" for path in (source / "docs" / "errors").glob("[0-9]*.md")}
     place = source / "examples" / "cholesterol"
-    example = {f"nightsplit/examples/cholesterol/{path.name}" for path in place.iterdir() if path.suffix != ".csv"}
+    example = {f"nightsplit/examples/cholesterol/{path.name}" for path in place.iterdir() if path.name not in WRITTEN}
     assert holds == code | pages | (example - {"nightsplit/examples/cholesterol/compose"})
 
 

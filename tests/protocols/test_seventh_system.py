@@ -85,10 +85,11 @@ server, north = night.server, night.roles["north"]
 assert (type(server).__name__, type(north).__name__) == ("SplitSignsServer", "SplitSignsSite")
 assert north.finished and server.done and server.evaluation.best and server.steps == 27
 assert not server.refusals and all(night.broker.depth(queues.dead) == 0 for queues in night.queues.values())
-open_policy = PolicyConfig(allowed=[*PolicyConfig().allowed, Reveals.LABELS])
+packages = ["tests.harness.night"]
+open_policy = PolicyConfig(allowed=[*PolicyConfig().allowed, Reveals.LABELS], packages=packages)
 check_policy(open_policy, config, sketch(config), Path("policy.toml"))
 try:
-    check_policy(PolicyConfig(), config, sketch(config), Path("policy.toml"))
+    check_policy(PolicyConfig(packages=packages), config, sketch(config), Path("policy.toml"))
 except ConfigError as error:
     print(error.number, error.sentence)
 """

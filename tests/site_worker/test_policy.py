@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import torch
 
-from nightsplit.shared.config.run import PrivacySection, RunConfig
+from nightsplit.shared.config.run import ModelSection, PrivacySection, RunConfig
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.protocols import he_clstm
 from nightsplit.shared.protocols.spec import PROTOCOLS, TRAINING, Shapes, sketch, systems
@@ -192,6 +192,35 @@ def held(gate: Gate, message: Message, payload: Payload) -> str:
         out(gate, message, payload)
     assert caught.value.number == 108
     return caught.value.sentence
+
+
+def with_factory(name: str) -> RunConfig:
+    return msgspec.structs.replace(run(), model=ModelSection(factory=name))
+
+
+@pytest.mark.parametrize(
+    ("packages", "allows"),
+    [
+        ([], False), (["monai"], True), (["monai.networks"], True), (["monai.networks.nets"], True),
+        (["monai.networks.nets.unet"], False), (["monai.net"], False), (["mon"], False), ([""], False), (["*"], False),
+        (["torch", "monai"], True),
+    ],
+)  # fmt: skip
+def test_code_of_a_package_is_used_where_the_hospital_lists_it(packages: list[str], allows: bool) -> None:
+    config, policy = with_factory("monai.networks.nets:UNet"), PolicyConfig(packages=packages)
+    if allows:
+        check(policy, config)
+    else:
+        assert '"monai.networks.nets" in packages' in refusal(policy, config)
+
+
+def test_a_package_that_is_no_longer_listed_holds_the_next_message(path: Path) -> None:
+    path.write_text('packages = ["monai"]')
+    config = with_factory("monai.networks.nets:UNet")
+    gate = Gate(path, config)
+    out(gate, *smashed(8, config))
+    path.write_text("packages = []")
+    assert '"monai.networks.nets" in packages' in held(gate, *smashed(8, config))
 
 
 @pytest.fixture
