@@ -50,7 +50,7 @@ class RunStore(ABC):
         """Replace the status of `worker`."""
 
     def admit(self, workers: Iterable[str]) -> None:  # noqa: B027  (a store without users admits all workers)
-        """Let these workers report; a server does it where a site may replace its status, and not create it."""
+        """Allow these workers to report; a server does it where a site may replace its status, and not create it."""
 
     @abstractmethod
     def statuses(self, workers: Iterable[str]) -> dict[str, Status]:

@@ -187,6 +187,25 @@ def test_revoking_says_when_broker_and_store_could_not_be_told(keys, capsys):
     assert "north off" in (keys / "centre/users.acl").read_text()
 
 
+@pytest.mark.parametrize("broker", ["evil.example#@host", "host:0", "host?x", "a@b@c", "one,,two", "::1", "host/v"])
+def test_c4_an_address_that_is_none_makes_no_keys(broker, tmp_path, capsys):
+    for arguments in (["--broker", broker, "--store", "host"], ["--broker", "host", "--store", broker]):
+        assert run(["keys", "init", *arguments, "--folder", str(tmp_path / "keys")]) == 1
+        assert capsys.readouterr().err.startswith("E107")
+        assert not (tmp_path / "keys").exists()
+
+
+def test_the_services_may_be_at_an_ipv6_address(tmp_path):
+    folder = tmp_path / "keys"
+    assert run(["keys", "init", "--broker", "[2001:db8::7]", "--store", "[::1]:7000", "--folder", str(folder)]) == 0
+    addresses = Keys(folder)._load_addresses()
+    assert addresses.ports == (5671, 15671, 7000)
+    assert addresses.hosts == {"2001:db8::7", "::1", "localhost", "127.0.0.1"}
+    assert (
+        'broker = "amqps://server@[2001:db8::7]:5671/nightsplit"' in (folder / "centre/server/server.toml").read_text()
+    )
+
+
 def as_by_an_earlier_version(centre):
     """Give the files of a centre the content that an earlier version wrote: no right to see `up`, an open port."""
     conf, told, acl = (centre / name for name in ("rabbitmq.conf", "definitions.json", "users.acl"))
