@@ -216,7 +216,8 @@ def _prepared(case: Case, job: Job) -> tuple[RunConfig, dict[str, Splits]]:
     config, folder = load_run(EXAMPLES / case.name / "run.toml"), folder_of(case.name)
     sites = [site for site in case.hospitals if job.attack is not None or site != case.hostile]
     protocol, _, averaged = job.system.partition(", ")
-    run = structs.replace(config.run, seed=job.seed, sites=sites, protocol=protocol, window=4)
+    epochs = config.run.epochs // 3  # further ones change little
+    run = structs.replace(config.run, seed=job.seed, sites=sites, protocol=protocol, window=4, epochs=epochs)
     if averaged:
         run = structs.replace(run, bottoms="averaged", average_every=4)
     section = config.round
