@@ -1,4 +1,4 @@
-"""Poisoning: what four honest hospitals lose by a hostile fifth one, in every system that trains.
+"""Poisoning: losses of four honest hospitals by a hostile fifth one, in every system that trains.
 
     python -m benchmarks.accuracy.poison               all of it (about half an hour on two cores)
     python -m benchmarks.accuracy.poison --quick       one seed of one case: shows that it works
@@ -122,7 +122,7 @@ def flip(config: RunConfig, splits: Splits) -> Splits:
 
 
 def poison(role: SiteRole, change: Change) -> None:
-    """Let a site's role change whatever it sends."""
+    """Make a site's role change all that it sends."""
     for name in ("start", "next", "on", "saved"):
         setattr(role, name, partial(_changed, getattr(role, name), change))
 
