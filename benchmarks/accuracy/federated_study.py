@@ -45,7 +45,8 @@ PASSES = 20
 """Over each site's training patients, however they are divided into rounds; twice as many over a part of them."""
 LOCAL_EPOCHS = (1, 5, 10)
 RULES: Mapping[str, dict[str, object]] = {
-    "mean": {},
+    "geometric median": {},
+    "mean": {"combine": "mean"},
     "median": {"combine": "median"},
     "quorum of 2": {"close": "quorum", "reports": 2},
     "buffered, 2 updates": {"close": "buffered", "reports": 2},
@@ -82,7 +83,7 @@ class Job(Struct, frozen=True, kw_only=True):
     labels: float = 1.0
     division: str = IID
     local_epochs: int = 1
-    rule: str = "mean"
+    rule: str = "geometric median"
     passes: int = PASSES
     quick: bool = False
 

@@ -1,4 +1,4 @@
-"""Poisoning: what four honest hospitals lose by a hostile fifth one, in every system that trains.
+"""Poisoning: losses of four honest hospitals by a hostile fifth one, in every system that trains.
 
     python -m benchmarks.accuracy.poison               all of it (about half an hour on two cores)
     python -m benchmarks.accuracy.poison --quick       one seed of one case: shows that it works
@@ -122,7 +122,7 @@ def flip(config: RunConfig, splits: Splits) -> Splits:
 
 
 def poison(role: SiteRole, change: Change) -> None:
-    """Let a site's role change whatever it sends."""
+    """Make a site's role change all that it sends."""
     for name in ("start", "next", "on", "saved"):
         setattr(role, name, partial(_changed, getattr(role, name), change))
 
@@ -216,7 +216,8 @@ def _prepared(case: Case, job: Job) -> tuple[RunConfig, dict[str, Splits]]:
     config, folder = load_run(EXAMPLES / case.name / "run.toml"), folder_of(case.name)
     sites = [site for site in case.hospitals if job.attack is not None or site != case.hostile]
     protocol, _, averaged = job.system.partition(", ")
-    run = structs.replace(config.run, seed=job.seed, sites=sites, protocol=protocol, window=4)
+    epochs = config.run.epochs // 3  # further ones change little
+    run = structs.replace(config.run, seed=job.seed, sites=sites, protocol=protocol, window=4, epochs=epochs)
     if averaged:
         run = structs.replace(run, bottoms="averaged", average_every=4)
     section = config.round

@@ -17,9 +17,9 @@ class SplitLabelsServer(StreamServer):
     def apply_item(self, site: str, slot: Slot, message: Message) -> list[Effect]:
         item = slot.item
         if item.purpose is Purpose.TRAIN:
-            batch = self.bounds.scale(message.tensors)
+            batch = self.bounds.scale(site, message.tensors)
             seed = seed_for(self.config.run.seed, "top", site, item.number)
-            loss, gradient = self.top.train_step(batch["smashed"], batch["targets"], seed, self.bounds.limit)
+            loss, gradient = self.top.train_step(batch["smashed"], batch["targets"], seed, self.bounds.limit(site))
             records = self.record_step(site, item, loss)
             return [self.answer(site, slot.seq, Kind.CUT_GRADIENT, {"gradient": gradient}), *records]
         outputs = self.top.predict(message.tensors["smashed"])

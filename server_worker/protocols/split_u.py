@@ -50,7 +50,7 @@ class SplitUServer(StreamServer):
         seed = seed_for(self.config.run.seed, "top", site, q)
         if kind is Kind.SMASHED:
             training = item.purpose is Purpose.TRAIN
-            batch = self.bounds.scale(message.tensors) if training else message.tensors
+            batch = self.bounds.scale(site, message.tensors) if training else message.tensors
             smashed = batch["smashed"].clone()
             activations, version = self.top.forward(smashed, seed, training)
             answer = self.answer(site, seq, Kind.HEAD_INPUT, {"activations": activations})
@@ -63,7 +63,7 @@ class SplitUServer(StreamServer):
         if q not in self._open[site]:
             raise mismatch(f"item {q} has no forward pass that waits for a gradient.")
         version, smashed = self._open[site][q]
-        at_cut = self.top.backward(smashed, message.tensors["gradient"], version, seed, self.bounds.limit)
+        at_cut = self.top.backward(smashed, message.tensors["gradient"], version, seed, self.bounds.limit(site))
         self._close_item(site, item)
         records = self.record_step(site, item, None)
         return [self.answer(site, seq, Kind.CUT_GRADIENT, {"gradient": at_cut}), *records]

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
 from nightsplit.shared.config.run import RunConfig, TaskSection
-from nightsplit.shared.learning.bounds import RunningBound, norm_of
+from nightsplit.shared.learning.bounds import Limit, RunningBound, norm_of
 from nightsplit.shared.storage.checkpoint import flatten, under
 
 
@@ -18,8 +19,8 @@ def scaled_parts(task: TaskSection) -> dict[str, str]:
 class BatchBounds:
     """Bounds on activations, targets and gradients of training batches, each a `RunningBound` over the sites.
 
-    The size of activations and targets is their root mean square. Before a majority of sites has sent, the reference
-    is 1, the size of standardised values, and the usual limit of a gradient's norm.
+    The size of activations and targets is their root mean square. The first reference is 1, the size of standardised
+    values, and the usual limit of a gradient's norm.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -29,19 +30,19 @@ class BatchBounds:
         self._open: dict[str, tuple[float, float]] = {}
         """Norm and factor of each part of the batch that is being applied."""
 
-    def scale(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Begin a batch: return the tensors of its message, outliers scaled down."""
+    def scale(self, site: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Begin a batch of a site: return the tensors of its message, outliers scaled down."""
         self._open = {}
         scaled = dict(tensors)
         for name, part in self._parts.items():
             if name in tensors:
-                factor = self._limit(part, root_mean_square(tensors[name]))
+                factor = self._factor(site, part, root_mean_square(tensors[name]))
                 scaled[name] = tensors[name] * factor if factor < 1.0 else tensors[name]
         return scaled
 
-    def limit(self, norm: float) -> float:
-        """Return the factor for the gradients of the server's layers, as a `Limit`."""
-        return self._limit("gradients", norm)
+    def limit(self, site: str) -> Limit:
+        """Return the limit of the gradients that a site's batch gives to the server's layers."""
+        return partial(self._factor, site, "gradients")
 
     def close(self, site: str) -> dict[str, float]:
         """Remember an applied batch; return the factor of each part of it that was an outlier."""
@@ -50,8 +51,8 @@ class BatchBounds:
             self._bounds[part].remember(site, norm)
         return {part: factor for part, (_, factor) in batch.items() if factor < 1.0}
 
-    def _limit(self, part: str, norm: float) -> float:
-        factor = self._bounds[part].factor(norm)
+    def _factor(self, site: str, part: str, norm: float) -> float:
+        factor = self._bounds[part].factor(site, norm)
         self._open[part] = norm, factor
         return factor
 

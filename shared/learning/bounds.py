@@ -108,11 +108,11 @@ class RunningBound:
     """Bound on the norms of a stream of values from several senders.
 
     The reference is the median over the senders of the median of each one's `RECENT` latest norms, before they were
-    scaled. A lone sender has no peers: its reference is its own past.
+    scaled. Until a majority has sent, a sender is compared with its own past, and before it has one, with `first`.
 
     Args:
-        senders: all who may send; with two of them there is no bound.
-        first: reference until a majority has sent; None for no bound until then.
+        senders: all who may send; of two of them none is bounded.
+        first: first reference; None for none.
         outlier: multiple of the reference beyond which a norm is an outlier.
     """
 
@@ -120,9 +120,9 @@ class RunningBound:
         self._recent: dict[str, deque[float]] = {sender: deque(maxlen=RECENT) for sender in senders}
         self._first, self._outlier = first, outlier
 
-    def factor(self, norm: float) -> float:
+    def factor(self, sender: str, norm: float) -> float:
         """Return the factor for the next value of a sender, 1.0 unless it is an outlier."""
-        return factor_for(norm, self._reference(), self._outlier)
+        return factor_for(norm, self._reference(sender), self._outlier)
 
     def remember(self, sender: str, norm: float) -> None:
         """Add the norm of a sender's value, which was applied."""
@@ -130,18 +130,18 @@ class RunningBound:
 
     def limit(self, sender: str, norm: float) -> float:
         """Return the factor for a sender's next value, and remember its norm; a `Limit` of gradients."""
-        factor = self.factor(norm)
+        factor = self.factor(sender, norm)
         self.remember(sender, norm)
         return factor
 
-    def _reference(self) -> float | None:
-        if len(self._recent) == 1:
-            norms = [norm for recent in self._recent.values() for norm in recent]
-        elif len(self._recent) < MAJORITY:
+    def _reference(self, sender: str) -> float | None:
+        if len(self._recent) == MAJORITY - 1:
             return None
-        else:
-            norms = [statistics.median(recent) for recent in self._recent.values() if recent]
-        return self._first if len(norms) < MAJORITY else statistics.median(norms)
+        medians = [statistics.median(recent) for recent in self._recent.values() if recent]
+        if len(medians) >= MAJORITY:
+            return statistics.median(medians)
+        own = self._recent[sender]
+        return statistics.median(own) if len(own) == RECENT else self._first
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the tensors of a snapshot."""

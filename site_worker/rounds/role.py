@@ -224,7 +224,7 @@ class RoundSite(SiteRole):
         if not self._version:
             return error
         sentence = f"{error.sentence} It began with the server's model {self._version}."
-        remedy = 'another site\'s update has spoilt that model: round.combine = "median" withstands one.'
+        remedy = "another site's update may have spoilt that model: see the outliers in the server's report."
         return RunError(error.number, sentence, f"{error.remedy} If all is well here, {remedy}")
 
     def evaluate(self) -> str:

@@ -46,14 +46,23 @@ def test_until_three_have_sent_the_first_reference_holds():
     assert bound.limit("a", 1e6) == 1e-6
     assert bound.limit("b", 2.0) == 1.0
     assert bound.limit("c", 2.0) == 1.0
-    assert bound.factor(1e6) == 2e-6, "the median of 10^6, 2 and 2"
+    assert bound.factor("a", 1e6) == 2e-6, "the median of 10^6, 2 and 2"
+
+
+def test_a_site_that_trains_alone_for_a_night_is_compared_with_its_own_past():
+    """In fair order; its gradients are not cut down to 1 all night."""
+    bound = RunningBound(("a", "b", "c"), first=1.0)
+    for turn in range(30):
+        assert bound.limit("a", 50.0) == (0.02 if turn < RECENT else 1.0)
+    assert bound.factor("a", 1e6) == 50 / 1e6
+    assert bound.factor("b", 1e6) == 1e-6, "of another one nothing is known"
 
 
 def test_a_sender_with_many_values_is_still_one_of_three():
     bound = RunningBound(("a", "b", "c"), first=1.0)
     for sender, norm in [("b", 1.0), ("c", 1.0), *[("a", 1e6)] * 50]:
         bound.limit(sender, norm)
-    assert bound.factor(1e6) == 1e-6
+    assert bound.factor("a", 1e6) == 1e-6
 
 
 def test_the_reference_follows_the_sites():
@@ -61,8 +70,8 @@ def test_the_reference_follows_the_sites():
     for norm in (1.0, 0.1, 0.01):
         for sender in "abc" * RECENT:
             bound.limit(sender, norm)
-        assert bound.factor(norm * 3) == 1.0
-        assert bound.factor(norm * 5) == pytest.approx(0.2)
+        assert bound.factor("a", norm * 3) == 1.0
+        assert bound.factor("a", norm * 5) == pytest.approx(0.2)
 
 
 def test_of_two_senders_none_is_bounded():
@@ -80,7 +89,7 @@ def test_a_bound_goes_on_after_a_restore():
         other = RunningBound(("a", "b", "c"), first=1.0)
         other.limit("a", 5.0)  # a restored state replaces this
         other.restore(one.state())
-        assert other.factor(100.0) == one.factor(100.0) < 1.0
+        assert other.factor("a", 100.0) == one.factor("a", 100.0) < 1.0
 
 
 def test_gradients_within_the_limit_stay_the_same_to_the_bit():
@@ -98,12 +107,12 @@ def test_gradients_within_the_limit_stay_the_same_to_the_bit():
 
 
 def trained_bottom(factor, optimizer="sgd"):
-    """Weights of a bottom after ten gradients, the eighth of them times a factor."""
+    """Weights of a bottom after twenty gradients, the fifteenth of them times a factor."""
     torch.manual_seed(1)
     bottom = Bottom(nn.Linear(6, 4), OptimizerSection(name=optimizer, lr=0.1), "cpu")
-    for q in range(1, 11):
-        item = Item(q, Purpose.TRAIN, 1, q - 1, 10, range(8), q - 1)
-        gradient = torch.randn(8, 4) * (factor if q == 8 else 1.0)
+    for q in range(1, 21):
+        item = Item(q, Purpose.TRAIN, 1, q - 1, 20, range(8), q - 1)
+        gradient = torch.randn(8, 4) * (factor if q == 15 else 1.0)
         bottom.apply_gradient(item, torch.randn(8, 6), 0, gradient)
     return bottom.module.weight.detach()
 

@@ -108,7 +108,7 @@ def test_targets_far_from_those_of_the_others_are_scaled():
     for turn in range(12):
         for site in SITES:
             batch = {"smashed": torch.randn(8, 8), "targets": torch.randn(8) + (100.0 if site == "east" else 0.0)}
-            scaled = bounds.scale(batch)
+            scaled = bounds.scale(site, batch)
             outliers = bounds.close(site)
             assert set(outliers) == ({"targets"} if site == "east" else set()), turn
             assert torch.equal(scaled["smashed"], batch["smashed"])
@@ -119,17 +119,17 @@ def test_classes_are_never_scaled():
     bounds = BatchBounds(tiny_config(SITES))
     for site in SITES:
         batch = {"smashed": torch.ones(8, 8), "targets": torch.full((8,), float(site == "east"))}
-        assert torch.equal(bounds.scale(batch)["targets"], batch["targets"])
+        assert torch.equal(bounds.scale(site, batch)["targets"], batch["targets"])
         bounds.close(site)
 
 
 def test_a_batch_that_is_refused_leaves_the_bounds_as_they_were():
     bounds = BatchBounds(tiny_config(SITES))
     for site in SITES:
-        bounds.scale({"smashed": torch.ones(8, 8)})
+        bounds.scale(site, {"smashed": torch.ones(8, 8)})
         bounds.close(site)
     before = bounds.state()
-    bounds.scale({"smashed": 1e6 * torch.ones(8, 8)})  # and no close
+    bounds.scale("east", {"smashed": 1e6 * torch.ones(8, 8)})  # and no close
     after = bounds.state()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
