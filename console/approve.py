@@ -61,7 +61,8 @@ def _show_messages(request: Request, policy: PolicyConfig, console: Console) -> 
     run = request.run
     console.print(f"Run {run.run.id}, protocol {run.run.protocol}, digest {run.digest}", soft_wrap=True)
     console.print(f"Sites: {', '.join(run.run.sites)}", "", sep="\n")
-    console.print(f"{request.site} would send to the server; the server and administrators of the broker can read:")
+    readers = "the server" if run.parties else "the server and administrators of the broker"
+    console.print(f"{request.site} would send to the server; {readers} can read:")
     table = columns("information", "in messages", "policy")
     payloads = sketch(run).values()
     for reveals, meaning in TELLS.items():
