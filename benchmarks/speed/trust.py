@@ -30,7 +30,7 @@ from typing_extensions import override
 
 from benchmarks.speed.common import scratch
 from nightsplit.console.demo.demo import EXAMPLES, _copy_example
-from nightsplit.console.demo.keys import give_keys
+from nightsplit.console.demo.keys import give_keys, give_seeds
 from nightsplit.server_worker.worker import ServerWorker
 from nightsplit.shared.protocols.load import load_run
 from nightsplit.shared.runtime.process import prepare_torch
@@ -41,7 +41,7 @@ from nightsplit.shared.wire.message import SERVER, Header, Kind
 from nightsplit.shared.wire.schema import BATCH, Payload, Reveals, TensorSpec
 from nightsplit.site_worker.trust.approval import approve
 from nightsplit.site_worker.trust.exit_log import ExitLog
-from nightsplit.site_worker.worker import SEED, SiteWorker
+from nightsplit.site_worker.worker import SiteWorker
 
 FORKS = multiprocessing.get_context("fork")
 WIDE = """
@@ -106,13 +106,11 @@ def wide(folder: Path) -> Path:
 def prepared(example: str, folder: Path, trust: bool) -> Path:
     """Copy an example's files, with the same seeds of the sites in both variants."""
     work = wide(folder) if example == "wide" else _copy_example(EXAMPLES / example, "trust").absolute()
-    plain = (work / "run.toml").read_text(encoding="utf-8")
-    give_keys(work)
-    if not trust:
-        (work / "run.toml").write_text(plain, encoding="utf-8")
+    give_seeds(work)
+    if trust:
+        give_keys(work)
     for site in load_run(work / "run.toml").run.sites:
         approve(work / f"{site}.toml", "benchmark")
-        assert list(work.rglob(SEED))
     return work
 
 

@@ -25,7 +25,7 @@ from rich.table import Table
 
 import nightsplit
 from nightsplit.console.demo.baselines import alone, centralized
-from nightsplit.console.demo.keys import give_keys
+from nightsplit.console.demo.keys import give_keys, give_seeds
 from nightsplit.console.demo.play import LocalRun, warm_up
 from nightsplit.console.ui.text import columns, counted, screen
 from nightsplit.shared.config.run import RunConfig
@@ -75,6 +75,7 @@ def run_demo(folder: Path, as_json: bool, at: Sequence[str] | None = None) -> in
     if at is not None:
         _use_services(work, *at)
     give_keys(work)
+    give_seeds(work)
     config = load_run(work / "run.toml")
     _approve(work, config)
     splits = {site: SiteWorker(work / f"{site}.toml").load_splits() for site in config.run.sites}

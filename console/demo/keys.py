@@ -18,7 +18,7 @@ from nightsplit.site_worker.worker import SEED
 
 
 def give_keys(folder: Path) -> None:
-    """Create identities and seeds for the workers of the run in `folder`, and write their keys into the files there."""
+    """Create an identity for every worker of the run in `folder`, and write their keys into the files there."""
     lines = ["[parties]"]
     for worker in (SERVER, *load_run(folder / "run.toml").run.sites):
         public = make_identity(folder / f"{worker}.identity").public
@@ -26,10 +26,14 @@ def give_keys(folder: Path) -> None:
         file = folder / f"{worker}.toml"
         text = file.read_text(encoding="utf-8")
         own = rf'\1\nidentity = "{worker}.identity"'
-        if worker != SERVER:
-            state = folder / load(file, SiteConfig).site.state
-            make_private_folder(state)
-            write_new(state / SEED, hashlib.sha256(f"demo of {worker}".encode()).digest())
         file.write_text(re.sub(r"^(\[(?:site|server)\].*)$", own, text, count=1, flags=re.MULTILINE), encoding="utf-8")
     with (folder / "run.toml").open("a", encoding="utf-8") as run:
         run.write("\n" + "\n".join(lines) + "\n")
+
+
+def give_seeds(folder: Path) -> None:
+    """Give every site of the run in `folder` the seed that follows from its name."""
+    for site in load_run(folder / "run.toml").run.sites:
+        state = folder / load(folder / f"{site}.toml", SiteConfig).site.state
+        make_private_folder(state)
+        write_new(state / SEED, hashlib.sha256(f"demo of {site}".encode()).digest())

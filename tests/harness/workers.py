@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from nightsplit.console.demo.keys import give_keys
+from nightsplit.console.demo.keys import give_keys, give_seeds
 from nightsplit.shared.protocols.spec import Shape, systems
 from nightsplit.shared.storage.files import write_new
 from nightsplit.site_worker.privacy.secret import Secret
@@ -130,6 +130,7 @@ class Hospital:
         for site, (first, last) in SHARES.items():
             text = worker.format(kind="site", name=f'name = "{site}"\n', worker=site)
             (folder / f"{site}.toml").write_text(text + DATA.format(site=site, first=first, last=last))
+        give_seeds(folder)
         if keys:
             give_keys(folder)
         approve_all(folder)
