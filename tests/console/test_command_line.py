@@ -28,7 +28,7 @@ def test_every_verb_is_a_file_and_has_a_line(arguments, monkeypatch, capsys):
     assert run(arguments) == 0
     out, err = capsys.readouterr()
     assert set(listed(out)) == FILES
-    assert len(FILES) == 18
+    assert len(FILES) == 19
     assert all(line.endswith(".") and not line.endswith("..") for line in listed(out).values()), "a line is cut off"
     assert (err, "\x1b" in out) == ("", False)
 
