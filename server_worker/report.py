@@ -116,7 +116,8 @@ def _outliers(site: str, facts: Mapping[str, Any]) -> str:
     parts = ", ".join(f"{part} {count} times" for part, count in sorted(facts["outliers"].items()))
     return (
         f"{site} sent outliers: {parts}. Each was more than {OUTLIER:g} times as large as is usual among the sites, "
-        "and was scaled down to that. A few are normal; a site with many has other data, a fault, or bad intent."
+        "and was scaled down to that, or left out. A few are normal; a site with many has other data, a fault, or bad "
+        "intent."
     )
 
 

@@ -51,7 +51,7 @@ HALVES = ((0.0, 0.5), (0.5, 1.0))
 
 @dataclass(frozen=True)
 class Case:
-    """An example whose data is divided among five hospitals.
+    """Example of five hospitals.
 
     Attributes:
         name: folder of the example.
@@ -170,7 +170,7 @@ def add_to_targets(send: Send, value: float) -> Send:
 
 
 class HostileSimulation(Simulation):
-    """Run in which one site changes what it sends."""
+    """Run with a hostile site, which changes its messages."""
 
     hostile = ""
     change: Change | None = None

@@ -197,7 +197,7 @@ def combine(line: Connection, updates: int, weights: int) -> None:
     update = torch.randn(weights, generator=generator)
     slices = update.split(SLICE)
     before = resident_bytes()
-    aggregation = Aggregation(RoundSection())
+    aggregation = Aggregation(RoundSection(combine="mean"))
     began = time.perf_counter()
     for number in range(updates):
         aggregation.add(str(number), slices, float(number + 1))

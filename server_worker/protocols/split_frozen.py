@@ -44,6 +44,8 @@ class SplitFrozenServer(StreamServer):
         self._parts = scaled_parts(config.task)
         self._sizes: dict[str, dict[str, dict[int, float]]] = {part: {} for part in self._parts.values()}
         """Root mean square of each training item as it was sent, by part, site and number."""
+        self._left_out: set[tuple[str, int]] = set()
+        """Items that nothing is trained on, since their targets are outliers."""
         self._training: list[Row] = []
         """All training samples, once all are stored."""
         self._trained = 0
@@ -121,9 +123,10 @@ class SplitFrozenServer(StreamServer):
         return effects
 
     def _scale_outliers(self) -> list[Effect]:
-        """Scale stored outliers to the median over the sites of each one's median size, and return their metrics.
+        """Scale outliers among stored activations to the usual size, leave out those of targets; return their metrics.
 
-        A repetition after a crash changes nothing: what was scaled before is no outlier any more.
+        The usual size is the median over the sites of each one's median. A repetition after a crash changes nothing:
+        what was scaled before is no outlier any more.
         """
         effects: list[Effect] = []
         for name, part in self._parts.items():
@@ -135,6 +138,9 @@ class SplitFrozenServer(StreamServer):
                         continue
                     if not self._trained:
                         effects += self.record_outliers(site, {part: factor})
+                    if name == "targets":
+                        self._left_out.add((site, q))
+                        continue
                     stored = self.top.store.get(site, q)
                     factor = factor_for(root_mean_square(stored[name]), median)
                     self.top.store.put(site, q, {**stored, name: stored[name] * factor})
@@ -145,7 +151,7 @@ class SplitFrozenServer(StreamServer):
             (site, q, row)
             for site in self.config.run.sites
             for q, rows in sorted(self._rows[site].items())
-            if self.sequences[site].plan.item(q).purpose is Purpose.TRAIN
+            if self.sequences[site].plan.item(q).purpose is Purpose.TRAIN and (site, q) not in self._left_out
             for row in range(rows)
         ]
 

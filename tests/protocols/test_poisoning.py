@@ -9,7 +9,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from benchmarks.accuracy.poison import HostileSimulation, claim, times
+from benchmarks.accuracy.poison import HostileSimulation, add_to_targets, claim, times
 from nightsplit.server_worker.report import write_report
 from nightsplit.server_worker.stream.bounds import BatchBounds
 from nightsplit.shared.config.run import TaskSection
@@ -113,6 +113,17 @@ def test_targets_far_from_those_of_the_others_are_scaled():
             assert set(outliers) == ({"targets"} if site == "east" else set()), turn
             assert torch.equal(scaled["smashed"], batch["smashed"])
             assert scaled["targets"].square().mean().sqrt() < OUTLIER
+
+
+@pytest.mark.parametrize("protocol", ["split_labels", "split_frozen"])
+def test_the_targets_of_another_unit_do_not_pull_the_model_away(protocol, calm, tmp_path):
+    config = replace(stream(protocol), task=TaskSection(kind="regression"))
+    night = played(config, tmp_path, lambda send: add_to_targets(send, 100.0))
+    assert named(night)["east"] >= {"targets"}
+    assert night.server.outliers["east"]["targets"] == night.server.batches["east"]
+    assert size(night) < 1.5 * size(calm(config))
+    if protocol == "split_frozen":
+        assert {site for site, _, _ in night.server._training} == {"north", "south"}
 
 
 def test_classes_are_never_scaled():
