@@ -36,9 +36,7 @@ def expressions() -> list[str]:
 
 def small(folder: Path, sites: Sequence[str], epochs: int, **where: str) -> Hospital:
     """A run of few sites, since every process costs its start."""
-    hospital = Hospital(folder, epochs=epochs, **where)
-    change(folder / "run.toml", '["north", "south", "east"]', json.dumps(sites))
-    return hospital
+    return Hospital(folder, epochs=epochs, sites=sites, **where)
 
 
 # ── metrics ─────────────────────────────────────────────────────────────────────────────────────
