@@ -104,5 +104,5 @@ def test_there_is_a_report_for_each_scale():
 
 @pytest.mark.parametrize("text", ["{}", "[]", "[1]", json.dumps(["{}"] * 9), json.dumps(["{}"] * 11), "[" * 100_000])
 def test_another_number_of_reports_is_refused(text):
-    with pytest.raises(Refused, match="it has no figures for 10 scales"):
+    with pytest.raises(Refused, match="it has no figures for 11 scales"):
         decode_reports(text, "it")

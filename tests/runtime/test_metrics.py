@@ -24,7 +24,8 @@ SERVER_STATUS = WorkerStatus(
     phase=Phase.WORKING, run="ldl", digest="c0ffee", steps=40, applied=50, planned=100, epoch=2, fence=3,
     sites={
         "north": SiteStatus(
-            outliers=5, queued=7, loss=0.25, staleness=4, presence=Presence(last_seen=datetime(2026, 11, 21, 22, tzinfo=UTC))
+            outliers=5, queued=7, loss=0.25, staleness=4,
+            presence=Presence(last_seen=datetime(2026, 11, 21, 22, tzinfo=UTC))
         ),
         "south": SiteStatus(excluded_at=12),
     },
