@@ -24,7 +24,8 @@ SERVER_STATUS = WorkerStatus(
     phase=Phase.WORKING, run="ldl", digest="c0ffee", steps=40, applied=50, planned=100, epoch=2, fence=3,
     sites={
         "north": SiteStatus(
-            queued=7, loss=0.25, staleness=4, presence=Presence(last_seen=datetime(2026, 11, 21, 22, tzinfo=UTC))
+            outliers=5, queued=7, loss=0.25, staleness=4,
+            presence=Presence(last_seen=datetime(2026, 11, 21, 22, tzinfo=UTC))
         ),
         "south": SiteStatus(excluded_at=12),
     },
@@ -66,6 +67,7 @@ def test_a_server_tells_of_itself_and_of_every_site() -> None:
     )
     assert told.of("site_last_seen_timestamp_seconds", site="south") is None
     assert told.of("site_excluded", site="north") == 0
+    assert told.of("site_outliers", site="north") == 5
     assert told.of("site_excluded", site="south") == 1
 
 
