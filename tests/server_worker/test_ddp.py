@@ -131,7 +131,8 @@ def three(upload, tmp_path_factory):
 
 def test_two_processes_train_as_one_does(alone, pair):
     one, two = torch.tensor(alone.losses()), torch.tensor(pair.losses())
-    assert one[0] - one[-1] > 0.5, "it has learned something"
+    epoch = len(one) // EPOCHS
+    assert one[:epoch].mean() - one[-epoch:].mean() > 0.1, "it has learned something"
     torch.testing.assert_close(two, one, rtol=0, atol=CLOSE)
     torch.testing.assert_close(pair.top(), alone.top(), rtol=0, atol=CLOSE)
 
