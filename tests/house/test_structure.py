@@ -172,6 +172,7 @@ BEHIND_APPROVAL = {
     "site_worker/protocols/__init__.py",  # called by a SiteWorker, which checks
     "site_worker/predict.py", "site_worker/query_worker.py",  # given one, or with one of their own
     "console/doctor/checks.py", "console/doctor/links.py",  # behind the gates
+    "console/explain_run.py",  # with a SiteWorker
     "console/pretrain.py",  # of the user's own pretrain.toml
 }  # fmt: skip
 
