@@ -1,4 +1,4 @@
-"""Approval of a run by a person: what the run would do, the question, and the answer."""
+"""Approval of a run by a person: its effects, the question, and the answer."""
 
 import difflib
 import json
@@ -49,7 +49,7 @@ def decide(path: Path, overrides: Sequence[str], person: str | None, assume_yes:
 
 
 def _ask(question: str) -> str:
-    """Return the answer; an empty one if there is nobody to ask."""
+    """Return the answer; an empty one without a terminal."""
     try:
         return input(question).strip()
     except EOFError:

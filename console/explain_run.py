@@ -1,4 +1,4 @@
-"""Explanation of a run to a hospital: what it will send, in sentences and numbers, and what it has sent."""
+"""Explanation of a run to a hospital: the messages that it will send, in numbers, and those that it has sent."""
 
 from collections.abc import Iterator
 from contextlib import suppress

@@ -16,7 +16,7 @@ def explain(
         str, Argument(metavar="NUMBER|SITE.TOML", help="number of an error, such as 104 or E104; or a site's file")
     ],
 ) -> None:
-    """Explain an error, or what a run sends.
+    """Explain an error, or the messages of a run.
 
     Print the page of an error: its meaning, its remedy, and whether anything is lost. Or, with a hospital's file, the
     messages that its run will send and has sent: who reads them, how many they are, and what they reveal.

@@ -172,7 +172,7 @@ def check_passage(file: WorkerFile) -> Finding:
 
 
 def _power_cuts(file: WorkerFile) -> list[Callable[[WorkerFile], Finding]]:
-    """Return the checks of what is lost at a power cut."""
+    """Return the checks of losses at a power cut."""
     checks: list[Callable[[WorkerFile], Finding]] = []
     if file.config.broker.startswith("amqp") and isinstance(file.config, ServerSection):  # a site may not find out
         checks.append(_broker_at_power_cut)
