@@ -94,7 +94,7 @@ def private_keys_in(folder):
 
 
 def test_no_private_key_of_a_hospital_is_at_the_centre(keys):
-    """attacks.md, K2."""
+    """docs/explanation/attacks.md, K2."""
     admit(keys)
     assert {path.relative_to(keys).as_posix() for path in private_keys_in(keys)} == {
         "authority/ca.key", "centre/service.key", "centre/server/key.pem",

@@ -1,4 +1,4 @@
-"""attacks.md, S3: the server reads patients off their activations if it knows the site's first weights.
+"""The server reads patients off their activations if it knows the first weights (docs/explanation/attacks.md, S3).
 
 The positive control is the same attack with the public seed: least squares on the units that are active.
 """

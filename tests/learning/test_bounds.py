@@ -103,7 +103,7 @@ def test_gradients_within_the_limit_stay_the_same_to_the_bit():
     assert norm_of([p.grad for p in parameters]) == pytest.approx(1.0)
 
 
-# ── a site and its server: attacks.md B6 ────────────────────────────────────────────────────────
+# ── a site and its server: docs/explanation/attacks.md B6 ────────────────────────────────────────────────────────
 
 
 def trained_bottom(factor, optimizer="sgd"):

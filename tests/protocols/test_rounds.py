@@ -349,7 +349,7 @@ def test_the_geometric_median_has_the_least_sum_of_distances():
 
 @pytest.mark.parametrize("combine", ["geometric_median", "mean", "trimmed_mean", "median"])
 def test_an_outlier_is_scaled_to_the_median_norm(combine):
-    """attacks.md A17: by its norm alone, whatever the rule; of two updates nobody can tell which one it is."""
+    """Attack A17: by its norm alone, whatever the rule; of two updates nobody can tell which one it is."""
     updates = [torch.ones(4), 2 * torch.ones(4), 3 * torch.ones(4), 1e20 * torch.ones(4)]
     found, outliers = combined(RoundSection(combine=combine), updates)
     assert outliers == {"3": pytest.approx(2.5e-20)}

@@ -1,6 +1,6 @@
 """Runs with keys: what their broker can read, forge and repeat, with the real workers.
 
-attacks.md, rows A19, A20, B4, C7b, E3.
+docs/explanation/attacks.md, rows A19, A20, B4, C7b, E3.
 """
 
 from __future__ import annotations

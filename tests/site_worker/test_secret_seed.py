@@ -1,4 +1,4 @@
-"""The secret seed of a site: made once, kept, and without it no server repeats the site's steps (attacks.md, S3)."""
+"""The secret seed of a site is made once and kept (docs/explanation/attacks.md, S3)."""
 
 from __future__ import annotations
 

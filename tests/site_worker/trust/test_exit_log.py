@@ -122,7 +122,7 @@ def write(path, lines: list[dict]) -> None:
 
 @pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.campaign)])
 def test_every_change_of_a_long_log_is_found_and_named(tmp_path, count):
-    """attacks.md, acceptance 10: edit, delete, insert, exchange."""
+    """docs/explanation/attacks.md, acceptance 10: edit, delete, insert, exchange."""
     path = filled(tmp_path, count)
     lines = list(read_log(path))
     assert check(path).lines == len(lines)
