@@ -6,22 +6,23 @@ hospital makes its own at random.
 
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from nightsplit.shared.config.load import load
 from nightsplit.shared.protocols.load import load_run
 from nightsplit.shared.storage.files import make_private_folder, write_new
-from nightsplit.shared.trust.identity import make_identity
+from nightsplit.shared.trust.identity import Identity, make_identity
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.config import SiteConfig
 from nightsplit.site_worker.worker import SEED
 
 
-def give_keys(folder: Path) -> None:
-    """Create an identity for every worker of the run in `folder`, and write their keys into the files there."""
+def give_keys(folder: Path, make: Callable[[Path], Identity] = make_identity) -> None:
+    """Make an identity for every worker of the run in `folder`, and write their keys into the files there."""
     lines = ["[parties]"]
     for worker in (SERVER, *load_run(folder / "run.toml").run.sites):
-        public = make_identity(folder / f"{worker}.identity").public
+        public = make(folder / f"{worker}.identity").public
         lines.append(f'{worker} = "{public.text}"')
         file = folder / f"{worker}.toml"
         text = file.read_text(encoding="utf-8")

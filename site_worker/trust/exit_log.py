@@ -19,8 +19,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from nightsplit.shared.errors import StateError
 from nightsplit.shared.storage.files import force_to_disk, make_private_folder
@@ -49,7 +50,7 @@ class ExitLog:
 
     def __init__(self, path: Path, digest: str, policy: Path, approval: str = "") -> None:
         self._path, self._policy, self._approval = path, policy, approval
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         self.lines, self.head = 0, digest
 
     def open(self) -> None:
@@ -59,7 +60,7 @@ class ExitLog:
         try:
             make_private_folder(self._path.parent)
             is_new = not self._path.exists()
-            file = self._path.open("a+b")
+            file = self._path.open("a+b", buffering=0)
             self._path.chmod(0o600)
             if is_new:
                 force_to_disk(self._path.parent)
@@ -118,20 +119,21 @@ class ExitLog:
         line = {"line": self.lines + 1, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **facts}
         head = next_head(self.head, line)
         try:
-            self._file.write(_encode({**line, "head": head}) + b"\n")
-            self._file.flush()
+            text = memoryview(_encode({**line, "head": head}) + b"\n")
+            while text:  # without a buffer, so that closing the file after a full disk has nothing left to write
+                text = text[self._file.write(text) :]
         except OSError as error:
             raise self._unwritable(error) from None
         self.lines, self.head = self.lines + 1, head
 
-    def _lock(self, file: BinaryIO) -> None:
+    def _lock(self, file: FileIO) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             remedy = "stop that worker first, or wait for its end."
             raise StateError(503, f"another process of this site writes {self._path}.", remedy) from None
 
-    def _continue(self, file: BinaryIO) -> None:
+    def _continue(self, file: FileIO) -> None:
         """Find the last whole line, and remove a part of a line that a crash left behind: its message did not leave."""
         end = file.seek(0, os.SEEK_END)
         start = max(0, end - _TAIL_BYTES)

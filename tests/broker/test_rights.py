@@ -20,6 +20,7 @@ import redis
 
 from nightsplit.broker.rabbitmq.address import read_addresses
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
+from nightsplit.broker.rabbitmq.version import FIRST_UNSYNCED
 from nightsplit.broker.topology import POLICIES, query_queues, site_queues
 from nightsplit.console.keys.admin import administrator
 from nightsplit.shared.run_store.redis import RedisStore
@@ -92,7 +93,8 @@ def attempts(site: str, version: tuple[int, ...]) -> Iterator[tuple[str, bool, A
                 lambda channel, name=name: channel.queue_declare(name, passive=True),
             )  # fmt: skip
             readable = own and key not in ("up", "ask")
-            yield f"get from {name}", readable, lambda channel, name=name: channel.basic_get(name)
+            if version < FIRST_UNSYNCED:  # a quorum queue with a single active consumer knows no get
+                yield f"get from {name}", readable, lambda channel, name=name: channel.basic_get(name)
             yield (
                 f"consume {name}", readable,
                 lambda channel, name=name: channel.basic_consume(name, lambda *message: None),

@@ -204,7 +204,7 @@ def events(lines: list[dict[str, object]]) -> list[object]:
 @pytest.mark.timeout(300)
 def test_the_log_tells_every_transition_and_nothing_of_a_patient(study: Path) -> None:
     night = log_of(study, "site", "north.toml", "--exit-when-idle", "1")
-    assert events(night) == ["started", "working", "away"]
+    assert events(night) == ["started", "without_keys", "working", "away"]
     assert {(line["worker"], line["run"]) for line in night} == {("north", "ward")}
     assert night[-1]["event"] == "progress"
     assert night[-1]["sent"] == night[-1]["confirmed"] == night[-1]["queued"] == night[-1]["planned"]
@@ -214,7 +214,7 @@ def test_the_log_tells_every_transition_and_nothing_of_a_patient(study: Path) ->
         link.publish(up, PATIENT, [f"{PATIENT} {VALUE}".encode()])
         wait_until(lambda: link.receive(0.1) is not None, 30, "the confirm")
     day = log_of(study, "server", "server.toml", "--exit-when-idle", "3")
-    assert events(day) == ["started", "active", "working", "refused", "away"]
+    assert events(day) == ["started", "without_keys", "active", "working", "refused", "away"]
     facts = {str(line["event"]): {n: v for n, v in line.items() if n not in STANDARD} for line in day}
     assert facts["active"] == {"fence": 2}
     assert facts["refused"] == {"number": 301, "sender": "north", "seq": None}
@@ -223,7 +223,7 @@ def test_the_log_tells_every_transition_and_nothing_of_a_patient(study: Path) ->
     newest = max((study / "state" / "north" / "checkpoints").iterdir())
     (newest / "tensors.safetensors").write_bytes(b"")
     again = log_of(study, "site", "north.toml", "--exit-when-idle", "1")
-    assert events(again) == ["started", "checkpoint_skipped", "working", "away"]
+    assert events(again) == ["started", "without_keys", "checkpoint_skipped", "working", "away"]
 
 
 def test_the_log_tells_how_a_worker_ends(study: Path) -> None:
@@ -246,12 +246,12 @@ def test_the_log_tells_how_a_worker_ends(study: Path) -> None:
     shift = f"{opens:%H:%M}-{opens + timedelta(hours=1):%H:%M} UTC"
     change(study / "north.toml", "store =", f'shift = "{shift}"\nstore =')
     waiting = begin(study, "site", "north.toml", "--log-format", "json")
-    wait_until(lambda: waiting.err.exists() and waiting.err.read_text().count("\n") >= 2, 60, "two lines")
+    wait_until(lambda: waiting.err.exists() and waiting.err.read_text().count("\n") >= 3, 60, "three lines")
     waiting.terminate()
     _, err = end(waiting)
     lines = [json.loads(line) for line in err.splitlines()]
-    assert events(lines) == ["started", "waiting", "stopped"]
-    assert shift in lines[1]["detail"]
+    assert events(lines) == ["started", "without_keys", "waiting", "stopped"]
+    assert shift in lines[2]["detail"]
 
 
 # ── the runbook ─────────────────────────────────────────────────────────────────────────────────

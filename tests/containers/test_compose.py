@@ -125,7 +125,8 @@ def test_restarts_of_everything_and_a_site_cut_off(undisturbed: dict[str, object
         docker("restart", hospital.container("site"))
         docker("network", "connect", "--alias", "south", network, centre.container("south"))
         centre.wait_for("server", "server: finished")
-        assert centre.report()["top_sha256"] == undisturbed["top_sha256"]
+        # The weights differ, since every hospital's worker has made a secret of its own.
+        assert centre.report()["steps"] == undisturbed["steps"]
         for project, site in ((centre, "north"), (centre, "south"), (hospital, "site")):
             project.wait_for(site, "the site's part of the model is in")
     finally:

@@ -18,6 +18,7 @@ from pathlib import Path
 from nightsplit.console.demo.keys import give_keys, give_seeds
 from nightsplit.shared.protocols.spec import Shape, systems
 from nightsplit.shared.storage.files import write_new
+from nightsplit.shared.trust.identity import Identity
 from nightsplit.site_worker.privacy.secret import Secret
 from tests.harness.approvals import approve_all
 from tests.harness.processes import Fresh, Process
@@ -89,6 +90,13 @@ def write_ledger(path: Path, name: str) -> None:
         rows.execute("INSERT INTO owner VALUES (?)", (secret.derive("ledger").key,))
 
 
+def fixed_identity(path: Path) -> Identity:
+    """An identity that follows from the worker's name: two runs have one digest, and so draw the same private noise."""
+    secret = hashlib.sha256(path.name.encode()).digest()
+    write_new(path, secret)
+    return Identity(secret)
+
+
 class Hospital:
     """The files of one run in a folder, and its processes.
 
@@ -132,7 +140,7 @@ class Hospital:
             (folder / f"{site}.toml").write_text(text + DATA.format(site=site, first=first, last=last))
         give_seeds(folder)
         if keys:
-            give_keys(folder)
+            give_keys(folder, fixed_identity)
         approve_all(folder)
 
     def start(self, worker: str, *arguments: str, environment: Mapping[str, str] = {}) -> Process | Fresh:

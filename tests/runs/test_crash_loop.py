@@ -44,7 +44,7 @@ STRANGE = ("a pickle", "another wire version", "another sender", "an unknown dty
 
 def hospital_in(folder: Path, broker: str = "embedded:broker") -> Hospital:
     """North needs two nights."""
-    hospital = Hospital(folder, broker, epochs=4)
+    hospital = Hospital(folder, broker, epochs=4, keys=False)
     change(folder / "run.toml", "window = 4", "window = 30")
     ServerWorker(folder / "server.toml").open_run()
     return hospital

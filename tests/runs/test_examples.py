@@ -18,9 +18,9 @@ from nightsplit.shared.models.hashing import weights_sha256
 from nightsplit.shared.protocols.build import build_model
 from nightsplit.shared.protocols.load import load_run
 from nightsplit.shared.protocols.spec import Shape, systems
-from nightsplit.simulation.run import simulate
+from nightsplit.simulation.run import Simulation
 from nightsplit.site_worker.config import PolicyConfig
-from nightsplit.site_worker.worker import SiteWorker
+from nightsplit.site_worker.worker import SEED, SiteWorker
 from tests.harness.approvals import approve_all
 from tests.harness.services import RabbitNode, RedisServer
 
@@ -102,7 +102,9 @@ def test_the_demo_plays_nights_and_days_to_the_result_of_one_undisturbed_night(
 
     config = load_run(work / "run.toml")
     parts = {site: SiteWorker(work / f"{site}.toml").load_splits() for site in config.run.sites}
-    undisturbed = simulate(config, parts)
+    undisturbed = Simulation(config, parts, tmp_path / "undisturbed")
+    undisturbed.seeds = {site: (SiteWorker(work / f"{site}.toml").state_folder / SEED).read_bytes() for site in parts}
+    undisturbed.run()
     assert shown["sha256"] == weights_sha256(undisturbed.server.best_weights)
     figures = undisturbed.evaluate()
     assert shown["split_all_mae"] == pytest.approx(figures.overall["mae"], rel=1e-3)
