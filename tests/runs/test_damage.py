@@ -17,6 +17,7 @@ from nightsplit.console.status import summarise
 from nightsplit.console.worker_file import WorkerFile
 from nightsplit.shared.run_store.sqlite import SqliteStore
 from nightsplit.shared.storage.checkpoint import MANIFEST, TENSORS
+from nightsplit.shared.storage.files import write_new
 from tests.harness.services import wait_until
 from tests.harness.study import change
 from tests.harness.workers import Hospital
@@ -219,6 +220,7 @@ def mount(hospital: Hospital) -> Iterator[Callable[[str], Disk]]:
         def mount(name: str) -> Disk:
             folder = hospital.folder / name
             folder.mkdir(parents=True, exist_ok=True)
+            kept = {file.name: file.read_bytes() for file in folder.iterdir()}  # the seed of a site
             done = subprocess.run(
                 ["mount", "-t", "tmpfs", "-o", "size=96m,mode=755", "tmpfs", str(folder)],
                 capture_output=True,
@@ -228,6 +230,8 @@ def mount(hospital: Hospital) -> Iterator[Callable[[str], Disk]]:
                 pytest.skip(f"filling a disk needs a small file system, and mount says: {done.stderr.strip()}")
             mounted.callback(subprocess.run, ["umount", str(folder)], check=True)
             mounted.callback(hospital.close)
+            for file, content in kept.items():
+                write_new(folder / file, content)
             return Disk(folder)
 
         yield mount
