@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing_extensions import override
 
 from nightsplit.broker.link_wrapper import LinkWrapper
-from nightsplit.shared.errors import Refused, StateError
+from nightsplit.shared.errors import TITLES, Refused, StateError
 from nightsplit.shared.transport import Delivery, Event, Link, Queue, Route
 from nightsplit.shared.trust.envelope import Sealer
 from nightsplit.shared.wire.head import read_head
@@ -97,10 +97,14 @@ def open_letter(letter: Delivery, sealer: Sealer, sender: str, receiver: str) ->
     `sender` and `receiver` are those of the message; the receiver has refused it.
     """
     body, headers = b"", dict(letter.headers)
+    sealed_reason = headers.get(REASON, "")
+    with suppress(KeyError, ValueError):  # a finished run has no key for it any more
+        number = int(headers["number"])
+        headers[REASON] = f"E{number} {TITLES[number]}"
     with suppress(Refused):
         body = sealer.open(sender, receiver, letter.body).content
     with suppress(Refused, KeyError, ValueError):
-        headers[REASON] = sealer.open(receiver, sender, base64.b64decode(headers[REASON])).content.decode()
+        headers[REASON] = sealer.open(receiver, sender, base64.b64decode(sealed_reason)).content.decode()
     return replace(letter, body=body, envelope=letter.body, headers=headers)
 
 
