@@ -210,7 +210,7 @@ def _exit_log(file: WorkerFile) -> ExitLog:
 def _open_mailbox(file: WorkerFile, link: Link, exit_log: ExitLog, site: str, queues: SiteQueues) -> Mailbox:
     """Make the worker's mailbox; a replayed message of a site passes its gate again, and is logged again."""
     config = file.run_config
-    run, schema, limit = config.run.id, sketch(config).get, config.wire.message_bytes
+    run, schema, limit = config.run.id, sketch(config).get, config.content_bytes
     if isinstance(file.config, SiteSection):
         routes = {SERVER: Route(outgoing=queues.up, incoming=queues.down, dead=queues.dead)}
         gate = Gate(file.base / file.config.policy, config)

@@ -64,7 +64,7 @@ class QueryServerWorker(Worker):
                 ):
                     self.enter(Phase.WORKING, "answering queries")
                     link = sealed(plain, self.sealer, SERVER, routes, seals=False)
-                    mailbox = Mailbox(config.run.id, SERVER, link, routes, CONTRACT.get, limit)
+                    mailbox = Mailbox(config.run.id, SERVER, link, routes, CONTRACT.get, config.content_bytes)
                     server = QueryServer(mailbox, ckks, evaluate, secret_name, keys)
                     try:
                         server.run(self.off_duty, idle_seconds)

@@ -141,7 +141,7 @@ class ServerWorker(Worker):
         consume = [] if only_open else [route.incoming for route in routes.values()]
         link = broker.link(consume, prefetch_for(largest, len(queues)), owner=f"{SERVER}:{folder.resolve()}")
         with tape_link(sealed(link, self.sealer, SERVER, routes), config, folder) as link:
-            mailbox = Mailbox(config.run.id, SERVER, link, routes, role.payload, config.wire.message_bytes)
+            mailbox = Mailbox(config.run.id, SERVER, link, routes, role.payload, config.content_bytes)
             yield ServerShift(config, role, mailbox, checkpoints, lease, self.report_folder, statuses, failures)
 
     def _checkpoints(self, lease: Lease) -> Checkpoints:

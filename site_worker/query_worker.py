@@ -94,7 +94,8 @@ class QuerySiteWorker:
                 name, routes = site.config.name, {SERVER: route}
                 with closing(site.make_exit_log()) as log, sealed(link, site.sealer, name, routes, seals=False) as link:
                     gate = Gate(site.policy_file, site.run_config)
-                    mailbox = Mailbox(run.id, name, link, routes, CONTRACT.get, limit, gate, log)
+                    size = site.run_config.content_bytes
+                    mailbox = Mailbox(run.id, name, link, routes, CONTRACT.get, size, gate, log)
                     if QueryClient(mailbox, role, public, queries).run(site.off_duty, idle_seconds):
                         return True
                 if idle_seconds is not None:

@@ -149,7 +149,7 @@ class SiteWorker(Worker):
             self.enter(Phase.AWAY)
             return False
         with closing(self.make_exit_log()) as exit_log, sealed(link, self.sealer, role.name, {SERVER: route}) as link:
-            gate, limit = Gate(self.policy_file, config), config.wire.message_bytes
+            gate, limit = Gate(self.policy_file, config), config.content_bytes
             mailbox = Mailbox(config.run.id, role.name, link, {SERVER: route}, role.payload, limit, gate, exit_log)
             role.exit_log = exit_log
             engine = Engine(

@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from nightsplit.shared.config.section import KeyConflictError, Name, Natural, Positive, PublicKeyText, Section, Share
 from nightsplit.shared.wire.codecs import FloatCodec
-from nightsplit.shared.wire.message import SERVER
+from nightsplit.shared.wire.message import ENVELOPE_BYTES, SERVER
 
 OWN_NETWORKS = "nightsplit.models"
 """Module of the networks of nightsplit, and the only one of its modules that a run may name."""
@@ -325,6 +325,11 @@ class RunConfig(Section, frozen=True, kw_only=True):
         if self.task.kind == "segmentation":
             return (1, *self.data.input_shape[1:])
         return (self.task.outputs,)
+
+    @property
+    def content_bytes(self) -> int:
+        """Size of the largest message inside its envelope; without keys there is none."""
+        return self.wire.message_bytes - (ENVELOPE_BYTES if self.parties else 0)
 
     def canonical(self) -> str:
         """Return the whole configuration as one line of JSON with sorted keys, defaults included."""

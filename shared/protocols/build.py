@@ -64,8 +64,8 @@ def build_split_model(config: RunConfig, base: Path, seed: Seed | None = None) -
     head = shapes["top"] if spec.has_head else ()
     contract = spec.payloads(config, Shapes(shapes["bottom"], head, weights(parts.bottom), weights(parts.top)))
     planned = planned_message_bytes(config, contract)
-    if planned > config.wire.message_bytes:
-        needed, allowed = planned / 2**20, config.wire.message_bytes / 2**20
+    if planned > config.content_bytes:
+        needed, allowed = planned / 2**20, config.content_bytes / 2**20
         sentence = f"a message of this run needs {needed:.1f} MiB, wire.message_bytes allows {allowed:.1f} MiB."
         remedy = "lower run.batch_size, choose a smaller codec, switch run.export_top off, or raise wire.message_bytes "
         raise BrokerError(203, sentence, remedy + "and the broker's own limit.")

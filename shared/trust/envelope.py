@@ -36,13 +36,9 @@ from nightsplit.shared.trust.witness import cosign
 _MAGIC = b"NSE1"
 _DOMAIN = b"nightsplit-envelope-1\0"
 _PREFIX = Struct(f">4sB{KEY_BYTES}s16sQ")
-_TAG_BYTES = 16
 _SIGNED, _SEALED = 0, 1
 _CIPHERS_MAX = 256
 """Largest number of ciphers that are remembered: one for each process of a peer that sent something lately."""
-
-OVERHEAD_BYTES = _PREFIX.size + SIGNATURE_BYTES + _TAG_BYTES
-"""Bytes that an envelope adds to a message."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,9 @@ import torch
 
 WIRE_VERSION = 1
 
+ENVELOPE_BYTES = 141
+"""Bytes that an envelope adds to a message (`nightsplit.shared.trust.envelope`)."""
+
 Scalar = bool | int | float | str
 
 

@@ -6,12 +6,14 @@ import secrets
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.trust.envelope import OVERHEAD_BYTES, Sealer
+from nightsplit.shared.trust.envelope import Sealer
 from nightsplit.shared.trust.identity import Identity
 from nightsplit.shared.trust.run_keys import RunKeys
-from nightsplit.shared.wire.message import SERVER
+from nightsplit.shared.wire.message import ENVELOPE_BYTES, SERVER
+from tests.harness.night import tiny_config
 
 DIGEST, OTHER_DIGEST = "ab" * 32, "cd" * 32
 CONTENT = b"LDL 119.0 of patient 7"
@@ -45,7 +47,7 @@ def refused(receiver: Sealer, sender: str, body: bytes) -> None:
 def test_a_sealed_message_is_read_by_its_receiver_and_its_sender_alone(pair, tmp_path):
     north, server = pair
     body = north.seal(SERVER, CONTENT)
-    assert len(body) == len(CONTENT) + OVERHEAD_BYTES
+    assert len(body) == len(CONTENT) + ENVELOPE_BYTES
     assert CONTENT not in body
     assert b"north" not in body
     opened = server.open("north", SERVER, body)
@@ -142,3 +144,11 @@ def test_ciphers_are_remembered_for_verified_messages_only(pair):
         body[37:53] = secrets.token_bytes(16)  # another process
         refused(server, "north", bytes(body))
     assert len(server._ciphers) == before
+
+
+def test_the_largest_message_fits_into_what_the_broker_takes(pair):
+    north, _ = pair
+    config = tiny_config(("north",))
+    keyed = replace(config, parties={name: key.text for name, key in PARTIES.items() if name in (SERVER, "north")})
+    assert config.content_bytes == config.wire.message_bytes
+    assert len(north.seal(SERVER, bytes(keyed.content_bytes))) == config.wire.message_bytes
