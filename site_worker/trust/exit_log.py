@@ -23,6 +23,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import msgspec
+from msgspec import Struct
+
 from nightsplit.shared.errors import StateError
 from nightsplit.shared.storage.files import force_to_disk, make_private_folder
 from nightsplit.shared.trust.identity import PublicKey
@@ -36,6 +39,34 @@ FILE = "exit_log.jsonl"
 WITNESSED = "witnessed"
 _TAIL_BYTES = 2**16
 """More than the longest line."""
+
+
+class _Message(Struct, forbid_unknown_fields=True):
+    """Line of a message."""
+
+    line: int
+    time: str
+    kind: str
+    seq: int
+    rows: int | None
+    bytes: int
+    reveals: list[str]
+    sha256: str
+    policy: str
+    approval: str
+    head: str
+
+
+class _Witnessed(Struct, forbid_unknown_fields=True):
+    """Line of a co-signature."""
+
+    line: int
+    time: str
+    kind: str
+    lines: int
+    head_signed: str
+    signature: str
+    head: str
 
 
 class ExitLog:
@@ -54,7 +85,7 @@ class ExitLog:
         self.lines, self.head = 0, digest
 
     def open(self) -> None:
-        """Open the file and find its end; StateError 503 if another process appends to it, 501 disk full."""
+        """Open the file and find its end; StateError 503 if another process appends to it, 501 disk full, 515."""
         if self._file is not None:
             return
         try:
@@ -69,7 +100,10 @@ class ExitLog:
         try:
             self._lock(file)
             self._continue(file)
-        except BaseException:
+        except OSError as error:
+            file.close()
+            raise self._unwritable(error) from None
+        except StateError:
             file.close()
             raise
         self._file = file
@@ -140,10 +174,14 @@ class ExitLog:
         file.seek(start)
         tail = file.read()
         whole = tail[: tail.rfind(b"\n") + 1]
-        file.truncate(start + len(whole))
         if whole:
-            last = json.loads(whole.rstrip(b"\n").rpartition(b"\n")[2])
+            last = _decode(whole.splitlines(keepends=True)[-1])
+            if last is None:
+                raise broken(self._path, "the last line is no line of a log")
             self.lines, self.head = last["line"], last["head"]
+        elif start:
+            raise broken(self._path, "its end is no line of a log")
+        file.truncate(start + len(whole))
 
     def _unwritable(self, error: OSError) -> StateError:
         sentence = f"{self._path} cannot be written ({error.strerror}), and nothing leaves without a line in it."
@@ -174,12 +212,9 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of a log; StateError 515 one is no line of a log."""
     with path.open("rb") as file:
         for number, text in enumerate(file, 1):
-            try:
-                line = json.loads(text)
-            except ValueError:
-                line = None
-            if not isinstance(line, dict) or not text.endswith(b"\n") or _encode(line) + b"\n" != text:
-                raise broken(path, number, "is no whole line of a log")
+            line = _decode(text)
+            if line is None:
+                raise broken(path, f"line {number} is no whole line of a log")
             yield line
 
 
@@ -198,25 +233,35 @@ def verify(path: Path, digest: str, site: str, server: PublicKey | None) -> Veri
     for number, line in enumerate(read_log(path), 1):
         head = line.pop("head", None)
         if line.get("line") != number:
-            raise broken(path, number, f"has the number {line.get('line')}: lines were added or taken out")
+            raise broken(path, f"line {number} has the number {line.get('line')}: lines were added or taken out")
         if head != next_head(heads[-1], line):
-            raise broken(path, number, "does not fit the line before: it was changed, or lines were exchanged")
+            raise broken(path, f"line {number} does not fit the line before: it was changed, or lines were exchanged")
         heads.append(head)
         if line["kind"] == WITNESSED:
             lines, signed = line["lines"], line["head_signed"]
             signature = line["signature"]
             if server is None or not is_cosigned(server, signature, digest, site, lines, signed):
-                raise broken(path, number, "is not signed by the server")
-            if lines >= number or heads[lines] != signed:
-                raise broken(path, number, f"is a signature of another log of {lines} lines")
+                raise broken(path, f"line {number} is not signed by the server")
+            if not 0 < lines < number or heads[lines] != signed:
+                raise broken(path, f"line {number} is a signature of another log of {lines} lines")
             witnessed = lines
     return Verified(len(heads) - 1, heads[-1], witnessed)
 
 
-def broken(path: Path, number: int, what: str) -> StateError:
-    """Return the error for a log that was changed at line `number`."""
+def broken(path: Path, what: str) -> StateError:
+    """Return the error for a log that was changed."""
     remedy = "keep the file as it is; find out who changed it, and compare it with a backup."
-    return StateError(515, f"{path}: line {number} {what}.", remedy)
+    return StateError(515, f"{path}: {what}.", remedy)
+
+
+def _decode(text: bytes) -> dict[str, Any] | None:
+    """Return a line by key; None if no worker wrote it so."""
+    try:
+        line: dict[str, Any] = json.loads(text)
+        msgspec.convert(line, _Witnessed if line["kind"] == WITNESSED else _Message)
+    except (ValueError, KeyError, TypeError, RecursionError, msgspec.ValidationError):
+        return None
+    return line if _encode(line) + b"\n" == text else None
 
 
 def _encode(line: Mapping[str, object]) -> bytes:

@@ -83,6 +83,20 @@ def test_a_part_of_a_line_that_a_crash_left_is_removed(tmp_path, cut):
     assert check(path).lines == 6
 
 
+@pytest.mark.parametrize("last", [b"no json\n", b"{}\n", b'{"kind":"witnessed"}\n', b"[" * 5000 + b"\n", b"x" * 70_000])
+def test_a_last_line_of_any_content_is_refused_by_number_and_kept(tmp_path, last):
+    path = filled(tmp_path, 5)
+    with path.open("ab") as file:
+        file.write(last)
+    before = path.read_bytes()
+    with closing(log_in(tmp_path)) as log, pytest.raises(StateError) as found:
+        send(log, 6)
+    assert found.value.number == 515
+    assert path.read_bytes() == before
+    with pytest.raises(StateError, match="line 6"):
+        check(path)
+
+
 def test_two_processes_do_not_write_one_log(tmp_path):
     with closing(log_in(tmp_path)) as first, closing(log_in(tmp_path)) as second:
         send(first, 1)
