@@ -8,7 +8,7 @@ import torch
 from typing_extensions import override
 
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.engine.effects import Effect, Finish, Record, Send, Spend
+from nightsplit.shared.engine.effects import Cosigned, Effect, Finish, Send, Spend
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.errors import TITLES, RunError, mismatch
 from nightsplit.shared.protocols.handshake import check_digest
@@ -115,7 +115,7 @@ class SiteRole(Role):
                 raise mismatch(f"it rejects with number {number}.")
             raise self._rejected(number, str(scalars["reason"]))
         if kind is Kind.WITNESSED:
-            return [Record(scalars)]
+            return [Cosigned(scalars)]
         if kind is Kind.EXCLUDED:
             raise self._rejected(608, str(scalars["reason"]))
         return self.on_answer(message)

@@ -154,8 +154,8 @@ class SiteWorker(Worker):
             role.exit_log = exit_log
             engine = Engine(
                 role, mailbox, Checkpoints(self.state_folder / "checkpoints"), SoleWriter(),
-                record=lambda witnessed: exit_log.witness(witnessed.metrics),
                 spend=role.account.pay if role.account else forbid_spending, failures=failures,
+                keep=lambda cosigned: exit_log.witness(cosigned.signed),
             )  # fmt: skip
             engine.sync_records = exit_log.sync
             self._counters = engine.counters

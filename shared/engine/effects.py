@@ -39,13 +39,20 @@ class Spend:
 
 
 @dataclass(frozen=True, slots=True)
+class Cosigned:
+    """Co-signature of the server that a site keeps in its exit log: `lines`, `head_signed` and `signature`."""
+
+    signed: Mapping[str, Scalar]
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """End of the role's work; the farewell is sent once every kept checkpoint contains the end."""
 
     farewell: tuple[Send, ...] = ()
 
 
-Effect = Send | Record | Spend | Finish
+Effect = Send | Record | Spend | Cosigned | Finish
 
 
 def forbid_spending(spend: Spend) -> None:

@@ -21,7 +21,7 @@ from logging import WARNING
 from typing import assert_never
 
 from nightsplit.shared import crash_points
-from nightsplit.shared.engine.effects import Effect, Finish, Record, Send, Spend, forbid_spending
+from nightsplit.shared.engine.effects import Cosigned, Effect, Finish, Record, Send, Spend, forbid_spending
 from nightsplit.shared.engine.failures import Failures
 from nightsplit.shared.engine.fencing import CheckpointAuthority
 from nightsplit.shared.engine.inbox import Inbox
@@ -53,6 +53,7 @@ class Engine:
         spend: records privacy spending durably.
         decide: returns an entry to journal when no message can be applied; asked only if the role is journalled.
         failures: refusal by SHA-256 of the body, for messages that a role failed on before (`refusing_failures`).
+        keep: writes a co-signature to the exit log of a site.
     """
 
     monotonic: Callable[[], float] = staticmethod(time.monotonic)
@@ -64,6 +65,7 @@ class Engine:
         self, role: Role, mailbox: Mailbox, checkpoints: Checkpoints, authority: CheckpointAuthority,
         record: Callable[[Record], None] = lambda line: None, spend: Callable[[Spend], None] = forbid_spending,
         decide: Callable[[], OrderEntry | None] = lambda: None, failures: Mapping[str, Refused] = {},
+        keep: Callable[[Cosigned], None] = lambda cosigned: None,
     ) -> None:  # fmt: skip
         self.counters = mailbox.counters
         self._role = role
@@ -74,6 +76,7 @@ class Engine:
         self._authority = authority
         self._record = record
         self._spend = spend
+        self._keep = keep
         self._failures = Failures(failures)
         # The broker hands out at most `prefetch` unacknowledged messages of a queue. Each waits for a predecessor, is
         # applied since the last snapshot, is in the pending snapshot, or is in the newest checkpoint and not yet in
@@ -301,6 +304,8 @@ class Engine:
                     self._record(effect)
                 case Spend():
                     self._spend(effect)
+                case Cosigned():
+                    self._keep(effect)
                 case Finish():
                     self._finish = effect
                 case _:

@@ -123,7 +123,7 @@ class ExitLog:
             "approval": self._approval,
         })  # fmt: skip
 
-    def witness(self, signed: Mapping[str, Scalar | None]) -> None:
+    def witness(self, signed: Mapping[str, Scalar]) -> None:
         """Append a co-signature of the server: `lines`, `head` and `signature`."""
         self._append({"kind": WITNESSED, **signed})
 

@@ -15,6 +15,8 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
+from nightsplit.console.exit_log import verify_log
+from nightsplit.console.worker_file import WorkerFile
 from nightsplit.shared.protocols.spec import PROTOCOLS, Shape
 from nightsplit.shared.wire.message import SERVER
 from tests.harness.workers import SHARES, Hospital
@@ -48,8 +50,10 @@ class Outcome:
 
 
 def outcome_of(hospital: Hospital) -> Outcome:
-    """Read a finished run of any system that trains."""
+    """Read a finished run of any system that trains, once the exit log of every site is found unchanged."""
     report = json.loads((hospital.folder / "report" / "report.json").read_text(encoding="utf-8"))
+    for site in report["sites"]:
+        verify_log(WorkerFile(hospital.folder / f"{site}.toml"))
     log = (hospital.folder / "report" / "metrics.jsonl").read_bytes()
     answered = {site: _last_checkpoint(hospital, site)[1]["role"]["answered"] for site in report["sites"]}
     lost, again = count(report, answered, [json.loads(line) for line in log.splitlines()])

@@ -2,6 +2,7 @@
 
 import pytest
 
+from nightsplit.shared.engine.effects import Cosigned
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.protocols.spec import TRAINING, systems
 from nightsplit.shared.wire.message import SERVER, Kind
@@ -198,4 +199,4 @@ def test_a_site_tells_the_head_of_its_log_and_keeps_what_is_signed(config, site)
     assert (said.scalars["log_lines"], said.scalars["log_head"]) == (3, "head-3")
     signed = {"lines": 3, "head_signed": "head-3", "signature": "00"}
     [kept] = site.on(from_server(Kind.WITNESSED, 0, **signed))
-    assert kept.metrics == signed
+    assert kept == Cosigned(signed)
