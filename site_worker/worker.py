@@ -155,7 +155,6 @@ class SiteWorker(Worker):
             engine = Engine(
                 role, mailbox, Checkpoints(self.state_folder / "checkpoints"), SoleWriter(),
                 spend=role.account.pay if role.account else forbid_spending, failures=failures,
-                keep=lambda cosigned: exit_log.witness(cosigned.signed),
             )  # fmt: skip
             engine.sync_records = exit_log.sync
             self._counters = engine.counters

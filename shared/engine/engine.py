@@ -53,7 +53,6 @@ class Engine:
         spend: records privacy spending durably.
         decide: returns an entry to journal when no message can be applied; asked only if the role is journalled.
         failures: refusal by SHA-256 of the body, for messages that a role failed on before (`refusing_failures`).
-        keep: writes a co-signature to the exit log of a site.
     """
 
     monotonic: Callable[[], float] = staticmethod(time.monotonic)
@@ -65,7 +64,6 @@ class Engine:
         self, role: Role, mailbox: Mailbox, checkpoints: Checkpoints, authority: CheckpointAuthority,
         record: Callable[[Record], None] = lambda line: None, spend: Callable[[Spend], None] = forbid_spending,
         decide: Callable[[], OrderEntry | None] = lambda: None, failures: Mapping[str, Refused] = {},
-        keep: Callable[[Cosigned], None] = lambda cosigned: None,
     ) -> None:  # fmt: skip
         self.counters = mailbox.counters
         self._role = role
@@ -76,7 +74,6 @@ class Engine:
         self._authority = authority
         self._record = record
         self._spend = spend
-        self._keep = keep
         self._failures = Failures(failures)
         # The broker hands out at most `prefetch` unacknowledged messages of a queue. Each waits for a predecessor, is
         # applied since the last snapshot, is in the pending snapshot, or is in the newest checkpoint and not yet in
@@ -305,7 +302,7 @@ class Engine:
                 case Spend():
                     self._spend(effect)
                 case Cosigned():
-                    self._keep(effect)
+                    self._mailbox.witness(effect.signed)
                 case Finish():
                     self._finish = effect
                 case _:

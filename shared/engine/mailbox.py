@@ -16,7 +16,7 @@ from nightsplit.shared.errors import Refused
 from nightsplit.shared.transport import Delivery, Link, Queue, Route
 from nightsplit.shared.wire.format import encode, read_body
 from nightsplit.shared.wire.head import Head, read_head
-from nightsplit.shared.wire.message import FROM_SITES, SERVER, Header, Kind, Message
+from nightsplit.shared.wire.message import FROM_SITES, SERVER, Header, Kind, Message, Scalar
 from nightsplit.shared.wire.schema import Payload
 
 
@@ -56,6 +56,9 @@ class ExitLog(Protocol):
 
     def write(self, header: Header, payload: Payload, samples: int | None, body: Sequence[bytes | memoryview]) -> None:
         """Append the line of a message that is about to leave; StateError 501 or 503 if that is not possible."""
+
+    def witness(self, signed: Mapping[str, Scalar]) -> None:
+        """Append a co-signature of the server; errors as `write`."""
 
 
 def header_of(body: bytes) -> Header:
@@ -155,6 +158,11 @@ class Mailbox:
         self.link.publish(self.routes[message.header.receiver].outgoing, name, body)
         self.counters.counts.update(sent=1, sent_bytes=sum(memoryview(piece).nbytes for piece in body))
         return name
+
+    def witness(self, signed: Mapping[str, Scalar]) -> None:
+        """Keep a co-signature of the server in the exit log."""
+        if self._exit_log is not None:
+            self._exit_log.witness(signed)
 
     def send_again(self, queue: Queue, name: str, letter: Delivery) -> None:
         """Publish a dead letter, as it came from the broker, to the queue of its message.

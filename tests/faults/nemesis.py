@@ -18,6 +18,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -242,6 +243,10 @@ class Nemesis:
         Raises:
             Failed: see there.
         """
+        with closing(self.watch):
+            self._play()
+
+    def _play(self) -> None:
         self._began = time.monotonic()
         for worker in WORKERS:
             self._start(worker)
@@ -261,7 +266,6 @@ class Nemesis:
                 f"{strike.service or ', '.join(strike.victims)}"
             )
         self._until(self._over)
-        self.watch.close()
 
     def _ripe(self, at: int) -> bool:
         moment = 100 * (time.monotonic() - self._began) if self.by_clock else self.watch.step
