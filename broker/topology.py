@@ -54,19 +54,25 @@ class Rights:
 
 
 _LAZY: dict[str, object] = {"queue-mode": "lazy"}
+# RabbitMQ counts the bytes of bodies alone: without a number, messages of headers would fill its disk.
+_UP: tuple[str, dict[str, object]] = (
+    rf"^{PREFIX}\..*\.(up|ask)$", {"max-length": 200_000, "overflow": "reject-publish"},
+)  # fmt: skip
+_DEAD: tuple[str, dict[str, object]] = (
+    rf"^{PREFIX}\..*\.dead$", {"max-length": 20_000, "max-length-bytes": 2**30, "overflow": "drop-head"},
+)  # fmt: skip
 
 POLICIES: dict[str, tuple[str, dict[str, object]]] = {
+    "up": _UP,
+    "dead": _DEAD,
     "lazy": (rf"^{PREFIX}\.", _LAZY),
-    # RabbitMQ counts the bytes of bodies alone: without a number, messages of headers would fill its disk.
-    "up": (rf"^{PREFIX}\..*\.(up|ask)$", {**_LAZY, "max-length": 200_000, "overflow": "reject-publish"}),
-    "dead": (
-        rf"^{PREFIX}\..*\.dead$",
-        {**_LAZY, "max-length": 20_000, "max-length-bytes": 2**30, "overflow": "drop-head"},
-    ),
+    "lazy-up": (_UP[0], _UP[1] | _LAZY),
+    "lazy-dead": (_DEAD[0], _DEAD[1] | _LAZY),
 }
-"""Pattern of queues and definition of each policy of RabbitMQ; a later one takes the place of an earlier one.
+"""Pattern of queues and definition of each policy of RabbitMQ. A later one takes the place of an earlier one, where it
+is applicable: RabbitMQ passes over a policy for quorum queues that has a key for classic ones.
 
-A night's messages belong on the disk; without lazy mode they fill the memory first.
+A night's messages belong on the disk; without lazy mode, classic queues fill the memory first.
 """
 
 NO_RIGHTS = Rights("^$", "^$", "^$")

@@ -15,10 +15,10 @@ from tests.containers.daemon import bridge_address, docker
 from tests.harness.clone import clone
 from tests.harness.services import wait_until
 
-pytestmark = [pytest.mark.containers, pytest.mark.campaign, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.containers, pytest.mark.campaign, pytest.mark.timeout(1800)]
 
 SERVER = "/example/compose/server.toml"
-NIGHT_S = 240.0
+NIGHT_S = 600.0
 NETWORK = "{{range $name, $_ := .NetworkSettings.Networks}}{{$name}}{{end}}"
 
 
