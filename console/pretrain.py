@@ -16,23 +16,24 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from nightsplit.console.ui.text import screen
-from nightsplit.shared.config.load import load
+from nightsplit.shared.config.load import conflict_in, load
+from nightsplit.shared.config.optimizer import OptimizerSection
 from nightsplit.shared.config.run import (
     DataSection,
     ModelSection,
-    OptimizerSection,
     RoundSection,
     RunConfig,
     RunSection,
     TaskSection,
 )
-from nightsplit.shared.config.section import Name, Natural, Positive
+from nightsplit.shared.config.section import KeyConflictError, Name, Natural, Positive
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.learning.metrics import Metrics, measure
 from nightsplit.shared.models.artifact import Card, SourceCard, write_artifact
 from nightsplit.shared.models.hashing import weights_sha256
 from nightsplit.shared.protocols import fedavg_transfer
 from nightsplit.shared.protocols.build import build_whole_model
+from nightsplit.shared.protocols.parts import check_optimizer
 from nightsplit.shared.protocols.rounds import Work
 from nightsplit.site_worker.config import SourceSection
 from nightsplit.site_worker.data.dataset import Dataset, Splits
@@ -114,7 +115,12 @@ def train_first_model(path: Path) -> None:
     """
     config = load(path, PretrainConfig)
     torch.set_num_threads(config.pretrain.threads)
-    run, splits = config.run(), _read(config, path)
+    run = config.run()
+    try:
+        check_optimizer(run)
+    except KeyConflictError as conflict:
+        raise conflict_in(path, conflict) from None
+    splits = _read(config, path)
     trainer = Trainer(build_whole_model(run, path.parent).module, run, "cpu")
     names, head = list(trainer.weights()), config.pretrain.head
     if not any(name.startswith(f"{head}.") for name in names):
@@ -172,7 +178,7 @@ def _train(trainer: Trainer, batches: RoundBatches) -> None:
     steps = Work.of(batches.config, len(batches.train)).batches
     losses = []
     for k in range(steps):
-        losses.append(trainer.step(*batches.batch(k), batches.seed("dropout", k), batches.rate(k)))
+        losses.append(trainer.step(*batches.batch(k), batches.seed("dropout", k), batches.progress(k)))
         if len(losses) == steps // epochs:
             console.print(f"epoch {(k + 1) * epochs // steps} of {epochs}: loss {sum(losses) / len(losses):.4f}")
             losses.clear()

@@ -30,15 +30,16 @@ from torch import nn
 
 from benchmarks.accuracy.inversion_attack import Attacker, invert
 from benchmarks.accuracy.similarity import psnr, ssim
+from nightsplit.shared.config.optimizer import OptimizerSection
 from nightsplit.shared.config.run import (
     DataSection,
     ModelSection,
-    OptimizerSection,
     PrivacySection,
     RunConfig,
     RunSection,
     TaskSection,
 )
+from nightsplit.shared.learning.optimizers import START
 from nightsplit.shared.models.segmentation import unet
 from nightsplit.site_worker.privacy.accounting import noise_for
 from nightsplit.site_worker.privacy.secret import Secret
@@ -121,7 +122,7 @@ def update_of(module: nn.Module, victim: Victim, sigma: float | None) -> list[to
         else PrivateTrainer(module, CONFIG, "cpu", PRIVACY, Secret(bytes(range(32))), sigma, 1.0)
     )
     before = [parameter.detach().clone() for parameter in module.parameters()]
-    trainer.step(victim.image[None, None], victim.mask[None], victim.patient, 1.0)
+    trainer.step(victim.image[None, None], victim.mask[None], victim.patient, START)
     return [(old - new.detach()) / CONFIG.optimizer.lr for old, new in zip(before, module.parameters(), strict=True)]
 
 

@@ -31,10 +31,10 @@ from safetensors.torch import load_file, save_file
 from benchmarks.accuracy.outlines import draw
 from benchmarks.speed.private_step import trainers_of
 from nightsplit.console.demo.baselines import alone, centralized
+from nightsplit.shared.config.optimizer import OptimizerSection
 from nightsplit.shared.config.run import (
     DataSection,
     ModelSection,
-    OptimizerSection,
     PrivacySection,
     RoundSection,
     RunConfig,
@@ -43,6 +43,7 @@ from nightsplit.shared.config.run import (
 )
 from nightsplit.shared.errors import NightsplitError
 from nightsplit.shared.learning.metrics import measure
+from nightsplit.shared.learning.optimizers import START
 from nightsplit.shared.models.segmentation import unet
 from nightsplit.shared.runtime.process import prepare_torch
 from nightsplit.simulation.evaluate import ModelFigures, evaluate
@@ -267,7 +268,7 @@ def step_ratio(steps: int, batch: int) -> str:
     for step in range(steps + 1):
         at = [time.process_time()]
         for name in ("", "plain"):  # "" is the private one
-            trainers[name].step(images, masks, step, 1.0)
+            trainers[name].step(images, masks, step, START)
             at.append(time.process_time())
         taken.append((at[1] - at[0], at[2] - at[1]))
     del taken[0]  # the first step of each prepares

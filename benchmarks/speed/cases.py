@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from nightsplit.broker.topology import SiteQueues, site_queues
+from nightsplit.shared.config.optimizer import OptimizerSection
 from nightsplit.shared.config.run import (
     DataSection,
     ModelSection,
-    OptimizerSection,
     RunConfig,
     RunSection,
     TaskSection,

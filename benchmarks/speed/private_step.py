@@ -18,6 +18,7 @@ from torch import nn
 
 from benchmarks.speed.figures import Figure, Results, arguments
 from nightsplit.shared.config.run import DataSection, ModelSection, PrivacySection, RunConfig, RunSection, TaskSection
+from nightsplit.shared.learning.optimizers import START
 from nightsplit.shared.models.segmentation import monet, unet
 from nightsplit.shared.runtime.process import prepare_torch
 from nightsplit.site_worker.privacy.hooks import PerSampleModule
@@ -72,7 +73,7 @@ def measure(case: str, steps: int) -> dict[str, float]:
     for step in range(steps):
         for name, trainer in trainers.items():
             began = time.perf_counter()
-            trainer.step(images, masks, step, 1.0)
+            trainer.step(images, masks, step, START)
             best[name] = min(best[name], time.perf_counter() - began)
     plain = best.pop("plain")
     ratios = {f"{case}_{name}over_plain": seconds / plain for name, seconds in best.items()}

@@ -31,10 +31,10 @@ from nightsplit.server_worker.aggregation import Aggregation
 from nightsplit.server_worker.protocols import make_server_role
 from nightsplit.server_worker.rounds.role import RoundServer
 from nightsplit.shared.clock import SystemClock
+from nightsplit.shared.config.optimizer import OptimizerSection
 from nightsplit.shared.config.run import (
     DataSection,
     ModelSection,
-    OptimizerSection,
     RoundSection,
     RunConfig,
     RunSection,

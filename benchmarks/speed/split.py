@@ -33,7 +33,7 @@ from nightsplit.shared.engine.fencing import SoleWriter
 from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.learning.losses import loss_of
-from nightsplit.shared.learning.optimizers import make_optimizer
+from nightsplit.shared.learning.optimizers import PartOptimizer
 from nightsplit.shared.protocols.build import SplitModel, planned_message_bytes
 from nightsplit.shared.protocols.plan import Item
 from nightsplit.shared.run_store.connect import open_store
@@ -201,7 +201,7 @@ def uncut(line: Connection, case: Case, tuned: bool) -> None:
     config, parts, _ = case.assemble("uncut")
     data = StreamBatches(config, SITE, case.parts(), config.run.seed)
     model = nn.Sequential(parts.bottom, parts.top)
-    optimizer = make_optimizer(config.optimizer, model.parameters())
+    optimizer = PartOptimizer(config.optimizer, model.parameters())
     bottom = Bottom(copy.deepcopy(parts.bottom), config.optimizer, "cpu")
     top = Top(copy.deepcopy(parts.top), config.optimizer, config.task, "cpu")
 
@@ -209,7 +209,7 @@ def uncut(line: Connection, case: Case, tuned: bool) -> None:
         loss = loss_of(config.task, model(data.inputs(item)), data.targets(item))
         optimizer.zero_grad()
         torch.autograd.backward(loss)
-        optimizer.step()
+        optimizer.step(data.plan.progress(item))
         loss.item()
 
     smashed = bottom.forward(data.plan.item(1), data.inputs(data.plan.item(1)), 0, training=False)
@@ -220,10 +220,10 @@ def uncut(line: Connection, case: Case, tuned: bool) -> None:
         item = replace(item, version=bottom.version)
         inputs = data.inputs(item)
         bottom.forward(item, inputs, 0, training=True)
-        bottom.apply_gradient(item, inputs, 0, gradient)
+        bottom.apply_gradient(item, inputs, 0, gradient, data.plan.progress(item))
 
     def server_half(item: Item) -> None:
-        top.train_step(smashed, data.targets(item), 0)
+        top.train_step(smashed, data.targets(item), 0, data.plan.progress(item))
 
     def seconds(work: Callable[[Item], object], batches: int) -> float:
         for q in (1, 2, 3):

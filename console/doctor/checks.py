@@ -19,6 +19,7 @@ from nightsplit.server_worker.config import ServerSection
 from nightsplit.shared.clock import SystemClock
 from nightsplit.shared.errors import TITLES, NightsplitError, RunError
 from nightsplit.shared.protocols.build import build_model, planned_message_bytes
+from nightsplit.shared.protocols.parts import has_momentum, steps_late
 from nightsplit.shared.protocols.spec import sketch
 from nightsplit.shared.run_store.status import Phase
 from nightsplit.shared.runtime.process import prepare_torch
@@ -32,6 +33,9 @@ from nightsplit.site_worker.trust.approval import Request
 
 RABBITMQ_MESSAGE_BYTES = 16 * 2**20
 """Default of RabbitMQ 4's max_message_size; a client cannot query the actual value."""
+
+FEW_STEPS = 2
+"""Steps that a gradient may come late without harm."""
 
 STATE_BYTES = 2**30
 """Free bytes that a disk should have for checkpoints and for the queues of an embedded broker."""
@@ -49,8 +53,8 @@ def examine(path: Path, overrides: Sequence[str] = ()) -> list[Finding]:
         gates |= {"policy": _policy, "approval": _approval}
         checks = {"data": _data}
     checks |= {
-        "model and messages": _model, "broker": _broker, "run store": _store, **link_checks(file),
-        "state folder": _state_folder, "torch": _torch, "shift": _shift,
+        "model and messages": _model, "late gradients": _late_gradients, "broker": _broker,
+        "run store": _store, **link_checks(file), "state folder": _state_folder, "torch": _torch, "shift": _shift,
     }  # fmt: skip
     findings = []
     for name, check in (gates | checks).items():
@@ -121,6 +125,19 @@ def _model(file: WorkerFile) -> Finding:
     too_large = largest > RABBITMQ_MESSAGE_BYTES and file.config.broker.startswith("amqp")
     fix = "raise max_message_size at RabbitMQ: version 4 refuses more than 16 MiB." if too_large else None
     return Finding("model and messages", f"parameters: {', '.join(parts)}; {limits}", fix)
+
+
+def _late_gradients(file: WorkerFile) -> Finding:
+    config = file.run_config
+    late = steps_late(config)
+    if not any(late.values()):
+        return Finding("late gradients", "none: every gradient is used at once")
+    found = f"at full windows: {', '.join(f'{part} {steps} steps late' for part, steps in late.items())}"
+    # A late bottom before a top that learns at once does no harm: docs/how-to/tuning.md has the figures.
+    if late["top"] <= FEW_STEPS or not has_momentum(config.optimizer.of("top")):
+        return Finding("late gradients", found)
+    remedy = 'set run.window = 1; or in [optimizer.top] name = "muon", or betas = [0.0, 0.9] for Adam and AdamW.'
+    return Finding("late gradients", f"{found}; momentum at the top adds up what comes late", remedy)
 
 
 def _broker(file: WorkerFile) -> Finding:

@@ -22,6 +22,7 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Record
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.learning.bounds import factor_for, reference
+from nightsplit.shared.learning.optimizers import Progress
 from nightsplit.shared.learning.seeds import seed_for
 from nightsplit.shared.protocols.build import SplitModel
 from nightsplit.shared.protocols.plan import Purpose
@@ -54,7 +55,8 @@ class SplitFrozenServer(StreamServer):
     @classmethod
     @override
     def make(cls, config: RunConfig, model: SplitModel, state: Path, device: str, group: Group | None) -> Self:
-        store, parts = ActivationStore(state / "activations"), (model.parts.top, config.optimizer, config.task)
+        store = ActivationStore(state / "activations")
+        parts = model.parts.top, config.optimizer.of("top"), config.task
         top = StoredTop(*parts, device, store) if group is None else DividedTop(*parts, store, group)
         return cls(config, top, model)
 
@@ -109,7 +111,8 @@ class SplitFrozenServer(StreamServer):
         batch_rows = order[len(rows) * batch // per_epoch : len(rows) * (batch + 1) // per_epoch].tolist()
         seed = seed_for(self.config.run.seed, "top", "store", self._trained)
         try:
-            loss = self.top.train_stored([rows[i] for i in batch_rows], seed)
+            progress = Progress(self.steps, self._trained, per_epoch * self.config.run.epochs)
+            loss = self.top.train_stored([rows[i] for i in batch_rows], seed, progress)
         except Refused:
             self.refusals["store"] += 1
         else:

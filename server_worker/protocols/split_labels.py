@@ -19,7 +19,9 @@ class SplitLabelsServer(StreamServer):
         if item.purpose is Purpose.TRAIN:
             batch = self.bounds.scale(site, message.tensors)
             seed = seed_for(self.config.run.seed, "top", site, item.number)
-            loss, gradient = self.top.train_step(batch["smashed"], batch["targets"], seed, self.bounds.limit(site))
+            loss, gradient = self.top.train_step(
+                batch["smashed"], batch["targets"], seed, self.progress_at(site, item), self.bounds.limit(site)
+            )
             records = self.record_step(site, item, loss)
             return [self.answer(site, slot.seq, Kind.CUT_GRADIENT, {"gradient": gradient}), *records]
         outputs = self.top.predict(message.tensors["smashed"])

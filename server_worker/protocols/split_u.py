@@ -42,7 +42,7 @@ class SplitUServer(StreamServer):
     @classmethod
     @override
     def make(cls, config: RunConfig, model: SplitModel, state: Path, device: str, group: Group | None) -> Self:
-        return cls(config, Middle(model.parts.top, config.optimizer, config.task, device), model)
+        return cls(config, Middle(model.parts.top, config.optimizer.of("top"), config.task, device), model)
 
     @override
     def apply_item(self, site: str, slot: Slot, message: Message) -> list[Effect]:
@@ -63,7 +63,8 @@ class SplitUServer(StreamServer):
         if q not in self._open[site]:
             raise mismatch(f"item {q} has no forward pass that waits for a gradient.")
         version, smashed = self._open[site][q]
-        at_cut = self.top.backward(smashed, message.tensors["gradient"], version, seed, self.bounds.limit(site))
+        progress, limit = self.progress_at(site, item), self.bounds.limit(site)
+        at_cut = self.top.backward(smashed, message.tensors["gradient"], version, seed, progress, limit)
         self._close_item(site, item)
         records = self.record_step(site, item, None)
         return [self.answer(site, seq, Kind.CUT_GRADIENT, {"gradient": at_cut}), *records]

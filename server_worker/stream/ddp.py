@@ -34,10 +34,12 @@ from typing_extensions import override
 
 from nightsplit.server_worker.stream.activation_store import ActivationStore, Row
 from nightsplit.server_worker.stream.top import StoredTop
-from nightsplit.shared.config.run import OptimizerSection, TaskSection
+from nightsplit.shared.config.optimizer import OptimizerSection
+from nightsplit.shared.config.run import TaskSection
 from nightsplit.shared.errors import ConfigError, Refused, StateError
 from nightsplit.shared.learning.bounds import buffers_kept, check_step
 from nightsplit.shared.learning.losses import loss_of
+from nightsplit.shared.learning.optimizers import Progress
 from nightsplit.shared.learning.seeds import seeded
 
 STATE, STEP, EXIT = range(3)
@@ -135,13 +137,13 @@ class DividedTop(StoredTop):
         self._parallel: DistributedDataParallel | None = None
 
     @override
-    def train_stored(self, rows: Sequence[Row], seed: int) -> float:
+    def train_stored(self, rows: Sequence[Row], seed: int, progress: Progress) -> float:
         # Called by rank 0.
         if self._parallel is None:
             self._group.send(STATE, save({name: tensor.contiguous() for name, tensor in self.state().items()}))
             self._parallel = self._wrap()
-        self._group.send(STEP, json.dumps([rows, seed]).encode())
-        return self._step(rows, seed)
+        self._group.send(STEP, json.dumps([rows, seed, progress]).encode())
+        return self._step(rows, seed, progress)
 
     def help(self) -> None:
         """Execute the commands of rank 0 until it exits; called by a helper."""
@@ -153,8 +155,9 @@ class DividedTop(StoredTop):
                 self.restore(load(body))
                 self._parallel = self._wrap()
             else:
+                rows, seed, progress = json.loads(body)
                 with suppress(Refused):  # every rank refuses, and rank 0 counts it
-                    self._step(*json.loads(body))
+                    self._step(rows, seed, Progress(*progress))
 
     def _wrap(self) -> DistributedDataParallel:
         # With find_unused_parameters the gradients keep their places in the buckets, and with them the order of
@@ -162,7 +165,7 @@ class DividedTop(StoredTop):
         with _peer_errors():
             return DistributedDataParallel(self.module, find_unused_parameters=True)
 
-    def _step(self, rows: Sequence[Row], seed: int) -> float:
+    def _step(self, rows: Sequence[Row], seed: int, progress: Progress) -> float:
         share = Share.of(self._group, len(rows))
         smashed, targets = self.store.gather(rows[share.first : share.last])
         assert self._parallel is not None
@@ -175,7 +178,7 @@ class DividedTop(StoredTop):
             self.optimizer.zero_grad()
             torch.autograd.backward(loss * self._group.size)  # DDP takes the mean over ranks, and this is a sum
             check_step(self.module, total)  # equal at every rank, and so is its outcome
-        self.optimizer.step()
+        self.optimizer.step(progress)
         return total.item()
 
 

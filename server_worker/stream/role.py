@@ -18,6 +18,7 @@ from nightsplit.server_worker.stream.top import Top
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Record, Send
 from nightsplit.shared.errors import Refused
+from nightsplit.shared.learning.optimizers import Progress
 from nightsplit.shared.protocols.build import SplitModel
 from nightsplit.shared.protocols.places import check_upload
 from nightsplit.shared.protocols.plan import Item, Plan, Purpose
@@ -57,7 +58,7 @@ class StreamServer(ServerRole[StreamSequence]):
     @classmethod
     def make(cls, config: RunConfig, model: SplitModel, state: Path, device: str, group: Group | None) -> Self:
         """Return the role of a server; arguments as of `nightsplit.server_worker.protocols.make_server_role`."""
-        return cls(config, Top(model.parts.top, config.optimizer, config.task, device), model)
+        return cls(config, Top(model.parts.top, config.optimizer.of("top"), config.task, device), model)
 
     @abstractmethod
     def apply_item(self, site: str, slot: Slot, message: Message) -> list[Effect]:
@@ -134,6 +135,14 @@ class StreamServer(ServerRole[StreamSequence]):
     def close_batch(self, site: str) -> list[Effect]:
         """Count the outliers in an applied batch and return their metrics."""
         return self.record_outliers(site, self.bounds.close(site))
+
+    def progress_at(self, site: str, item: Item) -> Progress:
+        """Return the progress of the top's training before a site's item: its own steps, and the epochs of that site.
+
+        So the learning rate does not depend on sites that the server does not know yet, and every site's patients count
+        the same, however late it comes.
+        """
+        return self.sequences[site].plan.progress(item)._replace(step=self.steps)
 
     def record_step(self, site: str, item: Item, loss: float | None) -> list[Effect]:
         """Count a training step and return its metrics; the loss is None where only the site knows it."""

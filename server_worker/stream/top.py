@@ -8,9 +8,10 @@ from torch.func import functional_call
 from typing_extensions import override
 
 from nightsplit.server_worker.stream.activation_store import ActivationStore, Row
-from nightsplit.shared.config.run import OptimizerSection, TaskSection
-from nightsplit.shared.learning.bounds import Limit, check_bounded, limit_gradients
-from nightsplit.shared.learning.optimizers import optimizer_tensors, restore_optimizer
+from nightsplit.shared.config.optimizer import OptimizerSection
+from nightsplit.shared.config.run import TaskSection
+from nightsplit.shared.learning.bounds import Limit, check_bounded
+from nightsplit.shared.learning.optimizers import Progress
 from nightsplit.shared.learning.seeds import seeded
 from nightsplit.shared.learning.stage import Stage
 from nightsplit.shared.storage.checkpoint import flatten, under
@@ -25,13 +26,12 @@ class Top(Stage):
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the tensors of a snapshot."""
-        module, optimizer = self.module.state_dict(), optimizer_tensors(self.optimizer)
-        return {**flatten("top", module), **flatten("optimizer", optimizer)}
+        return {**flatten("top", self.module.state_dict()), **flatten("optimizer", self.optimizer.state())}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Continue from `state`."""
         self.module.load_state_dict(under("top", tensors))
-        restore_optimizer(self.optimizer, under("optimizer", tensors))
+        self.optimizer.restore(under("optimizer", tensors))
 
 
 class StoredTop(Top):
@@ -43,9 +43,9 @@ class StoredTop(Top):
         super().__init__(module, optimizer, task, device)
         self.store = store
 
-    def train_stored(self, rows: Sequence[Row], seed: int) -> float:
+    def train_stored(self, rows: Sequence[Row], seed: int, progress: Progress) -> float:
         """Perform one training step on stored rows and return the mean loss; raises as `train_step`."""
-        return self.train_step(*self.store.gather(rows), seed)[0]
+        return self.train_step(*self.store.gather(rows), seed, progress)[0]
 
 
 class Middle(Top):
@@ -80,11 +80,12 @@ class Middle(Top):
         return outputs.cpu(), self._steps
 
     def backward(
-        self, smashed: torch.Tensor, gradient: torch.Tensor, version: int, seed: int, limit: Limit
+        self, smashed: torch.Tensor, gradient: torch.Tensor, version: int, seed: int, progress: Progress, limit: Limit
     ) -> torch.Tensor:
         """Apply the gradient (batch, *head) at the head's input; return the gradient at the cut (batch, *cut).
 
-        Refused 312 if gradients are not finite; then nothing was changed.
+        `version` is the one that `forward` returned; other arguments as of `train_step`. Refused 312 if gradients are
+        not finite; then nothing was changed.
         """
         inputs = smashed.to(self._device, copy=True).requires_grad_()
         stashed = self._stash[version]
@@ -98,8 +99,7 @@ class Middle(Top):
         self.module.load_state_dict(buffers, strict=False)
         for parameter, parameter_gradient in zip(self.module.parameters(), at_parameters, strict=True):
             parameter.grad = parameter_gradient
-        limit_gradients(self.module.parameters(), limit)
-        self.optimizer.step()
+        self.optimizer.step(progress, limit)
         self._steps += 1
         return at_cut.cpu()
 

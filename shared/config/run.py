@@ -8,12 +8,16 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from nightsplit.shared.config.optimizer import OptimizerSection
 from nightsplit.shared.config.section import KeyConflictError, Name, Natural, Positive, PublicKeyText, Section, Share
 from nightsplit.shared.wire.codecs import FloatCodec
 from nightsplit.shared.wire.message import ENVELOPE_BYTES, SERVER
 
 OWN_NETWORKS = "nightsplit.models"
 """Module of the networks of nightsplit, and the only one of its modules that a run may name."""
+
+_YOUNGER = {"optimizer": ("betas", "warmup", "schedule", "clip_norm", "bottom", "top", "head")}
+"""Keys that are part of the digest only where they are not the defaults: runs from before them keep their digests."""
 
 _FACTORY = re.compile(r"([A-Za-z0-9_-]+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):[A-Za-z]\w*", re.ASCII)
 _WEIGHTS_FILE = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
@@ -180,15 +184,6 @@ class TaskSection(Section, frozen=True, kw_only=True):
         return self.classes if self.kind == "multiclass" else 1
 
 
-class OptimizerSection(Section, frozen=True, kw_only=True):
-    """[optimizer]: the same for every part of the model; each part keeps its own state."""
-
-    name: Literal["sgd", "adam", "adamw"] = "adam"
-    lr: Annotated[float, Meta(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
-    momentum: Share = 0.0
-
-
 class PrivacySection(Section, frozen=True, kw_only=True):
     """[privacy]: differential privacy of each site's messages, for protocols that exchange weights.
 
@@ -315,7 +310,7 @@ class RunConfig(Section, frozen=True, kw_only=True):
         told = msgspec.json.decode(self.canonical())
         for table, keys in kept.items():
             for key in keys or ():
-                if keys[key] != told[table][key]:
+                if key in told[table] and keys[key] != told[table][key]:
                     sentence = "a number that is not finite, or a date, has no place in a run"
                     raise KeyConflictError(f"{table}.{key}", sentence, "write a finite number, or the date as a text.")
 
@@ -332,8 +327,14 @@ class RunConfig(Section, frozen=True, kw_only=True):
         return self.wire.message_bytes - (ENVELOPE_BYTES if self.parties else 0)
 
     def canonical(self) -> str:
-        """Return the whole configuration as one line of JSON with sorted keys, defaults included."""
-        return msgspec.json.encode(self, order="sorted").decode()
+        """Return the whole configuration as one line of JSON with sorted keys, defaults included but for `_YOUNGER`."""
+        tables = msgspec.to_builtins(self)
+        for table, keys in _YOUNGER.items():
+            defaults = msgspec.to_builtins(type(getattr(self, table))())
+            for key in keys:
+                if tables[table][key] == defaults[key]:
+                    del tables[table][key]
+        return msgspec.json.encode(tables, order="sorted").decode()
 
     @property
     def digest(self) -> str:

@@ -3,10 +3,11 @@
 import torch
 from torch import nn
 
-from nightsplit.shared.config.run import OptimizerSection, TaskSection
-from nightsplit.shared.learning.bounds import Limit, buffers_kept, check_bounded, check_step, limit_gradients, unlimited
+from nightsplit.shared.config.optimizer import OptimizerSection
+from nightsplit.shared.config.run import TaskSection
+from nightsplit.shared.learning.bounds import Limit, buffers_kept, check_bounded, check_step, unlimited
 from nightsplit.shared.learning.losses import loss_of
-from nightsplit.shared.learning.optimizers import make_optimizer
+from nightsplit.shared.learning.optimizers import PartOptimizer, Progress
 from nightsplit.shared.learning.seeds import Seed, seeded
 
 
@@ -15,19 +16,21 @@ class Stage:
 
     def __init__(self, module: nn.Module, optimizer: OptimizerSection, task: TaskSection, device: str) -> None:
         self.module = module.to(device)
-        self.optimizer = make_optimizer(optimizer, module.parameters())
+        self.optimizer = PartOptimizer(optimizer, module.parameters())
         self._task = task
         self._device = device
 
     def train_step(
-        self, activations: torch.Tensor, targets: torch.Tensor, seed: Seed, limit: Limit = unlimited
-    ) -> tuple[float, torch.Tensor]:
+        self, activations: torch.Tensor, targets: torch.Tensor, seed: Seed, progress: Progress,
+        limit: Limit = unlimited,
+    ) -> tuple[float, torch.Tensor]:  # fmt: skip
         """Perform one training step; return the mean loss, and its gradient (batch, ...) at the input.
 
         Args:
             activations: (batch, ...) float32.
             targets: as for `loss_of`.
             seed: seed of dropout in this step.
+            progress: of the layers' training.
             limit: limit on the gradients of the layers.
 
         Raises:
@@ -42,8 +45,7 @@ class Stage:
             torch.autograd.backward(loss)
             assert inputs.grad is not None
             check_step(self.module, loss, inputs.grad)
-        limit_gradients(self.module.parameters(), limit)
-        self.optimizer.step()
+        self.optimizer.step(progress, limit)
         return loss.item(), inputs.grad.cpu()
 
     def predict(self, activations: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from nightsplit.shared.config.load import conflict_in, load
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.config.section import KeyConflictError
 from nightsplit.shared.config.suggest import did_you_mean
+from nightsplit.shared.protocols.parts import check_optimizer
 from nightsplit.shared.protocols.spec import TRAINING, spec_of, systems
 
 
@@ -20,6 +21,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             hint = did_you_mean(config.run.protocol, protocols)
             raise KeyConflictError("run.protocol", f"{config.run.protocol!r} is unknown{hint}", remedy)
         spec_of(config).check(config)
+        check_optimizer(config)
     except KeyConflictError as conflict:
         raise conflict_in(path, conflict) from None
     return config

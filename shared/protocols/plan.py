@@ -22,6 +22,7 @@ from enum import StrEnum
 from fractions import Fraction
 
 from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.learning.optimizers import Progress
 from nightsplit.shared.protocols.spec import spec_of
 
 
@@ -132,6 +133,11 @@ class Plan:
         blocks = evaluations(epoch, self.epochs, self.evaluate_every)
         block = self._batches(self.validation) + self._batches(self.test)
         return epoch * self._batches(self.train) + self._averagings(epoch) + blocks * block
+
+    def progress(self, item: Item) -> Progress:
+        """Return the progress of a training at this site before a training item: one step per training item."""
+        done = (item.epoch - 1) * item.batches + item.batch
+        return Progress(done, done, self.epochs * item.batches)
 
     def item(self, number: int) -> Item:
         """Return item `number`, 1 <= number <= last."""

@@ -10,6 +10,7 @@ from typing_extensions import override
 from nightsplit.shared.config.run import PrivacySection, RunConfig
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.learning.losses import loss_of
+from nightsplit.shared.learning.optimizers import Progress
 from nightsplit.shared.learning.seeds import Seed, seeded
 from nightsplit.site_worker.privacy.hooks import PerSampleModule, has_rule
 from nightsplit.site_worker.privacy.secret import Secret
@@ -51,7 +52,7 @@ class PrivateTrainer(Trainer):
             raise RunError(610, f"{reason}.", "use layers without buffers and without recurrence.") from None
 
     @override
-    def step(self, inputs: torch.Tensor, targets: torch.Tensor, seed: Seed, rate: float) -> float:
+    def step(self, inputs: torch.Tensor, targets: torch.Tensor, seed: Seed, progress: Progress) -> float:
         # The step of an empty batch is noise only, its loss is 0. The loss must stay at the site: it has no noise.
         loss, total = 0.0, torch.zeros(sum(parameter.numel() for parameter in self.trainable))
         if len(inputs):
@@ -61,7 +62,7 @@ class PrivateTrainer(Trainer):
         parts = torch.split(noisy, [parameter.numel() for parameter in self.trainable])
         for parameter, part in zip(self.trainable, parts, strict=True):
             parameter.grad = part.view_as(parameter)
-        self.advance(rate)
+        self.optimizer.step(progress)
         return loss
 
     def gradients(self, inputs: torch.Tensor, targets: torch.Tensor, seed: Seed) -> tuple[float, list[torch.Tensor]]:

@@ -9,7 +9,6 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Send
 from nightsplit.shared.learning.bounds import WRECK, RunningBound
 from nightsplit.shared.learning.metrics import measure
-from nightsplit.shared.learning.optimizers import optimizer_tensors, restore_optimizer
 from nightsplit.shared.learning.seeds import Seed
 from nightsplit.shared.learning.stage import Stage
 from nightsplit.shared.protocols.build import SplitModel
@@ -31,7 +30,7 @@ class SplitUSite(StreamSite):
     ) -> None:  # fmt: skip
         super().__init__(name, config, model, splits, incarnation, device, seed)
         assert model.parts.head is not None
-        self.head = Stage(model.parts.head, config.optimizer, config.task, device)
+        self.head = Stage(model.parts.head, config.optimizer.of("head"), config.task, device)
         self._bound = RunningBound((SERVER,), outlier=WRECK)
         """Bound on the head's gradients, which depend on the server's activations."""
         self._gradients: dict[int, torch.Tensor] = {}
@@ -66,8 +65,8 @@ class SplitUSite(StreamSite):
         activations = message.tensors["activations"]
         if item.purpose is Purpose.TRAIN:
             targets, seed = self.batches.targets(item), self.batches.seed("head", item)
-            limit = partial(self._bound.limit, SERVER)
-            _, self._gradients[item.number] = self.head.train_step(activations, targets, seed, limit)
+            progress, limit = self.batches.plan.progress(item), partial(self._bound.limit, SERVER)
+            _, self._gradients[item.number] = self.head.train_step(activations, targets, seed, progress, limit)
         else:
             self._outputs[item.number] = self.head.predict(activations)
 
@@ -101,7 +100,7 @@ class SplitUSite(StreamSite):
                 del by_item[q]
         tensors = {**base.tensors, **flatten("gradients", self._gradients), **flatten("outputs", self._outputs)}
         tensors.update(flatten("head", self.head.module.state_dict()))
-        tensors.update(flatten("head_optimizer", optimizer_tensors(self.head.optimizer)))
+        tensors.update(flatten("head_optimizer", self.head.optimizer.state()))
         tensors.update(flatten("head_bound", self._bound.state()))
         for epoch, head in self._heads.items():
             tensors.update(flatten(f"candidate_head/{epoch}", head))
@@ -112,7 +111,7 @@ class SplitUSite(StreamSite):
         super().restore(snapshot)
         tensors = snapshot.tensors
         self.head.module.load_state_dict(under("head", tensors))
-        restore_optimizer(self.head.optimizer, under("head_optimizer", tensors))
+        self.head.optimizer.restore(under("head_optimizer", tensors))
         self._bound.restore(under("head_bound", tensors))
         self._gradients = {int(q): tensor for q, tensor in under("gradients", tensors).items()}
         self._outputs = {int(q): tensor for q, tensor in under("outputs", tensors).items()}

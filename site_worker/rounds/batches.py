@@ -1,6 +1,5 @@
 """Samples of each training batch of a round: a pure function of (data, seed, site, batch)."""
 
-import math
 from collections.abc import Mapping
 from functools import lru_cache
 
@@ -8,6 +7,7 @@ import torch
 
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.learning.losses import standardise
+from nightsplit.shared.learning.optimizers import Progress
 from nightsplit.shared.learning.seeds import Seed, generator_at, seed_for
 from nightsplit.shared.protocols.plan import Purpose
 from nightsplit.shared.protocols.rounds import Work
@@ -50,12 +50,9 @@ class RoundBatches:
         """Return the targets of a split, standardised for regression."""
         return standardise(self.config.task, self.config.data, dataset.targets)
 
-    def rate(self, k: int) -> float:
-        """Return the factor of the learning rate in batch k."""
-        if self.config.round.decay == "none":
-            return 1.0
-        planned = self.config.round.rounds * Work.of(self.config, len(self.train)).batches
-        return 0.5 * (1 + math.cos(math.pi * k / planned))
+    def progress(self, k: int) -> Progress:
+        """Return the progress of the training before batch k."""
+        return Progress(k, k, self.config.round.rounds * Work.of(self.config, len(self.train)).batches)
 
     def seed(self, purpose: str, k: int) -> Seed:
         """Return the seed of batch k for a purpose: dropout or augmentation."""

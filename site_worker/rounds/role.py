@@ -207,7 +207,7 @@ class RoundSite(SiteRole):
         k = self.step
         inputs, targets = self.batches.batch(k)
         try:
-            self.trainer.step(inputs, targets, self.batches.seed("trainer", k), self.batches.rate(k))
+            self.trainer.step(inputs, targets, self.batches.seed("trainer", k), self.batches.progress(k))
         except RunError as error:
             raise self._name_origin(error) from None
         self.step += 1

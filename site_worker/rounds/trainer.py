@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 
 import torch
+from msgspec.structs import replace
 from torch import nn
 
+from nightsplit.shared.config.optimizer import Schedule
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.learning.losses import loss_of
-from nightsplit.shared.learning.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
+from nightsplit.shared.learning.optimizers import PartOptimizer, Progress
 from nightsplit.shared.learning.seeds import Seed, seeded
 from nightsplit.shared.models.layout import frozen_weights
 from nightsplit.shared.storage.checkpoint import flatten, under
@@ -30,17 +32,18 @@ class Trainer:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name not in frozen)
         self.trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.optimizer = make_optimizer(config.optimizer, self.trainable)
+        schedule: Schedule = "cosine" if config.round.decay == "cosine" else "constant"
+        self.optimizer = PartOptimizer(replace(config.optimizer, schedule=schedule), self.trainable)
         self._frozen = [module.get_submodule(name) for name in config.round.freeze]
 
-    def step(self, inputs: torch.Tensor, targets: torch.Tensor, seed: Seed, rate: float) -> float:
+    def step(self, inputs: torch.Tensor, targets: torch.Tensor, seed: Seed, progress: Progress) -> float:
         """Take one step of the optimizer; return the mean loss of the batch.
 
         Args:
             inputs: (batch, ...) float32.
             targets: as for `loss_of`.
             seed: seed of dropout.
-            rate: factor of the learning rate.
+            progress: of the site's training.
 
         Raises:
             RunError: 603 the loss is not finite.
@@ -50,7 +53,7 @@ class Trainer:
             loss = loss_of(self.config.task, self.module(inputs.to(self.device)), targets.to(self.device))
         self.optimizer.zero_grad()
         torch.autograd.backward(loss)
-        self.advance(rate)
+        self.optimizer.step(progress)
         return self.to_number(loss)
 
     def train_mode(self) -> None:
@@ -58,12 +61,6 @@ class Trainer:
         self.module.train()
         for module in self._frozen:
             module.eval()
-
-    def advance(self, rate: float) -> None:
-        """Step the optimizer with the present gradients."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.optimizer.lr * rate
-        self.optimizer.step()
 
     def to_number(self, loss: torch.Tensor) -> float:
         """Return the loss as a number; raises as `step`."""
@@ -114,13 +111,12 @@ class Trainer:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the entries for a snapshot."""
-        module, optimizer = self.module.state_dict(), optimizer_tensors(self.optimizer)
-        return {**flatten("module", module), **flatten("optimizer", optimizer)}
+        return {**flatten("module", self.module.state_dict()), **flatten("optimizer", self.optimizer.state())}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Continue from `state`."""
         self.module.load_state_dict(under("module", tensors))
-        restore_optimizer(self.optimizer, under("optimizer", tensors))
+        self.optimizer.restore(under("optimizer", tensors))
 
 
 @torch.no_grad()

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from nightsplit.shared.config.run import OptimizerSection
-from nightsplit.shared.learning.bounds import WRECK, RunningBound, check_bounded, limit_gradients
-from nightsplit.shared.learning.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
+from nightsplit.shared.config.optimizer import OptimizerSection
+from nightsplit.shared.learning.bounds import WRECK, RunningBound, check_bounded
+from nightsplit.shared.learning.optimizers import PartOptimizer, Progress
 from nightsplit.shared.learning.seeds import Seed, seeded
 from nightsplit.shared.protocols.plan import Item
 from nightsplit.shared.storage.checkpoint import flatten, under
@@ -43,7 +43,7 @@ class Bottom:
     def __init__(self, module: nn.Module, optimizer: OptimizerSection, device: str) -> None:
         self.module = module.to(device)
         self.version = 0
-        self._optimizer = make_optimizer(optimizer, module.parameters())
+        self._optimizer = PartOptimizer(optimizer, module.parameters())
         self._device = device
         self._parameters = [name for name, _ in module.named_parameters()]
         self._versions = {0: self._copy_weights()}
@@ -65,10 +65,13 @@ class Bottom:
             self._graphs[item.number] = outputs, parameters
         return outputs.detach().cpu()
 
-    def apply_gradient(self, item: Item, inputs: torch.Tensor, seed: Seed, gradient: torch.Tensor) -> None:
+    def apply_gradient(
+        self, item: Item, inputs: torch.Tensor, seed: Seed, gradient: torch.Tensor, progress: Progress
+    ) -> None:
         """Apply the gradient (batch, *cut) of a training item; inputs and seed are those of its forward.
 
-        Refused 312 if weight gradients or statistics are not finite; then no weight was changed.
+        `progress` is that of the bottom's training. Refused 312 if weight gradients or statistics are not finite; then
+        no weight was changed.
         """
         buffers: Mapping[str, torch.Tensor] = {}
         if item.number in self._graphs:
@@ -82,8 +85,7 @@ class Bottom:
             check_bounded("gradients", *gradients, *buffers.values())
             for parameter, parameter_gradient in zip(self.module.parameters(), gradients, strict=True):
                 parameter.grad = parameter_gradient
-            limit_gradients(self.module.parameters(), partial(self._bound.limit, SERVER))
-            self._optimizer.step()
+            self._optimizer.step(progress, partial(self._bound.limit, SERVER))
         self.module.load_state_dict(buffers, strict=False)
         self._advance(self._copy_weights())
 
@@ -114,7 +116,7 @@ class Bottom:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the entries for a snapshot."""
-        entries = {**flatten("optimizer", optimizer_tensors(self._optimizer)), **flatten("bound", self._bound.state())}
+        entries = {**flatten("optimizer", self._optimizer.state()), **flatten("bound", self._bound.state())}
         for version, weights in self._versions.items():
             # Versions without a step between them share their weights and their entries.
             if version == min(self._versions) or weights is not self._versions[version - 1]:
@@ -133,7 +135,7 @@ class Bottom:
                 self._versions[version] = self._copy_weights()
             else:
                 self._versions[version] = self._versions[version - 1]
-        restore_optimizer(self._optimizer, under("optimizer", tensors))
+        self._optimizer.restore(under("optimizer", tensors))
         self._bound.restore(under("bound", tensors))
 
     def _run(

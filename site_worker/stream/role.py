@@ -39,7 +39,7 @@ class StreamSite(SiteRole):
         seed: Seed,
     ) -> None:  # fmt: skip
         super().__init__(name, config, model.contract, incarnation)
-        self.bottom = Bottom(model.parts.bottom, config.optimizer, device)
+        self.bottom = Bottom(model.parts.bottom, config.optimizer.of("bottom"), device)
         self.batches = StreamBatches(config, name, splits, seed)
         has_head = Kind.HEAD_INPUT in model.contract
         self.sequence: StreamSequence = StreamSequence(self.batches.plan, has_head)
@@ -135,7 +135,8 @@ class StreamSite(SiteRole):
 
     def apply_gradient(self, item: Item, gradient: torch.Tensor) -> None:
         """Apply the gradient (batch, *cut) for a training item."""
-        self.bottom.apply_gradient(item, self.batches.inputs(item), self.batches.seed("bottom", item), gradient)
+        seed, progress = self.batches.seed("bottom", item), self.batches.plan.progress(item)
+        self.bottom.apply_gradient(item, self.batches.inputs(item), seed, gradient, progress)
 
     def final_bottom(self) -> dict[str, torch.Tensor]:
         """Return the parameters and buffers of the best model's bottom."""

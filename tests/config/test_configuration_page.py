@@ -9,10 +9,10 @@ import pytest
 
 from nightsplit.console.pretrain import PretrainSection, PublicSource
 from nightsplit.server_worker.config import ServerSection
+from nightsplit.shared.config.optimizer import OptimizerSection
 from nightsplit.shared.config.run import (
     DataSection,
     ModelSection,
-    OptimizerSection,
     PrivacySection,
     RoundSection,
     RunSection,

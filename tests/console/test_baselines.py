@@ -46,7 +46,7 @@ def test_rounds_of_one_site_are_training_it_alone(settings: dict[str, object]) -
         RoundBatches(one, "north", own["north"], one.run.seed),
     )
     for k in range(one.round.rounds * Work.of(one, len(batches.train)).batches):
-        trainer.step(*batches.batch(k), batches.seed("trainer", k), batches.rate(k))
+        trainer.step(*batches.batch(k), batches.seed("trainer", k), batches.progress(k))
     by_itself = evaluate(one, own, lambda site, inputs: trainer.predict(inputs))
     # Weights that travel as differences, and variances as second moments, are rounded on the way.
     assert alone(one, "north", own).pooled == pytest.approx(by_itself.pooled, abs=1e-3)

@@ -9,10 +9,10 @@ from typing import Self
 
 import torch
 
+from nightsplit.shared.config.optimizer import OptimizerSection
 from nightsplit.shared.config.run import (
     DataSection,
     ModelSection,
-    OptimizerSection,
     PrivacySection,
     RoundSection,
     RunConfig,

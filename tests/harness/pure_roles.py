@@ -63,7 +63,7 @@ def pure_server(config: RunConfig, activations: ActivationStore | None = None) -
     model = build_model(config, NOWHERE)
     assert isinstance(model, SplitModel)
     store = activations or ActivationsInMemory()
-    top = StoredTop(model.parts.top, config.optimizer, config.task, "cpu", store)
+    top = StoredTop(model.parts.top, config.optimizer.of("top"), config.task, "cpu", store)
     return SplitFrozenServer(config, top, model)
 
 

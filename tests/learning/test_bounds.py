@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nightsplit.shared.config.run import OptimizerSection
+from nightsplit.shared.config.optimizer import OptimizerSection
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.learning.bounds import (
     MAJORITY,
@@ -16,6 +16,7 @@ from nightsplit.shared.learning.bounds import (
     norm_of,
     reference,
 )
+from nightsplit.shared.learning.optimizers import Progress
 from nightsplit.shared.protocols.plan import Item, Purpose
 from nightsplit.site_worker.stream.bottom import Bottom
 
@@ -113,11 +114,11 @@ def trained_bottom(factor, optimizer="sgd"):
     for q in range(1, 21):
         item = Item(q, Purpose.TRAIN, 1, q - 1, 20, range(8), q - 1)
         gradient = torch.randn(8, 4) * (factor if q == 15 else 1.0)
-        bottom.apply_gradient(item, torch.randn(8, 6), 0, gradient)
+        bottom.apply_gradient(item, torch.randn(8, 6), 0, gradient, Progress(q - 1, q - 1, 20))
     return bottom.module.weight.detach()
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
 def test_a_gradient_that_would_wreck_a_site_is_scaled_to_its_usual_size(optimizer):
     honest = trained_bottom(1.0, optimizer)
     assert (trained_bottom(1e3, optimizer) - honest).norm() < honest.norm()

@@ -6,13 +6,15 @@ import torch
 from nightsplit.broker.embedded.broker import EmbeddedBroker
 from nightsplit.broker.rabbitmq.broker import RabbitBroker
 from nightsplit.shared.learning.losses import loss_of
-from nightsplit.shared.learning.optimizers import make_optimizer
+from nightsplit.shared.learning.optimizers import PartOptimizer, Progress
 from nightsplit.shared.learning.seeds import seed_for, seeded
 from nightsplit.shared.protocols.plan import Item, Purpose
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.stream.batches import StreamBatches
 from nightsplit.site_worker.stream.bottom import Bottom
 from tests.harness.night import Night, tiny_config, tiny_factory, tiny_splits
+
+STEADY = Progress(0, 0, 3)
 
 
 def whole_model(config):
@@ -23,7 +25,7 @@ def whole_model(config):
 def ordinary_training(config, site):
     """The uncut model, one optimizer, plain autograd; dropout seeded per half and step as in a run."""
     model, batches = whole_model(config), StreamBatches(config, site, tiny_splits(site), config.run.seed)
-    optimizer = make_optimizer(config.optimizer, model.parameters())
+    optimizer = PartOptimizer(config.optimizer, model.parameters())
     model.train()
     for q in range(1, batches.plan.last + 1):
         item = batches.plan.item(q)
@@ -35,7 +37,7 @@ def ordinary_training(config, site):
             loss = loss_of(config.task, model[config.model.cut :](smashed), batches.targets(item))
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        optimizer.step(batches.plan.progress(item))
     return model.state_dict()
 
 
@@ -125,7 +127,7 @@ def test_gradients_of_two_batches_in_flight_match_a_reference():
     for q in (1, 2):
         bottom.forward(training_item(q, 0), inputs[q - 1], seed=q, training=True)
     for q in (1, 2):
-        bottom.apply_gradient(training_item(q, 0), inputs[q - 1], seed=q, gradient=gradients[q - 1])
+        bottom.apply_gradient(training_item(q, 0), inputs[q - 1], seed=q, gradient=gradients[q - 1], progress=STEADY)
         reference = whole_model(config)[:3]
         reference.load_state_dict(first)
         with seeded(q):
@@ -145,7 +147,7 @@ def test_recomputing_equals_the_kept_graph():
             bottom.forward(item, inputs, seed=q, training=True)
             if forget_graphs:
                 bottom._graphs.clear()
-            bottom.apply_gradient(item, inputs, seed=q, gradient=torch.randn(8, 8))
+            bottom.apply_gradient(item, inputs, seed=q, gradient=torch.randn(8, 8), progress=STEADY)
         results.append(bottom.module.state_dict())
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
@@ -156,13 +158,13 @@ def test_batch_norm_counts_every_batch_once():
     plain = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4))
     plain.load_state_dict(module.state_dict())
     bottom = Bottom(module, tiny_config().optimizer, "cpu")
-    optimizer = make_optimizer(tiny_config().optimizer, plain.parameters())
+    optimizer = PartOptimizer(tiny_config().optimizer, plain.parameters())
     for q in (1, 2, 3):
         inputs, gradient = torch.randn(8, 6), torch.randn(8, 4)
         bottom.forward(training_item(q, q - 1), inputs, seed=0, training=True)
-        bottom.apply_gradient(training_item(q, q - 1), inputs, seed=0, gradient=gradient)
+        bottom.apply_gradient(training_item(q, q - 1), inputs, seed=0, gradient=gradient, progress=STEADY)
         optimizer.zero_grad()
         plain(inputs).backward(gradient)
-        optimizer.step()
+        optimizer.step(STEADY)
     for name, tensor in plain.state_dict().items():
         assert torch.equal(module.state_dict()[name], tensor), name

@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 
 from nightsplit.server_worker.stream.activation_store import ActivationStore
 from nightsplit.server_worker.stream.ddp import DividedTop, Group, Share
-from nightsplit.shared.config.run import OptimizerSection, TaskSection
+from nightsplit.shared.config.optimizer import OptimizerSection
+from nightsplit.shared.config.run import TaskSection
 from nightsplit.shared.errors import ConfigError, Refused
+from nightsplit.shared.learning.optimizers import START
 from nightsplit.shared.learning.seeds import seeded
 from tests.harness.approvals import approve_all
 from tests.harness.services import free_port
@@ -194,9 +196,9 @@ def test_a_batch_that_gives_no_finite_loss_changes_nothing(group, tmp_path):
     top.store.put("north", 1, {"smashed": torch.ones(2, 2), "targets": torch.tensor([1.0, 1e30])})
     before = top.weights()
     with pytest.raises(Refused):
-        top.train_stored([("north", 1, 0), ("north", 1, 1)], seed=1)
+        top.train_stored([("north", 1, 0), ("north", 1, 1)], 1, START)
     torch.testing.assert_close(top.weights(), before, rtol=0, atol=0)
-    top.train_stored([("north", 1, 0)], seed=1)
+    top.train_stored([("north", 1, 0)], 1, START)
     assert not torch.equal(top.weights()["weight"], before["weight"])
 
 

@@ -19,6 +19,7 @@ from nightsplit.shared.config.run import (
 )
 from nightsplit.shared.engine.effects import Spend
 from nightsplit.shared.errors import RunError
+from nightsplit.shared.learning.optimizers import START
 from nightsplit.shared.models.networks import mlp
 from nightsplit.site_worker import privacy
 from nightsplit.site_worker.data.dataset import Dataset, Splits
@@ -68,7 +69,7 @@ def spent(part: PrivateTraining) -> Epsilon:
 
 def train(part: PrivateTraining, steps: int) -> dict[str, torch.Tensor]:
     for k in range(steps):
-        part.trainer.step(*part.batches.batch(k), part.batches.seed("trainer", k), 1.0)
+        part.trainer.step(*part.batches.batch(k), part.batches.seed("trainer", k), START)
     return part.trainer.weights()
 
 

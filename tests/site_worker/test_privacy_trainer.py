@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from nightsplit.shared.config.optimizer import OptimizerSection
 from nightsplit.shared.config.run import (
     DataSection,
     ModelSection,
-    OptimizerSection,
     PrivacySection,
     RoundSection,
     RunConfig,
@@ -22,6 +22,7 @@ from nightsplit.shared.config.run import (
 )
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.learning.losses import loss_of
+from nightsplit.shared.learning.optimizers import START
 from nightsplit.shared.models.networks import ct_cnn, mlp
 from nightsplit.shared.models.segmentation import monet, unet
 from nightsplit.site_worker.data.dataset import Dataset, Splits
@@ -123,8 +124,8 @@ def test_without_noise_and_clipping_it_is_the_plain_step(case: Case) -> None:
     plain = Trainer(copy.deepcopy(module), config, "cpu")
     trainer = private(module, config)
     for step in range(3):
-        expected = plain.step(inputs, targets, step, 0.5)
-        assert trainer.step(inputs, targets, step, 0.5) == pytest.approx(expected, rel=1e-4)
+        expected = plain.step(inputs, targets, step, START)
+        assert trainer.step(inputs, targets, step, START) == pytest.approx(expected, rel=1e-4)
     # Adam divides by the gradient's size, so that a rounded zero may make a step of its own: compare what was learnt.
     torch.testing.assert_close(trainer.predict(inputs), plain.predict(inputs), rtol=1e-3, atol=1e-3)
 
@@ -152,15 +153,15 @@ def test_dropout_is_seeded() -> None:
         Trainer(copy.deepcopy(module), config_of("segmentation", "sgd"), "cpu"),
         private(module, config_of("segmentation", "sgd")),
     )
-    losses = [trainer.step(inputs, targets, seed, 1.0) for seed in (1, 1, 2)]
-    assert losses[0] == pytest.approx(plain.step(inputs, targets, 1, 1.0), rel=1e-4)
+    losses = [trainer.step(inputs, targets, seed, START) for seed in (1, 1, 2)]
+    assert losses[0] == pytest.approx(plain.step(inputs, targets, 1, START), rel=1e-4)
     assert len(set(losses)) == 3
 
 
 def moved(trainer: PrivateTrainer, *batch: torch.Tensor, seed: int = 3) -> torch.Tensor:
     """What a step of plain gradient descent at learning rate 0.01 subtracts, divided by that."""
     before = torch.cat([parameter.detach().flatten().clone() for parameter in trainer.trainable])
-    trainer.step(*batch, seed, 1.0)
+    trainer.step(*batch, seed, START)
     after = torch.cat([parameter.detach().flatten() for parameter in trainer.trainable])
     return (before - after) / 1e-2
 
@@ -201,7 +202,7 @@ def test_an_empty_batch_is_noise_of_the_right_size(secure: bool) -> None:
     trainer = private(unet(), config_of("segmentation", "sgd"), clip=0.5, sigma=3.0, batch=10, secure=secure)
     inputs, targets = batch_of("segmentation", IMAGES, 0)
     noise = moved(trainer, inputs, targets).numpy()
-    assert trainer.step(inputs, targets, 4, 1.0) == 0.0
+    assert trainer.step(inputs, targets, 4, START) == 0.0
     assert noise.std() == pytest.approx(0.5 * 3.0 / 10, rel=0.02)
     assert abs(noise.mean()) < 5 * 0.15 / np.sqrt(len(noise))
 
@@ -225,12 +226,12 @@ def test_a_snapshot_goes_on_to_the_bit() -> None:
     config = config_of("binary")
     inputs, targets = batch_of("binary", (5,))
     trainer = private(mlp(5, [8], 1), config, clip=1.0, sigma=1.0)
-    trainer.step(inputs, targets, 1, 1.0)
+    trainer.step(inputs, targets, 1, START)
     kept = {name: tensor.clone() for name, tensor in trainer.state().items()}
-    trainer.step(inputs, targets, 2, 1.0)
+    trainer.step(inputs, targets, 2, START)
     restored = private(mlp(5, [8], 1), config, clip=1.0, sigma=1.0)
     restored.restore(kept)
-    restored.step(inputs, targets, 2, 1.0)
+    restored.step(inputs, targets, 2, START)
     assert all(torch.equal(tensor, restored.state()[name]) for name, tensor in trainer.state().items())
 
 
@@ -251,8 +252,8 @@ def test_a_frozen_normalization_is_no_mixing() -> None:
     inputs, targets = batch_of("binary", (5,))
     plain = Trainer(copy.deepcopy(module), config, "cpu")
     trainer = private(module, config)
-    trainer.step(inputs, targets, 1, 1.0)
-    plain.step(inputs, targets, 1, 1.0)
+    trainer.step(inputs, targets, 1, START)
+    plain.step(inputs, targets, 1, START)
     torch.testing.assert_close(trainer.predict(inputs), plain.predict(inputs), rtol=1e-4, atol=1e-4)
 
 
@@ -271,7 +272,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
     before = trainer.weights()
     inputs, targets = batch_of("binary", (5,))
     with pytest.raises(RunError) as caught:
-        trainer.step(inputs * inf, targets, 1, 1.0)
+        trainer.step(inputs * inf, targets, 1, START)
     assert caught.value.number == 603
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.weights().items())
 
