@@ -106,20 +106,20 @@ def systems(sites: list[str]) -> dict[str, System]:
     return {
         "centralized": centralized,
         **{f"{site} alone": partial(_alone, site) for site in sites},
-        "split_labels, window 1": partial(_split, "split_labels", 1),
-        SWEPT: partial(_split, "split_labels", 4),
-        "split_labels, a night": partial(_split, "split_labels", None),
-        f"{SWEPT}, averaged": partial(_split, "split_labels", 4, bottoms="averaged"),
-        "split_u, window 1": partial(_split, "split_u", 1),
-        "split_u, window 4": partial(_split, "split_u", 4),
-        "split_frozen": partial(_split, "split_frozen", 1),
+        "split_labels, window 1": partial(train_split, "split_labels", 1),
+        SWEPT: partial(train_split, "split_labels", 4),
+        "split_labels, a night": partial(train_split, "split_labels", None),
+        f"{SWEPT}, averaged": partial(train_split, "split_labels", 4, bottoms="averaged"),
+        "split_u, window 1": partial(train_split, "split_u", 1),
+        "split_u, window 4": partial(train_split, "split_u", 4),
+        "split_frozen": partial(train_split, "split_frozen", 1),
     }
 
 
 def carry_out(job: Job) -> dict[str, Metrics]:
     """Train once; figures on test patients by site, their mean by samples under "all", and "pooled"."""
     torch.set_num_threads(1)
-    config, splits = _prepared(job.case, job.seed, job.division)
+    config, splits = prepared(job.case, job.seed, job.division)
     if job.hurry:
         epochs = max(1, config.run.epochs // 5)
         run = replace(config.run, epochs=epochs, evaluate_every=min(epochs, config.run.evaluate_every))
@@ -132,7 +132,7 @@ def _alone(site: str, config: RunConfig, splits: Mapping[str, Splits]) -> ModelF
     return alone(config, site, splits)
 
 
-def _split(
+def train_split(
     protocol: str,
     window: int | None,
     config: RunConfig,
@@ -153,7 +153,7 @@ def _split(
 
 
 @lru_cache(maxsize=2)
-def _prepared(name: str, seed: int, division: str) -> tuple[RunConfig, dict[str, Splits]]:
+def prepared(name: str, seed: int, division: str) -> tuple[RunConfig, dict[str, Splits]]:
     """A case's configuration and scaled data with a seed and a division."""
     config, case = _config(name), CASES[name]
     sources = _sources(case, division)

@@ -131,8 +131,8 @@ def _late_gradients(file: WorkerFile) -> Finding:
     config = file.run_config
     late = steps_late(config)
     if not any(late.values()):
-        return Finding("late gradients", "none: every gradient is used at once")
-    found = f"at full windows: {', '.join(f'{part} {steps} steps late' for part, steps in late.items())}"
+        return Finding("late gradients", "every gradient is used at once")
+    found = f"up to: {', '.join(f'{part} {steps} steps' for part, steps in late.items())}"
     # A late bottom before a top that learns at once does no harm: docs/how-to/tuning.md has the figures.
     if late["top"] <= FEW_STEPS or not has_momentum(config.optimizer.of("top")):
         return Finding("late gradients", found)

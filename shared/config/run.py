@@ -1,6 +1,7 @@
 """Content of run.toml as frozen objects. All participants of a run hold the same file, and compare its `digest`."""
 
 import hashlib
+import math
 import re
 from datetime import date, datetime, time
 from typing import Annotated, Any, Literal
@@ -306,11 +307,10 @@ class RunConfig(Section, frozen=True, kw_only=True):
 
     def _check_canonical(self) -> None:
         """Refuse values that JSON does not keep: runs that differ in them would have the same digest."""
-        kept = msgspec.to_builtins(self, builtin_types=(date, datetime, time))
-        told = msgspec.json.decode(self.canonical())
-        for table, keys in kept.items():
-            for key in keys or ():
-                if key in told[table] and keys[key] != told[table][key]:
+        tables = msgspec.to_builtins(self, builtin_types=(date, datetime, time))
+        for table, keys in tables.items():
+            for key, value in (keys or {}).items():
+                if not _has_place_in_json(value):
                     sentence = "a number that is not finite, or a date, has no place in a run"
                     raise KeyConflictError(f"{table}.{key}", sentence, "write a finite number, or the date as a text.")
 
@@ -340,3 +340,12 @@ class RunConfig(Section, frozen=True, kw_only=True):
     def digest(self) -> str:
         """SHA-256 of `canonical`; participants with different digests do not work together."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+
+def _has_place_in_json(value: object) -> bool:
+    """Return whether JSON keeps a value of TOML: it writes null for infinite numbers, and a text for a date."""
+    if isinstance(value, dict):
+        return all(map(_has_place_in_json, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_has_place_in_json, value))
+    return math.isfinite(value) if isinstance(value, float) else not isinstance(value, date | time)

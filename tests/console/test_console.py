@@ -186,6 +186,34 @@ def test_doctor_finds_nothing_wrong(study, capsys):
     assert capsys.readouterr().out.split()[:3] == ["check", "found", "fix"]
 
 
+LATE = ['run.protocol="split_u"', "model.head_cut=2", "run.window=4"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "late", "suits"),
+    [
+        ([], "up to: bottom 999 steps, top 0 steps", True),
+        (["run.window=1"], "every gradient is used at once", True),
+        ([*LATE, "run.window=1"], "every gradient is used at once", True),
+        (LATE, "up to: bottom 3 steps, top 4 steps, head 0 steps", False),
+        ([*LATE, 'optimizer.bottom.name="muon"'], "top 4 steps", False),
+        ([*LATE, 'optimizer.top.name="muon"'], "top 4 steps", True),
+        ([*LATE, "optimizer.top.betas=[0.0, 0.9]"], "top 4 steps", True),
+        ([*LATE, "run.window=2"], "top 2 steps", True),
+    ],
+)
+def test_doctor_says_how_late_gradients_come_and_whether_that_suits(changes, late, suits, tmp_path, capsys):
+    write_study(tmp_path)
+    (tmp_path / "policy.toml").write_text('allowed = ["labels", "activations", "gradients", "counts"]\n')
+    approve_all(tmp_path, changes)
+    more = [word for change in changes for word in ("--set", change)]
+    for worker in ("server", "north"):
+        finding = doctor(tmp_path / f"{worker}.toml", capsys, 0, *more)["late gradients"]
+        assert late in finding["found"]
+        assert (finding["fix"] is None) is suits
+        assert suits or all(way in finding["fix"] for way in ("window = 1", "muon", "betas"))
+
+
 @pytest.mark.redis
 @pytest.mark.parametrize(("setting", "value", "lost"), [
     ("appendfsync", "always", None), ("appendfsync", "everysec", "up to 2 s"), ("appendonly", "no", "all"),
