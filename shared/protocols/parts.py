@@ -52,7 +52,7 @@ def check_optimizer(config: RunConfig) -> None:
         if own is not None:
             of_parts[part] = own
     if not parts and section.schedule != "constant":
-        remedy = 'remove it, and set decay = "cosine" in [round].'
+        remedy = 'remove it; in run.toml set decay = "cosine" in [round].'
         raise KeyConflictError("optimizer.schedule", "the schedule of rounds is round.decay", remedy)
     if config.privacy is not None and section.clip_norm is not None:
         sentence = "privacy.clip clips the gradient of every record already"

@@ -112,6 +112,10 @@ def test_runs_that_differ_have_different_digests(path, change, key):
     assert (caught.value.number, f": {key}: " in caught.value.sentence) == (103, True)
 
 
+def test_a_pair_of_numbers_is_taken(path):
+    assert load_run(path, ["data.window=[40.0, 400.0]"]).data.window == (40.0, 400.0)
+
+
 def test_the_contract_depends_on_every_key_and_on_no_order(path):
     digest = load_run(path).digest
     assert load_run(path, ["run.seed=1"]).digest != digest

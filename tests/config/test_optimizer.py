@@ -57,7 +57,6 @@ def test_what_a_run_has_no_use_for_is_refused_by_name(path, changes, key, remedy
         [*ROUNDS, *PRIVATE, 'optimizer.name="muon"', "optimizer.warmup=10"],
         [*ROUNDS, "optimizer.clip_norm=1.0"],
         [*FROZEN, 'optimizer.top.name="muon"', 'optimizer.schedule="cosine"'],
-        ["data.window=[40.0, 400.0]"],
     ],
 )
 def test_what_fits_is_taken(path, changes):

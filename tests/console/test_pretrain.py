@@ -121,6 +121,8 @@ def test_the_same_file_gives_the_same_weights(study: Path) -> None:
         ("test = 0.25", 'test = 0.25\nclasses = ["a", "b"]', "E103 .*data.classes"),
         ("epochs = 6", 'epochs = 6\nhead = "top"', "E103 .*no weights under 'top'.*output.1.bias"),
         ("lr = 0.01", "lr = 1e30", "E603"),
+        ("lr = 0.01", "lr = 0.01\ntop = { lr = 0.1 }", "E103 .*optimizer.top: .*trains the whole model"),
+        ("lr = 0.01", 'lr = 0.01\nschedule = "cosine"', "E103 .*optimizer.schedule"),
         ("shades.npz", "absent.npz", "E401 .*absent.npz"),
     ],
 )

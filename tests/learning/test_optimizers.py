@@ -255,7 +255,7 @@ def loss_after(section, late, seed):
 
 
 def test_muon_bears_gradients_that_come_late_better_than_adamw():
-    """Each with a learning rate that suffices without delay. Nine steps are those of `split_u` at window 6, with three sites."""
+    """Each with a rate that suffices without delay. Nine steps: `split_u` at window 6, with three sites."""
     adamw, muon = OptimizerSection(name="adamw", lr=3e-3), OptimizerSection(name="muon", lr=1e-2)
     at_once, late = ([[loss_after(rule, late, seed) for seed in range(4)] for rule in (adamw, muon)] for late in (0, 9))
     assert max(at_once[0] + at_once[1]) < 0.15
