@@ -183,7 +183,7 @@ class ServerRole(Role, Generic[S]):
         log = LogHead(int(hello["log_lines"]), str(hello["log_head"]))
         incarnation, mark, released = str(hello["incarnation"]), int(hello["mark"]), int(hello["released"])
         sequence = self.sequence_of(site, samples)
-        repeats = self._read_position(message, sequence)
+        repeats, expected = self._read_position(message, sequence), Expect(site, int(hello["sent"]))
         problem: tuple[int, str] | None = None
         if site in self.excluded:
             problem = self._exclusion_notice(site)
@@ -207,13 +207,10 @@ class ServerRole(Role, Generic[S]):
         # A hello may come again after a later one; only a new process may have lost its state.
         if incarnation not in self._greeted[site]:
             self._greeted[site] = [*self._greeted[site], incarnation][-INCARNATIONS_MAX:]
-        self._released[site] = max(self._released[site], released)
         self.sequences[site], self._counts[site] = sequence, samples
         if log.lines > self._logs[site].lines:
             self._logs[site] = log
-        self._repeats[site] += len(repeats)
-        effects: list[Effect] = [Release(site, self._released[site]), Again(site, repeats)]
-        return [*effects, *self._receipt(site), Expect(site, int(hello["sent"]))]
+        return [*self._release(site, released), *self._repeat(site, repeats), *self._receipt(site), expected]
 
     def _read_position(self, message: Message, sequence: S) -> range:
         """Check the position of a site in a hello; return the numbers of the answers that it lacks and that were sent.
@@ -230,7 +227,7 @@ class ServerRole(Role, Generic[S]):
             length = len(str(hello["incarnation"]))
             raise mismatch(f"{site} says hello at {stands}, with a name of {length} characters.")
         lacking = lacked(message, mark_max)
-        repeats = self._kept(site, range(lacking.start, min(lacking.stop, self.sent[site] + 1)))
+        repeats = self._kept(site, range(max(lacking.start, mark + 1), min(lacking.stop, self.sent[site] + 1)))
         if self._repeats[site] + len(repeats) > REPEATS_MAX + self.applied[site]:
             raise Refused(308, f"{site} has asked for {self._repeats[site]} answers again.", "look into its log.")
         return repeats
@@ -238,6 +235,18 @@ class ServerRole(Role, Generic[S]):
     def _kept(self, site: str, seqs: range) -> range:
         """Return those of the numbers whose messages are kept for a site."""
         return range(max(seqs.start, self._released[site] + 1), seqs.stop)
+
+    def _release(self, site: str, released: int) -> list[Effect]:
+        """Keep no answer that a site has saved."""
+        if released <= self._released[site]:
+            return []
+        self._released[site] = released
+        return [Release(site, released)]
+
+    def _repeat(self, site: str, seqs: range) -> list[Effect]:
+        """Send answers again that a site lacks, and count them."""
+        self._repeats[site] += len(seqs)
+        return [Again(site, seqs)] if seqs else []
 
     @override
     def ask(self, sender: str, missing: range) -> list[Effect]:
@@ -282,7 +291,7 @@ class ServerRole(Role, Generic[S]):
     def drop_site(self, site: str) -> list[Effect]:
         """Exclude a site, notify it, and complete the evaluations that waited only for it."""
         self.excluded[site] = sum(self.applied.values())
-        effects: list[Effect] = [Release(site, self.sent[site])]
+        effects: list[Effect] = []
         if site in self._counts:  # any other site is told in answer to its hello
             effects.append(Send(site, Kind.EXCLUDED, 0, scalars={"reason": self._exclusion_notice(site)[1]}))
         for candidate in self.evaluation.exclude(site):

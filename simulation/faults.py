@@ -1,6 +1,7 @@
 """Faulty connections to any broker, by seed: they do all that `Link` allows and that good ones hardly ever do.
 
     worker ──publish──────▶ ┌ FaultyLink ─┐ ──▶ stored once, twice or three times      duplicate
+                            │             │ ✗   confirmed, and not stored              lose
            ◀─Confirmed───── │ outbox      │ ◀─✗ stored, and its confirm is lost        lose_confirm
            ◀─Delivery────── │ arrived ⤨   │ ◀── overtaken by later ones                reorder
            ◀─None────────── │ silence     │ ◀── nothing for a while                    delay
@@ -62,7 +63,8 @@ class FaultyBroker(Broker):
     """Broker with faulty links over another broker; all faults follow from `seed`.
 
     Attributes:
-        counts: faults so far, over all links: "duplicates", "reordered", "delays", "lost_confirms", "disconnects", "lost".
+        counts: faults so far, over all links: "duplicates", "reordered", "delays", "lost_confirms",
+            "disconnects", "lost".
     """
 
     def __init__(self, broker: Broker, faults: Faults, seed: int) -> None:
