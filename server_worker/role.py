@@ -12,10 +12,10 @@ from typing_extensions import override
 
 from nightsplit.server_worker.evaluation import Evaluation
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.engine.effects import Effect, Finish, Record, Send
+from nightsplit.shared.engine.effects import Again, Effect, Expect, Finish, Record, Release, Send
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.errors import Refused, mismatch
-from nightsplit.shared.protocols.handshake import check_digest
+from nightsplit.shared.protocols.handshake import check_digest, lacked, position
 from nightsplit.shared.protocols.report import NO_FIGURES, SiteMetrics, decode_report
 from nightsplit.shared.protocols.rounds import RoundSequence
 from nightsplit.shared.protocols.stream import StreamSequence
@@ -26,10 +26,10 @@ from nightsplit.shared.wire.schema import Contract, Payload
 INCARNATIONS_MAX = 8
 """Largest number of incarnations of a site that are remembered."""
 HELLO_ANSWERS_MAX = 1000
-"""Answers to hellos that a site gets, besides one for each `COSIGNED_MESSAGES` of it that are
-applied. They wait for the site until it reads them."""
-COSIGNED_MESSAGES = 32
-"""Fewer than a site sends between two hellos."""
+"""Hellos of a site that are answered, and messages that are missing asked for, besides one for each message of it that
+is applied. The answers wait for the site until it reads them."""
+REPEATS_MAX = 1000
+"""Messages that are sent to a site again, besides one for each message of it that is applied."""
 INCARNATION_LENGTH_MAX = 64
 """Largest number of characters in an incarnation's name."""
 
@@ -82,8 +82,12 @@ class ServerRole(Role, Generic[S]):
         self._opened = False
         self._ended = False
         self._counts: dict[str, Samples] = {}
+        self.sent = dict.fromkeys(config.run.sites, 0)
+        """Number of the last message in sequence to each site."""
         self._released = dict.fromkeys(config.run.sites, 0)
-        """Number of answers that each site has announced as acknowledged."""
+        """Number of answers that each site has announced as saved; later ones are kept for it."""
+        self._repeats: Counter[str] = Counter()
+        """Messages sent again to each site."""
         self._hello_answers: Counter[str] = Counter()
         self._greeted: dict[str, list[str]] = {site: [] for site in config.run.sites}
         """Latest accepted incarnations of each site; earlier ones no longer run."""
@@ -120,7 +124,9 @@ class ServerRole(Role, Generic[S]):
     def start(self) -> list[Effect]:
         """Open the run at the first start, by sending its configuration as the first message to every site."""
         if self._ended:
-            return self.end()
+            # A site that lacks an answer cannot ask for it any more.
+            answers = [Again(site, self._kept(site, range(1, self.sent[site] + 1))) for site in self.active_sites]
+            return [*answers, *self.end()]
         if self._opened:
             return []
         self._opened = True
@@ -177,11 +183,7 @@ class ServerRole(Role, Generic[S]):
         log = LogHead(int(hello["log_lines"]), str(hello["log_head"]))
         incarnation, mark, released = str(hello["incarnation"]), int(hello["mark"]), int(hello["released"])
         sequence = self.sequence_of(site, samples)
-        # A site that has not enrolled tells no samples yet, so its last answer is unknown.
-        mark_max = sequence.last_answer if hello["enrolled"] else mark
-        if max(len(incarnation), len(log.head)) > INCARNATION_LENGTH_MAX or not 0 <= released <= mark <= mark_max:
-            position = f"answer {mark}, {released} of them stored"
-            raise mismatch(f"{site} says hello at {position}, with a name of {len(incarnation)} characters.")
+        repeats, expected = self._read_position(message, sequence), Expect(site, int(hello["sent"]))
         problem: tuple[int, str] | None = None
         if site in self.excluded:
             problem = self._exclusion_notice(site)
@@ -196,7 +198,7 @@ class ServerRole(Role, Generic[S]):
         elif hello["enrolled"] and incarnation not in self._greeted[site] and not self._may_follow(site, log):
             problem = 617, f"its exit log has {log.lines} lines, and had {self._logs[site].lines} before"
         if problem is not None or not hello["enrolled"]:
-            if not self._may_answer_hello(site):
+            if not self._may_answer(site):
                 raise Refused(
                     308, f"{site} has had {self._hello_answers[site]} answers to hellos.", "look into its log."
                 )
@@ -205,28 +207,74 @@ class ServerRole(Role, Generic[S]):
         # A hello may come again after a later one; only a new process may have lost its state.
         if incarnation not in self._greeted[site]:
             self._greeted[site] = [*self._greeted[site], incarnation][-INCARNATIONS_MAX:]
-        self._released[site] = max(self._released[site], released)
         self.sequences[site], self._counts[site] = sequence, samples
         if log.lines > self._logs[site].lines:
             self._logs[site] = log
-        return self._cosigned(site)
+        return [*self._release(site, released), *self._repeat(site, repeats), *self._receipt(site), expected]
 
-    def _may_answer_hello(self, site: str) -> bool:
-        return self._hello_answers[site] < HELLO_ANSWERS_MAX + self.applied[site] // COSIGNED_MESSAGES
+    def _read_position(self, message: Message, sequence: S) -> range:
+        """Check the position of a site in a hello; return the numbers of the answers that it lacks and that were sent.
+
+        Refused 304 if the position is impossible, 308 if the site has asked for too many.
+        """
+        site, hello = message.header.sender, message.scalars
+        mark, released, sent = (int(hello[name]) for name in ("mark", "released", "sent"))
+        # A site that has not enrolled tells no samples yet, so its last answer is unknown.
+        mark_max, sent_max = (sequence.last_answer, sequence.last) if hello["enrolled"] else (mark, 0)
+        too_long = max(len(str(hello[name])) for name in ("incarnation", "log_head")) > INCARNATION_LENGTH_MAX
+        if too_long or not 0 <= released <= mark <= mark_max or not 0 <= sent <= sent_max:
+            stands = f"answer {mark}, {released} of them stored, and message {sent}"
+            length = len(str(hello["incarnation"]))
+            raise mismatch(f"{site} says hello at {stands}, with a name of {length} characters.")
+        lacking = lacked(message, mark_max)
+        repeats = self._kept(site, range(max(lacking.start, mark + 1), min(lacking.stop, self.sent[site] + 1)))
+        if self._repeats[site] + len(repeats) > REPEATS_MAX + self.applied[site]:
+            raise Refused(308, f"{site} has asked for {self._repeats[site]} answers again.", "look into its log.")
+        return repeats
+
+    def _kept(self, site: str, seqs: range) -> range:
+        """Return those of the numbers whose messages are kept for a site."""
+        return range(max(seqs.start, self._released[site] + 1), seqs.stop)
+
+    def _release(self, site: str, released: int) -> list[Effect]:
+        """Keep no answer that a site has saved."""
+        if released <= self._released[site]:
+            return []
+        self._released[site] = released
+        return [Release(site, released)]
+
+    def _repeat(self, site: str, seqs: range) -> list[Effect]:
+        """Send answers again that a site lacks, and count them."""
+        self._repeats[site] += len(seqs)
+        return [Again(site, seqs)] if seqs else []
+
+    @override
+    def ask(self, sender: str, missing: range) -> list[Effect]:
+        if sender not in self.sequences or not self._may_answer(sender):
+            return []  # its hello tells how far it has sent
+        self._hello_answers[sender] += 1
+        return [Send(sender, Kind.RECEIPT, 0, scalars=position(self.sent[sender], missing))]
+
+    def _may_answer(self, site: str) -> bool:
+        return self._hello_answers[site] < HELLO_ANSWERS_MAX + self.applied[site]
 
     def _may_follow(self, site: str, log: LogHead) -> bool:
         """Return whether an exit log may be a later state of the one that was co-signed."""
         known = self._logs[site]
         return log.lines > known.lines or log == known
 
-    def _cosigned(self, site: str) -> list[Effect]:
-        known = self._logs[site]
-        if self.cosign is None or not known.lines or not self._may_answer_hello(site):
+    def _receipt(self, site: str) -> list[Effect]:
+        """Answer an accepted hello: with the last message sent, and the signature of the site's exit log."""
+        if not self._may_answer(site):
             return []
         self._hello_answers[site] += 1
-        signature = self.cosign(site, known.lines, known.head)
-        scalars: dict[str, Scalar] = {"lines": known.lines, "head_signed": known.head, "signature": signature}
-        return [Send(site, Kind.WITNESSED, 0, scalars=scalars)]
+        effects: list[Effect] = [Send(site, Kind.RECEIPT, 0, scalars=position(self.sent[site], range(0)))]
+        known = self._logs[site]
+        if self.cosign is not None and known.lines:
+            signature = self.cosign(site, known.lines, known.head)
+            scalars: dict[str, Scalar] = {"lines": known.lines, "head_signed": known.head, "signature": signature}
+            effects.append(Send(site, Kind.WITNESSED, 0, scalars=scalars))
+        return effects
 
     def end(self) -> list[Effect]:
         """End the run, and send the farewell; repeated by a server that is started again."""
@@ -310,7 +358,7 @@ class ServerRole(Role, Generic[S]):
             "digest": self.config.digest,
             "opened": self._opened, "ended": self._ended, "steps": self.steps, "applied": dict(self.applied),
             "released": dict(self._released), "refusals": dict(self.refusals),
-            "hello_answers": dict(self._hello_answers),
+            "hello_answers": dict(self._hello_answers), "sent": dict(self.sent), "repeats": dict(self._repeats),
             "greeted": {site: list(incarnations) for site, incarnations in self._greeted.items()},
             "logs": {site: list(log) for site, log in self._logs.items()},
             "counts": {site: list(samples) for site, samples in self._counts.items()},
@@ -330,6 +378,7 @@ class ServerRole(Role, Generic[S]):
         self._opened, self._ended, self.steps = facts["opened"], facts["ended"], facts["steps"]
         self.applied, self._released = facts["applied"], facts["released"]
         self._hello_answers = Counter(facts.get("hello_answers", {}))  # earlier versions did not count them
+        self.sent, self._repeats = facts.get("sent", self.sent), Counter(facts.get("repeats", {}))  # likewise
         self._greeted, self.excluded = facts["greeted"], facts["excluded"]
         logs = facts.get("logs", {})  # likewise
         self._logs = {site: LogHead(*logs.get(site, ())) for site in self.config.run.sites}

@@ -1,6 +1,7 @@
 """Faulty connections to any broker, by seed: they do all that `Link` allows and that good ones hardly ever do.
 
     worker ──publish──────▶ ┌ FaultyLink ─┐ ──▶ stored once, twice or three times      duplicate
+                            │             │ ✗   confirmed, and not stored              lose
            ◀─Confirmed───── │ outbox      │ ◀─✗ stored, and its confirm is lost        lose_confirm
            ◀─Delivery────── │ arrived ⤨   │ ◀── overtaken by later ones                reorder
            ◀─None────────── │ silence     │ ◀── nothing for a while                    delay
@@ -47,6 +48,7 @@ class Faults:
         delay: probability per event of a silence.
         lose_confirm: probability per publishing that a message is stored and its confirm lost.
         disconnect: probability per event that the connection is lost.
+        lose: probability per publishing that a message is confirmed, and lost.
     """
 
     duplicate: float = 0.0
@@ -54,13 +56,15 @@ class Faults:
     delay: float = 0.0
     lose_confirm: float = 0.0
     disconnect: float = 0.0
+    lose: float = 0.0
 
 
 class FaultyBroker(Broker):
     """Broker with faulty links over another broker; all faults follow from `seed`.
 
     Attributes:
-        counts: faults so far, over all links: "duplicates", "reordered", "delays", "lost_confirms", "disconnects".
+        counts: faults so far, over all links: "duplicates", "reordered", "delays", "lost_confirms",
+            "disconnects", "lost".
     """
 
     def __init__(self, broker: Broker, faults: Faults, seed: int) -> None:
@@ -134,8 +138,8 @@ class FaultyLink(LinkWrapper):
         self, queue: Queue, message_id: str, body: Sequence[bytes | memoryview], headers: Mapping[str, str] = {}
     ) -> None:
         sent = _Sent(queue, message_id, body, dict(headers))
-        self._offer(sent)
         self._outbox.append(sent)
+        self._offer(sent)
 
     @override
     def receive(self, timeout: float) -> Event | None:
@@ -185,10 +189,15 @@ class FaultyLink(LinkWrapper):
     def _offer(self, sent: _Sent) -> None:
         """Publish a message, or several copies of it."""
         copies = self._dice.randint(2, COPIES_MAX) if self._strikes(self._faults.duplicate) else 1
-        for _ in range(copies):
-            self._link.publish(sent.queue, sent.message_id, sent.body, sent.headers)
         sent.open_copies = copies
         self._counts["duplicates"] += copies - 1
+        if self._faults.lose and self._strikes(self._faults.lose):
+            self._counts["lost"] += 1
+            for _ in range(copies):
+                self._arrive(Confirmed(sent.message_id))
+            return
+        for _ in range(copies):
+            self._link.publish(sent.queue, sent.message_id, sent.body, sent.headers)
 
     def _take_in(self, timeout: float) -> None:
         """Fetch events until there are enough to reorder; wait only if there are none."""

@@ -9,6 +9,7 @@ run with real processes and real nights. Seeded faults come from the broker (`Fa
 """
 
 import hashlib
+import sqlite3
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -35,6 +36,7 @@ from nightsplit.shared.learning.seeds import Seed
 from nightsplit.shared.protocols.build import build_model
 from nightsplit.shared.protocols.spec import spec_of
 from nightsplit.shared.storage.checkpoint import Checkpoints
+from nightsplit.shared.storage.sent import SCHEMA, SentMessages
 from nightsplit.shared.transport import Broker, Link, Queue, Route
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.simulation.broker import MemoryBroker
@@ -87,6 +89,8 @@ class Simulation:
         self.clock = clock or ManualClock(START)
         self.workers = workers or (SERVER, *config.run.sites)
         self.store = MemoryStore()
+        self._sent = sqlite3.connect(":memory:", isolation_level=None)
+        self._sent.executescript(SCHEMA)
         self.checkpoints: dict[str, Checkpoints] = {
             worker: Checkpoints(folder / worker / "checkpoints") if on_disk else MemoryCheckpoints()
             for worker in self.workers
@@ -178,6 +182,8 @@ class Simulation:
         consume = [route.incoming for route in routes.values()]
         link = _NotifyingLink(self.broker.link(consume, self._prefetch, worker), self._wake_reader)
         mailbox = Mailbox(config.run.id, worker, link, routes, role.payload, config.wire.message_bytes)
+        if not role.rederives:
+            mailbox.sent = SentMessages(self._sent)
         checkpoints = self.checkpoints[worker]
         decide = lambda: self.decide()  # noqa: E731  (a test may set another one later)
         engine = Engine(role, mailbox, checkpoints, authority, self.lines.append, spend, decide)

@@ -1,4 +1,10 @@
-"""The site's side of every protocol: the handshake, the sequence numbers of its messages, the end of the run."""
+"""The site's side of every protocol: the handshake, the numbers of its messages, lost ones, the end of the run.
+
+    hello     sent: "I have sent messages up to 7"      missing: "I lack your answers 3 to 5"       released
+    receipt   sent: "I have sent answers up to 5"       missing: "I lack your messages 4 to 7"      (server)
+
+Queues keep the order. So the reader of either one has received all that its sender had sent before, or it was lost.
+"""
 
 import json
 from abc import abstractmethod
@@ -8,18 +14,23 @@ import torch
 from typing_extensions import override
 
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.engine.effects import Cosigned, Effect, Finish, Send, Spend
+from nightsplit.shared.engine.effects import Again, Cosigned, Effect, Expect, Finish, Send, Spend
 from nightsplit.shared.engine.role import Role
-from nightsplit.shared.errors import TITLES, RunError, mismatch
-from nightsplit.shared.protocols.handshake import check_digest
+from nightsplit.shared.errors import TITLES, Refused, RunError, mismatch
+from nightsplit.shared.protocols.handshake import check_digest, lacked, position
 from nightsplit.shared.protocols.rounds import RoundSequence
 from nightsplit.shared.protocols.stream import StreamSequence
 from nightsplit.shared.storage.checkpoint import Snapshot
 from nightsplit.shared.wire.message import SERVER, Kind, Message, Scalar
 from nightsplit.shared.wire.schema import Contract, Payload
 
-COSIGN_EVERY = 64
-"""Messages after which a site has the server co-sign its exit log, at the next checkpoint."""
+HELLO_EVERY = 64
+"""Messages after which a site says hello again, at the next checkpoint: the server co-signs its exit log, and need not
+keep the answers that the site has saved."""
+REMINDERS_MAX = 24
+"""Hellos of a site that waits, without an answer to any of them: a server may be off for long."""
+REPEATS_MAX = 1000
+"""Messages that a site sends again, besides one for each that it has sent."""
 
 
 class Account(Protocol):
@@ -69,11 +80,19 @@ class SiteRole(Role):
         self._incarnation = incarnation
         self._enrolled = False
         self._released = 0
-        """Answers that the broker may have dropped: a site that restores fewer has lost its state."""
+        """Answers in all kept checkpoints: a site that restores fewer than it has told has lost its state."""
+        self._saved = 0
+        """Answers in the newest checkpoint."""
+        self._in_snapshot = 0
+        """Answers in the newest snapshot."""
         self._told_seq = 1
         """Number of the next message when the site said its last hello."""
-        self._in_snapshot = 0
-        """Answers in the newest snapshot; the broker may drop them when it is saved."""
+        self._asked = 0
+        """Highest answer that the site has asked for since it was last reminded; others were asked for before it."""
+        self._reminders = 0
+        """Reminders since the last message of the server."""
+        self._repeats = 0
+        """Messages sent again for the server."""
 
     @property
     @abstractmethod
@@ -83,6 +102,10 @@ class SiteRole(Role):
     @abstractmethod
     def on_answer(self, message: Message) -> list[Effect]:
         """Apply the next message in the server's sequence; raises as `Role.on`."""
+
+    @abstractmethod
+    def message(self, seq: int) -> Send:
+        """Return message `seq`, which was not answered yet; the same every time."""
 
     @abstractmethod
     def model(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -105,6 +128,7 @@ class SiteRole(Role):
     @override
     def on(self, message: Message) -> list[Effect]:
         kind, scalars = message.header.kind, message.scalars
+        self._reminders = 0
         if kind is Kind.MANIFEST:
             return self._enrol(str(scalars["config"]), str(scalars["contract"]))
         if kind is Kind.REJECTED:
@@ -116,6 +140,8 @@ class SiteRole(Role):
             raise self._rejected(number, str(scalars["reason"]))
         if kind is Kind.WITNESSED:
             return [Cosigned(scalars)]
+        if kind is Kind.RECEIPT:
+            return self._read_receipt(message)
         if kind is Kind.EXCLUDED:
             raise self._rejected(608, str(scalars["reason"]))
         return self.on_answer(message)
@@ -145,7 +171,40 @@ class SiteRole(Role):
         self._enrolled = True
         return [self._hello()]
 
-    def _hello(self) -> Send:
+    @override
+    def ask(self, sender: str, missing: range) -> list[Effect]:
+        # Later holes are asked for at once; the same ones only when the next reminder is due.
+        if not self.at_work or missing[-1] <= self._asked:
+            return []
+        self._asked = missing[-1]
+        return [self._hello(missing)]
+
+    @override
+    def remind(self) -> list[Effect]:
+        if self.finished or self._reminders >= REMINDERS_MAX:
+            return []
+        self._reminders += 1
+        self._asked = 0
+        return [self._hello()]
+
+    def _read_receipt(self, receipt: Message) -> list[Effect]:
+        """Send again the messages that the server lacks, and find out which of its own were lost."""
+        sent = int(receipt.scalars["sent"])
+        if sent > self.sequence.last_answer:
+            raise mismatch(f"{receipt.header.message_id} counts {sent} of {self.sequence.last_answer} messages.")
+        missing = lacked(receipt, self.sequence.last)
+        # A receipt may come again after messages that it asks for; those not sent yet come by themselves.
+        seqs = range(max(missing.start, self.answered + 1), min(missing.stop, self.next_seq)) if missing else missing
+        if self._repeats + len(seqs) > REPEATS_MAX + self.next_seq:
+            raise Refused(308, f"the server has asked for {self._repeats} messages again.", "look into its log.")
+        self._repeats += len(seqs)
+        return [Again(SERVER, seqs), Expect(SERVER, sent)]
+
+    @override
+    def repeat(self, seq: int) -> Send | None:
+        return self.message(seq) if self.answered < seq < self.next_seq and not self.finished else None
+
+    def _hello(self, missing: range = range(0)) -> Send:
         # Not even the numbers of samples leave before site and server agree on the run.
         train, validation, test = self.samples if self._enrolled else (0, 0, 0)
         lines, head = self.exit_log.synced_head() if self.exit_log is not None and self._enrolled else (0, "")
@@ -154,19 +213,29 @@ class SiteRole(Role):
             "incarnation": self._incarnation, "contract": self.config.digest, "enrolled": self._enrolled,
             "train": train, "validation": validation, "test": test,
             "mark": self.answered, "released": self._released, "log_lines": lines, "log_head": head,
+            **position(self.next_seq - 1 if self._enrolled else 0, missing),
         }  # fmt: skip
         return Send(SERVER, Kind.HELLO, 0, scalars=scalars)
 
     @override
     def saved(self) -> list[Effect]:
-        # The server must know before the broker drops the first answer; and co-signs the exit log now and then.
-        if not self._released and self._in_snapshot:
-            self._released = self._in_snapshot
-            return [self._hello()]
-        is_due = self.exit_log is not None and self.next_seq - self._told_seq >= COSIGN_EVERY
-        return [self._hello()] if is_due and self.at_work else []
+        self._released, self._saved = self._saved, self._in_snapshot  # two checkpoints are kept
+        return [self._hello()] if self.next_seq - self._told_seq >= self.hello_every and self.at_work else []
 
-    def resume_seq(self, first_unconfirmed: int | None) -> int:
+    @property
+    def hello_every(self) -> int:
+        """Number of messages between two hellos."""
+        return HELLO_EVERY
+
+    def oldest_seq(self, first_unconfirmed: int | None) -> int:
+        """Return the number of the oldest message that may have to be made again.
+
+        After a restore the site sends from the first unconfirmed message on; the server may lack those that it has not
+        answered.
+        """
+        return min(self._resume_seq(first_unconfirmed), self.answered + 1)
+
+    def _resume_seq(self, first_unconfirmed: int | None) -> int:
         """Return the number of the first message to send after a restore."""
         return min(first_unconfirmed or self.next_seq, self.next_seq)
 
@@ -174,9 +243,9 @@ class SiteRole(Role):
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         self._in_snapshot = self.answered
         facts: dict[str, Any] = {
-            "digest": self.config.digest, "next": self.resume_seq(first_unconfirmed), "answered": self.answered,
+            "digest": self.config.digest, "next": self._resume_seq(first_unconfirmed), "answered": self.answered,
             "finished": self.finished, "enrolled": self._enrolled, "released": self._released,
-            "best": self.best, "judged": self._evaluated,
+            "best": self.best, "judged": self._evaluated, "repeats": self._repeats,
         }  # fmt: skip
         return Snapshot({}, facts)
 
@@ -187,6 +256,7 @@ class SiteRole(Role):
         self.next_seq, self.answered = facts["next"], facts["answered"]
         self.best, self._evaluated = facts["best"], facts["judged"]
         self.finished, self._enrolled, self._released = facts["finished"], facts["enrolled"], facts["released"]
+        self._saved, self._repeats = self.answered, facts.get("repeats", 0)  # earlier versions did not count them
 
 
 def _describe_difference(theirs: str, ours: str) -> str:

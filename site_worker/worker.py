@@ -156,7 +156,6 @@ class SiteWorker(Worker):
                 role, mailbox, Checkpoints(self.state_folder / "checkpoints"), SoleWriter(),
                 spend=role.account.pay if role.account else forbid_spending, failures=failures,
             )  # fmt: skip
-            engine.sync_records = exit_log.sync
             self._counters = engine.counters
             self.skipped_checkpoints = engine.recover()
             self.enter(Phase.WORKING)

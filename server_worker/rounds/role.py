@@ -215,6 +215,7 @@ class RoundServer(ServerRole[RoundSequence]):
         """Answer the update that ended with message `seq` with the current model."""
         slices = self.layout.slices
         self._base_versions[site] = self.version
+        self.sent[site] = seq
         if self.is_last:
             self._final.add(site)
         return [

@@ -130,6 +130,7 @@ class StreamServer(ServerRole[StreamSequence]):
         scalars: Mapping[str, Scalar] = {},
     ) -> Send:  # fmt: skip
         """Return the answer to message `seq` of a site, with the progress on the epochs so far."""
+        self.sent[site] = seq
         return Send(site, kind, seq, reply_to=seq, tensors=tensors, scalars={**scalars, **self.progress})
 
     def close_batch(self, site: str) -> list[Effect]:

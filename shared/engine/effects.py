@@ -46,13 +46,37 @@ class Cosigned:
 
 
 @dataclass(frozen=True, slots=True)
+class Again:
+    """Messages to send again to a receiver that lacks them, by number."""
+
+    receiver: str
+    seqs: range
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """Number of the last message that a sender had sent before the present one: all up to it are here, or were lost."""
+
+    sender: str
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Number up to which a receiver has saved the messages to it, so that it can no longer lack one."""
+
+    receiver: str
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """End of the role's work; the farewell is sent once every kept checkpoint contains the end."""
 
     farewell: tuple[Send, ...] = ()
 
 
-Effect = Send | Record | Spend | Cosigned | Finish
+Effect = Send | Record | Spend | Cosigned | Again | Expect | Release | Finish
 
 
 def forbid_spending(spend: Spend) -> None:

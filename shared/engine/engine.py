@@ -8,40 +8,43 @@
                  write, force to disk, rename, move the pointer                    [3] checkpoint
                  ack the inputs of the *oldest kept* checkpoint                    [4] ack
 
-Inputs stay at the broker, which serves as the write-ahead log, until two checkpoints with their effects
-are durable. A crash before [3] replays the same inputs from the same state and publishes byte-identical
-messages again, which receivers drop by their marks; after a crash following [3], deliveries below the marks
-are only acknowledged. docs/explanation/delivery.md has the full rules.
+Inputs stay at the broker, the write-ahead log, until two checkpoints with their effects are durable. After a crash
+before [3] the same inputs give the same state and messages, which receivers drop by their marks; after one behind [3],
+deliveries below the marks are only acknowledged. docs/explanation/delivery.md has the full rules.
 """
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from logging import WARNING
 from typing import assert_never
 
 from nightsplit.shared import crash_points
-from nightsplit.shared.engine.effects import Cosigned, Effect, Finish, Record, Send, Spend, forbid_spending
+from nightsplit.shared.engine.effects import (
+    Again,
+    Cosigned,
+    Effect,
+    Expect,
+    Finish,
+    Record,
+    Release,
+    Send,
+    Spend,
+    forbid_spending,
+)
 from nightsplit.shared.engine.failures import Failures
-from nightsplit.shared.engine.fencing import CheckpointAuthority
+from nightsplit.shared.engine.fencing import CheckpointAuthority, write_valid
 from nightsplit.shared.engine.inbox import Inbox
-from nightsplit.shared.engine.mailbox import DeadLetter, Mailbox, Received
+from nightsplit.shared.engine.mailbox import DeadLetter, Mailbox, Outcome, Received
 from nightsplit.shared.engine.order import Apply, CloseRound, DeliveryOrder, Exclude, OrderEntry
-from nightsplit.shared.engine.pending import PendingSnapshot, UnackedDeliveries, UnconfirmedSends
+from nightsplit.shared.engine.outgoing import Outgoing
+from nightsplit.shared.engine.patience import Patience
+from nightsplit.shared.engine.pending import PendingSnapshot, UnackedDeliveries
 from nightsplit.shared.engine.role import Role
 from nightsplit.shared.errors import Refused, StateError
 from nightsplit.shared.log import event
 from nightsplit.shared.storage.checkpoint import Checkpoints, Snapshot
 from nightsplit.shared.transport import Blocked, Confirmed, Delivery, Unblocked
-from nightsplit.shared.wire.message import UNSEQUENCED, Header, Message
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """Header of a sequenced message, and the reason for its refusal; None if it was applied."""
-
-    header: Header
-    refusal: Refused | None
+from nightsplit.shared.wire.message import UNSEQUENCED, Message
 
 
 class Engine:
@@ -75,9 +78,8 @@ class Engine:
         self._record = record
         self._spend = spend
         self._failures = Failures(failures)
-        # The broker hands out at most `prefetch` unacknowledged messages of a queue. Each waits for a predecessor, is
-        # applied since the last snapshot, is in the pending snapshot, or is in the newest checkpoint and not yet in
-        # the oldest kept one: a quarter for each.
+        # A delivery within the prefetch waits for a predecessor, is applied since the last snapshot, is in the pending
+        # snapshot, or is in the newest checkpoint and not yet in the oldest kept one: a quarter for each.
         self._quarter = max(1, self._link.prefetch // 4)
 
         self.marks = dict.fromkeys(mailbox.routes, 0)
@@ -90,10 +92,10 @@ class Engine:
         """Number of the last checkpoint written."""
         self._inbox = {peer: Inbox(route.incoming) for peer, route in mailbox.routes.items()}
         self._unacked = UnackedDeliveries(checkpoints.keep)
-        self._unconfirmed_sends = UnconfirmedSends()
+        self._outgoing = Outgoing(role, mailbox, authority, unconfirmed_max=self._quarter)
         self._pending: PendingSnapshot | None = None
-        self._dirty = False
-        self._last_snapshot = self.monotonic()
+        self._patience = Patience(lambda: self.monotonic())
+        self._dirty, self._last_snapshot = False, self.monotonic()
         self._finish: Finish | None = None
 
     def recover(self) -> list[str]:
@@ -147,9 +149,11 @@ class Engine:
 
     def step(self, wait: float) -> bool:
         """Run one turn of the loop, waiting up to `wait` seconds for work; return whether there was any."""
-        worked = self._apply() or self._work()
+        worked = self._outgoing.repeat() or self._apply() or self._work()
         self._make_room()
         received = self._receive(0.0 if worked else wait)
+        if self._patience.is_over(worked) and self.counters.blocked_reason is None:
+            self._perform(self._role.remind())
         self._advance_checkpoint()
         return worked or received
 
@@ -184,21 +188,28 @@ class Engine:
         """Sort a delivery: to be applied in its turn, to be applied now, a duplicate, or refused."""
         received = self._mailbox.receive(delivery)
         if isinstance(received, DeadLetter):
-            self._keep_until_saved(received.delivery)
-            return
-        sender, seq = received.header.sender, received.header.seq
-        if received.header.kind in UNSEQUENCED:
-            self._apply_unsequenced(received)
-        elif seq <= self.marks[sender] or sender in self._role.excluded:
-            self.counters.counts["duplicates"] += 1
             self._keep_until_saved(delivery)
-        elif (older := self._inbox[sender].put(received, is_next=seq == self.marks[sender] + 1)) is not None:
+        elif received.header.kind in UNSEQUENCED:
+            self._apply_unsequenced(received)
+        else:
+            self._put(received)
+
+    def _put(self, received: Received) -> None:
+        """Let a message wait for its turn, unless it is a duplicate, and ask for those that were lost before it."""
+        sender, seq = received.header.sender, received.header.seq
+        inbox, mark = self._inbox[sender], self.marks[sender]
+        gap = inbox.gap_before(seq, mark)
+        duplicate: Delivery | None = received.delivery
+        if seq > mark and sender not in self._role.excluded:
+            duplicate = inbox.put(received, is_next=seq == mark + 1)
+            self._ask(sender, gap)
+        if duplicate is not None:
             self.counters.counts["duplicates"] += 1
-            self._keep_until_saved(older)
+            self._keep_until_saved(duplicate)
 
     def _apply(self) -> bool:
         """Perform the next entry of the order; return False if there is none yet."""
-        if not self._role.rederives and self._is_ahead():
+        if not self._role.rederives and self._outgoing.is_ahead:
             return False  # a message would produce a reply, and no more may be sent yet
         match self._order.choose(self.position + 1, self.ready):
             case None:
@@ -247,6 +258,12 @@ class Engine:
         self._failures.check(received)
         return self._mailbox.open(received)
 
+    def _ask(self, sender: str, missing: range) -> None:
+        """Ask a sender for messages that were lost, if any."""
+        if missing:
+            event("messages_missing", WARNING, sender=sender, first=missing[0], last=missing[-1])
+            self._perform(self._role.ask(sender, missing))
+
     def _exclude(self, sender: str) -> None:
         """Exclude a sender; its further messages are only acknowledged."""
         for delivery in self._inbox[sender].clear():
@@ -268,15 +285,11 @@ class Engine:
             if self.marks[sender] + 1 in inbox:
                 continue
             unacked = self._unacked.count(self._mailbox.routes[sender].incoming.name)
-            if len(inbox) + unacked >= self._link.prefetch:
-                if unacked:
-                    self._advance_checkpoint(early=True)
-                elif inbox.may_grow:
-                    self._link.raise_prefetch(2 * self._link.prefetch)
-
-    def _is_ahead(self) -> bool:
-        """Return whether to pause sending: if the oldest unconfirmed send is lost, later ones could fill a prefetch."""
-        return self._unconfirmed_sends.is_ahead(self._quarter)
+            is_full = len(inbox) + unacked >= self._link.prefetch
+            if is_full and unacked:
+                self._advance_checkpoint(early=True)
+            elif is_full and inbox.may_grow:
+                self._link.raise_prefetch(2 * self._link.prefetch)
 
     def _keep_until_saved(self, delivery: Delivery) -> None:
         self._unacked.add(delivery)
@@ -286,7 +299,7 @@ class Engine:
 
     def _work(self) -> bool:
         """Perform further work of the role, unless its sends are too far ahead of the confirms."""
-        if self._is_ahead():
+        if self._outgoing.is_ahead:
             return False
         effects = self._role.next()
         self._perform(effects)
@@ -295,32 +308,27 @@ class Engine:
     def _perform(self, effects: list[Effect]) -> None:
         for effect in effects:
             match effect:
-                case Send():
-                    self._send(effect)
+                case Send() | Again() | Release():
+                    self._outgoing.perform(effect)
                 case Record():
                     self._record(effect)
                 case Spend():
                     self._spend(effect)
                 case Cosigned():
                     self._mailbox.witness(effect.signed)
+                case Expect(sender, last):
+                    self._ask(sender, self._inbox[sender].missing(self.marks[sender], last))
                 case Finish():
                     self._finish = effect
                 case _:
                     assert_never(effect)
         self._dirty = self._dirty or bool(effects)
 
-    def _send(self, send: Send) -> None:
-        fence = self._authority.fence
-        header = self._mailbox.header(send.receiver, send.kind, send.seq, send.reply_to, send.version, fence)
-        message_id = self._mailbox.send(Message(header, send.tensors, send.scalars))
-        if send.seq:
-            self._unconfirmed_sends.add(message_id, send.receiver, send.seq)
-
     # -- [2] confirm, [3] checkpoint, [4] ack ---------------------------------------------------
 
     def _confirm(self, message_id: str) -> None:
         crash_points.reach("before_confirm")
-        self._unconfirmed_sends.confirm(message_id)
+        self._outgoing.unconfirmed.confirm(message_id)
         self.counters.counts["confirmed"] += 1
         if self._pending is not None:
             self._pending.waiting_for.discard(message_id)
@@ -353,27 +361,23 @@ class Engine:
                 self._commit(self._pending)
 
     def _snapshot(self) -> PendingSnapshot:
-        of_role = self._role.snapshot(self._unconfirmed_sends.first)
+        of_role = self._role.snapshot(self._outgoing.unconfirmed.first)
         of_engine = {"run": self._mailbox.run, "marks": dict(self.marks), "position": self.position}
         waiting_for = set(self._link.unconfirmed)
         if self._role.rederives:
             # After a crash the role makes its sends again, but neither dead letters nor messages without a number.
-            waiting_for = {sent for sent in waiting_for if sent not in self._unconfirmed_sends}
+            waiting_for = {sent for sent in waiting_for if sent not in self._outgoing.unconfirmed}
         snapshot = Snapshot(of_role.tensors, {"engine": of_engine, "role": of_role.facts})
         self._unacked.seal()
-        self._dirty = False
-        self._last_snapshot = self.monotonic()
+        self._dirty, self._last_snapshot = False, self.monotonic()
         return PendingSnapshot(snapshot, waiting_for)
 
     def _commit(self, pending: PendingSnapshot) -> None:
         self._pending = None
         self._checkpoint_number += 1
         self.sync_records()
-        pointer = self._checkpoints.write(self._authority.fence, self._checkpoint_number, pending.snapshot)
-        if not self._authority.move_pointer(pointer):
-            sentence = f"another server with a higher fence than {self._authority.fence} is active."
-            raise StateError(505, sentence, "nothing is lost; stop this server, or the other one.")
-        self._checkpoints.prune()
+        self._mailbox.sync()
+        write_valid(self._checkpoints, self._authority, self._checkpoint_number, pending.snapshot)
         self.counters.counts["checkpoints"] += 1
         self._perform(self._role.saved())
         for delivery in self._unacked.free():
@@ -383,6 +387,9 @@ class Engine:
 
     def _end(self, finish: Finish) -> None:
         """Save the end in all kept checkpoints, so that none reopens the run; send the farewell; acknowledge all."""
+        while not self._role.rederives and self._outgoing.has_repeats:
+            if not self._outgoing.repeat():
+                self._receive(0.1)
         for _ in range(self._checkpoints.keep):
             self._save_now()
         self._perform(list(finish.farewell))

@@ -4,7 +4,8 @@ from typing import Protocol
 
 from typing_extensions import override
 
-from nightsplit.shared.storage.checkpoint import Pointer
+from nightsplit.shared.errors import StateError
+from nightsplit.shared.storage.checkpoint import Checkpoints, Pointer, Snapshot
 
 
 class CheckpointAuthority(Protocol):
@@ -50,3 +51,11 @@ class SoleWriter(CheckpointAuthority):
     @override
     def journal_entry(self, position: int) -> str | None:
         return None
+
+
+def write_valid(checkpoints: Checkpoints, authority: CheckpointAuthority, number: int, snapshot: Snapshot) -> None:
+    """Write a checkpoint, make it the newest valid one, and remove old ones; StateError 501 or 505, nothing removed."""
+    if not authority.move_pointer(checkpoints.write(authority.fence, number, snapshot)):
+        sentence = f"another server with a higher fence than {authority.fence} is active."
+        raise StateError(505, sentence, "nothing is lost; stop this server, or the other one.")
+    checkpoints.prune()

@@ -30,6 +30,8 @@ class Inbox:
         """Deliveries whose body is only at the broker, with its size."""
         self._bytes = 0
         self._may_grow = True
+        self._highest = 0
+        """Highest seq of any delivery."""
 
     def __len__(self) -> int:
         return len(self._received) + len(self._without_body)
@@ -37,6 +39,25 @@ class Inbox:
     def __contains__(self, seq: object) -> bool:
         """Return whether `seq` can be applied."""
         return seq in self._received
+
+    def gap_before(self, seq: int, mark: int) -> range:
+        """Return the numbers, later than `mark`, between a new delivery and all deliveries so far.
+
+        A queue keeps the order: these messages were lost, or come again after a lost connection.
+        """
+        expected = max(self._highest, mark) + 1
+        self._highest = max(self._highest, seq)
+        return range(expected, seq)
+
+    def missing(self, mark: int, last: int) -> range:
+        """Return the numbers from the first missing one after `mark` to the last one up to `last`; empty for none."""
+        here = self._received.keys() | self._without_body.keys()
+        first = mark + 1
+        while first in here:
+            first += 1
+        while last in here:
+            last -= 1
+        return range(first, last + 1)
 
     def put(self, received: Received, is_next: bool) -> Delivery | None:
         """Add a delivery, if it is not the next one perhaps without its body; return an older one of the same seq."""

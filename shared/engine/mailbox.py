@@ -1,7 +1,7 @@
 """Pipeline of all messages into a worker and out of it. No other code reads headers, refuses or publishes.
 
     in    link: verify, open ─▶ header ─▶ identity ─▶ schema, decode ─▶ message | dead letter
-    out   message ─▶ gate (sites) ─▶ schema, encode ─▶ exit log (sites) ─▶ link: sign, seal
+    out   message ─▶ gate (sites) ─▶ schema, encode ─▶ exit log (sites), kept (server) ─▶ link: sign, seal
 
 The link of a run with keys opens and seals (`nightsplit.broker.sealed`).
 """
@@ -13,6 +13,7 @@ from typing import Protocol
 
 from nightsplit.shared.engine.counters import Counters
 from nightsplit.shared.errors import Refused
+from nightsplit.shared.storage.sent import SentMessages
 from nightsplit.shared.transport import Delivery, Link, Queue, Route
 from nightsplit.shared.wire.format import encode, read_body
 from nightsplit.shared.wire.head import Head, read_head
@@ -41,6 +42,14 @@ class DeadLetter:
     copy: str
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Header of a sequenced message, and the reason for its refusal; None if it was applied."""
+
+    header: Header
+    refusal: Refused | None
+
+
 class Gate(Protocol):
     """Check of each message against the hospital's policy, see `nightsplit.site_worker.policy`."""
 
@@ -60,6 +69,9 @@ class ExitLog(Protocol):
     def witness(self, signed: Mapping[str, Scalar]) -> None:
         """Append a co-signature of the server; errors as `write`."""
 
+    def sync(self) -> None:
+        """Force all lines to disk; StateError 501."""
+
 
 def header_of(body: bytes) -> Header:
     """Decode the header of a stored message, to show it; Refused 301-309 if it cannot be read."""
@@ -76,6 +88,9 @@ class Mailbox:
         message_bytes: largest message in both directions.
         gate, exit_log: policy of a site, and log of what leaves it; None at the server, which has no patients.
     """
+
+    sent: SentMessages | None = None
+    """Messages in sequence that were sent, at a worker that cannot make them again."""
 
     def __init__(
         self, run: str, name: str, link: Link, routes: Mapping[str, Route],
@@ -155,9 +170,35 @@ class Mailbox:
         body = encode(message, payload, self.message_bytes)
         if self._exit_log is not None:
             self._exit_log.write(message.header, payload, samples, body)
-        self.link.publish(self.routes[message.header.receiver].outgoing, name, body)
-        self.counters.counts.update(sent=1, sent_bytes=sum(memoryview(piece).nbytes for piece in body))
+        if self.sent is not None and message.header.seq:
+            self.sent.keep(message.header.receiver, message.header.seq, name, body)
+        self._publish(message.header.receiver, name, body)
         return name
+
+    def send_kept(self, receiver: str, seq: int) -> str | None:
+        """Publish a message again as it was, and return its id; None if it is not kept."""
+        kept = self.sent.find(receiver, seq) if self.sent is not None else None
+        if kept is None:
+            return None
+        name, body = kept
+        self._publish(receiver, name, [body])
+        return name
+
+    def release(self, receiver: str, last: int) -> None:
+        """Keep no message up to number `last` to a receiver."""
+        if self.sent is not None:
+            self.sent.release(receiver, last)
+
+    def sync(self) -> None:
+        """Force to disk what is known of all messages sent so far; StateError 501."""
+        if self.sent is not None:
+            self.sent.sync()
+        if self._exit_log is not None:
+            self._exit_log.sync()
+
+    def _publish(self, receiver: str, name: str, body: Sequence[bytes | memoryview]) -> None:
+        self.link.publish(self.routes[receiver].outgoing, name, body)
+        self.counters.counts.update(sent=1, sent_bytes=sum(memoryview(piece).nbytes for piece in body))
 
     def witness(self, signed: Mapping[str, Scalar]) -> None:
         """Keep a co-signature of the server in the exit log."""

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Set
 from typing import ClassVar
 
-from nightsplit.shared.engine.effects import Effect
+from nightsplit.shared.engine.effects import Effect, Send
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.storage.checkpoint import Snapshot
 from nightsplit.shared.wire.message import Header, Kind, Message
@@ -63,6 +63,18 @@ class Role(ABC):
     @abstractmethod
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
         """Count a refused message of a sequence as applied."""
+
+    def ask(self, sender: str, missing: range) -> list[Effect]:
+        """Ask a sender for messages that were lost, by number; it has sent later ones, or has said so."""
+        return []
+
+    def repeat(self, seq: int) -> Send | None:
+        """Make a message again that was sent, in a role that rederives; None if its receiver has answered it."""
+        raise NotImplementedError
+
+    def remind(self) -> list[Effect]:
+        """React to a long time without work."""
+        return []
 
     def exclude(self, sender: str) -> list[Effect]:
         """Add a sender to `excluded`; no message of it is applied any more."""

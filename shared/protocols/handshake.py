@@ -1,8 +1,8 @@
 """Handshake of a site and the server before any patient's data is sent; the same in every protocol."""
 
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.errors import TITLES, RunError
-from nightsplit.shared.wire.message import Kind
+from nightsplit.shared.errors import TITLES, RunError, mismatch
+from nightsplit.shared.wire.message import Kind, Message, Scalar
 from nightsplit.shared.wire.schema import Payload, Reveals, ScalarSpec
 
 PROGRESS = {"best": ScalarSpec(int, low=0), "judged": ScalarSpec(int, low=0)}
@@ -10,6 +10,7 @@ PROGRESS = {"best": ScalarSpec(int, low=0), "judged": ScalarSpec(int, low=0)}
 
 _SEQ, _COUNT = ScalarSpec(int, Reveals.NOTHING, low=0), ScalarSpec(int, Reveals.COUNTS, low=0)
 _TEXT, _NUMBER = ScalarSpec(str, Reveals.NOTHING), ScalarSpec(int, low=min(TITLES), high=max(TITLES))
+_POSITION = {"sent": _SEQ, "first_missing": _SEQ, "last_missing": _SEQ}
 
 HANDSHAKE = (
     Payload(Kind.MANIFEST, scalars={"config": _TEXT, "contract": _TEXT}),
@@ -18,15 +19,33 @@ HANDSHAKE = (
         scalars={
             "incarnation": _TEXT, "enrolled": ScalarSpec(bool, Reveals.NOTHING), "contract": _TEXT,
             "train": _COUNT, "validation": _COUNT, "test": _COUNT, "mark": _SEQ, "released": _SEQ,
-            "log_lines": _SEQ, "log_head": _TEXT,
+            "log_lines": _SEQ, "log_head": _TEXT, **_POSITION,
         },
     ),
     Payload(Kind.REJECTED, scalars={"incarnation": _TEXT, "number": _NUMBER, "reason": _TEXT}),
     Payload(Kind.EXCLUDED, scalars={"reason": _TEXT}),
     Payload(Kind.WITNESSED, scalars={"lines": _SEQ, "head_signed": _TEXT, "signature": _TEXT}),
+    Payload(Kind.RECEIPT, scalars=_POSITION),
 )  # fmt: skip
 """Payloads of the handshake; `contract` is the digest of the run, `log_lines` and `log_head` are
-the length and head of the site's exit log. A rejection names the hello that it answers."""
+the length and head of the site's exit log. A rejection names the hello that it answers. `sent` is the number of the
+sender's last message in sequence; it lacks messages `first_missing` to `last_missing` of the receiver, 0 for none."""
+
+
+def lacked(message: Message, last: int) -> range:
+    """Return the numbers of the messages that a hello or a receipt asks for; Refused 304 if not within 1 to `last`."""
+    first_missing, last_missing = (int(message.scalars[name]) for name in ("first_missing", "last_missing"))
+    if first_missing == last_missing == 0:
+        return range(0)
+    if not 0 < first_missing <= last_missing <= last:
+        raise mismatch(f"{message.header.message_id} asks for messages {first_missing} to {last_missing} of {last}.")
+    return range(first_missing, last_missing + 1)
+
+
+def position(sent: int, missing: range) -> dict[str, Scalar]:
+    """Return the scalars of a hello or a receipt with the number of its sender's last message, and those it lacks."""
+    return {"sent": sent, "first_missing": min(missing, default=0), "last_missing": max(missing, default=0)}
+
 
 REFUSAL = {"number": _NUMBER, "reason": _TEXT}
 """Scalars of the answer to a refused message."""

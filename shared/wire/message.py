@@ -41,10 +41,11 @@ class Kind(StrEnum):
     REJECTED = "rejected"  # server -> site: the hello is not accepted
     EXCLUDED = "excluded"  # server -> site: the run went on without the site
     WITNESSED = "witnessed"  # server -> site: co-signature of the site's exit log
+    RECEIPT = "receipt"  # server -> site: how far it has sent, and messages of the site that it lacks
     FINISH = "finish"  # server -> site: the run is over
 
 
-UNSEQUENCED = frozenset({Kind.MANIFEST, Kind.HELLO, Kind.REJECTED, Kind.EXCLUDED, Kind.WITNESSED})
+UNSEQUENCED = frozenset({Kind.MANIFEST, Kind.HELLO, Kind.REJECTED, Kind.EXCLUDED, Kind.WITNESSED, Kind.RECEIPT})
 """Kinds with seq 0, since their number would depend on timing; they may be repeated."""
 
 FROM_SITES = frozenset({

@@ -4,6 +4,7 @@ from typing_extensions import override
 
 from nightsplit.shared.engine.effects import Send
 from nightsplit.shared.protocols.plan import Item
+from nightsplit.shared.protocols.stream import Slot
 from nightsplit.shared.wire.message import Kind, Message
 from nightsplit.site_worker.stream.role import StreamSite
 
@@ -12,9 +13,9 @@ class SplitLabelsSite(StreamSite):
     """Role that sends activations with their targets, and trains with the gradients of the server."""
 
     @override
-    def first_half(self, item: Item) -> Send:
-        tensors = {"smashed": self.forward(item), "targets": self.batches.targets(item)}
-        return self.message_about(item, Kind.SMASHED, tensors)
+    def first_half(self, slot: Slot) -> Send:
+        tensors = {"smashed": self.forward(slot.item), "targets": self.batches.targets(slot.item)}
+        return self.message_at(slot, Kind.SMASHED, tensors)
 
     @override
     def apply_answer(self, item: Item, message: Message) -> None:

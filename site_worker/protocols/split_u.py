@@ -34,9 +34,9 @@ class SplitUSite(StreamSite):
         self._bound = RunningBound((SERVER,), outlier=WRECK)
         """Bound on the head's gradients, which depend on the server's activations."""
         self._gradients: dict[int, torch.Tensor] = {}
-        """Gradients at the head's input, by item, until their message is confirmed."""
+        """Gradients at the head's input, by item, until their message is answered."""
         self._reports: dict[int, str] = {}
-        """Metrics by the last item of their block, until their message is confirmed."""
+        """Metrics by the last item of their block, until their message is answered."""
         self._outputs: dict[int, torch.Tensor] = {}
         """Outputs for the held-out samples of the open evaluation block, by item."""
         self._heads: dict[int, dict[str, torch.Tensor]] = {}
@@ -47,15 +47,16 @@ class SplitUSite(StreamSite):
         return {**super().model(), "head": self._heads.get(self.best, self.head.module.state_dict())}
 
     @override
-    def first_half(self, item: Item) -> Send:
-        return self.message_about(item, Kind.SMASHED, {"smashed": self.forward(item)})
+    def first_half(self, slot: Slot) -> Send:
+        return self.message_at(slot, Kind.SMASHED, {"smashed": self.forward(slot.item)})
 
     @override
-    def second_half(self, item: Item) -> Send:
-        if item.number in self._gradients:
-            return self.message_about(item, Kind.HEAD_GRADIENT, {"gradient": self._gradients[item.number]})
+    def second_half(self, slot: Slot) -> Send:
+        q = slot.item.number
+        if q in self._gradients:
+            return self.message_at(slot, Kind.HEAD_GRADIENT, {"gradient": self._gradients[q]})
         # Also if the head's input was refused: then there is no gradient, and no report.
-        return self.message_about(item, Kind.REPORT, {}, metrics=self._reports.get(item.number, NO_FIGURES))
+        return self.message_at(slot, Kind.REPORT, {}, metrics=self._reports.get(q, NO_FIGURES))
 
     @override
     def apply_answer(self, item: Item, message: Message) -> None:
@@ -94,9 +95,9 @@ class SplitUSite(StreamSite):
     @override
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         base = super().snapshot(first_unconfirmed)
-        resume = base.facts["next"]
+        oldest = self.oldest_seq(first_unconfirmed)
         for by_item in (self._gradients, self._reports):
-            for q in [q for q in by_item if self.sequence.completing_seq(q) < resume]:
+            for q in [q for q in by_item if self.sequence.completing_seq(q) < oldest]:
                 del by_item[q]
         tensors = {**base.tensors, **flatten("gradients", self._gradients), **flatten("outputs", self._outputs)}
         tensors.update(flatten("head", self.head.module.state_dict()))

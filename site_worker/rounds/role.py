@@ -51,7 +51,7 @@ class RoundSite(SiteRole):
         self._last_update = 0
         """Number of the last complete update; the next one is in training, or waits for its model."""
         self._updates: dict[int, torch.Tensor] = {}
-        """Updates with unconfirmed messages."""
+        """Updates with messages that are unconfirmed or unanswered."""
         self._versions: dict[int, int] = {}
         """Version of the model that each of them began with."""
         self._slices: list[torch.Tensor] = []
@@ -86,11 +86,9 @@ class RoundSite(SiteRole):
     def next(self) -> list[Effect]:
         if not self.at_work:
             return []
-        update, number = self.sequence.at(self.next_seq)
+        update, _ = self.sequence.at(self.next_seq)
         if update <= self._last_update:
-            part = self._updates[update][self.layout.slice(number)]
-            metrics = self._metrics[update] if number == self.layout.slices else NO_FIGURES
-            return [self._send(Kind.UPDATE, self._versions[update], {"values": part}, metrics)]
+            return [self._send_next()]
         if self.answered // self.layout.slices < self._last_update:
             return []  # the answer to the last update is not here
         current = self._last_update + 1
@@ -100,7 +98,7 @@ class RoundSite(SiteRole):
         if self._is_final:
             if self.next_seq > self._last_update * self.layout.slices + 1:
                 return []  # the report is sent
-            return [self._send(Kind.REPORT, self._version, self.report_tensors(), self._metrics[current])]
+            return [self._send_next()]
         if self.step < current * self.work.batches:
             self._train()
         if self.step == current * self.work.batches:
@@ -254,14 +252,29 @@ class RoundSite(SiteRole):
     def _record_step(self) -> Record:
         return Record({"event": "local", "step": self.step})
 
-    def _send(self, kind: Kind, version: int, tensors: Mapping[str, torch.Tensor], metrics: str) -> Send:
+    def _send_next(self) -> Send:
         self.next_seq += 1
-        return Send(SERVER, kind, self.next_seq - 1, version=version, tensors=tensors, scalars={"metrics": metrics})
+        return self.message(self.next_seq - 1)
+
+    @override
+    def message(self, seq: int) -> Send:
+        update, number = self.sequence.at(seq)
+        kind, version, tensors = Kind.REPORT, self._version, self.report_tensors()
+        if update <= self._last_update:
+            values = self._updates[update][self.layout.slice(number)]
+            kind, version, tensors = Kind.UPDATE, self._versions[update], {"values": values}
+        metrics = NO_FIGURES if kind is Kind.UPDATE and number < self.layout.slices else self._metrics[update]
+        return Send(SERVER, kind, seq, version=version, tensors=tensors, scalars={"metrics": metrics})
+
+    @property
+    @override
+    def hello_every(self) -> int:
+        return min(super().hello_every, self.layout.slices)  # else the server would keep many models for the site
 
     @override
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         base = super().snapshot(first_unconfirmed)
-        oldest, _ = self.sequence.at(base.facts["next"])
+        oldest, _ = self.sequence.at(self.oldest_seq(first_unconfirmed))
         for by_update in (self._updates, self._versions, self._metrics):
             for update in [update for update in by_update if update < oldest]:
                 del by_update[update]

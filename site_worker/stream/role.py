@@ -49,10 +49,10 @@ class StreamSite(SiteRole):
         """Bottom of each evaluated epoch that may still be the best."""
 
     @abstractmethod
-    def first_half(self, item: Item) -> Send:
+    def first_half(self, slot: Slot) -> Send:
         """Return the message with the first half of a batch's exchange."""
 
-    def second_half(self, item: Item) -> Send:
+    def second_half(self, slot: Slot) -> Send:
         """Return the message with the second half of a batch's exchange; only protocols with a head have one."""
         raise NotImplementedError
 
@@ -72,20 +72,23 @@ class StreamSite(SiteRole):
         if self.next_seq > self.sequence.last:
             # Everything is sent. If the farewell is counted already, it was refused: there is nothing to wait for.
             return self._finish({}) if self.answered == self.sequence.last_answer else []
-        slot = self.sequence.slot(self.next_seq)
-        if self.answered < self._required_answer(slot):
+        if self.answered < self._required_answer(self.sequence.slot(self.next_seq)):
             return []
-        item = slot.item
-        if slot.half == "second":
-            send = self.second_half(item)
-        elif item.purpose is Purpose.AVERAGE:
-            bottom = self.bottom.weights(item.version)
-            averaged = {name: bottom[name].cpu() for name in weights(self.bottom.module)}
-            send = self.message_about(item, Kind.BOTTOM, averaged)
-        else:
-            send = self.first_half(item)
+        send = self.message(self.next_seq)
         self.next_seq += 1
         return [send]
+
+    @override
+    def message(self, seq: int) -> Send:
+        slot = self.sequence.slot(seq)
+        item = slot.item
+        if slot.half == "second":
+            return self.second_half(slot)
+        if item.purpose is not Purpose.AVERAGE:
+            return self.first_half(slot)
+        bottom = self.bottom.weights(item.version)
+        averaged = {name: bottom[name].cpu() for name in weights(self.bottom.module)}
+        return self.message_at(slot, Kind.BOTTOM, averaged)
 
     @override
     def on_answer(self, message: Message) -> list[Effect]:
@@ -120,9 +123,9 @@ class StreamSite(SiteRole):
 
     # -- for subclasses ----------------------------------------------------------------------------
 
-    def message_about(self, item: Item, kind: Kind, tensors: Mapping[str, torch.Tensor], **scalars: str) -> Send:
-        """Return a message about an item, the next in the sequence."""
-        return Send(SERVER, kind, self.next_seq, version=item.version, tensors=tensors, scalars=scalars)
+    def message_at(self, slot: Slot, kind: Kind, tensors: Mapping[str, torch.Tensor], **scalars: str) -> Send:
+        """Return the message at a slot."""
+        return Send(SERVER, kind, slot.seq, version=slot.item.version, tensors=tensors, scalars=scalars)
 
     def forward(self, item: Item) -> torch.Tensor:
         """Return the smashed data (batch, *cut) of an item, computed with the bottom of its version."""
@@ -179,9 +182,7 @@ class StreamSite(SiteRole):
 
     @override
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
-        # A restored site sends from `resume_seq` on and applies answers after `answered`: older versions are dropped.
-        oldest = min(self.resume_seq(first_unconfirmed), self.answered + 1)
-        if oldest <= self.sequence.last:
+        if (oldest := self.oldest_seq(first_unconfirmed)) <= self.sequence.last:
             self.bottom.forget(below=self._oldest_version(oldest))
         base = super().snapshot(first_unconfirmed)
         tensors = {**self.bottom.state(), **flatten("exported_top", self.exported_top)}

@@ -79,11 +79,19 @@ def manifest(config: RunConfig, site: str = "east") -> Message:
     return from_server(Kind.MANIFEST, 0, site=site, config=config.canonical(), contract=config.digest)
 
 
+POSITION = {"sent": 0, "first_missing": 0, "last_missing": 0}
+
+
+def receipt(site: str, sent: int = 0, first: int = 0, last: int = 0) -> Any:
+    """The server's answer to a hello, or its question for messages of the site."""
+    return Sent(site, Kind.RECEIPT, 0, 0, 0, {}, {"sent": sent, "first_missing": first, "last_missing": last})
+
+
 def greeting(config: RunConfig, site: str, **changed: Scalar) -> dict[str, Scalar]:
     """What an enrolled site's hello says."""
     counts = {name: len(getattr(tiny_splits(site), name)) for name in ("train", "validation", "test")}
     known = {"incarnation": f"{site}-1", "contract": config.digest, "enrolled": True}
-    return {**known, **counts, "mark": 0, "released": 0, "log_lines": 0, "log_head": "", **changed}
+    return {**known, **counts, "mark": 0, "released": 0, "log_lines": 0, "log_head": "", **POSITION, **changed}
 
 
 def hello(config: RunConfig, site: str, **changed: Scalar) -> Message:

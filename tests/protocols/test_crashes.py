@@ -38,11 +38,11 @@ def test_the_schedule_shows_in_a_fair_run(tmp_path):
 
 
 def test_a_lost_disk_is_noticed_at_hello(tmp_path):
-    """Answers that the broker has forgotten cannot come again: the site is told, and does not wait for ever."""
-    night = Night(tiny_config(window=1), tmp_path, prefetch=8, on_disk=True)
+    """Answers that the site has announced as saved are kept nowhere: it is told, and does not wait for ever."""
+    night = Night(tiny_config(window=1, epochs=12), tmp_path, prefetch=8, on_disk=True)
     for name in night.workers:
         night.start(name)
-    while night.roles["north"].answered < 8:
+    while not night.server._released["north"]:
         for engine in night.engines.values():
             engine.step(0.0)
     night.kill("north")

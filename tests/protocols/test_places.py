@@ -11,6 +11,7 @@ import torch
 
 from nightsplit.server_worker.role import HELLO_ANSWERS_MAX
 from nightsplit.shared.config.run import TaskSection
+from nightsplit.shared.engine.effects import Expect
 from nightsplit.shared.errors import Refused, RunError
 from nightsplit.shared.protocols.places import check_upload, kinds_at
 from nightsplit.shared.protocols.plan import Plan, Purpose
@@ -188,6 +189,9 @@ HELLO = {
     "log_lines": 0,
     "log_head": "",
     "enrolled": True,
+    "sent": 0,
+    "first_missing": 0,
+    "last_missing": 0,
 }
 
 
@@ -205,6 +209,9 @@ def hello(config, **changed):
         ({"mark": 2**63 - 1, "released": 2**63 - 1}, 304),
         ({"mark": 3, "released": 4}, 304),
         ({"mark": -1, "released": -1}, 304),
+        ({"sent": 2**63 - 1}, 304),
+        ({"first_missing": 1, "last_missing": 2**63 - 1}, 304),
+        ({"first_missing": -1, "last_missing": -1}, 304),
     ],
 )
 @pytest.mark.parametrize("run", RUNS)
@@ -226,17 +233,18 @@ def test_no_hello_with_negative_counts_is_read():
 def test_a13_a_site_gets_a_thousand_answers_to_hellos():
     server = dialogue("split_labels").roles[SERVER]
     effects = []
-    for number in range(HELLO_ANSWERS_MAX):
+    for number in range(1, HELLO_ANSWERS_MAX):  # the genuine hello had an answer before
         changed = {"enrolled": False} if number % 2 else {"contract": "another"}
         effects += server.on(hello(server.config, incarnation=str(number), **changed))
-    assert len(effects) == HELLO_ANSWERS_MAX
+    assert len(effects) == HELLO_ANSWERS_MAX - 1
     restored = dialogue("split_labels").roles[SERVER]
     restored.restore(server.snapshot(None))
     for role in (server, restored):
         for changed in ({"enrolled": False}, {"contract": "another"}):
             with pytest.raises(Refused, match="E308"):
                 role.on(hello(server.config, incarnation="more", **changed))
-        assert role.on(hello(server.config, incarnation="genuine")) == [], "a site that has enrolled goes on"
+        accepted = role.on(hello(server.config, incarnation="genuine"))
+        assert accepted == [Expect("north", 0)], "a site that has enrolled goes on"
 
 
 def test_hellos_are_not_hoarded():
@@ -245,4 +253,4 @@ def test_hellos_are_not_hoarded():
     for number in range(100):
         server.on(hello(server.config, incarnation=f"{number:064}"))
         sizes.append(len(str(server.snapshot(None).facts)))
-    assert sizes[-1] == sizes[20]
+    assert sizes[-1] - sizes[20] < 3, "one digit more of a count"

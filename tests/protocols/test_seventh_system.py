@@ -35,10 +35,10 @@ from nightsplit.site_worker.protocols.split_labels import SplitLabelsSite
 
 
 class SplitSignsSite(SplitLabelsSite):
-    def message_about(self, item, kind, tensors, **scalars):
+    def message_at(self, slot, kind, tensors, **scalars):
         if kind is Kind.SMASHED:
             tensors = {"smashed": tensors["smashed"], "notes": tensors["targets"]}
-        return super().message_about(item, kind, tensors, **scalars)
+        return super().message_at(slot, kind, tensors, **scalars)
 
 
 ROLE = SplitSignsSite

@@ -2,15 +2,20 @@
 
 import pytest
 
-from nightsplit.shared.engine.effects import Cosigned
+from nightsplit.server_worker.role import HELLO_ANSWERS_MAX
+from nightsplit.server_worker.role import REPEATS_MAX as ANSWERS_MAX
+from nightsplit.shared.engine.effects import Again, Cosigned, Expect, Release, Send
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.protocols.spec import TRAINING, systems
 from nightsplit.shared.wire.message import SERVER, Kind
+from nightsplit.site_worker.role import REMINDERS_MAX, REPEATS_MAX
 from tests.harness.effects import (
+    exact,
     from_server,
     greeting,
     hello,
     manifest,
+    receipt,
     refusal_of,
     restored,
     seen,
@@ -112,9 +117,9 @@ def test_a_server_shows_the_run_to_whoever_does_not_know_it(config, server):
 
 def test_a_server_chooses_nobody_whose_hello_has_not_come(config, server):
     assert server.choose({"east"}) is None
-    assert server.on(hello(config, "east")) == []
-    assert server.choose({"east", "south"}) == "east"
-    assert server.on(hello(config, "east")) == []
+    for _ in range(2):
+        assert seen(server.on(hello(config, "east"))) == [receipt("east"), Expect("east", 0)]
+        assert server.choose({"east", "south"}) == "east"
 
 
 @pytest.mark.parametrize(
@@ -137,7 +142,8 @@ def test_a_server_rejects_a_site_whose_patients_or_memory_changed(config, server
         lost = role.on(hello(config, "east", incarnation="east-2"))
         stands = "the site is at answer 0, but had stored 1 before"
         assert seen(lost) == [rejection("east", "east-2", 504, stands)]
-        assert role.on(hello(config, "east")) == [], "a copy of an old hello says nothing about a loss"
+        accepted = seen(role.on(hello(config, "east")))
+        assert accepted == [receipt("east"), Expect("east", 0)], "a copy of an old hello says nothing about a loss"
 
 
 def test_a_hello_that_cannot_be_true_is_refused(config, server):
@@ -178,7 +184,8 @@ class Log:
 
 def test_a_server_signs_the_head_of_an_exit_log_and_refuses_a_shorter_one(config, server):
     server.cosign = lambda site, lines, head: f"{site}/{lines}/{head} signed"
-    [told] = server.on(hello(config, "east", log_lines=7, log_head="seven"))
+    accepted, told, _ = server.on(hello(config, "east", log_lines=7, log_head="seven"))
+    assert accepted.kind is Kind.RECEIPT
     assert (told.receiver, told.kind) == ("east", Kind.WITNESSED)
     assert told.scalars == {"lines": 7, "head_signed": "seven", "signature": "east/7/seven signed"}
     for role in (server, restored(server, pure_server(config))):
@@ -186,10 +193,13 @@ def test_a_server_signs_the_head_of_an_exit_log_and_refuses_a_shorter_one(config
         for lines, head in ((6, "six"), (7, "another seven"), (0, "")):
             [cut] = seen(role.on(hello(config, "east", incarnation="east-2", log_lines=lines, log_head=head)))
             assert cut == rejection("east", "east-2", 617, f"its exit log has {lines} lines, and had 7 before")
-        assert role.on(hello(config, "east", log_lines=2, log_head="two")) or role.cosign is None, "an old copy"
-        assert role.on(hello(config, "east", incarnation="east-3", log_lines=7, log_head="seven")) is not None
+        for changed in (
+            {"log_lines": 2, "log_head": "two"},
+            {"incarnation": "e-3", "log_lines": 7, "log_head": "seven"},
+        ):
+            assert role.on(hello(config, "east", **changed))[0].kind is Kind.RECEIPT, "an old copy, and a new process"
     longer = seen(server.on(hello(config, "east", incarnation="east-4", log_lines=9, log_head="nine")))
-    assert longer[0].scalars["lines"] == 9
+    assert longer[1].scalars["lines"] == 9
 
 
 def test_a_site_tells_the_head_of_its_log_and_keeps_what_is_signed(config, site):
@@ -200,3 +210,92 @@ def test_a_site_tells_the_head_of_its_log_and_keeps_what_is_signed(config, site)
     signed = {"lines": 3, "head_signed": "head-3", "signature": "00"}
     [kept] = site.on(from_server(Kind.WITNESSED, 0, **signed))
     assert kept == Cosigned(signed)
+
+
+# ── lost messages ───────────────────────────────────────────────────────────────────────────────
+
+
+def lacks(sent=0, first=0, last=0):
+    """The server's receipt, as the site reads it."""
+    return from_server(Kind.RECEIPT, 0, sent=sent, first_missing=first, last_missing=last)
+
+
+def all_sends(site):
+    """What a site sends before it waits."""
+    return [effect for effects in iter(site.next, []) for effect in effects if isinstance(effect, Send)]
+
+
+def test_a_site_sends_the_same_again(config, site):
+    site.on(manifest(config))
+    sends = all_sends(site)
+    last = sends[-1].seq
+    for role in (site, restored(site, pure_site(config, "east", 2))):
+        again, expected = role.on(lacks(first=1, last=last))
+        assert (again, expected) == (Again(SERVER, range(1, last + 1)), Expect(SERVER, 0))
+        assert exact([role.repeat(seq) for seq in again.seqs]) == exact(sends)
+        assert role.repeat(last + 1) is None, "it comes by itself"
+        assert role.on(lacks(first=last, last=role.sequence.last))[0].seqs == range(last, last + 1)
+
+
+def test_a_site_sends_again_what_it_has_sent_and_not_for_ever(config, site):
+    site.on(manifest(config))
+    last = all_sends(site)[-1].seq
+    for receipt_ in (lacks(first=1, last=site.sequence.last + 1), lacks(first=2, last=1), lacks(last=1)):
+        assert refusal_of(site, receipt_).number == 304
+    assert refusal_of(site, lacks(sent=site.sequence.last_answer + 1)).number == 304
+    repeated = sum(len(site.on(lacks(first=1, last=last))[0].seqs) for _ in range(REPEATS_MAX // last + 1))
+    assert REPEATS_MAX < repeated <= REPEATS_MAX + last + 1
+    assert refusal_of(restored(site, pure_site(config, "east", 2)), lacks(first=1, last=last)).number == 308
+    assert seen(site.on(lacks()))[0].seqs == range(0), "a receipt that asks for nothing"
+
+
+def test_a_site_asks_once_and_again_when_it_is_reminded(config, site):
+    assert site.ask(SERVER, range(1, 3)) == [], "nothing before it has agreed"
+    site.on(manifest(config))
+    for _ in range(2):
+        asked = greeting(config, "east", first_missing=1, last_missing=2)
+        assert seen(site.ask(SERVER, range(1, 3))) == [sent(SERVER, Kind.HELLO, 0, **asked)]
+        assert site.ask(SERVER, range(1, 3)) == []
+        assert site.ask(SERVER, range(4, 5)) != []
+        assert seen(site.remind()) == [sent(SERVER, Kind.HELLO, 0, **greeting(config, "east"))]
+
+
+def test_a_site_reminds_a_server_that_is_off_a_few_times(config, site):
+    for hello_of in (lambda: site.on(manifest(config)), lambda: site.on(lacks())):
+        hello_of()
+        said = [site.remind() for _ in range(2 * REMINDERS_MAX)]
+        assert [len(effects) for effects in said] == [1] * REMINDERS_MAX + [0] * REMINDERS_MAX
+
+
+def test_a_server_sends_answers_again_that_the_site_has_not(config, protocol, server):
+    server.on(hello(config, "east"))
+    server.sent["east"] = 4  # as its answers count them
+    last = server.sequences["east"].last_answer
+    asked = {"first_missing": 1, "last_missing": last}
+    for wrong in ({"first_missing": 1, "last_missing": last + 1}, {"last_missing": 1}, {"sent": 2**62}):
+        assert refusal_of(server, hello(config, "east", **wrong)).number == 304
+    if protocol == "split_frozen":
+        assert server.on(hello(config, "east", **asked))[0] == Again("east", range(1, 2)), "the farewell"
+        return
+    assert server.on(hello(config, "east", **asked))[0] == Again("east", range(1, 5))
+    effects = server.on(hello(config, "east", mark=2, released=1, **asked))
+    assert effects[:2] == [Release("east", 1), Again("east", range(3, 5))]
+    assert server.on(hello(config, "east", **asked))[0] == Again("east", range(2, 5)), "an old copy"
+
+
+def test_a_site_may_not_ask_for_ever(config, server):
+    server.on(hello(config, "east"))
+    server.sent["east"] = 1
+    asking = hello(config, "east", first_missing=1, last_missing=1)
+    assert all(server.on(asking)[0] == Again("east", range(1, 2)) for _ in range(ANSWERS_MAX))
+    assert refusal_of(server, asking).number == 308
+    assert refusal_of(restored(server, pure_server(config)), asking).number == 308
+
+
+def test_a_server_asks_a_site_that_it_knows_and_not_for_ever(config, server):
+    assert server.ask("east", range(3, 5)) == []
+    server.on(hello(config, "east"))
+    asked = [seen(server.ask("east", range(3, 5))) for _ in range(HELLO_ANSWERS_MAX)]
+    assert asked[0] == [receipt("east", first=3, last=4)]
+    assert asked[-1] == [], "the hello had an answer, too"
+    assert seen(server.on(hello(config, "east"))) == [Expect("east", 0)], "it goes on without"

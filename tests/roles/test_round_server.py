@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from nightsplit.shared.engine.effects import Finish, Record, Send
+from nightsplit.shared.engine.effects import Again, Finish, Record, Send
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.protocols.data_vectors import SCALES
 from nightsplit.shared.protocols.report import NO_FIGURES
@@ -145,7 +145,8 @@ def test_a_run_of_two_rounds_from_the_first_update_to_the_farewell(protocol):
     assert json.loads(server.summary)["overall"]["test"]["auc"] == pytest.approx(0.9)
     assert torch.equal(values(last, Kind.FINISH, "east"), values(first, Kind.MODEL, "east")), "the better of the two"
     assert server.choose(everybody) is None
-    assert exact(server.start()) == exact(last)[6:], "a server that is started again says it again"
+    models = [Again(site, range(1, 7)) for site in SITES]
+    assert exact(server.start()) == [*models, *exact(last)[6:]], "a server that is started again says it again"
 
 
 def test_a_restored_server_gives_the_same_answers():

@@ -187,13 +187,20 @@ def test_a_model_waits_for_the_update_that_it_answers_to_be_made_again():
     assert site.choose({SERVER}) == SERVER
 
 
-def test_the_first_stored_answer_is_told_once():
+def test_answers_in_all_checkpoints_are_told_after_each_update():
     site = enrolled("fedavg_transfer")
-    everything(site)
-    give(site, model(site, 1)[:2])
-    site.snapshot(None)
-    assert seen(site.saved()) == [sent(SERVER, Kind.HELLO, 0, **greeting(site.config, "east", mark=2, released=2))]
-    assert site.saved() == []
+    told = {3: {"mark": 2, "released": 0}, 6: {"mark": 3, "released": 2}}
+    for number, slices in ((3, model(site, 1)[:2]), (6, model(site, 1)[2:])):
+        if number == 3:
+            everything(site)
+        give(site, slices)
+        if number == 6:
+            everything(site)
+        site.snapshot(None)
+        expected = greeting(site.config, "east", **told[number], sent=number)
+        assert seen(site.saved()) == [sent(SERVER, Kind.HELLO, 0, **expected)]
+        site.snapshot(None)
+        assert site.saved() == []
 
 
 def changed(number, place=0, **fields):

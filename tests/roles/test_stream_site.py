@@ -141,14 +141,18 @@ def test_a_farewell_that_cannot_be_used_ends_the_run_all_the_same(labels):
     assert labels.next() == []
 
 
-def test_the_first_stored_answer_is_told_once(labels):
-    config = labels.config
+def test_answers_in_all_checkpoints_are_told_after_some_messages(labels, monkeypatch):
+    monkeypatch.setattr("nightsplit.site_worker.role.HELLO_EVERY", 3)
     everything(labels)
     labels.on(cut_gradient(1))
-    assert labels.saved() == [], "it is in no checkpoint yet"
     labels.snapshot(None)
+    assert labels.saved() == []
+    everything(labels)
     labels.on(cut_gradient(2))
-    assert seen(labels.saved()) == [sent(SERVER, Kind.HELLO, 0, **greeting(config, "east", mark=2, released=1))]
+    labels.snapshot(None)
+    labels.on(cut_gradient(3))
+    told = greeting(labels.config, "east", mark=3, released=1, sent=3)
+    assert seen(labels.saved()) == [sent(SERVER, Kind.HELLO, 0, **told)]
     labels.snapshot(None)
     assert labels.saved() == []
 
