@@ -12,8 +12,8 @@ from tests.harness.servers import environment, folder_of
 
 pytestmark = [pytest.mark.campaign, pytest.mark.timeout(1800)]
 
-BROKER = ["tests/broker/test_contract.py", "tests/broker/test_rabbitmq.py", "tests/broker/test_cluster.py"]
-STORE = ["tests/run_store/test_contract.py"]
+BROKER = [f"tests/broker/test_{story}.py" for story in ("contract", "contract_queues", "rabbitmq", "cluster")]
+STORE = ["tests/run_store"]
 RIGHTS = [
     "tests/broker/test_rights.py",
     "tests/console/test_keys.py::test_the_rights_of_a_site_suffice_for_its_commands",
