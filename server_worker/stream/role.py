@@ -131,9 +131,9 @@ class StreamServer(ServerRole[StreamSequence]):
         """Return the answer to message `seq` of a site, with the progress on the epochs so far."""
         return Send(site, kind, seq, reply_to=seq, tensors=tensors, scalars={**scalars, **self.progress})
 
-    def close_batch(self, site: str) -> list[Effect]:
-        """Count the outliers in an applied batch and return their metrics."""
-        return self.record_outliers(site, self.bounds.close(site))
+    def close_batch(self, site: str, loss: float | None) -> list[Effect]:
+        """Count the outliers in an applied batch and return their metrics; the loss is None if it is unknown."""
+        return self.record_outliers(site, self.bounds.close(site, loss))
 
     def record_step(self, site: str, item: Item, loss: float | None) -> list[Effect]:
         """Count a training step and return its metrics; the loss is None where only the site knows it."""
@@ -145,7 +145,7 @@ class StreamServer(ServerRole[StreamSequence]):
         steps_at_base = answered_at[-1 - later_answers] if later_answers < len(answered_at) else 0
         facts: dict[str, Scalar] = {"event": "train", "step": self.steps, "site": site, "epoch": item.epoch}
         record = Record({**facts, "loss": loss, "staleness": self.steps - 1 - steps_at_base})
-        return [record, *self.close_batch(site)]
+        return [record, *self.close_batch(site, loss)]
 
     def count_item(self, site: str, item: Item) -> None:
         """Count a training item as one that the top is trained on."""

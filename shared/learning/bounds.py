@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from nightsplit.shared.errors import Refused
+from nightsplit.shared.storage.checkpoint import flatten, under
 
 NORM_MAX = 1e15
 """Largest norm of a tensor of gradients, weights or predictions: squares and sums of its values, and an optimizer's
@@ -122,7 +123,7 @@ class RunningBound:
 
     def factor(self, sender: str, norm: float) -> float:
         """Return the factor for the next value of a sender, 1.0 unless it is an outlier."""
-        return factor_for(norm, self._reference(sender), self._outlier)
+        return factor_for(norm, self.reference(sender), self._outlier)
 
     def remember(self, sender: str, norm: float) -> None:
         """Add the norm of a sender's value, which was applied."""
@@ -134,7 +135,8 @@ class RunningBound:
         self.remember(sender, norm)
         return factor
 
-    def _reference(self, sender: str) -> float | None:
+    def reference(self, sender: str) -> float | None:
+        """Return what a sender's next value is compared with; None if it is not bounded."""
         if len(self._recent) == MAJORITY - 1:
             return None
         medians = [statistics.median(recent) for recent in self._recent.values() if recent]
@@ -153,3 +155,38 @@ class RunningBound:
             recent.clear()
             if sender in tensors:
                 recent.extend(tensors[sender].tolist())
+
+
+class LossBound:
+    """Bound on the weight of a sender whose losses are outliers as a rule, since its labels contradict the others'.
+
+    Each loss is divided by the reference of its moment, of `RunningBound`. The median of a sender's `RECENT` latest
+    quotients is bounded: one hard batch is no outlier, and neither is a sender that seldom sends while losses fall.
+    """
+
+    def __init__(self, senders: Sequence[str]) -> None:
+        self._losses = RunningBound(senders)
+        self._quotients: dict[str, deque[float]] = {sender: deque(maxlen=RECENT) for sender in senders}
+
+    def factor(self, sender: str) -> float:
+        """Return the factor for the gradients of a sender's next batch, 1.0 unless its losses are outliers."""
+        quotients = self._quotients[sender]
+        return factor_for(statistics.median(quotients), 1.0) if len(quotients) == RECENT else 1.0
+
+    def remember(self, sender: str, loss: float) -> None:
+        """Add the loss of a sender's batch, which was applied."""
+        if usual := self._losses.reference(sender):
+            self._quotients[sender].append(loss / usual)
+        self._losses.remember(sender, loss)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of a snapshot."""
+        quotients = {s: torch.tensor(recent, dtype=torch.float64) for s, recent in self._quotients.items() if recent}
+        return {**flatten("losses", self._losses.state()), **flatten("quotients", quotients)}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Continue from `state`."""
+        self._losses.restore(under("losses", tensors))
+        for sender, recent in self._quotients.items():
+            recent.clear()
+            recent.extend(under("quotients", tensors).get(sender, torch.empty(0)).tolist())
