@@ -2,8 +2,8 @@
 
 activations, targets    a batch's own size; an outlier is scaled down before the forward pass
 gradients               a batch's own norm; an outlier is scaled down before the step
-loss                    those of a site's latest batches, each against the usual one of its moment; gradients of a
-                        site whose labels contradict those of the others are scaled down, too
+loss                    that of a site's latest batches; gradients of a site whose labels contradict those of the others
+                        are scaled down, too
 """
 
 import math
@@ -13,6 +13,7 @@ import torch
 
 from nightsplit.shared.config.run import RunConfig, TaskSection
 from nightsplit.shared.learning.bounds import Limit, LossBound, RunningBound, norm_of
+from nightsplit.shared.learning.losses import chance_loss
 from nightsplit.shared.storage.checkpoint import flatten, under
 
 
@@ -29,12 +30,15 @@ class BatchBounds:
     """
 
     def __init__(self, config: RunConfig) -> None:
+        self._task = config.task
         self._parts = scaled_parts(config.task)
         parts = [*self._parts.values(), "gradients"]
         self._bounds = {part: RunningBound(config.run.sites, first=1.0) for part in parts}
         self._losses = LossBound(config.run.sites)
         self._open: dict[str, tuple[float, float]] = {}
         """Norm and factor of each part of the batch that is being applied."""
+        self._chance = 0.0
+        """Loss by chance there."""
 
     def scale(self, site: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Begin a batch of a site: return the tensors of its message, outliers scaled down."""
@@ -44,6 +48,8 @@ class BatchBounds:
             if name in tensors:
                 factor = self._factor(site, part, root_mean_square(tensors[name]))
                 scaled[name] = tensors[name] * factor if factor < 1.0 else tensors[name]
+        if "targets" in scaled:
+            self._chance = chance_loss(self._task, scaled["targets"])
         return scaled
 
     def limit(self, site: str) -> Limit:
@@ -61,7 +67,7 @@ class BatchBounds:
         factors = {part: factor for part, (_, factor) in batch.items()}
         if loss is not None:
             factors["loss"] = self._losses.factor(site)
-            self._losses.remember(site, loss)
+            self._losses.remember(site, loss, self._chance)
         return {part: factor for part, factor in factors.items() if factor < 1.0}
 
     def _factor(self, site: str, part: str, norm: float) -> float:

@@ -158,35 +158,44 @@ class RunningBound:
 
 
 class LossBound:
-    """Bound on the weight of a sender whose losses are outliers as a rule, since its labels contradict the others'.
+    """Bound on the weight of a sender whose labels contradict those of the others, by the losses of its batches.
 
-    Each loss is divided by the reference of its moment, of `RunningBound`. The median of a sender's `RECENT` latest
-    quotients is bounded: one hard batch is no outlier, and neither is a sender that seldom sends while losses fall.
+    A sender's loss is that of the median of its `RECENT` latest batches, as a multiple of the reference of its moment
+    (`RunningBound`) and of chance, the loss of a model that knows nothing. It is an outlier if it is one among the
+    senders and worse than chance: a hard batch is none, nor are hard patients, from whom the model learns something.
     """
 
     def __init__(self, senders: Sequence[str]) -> None:
         self._losses = RunningBound(senders)
-        self._quotients: dict[str, deque[float]] = {sender: deque(maxlen=RECENT) for sender in senders}
+        self._usual: dict[str, deque[float]] = {sender: deque(maxlen=RECENT) for sender in senders}
+        """Latest losses of each sender as multiples of the reference."""
+        self._chance: dict[str, deque[float]] = {sender: deque(maxlen=RECENT) for sender in senders}
+        """Likewise, of chance."""
 
     def factor(self, sender: str) -> float:
         """Return the factor for the gradients of a sender's next batch, 1.0 unless its losses are outliers."""
-        quotients = self._quotients[sender]
-        return factor_for(statistics.median(quotients), 1.0) if len(quotients) == RECENT else 1.0
+        usual, chance = self._usual[sender], self._chance[sender]
+        is_worse = len(usual) == RECENT and statistics.median(chance) > 1.0
+        return factor_for(statistics.median(usual), 1.0) if is_worse else 1.0
 
-    def remember(self, sender: str, loss: float) -> None:
-        """Add the loss of a sender's batch, which was applied."""
+    def remember(self, sender: str, loss: float, chance: float) -> None:
+        """Add the loss of a sender's batch, which was applied, and the loss by chance there."""
         if usual := self._losses.reference(sender):
-            self._quotients[sender].append(loss / usual)
+            self._usual[sender].append(loss / usual)
+            self._chance[sender].append(loss / chance if chance else 0.0)
         self._losses.remember(sender, loss)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the tensors of a snapshot."""
-        quotients = {s: torch.tensor(recent, dtype=torch.float64) for s, recent in self._quotients.items() if recent}
-        return {**flatten("losses", self._losses.state()), **flatten("quotients", quotients)}
+        pairs = {sender: [list(self._usual[sender]), list(self._chance[sender])] for sender in self._usual}
+        of_each = {sender: torch.tensor(pair, dtype=torch.float64) for sender, pair in pairs.items()}
+        return {**flatten("losses", self._losses.state()), **flatten("multiples", of_each)}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Continue from `state`."""
         self._losses.restore(under("losses", tensors))
-        for sender, recent in self._quotients.items():
-            recent.clear()
-            recent.extend(under("quotients", tensors).get(sender, torch.empty(0)).tolist())
+        multiples = under("multiples", tensors)
+        for sender in self._usual:
+            usual, chance = multiples.get(sender, torch.empty(2, 0)).tolist()
+            self._usual[sender] = deque(usual, maxlen=RECENT)
+            self._chance[sender] = deque(chance, maxlen=RECENT)
