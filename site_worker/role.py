@@ -154,6 +154,7 @@ class SiteRole(Role):
             "incarnation": self._incarnation, "contract": self.config.digest, "enrolled": self._enrolled,
             "train": train, "validation": validation, "test": test,
             "mark": self.answered, "released": self._released, "log_lines": lines, "log_head": head,
+            "sent": self.next_seq - 1 if self._enrolled else 0,
         }  # fmt: skip
         return Send(SERVER, Kind.HELLO, 0, scalars=scalars)
 
@@ -165,6 +166,10 @@ class SiteRole(Role):
             return [self._hello()]
         is_due = self.exit_log is not None and self.next_seq - self._told_seq >= COSIGN_EVERY
         return [self._hello()] if is_due and self.at_work else []
+
+    def tell_all_sent(self) -> list[Effect]:
+        """Say hello after the last message, once, so that the server co-signs the exit log to its end."""
+        return [self._hello()] if self.exit_log is not None and self._told_seq < self.next_seq else []
 
     def resume_seq(self, first_unconfirmed: int | None) -> int:
         """Return the number of the first message to send after a restore."""

@@ -99,7 +99,7 @@ class StreamServer(ServerRole[StreamSequence]):
         effects = self.drop_site(sender)
         if self._waiting:
             effects += self._average()
-        return effects + self._end_if_done()
+        return effects + self.end_if_done()
 
     # -- for the worker ----------------------------------------------------------------------------
 
@@ -120,6 +120,8 @@ class StreamServer(ServerRole[StreamSequence]):
 
     @override
     def awaited(self) -> list[str]:
+        if self.done:
+            return self.unsigned
         return self._schedule.awaited(self._waiting.keys(), self.sequences, applied=self.active_sites)
 
     # -- used by the protocols -------------------------------------------------------------------
@@ -217,18 +219,19 @@ class StreamServer(ServerRole[StreamSequence]):
         """Count a message as applied, and end the run after the last one."""
         self.applied[site] = seq
         self._answered_at[site].append(self.steps)
-        return self._end_if_done()
+        return self.end_if_done()
 
-    def _end_if_done(self) -> list[Effect]:
+    @override
+    def end_if_done(self) -> list[Effect]:
         if self.done:
-            return self.complete()
+            return [] if self.unsigned else self.complete()
         if not self.evaluation.exhausted:
             return []
         # The farewell comes after the answers to all applied messages.
         return [*(self._send_mean() if self._waiting else []), *self.end()]
 
     def complete(self) -> list[Effect]:
-        """Go on after the last message of every site was applied."""
+        """Go on after the last message of every site was applied, and its log is signed."""
         return self.end()
 
     @override

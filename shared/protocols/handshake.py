@@ -18,7 +18,7 @@ HANDSHAKE = (
         scalars={
             "incarnation": _TEXT, "enrolled": ScalarSpec(bool, Reveals.NOTHING), "contract": _TEXT,
             "train": _COUNT, "validation": _COUNT, "test": _COUNT, "mark": _SEQ, "released": _SEQ,
-            "log_lines": _SEQ, "log_head": _TEXT,
+            "log_lines": _SEQ, "log_head": _TEXT, "sent": _SEQ,
         },
     ),
     Payload(Kind.REJECTED, scalars={"incarnation": _TEXT, "number": _NUMBER, "reason": _TEXT}),
@@ -26,7 +26,8 @@ HANDSHAKE = (
     Payload(Kind.WITNESSED, scalars={"lines": _SEQ, "head_signed": _TEXT, "signature": _TEXT}),
 )  # fmt: skip
 """Payloads of the handshake; `contract` is the digest of the run, `log_lines` and `log_head` are
-the length and head of the site's exit log. A rejection names the hello that it answers."""
+the length and head of the site's exit log, which has its messages up to number `sent`. A rejection names the hello that
+it answers."""
 
 REFUSAL = {"number": _NUMBER, "reason": _TEXT}
 """Scalars of the answer to a refused message."""

@@ -83,7 +83,7 @@ def greeting(config: RunConfig, site: str, **changed: Scalar) -> dict[str, Scala
     """What an enrolled site's hello says."""
     counts = {name: len(getattr(tiny_splits(site), name)) for name in ("train", "validation", "test")}
     known = {"incarnation": f"{site}-1", "contract": config.digest, "enrolled": True}
-    return {**known, **counts, "mark": 0, "released": 0, "log_lines": 0, "log_head": "", **changed}
+    return {**known, **counts, "mark": 0, "released": 0, "log_lines": 0, "log_head": "", "sent": 0, **changed}
 
 
 def hello(config: RunConfig, site: str, **changed: Scalar) -> Message:

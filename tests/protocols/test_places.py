@@ -187,6 +187,7 @@ HELLO = {
     "released": 0,
     "log_lines": 0,
     "log_head": "",
+    "sent": 0,
     "enrolled": True,
 }
 
