@@ -192,7 +192,8 @@ def test_the_first_stored_answer_is_told_once():
     everything(site)
     give(site, model(site, 1)[:2])
     site.snapshot(None)
-    assert seen(site.saved()) == [sent(SERVER, Kind.HELLO, 0, **greeting(site.config, "east", mark=2, released=2))]
+    told = greeting(site.config, "east", mark=2, released=2, sent=site.next_seq - 1)
+    assert seen(site.saved()) == [sent(SERVER, Kind.HELLO, 0, **told)]
     assert site.saved() == []
 
 

@@ -148,7 +148,8 @@ def test_the_first_stored_answer_is_told_once(labels):
     assert labels.saved() == [], "it is in no checkpoint yet"
     labels.snapshot(None)
     labels.on(cut_gradient(2))
-    assert seen(labels.saved()) == [sent(SERVER, Kind.HELLO, 0, **greeting(config, "east", mark=2, released=1))]
+    told = greeting(config, "east", mark=2, released=1, sent=labels.next_seq - 1)
+    assert seen(labels.saved()) == [sent(SERVER, Kind.HELLO, 0, **told)]
     labels.snapshot(None)
     assert labels.saved() == []
 
