@@ -67,7 +67,8 @@ def print_verified(file: WorkerFile) -> None:
     """Print the result of `verify_log`."""
     found = verify_log(file)
     signed = f"the server has signed the first {found.witnessed}" if found.witnessed else "the server has signed none"
-    print(f"{counted(found.lines, 'line')}, unchanged; {signed}")
+    rest = f"without the last {counted(found.unsigned, 'message')}" if found.unsigned else "to the last message"
+    print(f"{counted(found.lines, 'line')}, unchanged; {signed}, {rest}")
     print(f"head {found.head}")
 
 

@@ -93,6 +93,8 @@ class ServerRole(Role, Generic[S]):
         """Latest accepted incarnations of each site; earlier ones no longer run."""
         self._logs = dict.fromkeys(config.run.sites, LogHead())
         """Longest exit log that each site has announced."""
+        self._logged = dict.fromkeys(config.run.sites, 0)
+        """Number of each site's last message in its announced exit log."""
         self.cosign: Callable[[str, int, str], str] | None = None
         """Signs the head of a site's exit log: site, lines, head; None in a run without keys."""
 
@@ -111,6 +113,10 @@ class ServerRole(Role, Generic[S]):
     @abstractmethod
     def awaited(self) -> list[str]:
         """Return the sites that must send their next message before the run can go on, or end."""
+
+    @abstractmethod
+    def end_if_done(self) -> list[Effect]:
+        """Return the effects of the end, if the last message of every active site was applied and its log is signed."""
 
     @abstractmethod
     def farewell(self) -> list[Send]:
@@ -151,6 +157,13 @@ class ServerRole(Role, Generic[S]):
         last = {site: sequence.last for site, sequence in self.sequences.items()}
         return all(applied == last.get(site) for site, applied in self.active_sites.items())
 
+    @property
+    def unsigned(self) -> list[str]:
+        """Sites whose exit log is not co-signed up to their last message; none in a run without keys."""
+        if self.cosign is None:
+            return []
+        return [site for site, applied in self.active_sites.items() if self._logged[site] < applied]
+
     def contribution(self, site: str) -> dict[str, Scalar | None]:
         """Return a site's contribution to the training, and the position at which it was excluded, if it was."""
         return {
@@ -183,7 +196,7 @@ class ServerRole(Role, Generic[S]):
         log = LogHead(int(hello["log_lines"]), str(hello["log_head"]))
         incarnation, mark, released = str(hello["incarnation"]), int(hello["mark"]), int(hello["released"])
         sequence = self.sequence_of(site, samples)
-        repeats, expected = self._read_position(message, sequence), Expect(site, int(hello["sent"]))
+        repeats, sent = self._read_position(message, sequence), int(hello["sent"])
         problem: tuple[int, str] | None = None
         if site in self.excluded:
             problem = self._exclusion_notice(site)
@@ -210,7 +223,9 @@ class ServerRole(Role, Generic[S]):
         self.sequences[site], self._counts[site] = sequence, samples
         if log.lines > self._logs[site].lines:
             self._logs[site] = log
-        return [*self._release(site, released), *self._repeat(site, repeats), *self._receipt(site), expected]
+        self._logged[site] = max(self._logged[site], sent)
+        effects = [*self._release(site, released), *self._repeat(site, repeats), *self._receipt(site)]
+        return [*effects, Expect(site, sent), *([] if self._ended else self.end_if_done())]
 
     def _read_position(self, message: Message, sequence: S) -> range:
         """Check the position of a site in a hello; return the numbers of the answers that it lacks and that were sent.
@@ -360,7 +375,7 @@ class ServerRole(Role, Generic[S]):
             "released": dict(self._released), "refusals": dict(self.refusals),
             "hello_answers": dict(self._hello_answers), "sent": dict(self.sent), "repeats": dict(self._repeats),
             "greeted": {site: list(incarnations) for site, incarnations in self._greeted.items()},
-            "logs": {site: list(log) for site, log in self._logs.items()},
+            "logs": {site: list(log) for site, log in self._logs.items()}, "logged": dict(self._logged),
             "counts": {site: list(samples) for site, samples in self._counts.items()},
             "excluded": dict(self.excluded),
             "batches": dict(self.batches), "samples": dict(self.samples),
@@ -382,6 +397,7 @@ class ServerRole(Role, Generic[S]):
         self._greeted, self.excluded = facts["greeted"], facts["excluded"]
         logs = facts.get("logs", {})  # likewise
         self._logs = {site: LogHead(*logs.get(site, ())) for site in self.config.run.sites}
+        self._logged |= facts.get("logged", {})
         self._counts = {site: Samples(*counts) for site, counts in facts["counts"].items()}
         self.sequences = {site: self.sequence_of(site, samples) for site, samples in self._counts.items()}
         self.refusals = Counter(facts["refusals"])

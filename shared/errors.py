@@ -109,6 +109,7 @@ TITLES: dict[int, str] = {
     613: "Run is in the ledger with other data or settings",
     614: "Packages for privacy are missing",
     615: "Package for encryption is missing",
+    616: "Delta is too large for the site's records",
     617: "Exit log is shorter than before",
 }
 

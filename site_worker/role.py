@@ -222,6 +222,10 @@ class SiteRole(Role):
         self._released, self._saved = self._saved, self._in_snapshot  # two checkpoints are kept
         return [self._hello()] if self.next_seq - self._told_seq >= self.hello_every and self.at_work else []
 
+    def tell_all_sent(self) -> list[Effect]:
+        """Say hello after the last message, once, so that the server co-signs the exit log to its end."""
+        return [self._hello()] if self.exit_log is not None and self._told_seq < self.next_seq else []
+
     @property
     def hello_every(self) -> int:
         """Number of messages between two hellos."""

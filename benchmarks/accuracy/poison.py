@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from msgspec import structs
+from scipy.stats import t as student_t
 from typing_extensions import override
 
 from benchmarks.accuracy.study import EXAMPLES, folder_of
@@ -44,8 +45,6 @@ from nightsplit.site_worker.role import SiteRole
 
 PROCESSES = 2
 SEEDS = 3
-STUDENT = {3: 4.303, 4: 3.182, 5: 2.776}
-"""Factor of the standard error in a 95 % interval, by number of seeds."""
 HALVES = ((0.0, 0.5), (0.5, 1.0))
 
 
@@ -242,8 +241,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="What honest hospitals lose by a hostile one.")
     parser.add_argument("--quick", action="store_true", help="one seed of one case")
     parser.add_argument("--system", choices=list(SYSTEMS), action="append", help="this system alone (may be repeated)")
+    parser.add_argument("--attack", action="append", help="this attack alone (may be repeated)")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="each another division of the patients")
     chosen = parser.parse_args(arguments)
-    cases, seeds = (CASES[:1], 1) if chosen.quick else (CASES, SEEDS)
+    cases, seeds = (CASES[:1], 1) if chosen.quick else (CASES, chosen.seeds)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(PROCESSES, context) as pool:
         for index, case in enumerate(cases):
@@ -251,6 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("| --- | ---: | --- |")
             for system in chosen.system or SYSTEMS:
                 attacks = [a for a in SYSTEMS[system] if case.figure == "r2" or not a.startswith("labels +")]
+                attacks = [attack for attack in attacks if attack in (chosen.attack or attacks)]
                 rows = {a: [Job(index, system, seed, a) for seed in range(1, seeds + 1)] for a in (None, "", *attacks)}
                 done = {attack: list(pool.map(carry_out, jobs)) for attack, jobs in rows.items()}
                 alone = [figure for figure, _ in done[None]]
@@ -269,7 +271,7 @@ def interval(values: Sequence[float]) -> str:
         return "the run breaks off"
     if len(values) < 2:
         return f"{values[0]:+.1f}"
-    half = STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    half = student_t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return f"{statistics.mean(values):+.1f} ± {half:.1f}"
 
 

@@ -29,6 +29,7 @@ from nightsplit.site_worker.config import SiteSection
 from nightsplit.site_worker.data.dataset import Dataset
 from nightsplit.site_worker.data.source import read_splits
 from nightsplit.site_worker.policy import check_policy, read_policy
+from nightsplit.site_worker.privacy import check_delta
 from nightsplit.site_worker.trust.approval import Request
 
 RABBITMQ_MESSAGE_BYTES = 16 * 2**20
@@ -101,6 +102,8 @@ def _approval(file: WorkerFile) -> Finding:
 def _data(file: WorkerFile) -> Finding:
     assert file.source is not None
     splits = read_splits(file.source, file.run_config, file.base)
+    if file.run_config.privacy is not None:
+        check_delta(file.run_config.privacy, len(splits.train))
     named = {"training": splits.train, "validation": splits.validation, "test": splits.test}
     return Finding("data", "; ".join(f"{name}: {_describe(file, dataset)}" for name, dataset in named.items()))
 

@@ -97,7 +97,7 @@ class SplitFrozenServer(StreamServer):
     @override
     def next(self) -> list[Effect]:
         """Perform one training step on stored activations, with the evaluation and the end after an epoch."""
-        if not self.done:
+        if not self.done or self.unsigned:
             return []
         effects: list[Effect] = []
         if not self._training:

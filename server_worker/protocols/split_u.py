@@ -57,7 +57,7 @@ class SplitUServer(StreamServer):
             if not training:
                 return [answer]
             self._open[site][q] = version, smashed
-            return [answer, *self.close_batch(site)]
+            return [answer, *self.close_batch(site, None)]
         if kind is Kind.REPORT:
             return self._add_report(site, item, message)
         if q not in self._open[site]:

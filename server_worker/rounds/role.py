@@ -76,7 +76,7 @@ class RoundServer(ServerRole[RoundSequence]):
     @override
     def choose(self, ready: Set[str]) -> str | None:
         # In strict order the first site that has not reported; else the one that has sent least.
-        awaited = self.awaited()[:1] if self._strict else self.awaited()
+        awaited = self._unreported()[:1] if self._strict else self._unreported()
         # A message may be here before its site's hello.
         candidates = [site for site in awaited if site in ready and site in self.sequences]
         # A partial update goes first, so that few of them are in memory at a time.
@@ -84,6 +84,10 @@ class RoundServer(ServerRole[RoundSequence]):
 
     @override
     def awaited(self) -> list[str]:
+        return self._unreported() or (self.unsigned if self.done else [])
+
+    def _unreported(self) -> list[str]:
+        """Return the sites whose update, or report on the final model, the run waits for."""
         return [s for s in self.active_sites if s not in self._reported and s not in self._finished]
 
     @override
@@ -105,7 +109,7 @@ class RoundServer(ServerRole[RoundSequence]):
         site = header.sender
         kind = Kind.REPORT if site in self._final else Kind.UPDATE
         expected = (kind, self.applied[site] + 1, 0, self._base_versions[site])
-        is_awaited = site in self.sequences and site in self.awaited()
+        is_awaited = site in self.sequences and site in self._unreported()
         if not is_awaited or (header.kind, header.seq, header.reply_to, header.version) != expected:
             raise mismatch(f"{header.message_id} is out of turn.")
 
@@ -125,7 +129,7 @@ class RoundServer(ServerRole[RoundSequence]):
         effects = self.drop_site(sender)
         if self._ready_to_close(deadline_over=False):
             effects += self.close()
-        return effects + self._end_if_done()
+        return effects + self.end_if_done()
 
     @override
     def close(self) -> list[Effect]:
@@ -241,10 +245,11 @@ class RoundServer(ServerRole[RoundSequence]):
         """Mark a site as finished; return the effects of its report, with those of the end of the run."""
         self.applied[header.sender] = header.seq
         self._finished.add(header.sender)
-        return effects + self._end_if_done()
+        return effects + self.end_if_done()
 
-    def _end_if_done(self) -> list[Effect]:
-        return self.end() if self.done else []
+    @override
+    def end_if_done(self) -> list[Effect]:
+        return self.end() if self.done and not self.unsigned else []
 
     @override
     def farewell(self) -> list[Send]:

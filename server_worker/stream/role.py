@@ -100,7 +100,7 @@ class StreamServer(ServerRole[StreamSequence]):
         effects = self.drop_site(sender)
         if self._waiting:
             effects += self._average()
-        return effects + self._end_if_done()
+        return effects + self.end_if_done()
 
     # -- for the worker ----------------------------------------------------------------------------
 
@@ -121,6 +121,8 @@ class StreamServer(ServerRole[StreamSequence]):
 
     @override
     def awaited(self) -> list[str]:
+        if self.done:
+            return self.unsigned
         return self._schedule.awaited(self._waiting.keys(), self.sequences, applied=self.active_sites)
 
     # -- used by the protocols -------------------------------------------------------------------
@@ -133,9 +135,9 @@ class StreamServer(ServerRole[StreamSequence]):
         self.sent[site] = seq
         return Send(site, kind, seq, reply_to=seq, tensors=tensors, scalars={**scalars, **self.progress})
 
-    def close_batch(self, site: str) -> list[Effect]:
-        """Count the outliers in an applied batch and return their metrics."""
-        return self.record_outliers(site, self.bounds.close(site))
+    def close_batch(self, site: str, loss: float | None) -> list[Effect]:
+        """Count the outliers in an applied batch and return their metrics; the loss is None if it is unknown."""
+        return self.record_outliers(site, self.bounds.close(site, loss))
 
     def progress_at(self, site: str, item: Item) -> Progress:
         """Return the progress of the top's training before a site's item: its own steps, and the epochs of that site.
@@ -155,7 +157,7 @@ class StreamServer(ServerRole[StreamSequence]):
         steps_at_base = answered_at[-1 - later_answers] if later_answers < len(answered_at) else 0
         facts: dict[str, Scalar] = {"event": "train", "step": self.steps, "site": site, "epoch": item.epoch}
         record = Record({**facts, "loss": loss, "staleness": self.steps - 1 - steps_at_base})
-        return [record, *self.close_batch(site)]
+        return [record, *self.close_batch(site, loss)]
 
     def count_item(self, site: str, item: Item) -> None:
         """Count a training item as one that the top is trained on."""
@@ -227,18 +229,19 @@ class StreamServer(ServerRole[StreamSequence]):
         """Count a message as applied, and end the run after the last one."""
         self.applied[site] = seq
         self._answered_at[site].append(self.steps)
-        return self._end_if_done()
+        return self.end_if_done()
 
-    def _end_if_done(self) -> list[Effect]:
+    @override
+    def end_if_done(self) -> list[Effect]:
         if self.done:
-            return self.complete()
+            return [] if self.unsigned else self.complete()
         if not self.evaluation.exhausted:
             return []
         # The farewell comes after the answers to all applied messages.
         return [*(self._send_mean() if self._waiting else []), *self.end()]
 
     def complete(self) -> list[Effect]:
-        """Go on after the last message of every site was applied."""
+        """Go on after the last message of every site was applied, and its log is signed."""
         return self.end()
 
     @override

@@ -192,7 +192,7 @@ class PrivacySection(Section, frozen=True, kw_only=True):
 
     Attributes:
         epsilon: privacy loss of one record over the whole run, at each site.
-        delta: failure probability, likewise; below 1 / records.
+        delta: failure probability, likewise; at most 1 / records of any site.
         clip: L2 norm to which each record's gradient is clipped.
         secure: whether to draw the noise from a cryptographic stream.
     """

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from nightsplit.shared.errors import Refused
+from nightsplit.shared.storage.checkpoint import flatten, under
 
 NORM_MAX = 1e15
 """Largest norm of a tensor of gradients, weights or predictions: squares and sums of its values, and an optimizer's
@@ -122,7 +123,7 @@ class RunningBound:
 
     def factor(self, sender: str, norm: float) -> float:
         """Return the factor for the next value of a sender, 1.0 unless it is an outlier."""
-        return factor_for(norm, self._reference(sender), self._outlier)
+        return factor_for(norm, self.reference(sender), self._outlier)
 
     def remember(self, sender: str, norm: float) -> None:
         """Add the norm of a sender's value, which was applied."""
@@ -134,7 +135,8 @@ class RunningBound:
         self.remember(sender, norm)
         return factor
 
-    def _reference(self, sender: str) -> float | None:
+    def reference(self, sender: str) -> float | None:
+        """Return what a sender's next value is compared with; None if it is not bounded."""
         if len(self._recent) == MAJORITY - 1:
             return None
         medians = [statistics.median(recent) for recent in self._recent.values() if recent]
@@ -153,3 +155,47 @@ class RunningBound:
             recent.clear()
             if sender in tensors:
                 recent.extend(tensors[sender].tolist())
+
+
+class LossBound:
+    """Bound on the weight of a sender whose labels contradict those of the others, by the losses of its batches.
+
+    A sender's loss is that of the median of its `RECENT` latest batches, as a multiple of the reference of its moment
+    (`RunningBound`) and of chance, the loss of a model that knows nothing. It is an outlier if it is one among the
+    senders and worse than chance: a hard batch is none, nor are hard patients, from whom the model learns something.
+    """
+
+    def __init__(self, senders: Sequence[str]) -> None:
+        self._losses = RunningBound(senders)
+        self._usual: dict[str, deque[float]] = {sender: deque(maxlen=RECENT) for sender in senders}
+        """Latest losses of each sender as multiples of the reference."""
+        self._chance: dict[str, deque[float]] = {sender: deque(maxlen=RECENT) for sender in senders}
+        """Likewise, of chance."""
+
+    def factor(self, sender: str) -> float:
+        """Return the factor for the gradients of a sender's next batch, 1.0 unless its losses are outliers."""
+        usual, chance = self._usual[sender], self._chance[sender]
+        is_worse = len(usual) == RECENT and statistics.median(chance) > 1.0
+        return factor_for(statistics.median(usual), 1.0) if is_worse else 1.0
+
+    def remember(self, sender: str, loss: float, chance: float) -> None:
+        """Add the loss of a sender's batch, which was applied, and the loss by chance there."""
+        if usual := self._losses.reference(sender):
+            self._usual[sender].append(loss / usual)
+            self._chance[sender].append(loss / chance if chance else 0.0)
+        self._losses.remember(sender, loss)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of a snapshot."""
+        pairs = {sender: [list(self._usual[sender]), list(self._chance[sender])] for sender in self._usual}
+        of_each = {sender: torch.tensor(pair, dtype=torch.float64) for sender, pair in pairs.items()}
+        return {**flatten("losses", self._losses.state()), **flatten("multiples", of_each)}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Continue from `state`."""
+        self._losses.restore(under("losses", tensors))
+        multiples = under("multiples", tensors)
+        for sender in self._usual:
+            usual, chance = multiples.get(sender, torch.empty(2, 0)).tolist()
+            self._usual[sender] = deque(usual, maxlen=RECENT)
+            self._chance[sender] = deque(chance, maxlen=RECENT)

@@ -27,6 +27,13 @@ def loss_of(task: TaskSection, outputs: torch.Tensor, targets: torch.Tensor) -> 
     return functional.mse_loss(outputs.squeeze(1), targets)
 
 
+def chance_loss(task: TaskSection, targets: torch.Tensor) -> float:
+    """Return the mean loss of a model that knows nothing: logits of 0, or the target mean of run.toml."""
+    if task.kind == "segmentation":
+        return loss_of(task, torch.zeros_like(targets).unsqueeze(1), targets).item()
+    return loss_of(task, torch.zeros(len(targets), task.outputs), targets).item()
+
+
 def standardise(task: TaskSection, data: DataSection, targets: torch.Tensor) -> torch.Tensor:
     """Return (target - mean) / spread for regression, other targets unchanged."""
     return (targets - data.target_mean) / data.target_spread if task.kind == "regression" else targets

@@ -12,6 +12,7 @@ from nightsplit.shared.engine.effects import Spend
 from nightsplit.shared.protocols.rounds import Work, updates_max
 from nightsplit.site_worker import role
 from nightsplit.site_worker.data.dataset import Splits
+from nightsplit.site_worker.privacy import check_delta
 from nightsplit.site_worker.privacy.accounting import Use, noise_for
 from nightsplit.site_worker.privacy.batches import PrivateBatches
 from nightsplit.site_worker.privacy.ledger import Ledger
@@ -55,9 +56,10 @@ def take_part(
     `splits` is the site's scaled data, `ledger` a file, `epsilon_max` policy.toml's max_epsilon.
 
     Raises:
-        RunError: 610 the model mixes records; 611, 612, 613 as `Ledger.begin`.
+        RunError: 610 the model mixes records; 611, 612, 613 as `Ledger.begin`; 616 as `check_delta`.
     """
     records = len(splits.train)
+    check_delta(privacy, records)
     rate = min(1.0, config.run.batch_size / records)
     steps = updates_max(config) * Work.of(config, records).batches
     use = Use(rate, noise_for(privacy.epsilon, privacy.delta, rate, steps), steps)

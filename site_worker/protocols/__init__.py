@@ -40,7 +40,7 @@ def make_site(
 
     Raises:
         ConfigError: 104, 105 the model cannot be used.
-        RunError: 610-613 as `take_part`, 614 as `check_installed`.
+        RunError: 610-613, 616 as `take_part`, 614 as `check_installed`.
     """
     has_own_weights = config.run.bottoms == "independent" and spec_of(config).trains_bottom
     model = build_model(config, base, seed if has_own_weights else None)

@@ -97,7 +97,7 @@ class RoundSite(SiteRole):
             return [self._record_step()]
         if self._is_final:
             if self.next_seq > self._last_update * self.layout.slices + 1:
-                return []  # the report is sent
+                return self.tell_all_sent()
             return [self._send_next()]
         if self.step < current * self.work.batches:
             self._train()

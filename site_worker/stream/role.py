@@ -71,7 +71,7 @@ class StreamSite(SiteRole):
             return []
         if self.next_seq > self.sequence.last:
             # Everything is sent. If the farewell is counted already, it was refused: there is nothing to wait for.
-            return self._finish({}) if self.answered == self.sequence.last_answer else []
+            return self._finish({}) if self.answered == self.sequence.last_answer else self.tell_all_sent()
         if self.answered < self._required_answer(self.sequence.slot(self.next_seq)):
             return []
         send = self.message(self.next_seq)

@@ -30,7 +30,7 @@ from nightsplit.shared.errors import StateError
 from nightsplit.shared.storage.files import force_to_disk, make_private_folder
 from nightsplit.shared.trust.identity import PublicKey
 from nightsplit.shared.trust.witness import is_cosigned
-from nightsplit.shared.wire.message import Header, Scalar
+from nightsplit.shared.wire.message import Header, Kind, Scalar
 from nightsplit.shared.wire.schema import Payload
 
 FILE = "exit_log.jsonl"
@@ -201,11 +201,14 @@ class Verified:
         lines: number of lines of the log.
         head: head of its chain.
         witnessed: number of lines that the server's last co-signature covers.
+        unsigned: number of messages with their first line behind these lines, apart from hellos. One that is sent again
+            after a crash has another line, and tells nothing new.
     """
 
     lines: int
     head: str
     witnessed: int
+    unsigned: int
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
@@ -230,6 +233,7 @@ def verify(path: Path, digest: str, site: str, server: PublicKey | None) -> Veri
         StateError: 515 with the first line that was changed, added or taken out.
     """
     heads, witnessed = [digest], 0
+    first: dict[tuple[str, int, str], int] = {}
     for number, line in enumerate(read_log(path), 1):
         head = line.pop("head", None)
         if line.get("line") != number:
@@ -237,6 +241,8 @@ def verify(path: Path, digest: str, site: str, server: PublicKey | None) -> Veri
         if head != next_head(heads[-1], line):
             raise broken(path, f"line {number} does not fit the line before: it was changed, or lines were exchanged")
         heads.append(head)
+        if line["kind"] not in (WITNESSED, Kind.HELLO):
+            first.setdefault((line["kind"], line["seq"], line["sha256"]), number)
         if line["kind"] == WITNESSED:
             lines, signed = line["lines"], line["head_signed"]
             signature = line["signature"]
@@ -245,7 +251,7 @@ def verify(path: Path, digest: str, site: str, server: PublicKey | None) -> Veri
             if not 0 < lines < number or heads[lines] != signed:
                 raise broken(path, f"line {number} is a signature of another log of {lines} lines")
             witnessed = lines
-    return Verified(len(heads) - 1, heads[-1], witnessed)
+    return Verified(len(heads) - 1, heads[-1], witnessed, sum(number > witnessed for number in first.values()))
 
 
 def broken(path: Path, what: str) -> StateError:

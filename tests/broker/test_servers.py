@@ -12,20 +12,21 @@ from tests.harness.servers import environment, folder_of
 
 pytestmark = [pytest.mark.campaign, pytest.mark.timeout(1800)]
 
-BROKER = ["tests/broker/test_contract.py", "tests/broker/test_rabbitmq.py", "tests/broker/test_cluster.py"]
-STORE = ["tests/run_store/test_contract.py"]
+BROKER = [f"tests/broker/test_{story}.py" for story in ("contract", "contract_queues", "rabbitmq", "cluster")]
+STORE = ["tests/run_store"]
 RIGHTS = [
     "tests/broker/test_rights.py",
     "tests/console/test_keys.py::test_the_rights_of_a_site_suffice_for_its_commands",
 ]
+DISKS = "tests/runs/test_server_disks.py"
 NIGHTS = "tests/runs/test_campaign.py::test_"
-OF_BROKER = [*BROKER, *RIGHTS, f"{NIGHTS}rabbitmq_in_strict_order_with_deaths_of_the_broker"]
-OF_STORE = [*STORE, RIGHTS[0], f"{NIGHTS}rounds_over_rabbitmq"]
+OF_BROKER = [*BROKER, *RIGHTS, DISKS, f"{NIGHTS}rabbitmq_in_strict_order_with_deaths_of_the_broker"]
+OF_STORE = [*STORE, RIGHTS[0], DISKS, f"{NIGHTS}rounds_over_rabbitmq"]
 SUPPORTED = {
     **dict.fromkeys([f"RabbitMQ {version}" for version in ("3.13", "4.0", "4.1", "4.2", "4.3")], OF_BROKER),
     **dict.fromkeys(["Redis 8", "Valkey 8", "Valkey 9"], OF_STORE),
 }
-"""Beside the installed ones, with the tests of brokers, stores, rights and nights for each."""
+"""Beside the installed ones, with the tests of brokers, stores, rights, disks and nights for each."""
 
 
 @pytest.mark.parametrize("server", SUPPORTED)

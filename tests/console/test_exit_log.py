@@ -63,8 +63,10 @@ def test_what_left_is_counted(north, hospital, capsys):
 
 def test_a_log_is_verified_and_its_signatures_count(north, capsys):
     assert run(["log", "verify", north]) == 0
-    lines, signed = map(int, re.findall(r"(\d+)", capsys.readouterr().out.splitlines()[0]))
+    verified = capsys.readouterr().out.splitlines()[0]
+    lines, signed = map(int, re.findall(r"(\d+)", verified))
     assert 0 < signed < lines
+    assert verified.endswith(", to the last message")
 
 
 def test_a_stranger_verifies_a_copy(north, tmp_path, capsys):

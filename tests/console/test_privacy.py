@@ -7,6 +7,8 @@ from nightsplit.console.cli import run
 from nightsplit.site_worker.privacy.accounting import Use, epsilon_of, patient_epsilon
 from nightsplit.site_worker.privacy.ledger import Ledger
 from nightsplit.site_worker.trust.approval import approve
+from tests.harness.approvals import approve_all
+from tests.harness.workers import Hospital
 
 USE = Use(0.05, 1.0, 60)
 
@@ -69,3 +71,19 @@ def test_a_server_has_no_ledger(site: Path, capsys: pytest.CaptureFixture[str]) 
     server.write_text('[server]\nbroker = "embedded:broker"\nstore = "sqlite:run.db"\n')
     assert run(["privacy", str(server)]) == 1
     assert capsys.readouterr().err.startswith("E103 ")
+
+
+def test_a_delta_that_buys_epsilon_is_refused_before_anything_is_sent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """C5b of docs/explanation/attacks.md: by doctor before the first night, and by the site's worker."""
+    folder = Hospital(tmp_path / "run", protocol="fedavg_dp_seg", epochs=1).folder
+    settings = (folder / "run.toml").read_text()
+    (folder / "run.toml").write_text(settings.replace("delta = 0.001", "delta = 0.05"))
+    approve_all(folder)
+    assert run(["open", str(folder / "server.toml")]) == 0
+    assert run(["doctor", str(folder / "north.toml")]) == 1
+    assert "E616 Delta is too large for the site's records: privacy.delta is 0.05" in capsys.readouterr().out
+    assert run(["site", str(folder / "north.toml")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("E616 ")
+    assert not (folder / "state" / "north" / "exit_log.jsonl").exists()

@@ -53,15 +53,17 @@ def outcome_of(hospital: Hospital) -> Outcome:
     """Read a finished run of any system that trains, once the exit log of every site is found unchanged."""
     report = json.loads((hospital.folder / "report" / "report.json").read_text(encoding="utf-8"))
     for site in report["sites"]:
-        verify_log(WorkerFile(hospital.folder / f"{site}.toml"))
-    log = (hospital.folder / "report" / "metrics.jsonl").read_bytes()
+        file = WorkerFile(hospital.folder / f"{site}.toml")
+        log = verify_log(file)
+        assert not (file.run_config.parties and log.unsigned), log
+    lines = (hospital.folder / "report" / "metrics.jsonl").read_bytes()
     answered = {site: _last_checkpoint(hospital, site)[1]["role"]["answered"] for site in report["sites"]}
-    lost, again = count(report, answered, [json.loads(line) for line in log.splitlines()])
+    lost, again = count(report, answered, [json.loads(line) for line in lines.splitlines()])
     weights = dict(hospital.models())
     for worker in (SERVER, *SHARES):
         weights[f"state/{worker}/checkpoints"] = _trained_state(_last_checkpoint(hospital, worker)[0])
     # Sorted: a restart may swap the lines of one evaluation, and every training step has its number in it.
-    metrics = hashlib.sha256(b"\n".join(sorted(log.splitlines()))).hexdigest()
+    metrics = hashlib.sha256(b"\n".join(sorted(lines.splitlines()))).hexdigest()
     return Outcome(lost, again, weights, metrics)
 
 

@@ -9,6 +9,7 @@ from nightsplit.shared.errors import Refused
 from nightsplit.shared.learning.bounds import (
     MAJORITY,
     RECENT,
+    LossBound,
     RunningBound,
     capped,
     factor_for,
@@ -73,6 +74,38 @@ def test_the_reference_follows_the_sites():
             bound.limit(sender, norm)
         assert bound.factor("a", norm * 3) == 1.0
         assert bound.factor("a", norm * 5) == pytest.approx(0.2)
+
+
+def test_one_loss_says_nothing_of_its_sender_and_the_median_of_the_latest_does():
+    bound = LossBound(("a", "b", "c"))
+    for sender in "bc" * RECENT:
+        bound.remember(sender, 1.0, chance=9.0)
+    for turn in range(20):
+        assert bound.factor("a") == (1.0 if turn <= RECENT else pytest.approx(0.1))
+        bound.remember("a", 10.0, chance=9.0)
+        other = LossBound(("a", "b", "c"))
+        other.remember("a", 1e6, chance=1.0)  # a restored state replaces this
+        other.restore(bound.state())
+        bound = other
+    for sender, value in [("b", 1e6)] * (RECENT // 2) + [("a", 1.0)] * (RECENT // 2 + 1):
+        bound.remember(sender, value, chance=0.5)
+    assert bound.factor("a") == bound.factor("b") == 1.0
+
+
+def test_a_loss_better_than_chance_is_no_outlier():
+    """Hard patients: the model learns from them, and less than from others."""
+    bound = LossBound(("a", "b", "c"))
+    for sender in "abc" * 20:
+        bound.remember(sender, 0.9 if sender == "a" else 0.01, chance=1.0)
+        assert bound.factor("a") == 1.0
+
+
+def test_a_sender_that_seldom_sends_is_compared_with_its_time():
+    bound = LossBound(("a", "b", "c"))
+    for turn in range(200):
+        for sender in "abc" if turn % 20 == 0 else "bc":
+            bound.remember(sender, 0.9**turn, chance=1e-12)
+        assert bound.factor("a") == bound.factor("b") == 1.0
 
 
 def test_of_two_senders_none_is_bounded():

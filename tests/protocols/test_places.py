@@ -188,8 +188,8 @@ HELLO = {
     "released": 0,
     "log_lines": 0,
     "log_head": "",
-    "enrolled": True,
     "sent": 0,
+    "enrolled": True,
     "first_missing": 0,
     "last_missing": 0,
 }

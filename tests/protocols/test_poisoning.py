@@ -3,18 +3,20 @@
 attacks.md A15 to A18. What the other sites lose in real training is measured by `benchmarks.accuracy.poison`.
 """
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from msgspec.structs import replace
 
-from benchmarks.accuracy.poison import HostileSimulation, add_to_targets, claim, times
+from benchmarks.accuracy.poison import HostileSimulation, add_to_targets, claim, flip, times
 from nightsplit.server_worker.report import write_report
 from nightsplit.server_worker.stream.bounds import BatchBounds
 from nightsplit.shared.config.run import TaskSection
-from nightsplit.shared.learning.bounds import OUTLIER, norm_of
+from nightsplit.shared.learning.bounds import OUTLIER, LossBound, norm_of
 from nightsplit.shared.wire.message import Kind
+from nightsplit.site_worker.data.dataset import Splits
 from tests.harness.night import SYSTEMS, Night, tiny_config, tiny_rounds
 from tests.harness.workers import COLUMNS, Hospital
 
@@ -109,7 +111,7 @@ def test_targets_far_from_those_of_the_others_are_scaled():
         for site in SITES:
             batch = {"smashed": torch.randn(8, 8), "targets": torch.randn(8) + (100.0 if site == "east" else 0.0)}
             scaled = bounds.scale(site, batch)
-            outliers = bounds.close(site)
+            outliers = bounds.close(site, None)
             assert set(outliers) == ({"targets"} if site == "east" else set()), turn
             assert torch.equal(scaled["smashed"], batch["smashed"])
             assert scaled["targets"].square().mean().sqrt() < OUTLIER
@@ -131,14 +133,47 @@ def test_classes_are_never_scaled():
     for site in SITES:
         batch = {"smashed": torch.ones(8, 8), "targets": torch.full((8,), float(site == "east"))}
         assert torch.equal(bounds.scale(site, batch)["targets"], batch["targets"])
-        bounds.close(site)
+        bounds.close(site, None)
+
+
+def regression(folder, flipped, seed=None):
+    """A run whose targets follow from the features, but for those of south, which may be their mirror image."""
+    config = stream("split_labels", "averaged", window=3)
+    config = replace(config, task=TaskSection(kind="regression"), run=replace(config.run, epochs=40))
+    config = replace(config, model=replace(config.model, settings={"dropout": 0.0}))
+    night = Night(config, folder, prefetch=16)
+    for site, parts in night.splits.items():
+        exact = (dataclasses.replace(p, targets=p.inputs[:, 0]) for p in (parts.train, parts.validation, parts.test))
+        night.splits[site] = Splits(*exact)
+    if flipped:
+        night.splits["south"] = flip(config, night.splits["south"])
+    night = night.run() if seed is None else night.shaken(seed)
+    return night, night.evaluate({site: night.splits[site] for site in ("north", "east")}).overall["r2"]
+
+
+def test_a_site_whose_labels_contradict_the_others_is_scaled_and_named(tmp_path, monkeypatch):
+    """attacks.md A16: flipped labels are as large as right ones; it is the loss that tells."""
+    honest, right = regression(tmp_path / "honest", flipped=False)
+    assert not any("loss" in parts for parts in honest.server.outliers.values())
+    bounded, r2 = regression(tmp_path / "bounded", flipped=True)
+    assert [site for site, parts in bounded.server.outliers.items() if "loss" in parts] == ["south"]
+    monkeypatch.setattr(LossBound, "factor", lambda bound, site: 1.0)
+    _, unbounded = regression(tmp_path / "unbounded", flipped=True)
+    assert unbounded < right - 0.1
+    assert r2 > right - 0.02
+
+
+def test_the_weight_of_a_site_by_its_loss_is_the_same_after_kills(tmp_path):
+    calm, shaken = regression(tmp_path / "calm", flipped=True)[0], regression(tmp_path / "shaken", True, seed=1)[0]
+    assert shaken.fingerprint() == calm.fingerprint()
+    assert shaken.server.outliers == calm.server.outliers
 
 
 def test_a_batch_that_is_refused_leaves_the_bounds_as_they_were():
     bounds = BatchBounds(tiny_config(SITES))
     for site in SITES:
         bounds.scale(site, {"smashed": torch.ones(8, 8)})
-        bounds.close(site)
+        bounds.close(site, None)
     before = bounds.state()
     bounds.scale("east", {"smashed": 1e6 * torch.ones(8, 8)})  # and no close
     after = bounds.state()

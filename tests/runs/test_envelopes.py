@@ -5,7 +5,6 @@ docs/explanation/attacks.md, rows A19, A20, B4, C7b, E3.
 
 from __future__ import annotations
 
-import random
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from nightsplit.shared.transport import Confirmed, Queue
 from nightsplit.shared.wire.format import encode
 from nightsplit.shared.wire.message import SERVER, Header, Kind, Message, Scalar
 from nightsplit.site_worker.worker import SiteWorker
+from tests.harness.patterns import hits, scalars_in, seeded_patterns, tensors_in
 from tests.harness.workers import SHARES, Hospital
 
 IDLE_S = 0.5
@@ -47,48 +47,21 @@ def bodies(folder: Path, *queues: str) -> Iterator[bytes]:
                 yield body if file is None else (folder / "broker" / "bodies" / file).read_bytes()
 
 
-def on_disk(folder: Path) -> bytes:
-    return b"".join(file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file())
-
-
-def seeded_patterns(contents: list[bytes], count: int) -> list[bytes]:
-    """Pieces of tensors in messages, none of them of a few values only."""
-    draws, found = random.Random(7), []
-    while len(found) < count:
-        content = draws.choice(contents)
-        tensors = content[4 + int.from_bytes(content[:4], "big") :]
-        start = draws.randrange(len(tensors) - 12)
-        piece = tensors[start : start + 12]
-        if len(set(piece)) >= 8:
-            found.append(piece)
-    return found
-
-
-def scalars_in(contents: list[bytes], *names: bytes) -> list[bytes]:
-    """Names of scalars with the bytes of their values."""
-    found = [(content, name, content.find(name)) for content in contents for name in names]
-    return [content[place : place + len(name) + 2] for content, name, place in found if place >= 0]
-
-
-def hits(patterns: list[bytes], folder: Path) -> int:
-    text = on_disk(folder)
-    return sum(pattern in text for pattern in patterns)
-
-
 def test_a_broker_with_its_disk_reads_nothing_of_a_patient(tmp_path):
     plain = Hospital(tmp_path / "plain", epochs=2, keys=False)
     keyed = Hospital(tmp_path / "keyed", epochs=2)
     night(plain)
     night(keyed)
     sent = list(bodies(plain.folder, ".up"))
-    patterns = seeded_patterns([body for body in sent if b"smashed" in body[:200]], 200)
+    patterns = seeded_patterns([tensors_in(body) for body in sent if b"smashed" in body[:200]], 200)
     patterns += scalars_in([body for body in sent if b"enrolled\xc3" in body], b"train", b"validation", b"test")
     assert len(patterns) >= 209  # the sites' numbers of patients are among them
     assert hits(patterns, plain.folder / "broker") == len(patterns)
     assert hits(patterns, keyed.folder / "broker") == 0
     day(plain)
     day(keyed)
-    answers = seeded_patterns([body for body in bodies(plain.folder, ".down") if b"cut_gradient" in body[:200]], 200)
+    gradients = [tensors_in(body) for body in bodies(plain.folder, ".down") if b"cut_gradient" in body[:200]]
+    answers = seeded_patterns(gradients, 200)
     assert hits(answers, plain.folder / "broker") == 200
     assert hits(patterns + answers, keyed.folder / "broker") == 0
 

@@ -56,7 +56,8 @@ def part(tmp_path: Path) -> Iterator[TakePart]:
         ) -> PrivateTraining:
             torch.manual_seed(0)
             module, ledger = mlp(3, [4], 1), folder / "ledger.db"
-            mine = take_part(config, PRIVACY, site, parts_of(count), module, "cpu", ledger, None)
+            assert config.privacy is not None
+            mine = take_part(config, config.privacy, site, parts_of(count), module, "cpu", ledger, None)
             opened.enter_context(closing(mine.account))
             return mine
 
@@ -113,6 +114,21 @@ def test_the_account_reports_what_is_paid_for(part: TakePart) -> None:
     (entry,) = mine.account.ledger.entries()
     assert spent(mine) == epsilon_of([entry.use], 1e-3)
     assert entry.use.steps == 8
+
+
+@pytest.mark.parametrize(("records", "delta"), [(100, 0.0101), (40, 0.9), (1001, 1e-3)])
+def test_a_delta_above_one_in_the_records_is_refused(
+    part: TakePart, tmp_path: Path, records: int, delta: float
+) -> None:
+    """C5b of docs/explanation/attacks.md: almost no noise, and a small epsilon. Nothing is entered in the ledger."""
+    with pytest.raises(RunError, match=rf"{delta:g}.* 1 / {records} ") as caught:
+        part(records, config=replace(CONFIG, privacy=replace(PRIVACY, delta=delta)))
+    assert caught.value.number == 616
+    assert not (tmp_path / "ledger.db").exists()
+
+
+def test_a_delta_of_one_in_the_records_is_the_largest(part: TakePart) -> None:
+    part(1000)
 
 
 def test_missing_packages_have_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
