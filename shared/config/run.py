@@ -27,8 +27,12 @@ class RunSection(Section, frozen=True, kw_only=True):
         protocol: one of `nightsplit.shared.protocols.spec.PROTOCOLS`.
         sites: names of the participating sites.
         seed: seed of every random choice in the run.
+        learning: "steps", a gradient step for each answer; "targets" (split_labels, split_u), fits to displacements of
+            activations, a block of `window` batches at a time, for sites and servers that are never online together.
+        passes: of a fit over its block, with "targets".
         order: "strict", a fixed function of site and seq, or "fair", weighted round robin over arrived messages.
-        window: smashed batches a site may have unanswered; 1 is synchronous training.
+        window: smashed batches a site may have unanswered; 1 is synchronous training. With "targets": most batches of a
+            block; two blocks may be unanswered.
         epochs: passes over each site's training data (split_frozen: over the stored activations).
         batch_size: fewest samples of a smashed batch; a remainder is spread over batches. In rounds: samples per step.
         evaluate_every: epochs between evaluations on held-out patients.
@@ -44,6 +48,8 @@ class RunSection(Section, frozen=True, kw_only=True):
     protocol: str
     sites: Annotated[list[Name], Meta(min_length=1)]
     seed: Natural = 0
+    learning: Literal["steps", "targets"] = "steps"
+    passes: Positive = 4
     order: Literal["strict", "fair"] = "fair"
     window: Positive = 4
     epochs: Positive = 10

@@ -5,6 +5,7 @@ from typing_extensions import override
 from nightsplit.shared.engine.effects import Send
 from nightsplit.shared.protocols.plan import Item
 from nightsplit.shared.wire.message import Kind, Message
+from nightsplit.site_worker.stream.blocks import BlockSite
 from nightsplit.site_worker.stream.role import StreamSite
 
 
@@ -21,4 +22,9 @@ class SplitLabelsSite(StreamSite):
         self.apply_gradient(item, message.tensors["gradient"])
 
 
+class SplitLabelsTargets(BlockSite, SplitLabelsSite):
+    """Role that sends activations with their targets, and fits its layers to displacements."""
+
+
 ROLE = SplitLabelsSite
+TARGETS_ROLE = SplitLabelsTargets

@@ -77,14 +77,7 @@ class Bottom:
             old, present = self._versions[item.version], self._versions[self.version]
             weights = {**present, **{name: old[name] for name in self._parameters}}
             outputs, parameters, buffers = self._run(weights, inputs, seed, training=True)
-        if outputs.requires_grad:
-            gradients = torch.autograd.grad(outputs, parameters, gradient.to(self._device))
-            check_bounded("gradients", *gradients, *buffers.values())
-            for parameter, parameter_gradient in zip(self.module.parameters(), gradients, strict=True):
-                parameter.grad = parameter_gradient
-            limit_gradients(self.module.parameters(), partial(self._bound.limit, SERVER))
-            self._optimizer.step()
-        self.module.load_state_dict(buffers, strict=False)
+        self._step(outputs, parameters, buffers, gradient.to(self._device))
         self._advance(self._copy_weights())
 
     def skip(self, item: Item) -> None:
@@ -98,10 +91,7 @@ class Bottom:
         Changes since that version are added: with window 1 there are none, and the present weights become the mean
         itself. Refused 312 if the weights would not be finite; then none was changed.
         """
-        sent, present = self._versions[version], self._versions[self.version]
-        merged = {name: mean[name].to(self._device) + (present[name] - sent[name]) for name in mean}
-        check_bounded("averaged weights", *merged.values())
-        self.module.load_state_dict(merged, strict=False)
+        self._merge(self._versions[version], mean)
         self._advance(self._copy_weights())
 
     def weights(self, version: int) -> Weights:
@@ -135,6 +125,26 @@ class Bottom:
                 self._versions[version] = self._versions[version - 1]
         restore_optimizer(self._optimizer, under("optimizer", tensors))
         self._bound.restore(under("bound", tensors))
+
+    def _merge(self, sent: Weights, mean: Mapping[str, torch.Tensor]) -> None:
+        present = self._copy_weights()
+        merged = {name: mean[name].to(self._device) + (present[name] - sent[name]) for name in mean}
+        check_bounded("averaged weights", *merged.values())
+        self.module.load_state_dict(merged, strict=False)
+
+    def _step(
+        self, outputs: torch.Tensor, parameters: list[torch.Tensor], buffers: Mapping[str, torch.Tensor],
+        gradient: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Apply the gradient at the outputs of a forward to the module; Refused 312 without a change."""
+        if outputs.requires_grad:
+            gradients = torch.autograd.grad(outputs, parameters, gradient)
+            check_bounded("gradients", *gradients, *buffers.values())
+            for parameter, parameter_gradient in zip(self.module.parameters(), gradients, strict=True):
+                parameter.grad = parameter_gradient
+            limit_gradients(self.module.parameters(), partial(self._bound.limit, SERVER))
+            self._optimizer.step()
+        self.module.load_state_dict(buffers, strict=False)
 
     def _run(
         self, weights: Weights, inputs: torch.Tensor, seed: Seed, training: bool
