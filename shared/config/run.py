@@ -37,7 +37,8 @@ class RunSection(Section, frozen=True, kw_only=True):
         batch_size: fewest samples of a smashed batch; a remainder is spread over batches. In rounds: samples per step.
         evaluate_every: epochs between evaluations on held-out patients.
         patience: evaluations without improvement before the run stops early; 0 never stops early.
-        bottoms: "independent", or "averaged" over sites every `average_every` training batches.
+        bottoms: "independent", or "averaged" over sites every `average_every` training batches, with "targets" at the
+            end of every block.
         export_top: whether to send the server's part of the best model to the sites at the end.
         quorum: number of sites that must stay; the run excludes others that fall silent. None: all must stay.
         absence_hours: longest silence of a site that the run waits for, before it is excluded.
@@ -75,7 +76,7 @@ class RunSection(Section, frozen=True, kw_only=True):
             raise KeyConflictError("sites", f"{SERVER!r} is the server's own name", "rename the site.")
         if self.quorum is not None and self.quorum > len(self.sites):
             raise KeyConflictError("quorum", "a quorum above the number of sites", f"set at most {len(self.sites)}.")
-        if self.bottoms == "averaged" and self.average_every < self.window:
+        if self.learning == "steps" and self.bottoms == "averaged" and self.average_every < self.window:
             sentence = f"below the window of {self.window}, averagings would overlap and correct weights twice"
             raise KeyConflictError("average_every", sentence, "set it to the window or more.")
 

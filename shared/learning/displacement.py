@@ -24,7 +24,7 @@ from typing import Self
 
 import torch
 from torch import nn
-from torch.func import functional_call, jvp, vjp
+from torch.func import functional_call
 
 from nightsplit.shared.config.run import TaskSection
 from nightsplit.shared.learning.losses import loss_of
@@ -113,17 +113,15 @@ def direction(
         displacement: D, (batch, ...).
         seed: of dropout.
     """
-    parameters = {name: tensor.detach() for name, tensor in module.named_parameters()}
+    inputs = inputs.detach().requires_grad_()
+    weights = {name: tensor.detach() for name, tensor in module.named_parameters()}
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     module.train()
-
-    def outputs_of(x: torch.Tensor) -> torch.Tensor:
-        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        with seeded(seed, x.device):
-            outputs: torch.Tensor = functional_call(module, {**parameters, **buffers}, x)
-        return outputs
-
-    outputs, pull = vjp(outputs_of, inputs)[:2]
-    lacking = along(aims - outputs, displacement)
-    (at_inputs,) = pull(lacking)
-    push = jvp(outputs_of, (inputs,), (at_inputs,))[1]
-    return at_inputs, Sums((push * lacking).sum().item(), push.square().sum().item())
+    with seeded(seed, inputs.device):
+        outputs = functional_call(module, {**weights, **buffers}, inputs)
+    lacking = along(aims - outputs.detach(), displacement)
+    # J v is the derivative of J^T u in u, in the direction v.
+    pulled = lacking.clone().requires_grad_()
+    (at_inputs,) = torch.autograd.grad(outputs, inputs, pulled, create_graph=True)
+    (pushed,) = torch.autograd.grad(at_inputs, pulled, at_inputs.detach())
+    return at_inputs.detach(), Sums((pushed * lacking).sum().item(), pushed.square().sum().item())
