@@ -13,6 +13,7 @@ from nightsplit.server_worker.stream.top import Top
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect
 from nightsplit.shared.learning.block_fit import Task
+from nightsplit.shared.learning.bounds import check_bounded
 from nightsplit.shared.learning.displacement import CUT_REACH, Sums
 from nightsplit.shared.learning.seeds import seed_for
 from nightsplit.shared.protocols.build import SplitModel
@@ -51,6 +52,7 @@ class SplitLabelsTargets(BlockServer, SplitLabelsServer):
     def apply_item(self, site: str, slot: Slot, message: Message) -> list[Effect]:
         if slot.item.purpose is not Purpose.TRAIN:
             return super().apply_item(site, slot, message)
+        check_bounded("activations and targets", *message.tensors.values())
         self.store.put(site, slot.item.number, self.bounds.scale(site, message.tensors))
         self.collect(site, slot)
         return self.close_batch(site)

@@ -24,6 +24,7 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect
 from nightsplit.shared.errors import Refused, mismatch
 from nightsplit.shared.learning.block_fit import Task
+from nightsplit.shared.learning.bounds import check_bounded
 from nightsplit.shared.learning.displacement import Sums
 from nightsplit.shared.learning.seeds import seed_for
 from nightsplit.shared.protocols.build import SplitModel
@@ -63,8 +64,9 @@ class SplitUServer(StreamServer):
             self._open[site][q] = version, smashed
             return [answer, *self.close_batch(site)]
         if kind is Kind.REPORT:
+            effects = self.apply_report(site, item, message)
             self._close_item(site, item)
-            return self.apply_report(site, item, message)
+            return effects
         if q not in self._open[site]:
             raise mismatch(f"item {q} has no forward pass that waits for a gradient.")
         version, smashed = self._open[site][q]
@@ -128,11 +130,13 @@ class SplitUTargets(BlockServer):
     def apply_item(self, site: str, slot: Slot, message: Message) -> list[Effect]:
         kind, item = message.header.kind, slot.item
         if kind is Kind.REPORT:
+            effects = self.apply_report(site, item, message)
             self.forget(site, item.number)
-            return self.apply_report(site, item, message)
+            return effects
         if kind is Kind.HEAD_TARGET:
             if not self.store.has(site, item.number):
                 raise mismatch(f"item {item.number} has no forward pass that waits for a displacement.")
+            check_bounded("displacements", *message.tensors.values())
             self._asked.put(site, item.number, self.bounds.scale(site, message.tensors))
             self.collect(site, slot)
             return self.close_batch(site)

@@ -38,7 +38,7 @@ class Role(ABC):
 
     @property
     def busy(self) -> bool:
-        """Return False, as of a role whose messages are applied at once."""
+        """Return False, as of a role that applies each message at once."""
         return False
 
     @abstractmethod

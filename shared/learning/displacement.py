@@ -1,4 +1,4 @@
-"""Displacements of activations: what a loss asks of layers that learn of it a night later.
+"""Displacements of activations: a loss's request to layers that learn of it a night later.
 
 A late gradient is a direction without a length. A displacement D of activations h has both, since its length follows
 from the curvature of the loss and not from a learning rate (a majorise-minimise step):
@@ -45,7 +45,7 @@ _TINY = 1e-30
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Two sums over a block whose quotient is a step; 0 if the second is 0."""
+    """Two sums over a block, the quotient of which is a step; 0 if the second is 0."""
 
     numerator: float = 0.0
     denominator: float = 0.0
@@ -72,7 +72,7 @@ def gradients(task: TaskSection, module: nn.Module, inputs: torch.Tensor, target
 
 
 def head_sums(task: TaskSection, module: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> Sums:
-    """Return the sums of a batch whose quotient, over a block, is the step s; arguments as of `gradients`."""
+    """Return the sums of a batch for the step s of its block; arguments as of `gradients`."""
     squares = gradients(task, module, inputs, targets).flatten(1).square().sum(1)
     inputs = inputs.detach().requires_grad_()
     outputs = module(inputs)

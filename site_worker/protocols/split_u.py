@@ -8,7 +8,7 @@ from typing_extensions import override
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Send
 from nightsplit.shared.learning.block_fit import BlockFit, Task
-from nightsplit.shared.learning.bounds import WRECK, RunningBound
+from nightsplit.shared.learning.bounds import WRECK, RunningBound, check_bounded
 from nightsplit.shared.learning.displacement import HEAD_REACH, Sums, gradients, head_sums
 from nightsplit.shared.learning.metrics import measure
 from nightsplit.shared.learning.optimizers import optimizer_tensors, restore_optimizer
@@ -149,7 +149,9 @@ class SplitUTargets(BlockSite, SplitUSite):
         if message.header.kind is Kind.CUT_TARGET:
             super().apply_answer(item, message)
         elif item.purpose is Purpose.TRAIN:
-            self._head_inputs[item.number] = message.tensors["activations"].clone()
+            activations = message.tensors["activations"].clone()
+            check_bounded("activations", activations)
+            self._head_inputs[item.number] = activations
         else:
             SplitUSite.apply_answer(self, item, message)
 

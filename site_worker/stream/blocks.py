@@ -18,6 +18,7 @@ from nightsplit.shared.config.run import OptimizerSection, RunConfig
 from nightsplit.shared.engine.effects import Effect, Record
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.learning.block_fit import BlockFit, Task
+from nightsplit.shared.learning.bounds import check_bounded
 from nightsplit.shared.learning.displacement import Sums
 from nightsplit.shared.learning.seeds import Seed
 from nightsplit.shared.protocols.blocks import BlockPlan
@@ -140,7 +141,9 @@ class BlockSite(StreamSite):
 
     @override
     def apply_answer(self, item: Item, message: Message) -> None:
-        self._displacements[item.number] = message.tensors["displacement"].clone()
+        displacement = message.tensors["displacement"].clone()
+        check_bounded("displacements", displacement)
+        self._displacements[item.number] = displacement
 
     @override
     def count_answer(self, slot: Slot, evaluated: int) -> None:

@@ -46,7 +46,7 @@ def test_blocks_are_whole_and_even(plan):
         assert len({item.version for item in of_block}) == len({item.epoch for item in of_block}) == 1
         assert [item for item in of_block if plan.ends_training(item)] == trained[-1:]
         assert sum(item.purpose is Purpose.AVERAGE for item in of_block) == (plan.average_every or 0)
-    assert 1 <= min(lengths)
+    assert min(lengths) >= 1
     assert max(lengths) <= min(plan.window, min(lengths) + 1)
 
 
