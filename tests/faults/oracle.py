@@ -17,12 +17,13 @@ from safetensors.numpy import load_file
 
 from nightsplit.console.exit_log import verify_log
 from nightsplit.console.worker_file import WorkerFile
+from nightsplit.shared.protocols.load import load_run
 from nightsplit.shared.protocols.spec import PROTOCOLS, Shape
 from nightsplit.shared.wire.message import SERVER
 from tests.harness.workers import SHARES, Hospital
 
 BATCH_SIZE = 16
-TRAINED = ("top", "bottom", "head", "optimizer", "head_optimizer", "vector", "vectors", "module")
+TRAINED = ("top", "bottom", "head", "optimizer", "head_optimizer", "vector", "vectors", "module", "fitted")
 """Entries of a checkpoint that are weights, or what an optimizer remembers."""
 
 
@@ -56,7 +57,9 @@ def outcome_of(hospital: Hospital) -> Outcome:
         verify_log(WorkerFile(hospital.folder / f"{site}.toml"))
     log = (hospital.folder / "report" / "metrics.jsonl").read_bytes()
     answered = {site: _last_checkpoint(hospital, site)[1]["role"]["answered"] for site in report["sites"]}
-    lost, again = count(report, answered, [json.loads(line) for line in log.splitlines()])
+    run = load_run(hospital.folder / "run.toml").run
+    passes = run.passes if run.learning == "targets" else 1
+    lost, again = count(report, answered, [json.loads(line) for line in log.splitlines()], passes)
     weights = dict(hospital.models())
     for worker in (SERVER, *SHARES):
         weights[f"state/{worker}/checkpoints"] = _trained_state(_last_checkpoint(hospital, worker)[0])
@@ -66,7 +69,7 @@ def outcome_of(hospital: Hospital) -> Outcome:
 
 
 def count(
-    report: Mapping[str, Any], answered: Mapping[str, int], lines: Sequence[Mapping[str, Any]]
+    report: Mapping[str, Any], answered: Mapping[str, int], lines: Sequence[Mapping[str, Any]], passes: int = 1
 ) -> tuple[int, int]:
     """What was lost, and what was applied twice; see `Outcome`.
 
@@ -74,6 +77,7 @@ def count(
         report: of the run, report.json.
         answered: answers that each site has applied.
         lines: of metrics.jsonl.
+        passes: training steps of the server with each batch.
     """
     lost = again = 0
     spec = PROTOCOLS[report["protocol"]]
@@ -88,7 +92,7 @@ def count(
         if spec.uploads_once:
             continue
         # Every training batch, or every update of a round, is one line of the metrics, whatever happened.
-        batches = 1 if spec.shape is Shape.ROUND else max(1, facts["training_samples"] // BATCH_SIZE)
+        batches = 1 if spec.shape is Shape.ROUND else passes * max(1, facts["training_samples"] // BATCH_SIZE)
         found = Counter(line["epoch"] for line in trained if line["site"] == site)
         epochs = 1 if spec.name == "data_vectors" else report["history"][-1]["epoch"]  # its history is of scales
         for epoch in range(1, epochs + 1):
