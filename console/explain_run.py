@@ -9,11 +9,10 @@ from nightsplit.console.exit_log import show_log
 from nightsplit.console.ui.text import counted, screen
 from nightsplit.console.worker_file import WorkerFile
 from nightsplit.shared.errors import RunError
+from nightsplit.shared.protocols.blocks import sequence_for
 from nightsplit.shared.protocols.build import SplitModel, WholeModel, build_model
-from nightsplit.shared.protocols.plan import Plan
 from nightsplit.shared.protocols.rounds import RoundSequence
 from nightsplit.shared.protocols.spec import spec_of
-from nightsplit.shared.protocols.stream import StreamSequence
 from nightsplit.shared.wire.message import FROM_SITES, UNSEQUENCED
 from nightsplit.shared.wire.schema import BATCH, TELLS, Payload, Reveals
 from nightsplit.site_worker.data.dataset import Splits
@@ -48,12 +47,12 @@ def _amounts(site: SiteWorker, model: SplitModel | WholeModel, splits: Splits) -
     run, counts = site.run_config, splits.counts
     yield f"The data: {', '.join(f'{number} {part}' for part, number in counts.items())} samples."
     if isinstance(model, WholeModel):
-        sequence = RoundSequence.of(run, len(splits.train), model.layout)
-        sent = f"{counted(sequence.updates, 'update')} of {model.layout.length:,} weights"
-        yield f"At most {sent}, in {counted(sequence.last, 'message')}; each update depends on all training samples."
+        rounds = RoundSequence.of(run, len(splits.train), model.layout)
+        sent = f"{counted(rounds.updates, 'update')} of {model.layout.length:,} weights"
+        yield f"At most {sent}, in {counted(rounds.last, 'message')}; each update depends on all training samples."
         return
-    plan = Plan.of(run, len(splits.train), len(splits.validation), len(splits.test))
-    last = StreamSequence(plan, spec_of(run).has_head).last
+    sequence = sequence_for(run, len(splits.train), len(splits.validation), len(splits.test))
+    plan, last = sequence.plan, sequence.last
     times = 1 if spec_of(run).uploads_once else run.run.epochs
     ahead, batch = counted(min(plan.last, plan.window), "batch"), run.run.batch_size
     yield f"At most {counted(last, 'message')}; each training sample is in {counted(times, 'message')} or more."

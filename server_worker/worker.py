@@ -33,7 +33,7 @@ from nightsplit.shared.storage.sent import open_sent
 from nightsplit.shared.transport import Route
 from nightsplit.shared.wire.message import SERVER, Kind
 
-_LARGE_KINDS = (Kind.SMASHED, Kind.HEAD_GRADIENT, Kind.BOTTOM, Kind.UPDATE)
+_LARGE_KINDS = (Kind.SMASHED, Kind.HEAD_GRADIENT, Kind.HEAD_TARGET, Kind.BOTTOM, Kind.UPDATE)
 """Kinds of messages to the server that may be large."""
 
 

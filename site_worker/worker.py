@@ -42,7 +42,7 @@ from nightsplit.site_worker.role import SiteRole
 from nightsplit.site_worker.trust.approval import Request
 from nightsplit.site_worker.trust.exit_log import FILE, ExitLog
 
-_LARGE_KINDS = (Kind.CUT_GRADIENT, Kind.HEAD_INPUT, Kind.AVERAGE, Kind.MODEL)
+_LARGE_KINDS = (Kind.CUT_GRADIENT, Kind.CUT_TARGET, Kind.HEAD_INPUT, Kind.AVERAGE, Kind.MODEL)
 """Kinds of messages to a site that may be large."""
 
 

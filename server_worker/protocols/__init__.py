@@ -35,7 +35,7 @@ def make_server_role(
         raise ConfigError(114, sentence, "start it as a single process: nightsplit server server.toml.")
     model = build_model(config, base)
     if isinstance(model, WholeModel):
-        round_class: type[RoundServer] = ROLES[config.run.protocol]
+        round_class: type[RoundServer] = ROLES[config.run.protocol, config.run.learning]
         return round_class(config, model)
-    stream_class: type[StreamServer] = ROLES[config.run.protocol]
+    stream_class: type[StreamServer] = ROLES[config.run.protocol, config.run.learning]
     return stream_class.make(config, model, state, device, group)

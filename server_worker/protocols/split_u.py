@@ -15,12 +15,17 @@ from typing import Self
 import torch
 from typing_extensions import override
 
+from nightsplit.server_worker.stream.activation_store import ActivationStore
+from nightsplit.server_worker.stream.blocks import BlockServer
 from nightsplit.server_worker.stream.ddp import Group
 from nightsplit.server_worker.stream.role import StreamServer
-from nightsplit.server_worker.stream.top import Middle
+from nightsplit.server_worker.stream.top import FittedMiddle, Middle
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect
 from nightsplit.shared.errors import Refused, mismatch
+from nightsplit.shared.learning.block_fit import Task
+from nightsplit.shared.learning.bounds import check_bounded
+from nightsplit.shared.learning.displacement import Sums
 from nightsplit.shared.learning.seeds import seed_for
 from nightsplit.shared.protocols.build import SplitModel
 from nightsplit.shared.protocols.plan import Item, Purpose
@@ -59,7 +64,9 @@ class SplitUServer(StreamServer):
             self._open[site][q] = version, smashed
             return [answer, *self.close_batch(site, None)]
         if kind is Kind.REPORT:
-            return self._add_report(site, item, message)
+            effects = self.apply_report(site, item, message)
+            self._close_item(site, item)
+            return effects
         if q not in self._open[site]:
             raise mismatch(f"item {q} has no forward pass that waits for a gradient.")
         version, smashed = self._open[site][q]
@@ -88,19 +95,6 @@ class SplitUServer(StreamServer):
     def _drop_weights(self) -> None:
         self.top.forget({version for items in self._open.values() for version, _ in items.values()})
 
-    def _add_report(self, site: str, item: Item, message: Message) -> list[Effect]:
-        """Apply a report, which a site sends in place of a gradient at the head.
-
-        At the end of a block it has the block's figures. For a training item it says that the site could not use the
-        head's input: the item is closed without a step.
-        """
-        figures = self.read_figures(message, due=item.ends_block)
-        self._close_item(site, item)
-        effects: list[Effect] = []
-        if item.ends_block:
-            effects = self.close_evaluation(item.epoch, self.evaluation.report(site, item.epoch, figures))
-        return [self.answer(site, message.header.seq, Kind.NOTED), *effects]
-
     @override
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         base = super().snapshot(first_unconfirmed)
@@ -119,4 +113,69 @@ class SplitUServer(StreamServer):
             self._open[site] = {int(q): (version, smashed[q]) for q, version in versions.items()}
 
 
+class SplitUTargets(BlockServer):
+    """Server role of split_u that fits the layers in the middle to displacements of their outputs."""
+
+    top: FittedMiddle
+
+    def __init__(self, config: RunConfig, top: FittedMiddle, model: SplitModel, state: Path) -> None:
+        super().__init__(config, top, model, state)
+        self._asked = ActivationStore(state / "displacements")
+
+    @classmethod
+    @override
+    def make(cls, config: RunConfig, model: SplitModel, state: Path, device: str, group: Group | None) -> Self:
+        return cls(config, FittedMiddle(model.parts.top, config.optimizer.of("top"), config.task, device), model, state)
+
+    @override
+    def apply_item(self, site: str, slot: Slot, message: Message) -> list[Effect]:
+        kind, item = message.header.kind, slot.item
+        if kind is Kind.REPORT:
+            effects = self.apply_report(site, item, message)
+            self.forget(site, item.number)
+            return effects
+        if kind is Kind.HEAD_TARGET:
+            if not self.store.has(site, item.number):
+                raise mismatch(f"item {item.number} has no forward pass that waits for a displacement.")
+            check_bounded("displacements", *message.tensors.values())
+            self._asked.put(site, item.number, self.bounds.scale(site, message.tensors))
+            self.collect(site, slot)
+            return self.close_batch(site, None)
+        if item.purpose is not Purpose.TRAIN:
+            activations = self.top.predict(message.tensors["smashed"])
+            return [self.answer(site, slot.seq, Kind.HEAD_INPUT, {"activations": activations})]
+        smashed = self.bounds.scale(site, message.tensors)["smashed"]
+        activations = self.top.forward(smashed, self._seed(item, site))
+        self.store.put(site, item.number, {"smashed": smashed, "activations": activations})
+        return [
+            self.answer(site, slot.seq, Kind.HEAD_INPUT, {"activations": activations}),
+            *self.close_batch(site, None),
+        ]
+
+    @override
+    def fit(self, item: Item, site: str, task: Task) -> float:
+        progress, limit = self.progress_at(site, item), self.bounds.limit(site)
+        return self.top.fit_step(self._batch(item, site), self._seed(item, site), progress, limit)
+
+    @override
+    def measure(self, item: Item, site: str) -> Sums:
+        return self.top.direction(self._batch(item, site), self._seed(item, site))[1]
+
+    @override
+    def displace(self, item: Item, site: str, step: float) -> torch.Tensor:
+        return step * self.top.direction(self._batch(item, site), self._seed(item, site))[0].cpu()
+
+    @override
+    def forget(self, site: str, q: int) -> None:
+        super().forget(site, q)
+        self._asked.remove(site, q)
+
+    def _seed(self, item: Item, site: str) -> int:
+        return seed_for(self.config.run.seed, "top", site, item.number)
+
+    def _batch(self, item: Item, site: str) -> dict[str, torch.Tensor]:
+        return {**self.store.get(site, item.number), **self._asked.get(site, item.number)}
+
+
 ROLE = SplitUServer
+TARGETS_ROLE = SplitUTargets

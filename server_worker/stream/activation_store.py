@@ -43,6 +43,14 @@ class ActivationStore:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: torch.stack([part[row] for row in rows]) for name, part in slices.items()}
 
+    def has(self, site: str, q: int) -> bool:
+        """Return whether item q of a site is there."""
+        return self._path(site, q).exists()
+
+    def remove(self, site: str, q: int) -> None:
+        """Remove item q of a site, if it is there."""
+        self._path(site, q).unlink(missing_ok=True)
+
     def gather(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return smashed data (batch, *cut) and targets (batch,) of the rows, in their order."""
         by_file: dict[tuple[str, int], list[int]] = {}

@@ -32,6 +32,8 @@ class BatchBounds:
     def __init__(self, config: RunConfig) -> None:
         self._task = config.task
         self._parts = scaled_parts(config.task)
+        if config.run.learning == "targets":
+            self._parts["displacement"] = "displacements"
         parts = [*self._parts.values(), "gradients"]
         self._bounds = {part: RunningBound(config.run.sites, first=1.0) for part in parts}
         self._losses = LossBound(config.run.sites)

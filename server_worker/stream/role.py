@@ -19,9 +19,10 @@ from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Record, Send
 from nightsplit.shared.errors import Refused
 from nightsplit.shared.learning.optimizers import Progress
+from nightsplit.shared.protocols.blocks import sequence_for
 from nightsplit.shared.protocols.build import SplitModel
 from nightsplit.shared.protocols.places import check_upload
-from nightsplit.shared.protocols.plan import Item, Plan, Purpose
+from nightsplit.shared.protocols.plan import Item, Purpose
 from nightsplit.shared.protocols.stream import Slot, StreamSequence, weights
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import Header, Kind, Message, Scalar
@@ -114,10 +115,10 @@ class StreamServer(ServerRole[StreamSequence]):
 
     @override
     def sequence_of(self, site: str, samples: Samples) -> StreamSequence:
-        plan = Plan.of(self.config, *samples)
-        if plan.last > ITEMS_MAX:
+        sequence = sequence_for(self.config, *samples)
+        if sequence.plan.last > ITEMS_MAX:
             raise self.too_many(site, samples)
-        return StreamSequence(plan, has_head=Kind.HEAD_INPUT in self._contract)
+        return sequence
 
     @override
     def awaited(self) -> list[str]:
@@ -163,6 +164,18 @@ class StreamServer(ServerRole[StreamSequence]):
         """Count a training item as one that the top is trained on."""
         self.batches[site] += 1
         self.samples[site] += len(item.rows)
+
+    def apply_report(self, site: str, item: Item, message: Message) -> list[Effect]:
+        """Apply a report, which a site with a head sends in place of a gradient at the head.
+
+        At the end of a block of held-out samples it has the block's figures. For a training item it says that the site
+        could not use the head's input.
+        """
+        figures = self.read_figures(message, due=item.ends_block)
+        effects: list[Effect] = []
+        if item.ends_block:
+            effects = self.close_evaluation(item.epoch, self.evaluation.report(site, item.epoch, figures))
+        return [self.answer(site, message.header.seq, Kind.NOTED), *effects]
 
     def close_block(self, site: str, item: Item) -> list[Effect]:
         """Measure a site's block, of which `item` is the last."""

@@ -10,7 +10,8 @@ from typing_extensions import override
 from nightsplit.server_worker.stream.activation_store import ActivationStore, Row
 from nightsplit.shared.config.optimizer import OptimizerSection
 from nightsplit.shared.config.run import TaskSection
-from nightsplit.shared.learning.bounds import Limit, check_bounded
+from nightsplit.shared.learning.bounds import Limit, buffers_kept, check_bounded, check_step
+from nightsplit.shared.learning.displacement import ACROSS, Sums, direction, fit_loss, gradients, head_sums
 from nightsplit.shared.learning.optimizers import Progress
 from nightsplit.shared.learning.seeds import seeded
 from nightsplit.shared.learning.stage import Stage
@@ -23,6 +24,18 @@ class Top(Stage):
     def weights(self) -> dict[str, torch.Tensor]:
         """Return CPU copies of parameters and buffers."""
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.module.state_dict().items()}
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Return copies of the buffers, which a forward may change."""
+        return {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+
+    def gradients(self, smashed: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the gradient (batch, *cut) of each sample's own loss at the cut, in evaluation mode."""
+        return gradients(self._task, self.module, smashed.to(self._device), targets.to(self._device)).cpu()
+
+    def head_sums(self, smashed: torch.Tensor, targets: torch.Tensor) -> Sums:
+        """Return the sums of a batch for the step of its block's displacements."""
+        return head_sums(self._task, self.module, smashed.to(self._device), targets.to(self._device))
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the tensors of a snapshot."""
@@ -46,6 +59,53 @@ class StoredTop(Top):
     def train_stored(self, rows: Sequence[Row], seed: int, progress: Progress) -> float:
         """Perform one training step on stored rows and return the mean loss; raises as `train_step`."""
         return self.train_step(*self.store.gather(rows), seed, progress)[0]
+
+
+class FittedMiddle(Top):
+    """Server's layers between bottom and head in a run that learns by targets."""
+
+    def forward(self, smashed: torch.Tensor, seed: int) -> torch.Tensor:
+        """Return activations (batch, *head) of a training batch (batch, *cut); Refused 312: not finite, no change."""
+        self.module.train()
+        weights = {**dict(self.module.named_parameters()), **self.buffers()}
+        with torch.no_grad(), seeded(seed, self._device):
+            outputs: torch.Tensor = functional_call(self.module, weights, smashed.to(self._device))
+        check_bounded("activations", outputs)
+        return outputs.cpu()
+
+    def fit_step(self, batch: Mapping[str, torch.Tensor], seed: int, progress: Progress, limit: Limit) -> float:
+        """Perform a step towards the displaced activations of a stored batch, and return its loss.
+
+        Args:
+            batch: `smashed` (batch, *cut), and `activations` and `displacement`, both (batch, *head).
+            seed: of dropout, as in `forward`.
+            progress: of the layers' training.
+            limit: limit on their gradients.
+
+        Raises:
+            Refused: 312 loss or gradients are not finite; nothing was changed.
+        """
+        smashed, aims, displacement = self._place(batch)
+        self.module.train()
+        with buffers_kept(self.module):
+            with seeded(seed, self._device):
+                outputs = self.module(smashed)
+            loss = fit_loss(outputs - aims, displacement, ACROSS)
+            self.optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            check_step(self.module, loss)
+        self.optimizer.step(progress, limit)
+        return loss.item()
+
+    def direction(self, batch: Mapping[str, torch.Tensor], seed: int) -> tuple[torch.Tensor, Sums]:
+        """Return the direction (batch, *cut) of a batch's displacement at the cut, and the sums of its length."""
+        return direction(self.module, *self._place(batch), seed)
+
+    def _place(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        smashed, activations, displacement = (
+            batch[name].to(self._device) for name in ("smashed", "activations", "displacement")
+        )
+        return smashed, activations + displacement, displacement
 
 
 class Middle(Top):
@@ -73,7 +133,7 @@ class Middle(Top):
         self.module.train()
         with torch.no_grad(), seeded(seed, self._device):
             # Buffers are copied: only the recomputation may update running statistics.
-            weights = {**parameters, **self._buffers()}
+            weights = {**parameters, **self.buffers()}
             outputs: torch.Tensor = functional_call(self.module, weights, smashed.to(self._device))
         check_bounded("activations", outputs)
         self._stash[self._steps] = parameters
@@ -90,7 +150,7 @@ class Middle(Top):
         inputs = smashed.to(self._device, copy=True).requires_grad_()
         stashed = self._stash[version]
         parameters = {name: stashed[name].clone().requires_grad_() for name, _ in self.module.named_parameters()}
-        buffers = self._buffers()
+        buffers = self.buffers()
         self.module.train()
         with seeded(seed, self._device):
             outputs = functional_call(self.module, {**parameters, **buffers}, inputs)
@@ -122,6 +182,3 @@ class Middle(Top):
         for key, tensor in under("stash", tensors).items():
             version, _, name = key.partition("/")
             self._stash.setdefault(int(version), {})[name] = tensor.to(self._device)
-
-    def _buffers(self) -> dict[str, torch.Tensor]:
-        return {name: buffer.clone() for name, buffer in self.module.named_buffers()}

@@ -32,13 +32,18 @@ class RunSection(Section, frozen=True, kw_only=True):
         protocol: one of `nightsplit.shared.protocols.spec.PROTOCOLS`.
         sites: names of the participating sites.
         seed: seed of every random choice in the run.
+        learning: "steps", a gradient step for each answer; "targets" (split_labels, split_u), fits to displacements of
+            activations, a block of `window` batches at a time, for sites and servers that are never online together.
+        passes: of a fit over its block, with "targets".
         order: "strict", a fixed function of site and seq, or "fair", weighted round robin over arrived messages.
-        window: smashed batches a site may have unanswered; 1 is synchronous training.
+        window: smashed batches a site may have unanswered; 1 is synchronous training. With "targets": most batches of a
+            block; two blocks may be unanswered.
         epochs: passes over each site's training data (split_frozen: over the stored activations).
         batch_size: fewest samples of a smashed batch; a remainder is spread over batches. In rounds: samples per step.
         evaluate_every: epochs between evaluations on held-out patients.
         patience: evaluations without improvement before the run stops early; 0 never stops early.
-        bottoms: "independent", or "averaged" over sites every `average_every` training batches.
+        bottoms: "independent", or "averaged" over sites every `average_every` training batches, with "targets" at the
+            end of every block.
         export_top: whether to send the server's part of the best model to the sites at the end.
         quorum: number of sites that must stay; the run excludes others that fall silent. None: all must stay.
         absence_hours: longest silence of a site that the run waits for, before it is excluded.
@@ -49,6 +54,8 @@ class RunSection(Section, frozen=True, kw_only=True):
     protocol: str
     sites: Annotated[list[Name], Meta(min_length=1)]
     seed: Natural = 0
+    learning: Literal["steps", "targets"] = "steps"
+    passes: Positive = 4
     order: Literal["strict", "fair"] = "fair"
     window: Positive = 4
     epochs: Positive = 10
@@ -74,7 +81,7 @@ class RunSection(Section, frozen=True, kw_only=True):
             raise KeyConflictError("sites", f"{SERVER!r} is the server's own name", "rename the site.")
         if self.quorum is not None and self.quorum > len(self.sites):
             raise KeyConflictError("quorum", "a quorum above the number of sites", f"set at most {len(self.sites)}.")
-        if self.bottoms == "averaged" and self.average_every < self.window:
+        if self.learning == "steps" and self.bottoms == "averaged" and self.average_every < self.window:
             sentence = f"below the window of {self.window}, averagings would overlap and correct weights twice"
             raise KeyConflictError("average_every", sentence, "set it to the window or more.")
 

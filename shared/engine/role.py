@@ -26,6 +26,7 @@ class Role(ABC):
             written at once. Otherwise it is written when its sends are confirmed.
         journalled: whether the order between senders depends on timing and must be journalled.
         excluded: excluded senders, with the number of messages applied before.
+        busy: whether the role has work, by `next`, that comes before every further message.
     """
 
     rederives: ClassVar[bool]
@@ -34,6 +35,11 @@ class Role(ABC):
         self.name = name
         self.journalled = False
         self.excluded: dict[str, int] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Return False, as of a role that applies each message at once."""
+        return False
 
     @abstractmethod
     def payload(self, kind: Kind) -> Payload | None:

@@ -8,7 +8,8 @@
     evaluation   first     smashed                       noted; with a head: head_input
                  second    report                        noted
 
-Any answer may be `refused` instead. A site that uploads once gets no answer. `finish` follows the last
+In a run that learns by targets, head_target and cut_target take the place of gradients; its contract has only one of
+the two. Any answer may be `refused` instead. A site that uploads once gets no answer. `finish` follows the last
 answer; it comes earlier only if the run may end early.
 """
 
@@ -31,13 +32,15 @@ def _kinds(up: set[Kind], down: set[Kind]) -> Kinds:
 
 _EVALUATION = (Purpose.VALIDATION, Purpose.TEST)
 WITHOUT_HEAD: Mapping[Purpose, Kinds] = {
-    Purpose.TRAIN: _kinds({Kind.SMASHED}, {Kind.CUT_GRADIENT}),
+    Purpose.TRAIN: _kinds({Kind.SMASHED}, {Kind.CUT_GRADIENT, Kind.CUT_TARGET}),
     Purpose.AVERAGE: _kinds({Kind.BOTTOM}, {Kind.AVERAGE}),
     **dict.fromkeys(_EVALUATION, _kinds({Kind.SMASHED}, {Kind.NOTED})),
 }
 WITH_HEAD: Mapping[tuple[Purpose, Half], Kinds] = {
     (Purpose.TRAIN, "first"): _kinds({Kind.SMASHED}, {Kind.HEAD_INPUT}),
-    (Purpose.TRAIN, "second"): _kinds({Kind.HEAD_GRADIENT, Kind.REPORT}, {Kind.CUT_GRADIENT, Kind.NOTED}),
+    (Purpose.TRAIN, "second"): _kinds(
+        {Kind.HEAD_GRADIENT, Kind.HEAD_TARGET, Kind.REPORT}, {Kind.CUT_GRADIENT, Kind.CUT_TARGET, Kind.NOTED}
+    ),
     (Purpose.AVERAGE, "first"): _kinds({Kind.BOTTOM}, {Kind.NOTED}),
     (Purpose.AVERAGE, "second"): _kinds({Kind.REPORT}, {Kind.AVERAGE, Kind.NOTED}),
     **{(part, "first"): _kinds({Kind.SMASHED}, {Kind.HEAD_INPUT}) for part in _EVALUATION},
@@ -107,7 +110,7 @@ def _check_kind(message: Message, kinds: frozenset[Kind]) -> None:
 
 
 def _check_rows(message: Message, slot: Slot) -> None:
-    for name in ("smashed", "gradient", "activations"):
+    for name in ("smashed", "gradient", "displacement", "activations"):
         tensor = message.tensors.get(name)
         if tensor is not None and len(tensor) != len(slot.item.rows):
             rows = f"{len(tensor)} rows, item {slot.item.number} has {len(slot.item.rows)}"

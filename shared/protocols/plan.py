@@ -126,13 +126,17 @@ class Plan:
     @property
     def averagings(self) -> int:
         """Number of averagings of the site."""
-        return self._averagings(self.epochs)
+        return self.averagings_until(self.epochs)
 
     def end(self, epoch: int) -> int:
         """Return the number of the last item of an epoch, 0 <= epoch <= epochs."""
         blocks = evaluations(epoch, self.epochs, self.evaluate_every)
-        block = self._batches(self.validation) + self._batches(self.test)
-        return epoch * self._batches(self.train) + self._averagings(epoch) + blocks * block
+        block = self.batches(self.validation) + self.batches(self.test)
+        return epoch * self.batches(self.train) + self.averagings_until(epoch) + blocks * block
+
+    def epoch_of(self, number: int) -> int:
+        """Return the epoch of item `number`, 1 <= number <= last."""
+        return bisect_left(range(1, self.epochs + 1), number, key=self.end) + 1
 
     def progress(self, item: Item) -> Progress:
         """Return the progress of a training at this site before a training item: one step per training item."""
@@ -141,40 +145,40 @@ class Plan:
 
     def item(self, number: int) -> Item:
         """Return item `number`, 1 <= number <= last."""
-        epoch = bisect_left(range(1, self.epochs + 1), number, key=self.end) + 1
-        batches = self._batches(self.train)
+        epoch = self.epoch_of(number)
+        batches = self.batches(self.train)
         earlier = (epoch - 1) * batches  # training batches of the epochs before
         # Index among the training batches and averagings of all epochs.
-        index = earlier + self._averagings(epoch - 1) + number - self.end(epoch - 1) - 1
-        in_block = index - epoch * batches - self._averagings(epoch)
+        index = earlier + self.averagings_until(epoch - 1) + number - self.end(epoch - 1) - 1
+        in_block = index - epoch * batches - self.averagings_until(epoch)
         if in_block >= 0:
-            return self._held_out(number, epoch, in_block)
+            return self.held_out(number, epoch, in_block)
         version = max(0, number - self.window)
         every = self.average_every or _UNLIMITED
         groups, offset = divmod(index, every + 1)  # a group is `every` batches and an averaging
         batch = groups * every + offset - earlier
         if offset == every:
             return Item(number, Purpose.AVERAGE, epoch, batch - 1, batches, range(0), version)
-        return Item(number, Purpose.TRAIN, epoch, batch, batches, _rows(self.train, batch, batches), version)
+        return Item(number, Purpose.TRAIN, epoch, batch, batches, rows_of(self.train, batch, batches), version)
 
-    def _held_out(self, number: int, epoch: int, offset: int) -> Item:
+    def held_out(self, number: int, epoch: int, offset: int) -> Item:
         """Return the item at an offset, from 0, in an epoch's evaluation block."""
-        validation, test = self._batches(self.validation), self._batches(self.test)
+        validation, test = self.batches(self.validation), self.batches(self.test)
         version = max(0, number - offset - self.window)  # the same for the whole block
         ends_block = offset == validation + test - 1
         if offset < validation:
-            rows = _rows(self.validation, offset, validation)
+            rows = rows_of(self.validation, offset, validation)
             return Item(number, Purpose.VALIDATION, epoch, offset, validation, rows, version, ends_block)
         batch = offset - validation
-        return Item(number, Purpose.TEST, epoch, batch, test, _rows(self.test, batch, test), version, ends_block)
+        return Item(number, Purpose.TEST, epoch, batch, test, rows_of(self.test, batch, test), version, ends_block)
 
-    def _batches(self, samples: int) -> int:
+    def batches(self, samples: int) -> int:
         """Return the number of batches. A remainder is spread: a message of few patients would reveal much of each."""
         return max(samples // self.batch_size, min(samples, 1))
 
-    def _averagings(self, epochs: int) -> int:
+    def averagings_until(self, epochs: int) -> int:
         """Return the number of averagings in the first epochs."""
-        return 0 if self.average_every is None else epochs * self._batches(self.train) // self.average_every
+        return 0 if self.average_every is None else epochs * self.batches(self.train) // self.average_every
 
 
 def evaluations(epoch: int, epochs: int, every: int) -> int:
@@ -182,6 +186,6 @@ def evaluations(epoch: int, epochs: int, every: int) -> int:
     return epoch // every + (epoch == epochs and epoch % every > 0)
 
 
-def _rows(samples: int, batch: int, batches: int) -> range:
+def rows_of(samples: int, batch: int, batches: int) -> range:
     """Return the rows of a batch; batches of a part differ by at most one sample in size."""
     return range(samples * batch // batches, samples * (batch + 1) // batches)

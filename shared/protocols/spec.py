@@ -1,8 +1,8 @@
 """Specification of a protocol: one frozen object, `SPEC` of its file in this folder.
 
     shared/protocols/<name>.py           SPEC   payloads, checks of run.toml, texts for users
-    site_worker/protocols/<name>.py      ROLE   class of the site's role
-    server_worker/protocols/<name>.py    ROLE   class of the server's role
+    site_worker/protocols/<name>.py      ROLE   class of the site's role; TARGETS_ROLE with run.learning = "targets"
+    server_worker/protocols/<name>.py    ROLE   class of the server's role; likewise
 
 A protocol is these three files. No other code names one: differences between protocols are attributes of `SPEC`.
 """
@@ -94,6 +94,7 @@ class ProtocolSpec:
         settings: returns the settings of a run in words, for the top of its report.
         has_head: whether the last layers and the labels stay at the site.
         trains_bottom: whether the site's layers are trained.
+        learns_by_targets: whether run.learning may be "targets".
         uploads_once: whether a site sends its activations once, without waiting for any answer, and the server
             trains on its store of them.
     """
@@ -107,6 +108,7 @@ class ProtocolSpec:
     settings: Callable[[RunConfig], str] = lambda config: ""
     has_head: bool = False
     trains_bottom: bool = True
+    learns_by_targets: bool = False
     uploads_once: bool = False
 
 
@@ -133,16 +135,22 @@ def sketch(config: RunConfig) -> Contract:
     return spec_of(config).payloads(config, Shapes((1,), (1,), weights, weights, 1))
 
 
-def load_roles(side: str) -> dict[str, type[Any]]:
-    """Return the role class of each protocol that trains, from its module in `side`; ImportError if it has none."""
-    roles: dict[str, type[Any]] = {}
+def load_roles(side: str) -> dict[tuple[str, str], type[Any]]:
+    """Return the role classes of the protocols that train, by protocol and run.learning, from their modules in `side`.
+
+    Raises:
+        ImportError: a protocol has none.
+    """
+    roles: dict[tuple[str, str], type[Any]] = {}
     for name, spec in PROTOCOLS.items():
         module = f"{side}.{name}"
         if find_spec(module) is None:
             raise ImportError(f"{name} has no role in {side}: write {module}, with the class of its role as ROLE")
         if spec.shape is not Shape.QUERY:  # its library is an extra, imported with the first query
             try:
-                roles[name] = import_module(module).ROLE
-            except AttributeError:
-                raise ImportError(f"{module} has no ROLE: give the class of its role that name") from None
+                roles[name, "steps"] = import_module(module).ROLE
+                if spec.learns_by_targets:
+                    roles[name, "targets"] = import_module(module).TARGETS_ROLE
+            except AttributeError as error:
+                raise ImportError(f"{module} has no {error.name}: give the class of its role that name") from None
     return roles

@@ -17,4 +17,4 @@ def payloads(config: RunConfig, shapes: Shapes) -> Contract:
 
 
 PAPER = "Ha et al., IEEE Access 2021, doi 10.1109/ACCESS.2021.3108455"
-SPEC = stream.protocol(name="split_labels", paper=PAPER, payloads=payloads, check=stream.check)
+SPEC = stream.protocol(name="split_labels", paper=PAPER, payloads=payloads, check=stream.check, learns_by_targets=True)

@@ -14,11 +14,15 @@ from nightsplit.shared.wire.schema import Contract, Payload, Reveals, ScalarSpec
 def payloads(config: RunConfig, shapes: Shapes) -> Contract:
     """Return the contract of a run."""
     activations = TensorSpec(torch.float32, ("batch", *shapes.head), config.wire.smashed, config.wire.zstd)
+    if config.run.learning == "targets":
+        late = Payload(Kind.HEAD_TARGET, stream.displacement(config, shapes.head, Reveals.GRADIENTS))
+    else:
+        late = Payload(Kind.HEAD_GRADIENT, stream.gradient(config, shapes.head, Reveals.GRADIENTS))
     return contract(
         *HANDSHAKE,
         Payload(Kind.SMASHED, {"smashed": stream.activations(config, shapes)}),
         Payload(Kind.HEAD_INPUT, {"activations": activations}, PROGRESS),
-        Payload(Kind.HEAD_GRADIENT, stream.gradient(config, shapes.head, Reveals.GRADIENTS)),
+        late,
         Payload(Kind.REPORT, scalars={"metrics": ScalarSpec(str, Reveals.COUNTS)}),
         *stream.answers(config, shapes),
         stream.finish(config, shapes),
@@ -34,4 +38,6 @@ def check(config: RunConfig) -> None:
 
 
 PAPER = "the U-shaped extension of Ha et al., IEEE Access 2021"
-SPEC = stream.protocol(name="split_u", paper=PAPER, payloads=payloads, check=check, has_head=True)
+SPEC = stream.protocol(
+    name="split_u", paper=PAPER, payloads=payloads, check=check, has_head=True, learns_by_targets=True
+)

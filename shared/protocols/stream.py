@@ -73,10 +73,19 @@ def gradient(config: RunConfig, shape: tuple[int, ...], reveals: Reveals | None 
     return {"gradient": TensorSpec(torch.float32, ("batch", *shape), wire.gradient, wire.zstd, reveals)}
 
 
+def displacement(config: RunConfig, shape: tuple[int, ...], reveals: Reveals | None = None) -> dict[str, TensorSpec]:
+    """Return the spec of a displacement (batch, *shape), in the codec of gradients."""
+    return {"displacement": gradient(config, shape, reveals)["gradient"]}
+
+
 def answers(config: RunConfig, shapes: Shapes) -> list[Payload]:
     """Return the payloads of a server's answers with a trained bottom, and of averaging if the run has it."""
+    if config.run.learning == "targets":
+        late = Payload(Kind.CUT_TARGET, displacement(config, shapes.cut), PROGRESS)
+    else:
+        late = Payload(Kind.CUT_GRADIENT, gradient(config, shapes.cut), PROGRESS)
     payloads = [
-        Payload(Kind.CUT_GRADIENT, gradient(config, shapes.cut), PROGRESS),
+        late,
         Payload(Kind.NOTED, scalars=PROGRESS),
         Payload(Kind.REFUSED, scalars={**REFUSAL, **PROGRESS}),
     ]

@@ -25,12 +25,14 @@ class Kind(StrEnum):
     HELLO = "hello"  # site -> server: the site's plan and run digest
     SMASHED = "smashed"  # site -> server: activations at the cut
     HEAD_GRADIENT = "head_gradient"  # site -> server: gradient at the head's input (split_u)
+    HEAD_TARGET = "head_target"  # site -> server: displacement of the head's input (split_u)
     REPORT = "report"  # site -> server: the site's own metrics (split_u, rounds)
     BOTTOM = "bottom"  # site -> server: weights to be averaged
     UPDATE = "update"  # site -> server: change of the model by a site's training, a slice of it
     KEYS = "keys"  # site -> server: public keys, a chunk of them
     QUERY = "query"  # site -> server: encrypted input, a chunk of it
     CUT_GRADIENT = "cut_gradient"  # server -> site: gradient at the cut
+    CUT_TARGET = "cut_target"  # server -> site: displacement of activations at the cut
     HEAD_INPUT = "head_input"  # server -> site: activations for the head (split_u)
     AVERAGE = "average"  # server -> site: averaged bottom weights
     MODEL = "model"  # server -> site: the combined model, a slice of it
@@ -49,7 +51,8 @@ UNSEQUENCED = frozenset({Kind.MANIFEST, Kind.HELLO, Kind.REJECTED, Kind.EXCLUDED
 """Kinds with seq 0, since their number would depend on timing; they may be repeated."""
 
 FROM_SITES = frozenset({
-    Kind.HELLO, Kind.SMASHED, Kind.HEAD_GRADIENT, Kind.REPORT, Kind.BOTTOM, Kind.UPDATE, Kind.KEYS, Kind.QUERY,
+    Kind.HELLO, Kind.SMASHED, Kind.HEAD_GRADIENT, Kind.HEAD_TARGET, Kind.REPORT, Kind.BOTTOM, Kind.UPDATE, Kind.KEYS,
+    Kind.QUERY,
 })  # fmt: skip
 """Kinds that sites send; the server sends the others."""
 

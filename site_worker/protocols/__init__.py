@@ -46,9 +46,9 @@ def make_site(
     model = build_model(config, base, seed if has_own_weights else None)
     own_seed = config.run.seed if seed is None else seed
     if not isinstance(model, WholeModel):
-        stream: type[StreamSite] = ROLES[config.run.protocol]
+        stream: type[StreamSite] = ROLES[config.run.protocol, config.run.learning]
         return stream(name, config, model, splits, incarnation, device, own_seed)
-    role: type[RoundSite] = ROLES[config.run.protocol]
+    role: type[RoundSite] = ROLES[config.run.protocol, config.run.learning]
     if config.privacy is None:
         trainer = Trainer(model.module, config, device)
         return role(name, config, model, trainer, RoundBatches(config, name, splits, own_seed), incarnation)

@@ -6,6 +6,7 @@ from nightsplit.shared.engine.effects import Send
 from nightsplit.shared.protocols.plan import Item
 from nightsplit.shared.protocols.stream import Slot
 from nightsplit.shared.wire.message import Kind, Message
+from nightsplit.site_worker.stream.blocks import BlockSite
 from nightsplit.site_worker.stream.role import StreamSite
 
 
@@ -22,4 +23,9 @@ class SplitLabelsSite(StreamSite):
         self.apply_gradient(item, message.tensors["gradient"])
 
 
+class SplitLabelsTargets(BlockSite, SplitLabelsSite):
+    """Role that sends activations with their targets, and fits its layers to displacements."""
+
+
 ROLE = SplitLabelsSite
+TARGETS_ROLE = SplitLabelsTargets

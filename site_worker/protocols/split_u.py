@@ -7,9 +7,11 @@ from typing_extensions import override
 
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Send
-from nightsplit.shared.learning.bounds import WRECK, RunningBound
+from nightsplit.shared.learning.block_fit import BlockFit, Task
+from nightsplit.shared.learning.bounds import WRECK, RunningBound, check_bounded
+from nightsplit.shared.learning.displacement import HEAD_REACH, Sums, gradients, head_sums
 from nightsplit.shared.learning.metrics import measure
-from nightsplit.shared.learning.seeds import Seed
+from nightsplit.shared.learning.seeds import Seed, seed_for
 from nightsplit.shared.learning.stage import Stage
 from nightsplit.shared.protocols.build import SplitModel
 from nightsplit.shared.protocols.plan import Item, Purpose
@@ -18,7 +20,11 @@ from nightsplit.shared.protocols.stream import Slot
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import SERVER, Kind, Message
 from nightsplit.site_worker.data.dataset import Splits
+from nightsplit.site_worker.stream.blocks import BlockSite
 from nightsplit.site_worker.stream.role import StreamSite
+
+HEAD = "head"
+"""Part of a fit of the layers with the labels."""
 
 
 class SplitUSite(StreamSite):
@@ -120,4 +126,77 @@ class SplitUSite(StreamSite):
         self._heads = {epoch: under(f"candidate_head/{epoch}", tensors) for epoch in snapshot.facts["heads"]}
 
 
+class SplitUTargets(BlockSite, SplitUSite):
+    """Role that fits its head to a night's activations, and tells the server what displacement of them it asks for."""
+
+    def __init__(
+        self, name: str, config: RunConfig, model: SplitModel, splits: Splits, incarnation: str, device: str,
+        seed: Seed,
+    ) -> None:  # fmt: skip
+        super().__init__(name, config, model, splits, incarnation, device, seed)
+        self._device = device
+        self._head_inputs: dict[int, torch.Tensor] = {}
+        """Activations of the block that the head is to be fitted to, by item."""
+
+    @override
+    def second_half(self, slot: Slot) -> Send:
+        q = slot.item.number
+        if q in self._gradients:
+            return self.message_at(slot, Kind.HEAD_TARGET, {"displacement": self._gradients[q]})
+        return super().second_half(slot)
+
+    @override
+    def apply_answer(self, item: Item, message: Message) -> None:
+        if message.header.kind is Kind.CUT_TARGET:
+            super().apply_answer(item, message)
+        elif item.purpose is Purpose.TRAIN:
+            activations = message.tensors["activations"].clone()
+            check_bounded("activations", activations)
+            self._head_inputs[item.number] = activations
+        else:
+            SplitUSite.apply_answer(self, item, message)
+
+    @override
+    def count_answer(self, slot: Slot, evaluated: int) -> None:
+        super().count_answer(slot, evaluated)
+        if not slot.completes_item and self.plan.ends_training(slot.item):
+            self.begin_fit(HEAD, slot.item, self._head_inputs)
+
+    @override
+    def perform(self, fit: BlockFit, task: Task) -> Sums | None:
+        if fit.part != HEAD:
+            return super().perform(fit, task)
+        item = self.plan.item(task.item)
+        inputs, targets = self._head_inputs[task.item], self.batches.targets(item)
+        if task.phase == "train":
+            seed = seed_for(self.batches.seed("head", item), task.number)
+            limit = partial(self._bound.limit, SERVER)
+            self.head.train_step(inputs, targets, seed, self.progress(fit, item), limit)
+            return None
+        batch = self.config.task, self.head.module, inputs.to(self._device), targets.to(self._device)
+        if task.phase == "measure":
+            return head_sums(*batch)
+        step = HEAD_REACH[self.config.task.kind] * fit.sums.step
+        self._gradients[task.item] = (-step * gradients(*batch)).cpu()
+        return None
+
+    @override
+    def end_fit(self, fit: BlockFit) -> None:
+        if fit.part == HEAD:
+            self._head_inputs.clear()
+        else:
+            super().end_fit(fit)
+
+    @override
+    def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
+        base = super().snapshot(first_unconfirmed)
+        return Snapshot({**base.tensors, **flatten("head_inputs", self._head_inputs)}, base.facts)
+
+    @override
+    def restore(self, snapshot: Snapshot) -> None:
+        super().restore(snapshot)
+        self._head_inputs = {int(q): tensor for q, tensor in under("head_inputs", snapshot.tensors).items()}
+
+
 ROLE = SplitUSite
+TARGETS_ROLE = SplitUTargets

@@ -7,7 +7,8 @@ import torch
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.learning.losses import standardise
 from nightsplit.shared.learning.seeds import Seed, generator_at, seed_for
-from nightsplit.shared.protocols.plan import Item, Plan, Purpose
+from nightsplit.shared.protocols.blocks import sequence_for
+from nightsplit.shared.protocols.plan import Item, Purpose
 from nightsplit.shared.protocols.spec import spec_of
 from nightsplit.site_worker.data.augment import augment
 from nightsplit.site_worker.data.dataset import Dataset, Splits
@@ -22,7 +23,8 @@ class StreamBatches:
     """
 
     def __init__(self, config: RunConfig, site: str, splits: Splits, seed: Seed) -> None:
-        self.plan = Plan.of(config, len(splits.train), len(splits.validation), len(splits.test))
+        self.sequence = sequence_for(config, len(splits.train), len(splits.validation), len(splits.test))
+        self.plan = self.sequence.plan
         self._config = config
         self._site, self._seed = site, seed
         self._parts: dict[Purpose, Dataset] = {

@@ -80,13 +80,7 @@ class Bottom:
             old, present = self._versions[item.version], self._versions[self.version]
             weights = {**present, **{name: old[name] for name in self._parameters}}
             outputs, parameters, buffers = self._run(weights, inputs, seed, training=True)
-        if outputs.requires_grad:
-            gradients = torch.autograd.grad(outputs, parameters, gradient.to(self._device))
-            check_bounded("gradients", *gradients, *buffers.values())
-            for parameter, parameter_gradient in zip(self.module.parameters(), gradients, strict=True):
-                parameter.grad = parameter_gradient
-            self._optimizer.step(progress, partial(self._bound.limit, SERVER))
-        self.module.load_state_dict(buffers, strict=False)
+        self._step(outputs, parameters, buffers, gradient.to(self._device), progress)
         self._advance(self._copy_weights())
 
     def skip(self, item: Item) -> None:
@@ -100,10 +94,7 @@ class Bottom:
         Changes since that version are added: with window 1 there are none, and the present weights become the mean
         itself. Refused 312 if the weights would not be finite; then none was changed.
         """
-        sent, present = self._versions[version], self._versions[self.version]
-        merged = {name: mean[name].to(self._device) + (present[name] - sent[name]) for name in mean}
-        check_bounded("averaged weights", *merged.values())
-        self.module.load_state_dict(merged, strict=False)
+        self._merge(self._versions[version], mean)
         self._advance(self._copy_weights())
 
     def weights(self, version: int) -> Weights:
@@ -137,6 +128,25 @@ class Bottom:
                 self._versions[version] = self._versions[version - 1]
         self._optimizer.restore(under("optimizer", tensors))
         self._bound.restore(under("bound", tensors))
+
+    def _merge(self, sent: Weights, mean: Mapping[str, torch.Tensor]) -> None:
+        present = self._copy_weights()
+        merged = {name: mean[name].to(self._device) + (present[name] - sent[name]) for name in mean}
+        check_bounded("averaged weights", *merged.values())
+        self.module.load_state_dict(merged, strict=False)
+
+    def _step(
+        self, outputs: torch.Tensor, parameters: list[torch.Tensor], buffers: Mapping[str, torch.Tensor],
+        gradient: torch.Tensor, progress: Progress,
+    ) -> None:  # fmt: skip
+        """Apply the gradient at the outputs of a forward to the module; Refused 312 without a change."""
+        if outputs.requires_grad:
+            gradients = torch.autograd.grad(outputs, parameters, gradient)
+            check_bounded("gradients", *gradients, *buffers.values())
+            for parameter, parameter_gradient in zip(self.module.parameters(), gradients, strict=True):
+                parameter.grad = parameter_gradient
+            self._optimizer.step(progress, partial(self._bound.limit, SERVER))
+        self.module.load_state_dict(buffers, strict=False)
 
     def _run(
         self, weights: Weights, inputs: torch.Tensor, seed: Seed, training: bool

@@ -41,8 +41,7 @@ class StreamSite(SiteRole):
         super().__init__(name, config, model.contract, incarnation)
         self.bottom = Bottom(model.parts.bottom, config.optimizer.of("bottom"), device)
         self.batches = StreamBatches(config, name, splits, seed)
-        has_head = Kind.HEAD_INPUT in model.contract
-        self.sequence: StreamSequence = StreamSequence(self.batches.plan, has_head)
+        self.sequence: StreamSequence = self.batches.sequence
         self.exported_top: dict[str, torch.Tensor] = {}
         """Top of the best model, if the run exports it."""
         self._candidates: dict[int, dict[str, torch.Tensor]] = {}
@@ -101,8 +100,7 @@ class StreamSite(SiteRole):
         if kind is Kind.AVERAGE:
             self.bottom.merge(slot.item.version, message.tensors)
         elif kind in (Kind.NOTED, Kind.REFUSED):
-            if slot.completes_item:
-                self.bottom.skip(slot.item)
+            self.skip(slot)
         else:
             self.apply_answer(slot.item, message)
         self.best = int(scalars["best"])
@@ -116,12 +114,16 @@ class StreamSite(SiteRole):
             self.record_answer(header.seq, 0)
             return []
         slot = self.sequence.slot(header.seq)
-        if slot.completes_item:
-            self.bottom.skip(slot.item)
+        self.skip(slot)
         self.count_answer(slot, 0)
         return []
 
     # -- for subclasses ----------------------------------------------------------------------------
+
+    def skip(self, slot: Slot) -> None:
+        """Count an answer without a gradient."""
+        if slot.completes_item:
+            self.bottom.skip(slot.item)
 
     def message_at(self, slot: Slot, kind: Kind, tensors: Mapping[str, torch.Tensor], **scalars: str) -> Send:
         """Return the message at a slot."""

@@ -96,7 +96,7 @@ class Campaign:
         power_cuts: how often the host of all workers, embedded broker and SQLite loses power besides.
         seed: of the schedule.
         broker: a private RabbitMQ node with a private Redis, or embedded broker and SQLite.
-        protocol, order: of the run.
+        protocol, learning, order: of the run.
         points: crash points that restarted workers die at, in turn, besides the blind kills.
         gap: mean number of steps, or hundredths of a second, between two strikes; 0 for the system's usual one.
         epochs: of the run; 0 for as many as the schedule needs.
@@ -112,6 +112,7 @@ class Campaign:
     seed: int = 1
     broker: Literal["rabbitmq", "embedded"] = "embedded"
     protocol: str = "split_labels"
+    learning: Literal["steps", "targets"] = "steps"
     order: Literal["strict", "fair"] = "strict"
     points: Sequence[crash_points.Point] = ()
     gap: int = 0
@@ -151,8 +152,9 @@ def undisturbed(campaign: Campaign, folder: Path, journal: Sequence[str] = ()) -
         journal: the order of another run, to be followed.
     """
     hospital = Hospital(
-        folder, protocol=campaign.protocol, epochs=campaign.needed_epochs, order=campaign.order, begin=campaign.begin
-    )
+        folder, protocol=campaign.protocol, learning=campaign.learning, epochs=campaign.needed_epochs,
+        order=campaign.order, begin=campaign.begin,
+    )  # fmt: skip
     with closing(open_store("sqlite:run.db", RUN, folder)) as store:
         for position, sender in enumerate(journal, 1):
             store.claim_position(position, sender)
@@ -194,8 +196,8 @@ def carry_out(
                 numbered.start()
                 stack.callback(numbered.abandon)
         hospital = Hospital(
-            folder / "run", protocol=campaign.protocol, epochs=campaign.needed_epochs, order=campaign.order,
-            begin=campaign.begin, **addresses,
+            folder / "run", protocol=campaign.protocol, learning=campaign.learning, epochs=campaign.needed_epochs,
+            order=campaign.order, begin=campaign.begin, **addresses,
         )  # fmt: skip
         stack.enter_context(closing(hospital))
         if campaign.power_cuts:
@@ -297,6 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="of the schedule (default %(default)s)")
     parser.add_argument("--broker", choices=["rabbitmq", "embedded"], default="embedded")
     parser.add_argument("--protocol", choices=systems(*TRAINING), default="split_labels")
+    parser.add_argument("--learning", choices=["steps", "targets"], default="steps")
     parser.add_argument("--order", choices=["strict", "fair"], default="strict")
     parser.add_argument("--points", action="store_true", help="half of the deaths at named points of the code")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE, flat")
@@ -312,6 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epochs=chosen.epochs,
         broker=chosen.broker,
         protocol=chosen.protocol,
+        learning=chosen.learning,
         order=chosen.order,
         points=crash_points.POINTS if chosen.points else (),
         noticings=NOTICINGS if chosen.kills and not chosen.quick and not chosen.every else 0,

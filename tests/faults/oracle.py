@@ -22,7 +22,7 @@ from nightsplit.shared.wire.message import SERVER
 from tests.harness.workers import SHARES, Hospital
 
 BATCH_SIZE = 16
-TRAINED = ("top", "bottom", "head", "optimizer", "head_optimizer", "vector", "vectors", "module")
+TRAINED = ("top", "bottom", "head", "optimizer", "head_optimizer", "vector", "vectors", "module", "fitted")
 """Entries of a checkpoint that are weights, or what an optimizer remembers."""
 
 
@@ -58,7 +58,9 @@ def outcome_of(hospital: Hospital) -> Outcome:
         assert not (file.run_config.parties and log.unsigned), log
     lines = (hospital.folder / "report" / "metrics.jsonl").read_bytes()
     answered = {site: _last_checkpoint(hospital, site)[1]["role"]["answered"] for site in report["sites"]}
-    lost, again = count(report, answered, [json.loads(line) for line in lines.splitlines()])
+    run = file.run_config.run
+    passes = run.passes if run.learning == "targets" else 1
+    lost, again = count(report, answered, [json.loads(line) for line in lines.splitlines()], passes)
     weights = dict(hospital.models())
     for worker in (SERVER, *SHARES):
         weights[f"state/{worker}/checkpoints"] = _trained_state(_last_checkpoint(hospital, worker)[0])
@@ -68,7 +70,7 @@ def outcome_of(hospital: Hospital) -> Outcome:
 
 
 def count(
-    report: Mapping[str, Any], answered: Mapping[str, int], lines: Sequence[Mapping[str, Any]]
+    report: Mapping[str, Any], answered: Mapping[str, int], lines: Sequence[Mapping[str, Any]], passes: int = 1
 ) -> tuple[int, int]:
     """What was lost, and what was applied twice; see `Outcome`.
 
@@ -76,6 +78,7 @@ def count(
         report: of the run, report.json.
         answered: answers that each site has applied.
         lines: of metrics.jsonl.
+        passes: training steps of the server with each batch.
     """
     lost = again = 0
     spec = PROTOCOLS[report["protocol"]]
@@ -90,7 +93,7 @@ def count(
         if spec.uploads_once:
             continue
         # Every training batch, or every update of a round, is one line of the metrics, whatever happened.
-        batches = 1 if spec.shape is Shape.ROUND else max(1, facts["training_samples"] // BATCH_SIZE)
+        batches = 1 if spec.shape is Shape.ROUND else passes * max(1, facts["training_samples"] // BATCH_SIZE)
         found = Counter(line["epoch"] for line in trained if line["site"] == site)
         epochs = 1 if spec.name == "data_vectors" else report["history"][-1]["epoch"]  # its history is of scales
         for epoch in range(1, epochs + 1):

@@ -106,12 +106,19 @@ class Dialogue:
                 if effect.kind in UNSEQUENCED:
                     self.perform(effect.receiver, self.roles[effect.receiver].on(message))
                 else:
-                    self.queues.setdefault((name, effect.receiver), deque()).append(message)
+                    queue = self.queues.setdefault((name, effect.receiver), deque())
+                    queue.append(message)
+                    # A refusal is told at once, and may overtake answers that wait for their block's fit.
+                    self.queues[name, effect.receiver] = deque(sorted(queue, key=lambda waiting: waiting.header.seq))
 
     def _next_for(self, name: str) -> tuple[str, Message] | None:
         """A role with the message that it applies next, if that is here."""
-        here = {sender: queue[0] for (sender, to), queue in self.queues.items() if to == name and queue}
-        sender = None if name in self.finished else self.roles[name].choose(here.keys())
+        here = {
+            sender: queue[0] for (sender, to), queue in self.queues.items()
+            if to == name and queue and queue[0].header.seq <= self.marks[sender, to] + 1
+        }  # fmt: skip
+        waits = name in self.finished or self.roles[name].busy
+        sender = None if waits else self.roles[name].choose(here.keys())
         return None if sender is None else (name, here[sender])
 
 

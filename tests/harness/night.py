@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import tempfile
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
+import pytest
 import torch
 
 from nightsplit.shared.config.optimizer import OptimizerSection
@@ -25,19 +26,33 @@ from nightsplit.shared.transport import Broker
 from nightsplit.simulation.run import Simulation
 from nightsplit.site_worker.data.dataset import Dataset, Splits
 
+
+class System(NamedTuple):
+    """Settings that every test of all systems varies; those of rounds have only the first."""
+
+    protocol: str
+    bottoms: str = "independent"
+    window: int = 4
+    learning: str = "steps"
+
+
 SYSTEMS = [
-    ("split_labels", "independent", 4),
-    ("split_labels", "averaged", 1),
-    ("split_labels", "averaged", 3),
-    ("split_u", "independent", 1),
-    ("split_u", "independent", 4),
-    ("split_u", "averaged", 2),
-    ("split_frozen", "independent", 4),
-    ("fedavg_transfer", "independent", 4),
-    ("fedavg_dp_seg", "independent", 4),
-    ("data_vectors", "independent", 4),
+    System("split_labels"),
+    System("split_labels", "averaged", 1),
+    System("split_labels", "averaged", 3),
+    System("split_u", window=1),
+    System("split_u"),
+    System("split_u", "averaged", 2),
+    System("split_labels", window=3, learning="targets"),
+    System("split_labels", "averaged", 2, learning="targets"),
+    System("split_u", window=3, learning="targets"),
+    System("split_u", "averaged", 50, learning="targets"),
+    System("split_frozen"),
+    System("fedavg_transfer"),
+    System("fedavg_dp_seg"),
+    System("data_vectors"),
 ]
-"""Protocol, bottoms, window; a system of rounds has neither bottoms nor a window."""
+each_system = pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: "-".join(map(str, system)))
 
 _LEDGERS = tempfile.TemporaryDirectory(prefix="nightsplit-ledgers-")
 """Runs of one configuration share a ledger, hence a secret: they draw the same noise, and can be compared."""

@@ -78,5 +78,7 @@ def pure_site(config: RunConfig, name: str, incarnation: int = 1) -> SiteRole:
     batch = RATE * len(splits.train)
     trainer = PrivateTrainer(model.module, config, "cpu", config.privacy, secret, SIGMA, batch)
     batches = PrivateBatches(config, name, splits, secret, RATE)
-    site: SiteRole = ROLES[config.run.protocol](name, config, model, trainer, batches, this, EffectsAlone())
+    site: SiteRole = ROLES[config.run.protocol, config.run.learning](
+        name, config, model, trainer, batches, this, EffectsAlone()
+    )
     return site

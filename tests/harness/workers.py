@@ -27,6 +27,7 @@ RUN = """
 [run]
 id = "lipids"
 protocol = "{protocol}"
+learning = "{learning}"
 sites = {sites}
 order = "{order}"
 epochs = {epochs}
@@ -107,13 +108,14 @@ class Hospital:
         protocol, epochs, order, sites: of run.toml; rounds are as many as epochs, or one with so many local epochs.
         begin: how workers and other verbs begin.
         keys: whether workers sign and seal their messages.
+        learning: of run.toml.
     """
 
     def __init__(
         self, folder: Path, broker: str = "embedded:broker", store: str = "sqlite:run.db",
         protocol: str = "split_labels", epochs: int = 20, order: str = "strict", files: str = "",
         sites: Sequence[str] = tuple(SHARES), begin: type[Process | Fresh] = Process,
-        keys: bool = True,
+        keys: bool = True, learning: str = "steps",
     ) -> None:  # fmt: skip
         from sklearn.datasets import load_diabetes  # takes seconds, and only here is it needed
 
@@ -123,7 +125,9 @@ class Hospital:
         folder.mkdir(parents=True)
         panel = load_diabetes(scaled=False, as_frame=True).data.set_axis(COLUMNS, axis=1)
         panel.to_csv(folder / "lipids.csv", index=False)
-        run = RUN.format(protocol=protocol, epochs=epochs, order=order, sites=json.dumps(list(sites)))
+        run = RUN.format(
+            protocol=protocol, learning=learning, epochs=epochs, order=order, sites=json.dumps(list(sites))
+        )
         if protocol in systems(Shape.ROUND):
             once = protocol == "data_vectors"
             run += f"[round]\nlocal_epochs = {epochs}\nrounds = 1\n" if once else f"[round]\nrounds = {epochs}\n"

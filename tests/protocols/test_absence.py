@@ -11,7 +11,7 @@ from nightsplit.shared.protocols.plan import Purpose
 from nightsplit.shared.run_store.base import Status
 from nightsplit.shared.run_store.status import Phase, WorkerStatus
 from nightsplit.shared.wire.message import SERVER
-from tests.harness.night import SYSTEMS
+from tests.harness.night import SYSTEMS, each_system
 from tests.harness.ward import Ward, replace_run, ward_config
 
 MOMENTS = {
@@ -23,10 +23,10 @@ between two slices of an update, behind one."""
 
 
 @pytest.mark.parametrize(
-    ("protocol", "bottoms", "window", "sent"), [(*system, sent) for system in SYSTEMS for sent in MOMENTS[system[0]]]
+    ("system", "sent"), [(system, sent) for system in SYSTEMS for sent in MOMENTS[system.protocol]]
 )
-def test_a_strict_run_ends_without_a_site_whatever_dies(protocol, bottoms, window, sent, calm, tmp_path):
-    config = ward_config(protocol, bottoms, window)
+def test_a_strict_run_ends_without_a_site_whatever_dies(system, sent, calm, tmp_path):
+    config = ward_config(**system._asdict())
     undisturbed = calm(config, {"south": sent})
     assert list(undisturbed.server.excluded) == ["south"]
     assert [entry for entry in undisturbed.journal() if entry.startswith("-")] == ["-south"]
@@ -38,9 +38,9 @@ def test_a_strict_run_ends_without_a_site_whatever_dies(protocol, bottoms, windo
 
 
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize(("protocol", "bottoms", "window"), SYSTEMS)
-def test_a_fair_run_ends_like_the_replay_of_its_journal(protocol, bottoms, window, seed, tmp_path):
-    config = ward_config(protocol, bottoms, window, order="fair")
+@each_system
+def test_a_fair_run_ends_like_the_replay_of_its_journal(system, seed, tmp_path):
+    config = ward_config(**system._asdict(), order="fair")
     shaken = Ward(config, tmp_path / "shaken", {"south": 3}).shaken(seed)
     assert list(shaken.server.excluded) == ["south"]
     assert shaken.replayed(tmp_path / "replay").outcome() == shaken.outcome()

@@ -5,7 +5,7 @@ import pytest
 from nightsplit.shared.engine.order import Apply, DeliveryOrder, Exclude, from_journal
 from nightsplit.shared.run_store.status import UNREADABLE
 from nightsplit.shared.wire.message import SERVER
-from tests.harness.night import SYSTEMS, Night, tiny_config
+from tests.harness.night import Night, each_system, tiny_config
 from tests.harness.ward import QUORUM, SECONDS, Ward, decided, ward_config
 
 
@@ -13,9 +13,9 @@ class Killed(BaseException):
     """Stands for SIGKILL at an exact place."""
 
 
-@pytest.mark.parametrize(("protocol", "bottoms", "window"), SYSTEMS)
-def test_the_server_may_die_between_any_two_steps_around_the_decision(protocol, bottoms, window, tmp_path):
-    config, goes = ward_config(protocol, bottoms, window), {"south": 3}
+@each_system
+def test_the_server_may_die_between_any_two_steps_around_the_decision(system, tmp_path):
+    config, goes = ward_config(**system._asdict()), {"south": 3}
     calm = Ward(config, tmp_path / "calm", goes)
     names, steps = (SERVER, *config.run.sites), 0
     while not decided(calm):

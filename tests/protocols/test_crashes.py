@@ -10,15 +10,15 @@ import pytest
 
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.wire.message import SERVER
-from tests.harness.night import SYSTEMS, Night, tiny_config
+from tests.harness.night import Night, each_system, tiny_config
 
 SEEDS = [0, 1, *(pytest.param(seed, marks=pytest.mark.campaign) for seed in (2, 3))]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(("protocol", "bottoms", "window"), SYSTEMS)
-def test_a_strict_run_ends_bit_identical(protocol, bottoms, window, seed, calm, tmp_path):
-    config = tiny_config(protocol=protocol, bottoms=bottoms, average_every=3, window=window, epochs=2)
+@each_system
+def test_a_strict_run_ends_bit_identical(system, seed, calm, tmp_path):
+    config = tiny_config(**system._asdict(), average_every=3, epochs=2)
     assert Night(config, tmp_path, prefetch=16).shaken(seed).fingerprint() == calm(config).fingerprint()
 
 

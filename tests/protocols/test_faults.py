@@ -14,7 +14,7 @@ from nightsplit.shared.transport import Blocked, Confirmed, Delivery, Unblocked
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.simulation.faults import Faults, FaultyBroker
-from tests.harness.night import SYSTEMS, Night, tiny_config
+from tests.harness.night import Night, each_system, tiny_config
 
 FAULTS = Faults(duplicate=0.3, reorder=10, delay=0.05, lose_confirm=0.1, disconnect=0.02)
 HAPPENED = {"duplicates", "reordered", "delays", "lost_confirms", "disconnects"}
@@ -38,8 +38,8 @@ class BadNight(Night):
         assert self.counts["refused"] == 0, "nothing was wrong with any message"
 
 
-def config_of(protocol, bottoms, window, **run):
-    return tiny_config(protocol=protocol, bottoms=bottoms, average_every=3, window=window, epochs=2, **run)
+def config_of(system, **run):
+    return tiny_config(**system._asdict(), average_every=3, epochs=2, **run)
 
 
 @pytest.fixture(params=[("memory", 0), ("embedded", 2)], ids=lambda param: f"{param[0]}-{param[1]}")
@@ -48,17 +48,17 @@ def broker_and_seed(request, tmp_path):
     return MemoryBroker() if place == "memory" else EmbeddedBroker(tmp_path / "broker"), seed
 
 
-@pytest.mark.parametrize(("protocol", "bottoms", "window"), SYSTEMS)
-def test_a_strict_run_ends_bit_identical(protocol, bottoms, window, broker_and_seed, calm, tmp_path):
-    config = config_of(protocol, bottoms, window)
+@each_system
+def test_a_strict_run_ends_bit_identical(system, broker_and_seed, calm, tmp_path):
+    config = config_of(system)
     bad = BadNight(config, tmp_path, *broker_and_seed).run()
     assert bad.fingerprint() == calm(config).fingerprint()
     bad.check_that_it_was_bad()
 
 
-@pytest.mark.parametrize(("protocol", "bottoms", "window"), SYSTEMS)
-def test_a_fair_run_ends_like_the_replay_of_its_journal(protocol, bottoms, window, broker_and_seed, tmp_path):
-    bad = BadNight(config_of(protocol, bottoms, window, order="fair"), tmp_path / "bad", *broker_and_seed).run()
+@each_system
+def test_a_fair_run_ends_like_the_replay_of_its_journal(system, broker_and_seed, tmp_path):
+    bad = BadNight(config_of(system, order="fair"), tmp_path / "bad", *broker_and_seed).run()
     assert bad.replayed(tmp_path / "replay").fingerprint() == bad.fingerprint()
     bad.check_that_it_was_bad()
 
@@ -71,10 +71,10 @@ def test_the_faults_show_in_a_fair_run(tmp_path):
 
 
 @pytest.mark.parametrize("order", ["strict", "fair"])
-@pytest.mark.parametrize(("protocol", "bottoms", "window"), SYSTEMS)
-def test_workers_die_over_bad_lines(protocol, bottoms, window, order, calm, tmp_path):
+@each_system
+def test_workers_die_over_bad_lines(system, order, calm, tmp_path):
     """Both at once: what comes again after a crash is itself late, doubled and in another order."""
-    config = config_of(protocol, bottoms, window, order=order)
+    config = config_of(system, order=order)
     bad = BadNight(config, tmp_path / "bad", MemoryBroker(), seed=7).shaken(seed=7)
     expected = calm(config) if order == "strict" else bad.replayed(tmp_path / "replay")
     assert bad.fingerprint() == expected.fingerprint()

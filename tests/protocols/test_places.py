@@ -34,9 +34,13 @@ RUNS = {
     "split_u": {"protocol": "split_u"},
     "split_u, averaged": {"protocol": "split_u", "bottoms": "averaged", "average_every": 2},
     "split_frozen": {"protocol": "split_frozen"},
+    "split_labels, targets": {"protocol": "split_labels", "learning": "targets"},
+    "split_u, targets": {"protocol": "split_u", "learning": "targets"},
+    "split_u, targets, averaged": {"protocol": "split_u", "learning": "targets", "bottoms": "averaged"},
 }
 ONLY = {
-    Kind.CUT_GRADIENT: Purpose.TRAIN, Kind.HEAD_GRADIENT: Purpose.TRAIN,  # a site must not train on held-out patients
+    Kind.CUT_GRADIENT: Purpose.TRAIN, Kind.HEAD_GRADIENT: Purpose.TRAIN,
+    Kind.CUT_TARGET: Purpose.TRAIN, Kind.HEAD_TARGET: Purpose.TRAIN,  # a site must not train on held-out patients
     Kind.AVERAGE: Purpose.AVERAGE, Kind.BOTTOM: Purpose.AVERAGE,  # identity weights would give a server the patients
 }  # fmt: skip
 PATIENT = {"split_labels, patient": {"protocol": "split_labels", "patience": 1, "epochs": 3}}

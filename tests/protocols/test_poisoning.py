@@ -21,7 +21,7 @@ from tests.harness.night import SYSTEMS, Night, tiny_config, tiny_rounds
 from tests.harness.workers import COLUMNS, Hospital
 
 SITES = ("north", "south", "east")
-STREAMS = [system for system in SYSTEMS if system[0].startswith("split")]
+STREAMS = [system for system in SYSTEMS if system.protocol.startswith("split")]
 ROUNDS = ["fedavg_transfer", "fedavg_dp_seg", "data_vectors"]
 
 
@@ -50,9 +50,9 @@ def stream(protocol, bottoms="independent", window=4, **run):
     return tiny_config(SITES, protocol=protocol, bottoms=bottoms, average_every=3, window=window, epochs=3, **run)
 
 
-@pytest.mark.parametrize(("protocol", "bottoms", "window"), STREAMS)
-def test_large_activations_are_scaled_and_named(protocol, bottoms, window, calm, tmp_path):
-    config = stream(protocol, bottoms, window)
+@pytest.mark.parametrize("system", STREAMS)
+def test_large_activations_are_scaled_and_named(system, calm, tmp_path):
+    config = stream(**system._asdict())
     night = played(config, tmp_path, times(1e6, Kind.SMASHED, "smashed"))
     assert night.over
     assert "activations" in named(night)["east"]

@@ -19,7 +19,7 @@ from nightsplit.shared.wire.message import SERVER, Header, Kind, Message
 from nightsplit.shared.wire.schema import Reveals, TensorSpec
 from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.simulation.store import MemoryStore
-from tests.harness.night import SYSTEMS, Night, tiny_config
+from tests.harness.night import Night, each_system, tiny_config
 
 
 class PowerCut(Tape):
@@ -67,12 +67,10 @@ def weights_of(night):
 
 
 @pytest.mark.parametrize("order", ["strict", "fair"])
-@pytest.mark.parametrize(("protocol", "bottoms", "window"), SYSTEMS)
-def test_a_shaken_run_and_its_replay_end_with_equal_weights(protocol, bottoms, window, order, tmp_path):
+@each_system
+def test_a_shaken_run_and_its_replay_end_with_equal_weights(system, order, tmp_path):
     """Workers die at random all along: what the broker forgot has to be on the tape."""
-    night = taped_night(
-        tmp_path, protocol=protocol, bottoms=bottoms, average_every=3, window=window, order=order, epochs=2
-    )
+    night = taped_night(tmp_path, **system._asdict(), average_every=3, order=order, epochs=2)
     night.shaken(seed=3)
     replay = replayed(night)
     assert replay.engine.finished

@@ -12,7 +12,7 @@ from nightsplit.shared.errors import Refused
 from nightsplit.shared.wire.message import SERVER, UNSEQUENCED, Kind
 from tests.harness.dialogue import Dialogue, assert_unchanged, copied
 from tests.harness.effects import exact
-from tests.harness.night import SYSTEMS, tiny_config
+from tests.harness.night import each_system, tiny_config
 
 READ = {*UNSEQUENCED, Kind.FINISH}
 """Kinds that are never refused here: without its farewell, a site of rounds does not end."""
@@ -51,12 +51,10 @@ class Twice:
 
 
 @pytest.mark.parametrize("refuse", [0.0, 0.25])
-@pytest.mark.parametrize(("protocol", "bottoms", "window"), SYSTEMS)
-def test_a_role_may_begin_anew_anywhere(protocol, bottoms, window, refuse):
-    averaged = {"average_every": window} if bottoms == "averaged" else {}
-    config = tiny_config(
-        ("south", "east"), protocol=protocol, bottoms=bottoms, window=window, epochs=2, batch_size=12, **averaged
-    )
+@each_system
+def test_a_role_may_begin_anew_anywhere(system, refuse):
+    averaged = {"average_every": system.window} if system.bottoms == "averaged" else {}
+    config = tiny_config(("south", "east"), **system._asdict(), epochs=2, batch_size=12, **averaged)
     talk = Dialogue(config)
     for name, role in talk.roles.items():
         talk.roles[name] = Twice(role, partial(talk.make, name), refuse)

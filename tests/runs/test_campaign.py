@@ -74,6 +74,15 @@ def test_rounds_over_rabbitmq(tmp_path):
     assert result["kills"] >= 5, result
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("protocol", ["split_labels", "split_u"])
+def test_workers_die_in_the_middle_of_a_fit(protocol, tmp_path):
+    settings = {"protocol": protocol, "learning": "targets", "epochs": 12, "begin": Process}
+    result = carry_out(Campaign(kills=6, seed=4, **settings), tmp_path)
+    assert passed(result), result
+    assert result["kills"] >= 6, result
+
+
 def test_the_oracle_looks_at_every_part_of_the_model(calm):
     models = {f"state/{site}/model/{part}.safetensors" for site in SHARES for part in ("bottom", "top")}
     last_states = {f"state/{worker}/checkpoints" for worker in (SERVER, *SHARES)}

@@ -1,20 +1,18 @@
 """The simulator itself: what it leaves out does not show."""
 
-import pytest
-
 from nightsplit.shared.protocols.spec import TRAINING, systems
 from nightsplit.shared.wire.message import SERVER
-from tests.harness.night import SYSTEMS, Night, tiny_config
+from tests.harness.night import SYSTEMS, Night, each_system, tiny_config
 
 
 def test_every_system_is_here():
-    assert {protocol for protocol, _, _ in SYSTEMS} == set(systems(*TRAINING))
+    assert {protocol for protocol, *_ in SYSTEMS} == set(systems(*TRAINING))
 
 
-@pytest.mark.parametrize(("protocol", "bottoms", "window"), SYSTEMS)
-def test_checkpoints_in_memory_and_on_disk_give_the_same_run(protocol, bottoms, window, tmp_path):
+@each_system
+def test_checkpoints_in_memory_and_on_disk_give_the_same_run(system, tmp_path):
     """In fair order, so that all that happens shows: which message was applied when, and what was trained."""
-    config = tiny_config(protocol=protocol, bottoms=bottoms, average_every=3, window=window, epochs=2, order="fair")
+    config = tiny_config(**system._asdict(), average_every=3, epochs=2, order="fair")
     memory = Night(config, tmp_path / "memory", prefetch=16).shaken(seed=5)
     disk = Night(config, tmp_path / "disk", prefetch=16, on_disk=True).shaken(seed=5)
     assert (disk.journal(), disk.fingerprint()) == (memory.journal(), memory.fingerprint())
