@@ -26,8 +26,9 @@ from nightsplit.shared.wire.schema import Contract, Payload
 INCARNATIONS_MAX = 8
 """Largest number of incarnations of a site that are remembered."""
 HELLO_ANSWERS_MAX = 1000
-"""Hellos of a site that are answered, and messages that are missing asked for, besides one for each message of it that
-is applied. The answers wait for the site until it reads them."""
+"""Hellos of a site that are answered with the manifest or a rejection, which wait for the site until it reads them."""
+RECEIPTS_MAX = 1000
+"""Receipts that a site gets, besides one for each message of it that is applied; they wait for it likewise."""
 REPEATS_MAX = 1000
 """Messages that are sent to a site again, besides one for each message of it that is applied."""
 INCARNATION_LENGTH_MAX = 64
@@ -89,6 +90,7 @@ class ServerRole(Role, Generic[S]):
         self._repeats: Counter[str] = Counter()
         """Messages sent again to each site."""
         self._hello_answers: Counter[str] = Counter()
+        self._receipts: Counter[str] = Counter()
         self._greeted: dict[str, list[str]] = {site: [] for site in config.run.sites}
         """Latest accepted incarnations of each site; earlier ones no longer run."""
         self._logs = dict.fromkeys(config.run.sites, LogHead())
@@ -211,7 +213,7 @@ class ServerRole(Role, Generic[S]):
         elif hello["enrolled"] and incarnation not in self._greeted[site] and not self._may_follow(site, log):
             problem = 617, f"its exit log has {log.lines} lines, and had {self._logs[site].lines} before"
         if problem is not None or not hello["enrolled"]:
-            if not self._may_answer(site):
+            if self._hello_answers[site] >= HELLO_ANSWERS_MAX:
                 raise Refused(
                     308, f"{site} has had {self._hello_answers[site]} answers to hellos.", "look into its log."
                 )
@@ -230,7 +232,7 @@ class ServerRole(Role, Generic[S]):
     def _read_position(self, message: Message, sequence: S) -> range:
         """Check the position of a site in a hello; return the numbers of the answers that it lacks and that were sent.
 
-        Refused 304 if the position is impossible, 308 if the site has asked for too many.
+        Refused 304 if the position is impossible.
         """
         site, hello = message.header.sender, message.scalars
         mark, released, sent = (int(hello[name]) for name in ("mark", "released", "sent"))
@@ -242,10 +244,7 @@ class ServerRole(Role, Generic[S]):
             length = len(str(hello["incarnation"]))
             raise mismatch(f"{site} says hello at {stands}, with a name of {length} characters.")
         lacking = lacked(message, mark_max)
-        repeats = self._kept(site, range(max(lacking.start, mark + 1), min(lacking.stop, self.sent[site] + 1)))
-        if self._repeats[site] + len(repeats) > REPEATS_MAX + self.applied[site]:
-            raise Refused(308, f"{site} has asked for {self._repeats[site]} answers again.", "look into its log.")
-        return repeats
+        return self._kept(site, range(max(lacking.start, mark + 1), min(lacking.stop, self.sent[site] + 1)))
 
     def _kept(self, site: str, seqs: range) -> range:
         """Return those of the numbers whose messages are kept for a site."""
@@ -259,37 +258,36 @@ class ServerRole(Role, Generic[S]):
         return [Release(site, released)]
 
     def _repeat(self, site: str, seqs: range) -> list[Effect]:
-        """Send answers again that a site lacks, and count them."""
+        """Send answers again that a site lacks, unless it has asked for too many."""
+        if not seqs or self._repeats[site] + len(seqs) > REPEATS_MAX + self.applied[site]:
+            return []
         self._repeats[site] += len(seqs)
-        return [Again(site, seqs)] if seqs else []
+        return [Again(site, seqs)]
 
     @override
     def ask(self, sender: str, missing: range) -> list[Effect]:
-        if sender not in self.sequences or not self._may_answer(sender):
-            return []  # its hello tells how far it has sent
-        self._hello_answers[sender] += 1
-        return [Send(sender, Kind.RECEIPT, 0, scalars=position(self.sent[sender], missing))]
+        # Before its hello a site is unknown; and the hello tells how far it has sent.
+        return self._receipt(sender, missing) if sender in self.sequences else []
 
-    def _may_answer(self, site: str) -> bool:
-        return self._hello_answers[site] < HELLO_ANSWERS_MAX + self.applied[site]
+    def _receipt(self, site: str, missing: range = range(0)) -> list[Effect]:
+        """Tell a site how far the server has sent, and which messages it lacks."""
+        if self._receipts[site] >= RECEIPTS_MAX + self.applied[site]:
+            return []
+        self._receipts[site] += 1
+        return [Send(site, Kind.RECEIPT, 0, scalars=position(self.sent[site], missing)), *self._cosigned(site)]
 
     def _may_follow(self, site: str, log: LogHead) -> bool:
         """Return whether an exit log may be a later state of the one that was co-signed."""
         known = self._logs[site]
         return log.lines > known.lines or log == known
 
-    def _receipt(self, site: str) -> list[Effect]:
-        """Answer an accepted hello: with the last message sent, and the signature of the site's exit log."""
-        if not self._may_answer(site):
-            return []
-        self._hello_answers[site] += 1
-        effects: list[Effect] = [Send(site, Kind.RECEIPT, 0, scalars=position(self.sent[site], range(0)))]
+    def _cosigned(self, site: str) -> list[Effect]:
         known = self._logs[site]
-        if self.cosign is not None and known.lines:
-            signature = self.cosign(site, known.lines, known.head)
-            scalars: dict[str, Scalar] = {"lines": known.lines, "head_signed": known.head, "signature": signature}
-            effects.append(Send(site, Kind.WITNESSED, 0, scalars=scalars))
-        return effects
+        if self.cosign is None or not known.lines:
+            return []
+        signature = self.cosign(site, known.lines, known.head)
+        scalars: dict[str, Scalar] = {"lines": known.lines, "head_signed": known.head, "signature": signature}
+        return [Send(site, Kind.WITNESSED, 0, scalars=scalars)]
 
     def end(self) -> list[Effect]:
         """End the run, and send the farewell; repeated by a server that is started again."""
@@ -373,7 +371,8 @@ class ServerRole(Role, Generic[S]):
             "digest": self.config.digest,
             "opened": self._opened, "ended": self._ended, "steps": self.steps, "applied": dict(self.applied),
             "released": dict(self._released), "refusals": dict(self.refusals),
-            "hello_answers": dict(self._hello_answers), "sent": dict(self.sent), "repeats": dict(self._repeats),
+            "hello_answers": dict(self._hello_answers), "receipts": dict(self._receipts),
+            "sent": dict(self.sent), "repeats": dict(self._repeats),
             "greeted": {site: list(incarnations) for site, incarnations in self._greeted.items()},
             "logs": {site: list(log) for site, log in self._logs.items()}, "logged": dict(self._logged),
             "counts": {site: list(samples) for site, samples in self._counts.items()},
@@ -394,6 +393,7 @@ class ServerRole(Role, Generic[S]):
         self.applied, self._released = facts["applied"], facts["released"]
         self._hello_answers = Counter(facts.get("hello_answers", {}))  # earlier versions did not count them
         self.sent, self._repeats = facts.get("sent", self.sent), Counter(facts.get("repeats", {}))  # likewise
+        self._receipts = Counter(facts.get("receipts", {}))
         self._greeted, self.excluded = facts["greeted"], facts["excluded"]
         logs = facts.get("logs", {})  # likewise
         self._logs = {site: LogHead(*logs.get(site, ())) for site in self.config.run.sites}

@@ -16,7 +16,7 @@ from typing_extensions import override
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Again, Cosigned, Effect, Expect, Finish, Send, Spend
 from nightsplit.shared.engine.role import Role
-from nightsplit.shared.errors import TITLES, Refused, RunError, mismatch
+from nightsplit.shared.errors import TITLES, RunError, mismatch
 from nightsplit.shared.protocols.handshake import check_digest, lacked, position
 from nightsplit.shared.protocols.rounds import RoundSequence
 from nightsplit.shared.protocols.stream import StreamSequence
@@ -195,8 +195,8 @@ class SiteRole(Role):
         missing = lacked(receipt, self.sequence.last)
         # A receipt may come again after messages that it asks for; those not sent yet come by themselves.
         seqs = range(max(missing.start, self.answered + 1), min(missing.stop, self.next_seq)) if missing else missing
-        if self._repeats + len(seqs) > REPEATS_MAX + self.next_seq:
-            raise Refused(308, f"the server has asked for {self._repeats} messages again.", "look into its log.")
+        if not seqs or self._repeats + len(seqs) > REPEATS_MAX + self.next_seq:
+            return [Expect(SERVER, sent)]
         self._repeats += len(seqs)
         return [Again(SERVER, seqs), Expect(SERVER, sent)]
 

@@ -198,7 +198,7 @@ class Engine:
         """Let a message wait for its turn, unless it is a duplicate, and ask for those that were lost before it."""
         sender, seq = received.header.sender, received.header.seq
         inbox, mark = self._inbox[sender], self.marks[sender]
-        gap = inbox.gap_before(seq, mark)
+        gap = inbox.gap_before(received, mark)
         duplicate: Delivery | None = received.delivery
         if seq > mark and sender not in self._role.excluded:
             duplicate = inbox.put(received, is_next=seq == mark + 1)

@@ -40,14 +40,14 @@ class Inbox:
         """Return whether `seq` can be applied."""
         return seq in self._received
 
-    def gap_before(self, seq: int, mark: int) -> range:
-        """Return the numbers, later than `mark`, between a new delivery and all deliveries so far.
+    def gap_before(self, received: Received, mark: int) -> range:
+        """Return the numbers, later than `mark`, between a delivery and all before it: these messages were lost.
 
-        A queue keeps the order: these messages were lost, or come again after a lost connection.
+        A queue keeps the order of messages that it delivers for the first time, not of those that come again.
         """
-        expected = max(self._highest, mark) + 1
+        seq, expected = received.header.seq, max(self._highest, mark) + 1
         self._highest = max(self._highest, seq)
-        return range(expected, seq)
+        return range(0) if received.delivery.redelivered else range(expected, seq)
 
     def missing(self, mark: int, last: int) -> range:
         """Return the numbers from the first missing one after `mark` to the last one up to `last`; empty for none."""

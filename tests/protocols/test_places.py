@@ -237,18 +237,18 @@ def test_no_hello_with_negative_counts_is_read():
 def test_a13_a_site_gets_a_thousand_answers_to_hellos():
     server = dialogue("split_labels").roles[SERVER]
     effects = []
-    for number in range(1, HELLO_ANSWERS_MAX):  # the genuine hello had an answer before
+    for number in range(HELLO_ANSWERS_MAX):
         changed = {"enrolled": False} if number % 2 else {"contract": "another"}
         effects += server.on(hello(server.config, incarnation=str(number), **changed))
-    assert len(effects) == HELLO_ANSWERS_MAX - 1
+    assert len(effects) == HELLO_ANSWERS_MAX
     restored = dialogue("split_labels").roles[SERVER]
     restored.restore(server.snapshot(None))
     for role in (server, restored):
         for changed in ({"enrolled": False}, {"contract": "another"}):
             with pytest.raises(Refused, match="E308"):
                 role.on(hello(server.config, incarnation="more", **changed))
-        accepted = role.on(hello(server.config, incarnation="genuine"))
-        assert accepted == [Expect("north", 0)], "a site that has enrolled goes on"
+        effects = role.on(hello(server.config, incarnation="genuine"))
+        assert Expect("north", 0) in effects, "a site that has enrolled goes on"
 
 
 def test_hellos_are_not_hoarded():
