@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 from contextlib import suppress
+from hashlib import sha256
 
 import pytest
 
 from nightsplit.console.cli import run
-from nightsplit.server_worker.tape import FOLDER, Tape, read_tape
+from nightsplit.server_worker.tape import _HEAD, FOLDER, Tape, read_tape
 from nightsplit.shared.errors import ConfigError, StateError
 from nightsplit.shared.transport import Delivery
 from nightsplit.site_worker.worker import SiteWorker
@@ -26,6 +27,23 @@ def hospital(tmp_path):
     change(hospital.folder / "policy.toml", "server_sets", "tape = true\nserver_sets")
     yield hospital
     hospital.close()
+
+
+def forge(path):
+    """F8 of docs/explanation/attacks.md: other activations in the first batch of a tape, with a fitting sha256."""
+    content, start = bytearray(path.read_bytes()), 0
+    while True:
+        _, of_names, of_body, _ = _HEAD.unpack_from(content, start)
+        names = start + _HEAD.size
+        body, end = names + of_names, names + of_names + of_body
+        if b"smashed" in content[names:body]:
+            break
+        start = end
+    tensors = body + 4 + int.from_bytes(content[body : body + 4], "big")
+    for place in range(tensors + 64, end, 2):
+        content[place] ^= 1  # the lowest bit of each value
+    content[start + _HEAD.size - 32 : names] = sha256(content[names:end]).digest()
+    path.write_bytes(content)
 
 
 @pytest.mark.timeout(600)
@@ -62,6 +80,11 @@ def test_a_killed_run_is_replayed_on_the_command_line(hospital, capsys):
     assert said.startswith(f"lipids: {whole['messages']} messages replayed, position {whole['position']}, the end of ")
     assert said.count(": equal\n") == 1
     assert said.count("NOT EQUAL") == 1
+    change(hospital.folder / "report" / "report.json", "0" * 64, report["top_sha256"])
+
+    forge(min(tape.glob("*.tape")))
+    assert run(["replay", file]) == 1
+    assert capsys.readouterr().out.count("NOT EQUAL") == 2
 
     for path in tape.glob("*.tape"):
         path.write_bytes(path.read_bytes()[:2000])
