@@ -32,6 +32,7 @@ OPTIMIZERS: dict[str, Callable[[OptimizerSection], OptimizerSection]] = {
     "a quarter of lr": lambda own: replace(own, lr=own.lr / 4),
     "warm-up of 40 steps": lambda own: replace(own, warmup=40),
     "clip_norm = 0.1": lambda own: replace(own, clip_norm=0.1),
+    "betas = [0.0, 0.999]": lambda own: replace(own, betas=(0.0, 0.999)),
     "betas = [0.0, 0.9]": lambda own: replace(own, betas=(0.0, 0.9)),
     "Muon, three times lr": lambda own: replace(own, name="muon", lr=3 * own.lr),
     "Muon at the top alone": lambda own: replace(own, top=PartSection(name="muon", lr=3 * own.lr)),

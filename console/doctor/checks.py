@@ -19,7 +19,7 @@ from nightsplit.server_worker.config import ServerSection
 from nightsplit.shared.clock import SystemClock
 from nightsplit.shared.errors import TITLES, NightsplitError, RunError
 from nightsplit.shared.protocols.build import build_model, planned_message_bytes
-from nightsplit.shared.protocols.parts import has_momentum, steps_late
+from nightsplit.shared.protocols.parts import steps_late, suits_late
 from nightsplit.shared.protocols.spec import sketch
 from nightsplit.shared.run_store.status import Phase
 from nightsplit.shared.runtime.process import prepare_torch
@@ -135,12 +135,12 @@ def _late_gradients(file: WorkerFile) -> Finding:
     late = steps_late(config)
     if not any(late.values()):
         return Finding("late gradients", "every gradient is used at once")
-    found = f"up to: {', '.join(f'{part} {steps} steps' for part, steps in late.items())}"
+    found = f"steps late, with equal sites: {', '.join(f'{part} {steps}' for part, steps in late.items())}"
     # A late bottom before a top that learns at once does no harm: docs/how-to/tuning.md has the figures.
-    if late["top"] <= FEW_STEPS or not has_momentum(config.optimizer.of("top")):
+    if late["top"] <= FEW_STEPS or suits_late(config.optimizer.of("top")):
         return Finding("late gradients", found)
     remedy = 'set run.window = 1; or in [optimizer.top] name = "muon", or betas = [0.0, 0.9] for Adam and AdamW.'
-    return Finding("late gradients", f"{found}; momentum at the top adds up what comes late", remedy)
+    return Finding("late gradients", f"{found}; its rule does not suit so late a top", remedy)
 
 
 def _broker(file: WorkerFile) -> Finding:

@@ -5,7 +5,7 @@ import pytest
 from nightsplit.shared.config.optimizer import OptimizerSection
 from nightsplit.shared.errors import ConfigError
 from nightsplit.shared.protocols.load import load_run
-from nightsplit.shared.protocols.parts import has_momentum, steps_late, trained_parts
+from nightsplit.shared.protocols.parts import steps_late, suits_late, trained_parts
 from tests.config.test_config import PRIVATE, ROUNDS, path
 
 __all__ = ["path"]
@@ -94,8 +94,14 @@ def test_gradients_come_late_at_long_windows(path):
     assert steps_late(load_run(path, ROUNDS)) == {}
 
 
-def test_which_rules_have_momentum():
-    with_it = [OptimizerSection(), OptimizerSection(name="adamw"), OptimizerSection(name="sgd", momentum=0.5)]
-    without = [OptimizerSection(name="muon"), OptimizerSection(betas=(0.0, 0.9)), OptimizerSection(name="sgd")]
-    assert all(map(has_momentum, with_it))
-    assert not any(map(has_momentum, without))
+def test_which_rules_suit_late_gradients():
+    suited = [OptimizerSection(name="muon"), OptimizerSection(betas=(0.0, 0.9)), OptimizerSection(name="sgd")]
+    others = [
+        OptimizerSection(),
+        OptimizerSection(name="adamw"),
+        OptimizerSection(name="adamw", betas=(0.0, 0.999)),
+        OptimizerSection(betas=(0.9, 0.9)),
+        OptimizerSection(name="sgd", momentum=0.5),
+    ]
+    assert all(map(suits_late, suited))
+    assert not any(map(suits_late, others))

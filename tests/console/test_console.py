@@ -192,14 +192,14 @@ LATE = ['run.protocol="split_u"', "model.head_cut=2", "run.window=4"]
 @pytest.mark.parametrize(
     ("changes", "late", "suits"),
     [
-        ([], "up to: bottom 999 steps, top 0 steps", True),
+        ([], "steps late, with equal sites: bottom 999, top 0", True),
         (["run.window=1"], "every gradient is used at once", True),
         ([*LATE, "run.window=1"], "every gradient is used at once", True),
-        (LATE, "up to: bottom 3 steps, top 4 steps, head 0 steps", False),
-        ([*LATE, 'optimizer.bottom.name="muon"'], "top 4 steps", False),
-        ([*LATE, 'optimizer.top.name="muon"'], "top 4 steps", True),
-        ([*LATE, "optimizer.top.betas=[0.0, 0.9]"], "top 4 steps", True),
-        ([*LATE, "run.window=2"], "top 2 steps", True),
+        (LATE, "bottom 3, top 4, head 0", False),
+        ([*LATE, 'optimizer.bottom.name="muon"'], "top 4", False),
+        ([*LATE, 'optimizer.top.name="muon"'], "top 4", True),
+        ([*LATE, "optimizer.top.betas=[0.0, 0.9]"], "top 4", True),
+        ([*LATE, "run.window=2"], "top 2", True),
     ],
 )
 def test_doctor_says_how_late_gradients_come_and_whether_that_suits(changes, late, suits, tmp_path, capsys):
