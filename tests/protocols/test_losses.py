@@ -11,11 +11,11 @@ from nightsplit.simulation.broker import MemoryBroker
 from nightsplit.simulation.faults import Faults, FaultyBroker
 from nightsplit.simulation.run import START
 from tests.harness.losses import LosingBroker
-from tests.harness.night import SYSTEMS, Night, tiny_config
+from tests.harness.night import Night, each_system, tiny_config
 
 
-def config_of(protocol, bottoms, window, **run):
-    return tiny_config(protocol=protocol, bottoms=bottoms, average_every=3, window=window, epochs=2, **run)
+def config_of(system, **run):
+    return tiny_config(**system._asdict(), average_every=3, epochs=2, **run)
 
 
 def has_waited(night, deadline, worker):
@@ -46,9 +46,9 @@ def places(night, way):
 
 
 @pytest.mark.parametrize("way", ["up", "down"])
-@pytest.mark.parametrize(("protocol", "bottoms", "window"), SYSTEMS)
-def test_a_lost_message_is_sent_again(protocol, bottoms, window, way, calm, tmp_path):
-    config = config_of(protocol, bottoms, window)
+@each_system
+def test_a_lost_message_is_sent_again(system, way, calm, tmp_path):
+    config = config_of(system)
     undisturbed = calm(config)
     for place in places(undisturbed, way):
         broker = LosingBroker([place])
@@ -58,9 +58,9 @@ def test_a_lost_message_is_sent_again(protocol, bottoms, window, way, calm, tmp_
         assert broker.published.count(place) > 1, place
 
 
-@pytest.mark.parametrize(("protocol", "bottoms", "window"), SYSTEMS)
-def test_a_run_loses_a_tenth_of_all_messages(protocol, bottoms, window, calm, tmp_path):
-    config = config_of(protocol, bottoms, window)
+@each_system
+def test_a_run_loses_a_tenth_of_all_messages(system, calm, tmp_path):
+    config = config_of(system)
     faulty = FaultyBroker(MemoryBroker(), Faults(lose=0.1), seed=1)
     night = to_the_end(night_of(config, tmp_path, faulty))
     assert night.fingerprint() == calm(config).fingerprint()
@@ -86,10 +86,10 @@ class HardNight(Night):
 
 
 @pytest.mark.parametrize("order", ["strict", "fair"])
-@pytest.mark.parametrize(("protocol", "bottoms", "window"), SYSTEMS)
-def test_messages_are_lost_while_workers_die(protocol, bottoms, window, order, calm, tmp_path):
+@each_system
+def test_messages_are_lost_while_workers_die(system, order, calm, tmp_path):
     """What comes again after a crash may be lost as well, and so may the hellos and receipts that ask for it."""
-    config = config_of(protocol, bottoms, window, order=order)
+    config = config_of(system, order=order)
     faulty = FaultyBroker(MemoryBroker(), Faults(lose=0.05), seed=3)
     night = HardNight(config, tmp_path / "shaken", faulty, prefetch=16).shaken(3)
     expected = calm(config) if order == "strict" else night.replayed(tmp_path / "replay")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from typing_extensions import override
 
 from nightsplit.shared.engine.engine import Engine
@@ -12,7 +11,7 @@ from nightsplit.shared.trust.identity import Identity
 from nightsplit.shared.trust.witness import cosign
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.site_worker.trust.exit_log import ExitLog, Verified, verify
-from tests.harness.night import SYSTEMS, Night, tiny_config
+from tests.harness.night import Night, each_system, tiny_config
 
 KEY = Identity(bytes(range(32)))
 
@@ -47,11 +46,10 @@ class LoggedNight(Night):
 
 
 def config_of(system):
-    protocol, bottoms, window = system
-    return tiny_config(protocol=protocol, bottoms=bottoms, window=window, average_every=3)
+    return tiny_config(**system._asdict(), average_every=3)
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@each_system
 def test_each_log_is_signed_to_its_last_message(system, calm, tmp_path):
     config = config_of(system)
     nights = [LoggedNight(config, tmp_path / "calm").run()]
