@@ -16,9 +16,9 @@ TORCH_INDEX ?=
 # Options for pytest: make test ARGS="-x tests/engine"
 ARGS ?=
 
-# Tests wait for processes and clocks half of the time, so two files run side by side; in the order of their names,
+# Tests wait for processes and clocks half of the time, so three files run side by side on two cores; in the order of their names,
 # which has slow ones at the beginning, and not one of them alone at the end.
-SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
+SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup services demo test test-all check format bench clean
