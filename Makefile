@@ -16,8 +16,8 @@ TORCH_INDEX ?=
 # Options for pytest: make test ARGS="-x tests/engine"
 ARGS ?=
 
-# Tests wait for processes and clocks half of the time, so three files run side by side on two cores; in the order of their names,
-# which has slow ones at the beginning, and not one of them alone at the end.
+# Tests wait for processes and clocks half of the time, so three files run side by side on two cores; in the order of
+# their names, which has slow ones at the beginning, and not one of them alone at the end.
 SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help

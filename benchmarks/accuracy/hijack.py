@@ -34,6 +34,7 @@ from benchmarks.accuracy.study import EXAMPLES, folder_of
 from nightsplit.server_worker.stream.top import Top
 from nightsplit.shared.config.load import load
 from nightsplit.shared.config.run import RunConfig
+from nightsplit.shared.learning.optimizers import START
 from nightsplit.shared.protocols.build import build_split_model
 from nightsplit.shared.protocols.load import load_run
 from nightsplit.shared.protocols.plan import Purpose
@@ -92,11 +93,11 @@ class Honest(Server):
     """Server of split_labels."""
 
     def __init__(self, config: RunConfig, top: nn.Module) -> None:
-        self._top = Top(top, config.optimizer, config.task, "cpu")
+        self._top = Top(top, config.optimizer.of("top"), config.task, "cpu")
 
     @override
     def gradient(self, smashed: torch.Tensor, targets: torch.Tensor, step: int) -> torch.Tensor:
-        return self._top.train_step(smashed, targets, step)[1]
+        return self._top.train_step(smashed, targets, step, START)[1]
 
 
 class Hijacker(Server):
@@ -205,7 +206,7 @@ def play(case: Case, seed: int, mix: float | None, longer: int) -> tuple[list[fl
     splits = _read(config, case.name, case.victim, case.share)
     own = torch.cat([_read(config, case.name, file, case.others_share).train.inputs for file in case.others])
     model = build_split_model(config, folder_of(case.name), secret)
-    bottom = Bottom(model.parts.bottom, config.optimizer, "cpu")
+    bottom = Bottom(model.parts.bottom, config.optimizer.of("bottom"), "cpu")
     batches = StreamBatches(config, case.victim, splits, secret)
     server: Server = Honest(config, model.parts.top)
     samples = splits.train.inputs
@@ -220,7 +221,7 @@ def play(case: Case, seed: int, mix: float | None, longer: int) -> tuple[list[fl
             labels = targets > 0 if config.task.kind == "regression" else targets
             if (statistic := scrutiny(gradient, labels)) is not None:
                 found.append(statistic)
-            bottom.apply_gradient(item, inputs, dropout, gradient)
+            bottom.apply_gradient(item, inputs, dropout, gradient, batches.plan.progress(item))
         else:
             bottom.skip(item)
         bottom.forget(bottom.version)
