@@ -21,13 +21,11 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from msgspec.structs import replace
 from torch import nn
 from torch.nn import functional
-from typing_extensions import override
 
 from benchmarks.accuracy.similarity import ssim
 from benchmarks.accuracy.study import EXAMPLES, folder_of
@@ -53,7 +51,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Case:
-    """Example, the site that is attacked, and the patients whom the attacker has.
+    """Example with the attacked site and the patients of the attacker.
 
     Attributes:
         name: folder of the example.
@@ -78,39 +76,21 @@ CASES = (
     Case("cholesterol", "north", ["south", "east"]),
     Case("lung_ct", "north", ["south", "east"], steps=2, pilot_steps=300),
 )
-ATTACKS: Mapping[str, float | None] = {"honest": None, "FSHA": 0.0, "mixed, 0.3 honest": 0.3, "mixed, 0.7 honest": 0.7}
-"""Share of the honest gradient by name; None for a server that does not attack."""
+ATTACKS: Mapping[str, float] = {"honest": 1.0, "FSHA": 0.0, "mixed, 0.3 honest": 0.3, "mixed, 0.7 honest": 0.7}
+"""Share of the honest gradient by name; an honest server looks at the activations with the same decoder."""
 
 
-class Server(Protocol):
-    """Whoever answers the site's batches."""
-
-    def gradient(self, smashed: torch.Tensor, targets: torch.Tensor, step: int) -> torch.Tensor:
-        """Return the gradient (batch, *cut) for a batch."""
-
-
-class Honest(Server):
-    """Server of split_labels."""
-
-    def __init__(self, config: RunConfig, top: nn.Module) -> None:
-        self._top = Top(top, config.optimizer.of("top"), config.task, "cpu")
-
-    @override
-    def gradient(self, smashed: torch.Tensor, targets: torch.Tensor, step: int) -> torch.Tensor:
-        return self._top.train_step(smashed, targets, step, START)[1]
-
-
-class Hijacker(Server):
+class Hijacker:
     """Server that makes the site's activations decodable.
 
     Args:
         own: the attacker's data (n, ...).
         cut: shape of the activations of a sample.
-        honest: gives the share `mix` of the gradient.
+        top: layers whose gradient is the share `mix` of the answer.
     """
 
-    def __init__(self, own: torch.Tensor, cut: torch.Size, case: Case, honest: Server, mix: float) -> None:
-        self._own, self._steps, self._honest, self._mix = own, case.steps, honest, mix
+    def __init__(self, own: torch.Tensor, cut: torch.Size, case: Case, top: Top, mix: float) -> None:
+        self._own, self._steps, self._top, self._mix = own, case.steps, top, mix
         self._pilot, self._decoder, self._discriminator = _networks(own.shape[1:], cut)
         coders = [*self._pilot.parameters(), *self._decoder.parameters()]
         optimizer = torch.optim.Adam(coders, 1e-3)
@@ -122,13 +102,13 @@ class Hijacker(Server):
             torch.autograd.backward(loss)
             optimizer.step()
 
-    @override
     def gradient(self, smashed: torch.Tensor, targets: torch.Tensor, step: int) -> torch.Tensor:
+        """Return the gradient (batch, *cut) for a batch."""
         for _ in range(self._steps):
             self._discriminate(smashed)
         inputs = smashed.clone().requires_grad_()
         (hijack,) = torch.autograd.grad(-self._discriminator(inputs).mean(), inputs)
-        honest = self._honest.gradient(smashed, targets, step)
+        _, honest = self._top.train_step(smashed, targets, step, START)
         size = _size(honest)
         return size * ((1 - self._mix) * hijack / (_size(hijack) + 1e-12) + self._mix * honest / (size + 1e-12))
 
@@ -193,11 +173,11 @@ def scrutiny(gradient: torch.Tensor, labels: torch.Tensor) -> float | None:
     return float(cosines[same].mean() - cosines[other].mean()) if same.any() and other.any() else None
 
 
-def play(case: Case, seed: int, mix: float | None, longer: int) -> tuple[list[float], float | None, float | None]:
+def play(case: Case, seed: int, mix: float, longer: int) -> tuple[list[float], float, float]:
     """Attack a run that is `longer` times as long as the example's.
 
     Return the guard's statistic of each batch; how well training samples are reconstructed at the end (R2 over all
-    features of a table, mean SSIM of images), and the attacker's mean sample likewise; None without an attack.
+    features of a table, mean SSIM of images), and the attacker's mean sample likewise.
     """
     torch.manual_seed(seed)
     config = load_run(EXAMPLES / case.name / "run.toml")
@@ -208,16 +188,16 @@ def play(case: Case, seed: int, mix: float | None, longer: int) -> tuple[list[fl
     model = build_split_model(config, folder_of(case.name), secret)
     bottom = Bottom(model.parts.bottom, config.optimizer.of("bottom"), "cpu")
     batches = StreamBatches(config, case.victim, splits, secret)
-    server: Server = Honest(config, model.parts.top)
     samples = splits.train.inputs
-    attacker = None if mix is None else Hijacker(own, bottom.module(samples[:1]).shape[1:], case, server, mix)
+    cut = bottom.module(samples[:1]).shape[1:]
+    attacker = Hijacker(own, cut, case, Top(model.parts.top, config.optimizer.of("top"), config.task, "cpu"), mix)
     found: list[float] = []
     for q in range(1, batches.plan.last + 1):
         item = batches.plan.item(q)
         if item.purpose is Purpose.TRAIN:
             inputs, targets, dropout = batches.inputs(item), batches.targets(item), batches.seed("bottom", item)
             smashed = bottom.forward(item, inputs, dropout, training=True)
-            gradient = (attacker or server).gradient(smashed, targets, q)
+            gradient = attacker.gradient(smashed, targets, q)
             labels = targets > 0 if config.task.kind == "regression" else targets
             if (statistic := scrutiny(gradient, labels)) is not None:
                 found.append(statistic)
@@ -225,8 +205,6 @@ def play(case: Case, seed: int, mix: float | None, longer: int) -> tuple[list[fl
         else:
             bottom.skip(item)
         bottom.forget(bottom.version)
-    if attacker is None:
-        return found, None, None
     with torch.no_grad():
         read = attacker.decode(bottom.module(samples))
     return found, _likeness(read, samples), _likeness(own.mean(0).expand_as(samples), samples)
@@ -267,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 found, read, mean = play(case, seed, mix, chosen.longer)
                 windows = [statistics.mean(found[n : n + WINDOW]) for n in range(len(found) - WINDOW + 1)]
                 figures = [min(windows), statistics.median(found), max(windows), read, mean]
-                cells = " | ".join("" if figure is None else f"{figure:.3f}" for figure in figures)
+                cells = " | ".join(f"{figure:.3f}" for figure in figures)
                 print(f"| {case.name}, {seed} | {name} | {len(found)} | {cells} |", flush=True)
     return 0
 
