@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from benchmarks.accuracy.results import spread, write_section
 from benchmarks.accuracy.study import AS_IS, CASES, prepared, train_split
+from nightsplit.console.ui.text import counted
 from nightsplit.shared.config.optimizer import OptimizerSection, PartSection
 from nightsplit.shared.errors import NightsplitError
 
@@ -62,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def table(case: str, seeds: int) -> list[str]:
     """Return a table of a case: optimizers in rows, windows in columns."""
     lead = CASES[case].figures[0]
-    lines = [f"| {case}, {lead} | {' | '.join(WINDOWS)} |", f"| --- |{' ---: |' * len(WINDOWS)}"]
+    heading = [f"{case}, {lead}, {counted(seeds, 'seed')}", *WINDOWS]
+    lines = [f"| {' | '.join(heading)} |", f"| --- |{' ---: |' * len(WINDOWS)}"]
     for name, settings in OPTIMIZERS.items():
         cells = []
         for window in WINDOWS.values():

@@ -139,8 +139,8 @@ def _late_gradients(file: WorkerFile) -> Finding:
     # A late bottom before a top that learns at once does no harm: docs/how-to/tuning.md has the figures.
     if late["top"] <= FEW_STEPS or suits_late(config.optimizer.of("top")):
         return Finding("late gradients", found)
-    remedy = 'set run.window = 1; or in [optimizer.top] name = "muon", or betas = [0.0, 0.9] for Adam and AdamW.'
-    return Finding("late gradients", f"{found}; its rule does not suit so late a top", remedy)
+    remedy = 'set run.window = 1; or in [optimizer.top] name = "muon"; or, which helps less, betas = [0.0, 0.9].'
+    return Finding("late gradients", f"{found}; the optimizer's momentum does not suit so late a top", remedy)
 
 
 def _broker(file: WorkerFile) -> Finding:

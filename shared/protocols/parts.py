@@ -10,9 +10,6 @@ from nightsplit.shared.protocols.spec import Shape, spec_of
 _RULES_WITH = {"momentum": {"sgd"}, "betas": {"adam", "adamw", "muon"}}
 """Update rules that a key belongs to; all other keys belong to every rule."""
 
-BETA2_MAX = 0.9
-"""Longest memory of the gradient's size, with which Adam bears late gradients."""
-
 
 def trained_parts(config: RunConfig) -> list[Part]:
     """Return the parts that have an optimizer of their own; none in rounds, which train a whole model."""
@@ -38,14 +35,10 @@ def steps_late(config: RunConfig) -> dict[Part, int]:
 
 
 def suits_late(section: OptimizerSection) -> bool:
-    """Return whether the settings of a part suit gradients that come many steps late.
-
-    Those of Muon do, and rules without momentum; for Adam the memory of the gradient's size must be short, too. It was
-    measured by `benchmarks.accuracy.late`.
-    """
+    """Return whether the settings of a part suit late gradients: those of Muon do, and of rules without momentum."""
     if section.name == "sgd":
         return section.momentum == 0
-    return section.name == "muon" or (section.betas[0] == 0 and section.betas[1] <= BETA2_MAX)
+    return section.name == "muon" or section.betas[0] == 0
 
 
 def check_optimizer(config: RunConfig) -> None:

@@ -99,7 +99,6 @@ def test_which_rules_suit_late_gradients():
     others = [
         OptimizerSection(),
         OptimizerSection(name="adamw"),
-        OptimizerSection(name="adamw", betas=(0.0, 0.999)),
         OptimizerSection(betas=(0.9, 0.9)),
         OptimizerSection(name="sgd", momentum=0.5),
     ]
