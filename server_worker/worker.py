@@ -29,7 +29,7 @@ from nightsplit.shared.runtime.heartbeat import Heartbeat
 from nightsplit.shared.runtime.process import StopSignal, prefetch_for, prepare_torch, try_lock_folder
 from nightsplit.shared.runtime.worker import Observer, Worker
 from nightsplit.shared.storage.checkpoint import Checkpoints
-from nightsplit.shared.storage.sent import open_sent
+from nightsplit.shared.storage.sent import FOLDER, SentMessages
 from nightsplit.shared.transport import Route
 from nightsplit.shared.wire.message import SERVER, Kind
 
@@ -141,9 +141,9 @@ class ServerWorker(Worker):
         largest = planned_message_bytes(config, {kind: p for kind in _LARGE_KINDS if (p := role.payload(kind))})
         consume = [] if only_open else [route.incoming for route in routes.values()]
         link = broker.link(consume, prefetch_for(largest, len(queues)), owner=f"{SERVER}:{folder.resolve()}")
-        with tape_link(sealed(link, self.sealer, SERVER, routes), config, folder) as link, open_sent(folder) as sent:
+        with tape_link(sealed(link, self.sealer, SERVER, routes), config, folder) as link:
             mailbox = Mailbox(config.run.id, SERVER, link, routes, role.payload, config.content_bytes)
-            mailbox.sent = sent
+            mailbox.sent = SentMessages(folder / FOLDER)
             yield ServerShift(config, role, mailbox, checkpoints, lease, self.report_folder, statuses, failures)
 
     def _checkpoints(self, lease: Lease) -> Checkpoints:

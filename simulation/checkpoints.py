@@ -1,4 +1,4 @@
-"""Checkpoints in memory, which outlive a worker, not the process."""
+"""Checkpoints and sent messages in memory, which outlive a worker, not the process."""
 
 import json
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from nightsplit.shared.errors import StateError
 from nightsplit.shared.storage.checkpoint import Checkpoints, Pointer, Snapshot
+from nightsplit.shared.storage.sent import SentMessages
 
 
 class MemoryCheckpoints(Checkpoints):
@@ -43,3 +44,29 @@ class MemoryCheckpoints(Checkpoints):
     @override
     def last_fence(self) -> int:
         return max((fence for fence, _ in self._kept), default=0)
+
+
+SentByPlace = dict[tuple[str, int], tuple[str, bytes]]
+"""Id and body of messages, by receiver and seq."""
+
+
+class MemorySent(SentMessages):
+    """Sent messages of one process of a worker, over those that its processes have in common."""
+
+    def __init__(self, synced: SentByPlace) -> None:
+        super().__init__(Path("memory"))
+        self._synced = synced
+
+    @override
+    def find(self, receiver: str, seq: int) -> tuple[str, bytes] | None:
+        return self.unsynced.get((receiver, seq)) or self._synced.get((receiver, seq))
+
+    @override
+    def release(self, receiver: str, last: int) -> None:
+        for key in [key for key in self._synced if key[0] == receiver and key[1] <= last]:
+            del self._synced[key]
+
+    @override
+    def sync(self) -> None:
+        self._synced.update(self.unsynced)
+        self.unsynced.clear()

@@ -9,7 +9,6 @@ run with real processes and real nights. Seeded faults come from the broker (`Fa
 """
 
 import hashlib
-import sqlite3
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -36,11 +35,10 @@ from nightsplit.shared.learning.seeds import Seed
 from nightsplit.shared.protocols.build import build_model
 from nightsplit.shared.protocols.spec import spec_of
 from nightsplit.shared.storage.checkpoint import Checkpoints
-from nightsplit.shared.storage.sent import SCHEMA, SentMessages
 from nightsplit.shared.transport import Broker, Link, Queue, Route
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.simulation.broker import MemoryBroker
-from nightsplit.simulation.checkpoints import MemoryCheckpoints
+from nightsplit.simulation.checkpoints import MemoryCheckpoints, MemorySent, SentByPlace
 from nightsplit.simulation.clock import ManualClock
 from nightsplit.simulation.evaluate import ModelFigures, evaluate
 from nightsplit.simulation.scheduler import Scheduler
@@ -89,8 +87,7 @@ class Simulation:
         self.clock = clock or ManualClock(START)
         self.workers = workers or (SERVER, *config.run.sites)
         self.store = MemoryStore()
-        self._sent = sqlite3.connect(":memory:", isolation_level=None)
-        self._sent.executescript(SCHEMA)
+        self._sent: SentByPlace = {}
         self.checkpoints: dict[str, Checkpoints] = {
             worker: Checkpoints(folder / worker / "checkpoints") if on_disk else MemoryCheckpoints()
             for worker in self.workers
@@ -183,7 +180,7 @@ class Simulation:
         link = _NotifyingLink(self.broker.link(consume, self._prefetch, worker), self._wake_reader)
         mailbox = Mailbox(config.run.id, worker, link, routes, role.payload, config.wire.message_bytes)
         if not role.rederives:
-            mailbox.sent = SentMessages(self._sent)
+            mailbox.sent = MemorySent(self._sent)
         checkpoints = self.checkpoints[worker]
         decide = lambda: self.decide()  # noqa: E731  (a test may set another one later)
         engine = Engine(role, mailbox, checkpoints, authority, self.lines.append, spend, decide)

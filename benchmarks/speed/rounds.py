@@ -46,6 +46,7 @@ from nightsplit.shared.engine.fencing import SoleWriter
 from nightsplit.shared.engine.mailbox import Mailbox
 from nightsplit.shared.runtime.process import prefetch_for, prepare_torch
 from nightsplit.shared.storage.checkpoint import Checkpoints
+from nightsplit.shared.storage.sent import FOLDER, SentMessages
 from nightsplit.shared.transport import Broker, Delivery, Event, Link, Queue, Route
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.simulation.run import Simulation
@@ -131,6 +132,7 @@ def serve(line: Connection, place: Place, run: str, rounds: int, folder: Path) -
         link = Timed(inner)
         routes = {site: Route(q.down, q.up, q.dead) for site, q in queues.items()}
         mailbox = Mailbox(run, SERVER, link, routes, role.payload, config.wire.message_bytes)
+        mailbox.sent = SentMessages(folder / SERVER / FOLDER)
         engine = Engine(role, mailbox, Checkpoints(folder / SERVER), SoleWriter())
         engine.start()
         line.send("ready")

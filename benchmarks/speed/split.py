@@ -39,6 +39,7 @@ from nightsplit.shared.protocols.plan import Item
 from nightsplit.shared.run_store.connect import open_store
 from nightsplit.shared.runtime.process import prefetch_for, prepare_torch
 from nightsplit.shared.storage.checkpoint import Checkpoints
+from nightsplit.shared.storage.sent import FOLDER, SentMessages
 from nightsplit.shared.transport import Link, Queue, Route
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.message import SERVER, Kind
@@ -99,6 +100,7 @@ def server(line: Connection, case: Case, run: str, place: Place, folder: Path) -
 
         routes = _routes(SITE, queues.down, queues.up, queues)
         mailbox = Mailbox(run, SERVER, link, routes, role.payload, config.wire.message_bytes)
+        mailbox.sent = SentMessages(folder / SERVER / FOLDER)
         engine = Engine(role, mailbox, Checkpoints(folder / SERVER), lease, record)
         times.watch_all(role, link)
         line.send("ready")

@@ -195,7 +195,7 @@ class Engine:
             self._put(received)
 
     def _put(self, received: Received) -> None:
-        """Let a message wait for its turn, unless it is a duplicate, and ask for those that were lost before it."""
+        """Keep a message until its turn, unless it is a duplicate, and ask for those that were lost before it."""
         sender, seq = received.header.sender, received.header.seq
         inbox, mark = self._inbox[sender], self.marks[sender]
         gap = inbox.gap_before(received, mark)
