@@ -75,7 +75,7 @@ def run(night: Night, place: object, change: Change) -> Night:
     for name in night.workers:
         night.start(name)
     engine = night.engines["south"]
-    honest = engine._send
+    honest = engine._outgoing._send
 
     def send(effect: Send) -> None:
         plan = getattr(night.roles["south"].sequence, "plan", None)
@@ -85,7 +85,7 @@ def run(night: Night, place: object, change: Change) -> Night:
             effect = poisoned(effect, change)
         honest(effect)
 
-    engine._send = send
+    engine._outgoing._send = send
     for turn in range(5000):
         if not night.engines:
             break
