@@ -5,12 +5,21 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from typing_extensions import override
 
 from nightsplit.server_worker.evaluation import Evaluation
+from nightsplit.server_worker.greeting import (
+    HELLO_ANSWERS_MAX,
+    INCARNATION_LENGTH_MAX,
+    INCARNATIONS_MAX,
+    RECEIPTS_MAX,
+    REPEATS_MAX,
+    LogHead,
+    Samples,
+)
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Again, Effect, Expect, Finish, Record, Release, Send
 from nightsplit.shared.engine.role import Role
@@ -22,33 +31,6 @@ from nightsplit.shared.protocols.stream import StreamSequence
 from nightsplit.shared.storage.checkpoint import Snapshot, flatten, under
 from nightsplit.shared.wire.message import SERVER, Kind, Message, Scalar
 from nightsplit.shared.wire.schema import Contract, Payload
-
-INCARNATIONS_MAX = 8
-"""Largest number of incarnations of a site that are remembered."""
-HELLO_ANSWERS_MAX = 1000
-"""Hellos of a site that are answered with the manifest or a rejection, which wait for the site until it reads them."""
-RECEIPTS_MAX = 1000
-"""Receipts that a site gets, besides one for each message of it that is applied; they wait for it likewise."""
-REPEATS_MAX = 1000
-"""Messages that are sent to a site again, besides one for each message of it that is applied."""
-INCARNATION_LENGTH_MAX = 64
-"""Largest number of characters in an incarnation's name."""
-
-
-class Samples(NamedTuple):
-    """Numbers of a site's samples in each part."""
-
-    train: int
-    validation: int
-    test: int
-
-
-class LogHead(NamedTuple):
-    """Number of lines of a site's exit log, and the head of its chain."""
-
-    lines: int = 0
-    head: str = ""
-
 
 S = TypeVar("S", bound=StreamSequence | RoundSequence)
 """Messages that a site is going to send, derived from its hello."""
@@ -247,7 +229,7 @@ class ServerRole(Role, Generic[S]):
         return self._kept(site, range(max(lacking.start, mark + 1), min(lacking.stop, self.sent[site] + 1)))
 
     def _kept(self, site: str, seqs: range) -> range:
-        """Return those of the numbers whose messages are kept for a site."""
+        """Return those of the numbers of which a message is kept for a site."""
         return range(max(seqs.start, self._released[site] + 1), seqs.stop)
 
     def _release(self, site: str, released: int) -> list[Effect]:

@@ -29,6 +29,7 @@ from heapq import heappop, heappush
 from typing_extensions import override
 
 from nightsplit.broker.link_wrapper import LinkWrapper
+from nightsplit.shared.errors import BrokerError
 from nightsplit.shared.transport import Blocked, Broker, Confirmed, Delivery, Event, Link, Queue, Unblocked
 
 COPIES_MAX = 3
@@ -139,7 +140,11 @@ class FaultyLink(LinkWrapper):
     ) -> None:
         sent = _Sent(queue, message_id, body, dict(headers))
         self._outbox.append(sent)
-        self._offer(sent)
+        try:
+            self._offer(sent)
+        except BrokerError:  # too large
+            self._outbox.remove(sent)
+            raise
 
     @override
     def receive(self, timeout: float) -> Event | None:

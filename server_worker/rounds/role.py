@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from nightsplit.server_worker.role import Samples, ServerRole
+from nightsplit.server_worker.greeting import Samples
+from nightsplit.server_worker.role import ServerRole
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Record, Send
 from nightsplit.shared.errors import Refused, mismatch

@@ -31,14 +31,14 @@ TOP = "top"
 """Part of a fit of the server's layers."""
 
 Spent = list[tuple[str, int]]
-"""Items, by site and number, whose fit is over."""
+"""Items of finished fits, by site and number."""
 
 
 class BlockServer(StreamServer):
     """Base class of roles that fit the server's layers to a block at a time."""
 
     knows_loss: ClassVar[bool] = False
-    """Whether the loss of a fit is the task's."""
+    """True if the loss of a fit is the task's own."""
 
     def __init__(self, config: RunConfig, top: Top, model: SplitModel, state: Path) -> None:
         super().__init__(config, top, model)
@@ -50,7 +50,7 @@ class BlockServer(StreamServer):
         self._fit: BlockFit | None = None
         self._spent: Spent = []
         self._spent_before: list[Spent] = []
-        """Likewise before each of the last two snapshots: what a kept checkpoint may need is not removed."""
+        """Likewise before each of the last two snapshots, for a kept checkpoint may need them."""
 
     @abstractmethod
     def fit(self, item: Item, site: str, task: Task) -> float:

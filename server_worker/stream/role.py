@@ -10,7 +10,8 @@ import torch
 from typing_extensions import override
 
 from nightsplit.server_worker.aggregation import Aggregation
-from nightsplit.server_worker.role import Samples, ServerRole
+from nightsplit.server_worker.greeting import Samples
+from nightsplit.server_worker.role import ServerRole
 from nightsplit.server_worker.stream.bounds import BatchBounds
 from nightsplit.server_worker.stream.ddp import Group
 from nightsplit.server_worker.stream.schedule import SCHEDULES

@@ -209,9 +209,8 @@ class Engine:
 
     def _apply(self) -> bool:
         """Perform the next entry of the order; return False if there is none yet."""
-        if not self._role.rederives and self._outgoing.is_ahead:
-            return False  # a message would produce a reply, and no more may be sent yet
-        if self._role.busy:
+        # A message would produce a reply, and no more may be sent yet.
+        if self._role.busy or (not self._role.rederives and self._outgoing.is_ahead):
             return False
         match self._order.choose(self.position + 1, self.ready):
             case None:

@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from nightsplit.server_worker.role import HELLO_ANSWERS_MAX
+from nightsplit.server_worker.greeting import HELLO_ANSWERS_MAX
 from nightsplit.shared.config.run import TaskSection
 from nightsplit.shared.engine.effects import Expect
 from nightsplit.shared.errors import Refused, RunError

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nightsplit.server_worker.role import RECEIPTS_MAX
-from nightsplit.server_worker.role import REPEATS_MAX as ANSWERS_MAX
+from nightsplit.server_worker.greeting import RECEIPTS_MAX
+from nightsplit.server_worker.greeting import REPEATS_MAX as ANSWERS_MAX
 from nightsplit.shared.engine.effects import Again, Cosigned, Expect, Release, Send
 from nightsplit.shared.errors import RunError
 from nightsplit.shared.protocols.spec import TRAINING, systems
