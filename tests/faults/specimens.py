@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +16,7 @@ import torch
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.protocols import query
 from nightsplit.shared.protocols.build import build_model
-from nightsplit.shared.protocols.spec import TRAINING, systems
+from nightsplit.shared.protocols.spec import PROTOCOLS, TRAINING, systems
 from nightsplit.shared.wire import format as wire
 from nightsplit.shared.wire.codecs import FloatCodec
 from nightsplit.shared.wire.message import FROM_SITES, SERVER, UNSEQUENCED, Header, Kind, Message, Scalar
@@ -70,29 +71,29 @@ class Specimen:
 def specimens() -> list[Specimen]:
     """One message per protocol, model, codec, compression and kind, and of each kind of query; equal ones once."""
     found: dict[bytes, Specimen] = {}
-    for protocol in systems(*TRAINING):
-        for model in MODELS:
-            for codec in get_args(FloatCodec):
-                for zstd in (False, True):
-                    config = _config(protocol, model, codec, zstd)
-                    contract = build_model(config, Path()).contract
-                    for kind in contract:
-                        body = _message(config, contract[kind], kind)
-                        name = f"{protocol}/{model}/{codec}{'+zstd' * zstd}/{kind}"
-                        found.setdefault(body, Specimen(name, body, contract))
-    config = _config("split_labels", "mlp", "fp32", zstd=False)
+    runs = [(protocol, "steps") for protocol in systems(*TRAINING)]
+    runs += [(protocol, "targets") for protocol in systems(*TRAINING) if PROTOCOLS[protocol].learns_by_targets]
+    for (protocol, learning), model, codec, zstd in product(runs, MODELS, get_args(FloatCodec), (False, True)):
+        config = _config(protocol, learning, model, codec, zstd)
+        contract = build_model(config, Path()).contract
+        for kind in contract:
+            body = _message(config, contract[kind], kind)
+            name = f"{protocol}/{model}/{codec}{'+zstd' * zstd}/{kind}"
+            found.setdefault(body, Specimen(name, body, contract))
+    config = _config("split_labels", "steps", "mlp", "fp32", zstd=False)
     for kind, payload in query.CONTRACT.items():
         body = _message(config, payload, kind)
         found[body] = Specimen(f"he_clstm/mlp/raw/{kind}", body, query.CONTRACT)
     return list(found.values())
 
 
-def _config(protocol: str, model: str, codec: str, zstd: bool) -> RunConfig:
+def _config(protocol: str, learning: str, model: str, codec: str, zstd: bool) -> RunConfig:
     task = {"kind": "binary"} if model == "mlp" else {"kind": "multiclass", "classes": 3}
     return msgspec.convert(
         {
             "run": {
-                "id": "fuzz", "protocol": protocol, "sites": ["north"], "batch_size": ROWS, "bottoms": "averaged",
+                "id": "fuzz", "protocol": protocol, "learning": learning, "sites": ["north"], "batch_size": ROWS,
+                "bottoms": "averaged",
                 "export_top": True,
             },
             "model": {"factory": f"nightsplit.models:{model}", **MODELS[model]},

@@ -53,7 +53,7 @@ def config_of(system):
 def test_each_log_is_signed_to_its_last_message(system, calm, tmp_path):
     config = config_of(system)
     nights = [LoggedNight(config, tmp_path / "calm").run()]
-    nights += [LoggedNight(config, tmp_path / str(seed)).shaken(seed) for seed in range(2)]
+    nights += [LoggedNight(config, tmp_path / str(seed)).shaken(seed) for seed in range(1)]
     for night in nights:
         for site in config.run.sites:
             found = night.verified(site)

@@ -170,6 +170,7 @@ def test_with_no_checkpoint_left_nothing_begins_from_zero(
 ) -> None:
     for name in WORKERS:
         hospital.start(name)
+    hospital.wait_for_steps(300)  # the site has told what it has saved: before, the server has all that it would need
     kill_in_mid_run(hospital, worker)
     folder = hospital.folder / "state" / worker / "checkpoints"
     shutil.copytree(folder, tmp_path / "backup")
