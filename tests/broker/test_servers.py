@@ -20,11 +20,13 @@ RIGHTS = [
 ]
 DISKS = "tests/runs/test_server_disks.py"
 NIGHTS = "tests/runs/test_campaign.py::test_"
-OF_BROKER = [*BROKER, *RIGHTS, DISKS, f"{NIGHTS}rabbitmq_in_strict_order_with_deaths_of_the_broker"]
-OF_STORE = [*STORE, RIGHTS[0], DISKS, f"{NIGHTS}rounds_over_rabbitmq"]
+OF_BROKER = [*BROKER, *RIGHTS, f"{NIGHTS}rabbitmq_in_strict_order_with_deaths_of_the_broker"]
+OF_STORE = [*STORE, RIGHTS[0], f"{NIGHTS}rounds_over_rabbitmq"]
 SUPPORTED = {
-    **dict.fromkeys([f"RabbitMQ {version}" for version in ("3.13", "4.0", "4.1", "4.2", "4.3")], OF_BROKER),
-    **dict.fromkeys(["Redis 8", "Valkey 8", "Valkey 9"], OF_STORE),
+    **dict.fromkeys([f"RabbitMQ {version}" for version in ("3.13", "4.0", "4.1", "4.2")], OF_BROKER),
+    "RabbitMQ 4.3": [*OF_BROKER, DISKS],
+    **dict.fromkeys(["Valkey 8", "Valkey 9"], OF_STORE),
+    "Redis 8": [*OF_STORE, DISKS],
 }
 """Beside the installed ones, with the tests of brokers, stores, rights, disks and nights for each."""
 

@@ -38,10 +38,10 @@ def night_of(config, folder, broker):
 
 
 def places(night, way):
-    """The first message, one in the middle, and the last one of a site; or to it, and the end of the run."""
+    """The first and the last message of a site; or one in the middle to it, and the end of the run."""
     role = night.roles["north"]
     last, sender, receiver = (role.next_seq - 1, "north", SERVER) if way == "up" else (role.answered, SERVER, "north")
-    seqs = {1, (last + 1) // 2, last} if way == "up" else {1, (last + 1) // 2, last, role.sequence.last_answer}
+    seqs = {1, last} if way == "up" else {(last + 1) // 2, role.sequence.last_answer}
     return [(sender, receiver, seq) for seq in sorted(seqs) if seq]
 
 
