@@ -259,12 +259,12 @@ class RoundSite(SiteRole):
     @override
     def message(self, seq: int) -> Send:
         update, number = self.sequence.at(seq)
-        kind, version, tensors = Kind.REPORT, self._version, self.report_tensors()
-        if update <= self._last_update:
-            values = self._updates[update][self.layout.slice(number)]
-            kind, version, tensors = Kind.UPDATE, self._versions[update], {"values": values}
-        metrics = NO_FIGURES if kind is Kind.UPDATE and number < self.layout.slices else self._metrics[update]
-        return Send(SERVER, kind, seq, version=version, tensors=tensors, scalars={"metrics": metrics})
+        if update > self._last_update:
+            metrics, tensors = {"metrics": self._metrics[update]}, self.report_tensors()
+            return Send(SERVER, Kind.REPORT, seq, version=self._version, tensors=tensors, scalars=metrics)
+        values = {"values": self._updates[update][self.layout.slice(number)]}
+        metrics = {"metrics": self._metrics[update] if number == self.layout.slices else NO_FIGURES}
+        return Send(SERVER, Kind.UPDATE, seq, version=self._versions[update], tensors=values, scalars=metrics)
 
     @property
     @override
