@@ -26,7 +26,7 @@ def payloads(config, shapes):
     return contract(*HANDSHAKE, smashed, *stream.answers(config, shapes), stream.finish(config, shapes))
 
 
-SPEC = replace(split_labels.SPEC, name="split_signs", payloads=payloads)
+SPEC = replace(split_labels.SPEC, name="split_signs", payloads=payloads, learns_by_targets=False)
 """
 
 SITE = """
