@@ -134,12 +134,18 @@ def _late_gradients(file: WorkerFile) -> Finding:
     config = file.run_config
     late = steps_late(config)
     if not any(late.values()):
-        return Finding("late gradients", "every gradient is used at once")
+        by_targets = config.run.learning == "targets"
+        return Finding(
+            "late gradients", "none, the run learns by targets" if by_targets else "every gradient is used at once"
+        )
     found = f"steps late, with equal sites: {', '.join(f'{part} {steps}' for part, steps in late.items())}"
     # A late bottom before a top that learns at once does no harm: docs/how-to/tuning.md has the figures.
     if late["top"] <= FEW_STEPS or suits_late(config.optimizer.of("top")):
         return Finding("late gradients", found)
-    remedy = 'set run.window = 1; or in [optimizer.top] name = "muon"; or, which helps less, betas = [0.0, 0.9].'
+    remedy = (
+        'set run.learning = "targets", or run.window = 1; or in [optimizer.top] name = "muon"; or, which helps less, '
+        "betas = [0.0, 0.9]."
+    )
     return Finding("late gradients", f"{found}; the optimizer's momentum does not suit so late a top", remedy)
 
 

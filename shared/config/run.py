@@ -17,7 +17,10 @@ from nightsplit.shared.wire.message import ENVELOPE_BYTES, SERVER
 OWN_NETWORKS = "nightsplit.models"
 """Module of the networks of nightsplit, and the only one of its modules that a run may name."""
 
-_YOUNGER = {"optimizer": ("betas", "warmup", "schedule", "clip_norm", "bottom", "top", "head")}
+_YOUNGER = {
+    "run": ("learning", "passes"),
+    "optimizer": ("betas", "warmup", "schedule", "clip_norm", "bottom", "top", "head"),
+}
 """Keys that are part of the digest only where they are not the defaults: runs from before them keep their digests."""
 
 _FACTORY = re.compile(r"([A-Za-z0-9_-]+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):[A-Za-z]\w*", re.ASCII)
@@ -337,9 +340,9 @@ class RunConfig(Section, frozen=True, kw_only=True):
         """Return the whole configuration as one line of JSON with sorted keys, defaults included but for `_YOUNGER`."""
         tables = msgspec.to_builtins(self)
         for table, keys in _YOUNGER.items():
-            defaults = msgspec.to_builtins(type(getattr(self, table))())
+            defaults = {field.name: field.default for field in msgspec.structs.fields(getattr(self, table))}
             for key in keys:
-                if tables[table][key] == defaults[key]:
+                if getattr(getattr(self, table), key) == defaults[key]:
                     del tables[table][key]
         return msgspec.json.encode(tables, order="sorted").decode()
 

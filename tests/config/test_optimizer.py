@@ -68,12 +68,14 @@ def test_a_run_without_the_younger_keys_has_the_digest_that_it_had(path):
     before = '"optimizer":{"lr":0.001,"momentum":0.0,"name":"adam","weight_decay":0.0}'
     config = load_run(path)
     assert before in config.canonical()
+    assert '"learning"' not in config.canonical()
     assert load_run(path, ["optimizer.warmup=0", "optimizer.betas=[0.9, 0.999]"]).digest == config.digest
 
 
 def test_every_younger_key_changes_the_digest(path):
     changes = ["betas=[0.0, 0.999]", "warmup=1", 'schedule="cosine"', "clip_norm=1.0", "top.lr=0.1", "bottom.lr=0.1"]
-    digests = {load_run(path, [f"optimizer.{change}"]).digest for change in changes}
+    changes = [f"optimizer.{change}" for change in changes] + ['run.learning="targets"', "run.passes=2"]
+    digests = {load_run(path, [change]).digest for change in changes}
     assert len(digests | {load_run(path).digest}) == len(changes) + 1
 
 
@@ -90,6 +92,7 @@ def test_gradients_come_late_at_long_windows(path):
     assert steps_late(load_run(path, [sites, "run.window=10"])) == {"bottom": 9, "top": 0}
     assert steps_late(load_run(path, [*U, sites, "run.window=10"])) == {"bottom": 9, "top": 15, "head": 0}
     assert steps_late(load_run(path, [*U, sites, "run.window=1"])) == {"bottom": 0, "top": 0, "head": 0}
+    assert not any(steps_late(load_run(path, [*U, sites, "run.window=10", 'run.learning="targets"'])).values())
     assert steps_late(load_run(path, [*FROZEN, sites, "run.window=10"])) == {"top": 0}
     assert steps_late(load_run(path, ROUNDS)) == {}
 

@@ -193,6 +193,7 @@ LATE = ['run.protocol="split_u"', "model.head_cut=2", "run.window=4"]
         ([], "steps late, with equal sites: bottom 999, top 0", True),
         (["run.window=1"], "every gradient is used at once", True),
         ([*LATE, "run.window=1"], "every gradient is used at once", True),
+        ([*LATE, "run.window=10", 'run.learning="targets"'], "none, the run learns by targets", True),
         (LATE, "bottom 3, top 4, head 0", False),
         ([*LATE, 'optimizer.bottom.name="muon"'], "top 4", False),
         ([*LATE, 'optimizer.top.name="muon"'], "top 4", True),
