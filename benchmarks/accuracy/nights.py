@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from msgspec.structs import replace
 
 from benchmarks.accuracy.results import spread, write_section
 from benchmarks.accuracy.study import AS_IS, CASES, prepared
+from benchmarks.speed.common import scratch
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.errors import NightsplitError
 from nightsplit.shared.wire.message import SERVER
@@ -35,10 +35,10 @@ WHOLE_EPOCH = 10_000
 METHODS: dict[str, dict[str, Any]] = {
     "split_u, steps, window 1": {"protocol": "split_u", "window": 1},
     "split_u, steps, a night": {"protocol": "split_u", "window": None},
-    "split_u, targets": {"protocol": "split_u", "learning": "targets"},
+    "split_u, targets": {"protocol": "split_u", "learning": "targets", "window": WHOLE_EPOCH},
     "split_labels, steps, window 1": {"protocol": "split_labels", "window": 1},
     "split_labels, steps, a night": {"protocol": "split_labels", "window": None},
-    "split_labels, targets": {"protocol": "split_labels", "learning": "targets"},
+    "split_labels, targets": {"protocol": "split_labels", "learning": "targets", "window": WHOLE_EPOCH},
 }
 """Settings of [run] by method; window None is one epoch of the largest site."""
 BEGIN = "<!-- figures by night: written by benchmarks/accuracy/nights.py -->"
@@ -74,7 +74,8 @@ def table(case: str, seeds: int) -> list[str]:
             config, splits = prepared(case, seed, AS_IS)
             runs.append(by_night(configured(config, splits, settings), splits, lead))
         columns = [[run[night - 1] for run in runs] for night in NIGHTS]
-        cells = [spread([value for value in values if value is not None]) if all(values) else "" for values in columns]
+        known = [[value for value in values if value is not None] for values in columns]
+        cells = [spread(values) if len(values) == seeds else "" for values in known]
         lines.append(f"| {name} | {' | '.join(cells)} |")
         print(lines[-1], file=sys.stderr, flush=True)
     return [*lines, ""]
@@ -83,10 +84,8 @@ def table(case: str, seeds: int) -> list[str]:
 def configured(config: RunConfig, splits: Mapping[str, Splits], settings: Mapping[str, Any]) -> RunConfig:
     """Return the example's configuration with a method's settings, in strict order, evaluated after each epoch."""
     night = max(1, *(len(part.train) // config.run.batch_size for part in splits.values()))
-    changed = {"window": WHOLE_EPOCH if settings.get("learning") == "targets" else night, **settings}
-    window = changed["window"] or night
     run = replace(
-        config.run, **{**changed, "window": window}, order="strict", bottoms="independent", epochs=max(NIGHTS),
+        config.run, **{**settings, "window": settings["window"] or night}, order="strict", bottoms="independent", epochs=max(NIGHTS),
         evaluate_every=1, patience=0,
     )  # fmt: skip
     return replace(config, run=run)
@@ -94,16 +93,17 @@ def configured(config: RunConfig, splits: Mapping[str, Splits], settings: Mappin
 
 def by_night(config: RunConfig, splits: Mapping[str, Splits], lead: str) -> list[float | None]:
     """Return the figure after each night; None before the first evaluation."""
-    simulation = Simulation(config, splits, Path())
-    simulation.work(SERVER, idle_seconds=0.0)  # opens the run
     figures: list[float | None] = []
-    for _ in range(max(NIGHTS)):
-        for worker in (*config.run.sites, SERVER):
-            if worker not in simulation.finished:
-                simulation.work(worker, idle_seconds=0.0)
-        evaluation = simulation.server.evaluation
-        entry = evaluation.entry(evaluation.best)
-        figures.append(None if entry is None else entry["overall"]["test"][lead])
+    with scratch() as folder:
+        simulation = Simulation(config, splits, folder)
+        simulation.work(SERVER, idle_seconds=0.0)  # opens the run
+        for _ in range(max(NIGHTS)):
+            for worker in (*config.run.sites, SERVER):
+                if worker not in simulation.finished:
+                    simulation.work(worker, idle_seconds=0.0)
+            evaluation = simulation.server.evaluation
+            entry = evaluation.entry(evaluation.best)
+            figures.append(None if entry is None else entry["overall"]["test"][lead])
     return figures
 
 

@@ -12,7 +12,7 @@ from nightsplit.server_worker.stream.role import StreamServer
 from nightsplit.server_worker.stream.top import Top
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect
-from nightsplit.shared.learning.block_fit import Task
+from nightsplit.shared.learning.block_fit import Unit
 from nightsplit.shared.learning.bounds import check_bounded
 from nightsplit.shared.learning.displacement import CUT_REACH, Sums
 from nightsplit.shared.learning.seeds import seed_for
@@ -30,6 +30,7 @@ class SplitLabelsServer(StreamServer):
         item = slot.item
         if item.purpose is Purpose.TRAIN:
             batch = self.bounds.scale(site, message.tensors)
+            self.bounds.expect(batch["targets"])
             seed = seed_for(self.config.run.seed, "top", site, item.number)
             loss, gradient = self.top.train_step(
                 batch["smashed"], batch["targets"], seed, self.progress_at(site, item), self.bounds.limit(site)
@@ -62,9 +63,10 @@ class SplitLabelsTargets(BlockServer, SplitLabelsServer):
         return self.close_batch(site, None)
 
     @override
-    def fit(self, item: Item, site: str, task: Task) -> float:
-        batch = self.bounds.scale(site, self.store.get(site, item.number))
-        seed = seed_for(self.config.run.seed, "top", site, item.number, task.number)
+    def fit(self, item: Item, site: str, unit: Unit) -> float:
+        batch = self.store.get(site, item.number)
+        self.bounds.expect(batch["targets"])
+        seed = seed_for(self.config.run.seed, "top", site, item.number, unit.number)
         progress, limit = self.progress_at(site, item), self.bounds.limit(site)
         return self.top.train_step(batch["smashed"], batch["targets"], seed, progress, limit)[0]
 

@@ -23,7 +23,7 @@ from nightsplit.server_worker.stream.top import FittedMiddle, Middle
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect
 from nightsplit.shared.errors import Refused, mismatch
-from nightsplit.shared.learning.block_fit import Task
+from nightsplit.shared.learning.block_fit import Unit
 from nightsplit.shared.learning.bounds import check_bounded
 from nightsplit.shared.learning.displacement import Sums
 from nightsplit.shared.learning.seeds import seed_for
@@ -153,7 +153,7 @@ class SplitUTargets(BlockServer):
         ]
 
     @override
-    def fit(self, item: Item, site: str, task: Task) -> float:
+    def fit(self, item: Item, site: str, unit: Unit) -> float:
         progress, limit = self.progress_at(site, item), self.bounds.limit(site)
         return self.top.fit_step(self._batch(item, site), self._seed(item, site), progress, limit)
 

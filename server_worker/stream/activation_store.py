@@ -47,6 +47,10 @@ class ActivationStore:
         """Return whether item q of a site is there."""
         return self._path(site, q).exists()
 
+    def items(self, site: str) -> list[int]:
+        """Return the numbers of a site's items."""
+        return [int(path.stem) for path in (self._folder / site).glob("*.safetensors")]
+
     def remove(self, site: str, q: int) -> None:
         """Remove item q of a site, if it is there."""
         self._path(site, q).unlink(missing_ok=True)

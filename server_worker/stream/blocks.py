@@ -18,7 +18,7 @@ from nightsplit.server_worker.stream.top import Top
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Record, Send
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.learning.block_fit import BlockFit, Task
+from nightsplit.shared.learning.block_fit import BlockFit, Unit
 from nightsplit.shared.learning.displacement import Sums
 from nightsplit.shared.protocols.blocks import BlockPlan
 from nightsplit.shared.protocols.build import SplitModel
@@ -53,7 +53,7 @@ class BlockServer(StreamServer):
         """Likewise before each of the last two snapshots, for a kept checkpoint may need them."""
 
     @abstractmethod
-    def fit(self, item: Item, site: str, task: Task) -> float:
+    def fit(self, item: Item, site: str, unit: Unit) -> float:
         """Perform a training step of a fit and return its loss; Refused 312 without a change."""
 
     @abstractmethod
@@ -80,6 +80,7 @@ class BlockServer(StreamServer):
     def refused(self, header: Header, refusal: Refused) -> list[Effect]:
         follows, sent = bool(self._collected[header.sender]), self.sent[header.sender]
         effects = super().refused(header, refusal)
+        self._spent.append((header.sender, self.sequences[header.sender].slot(header.seq).item.number))
         return self._hold(header.sender, sent, effects) if follows else effects
 
     def _hold(self, site: str, sent: int, effects: list[Effect]) -> list[Effect]:
@@ -107,18 +108,18 @@ class BlockServer(StreamServer):
         fit = self._fit
         if fit is None:
             return super().next()
-        task = fit.task(self.config.run.seed)
-        if task is None:
+        unit = fit.unit(self.config.run.seed)
+        if unit is None:
             self._fit = None
             self._spent += [(fit.site, q) for q in fit.items]
             answers = self._due(fit.site, self.applied[fit.site] + 1)
             return [*answers, Record({"event": "local", "step": self.steps}), *self.end_if_done()]
-        item, site = self.sequences[fit.site].plan.item(task.item), fit.site
+        item, site = self.sequences[fit.site].plan.item(unit.item), fit.site
         effects: list[Effect] = []
         sums = None
-        if task.phase == "train":
-            effects = self._train(item, site, task)
-        elif task.phase == "measure":
+        if unit.phase == "train":
+            effects = self._train(item, site, unit)
+        elif unit.phase == "measure":
             sums = self.measure(item, site)
             effects = [Record({"event": "local", "step": self.steps})]
         else:
@@ -129,9 +130,9 @@ class BlockServer(StreamServer):
         self._fit = fit.advanced(sums)
         return effects
 
-    def _train(self, item: Item, site: str, task: Task) -> list[Effect]:
+    def _train(self, item: Item, site: str, unit: Unit) -> list[Effect]:
         try:
-            loss = self.fit(item, site, task)
+            loss = self.fit(item, site, unit)
         except Refused:
             self.refusals[site] += 1
             self.bounds.close(site, None)
@@ -160,7 +161,7 @@ class BlockServer(StreamServer):
 
     @override
     def exclude(self, sender: str) -> list[Effect]:
-        self._spent += [(sender, q) for q in self._collected[sender]]
+        self._spent += [(sender, q) for q in self.store.items(sender)]
         self._collected[sender], self._held[sender] = [], []
         return super().exclude(sender)
 

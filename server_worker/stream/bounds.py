@@ -50,9 +50,11 @@ class BatchBounds:
             if name in tensors:
                 factor = self._factor(site, part, root_mean_square(tensors[name]))
                 scaled[name] = tensors[name] * factor if factor < 1.0 else tensors[name]
-        if "targets" in scaled:
-            self._chance = chance_loss(self._task, scaled["targets"])
         return scaled
+
+    def expect(self, targets: torch.Tensor) -> None:
+        """Note the targets (batch,) of the batch that a step is made with, before its loss is known."""
+        self._chance = chance_loss(self._task, targets)
 
     def limit(self, site: str) -> Limit:
         """Return the limit of the gradients that a site's batch gives to the server's layers."""

@@ -18,7 +18,7 @@ Phase = Literal["train", "measure", "answer"]
 
 
 @dataclass(frozen=True)
-class Task:
+class Unit:
     """Unit of a fit.
 
     Attributes:
@@ -56,16 +56,16 @@ class BlockFit:
     done: int = 0
     sums: Sums = field(default_factory=Sums)
 
-    def task(self, seed: Seed) -> Task | None:
+    def unit(self, seed: Seed) -> Unit | None:
         """Return the next unit; None after the last. `seed` is of the order of the passes."""
         number, index = divmod(self.done, len(self.items))
         if number < self.passes:
-            return Task("train", number, self._order(seed, number)[index])
+            return Unit("train", number, self._order(seed, number)[index])
         if not self.answers:
             return None
         if number == self.passes:
-            return Task("measure", 0, self.items[index])
-        return Task("answer", 0, self.items[index]) if number == self.passes + 1 else None
+            return Unit("measure", 0, self.items[index])
+        return Unit("answer", 0, self.items[index]) if number == self.passes + 1 else None
 
     def advanced(self, sums: Sums | None = None) -> Self:
         """Return the fit after its next unit, which has these sums."""

@@ -23,9 +23,9 @@ def trained_parts(config: RunConfig) -> list[Part]:
 def steps_late(config: RunConfig) -> dict[Part, int]:
     """Return the number of steps that each part takes between a forward pass and the step with its gradient.
 
-    In a run that learns by targets there are no such gradients, and the numbers are 0. Otherwise it holds for full windows and sites of equal size. With a head, the gradient of an item returns half a window of
-    the site's items later, and the top takes a step for every site's item: so for a site with share s of the items it
-    is window / 2 / s.
+    In a run that learns by targets there are no such gradients, and the numbers are 0. Otherwise they hold for full
+    windows and sites of equal size. With a head, the gradient of an item returns half a window of the site's items
+    later, and the top takes a step for every site's item: so for a site with share s of the items it is window / 2 / s.
     """
     window = 1 if config.run.learning == "targets" else config.run.window
     late: dict[Part, int] = {"bottom": window - 1, "top": 0, "head": 0}

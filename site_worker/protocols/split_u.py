@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Send
-from nightsplit.shared.learning.block_fit import BlockFit, Task
+from nightsplit.shared.learning.block_fit import BlockFit, Unit
 from nightsplit.shared.learning.bounds import WRECK, RunningBound, check_bounded
 from nightsplit.shared.learning.displacement import HEAD_REACH, Sums, gradients, head_sums
 from nightsplit.shared.learning.metrics import measure
@@ -39,8 +39,8 @@ class SplitUSite(StreamSite):
         self.head = Stage(model.parts.head, config.optimizer.of("head"), config.task, device)
         self._bound = RunningBound((SERVER,), outlier=WRECK)
         """Bound on the head's gradients, which depend on the server's activations."""
-        self._gradients: dict[int, torch.Tensor] = {}
-        """Gradients at the head's input, by item, until their message is answered."""
+        self._at_head: dict[int, torch.Tensor] = {}
+        """Gradients at the head's input, or displacements of it, by item, until their message is answered."""
         self._reports: dict[int, str] = {}
         """Metrics by the last item of their block, until their message is answered."""
         self._outputs: dict[int, torch.Tensor] = {}
@@ -59,8 +59,8 @@ class SplitUSite(StreamSite):
     @override
     def second_half(self, slot: Slot) -> Send:
         q = slot.item.number
-        if q in self._gradients:
-            return self.message_at(slot, Kind.HEAD_GRADIENT, {"gradient": self._gradients[q]})
+        if q in self._at_head:
+            return self.message_at(slot, Kind.HEAD_GRADIENT, {"gradient": self._at_head[q]})
         # Also if the head's input was refused: then there is no gradient, and no report.
         return self.message_at(slot, Kind.REPORT, {}, metrics=self._reports.get(q, NO_FIGURES))
 
@@ -73,7 +73,7 @@ class SplitUSite(StreamSite):
         if item.purpose is Purpose.TRAIN:
             targets, seed = self.batches.targets(item), self.batches.seed("head", item)
             progress, limit = self.batches.plan.progress(item), partial(self._bound.limit, SERVER)
-            _, self._gradients[item.number] = self.head.train_step(activations, targets, seed, progress, limit)
+            _, self._at_head[item.number] = self.head.train_step(activations, targets, seed, progress, limit)
         else:
             self._outputs[item.number] = self.head.predict(activations)
 
@@ -102,10 +102,10 @@ class SplitUSite(StreamSite):
     def snapshot(self, first_unconfirmed: int | None) -> Snapshot:
         base = super().snapshot(first_unconfirmed)
         oldest = self.oldest_seq(first_unconfirmed)
-        for by_item in (self._gradients, self._reports):
+        for by_item in (self._at_head, self._reports):
             for q in [q for q in by_item if self.sequence.completing_seq(q) < oldest]:
                 del by_item[q]
-        tensors = {**base.tensors, **flatten("gradients", self._gradients), **flatten("outputs", self._outputs)}
+        tensors = {**base.tensors, **flatten("at_head", self._at_head), **flatten("outputs", self._outputs)}
         tensors.update(flatten("head", self.head.module.state_dict()))
         tensors.update(flatten("head_optimizer", self.head.optimizer.state()))
         tensors.update(flatten("head_bound", self._bound.state()))
@@ -120,7 +120,7 @@ class SplitUSite(StreamSite):
         self.head.module.load_state_dict(under("head", tensors))
         self.head.optimizer.restore(under("head_optimizer", tensors))
         self._bound.restore(under("head_bound", tensors))
-        self._gradients = {int(q): tensor for q, tensor in under("gradients", tensors).items()}
+        self._at_head = {int(q): tensor for q, tensor in under("at_head", tensors).items()}
         self._outputs = {int(q): tensor for q, tensor in under("outputs", tensors).items()}
         self._reports = {int(q): text for q, text in snapshot.facts["reports"].items()}
         self._heads = {epoch: under(f"candidate_head/{epoch}", tensors) for epoch in snapshot.facts["heads"]}
@@ -141,8 +141,8 @@ class SplitUTargets(BlockSite, SplitUSite):
     @override
     def second_half(self, slot: Slot) -> Send:
         q = slot.item.number
-        if q in self._gradients:
-            return self.message_at(slot, Kind.HEAD_TARGET, {"displacement": self._gradients[q]})
+        if q in self._at_head:
+            return self.message_at(slot, Kind.HEAD_TARGET, {"displacement": self._at_head[q]})
         return super().second_half(slot)
 
     @override
@@ -163,21 +163,21 @@ class SplitUTargets(BlockSite, SplitUSite):
             self.begin_fit(HEAD, slot.item, self._head_inputs)
 
     @override
-    def perform(self, fit: BlockFit, task: Task) -> Sums | None:
+    def perform(self, fit: BlockFit, unit: Unit) -> Sums | None:
         if fit.part != HEAD:
-            return super().perform(fit, task)
-        item = self.plan.item(task.item)
-        inputs, targets = self._head_inputs[task.item], self.batches.targets(item)
-        if task.phase == "train":
-            seed = seed_for(self.batches.seed("head", item), task.number)
+            return super().perform(fit, unit)
+        item = self.plan.item(unit.item)
+        inputs, targets = self._head_inputs[unit.item], self.batches.targets(item)
+        if unit.phase == "train":
+            seed = seed_for(self.batches.seed("head", item), unit.number)
             limit = partial(self._bound.limit, SERVER)
             self.head.train_step(inputs, targets, seed, self.progress(fit, item), limit)
             return None
         batch = self.config.task, self.head.module, inputs.to(self._device), targets.to(self._device)
-        if task.phase == "measure":
+        if unit.phase == "measure":
             return head_sums(*batch)
         step = HEAD_REACH[self.config.task.kind] * fit.sums.step
-        self._gradients[task.item] = (-step * gradients(*batch)).cpu()
+        self._at_head[unit.item] = (-step * gradients(*batch)).cpu()
         return None
 
     @override

@@ -18,7 +18,7 @@ from nightsplit.shared.config.optimizer import OptimizerSection
 from nightsplit.shared.config.run import RunConfig
 from nightsplit.shared.engine.effects import Effect, Record
 from nightsplit.shared.errors import Refused
-from nightsplit.shared.learning.block_fit import BlockFit, Task
+from nightsplit.shared.learning.block_fit import BlockFit, Unit
 from nightsplit.shared.learning.bounds import check_bounded
 from nightsplit.shared.learning.displacement import Sums
 from nightsplit.shared.learning.optimizers import Progress
@@ -85,6 +85,7 @@ class BlockBottom(Bottom):
 class BlockSite(StreamSite):
     """Role that fits its layers to a block of answers at a time; arguments as of `StreamSite`."""
 
+    bottom_class = BlockBottom
     bottom: BlockBottom
 
     def __init__(
@@ -92,7 +93,6 @@ class BlockSite(StreamSite):
         seed: Seed,
     ) -> None:  # fmt: skip
         super().__init__(name, config, model, splits, incarnation, device, seed)
-        self.bottom = BlockBottom(model.parts.bottom, config.optimizer.of("bottom"), device)
         assert isinstance(self.batches.plan, BlockPlan)
         self.plan = self.batches.plan
         self._seed = seed
@@ -109,14 +109,14 @@ class BlockSite(StreamSite):
     def next(self) -> list[Effect]:
         if self._fit is None:
             return super().next()
-        fit, task = self._fit, self._fit.task(self._seed)
-        if task is None:
+        fit, unit = self._fit, self._fit.unit(self._seed)
+        if unit is None:
             self._fit = None
             self.end_fit(fit)
         else:
             sums = None
             with suppress(Refused):  # a step that would spoil the layers is left out
-                sums = self.perform(fit, task)
+                sums = self.perform(fit, unit)
             self._fit = fit.advanced(sums)
         return [Record({"event": "local", "step": fit.done})]
 
@@ -131,10 +131,10 @@ class BlockSite(StreamSite):
         else:
             self.end_fit(fit)
 
-    def perform(self, fit: BlockFit, task: Task) -> Sums | None:
+    def perform(self, fit: BlockFit, unit: Unit) -> Sums | None:
         """Perform a unit of a fit; Refused 312 without a change."""
-        item = self.plan.item(task.item)
-        seed, displacement = self.batches.seed("bottom", item), self._displacements[task.item]
+        item = self.plan.item(unit.item)
+        seed, displacement = self.batches.seed("bottom", item), self._displacements[unit.item]
         self.bottom.fit_step(item, self.batches.inputs(item), seed, displacement, self.progress(fit, item))
         return None
 

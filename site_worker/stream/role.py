@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from typing_extensions import override
@@ -34,12 +35,14 @@ class StreamSite(SiteRole):
         seed: of order, dropout and augmentation.
     """
 
+    bottom_class: ClassVar[type[Bottom]] = Bottom
+
     def __init__(
         self, name: str, config: RunConfig, model: SplitModel, splits: Splits, incarnation: str, device: str,
         seed: Seed,
     ) -> None:  # fmt: skip
         super().__init__(name, config, model.contract, incarnation)
-        self.bottom = Bottom(model.parts.bottom, config.optimizer.of("bottom"), device)
+        self.bottom = self.bottom_class(model.parts.bottom, config.optimizer.of("bottom"), device)
         self.batches = StreamBatches(config, name, splits, seed)
         self.sequence: StreamSequence = self.batches.sequence
         self.exported_top: dict[str, torch.Tensor] = {}

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -41,6 +43,9 @@ FLOATS = (0.0, -1.0, 0.5, 1e20, -3e38, 3e38)
 INTEGERS = (-(2**63), -101, -1, 0, 3, 99, 2**63 - 1)
 
 
+_STATES = tempfile.TemporaryDirectory(prefix="nightsplit-states-")
+
+
 class Dialogue:
     """All roles of a run, started; `walk` lets them talk until the run is over.
 
@@ -52,6 +57,7 @@ class Dialogue:
     def __init__(self, config: RunConfig, dice: random.Random | None = None) -> None:
         self.config = config
         self._activations = ActivationsInMemory()
+        self._state = Path(tempfile.mkdtemp(dir=_STATES.name))
         self.roles: dict[str, AnyRole] = {name: self.make(name) for name in (SERVER, *config.run.sites)}
         self.queues: dict[tuple[str, str], deque[Message]] = {}
         """Messages in sequence that nobody has applied, by sender and receiver."""
@@ -65,7 +71,9 @@ class Dialogue:
 
     def make(self, name: str) -> AnyRole:
         """A role as a new process makes it."""
-        return pure_server(self.config, self._activations) if name == SERVER else pure_site(self.config, name)
+        return (
+            pure_server(self.config, self._activations, self._state) if name == SERVER else pure_site(self.config, name)
+        )
 
     def clone(self, name: str) -> AnyRole:
         """A role in the same state, with which a test may do what it likes."""

@@ -56,10 +56,10 @@ class EffectsAlone(Account):
         pass
 
 
-def pure_server(config: RunConfig, activations: ActivationStore | None = None) -> AnyServer:
-    """The server's role; `activations` are released ones, in split_frozen."""
+def pure_server(config: RunConfig, activations: ActivationStore | None = None, state: Path | None = None) -> AnyServer:
+    """The server's role; `activations` are released ones, in split_frozen, `state` is its folder for blocks."""
     if config.run.protocol != "split_frozen":
-        return make_server_role(config, NOWHERE, NOWHERE)
+        return make_server_role(config, state or NOWHERE, NOWHERE)
     model = build_model(config, NOWHERE)
     assert isinstance(model, SplitModel)
     store = activations or ActivationsInMemory()
