@@ -54,7 +54,7 @@ def _amounts(site: SiteWorker, model: SplitModel | WholeModel, splits: Splits) -
     sequence = sequence_for(run, len(splits.train), len(splits.validation), len(splits.test))
     plan, last = sequence.plan, sequence.last
     times = 1 if spec_of(run).uploads_once else run.run.epochs
-    ahead, batch = counted(min(plan.last, plan.window), "batch"), run.run.batch_size
+    ahead, batch = counted(plan.unanswered, "batch"), run.run.batch_size
     yield f"At most {counted(last, 'message')}; each training sample is in {counted(times, 'message')} or more."
     yield f"In a night without an answer {ahead} of {batch} to {2 * batch - 1} samples may leave."
 

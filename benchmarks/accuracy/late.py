@@ -13,15 +13,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from msgspec.structs import replace
 
-from benchmarks.accuracy.results import spread, write_section
+from benchmarks.accuracy.results import print_tables, spread
 from benchmarks.accuracy.study import AS_IS, CASES, prepared, train_split
 from nightsplit.console.ui.text import counted
 from nightsplit.shared.config.optimizer import OptimizerSection, PartSection
-from nightsplit.shared.errors import NightsplitError
 
 CASE_NAMES = ("radiograph", "heart", "cholesterol")
 SEEDS = 3
@@ -49,15 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     seeds, cases = (1, ["heart"]) if chosen.quick else (SEEDS, chosen.case or list(CASE_NAMES))
-    try:
-        text = "\n".join("\n".join(table(case, seeds)) for case in cases)
-    except NightsplitError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(text)
-    if chosen.write:
-        write_section(BEGIN, text)
-    return 0
+    return print_tables(cases, partial(table, seeds=seeds), BEGIN if chosen.write else None)
 
 
 def table(case: str, seeds: int) -> list[str]:

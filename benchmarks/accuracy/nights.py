@@ -13,16 +13,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from msgspec.structs import replace
 
-from benchmarks.accuracy.results import spread, write_section
+from benchmarks.accuracy.results import print_tables, spread
 from benchmarks.accuracy.study import AS_IS, CASES, prepared
 from benchmarks.speed.common import scratch
 from nightsplit.shared.config.run import RunConfig
-from nightsplit.shared.errors import NightsplitError
 from nightsplit.shared.wire.message import SERVER
 from nightsplit.simulation.run import Simulation
 from nightsplit.site_worker.data.dataset import Splits
@@ -53,15 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     seeds, cases = (1, ["heart"]) if chosen.quick else (chosen.seeds, chosen.case or list(CASE_NAMES))
-    try:
-        text = "\n".join("\n".join(table(case, seeds)) for case in cases)
-    except NightsplitError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(text)
-    if chosen.write:
-        write_section(BEGIN, text)
-    return 0
+    return print_tables(cases, partial(table, seeds=seeds), BEGIN if chosen.write else None)
 
 
 def table(case: str, seeds: int) -> list[str]:
@@ -84,10 +76,10 @@ def table(case: str, seeds: int) -> list[str]:
 def configured(config: RunConfig, splits: Mapping[str, Splits], settings: Mapping[str, Any]) -> RunConfig:
     """Return the example's configuration with a method's settings, in strict order, evaluated after each epoch."""
     night = max(1, *(len(part.train) // config.run.batch_size for part in splits.values()))
+    settings = {**settings, "window": settings["window"] or night}
     run = replace(
-        config.run, **{**settings, "window": settings["window"] or night}, order="strict", bottoms="independent", epochs=max(NIGHTS),
-        evaluate_every=1, patience=0,
-    )  # fmt: skip
+        config.run, **settings, order="strict", bottoms="independent", epochs=max(NIGHTS), evaluate_every=1, patience=0
+    )
     return replace(config, run=run)
 
 

@@ -14,7 +14,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -59,6 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen.json.write_text(json.dumps(_flat(done), indent=2) + "\n", encoding="utf-8")
     if chosen.write:
         write_section(BEGIN, text)
+    return 0
+
+
+def print_tables(cases: Sequence[str], table: Callable[[str], list[str]], begin: str | None) -> int:
+    """Print the table of each case; put them into the results page behind `begin`, if given. Return the exit code."""
+    try:
+        text = "\n".join("\n".join(table(case)) for case in cases)
+    except NightsplitError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(text)
+    if begin is not None:
+        write_section(begin, text)
     return 0
 
 

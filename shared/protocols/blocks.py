@@ -41,6 +41,11 @@ class BlockPlan(Plan):
         """Number of blocks of the run."""
         return self.epochs * self.per_epoch
 
+    @property
+    @override
+    def unanswered(self) -> int:
+        return len(self.items(1))
+
     def block_of(self, number: int) -> int:
         """Return the block, from 1, of an item."""
         epoch = self.epoch_of(number)

@@ -128,6 +128,11 @@ class Plan:
         """Number of averagings of the site."""
         return self.averagings_until(self.epochs)
 
+    @property
+    def unanswered(self) -> int:
+        """Largest number of items that a site may send before the first answer."""
+        return min(self.last, self.window)
+
     def end(self, epoch: int) -> int:
         """Return the number of the last item of an epoch, 0 <= epoch <= epochs."""
         blocks = evaluations(epoch, self.epochs, self.evaluate_every)

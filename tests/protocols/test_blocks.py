@@ -1,6 +1,6 @@
 """Plan and sequence of a run that learns by targets, and how many nights it takes."""
 
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 import pytest
 
@@ -68,6 +68,13 @@ def test_a_night_is_the_second_halves_of_one_block_and_the_first_of_the_next(pla
         place_of = sequence.seq_of_first if slot.half == "first" else sequence.completing_seq
         assert place_of(slot.item.number) == slot.seq
         assert slot.completes_item is (slot.half == "second" or not has_head)
+
+
+def test_only_the_first_block_leaves_before_an_answer(plan, has_head):
+    sequence = BlockSequence(plan, has_head)
+    slots = (sequence.slot(seq) for seq in range(1, sequence.last + 1))
+    alone = takewhile(lambda slot: slot.half == "first" and slot.item.version == 0, slots)
+    assert len(list(alone)) == plan.unanswered
 
 
 def test_places_never_decrease_and_what_is_learnt_comes_before_what_is_asked(plan, has_head):
